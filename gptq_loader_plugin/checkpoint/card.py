@@ -1,0 +1,70 @@
+"""Read what a model card (README.md) says to a loader: its prompt template and system message."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["Card", "read_card"]
+
+FRONT_MATTER = re.compile(r"\A---\s*\n(?P<yaml>.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
+# "recommended system message" and such, then the first fenced block within a few lines of it.
+RECOMMENDED = re.compile(
+    r"(?:recommend|suggest|official|default)[^\n]*?system[ -](?:message|prompt)[^\n]*\n"
+    r"(?:[^\n`]*\n){0,4}?```[^\n]*\n(?P<block>.*?)```",
+    re.IGNORECASE | re.DOTALL,
+)
+SYSTEM_TURN = re.compile(r"<\|im_start\|>system\n(?P<text>.*?)<\|im_end\|>", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What a model card says to a loader.
+
+    Attributes:
+        prompt_template: the front matter's `prompt_template`, with `{prompt}` and maybe
+            `{system_message}` in it, or None.
+        system: the system message the card recommends, byte for byte as the model is to read it,
+            or None.
+    """
+
+    prompt_template: str | None = None
+    system: str | None = None
+
+
+def read_card(folder: Path) -> Card:
+    """Read a checkpoint's README.md; a folder without one, or with broken YAML, says nothing."""
+    file = folder / "README.md"
+    if not file.is_file():
+        return Card()
+    text = file.read_text(encoding="utf-8", errors="replace")
+    template = _front_matter(text).get("prompt_template")
+    usable = isinstance(template, str) and "{prompt}" in template
+    return Card(prompt_template=template if usable else None, system=_recommended(text))
+
+
+def _front_matter(text: str) -> dict[str, Any]:
+    import yaml
+
+    match = FRONT_MATTER.match(text)
+    if match is None:
+        return {}
+    try:
+        content = yaml.safe_load(match["yaml"])
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _recommended(text: str) -> str | None:
+    """Find the recommended system message: the text of its ChatML turn, else the whole block."""
+    match = RECOMMENDED.search(text)
+    if match is None:
+        return None
+    block = match["block"]
+    turn = SYSTEM_TURN.search(block)
+    return turn["text"] if turn else block.rstrip("\n")

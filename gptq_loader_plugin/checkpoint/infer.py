@@ -1,0 +1,384 @@
+"""Work out how each layer was quantised from its tensors; they win over any config.
+
+Only headers are read, and of the data g_idx and qzeros. With K = in_features, N = out_features:
+
+* bits = columns of qzeros * 32 / N; K = rows of qweight * 32 / bits;
+* group_size: the config's where ceil(K / group_size) is the number of groups in every layer, else
+  the most rows of any group of g_idx, else K / groups where whole, else the least power of two
+  that fits every layer; one group is -1;
+* desc_act: g_idx out of order means yes; in order with several groups means no; with one group the
+  flag stands, because it changes no number. No g_idx means groups in sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from gptq_loader_plugin.checkpoint.config import QuantConfig
+from gptq_loader_plugin.checkpoint.packing import BITS, CONTINUOUS_BITS
+from gptq_loader_plugin.checkpoint.zeros import (
+    decide_format,
+    lost_columns,
+    overwritten_words,
+    stored_zeros,
+    true_zeros,
+)
+from gptq_loader_plugin.errors import CorruptCheckpoint, TensorMismatch
+from gptq_loader_plugin.kernel import LayerSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from gptq_loader_plugin.checkpoint.config import StoredConfig
+    from gptq_loader_plugin.checkpoint.headers import TensorInfo
+    from gptq_loader_plugin.checkpoint.packing import Bits, Layout
+    from gptq_loader_plugin.checkpoint.tensors import TensorFiles
+    from gptq_loader_plugin.checkpoint.zeros import ZerosFormat
+
+__all__ = ["Inferred", "infer"]
+
+SCALE_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+
+
+@dataclass(frozen=True, slots=True)
+class Inferred:
+    """What the tensors say.
+
+    Attributes:
+        config: the config, corrected.
+        layers: every quantised layer, in the order of the files.
+        warnings: where tensors contradict the config, one sentence each.
+    """
+
+    config: QuantConfig
+    layers: tuple[LayerSpec, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer's headers, and what they say by themselves."""
+
+    name: str
+    bits: int
+    rows: int
+    columns: int
+    groups: int
+    qzeros: TensorInfo
+    g_idx: TensorInfo | None
+    scales_dtype: str
+    bias: bool
+
+    def fits(self, group_size: int) -> bool:
+        """Whether groups of this size make this many groups."""
+        return -(-self.rows // group_size) == self.groups if group_size > 0 else self.groups == 1
+
+
+def infer(tensors: TensorFiles, stored: StoredConfig, *, path: Path) -> Inferred:
+    """Work out every layer and the config from the tensors' headers, g_idx and qzeros.
+
+    Raises:
+        TensorMismatch: a layer's tensors are missing, or do not fit each other.
+        CorruptCheckpoint: a g_idx names a group that does not exist.
+    """
+    headers = tensors.headers
+    names = [name.removesuffix(".qweight") for name in headers if name.endswith(".qweight")]
+    found = [_read_layer(name, headers, stored, path) for name in names]
+    indices = {it.name: _read_g_idx(it, tensors, path) for it in found}
+    layout = {it.name: _layout(it.bits, stored) for it in found}
+    packed = {
+        it.name: (tensors.integers(it.qzeros.name), it.bits, layout[it.name], it.columns)
+        for it in found
+    }
+    planar_zeros = stored.checkpoint_format == "gptq_p"
+    sums = {
+        name: stored_zeros(qzeros, bits=bits, layout=how, columns=columns)
+        for name, (qzeros, bits, how, columns) in packed.items()
+    }
+    zeros_format, warning = decide_format(
+        [] if planar_zeros else [sums[it.name] for it in found if it.bits in CONTINUOUS_BITS],
+        label="gptq_v2" if planar_zeros else stored.checkpoint_format,
+    )
+    warnings = [warning] if warning else []
+    guess = _common_group_size(found, indices, stored)
+    layers: list[LayerSpec] = []
+    lost: list[str] = []
+    for it in found:
+        qzeros, bits, how, columns = packed[it.name]
+        own: ZerosFormat = zeros_format if bits in CONTINUOUS_BITS else "v2"
+        zeros = true_zeros(qzeros, bits=bits, layout=how, columns=columns, zeros_format=own)
+        layer = _spec(it, indices[it.name], zeros, how, stored, guess)
+        layers.append(layer)
+        _check_lost(layer, qzeros, path)
+        if own == "v1" and not layer.sym and overwritten_words(qzeros, bits=bits):
+            lost.append(it.name)
+    if lost:
+        warnings.append(
+            f"the program that wrote this checkpoint destroyed some zeros of {lost[0]}"
+            + (f" and of {len(lost) - 1} more layers" if len(lost) > 1 else "")
+            + ", a known fault of GPTQ-for-LLaMa and early AutoGPTQ without --sym; answers may "
+            "suffer, in every program"
+        )
+    config, said = _config(layers, stored, zeros_format)
+    return Inferred(config, tuple(layers), (*warnings, *said))
+
+
+def row_groups(
+    g_idx: NDArray[np.int32] | None, *, rows: int, groups: int, group_size: int
+) -> NDArray[np.int32]:
+    """Give the group of every row: g_idx where there is one, else groups in sequence."""
+    if g_idx is not None:
+        return g_idx
+    size = group_size if group_size > 0 else rows
+    return np.minimum(np.arange(rows, dtype=np.int32) // np.int32(size), np.int32(groups - 1))
+
+
+def _read_layer(
+    name: str, headers: dict[str, TensorInfo], stored: StoredConfig, path: Path
+) -> _Layer:
+    damaged = "download the checkpoint again; if it stays so, it was published damaged"
+
+    def need(part: str, dtypes: Sequence[str], dimensions: int) -> TensorInfo:
+        tensor = f"{name}.{part}"
+        if tensor not in headers:
+            raise TensorMismatch(f"{tensor} is missing", path=path, tensor=tensor, hint=damaged)
+        info = headers[tensor]
+        if info.dtype not in dtypes or len(info.shape) != dimensions or 0 in info.shape:
+            raise TensorMismatch(
+                f"{tensor} is {info.dtype} {list(info.shape)}; it must be "
+                f"{' or '.join(dtypes)} with {dimensions} dimensions",
+                path=path,
+                tensor=tensor,
+                hint=damaged,
+            )
+        return info
+
+    qweight = need("qweight", ("I32",), 2)
+    qzeros = need("qzeros", ("I32",), 2)
+    scales = need("scales", tuple(SCALE_DTYPES), 2)
+    g_idx = need("g_idx", ("I32",), 1) if f"{name}.g_idx" in headers else None
+    columns, groups = qweight.shape[1], scales.shape[0]
+    if scales.shape[1] != columns or qzeros.shape[0] != groups:
+        raise TensorMismatch(
+            f"{name}: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)} and scales "
+            f"{list(scales.shape)} do not fit each other",
+            path=path,
+            tensor=f"{name}.qzeros",
+            hint=damaged,
+        )
+    bits = _bits(qweight, qzeros, g_idx, _stored_bits(name, stored))
+    if bits is None:
+        raise TensorMismatch(
+            f"{name}: no number of bits from {BITS[0]} to {BITS[-1]} fits qweight "
+            f"{list(qweight.shape)}, qzeros {list(qzeros.shape)}"
+            + (f" and g_idx {list(g_idx.shape)}" if g_idx else ""),
+            path=path,
+            tensor=f"{name}.qweight",
+            hint=damaged,
+        )
+    return _Layer(
+        name=name,
+        bits=bits,
+        rows=qweight.shape[0] * 32 // bits,
+        columns=columns,
+        groups=groups,
+        qzeros=qzeros,
+        g_idx=g_idx,
+        scales_dtype=SCALE_DTYPES[scales.dtype],
+        bias=f"{name}.bias" in headers,
+    )
+
+
+def _stored_bits(name: str, stored: StoredConfig) -> int | None:
+    own = (stored.override(name) or {}).get("bits", stored.bits)
+    return own if isinstance(own, int) else None
+
+
+def _bits(
+    qweight: TensorInfo, qzeros: TensorInfo, g_idx: TensorInfo | None, told: int | None
+) -> int | None:
+    """Find the width that fits all the shapes; the writers round N * bits / 32 down."""
+    columns = qweight.shape[1]
+    fitting = [
+        bits
+        for bits in BITS
+        if columns * bits // 32 == qzeros.shape[1]
+        and qweight.shape[0] * 32 % bits == 0
+        and (g_idx is None or qweight.shape[0] * 32 // bits == g_idx.shape[0])
+    ]
+    if told in fitting:
+        return told
+    return fitting[0] if fitting else None
+
+
+def _layout(bits: int, stored: StoredConfig) -> Layout:
+    planar = bits not in CONTINUOUS_BITS or stored.checkpoint_format == "gptq_p"
+    return "planar" if planar else "continuous"
+
+
+def _read_g_idx(layer: _Layer, tensors: TensorFiles, path: Path) -> NDArray[np.int32] | None:
+    if layer.g_idx is None:
+        return None
+    g_idx = tensors.integers(layer.g_idx.name)
+    least, greatest = int(g_idx.min()), int(g_idx.max())
+    if least < 0 or greatest >= layer.groups:
+        raise CorruptCheckpoint(
+            f"{layer.g_idx.name} names group {least if least < 0 else greatest}; there are "
+            f"{layer.groups} groups",
+            path=path,
+            tensor=layer.g_idx.name,
+            hint="download the checkpoint again; if it stays so, it was published damaged",
+        )
+    return g_idx
+
+
+def _common_group_size(
+    layers: Sequence[_Layer],
+    indices: dict[str, NDArray[np.int32] | None],
+    stored: StoredConfig,
+) -> int:
+    """Find the group size that fits every layer without an override, and -1 where none groups."""
+    plain = [it for it in layers if "group_size" not in (stored.override(it.name) or {})] or layers
+    grouped = [it for it in plain if it.groups > 1]
+    if not grouped:
+        return -1
+    told = stored.group_size
+    if told is not None and told > 0 and all(it.fits(told) for it in plain):
+        return told
+    counted = {
+        int(np.bincount(g_idx).max())
+        for it in grouped
+        if (g_idx := indices[it.name]) is not None
+    }
+    if len(counted) == 1:
+        return counted.pop()
+    whole = {it.rows // it.groups for it in grouped if it.rows % it.groups == 0}
+    if len(whole) == 1 and all(it.fits(min(whole)) for it in grouped):
+        return whole.pop()
+    size = 1
+    while size < max(-(-it.rows // it.groups) for it in grouped):
+        size *= 2
+    return size
+
+
+def _group_size(layer: _Layer, g_idx: NDArray[np.int32] | None, told: object, guess: int) -> int:
+    if layer.groups == 1:
+        return -1
+    for size in (told, guess):
+        if isinstance(size, int) and size > 0 and layer.fits(size):
+            return size
+    if g_idx is not None:
+        return int(np.bincount(g_idx).max())
+    if layer.rows % layer.groups == 0:
+        return layer.rows // layer.groups
+    size = 1
+    while size * layer.groups < layer.rows:
+        size *= 2
+    return size
+
+
+def _spec(  # noqa: PLR0913 - all that is known of one layer
+    layer: _Layer,
+    g_idx: NDArray[np.int32] | None,
+    zeros: NDArray[np.uint8],
+    layout: Layout,
+    stored: StoredConfig,
+    guess: int,
+) -> LayerSpec:
+    override = stored.override(layer.name) or {}
+    size = _group_size(layer, g_idx, override.get("group_size", stored.group_size), guess)
+    groups = row_groups(g_idx, rows=layer.rows, groups=layer.groups, group_size=size)
+    counts = np.bincount(groups, minlength=layer.groups)
+    if layer.groups == 1:
+        desc_act = bool(override.get("desc_act", stored.desc_act))
+    else:
+        desc_act = bool((groups[1:] < groups[:-1]).any())
+    least, greatest = int(zeros.min()), int(zeros.max())
+    return LayerSpec(
+        name=layer.name,
+        in_features=layer.rows,
+        out_features=layer.columns,
+        bits=cast("Bits", layer.bits),
+        group_size=size,
+        desc_act=desc_act,
+        sym=least == greatest,
+        groups=layer.groups,
+        group_rows=(int(counts.min()), int(counts.max())),
+        group_unit=int(np.gcd.reduce(counts)),
+        zero_range=(least, greatest),
+        layout=layout,
+        scales_dtype=layer.scales_dtype,
+        bias=layer.bias,
+    )
+
+
+def _check_lost(layer: LayerSpec, qzeros: NDArray[np.int32], path: Path) -> None:
+    lost = lost_columns(qzeros.shape[1], bits=layer.bits, columns=layer.out_features)
+    if lost and not (layer.sym and layer.zero_range[0] == 1 << (layer.bits - 1)):
+        raise TensorMismatch(
+            f"{layer.name}: the zeros of its last {lost} columns were never written",
+            path=path,
+            tensor=f"{layer.name}.qzeros",
+            hint="ask for a version of this model whose layers are padded to multiples of 32, or "
+            "quantised symmetrically",
+        )
+
+
+def _config(
+    layers: Sequence[LayerSpec], stored: StoredConfig, zeros_format: ZerosFormat
+) -> tuple[QuantConfig, list[str]]:
+    """Merge the stored config and the layers; where they disagree the layers win."""
+    if not layers:
+        return _merge({}, stored, zeros_format), []
+    plain = [it for it in layers if not (stored.override(it.name) or {})] or layers
+    grouped = [it for it in plain if it.groups > 1]
+    # one group changes no number, so a flag that no file gives is the tensors' "no"
+    ordered = any(it.desc_act for it in grouped or plain)
+    seen: dict[str, Any] = {
+        "bits": _most_common([it.bits for it in plain]),
+        "group_size": _most_common([it.group_size for it in grouped]) if grouped else -1,
+        "desc_act": ordered,
+        "sym": all(it.sym for it in layers),
+    }
+    told = {name: getattr(stored, name) for name in seen}
+    warnings = [
+        f"{name} is {told[name]} in {stored.sources[name]}; the tensors say {value}, and they win"
+        for name, value in seen.items()
+        if told[name] is not None and told[name] != value and not _same_groups(name, told, plain)
+    ]
+    return _merge(seen, stored, zeros_format), warnings
+
+
+def _same_groups(name: str, told: dict[str, Any], layers: Sequence[LayerSpec]) -> bool:
+    """Whether a group size that is at least every layer's rows means no groups, as it does."""
+    size = told["group_size"]
+    return name == "group_size" and size >= max(it.in_features for it in layers)
+
+
+def _merge(seen: dict[str, Any], stored: StoredConfig, zeros_format: ZerosFormat) -> QuantConfig:
+    sources = dict(stored.sources)
+    fields: dict[str, Any] = stored.model_dump(exclude={"sources", *seen}, exclude_none=True)
+    for name, value in seen.items():
+        fields[name] = value
+        if getattr(stored, name) != value:
+            sources[name] = "tensors"
+    defaults = {"bits": 4, "group_size": -1, "desc_act": False, "sym": True}
+    for name, value in defaults.items():
+        if name not in fields:
+            fields[name], sources[name] = value, "default"
+    if fields.get("checkpoint_format") not in ("gptq_p", "gptq_v2" if zeros_format == "v2" else "gptq"):
+        fields["checkpoint_format"] = "gptq_v2" if zeros_format == "v2" else "gptq"
+        sources["checkpoint_format"] = "tensors"
+    return QuantConfig(**fields, zeros=zeros_format, sources=sources)
+
+
+def _most_common(values: Sequence[int]) -> int:
+    return max(sorted(set(values)), key=values.count)
+
+

@@ -1,0 +1,91 @@
+"""Read `.pt` and `.bin` files with torch's weights-only unpickler, and with nothing else.
+
+A pickle can run any code when it is opened. `weights_only=True` builds tensors and plain
+containers and refuses the rest, before anything of it runs.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import TYPE_CHECKING
+
+from gptq_loader_plugin.checkpoint.headers import TensorInfo
+from gptq_loader_plugin.errors import CorruptCheckpoint, UnsafeFile
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+__all__ = ["load_pickle", "read_pickle_headers"]
+
+NESTED_UNDER = ("state_dict", "model", "module")  # where training code puts the tensors
+DTYPES = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
+    "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
+}  # fmt: skip
+
+
+def load_pickle(file: Path) -> dict[str, torch.Tensor]:
+    """Read a pickle's tensors, memory-mapped where its format allows.
+
+    Raises:
+        UnsafeFile: it holds something other than tensors and plain containers.
+        CorruptCheckpoint: it is cut short, or is no torch file.
+    """
+    import torch
+
+    try:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, ValueError) as error:
+            if "mmap" not in str(error):
+                raise
+            # torch files from before version 1.6 cannot be mapped
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" not in str(error) or "Unsupported" not in str(error):
+            raise CorruptCheckpoint(
+                "not a readable torch file", path=file, hint="download it again"
+            ) from error
+        raise UnsafeFile(
+            "this pickle wants more than tensors: opening it fully could run code; it was not run",
+            path=file,
+            hint="use a .safetensors version of this checkpoint, or ask its author for one",
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CorruptCheckpoint(
+            f"not a readable torch file ({first})", path=file, hint="download it again"
+        ) from error
+    while isinstance(content, dict):
+        inner = next((content[key] for key in NESTED_UNDER if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            return {
+                str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)
+            }
+        content = inner
+    raise CorruptCheckpoint(
+        "it holds no table of tensors", path=file, hint="name a file that holds a model's weights"
+    )
+
+
+def read_pickle_headers(file: Path) -> list[TensorInfo]:
+    """List the tensors of a pickle.
+
+    Raises:
+        UnsafeFile: it holds something other than tensors and plain containers.
+        CorruptCheckpoint: it is cut short, or is no torch file.
+    """
+    headers = []
+    for name, tensor in load_pickle(file).items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in DTYPES:
+            raise CorruptCheckpoint(
+                f"{name} has the dtype {dtype}, which no checkpoint has",
+                path=file,
+                tensor=name,
+                hint="use a .safetensors version of this checkpoint",
+            )
+        headers.append(TensorInfo(name, DTYPES[dtype], tuple(tensor.shape), file, -1))
+    return headers

@@ -1,0 +1,236 @@
+"""Open a checkpoint: its config, its layers, and its tensors one at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from gptq_loader_plugin.checkpoint.card import read_card
+from gptq_loader_plugin.checkpoint.config import read_json, read_stored_config
+from gptq_loader_plugin.checkpoint.headers import find_weight_files, read_headers
+from gptq_loader_plugin.checkpoint.infer import infer, row_groups
+from gptq_loader_plugin.checkpoint.packing import CONTINUOUS_BITS
+from gptq_loader_plugin.checkpoint.tensors import TensorFiles
+from gptq_loader_plugin.checkpoint.zeros import true_zeros
+from gptq_loader_plugin.errors import ConfigInvalid, CorruptCheckpoint, UnsupportedFormat
+from gptq_loader_plugin.kernel import LayerSpec, PackedLinear
+
+if TYPE_CHECKING:
+    import torch
+
+    from gptq_loader_plugin.checkpoint.card import Card
+    from gptq_loader_plugin.checkpoint.config import QuantConfig
+    from gptq_loader_plugin.checkpoint.headers import TensorInfo
+
+__all__ = ["Checkpoint", "GPTQReader", "Reader", "open_checkpoint"]
+
+PACKED_PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
+OTHER_FORMATS = (  # how other methods name their tensors
+    (".q_weight", "EXL2", "load it with exllamav2"),
+    (".trellis", "EXL3", "load it with exllamav3"),
+    (".weight_packed", "compressed-tensors", "load it with transformers and compressed-tensors"),
+    (".weight.absmax", "bitsandbytes", "load it with transformers and bitsandbytes"),
+    (".weight.quant_map", "bitsandbytes", "load it with transformers and bitsandbytes"),
+    (".weight_scale", "FP8", "load it with transformers or vLLM"),
+)
+
+
+class Checkpoint:
+    """An open checkpoint.
+
+    Attributes:
+        path: its folder, or the one file that was named.
+        config: how it was quantised, corrected by its tensors.
+        layers: every quantised layer, by its name.
+        warnings: what a user should know, one sentence each.
+        tensors: its tensors, by name.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        config: QuantConfig,
+        layers: tuple[LayerSpec, ...],
+        warnings: tuple[str, ...],
+        tensors: TensorFiles,
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.layers = {layer.name: layer for layer in layers}
+        self.warnings = warnings
+        self.tensors = tensors
+
+    @property
+    def folder(self) -> Path:
+        """The folder with its config and tokenizer."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def headers(self) -> dict[str, TensorInfo]:
+        """Every tensor's header, by its name."""
+        return self.tensors.headers
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """The bytes of its weight files."""
+        return sum(file.stat().st_size for file in {info.file for info in self.headers.values()})
+
+    @cached_property
+    def model_config(self) -> dict[str, Any]:
+        """What `config.json` says of the model's shape.
+
+        Raises:
+            ConfigInvalid: there is none, or it does not parse, or it names no model type.
+        """
+        file = self.folder / "config.json"
+        if not file.is_file():
+            raise ConfigInvalid(
+                "there is no config.json, so the model's shape is not known",
+                path=self.folder,
+                hint="copy config.json (and the tokenizer's files) from the model this was made of",
+            )
+        config = read_json(file)
+        if not isinstance(config.get("model_type"), str):
+            raise ConfigInvalid(
+                "model_type is missing",
+                path=file,
+                hint="copy config.json from the model this was made of",
+            )
+        return config
+
+    @cached_property
+    def card(self) -> Card:
+        """What its model card says."""
+        return read_card(self.folder)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor, on the CPU, in the dtype it is stored in."""
+        return self.tensors.tensor(name)
+
+    def packed(self, name: str) -> PackedLinear:
+        """Read one layer's tensors, checked, with true zeros.
+
+        Args:
+            name: the layer's name in the checkpoint.
+
+        Raises:
+            CorruptCheckpoint: a scale is not finite.
+        """
+        import torch
+
+        layer = self.layers[name]
+        scales = self.tensor(f"{name}.scales")
+        if not bool(torch.isfinite(scales).all()):
+            raise CorruptCheckpoint(
+                f"{name}.scales holds values that are not finite",
+                path=self.path,
+                tensor=f"{name}.scales",
+                hint="download the checkpoint again; if it stays so, it was published damaged",
+            )
+        g_idx = self.tensors.integers(f"{name}.g_idx") if f"{name}.g_idx" in self.headers else None
+        groups = row_groups(
+            g_idx, rows=layer.in_features, groups=layer.groups, group_size=layer.group_size
+        )
+        zeros = true_zeros(
+            self.tensors.integers(f"{name}.qzeros"),
+            bits=layer.bits,
+            layout=layer.layout,
+            columns=layer.out_features,
+            zeros_format=self.config.zeros if layer.bits in CONTINUOUS_BITS else "v2",
+        )
+        return PackedLinear(
+            qweight=self.tensor(f"{name}.qweight"),
+            zeros=torch.from_numpy(zeros),
+            scales=scales,
+            g_idx=torch.from_numpy(np.array(groups, dtype=np.int32)),
+            bits=layer.bits,
+            layout=layer.layout,
+            bias=self._bias(name),
+        )
+
+    def parts(self, name: str) -> list[str]:
+        """Name the tensors that make up one layer."""
+        return [f"{name}.{part}" for part in PACKED_PARTS if f"{name}.{part}" in self.headers]
+
+    def close(self) -> None:
+        """Close its files."""
+        self.tensors.close()
+
+    def _bias(self, name: str) -> torch.Tensor | None:
+        """Read a layer's bias; AutoGPTQ of 2023 wrote zero biases everywhere, which are none."""
+        if f"{name}.bias" not in self.headers:
+            return None
+        bias = self.tensor(f"{name}.bias")
+        return bias if bool(bias.any()) else None
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A way to open a checkpoint format."""
+
+    @property
+    def name(self) -> str:
+        """The format's name."""
+        ...
+
+    def open(self, path: Path) -> Checkpoint | None:
+        """Open the folder or file at `path`, or answer None where it is another format's."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GPTQReader:
+    """Open GPTQ checkpoints, of every writer and every year."""
+
+    name: str = "gptq"
+
+    def open(self, path: Path) -> Checkpoint:
+        """Open the checkpoint at `path`, reading headers, g_idx and qzeros.
+
+        Raises:
+            BadReference: there are no weight files, or several checkpoints' (see `headers`).
+            CheckpointError: the files are there and are wrong.
+        """
+        folder = path if path.is_dir() else path.parent
+        stored, warnings = read_stored_config(folder)
+        files = (
+            [path]
+            if path.is_file()
+            else find_weight_files(folder, base_name=stored.model_file_base_name)
+        )
+        tensors = TensorFiles(read_headers(files))
+        if not any(name.endswith(".qweight") for name in tensors.headers):
+            raise _not_gptq(tensors.headers, path)
+        inferred = infer(tensors, stored, path=path)
+        return Checkpoint(
+            path,
+            config=inferred.config,
+            layers=inferred.layers,
+            warnings=(*warnings, *inferred.warnings),
+            tensors=tensors,
+        )
+
+
+def open_checkpoint(path: Path, readers: tuple[Reader, ...] = ()) -> Checkpoint:
+    """Open a checkpoint with the first reader that knows its format, ours last."""
+    for reader in readers:
+        opened = reader.open(path)
+        if opened is not None:
+            return opened
+    return GPTQReader().open(path)
+
+
+def _not_gptq(headers: dict[str, TensorInfo], path: Path) -> UnsupportedFormat:
+    for suffix, method, hint in OTHER_FORMATS:
+        if any(name.endswith(suffix) for name in headers):
+            return UnsupportedFormat(f"this is an {method} checkpoint, not a GPTQ one", path=path, hint=hint)
+    return UnsupportedFormat(
+        f"none of its {len(headers)} tensors is a GPTQ qweight: the model is not quantised",
+        path=path,
+        hint="load it with transformers, or quantise it: gptq-loader quantize MODEL OUT",
+    )

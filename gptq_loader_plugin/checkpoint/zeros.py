@@ -1,0 +1,163 @@
+"""Turn stored zeros into true ones, in one place.
+
+Format v1 (`gptq`, and every file from before the field existed) stores zero - 1; v2 (`gptq_v2`)
+and planar (`gptq_p`) store zero. With 2, 4 and 8 bits the writers of v1 subtracted one from every
+field of a 32-bit word *at once*, with borrow: a true [0, 5] is stored as [15, 3]. Adding the same
+constant to the word, modulo 2**32, restores it. With 3 bits each field wraps by itself.
+
+Labels lie: checkpoints say `gptq` and store v2, and the reverse. What the zeros say wins:
+symmetric zeros are all 2**(bits-1) true, and asymmetric ones are near it on average, so the mean
+of what is stored tells the two apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from gptq_loader_plugin.checkpoint.packing import unpack_columns
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+    from gptq_loader_plugin.checkpoint.packing import Layout
+
+__all__ = [
+    "StoredZeros",
+    "ZerosFormat",
+    "decide_format",
+    "lost_columns",
+    "overwritten_words",
+    "stored_zeros",
+    "true_zeros",
+]
+
+ZerosFormat = Literal["v1", "v2"]
+
+ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # one in every field of a word
+# Mean of stored zeros above the middle of v1's: 0 for v1 and 1 for v2 in a symmetric checkpoint.
+# A quarter separated 31 tiny checkpoints and a real model's weights at 2, 3, 4 and 8 bits.
+V2_ABOVE = 0.25
+ENOUGH_ZEROS = 1_000  # fewer than this do not overrule a label
+
+
+@dataclass(frozen=True, slots=True)
+class StoredZeros:
+    """What one layer's qzeros hold, in sum.
+
+    Attributes:
+        bits: the width of a field.
+        count: how many zeros there are.
+        total: their sum, as stored.
+        least: the smallest, as stored.
+        greatest: the largest, as stored.
+    """
+
+    bits: int
+    count: int
+    total: int
+    least: int
+    greatest: int
+
+
+def decide_format(
+    layers: Iterable[StoredZeros], *, label: str | None
+) -> tuple[ZerosFormat, str | None]:
+    """Decide whether zeros are stored as v1 or v2, over all layers together.
+
+    Args:
+        layers: what each layer stores; layers whose format is fixed (planar) left out.
+        label: the config's `checkpoint_format`, or None.
+
+    Returns:
+        The format, and a warning where it contradicts the label.
+    """
+    layers = list(layers)
+    labelled: ZerosFormat | None = None if label is None else ("v2" if label == "gptq_v2" else "v1")
+    count = sum(it.count for it in layers)
+    if not count:
+        return labelled or "v1", None
+    middle = {it.bits: 1 << (it.bits - 1) for it in layers}
+    if all(it.least == it.greatest == middle[it.bits] for it in layers):
+        seen: ZerosFormat = "v2"
+    elif all(it.least == it.greatest == middle[it.bits] - 1 for it in layers):
+        seen = "v1"
+    else:
+        above = sum(it.total - (middle[it.bits] - 1) * it.count for it in layers) / count
+        seen = "v2" if above > V2_ABOVE else "v1"
+        unsure = abs(above - V2_ABOVE) <= V2_ABOVE or count < ENOUGH_ZEROS
+        if labelled is not None and seen != labelled and unsure:
+            return labelled, None
+    if labelled is None or seen == labelled:
+        return seen, None
+    names = {"v1": "gptq (zero - 1)", "v2": "gptq_v2 (zero)"}
+    return seen, (
+        f"the config says zeros are stored as {names[labelled]}; the zeros themselves are "
+        f"{names[seen]}, and they win"
+    )
+
+
+def stored_zeros(
+    qzeros: NDArray[np.int32], *, bits: int, layout: Layout, columns: int
+) -> StoredZeros:
+    """Sum up what a layer's qzeros, int32 [groups, words], hold as they are stored."""
+    kept = columns - lost_columns(qzeros.shape[1], bits=bits, columns=columns)
+    fields = unpack_columns(np.ascontiguousarray(qzeros), bits, layout, kept)
+    total = int(fields.sum(dtype=np.int64))
+    return StoredZeros(bits, fields.size, total, int(fields.min()), int(fields.max()))
+
+
+def true_zeros(
+    qzeros: NDArray[np.int32],
+    *,
+    bits: int,
+    layout: Layout,
+    columns: int,
+    zeros_format: ZerosFormat,
+) -> NDArray[np.uint8]:
+    """Unpack a qzeros into true zeros.
+
+    Where the writer dropped a last, partial word (columns * bits is not a multiple of 32), the
+    missing zeros of a symmetric layer are known, and `lost_columns` says when they are not.
+
+    Args:
+        qzeros: int32 [groups, columns * bits / 32 rounded down].
+        bits: the width of a field.
+        layout: how fields lie in words.
+        columns: out_features.
+        zeros_format: "v1" where zero - 1 is stored.
+
+    Returns:
+        uint8 [groups, columns], each 0..2**bits - 1.
+    """
+    words = np.ascontiguousarray(qzeros)
+    if zeros_format == "v1" and bits in ONES:
+        words = (words.view(np.uint32) + np.uint32(ONES[bits])).view(np.int32)
+    zeros = unpack_columns(words, bits, layout, columns)
+    if zeros_format == "v1" and bits not in ONES:
+        zeros = (zeros + np.uint8(1)) & np.uint8((1 << bits) - 1)
+    if lost := lost_columns(qzeros.shape[1], bits=bits, columns=columns):
+        zeros[:, columns - lost :] = 1 << (bits - 1)
+    return zeros
+
+
+def lost_columns(words: int, *, bits: int, columns: int) -> int:
+    """Count the last columns whose zeros the writer dropped with a partial word."""
+    return max(columns - words * 32 // bits, 0)
+
+
+def overwritten_words(qzeros: NDArray[np.int32], *, bits: int) -> int:
+    """Count the words of a v1 file that an old packer filled with ones, whose zeros are lost.
+
+    GPTQ-for-LLaMa, and AutoGPTQ before v2 existed, wrote a true zero of 0 as -1 OR-ed into the
+    word, which set every higher field too. A word with the upper half all ones is such a word: a
+    run of that many zeros of 0 does not occur in weights.
+    """
+    if bits not in ONES:
+        return 0
+    words = np.ascontiguousarray(qzeros).view(np.uint32)
+    return int(np.count_nonzero(words >= np.uint32(0xFFFF0000)))

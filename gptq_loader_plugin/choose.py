@@ -1,0 +1,113 @@
+"""Choose a kernel for one layer: ask every kernel, keep every answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gptq_loader_plugin.errors import GPTQLoaderError, NoBackend, PluginError
+from gptq_loader_plugin.kernel import Accepted, Declined
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec, Verdict
+
+__all__ = ["Choice", "choose"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The kernel chosen for a layer, the ones it outranks, and the ones that declined.
+
+    Attributes:
+        layer: the layer.
+        kernel: the chosen kernel.
+        accepted: every acceptance, the chosen one first.
+        declined: every refusal, by kernel name.
+    """
+
+    layer: LayerSpec
+    kernel: Kernel
+    accepted: tuple[Accepted, ...]
+    declined: tuple[Declined, ...]
+
+    @property
+    def chosen(self) -> Accepted:
+        """What the chosen kernel said when it accepted."""
+        return self.accepted[0]
+
+    def reasons(self) -> tuple[tuple[str, str], ...]:
+        """Say what became of every kernel: (name, words), the chosen one first."""
+        chosen, *others = self.accepted
+        note = f": {chosen.note}" if chosen.note else ""
+        lines = [(chosen.kernel, f"chosen{note}")]
+        lines += [(it.kernel, f"could run it; ranks below {chosen.kernel}") for it in others]
+        lines += [(it.kernel, it.reason) for it in self.declined]
+        return tuple(lines)
+
+
+def choose(
+    layer: LayerSpec, device: Device, kernels: Sequence[Kernel], *, only: str | None = None
+) -> Choice:
+    """Choose the highest-ranked kernel that accepts `layer` on `device`.
+
+    Args:
+        layer: the layer, by its headers.
+        device: where it will run.
+        kernels: the kernels to ask; each is asked.
+        only: accept this kernel and no other. Never a preference: a named kernel that declines is
+            an error, so that a slow fallback cannot pass for the kernel that was asked for.
+
+    Raises:
+        NoBackend: every kernel declined; the error carries each one's reason.
+        PluginError: a kernel failed instead of answering.
+    """
+    accepted: list[tuple[Accepted, Kernel]] = []
+    declined: list[Declined] = []
+    for kernel in kernels:
+        verdict = _ask(kernel, layer, device)
+        if isinstance(verdict, Declined):
+            declined.append(verdict)
+        elif only is not None and kernel.name != only:
+            declined.append(Declined(kernel.name, f"not {only}, which was asked for by name"))
+        else:
+            accepted.append((verdict, kernel))
+    if not accepted:
+        raise NoBackend(
+            f"{layer.name} ({layer}) on {device}", declined, hint=_hint(kernels, only)
+        )
+    accepted.sort(key=lambda pair: (-pair[0].rank, pair[0].kernel))
+    return Choice(
+        layer=layer,
+        kernel=accepted[0][1],
+        accepted=tuple(verdict for verdict, _ in accepted),
+        declined=tuple(declined),
+    )
+
+
+def _ask(kernel: Kernel, layer: LayerSpec, device: Device) -> Verdict:
+    try:
+        verdict = kernel.consider(layer, device)
+    except GPTQLoaderError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"the kernel {kernel.name} failed when asked about {layer.name}: {error}",
+            hint="update the package that brings it, or leave it out with GPTQ_LOADER_PLUGINS",
+        ) from error
+    if not isinstance(verdict, Accepted | Declined):
+        raise PluginError(
+            f"the kernel {kernel.name} answered {verdict!r}",
+            hint="answer Accepted or Declined from Kernel.consider",
+        )
+    return verdict
+
+
+def _hint(kernels: Sequence[Kernel], only: str | None) -> str:
+    if only is not None and only not in {kernel.name for kernel in kernels}:
+        names = ", ".join(kernel.name for kernel in kernels)
+        return f"name a kernel that is installed: {names or 'none is'}"
+    if only is not None:
+        return "leave backend out, and the best kernel that can run it is chosen"
+    return "install gptq-loader-plugin's own kernels again: reference runs every layer"

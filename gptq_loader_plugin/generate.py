@@ -1,0 +1,239 @@
+"""Generate tokens one at a time and give them out as text, as soon as the text is certain.
+
+Sampling is transformers' own processors, in its order. A piece of text is held back while it
+could still be the beginning of a stop text or of an unfinished character.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Iterator, Sequence
+
+    from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+    from gptq_loader_plugin.options import GenerateOptions
+
+__all__ = ["Finish", "Piece", "Reply", "generate_pieces"]
+
+Finish = Literal["stop", "length", "cancelled"]
+UNFINISHED = "\ufffd"  # what a tokenizer gives for the first bytes of a character
+PREFILL_TOKENS = 2048  # a prompt is read in parts of this length, to bound attention's memory
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece of a reply.
+
+    Attributes:
+        text: the new text; may be empty.
+        tokens: how many tokens have been generated so far.
+        finish: why the reply ended, on its last piece; None before.
+        warning: what a user should know about this reply, or "".
+    """
+
+    text: str
+    tokens: int
+    finish: Finish | None = None
+    warning: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole reply.
+
+    Attributes:
+        text: all of its text.
+        tokens: how many tokens were generated.
+        prompt_tokens: how many tokens the prompt has.
+        finish: why it ended.
+    """
+
+    text: str
+    tokens: int
+    prompt_tokens: int
+    finish: Finish
+
+
+@torch.inference_mode()
+def generate_pieces(  # noqa: PLR0913 - what a generation is made of
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    options: GenerateOptions,
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str],
+    stop_ids: frozenset[int],
+    hidden_ids: frozenset[int] = frozenset(),
+    never_ids: Sequence[int] = (),
+    cancel: threading.Event | None = None,
+) -> Iterator[Piece]:
+    """Generate until a stop token, a stop text, the length or a cancellation.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        ids: the prompt's tokens.
+        options: how to sample.
+        max_new_tokens: the ceiling, already cut to the context.
+        stop: texts that end the reply; they are not part of it.
+        stop_ids: tokens that end the reply.
+        hidden_ids: tokens that are never shown.
+        never_ids: tokens that are never sampled: the embedding's padding.
+        cancel: ends the reply once it is set.
+    """
+    text = TextStream(tokenizer, stop, hidden_ids)
+    processors = _processors(options, never_ids, model.device)
+    generator = None
+    if options.temperature > 0:
+        generator = torch.Generator(device=model.device)
+        if options.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(options.seed)
+    sequence = torch.tensor([list(ids)], device=model.device)
+    cache, logits = _prefill(model, sequence)
+    for count in range(1, max_new_tokens + 1):
+        if cancel is not None and cancel.is_set():
+            yield Piece(text.rest(), count - 1, "cancelled")
+            return
+        scores = processors(sequence, logits.to(torch.float32))
+        token = int(_pick(scores, generator))
+        if token in stop_ids:
+            yield Piece(text.rest(), count, "stop")
+            return
+        new = text.add(token)
+        if text.stopped:
+            yield Piece(new, count, "stop")
+            return
+        if count == max_new_tokens:
+            yield Piece(new + text.rest(), count, "length")
+            return
+        if new:
+            yield Piece(new, count)
+        step = torch.tensor([[token]], device=model.device)
+        sequence = torch.cat((sequence, step), dim=1)
+        logits = model(input_ids=step, past_key_values=cache, use_cache=True).logits[:, -1]
+
+
+class TextStream:
+    """Tokens in, certain text out: no half characters, no beginnings of stop texts.
+
+    Args:
+        tokenizer: turns tokens into text.
+        stop: texts that end the stream.
+        hidden_ids: tokens that are never shown.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str],
+        hidden_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._hidden = hidden_ids
+        self._tokens: list[int] = []
+        self._begin = 0  # decoding starts here: a token's text depends on those before it
+        self._given = 0  # tokens before this have had their text taken
+        self._held = ""  # text that could still be the beginning of a stop text
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """Take one token; give the text that is certain now."""
+        if self.stopped or token in self._hidden:
+            return ""
+        self._tokens.append(token)
+        before = self._decode(self._tokens[self._begin : self._given])
+        now = self._decode(self._tokens[self._begin :])
+        if len(now) <= len(before) or now.endswith(UNFINISHED):
+            return ""
+        self._begin, self._given = self._given, len(self._tokens)
+        return self._pass(now[len(before) :])
+
+    def rest(self) -> str:
+        """Give what was held back, at the end of the stream; half characters are dropped."""
+        if self.stopped:
+            return ""
+        before = self._decode(self._tokens[self._begin : self._given])
+        now = self._decode(self._tokens[self._begin :]).rstrip(UNFINISHED)
+        self._given = len(self._tokens)
+        new = self._pass(now[len(before) :])
+        held, self._held = self._held, ""
+        return new + ("" if self.stopped else held)
+
+    def _pass(self, text: str) -> str:
+        text = self._held + text
+        found = [at for it in self._stop if (at := text.find(it)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max((_overlap(text, it) for it in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _decode(self, tokens: list[int]) -> str:
+        text = self._tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text if isinstance(text, str) else "".join(text)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Count the last characters of `text` that begin `stop`."""
+    for length in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+def _prefill(model: PreTrainedModel, sequence: torch.Tensor) -> tuple[object, torch.Tensor]:
+    """Read the prompt in parts; give the cache and the logits after its last token."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    output = None
+    for part in sequence.split(PREFILL_TOKENS, dim=1):
+        output = model(
+            input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+    if output is None:
+        raise ValueError("an empty prompt")
+    return cache, output.logits[:, -1]
+
+
+def _processors(
+    options: GenerateOptions, never_ids: Sequence[int], device: torch.device
+) -> LogitsProcessorList:
+    """Line up transformers' processors in the order its `generate` has them."""
+    from transformers import LogitsProcessorList
+    from transformers.generation import logits_process as process
+
+    processors = LogitsProcessorList()
+    if options.repetition_penalty != 1.0:
+        processors.append(process.RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
+    if never_ids:
+        processors.append(process.SuppressTokensLogitsProcessor(list(never_ids), device=device))
+    if options.temperature > 0:
+        if options.temperature != 1.0:
+            processors.append(process.TemperatureLogitsWarper(options.temperature))
+        if options.top_k:
+            processors.append(process.TopKLogitsWarper(options.top_k))
+        if options.top_p < 1:
+            processors.append(process.TopPLogitsWarper(options.top_p))
+        if options.min_p > 0:
+            processors.append(process.MinPLogitsWarper(options.min_p))
+    return processors
+
+
+def _pick(scores: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    if generator is None:
+        return scores.argmax(dim=-1)
+    return torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)

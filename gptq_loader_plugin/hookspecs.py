@@ -1,0 +1,86 @@
+"""Where this package can be extended.
+
+A plugin is a module (or an object) named in the entry-point group `gptq_loader_plugin`. It
+implements any of these, marked `@hookimpl`, and takes only the arguments it needs. Importing it
+must import neither torch nor a host.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from gptq_loader_plugin.checkpoint.reader import Reader
+    from gptq_loader_plugin.events import LoadRequest, Progress
+    from gptq_loader_plugin.host import Host
+    from gptq_loader_plugin.kernel import Kernel
+    from gptq_loader_plugin.template import Template
+
+__all__ = ["hookimpl", "hookspec"]
+
+hookspec = pluggy.HookspecMarker("gptq_loader_plugin")
+hookimpl = pluggy.HookimplMarker("gptq_loader_plugin")
+
+
+@hookspec(firstresult=True)
+def gptq_resolve(reference: str) -> Path | None:
+    """Find the folder that `reference` names.
+
+    Asked until one plugin answers; the built-in rules (a path, a models folder, `owner/repo:branch`
+    on the hub) come after every plugin. A host implements this to add its own models folder.
+
+    Args:
+        reference: as the user wrote it.
+
+    Returns:
+        The checkpoint's folder or file, or None to let the next plugin answer.
+    """
+
+
+@hookspec
+def gptq_readers() -> Iterable[Reader]:  # type: ignore[empty-body]
+    """Offer checkpoint formats.
+
+    Each reader is shown the folder, in the order of names, until one opens it; the built-in GPTQ
+    reader comes after every plugin's.
+    """
+
+
+@hookspec
+def gptq_kernels() -> Iterable[Kernel]:  # type: ignore[empty-body]
+    """Offer kernels.
+
+    Every kernel is asked about every layer, and rank decides: the order of registration never
+    does. Offer a kernel whether or not this machine can run it; declining, with a reason, is
+    `Kernel.consider`'s work.
+    """
+
+
+@hookspec
+def gptq_templates() -> Iterable[Template]:  # type: ignore[empty-body]
+    """Offer chat templates, by name, for `template=`."""
+
+
+@hookspec
+def gptq_hosts() -> Iterable[Host]:  # type: ignore[empty-body]
+    """Offer ways into a host: a page, an extension, another library's registry."""
+
+
+@hookspec
+def gptq_before_load(request: LoadRequest) -> None:
+    """Hear that a load begins; raise a `GPTQLoaderError` to refuse it."""
+
+
+@hookspec
+def gptq_progress(progress: Progress) -> None:
+    """Hear how far a piece of work has come, on the thread that does it."""
+
+
+@hookspec
+def gptq_after_load(request: LoadRequest, seconds: float) -> None:
+    """Hear that a load ended well, and how long it took."""

@@ -1,0 +1,194 @@
+"""What a kernel is: a thing that may accept a layer, prepare its tensors once, and multiply.
+
+A kernel answers `consider` from shapes alone, before any weight is read, so a choice can be made
+and explained for a checkpoint or a device that is not on this machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from gptq_loader_plugin.checkpoint.packing import pack_rows, unpack_rows
+from gptq_loader_plugin.device import Device
+
+if TYPE_CHECKING:
+    import torch
+
+    from gptq_loader_plugin.checkpoint.packing import Bits, Layout
+
+__all__ = ["Accepted", "Declined", "Device", "Kernel", "LayerSpec", "PackedLinear", "Verdict"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One quantised linear layer, by what its headers, its g_idx and its zeros say.
+
+    Attributes:
+        name: the module's path in the checkpoint, such as `model.layers.0.mlp.gate_proj`.
+        in_features: K, the rows of the weight as GPTQ stores it.
+        out_features: N, its columns.
+        bits: the width of a code.
+        group_size: input rows that share a scale, or -1 for one group.
+        desc_act: whether the rows' groups are out of order (for one group: what the config says).
+        sym: whether every zero is the same.
+        groups: G, the number of groups.
+        group_rows: the fewest and the most rows that any group has.
+        group_unit: the greatest number that divides every group's rows.
+        zero_range: the least and the greatest true zero.
+        layout: how codes lie in words.
+        scales_dtype: "float16", "bfloat16" or "float32".
+        bias: whether the checkpoint has a bias beside it.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    bits: Bits
+    group_size: int
+    desc_act: bool
+    sym: bool
+    groups: int
+    group_rows: tuple[int, int]
+    group_unit: int
+    zero_range: tuple[int, int]
+    layout: Layout = "continuous"
+    scales_dtype: str = "float16"
+    bias: bool = False
+
+    def __str__(self) -> str:
+        """Say what kind of layer this is, without its name."""
+        group = "no groups" if self.group_size < 0 else f"groups of {self.group_size}"
+        order = ", act-order" if self.desc_act else ""
+        return f"{self.bits}-bit {self.in_features}x{self.out_features}, {group}{order}"
+
+    @property
+    def even_groups(self) -> bool:
+        """Whether every group has the same number of rows."""
+        return self.group_rows[0] == self.group_rows[1]
+
+    @property
+    def packed_bytes(self) -> int:
+        """The bytes of its codes, zeros and scales in a checkpoint, g_idx left out."""
+        codes = self.in_features * self.out_features * self.bits // 8
+        scale_bytes = 4 if self.scales_dtype == "float32" else 2
+        return codes + self.groups * self.out_features * (8 * scale_bytes + self.bits) // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The kernel can run the layer.
+
+    Attributes:
+        kernel: the kernel's name.
+        rank: the higher is preferred.
+        dtype: the dtype it computes in, as torch names it.
+        prepared_bytes: what the layer takes in memory once prepared.
+        note: what a user should know about this choice, or "".
+    """
+
+    kernel: str
+    rank: int
+    dtype: str
+    prepared_bytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """The kernel cannot run the layer, and why, in words for the user."""
+
+    kernel: str
+    reason: str
+
+
+Verdict = Accepted | Declined
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """A layer's tensors, checked: codes as the checkpoint packs them, zeros made true.
+
+    The weight is w[n, k] = scales[g, n] * (codes[k, n] - zeros[g, n]) with g = g_idx[k].
+
+    Attributes:
+        qweight: int32 [K * bits / 32, N], as stored.
+        zeros: uint8 [G, N], true zeros, whatever the format stored.
+        scales: float [G, N], as stored.
+        g_idx: int32 [K], the group of each row; always present here.
+        bits: the width of a code.
+        layout: how codes lie in `qweight`.
+        bias: float [N], or None.
+    """
+
+    qweight: torch.Tensor
+    zeros: torch.Tensor
+    scales: torch.Tensor
+    g_idx: torch.Tensor
+    bits: Bits
+    layout: Layout = "continuous"
+    bias: torch.Tensor | None = None
+
+    def permutation(self) -> torch.Tensor | None:
+        """Order the rows by group: int64 [K], or None where they are in order as they are.
+
+        Rows of one group keep their order, so layers with the same g_idx share one permutation.
+        """
+        import torch
+
+        if bool((self.g_idx[1:] >= self.g_idx[:-1]).all()):
+            return None
+        return torch.argsort(self.g_idx, stable=True)
+
+    def codes(self, permutation: torch.Tensor | None = None) -> torch.Tensor:
+        """Unpack the codes: uint8 [K, N], rows in the order of `permutation` where one is given."""
+        import torch
+
+        unpacked = torch.from_numpy(unpack_rows(self.qweight.numpy(), self.bits, self.layout))
+        return unpacked if permutation is None else unpacked[permutation]
+
+    def words(self, permutation: torch.Tensor | None = None) -> torch.Tensor:
+        """Give the codes packed continuously: int32 [K * bits / 32, N], rows in that order.
+
+        Raises:
+            ValueError: 5, 6 and 7 bits have no continuous form.
+        """
+        import torch
+
+        if self.bits in (5, 6, 7):
+            raise ValueError(f"{self.bits}-bit codes are planar; unpack them with codes()")
+        if permutation is None and (self.layout == "continuous" or 32 % self.bits == 0):
+            return self.qweight
+        codes = self.codes(permutation).numpy()
+        return torch.from_numpy(pack_rows(codes, self.bits, "continuous"))
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Compute the weight in float32, then round it once: [N, K], rows in their own order."""
+        import torch
+
+        g_idx = self.g_idx.long()
+        zeros = self.zeros.to(torch.float32)[g_idx]
+        weight = (self.codes().to(torch.float32) - zeros) * self.scales.to(torch.float32)[g_idx]
+        return weight.t().contiguous().to(dtype or torch.float32)
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """A way to multiply by a quantised weight."""
+
+    @property
+    def name(self) -> str:
+        """The name users pass as `backend=`, and `explain` prints."""
+        ...
+
+    def consider(self, layer: LayerSpec, device: Device) -> Verdict:
+        """Accept or decline `layer` on `device`. Import nothing heavy, read no weight."""
+        ...
+
+    def prepare(self, layer: LayerSpec, packed: PackedLinear, device: Device) -> torch.nn.Module:
+        """Lay the tensors out as the kernel wants them; called once per layer.
+
+        The module is a plain y = x @ W.T + bias: x [..., in_features] in its original order and
+        in any floating dtype, y [..., out_features] in x's dtype.
+        """
+        ...

@@ -1,0 +1,256 @@
+"""A loaded model: generate, stream, chat, explain, close."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from gptq_loader_plugin.errors import GPTQLoaderError, PromptTooLong
+from gptq_loader_plugin.generate import Piece, Reply, generate_pieces
+from gptq_loader_plugin.options import GenerateOptions
+from gptq_loader_plugin.template import CHATML_START
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Iterator, Mapping, Sequence
+    from types import TracebackType
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from gptq_loader_plugin.checkpoint.config import QuantConfig
+    from gptq_loader_plugin.checkpoint.card import Card
+    from gptq_loader_plugin.plan import Plan
+    from gptq_loader_plugin.template import Template
+
+__all__ = ["LoadedModel", "WhenTooLong"]
+
+WhenTooLong = Literal["error", "drop-oldest"]
+DEFAULTS = GenerateOptions()
+
+logger = logging.getLogger(__name__)
+
+
+class LoadedModel:
+    """A model ready to answer; a context manager.
+
+    Attributes:
+        model: a transformers model: `.generate()` and `pipeline()` work on it.
+        tokenizer: its tokenizer.
+        plan: which kernel runs which layer, and why.
+        config: how the checkpoint was quantised.
+        template: how messages become a prompt.
+        card: what the model card says.
+        context: the longest sequence, prompt and reply together.
+        warnings: what a user should know, one sentence each.
+    """
+
+    def __init__(  # noqa: PLR0913 - what a loaded model is made of
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        plan: Plan,
+        template: Template,
+        card: Card,
+        context: int,
+        warnings: tuple[str, ...] = (),
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.plan = plan
+        self.template = template
+        self.card = card
+        self.context = context
+        self.warnings = warnings
+        self._closed = False
+
+    @property
+    def config(self) -> QuantConfig:
+        """How the checkpoint was quantised."""
+        return self.plan.config
+
+    def __enter__(self) -> Self:
+        """Give the model itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the model."""
+        self.close()
+
+    def generate(
+        self,
+        prompt: str,
+        options: GenerateOptions = DEFAULTS,
+        *,
+        cancel: threading.Event | None = None,
+    ) -> Reply:
+        """Complete a prompt and give the whole reply; the prompt's special tokens count.
+
+        Raises:
+            PromptTooLong: the prompt does not fit the context.
+        """
+        ids = self._prompt_ids(prompt)
+        text, last = "", Piece("", 0)
+        for last in self._pieces(ids, options, (), cancel):
+            text += last.text
+        return Reply(text, last.tokens, len(ids), last.finish or "stop")
+
+    def stream(
+        self,
+        prompt: str,
+        options: GenerateOptions = DEFAULTS,
+        *,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[Piece]:
+        """Complete a prompt piece by piece; the prompt's special tokens count.
+
+        Raises:
+            PromptTooLong: the prompt does not fit the context.
+        """
+        return self._pieces(self._prompt_ids(prompt), options, (), cancel)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        options: GenerateOptions = DEFAULTS,
+        *,
+        when_too_long: WhenTooLong = "error",
+        cancel: threading.Event | None = None,
+    ) -> Iterator[Piece]:
+        """Answer messages piece by piece; contents never become control tokens.
+
+        Args:
+            messages: mappings with `role` and `content`.
+            options: how to sample.
+            when_too_long: "error", or "drop-oldest" to leave out the oldest turns (never the
+                system message nor the last message) with a warning on the first piece.
+            cancel: ends the reply once it is set.
+
+        Raises:
+            PromptTooLong: the messages do not fit the context.
+            TemplateError: there is no template, or it does not take these messages.
+        """
+        ids, warning = self.encode_chat(messages, when_too_long=when_too_long)
+        return self._pieces(ids, options, self.template.stop, cancel, warning)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, when_too_long: WhenTooLong = "error"
+    ) -> tuple[list[int], str]:
+        """Tokenise messages; give the ids, and a warning where turns were left out."""
+        kept = list(messages)
+        ids = self.template.encode(kept, self.tokenizer)
+        while len(ids) >= self.context and when_too_long == "drop-oldest":
+            first = 1 if kept and kept[0].get("role") == "system" else 0
+            following = [i for i in range(first + 1, len(kept)) if kept[i].get("role") == "user"]
+            if not following:
+                break
+            del kept[first : following[0]]
+            ids = self.template.encode(kept, self.tokenizer)
+        self._check_fits(ids)
+        dropped = len(messages) - len(kept)
+        if not dropped:
+            return ids, ""
+        warning = (
+            f"the conversation no longer fits the context of {self.context} tokens: its oldest "
+            f"{dropped} messages were left out"
+        )
+        logger.warning("%s", warning)
+        return ids, warning
+
+    def explain(self) -> str:
+        """Say which kernel runs each kind of layer and why, and which template is used."""
+        stops = ", ".join(self.template.stop) or "the tokenizer's end token"
+        return (
+            f"{self.plan.explain()}\n  template {self.template.name} "
+            f"({self.template.source}); a reply stops at {stops}"
+        )
+
+    def close(self) -> None:
+        """Free the model's memory; nothing can be generated afterwards."""
+        if self._closed:
+            return
+        self._closed = True
+        self.model.to("meta")
+        if self.plan.device.type in ("cuda", "rocm"):
+            import torch
+
+            torch.cuda.empty_cache()
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        if not ids and self.tokenizer.bos_token_id is not None:
+            ids = [int(self.tokenizer.bos_token_id)]
+        self._check_fits(ids)
+        return ids
+
+    def _check_fits(self, ids: Sequence[int]) -> None:
+        if not ids:
+            raise PromptTooLong(
+                "the prompt is empty", tokens=0, context=self.context, hint="write something"
+            )
+        if len(ids) >= self.context:
+            raise PromptTooLong(
+                f"the prompt has {len(ids):,} tokens, and the context is {self.context:,}",
+                tokens=len(ids),
+                context=self.context,
+                hint="shorten it, or let the oldest turns go: when_too_long='drop-oldest'",
+            )
+
+    def _pieces(
+        self,
+        ids: Sequence[int],
+        options: GenerateOptions,
+        stop: Sequence[str],
+        cancel: threading.Event | None,
+        warning: str = "",
+    ) -> Iterator[Piece]:
+        if self._closed:
+            raise GPTQLoaderError("this model is closed", hint="load it again")
+        stop_ids = self._stop_ids(stop)
+        texts = [it for it in (*stop, *options.stop) if self._single(it) not in stop_ids]
+        pieces = generate_pieces(
+            self.model,
+            self.tokenizer,
+            ids,
+            options,
+            max_new_tokens=min(options.max_new_tokens, self.context - len(ids)),
+            stop=texts,
+            stop_ids=stop_ids,
+            hidden_ids=self._hidden_ids(),
+            never_ids=self._padding_ids(),
+            cancel=cancel,
+        )
+        return _warned(pieces, warning) if warning else pieces
+
+    def _stop_ids(self, stop: Sequence[str]) -> frozenset[int]:
+        """Collect the end tokens of the template, the generation config and the tokenizer."""
+        config: Any = self.model.generation_config
+        ends = config.eos_token_id if config is not None else None
+        found = set(ends if isinstance(ends, list) else [ends])
+        found.add(self.tokenizer.eos_token_id)
+        found.update(self._single(it) for it in stop)
+        return frozenset(it for it in found if it is not None)
+
+    def _single(self, text: str) -> int | None:
+        """Find the one token that is `text`; None where it takes several."""
+        index = self.tokenizer.get_vocab().get(text) if text.startswith(("<", "[")) else None
+        return int(index) if index is not None else None
+
+    def _hidden_ids(self) -> frozenset[int]:
+        start = self._single(CHATML_START)
+        return frozenset(() if start is None else (start,))
+
+    def _padding_ids(self) -> range:
+        """List the ids past the tokenizer that only pad the embedding."""
+        known = max(self.tokenizer.get_vocab().values(), default=-1) + 1
+        return range(known, int(self.model.config.get_text_config().vocab_size))
+
+
+def _warned(pieces: Iterator[Piece], warning: str) -> Iterator[Piece]:
+    for i, piece in enumerate(pieces):
+        yield Piece(piece.text, piece.tokens, piece.finish, "" if i else warning)

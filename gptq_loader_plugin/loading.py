@@ -1,0 +1,253 @@
+"""Load, explain and inspect: the steps in the order data flows."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_plugin.checkpoint.reader import open_checkpoint
+from gptq_loader_plugin.device import find_device
+from gptq_loader_plugin.errors import CheckpointError, ConfigInvalid, OptionInvalid
+from gptq_loader_plugin.events import LoadRequest, Progress
+from gptq_loader_plugin.plan import make_plan
+from gptq_loader_plugin.plugins import Plugins
+from gptq_loader_plugin.reference import resolve
+from gptq_loader_plugin.template_source import find_template
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from gptq_loader_plugin.checkpoint.reader import Checkpoint
+    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.plan import Plan
+    from gptq_loader_plugin.report import CheckpointReport
+    from gptq_loader_plugin.template import Template
+
+__all__ = ["explain", "inspect", "load"]
+
+DTYPES = ("float32", "float16", "bfloat16")
+UNKNOWN_CONTEXT = 2048  # a model that does not say how long its context is
+
+logger = logging.getLogger(__name__)
+
+
+def load(  # noqa: PLR0913 - each is one thing a user may want
+    reference: str | Path,
+    *,
+    device: str | None = None,
+    backend: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    template: str | Template | None = None,
+    revision: str | None = None,
+    context: int | None = None,
+    check: bool = True,
+    plugins: Plugins | None = None,
+) -> LoadedModel:
+    """Load a GPTQ checkpoint.
+
+    Args:
+        reference: a folder, a file, a folder's name in the models directory, `owner/repo:branch`,
+            or "demo".
+        device: "cpu", "cuda", "cuda:1", "mps", "xpu"; None takes the best there is.
+        backend: a kernel's name, for every layer or not at all; None chooses layer by layer.
+        dtype: the dtype of what is not quantised; None lets the kernels say.
+        template: a template, its name, a .jinja file or jinja text; None finds the checkpoint's.
+        revision: the branch, tag or commit on the hub.
+        context: the longest sequence; None takes what config.json says.
+        check: whether to check the kernels and the logits once loaded.
+        plugins: the plugins in force; None takes those installed.
+
+    Raises:
+        GPTQLoaderError: see `errors`; each says what to do next.
+    """
+    began = time.monotonic()
+    plugins = plugins or Plugins(installed=True)
+    where = find_device(device)
+    if not where.present:
+        raise OptionInvalid(
+            f"{where} is not on this machine", hint="load on one that is; explain takes any"
+        )
+    name = None if dtype is None else _dtype_name(dtype)
+    path = resolve(reference, plugins=plugins, revision=revision)
+    request = LoadRequest(str(reference), path, str(where), backend)
+    plugins.hook.gptq_before_load(request=request)
+    checkpoint = open_checkpoint(path, plugins.readers())
+    plan = make_plan(
+        checkpoint,
+        where,
+        plugins.kernels(),
+        reference=str(reference),
+        backend=backend,
+        dtype=name,
+    )
+    chosen = find_template(
+        checkpoint.folder, card=checkpoint.card, named=template, offered=plugins.templates()
+    )
+    tokenizer = _tokenizer(checkpoint)
+    model, warnings = _model(checkpoint, plan, plugins, check=check)
+    checkpoint.close()
+    seconds = time.monotonic() - began
+    plugins.hook.gptq_after_load(request=request, seconds=seconds)
+    logger.info("loaded %s in %.1f s: %s", reference, seconds, plan.headline())
+    from gptq_loader_plugin.loaded import LoadedModel
+
+    loaded = LoadedModel(
+        model,
+        tokenizer,
+        plan=plan,
+        template=chosen,
+        card=checkpoint.card,
+        context=_context(model, context),
+        warnings=(*checkpoint.warnings, *warnings),
+    )
+    _never_sample_padding(loaded)
+    return loaded
+
+
+def explain(
+    reference: str | Path,
+    *,
+    device: str | None = None,
+    backend: str | None = None,
+    revision: str | None = None,
+    plugins: Plugins | None = None,
+) -> Plan:
+    """Plan a load without reading weights, for this machine or another.
+
+    Args:
+        reference: as for `load`; a hub repository must be on this machine.
+        device: as for `load`, or one that is not here: "cuda:sm86", "rocm:gfx1100".
+        backend: as for `load`.
+        revision: as for `load`.
+        plugins: as for `load`.
+
+    Raises:
+        GPTQLoaderError: see `errors`; each says what to do next.
+    """
+    plugins = plugins or Plugins(installed=True)
+    where = find_device(device)
+    path = resolve(reference, plugins=plugins, revision=revision, download=False)
+    checkpoint = open_checkpoint(path, plugins.readers())
+    return make_plan(
+        checkpoint, where, plugins.kernels(), reference=str(reference), backend=backend
+    )
+
+
+def inspect(
+    reference: str | Path, *, revision: str | None = None, plugins: Plugins | None = None
+) -> CheckpointReport:
+    """Report on a checkpoint from its headers: what it is, and where each fact came from.
+
+    Args:
+        reference: as for `load`; a hub repository must be on this machine.
+        revision: as for `load`.
+        plugins: as for `load`.
+
+    Raises:
+        GPTQLoaderError: see `errors`; each says what to do next.
+    """
+    from gptq_loader_plugin.report import make_report
+
+    plugins = plugins or Plugins(installed=True)
+    path = resolve(reference, plugins=plugins, revision=revision, download=False)
+    checkpoint = open_checkpoint(path, plugins.readers())
+    return make_report(checkpoint, plugins.kernels(), reference=str(reference))
+
+
+def _model(
+    checkpoint: Checkpoint, plan: Plan, plugins: Plugins, *, check: bool
+) -> tuple[PreTrainedModel, list[str]]:
+    import torch
+
+    from gptq_loader_plugin.selfcheck import check_finite, check_layers
+    from gptq_loader_plugin.skeleton import build_skeleton
+    from gptq_loader_plugin.weights import fill
+
+    model = build_skeleton(checkpoint, getattr(torch, plan.dtype))
+    if (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = _generation_config(checkpoint.folder)
+    warnings = fill(model, checkpoint, plan, progress=plugins.progress)
+    if check:
+        plugins.progress(Progress("self-check", 0, 2, "checks"))
+        check_layers(model, checkpoint, plan)
+        plugins.progress(Progress("self-check", 1, 2, "checks"))
+        check_finite(model, checkpoint)
+        plugins.progress(Progress("self-check", 2, 2, "checks"))
+    return model, warnings
+
+
+def _generation_config(folder: Path) -> Any:  # noqa: ANN401 - transformers' own
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, json.JSONDecodeError) as error:
+        raise ConfigInvalid(
+            f"generation_config.json cannot be read ({error})",
+            path=folder / "generation_config.json",
+            hint="correct it, or delete it",
+        ) from error
+
+
+def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            checkpoint.folder, trust_remote_code=False
+        )
+        usable = len(tokenizer) > 0 and bool(tokenizer("a")["input_ids"])
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"the tokenizer cannot be read ({first[:200]})",
+            path=checkpoint.folder,
+            hint="copy tokenizer.json (or tokenizer.model) and tokenizer_config.json from the model "
+            "this was made of; tokenizer.model needs pip install sentencepiece protobuf",
+        ) from error
+    if not usable:
+        raise CheckpointError(
+            "there is no tokenizer",
+            path=checkpoint.folder,
+            hint="copy tokenizer.json (or tokenizer.model) and tokenizer_config.json from the model "
+            "this was made of",
+        )
+    return tokenizer
+
+
+def _context(model: PreTrainedModel, asked: int | None) -> int:
+    config: Any = model.config.get_text_config()
+    longest = next(
+        (
+            value
+            for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+            if isinstance(value := getattr(config, name, None), int)
+        ),
+        UNKNOWN_CONTEXT,
+    )
+    if asked is not None and not 1 < asked <= longest:
+        raise OptionInvalid(
+            f"a context of {asked:,} tokens was asked for; this model takes 2 to {longest:,}",
+            hint="ask for less, or leave context out",
+        )
+    return asked or longest
+
+
+def _never_sample_padding(loaded: LoadedModel) -> None:
+    """Keep `model.generate()` off the ids past the tokenizer too."""
+    padding = list(loaded._padding_ids())  # noqa: SLF001 - the same set for both ways to generate
+    config: Any = loaded.model.generation_config
+    if padding and config is not None:
+        config.suppress_tokens = padding
+
+
+def _dtype_name(dtype: str | torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise OptionInvalid(f"no model computes in {name}", hint=f"name one of {', '.join(DTYPES)}")
+    return name

@@ -1,0 +1,243 @@
+"""Plan a load: the kernel of every layer, with reasons, and the memory it takes.
+
+Nothing here reads a weight, so a plan can be made for a device that is not on this machine.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_plugin.choose import choose
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from gptq_loader_plugin.checkpoint.config import QuantConfig
+    from gptq_loader_plugin.checkpoint.reader import Checkpoint
+    from gptq_loader_plugin.choose import Choice
+    from gptq_loader_plugin.kernel import Device, Kernel
+
+__all__ = ["Plan", "make_plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a load will do.
+
+    Attributes:
+        reference: what the user typed.
+        path: the checkpoint's folder or file.
+        device: where it will run.
+        config: how the checkpoint was quantised.
+        choices: the choice for every quantised layer.
+        dtype: the dtype of everything that is not quantised, as torch names it.
+        weight_bytes: what all the weights take in memory once loaded.
+        checkpoint_bytes: what the weight files take on disk.
+        kv_bytes_per_token: what a token of context takes, or None where config.json does not tell.
+        warnings: what a user should know, one sentence each.
+        not_built: for a device that is not here, the plan if no kernel that must be compiled is.
+    """
+
+    reference: str
+    path: Path
+    device: Device
+    config: QuantConfig
+    choices: tuple[Choice, ...]
+    dtype: str
+    weight_bytes: int
+    checkpoint_bytes: int
+    kv_bytes_per_token: int | None
+    warnings: tuple[str, ...] = ()
+    not_built: Plan | None = None
+
+    def kernels(self) -> dict[str, int]:
+        """Count the layers of each kernel, the most first."""
+        counted = Counter(choice.chosen.kernel for choice in self.choices)
+        return dict(sorted(counted.items(), key=lambda it: (-it[1], it[0])))
+
+    def headline(self) -> str:
+        """Say in one line which kernels run, how many layers each, and on what."""
+        total = len(self.choices)
+        parts = [
+            f"{name} ({count} of {total} layers)" if count < total else f"{name} (all {total} layers)"
+            for name, count in self.kernels().items()
+        ]
+        return f"{', '.join(parts)} on {self.device}, computing in {self.dtype}"
+
+    def explain(self) -> str:
+        """Say which kernel runs each kind of layer, why, and what the others said."""
+        config = self.config
+        group = "no groups" if config.group_size < 0 else f"groups of {config.group_size}"
+        order = "act-order" if config.desc_act else "no act-order"
+        symmetry = "symmetric" if config.sym else "asymmetric"
+        name = f" ({self.device.name})" if self.device.name else ""
+        absent = "" if self.device.present else ", which is not on this machine"
+        lines = [
+            f"{self.reference} on {self.device}{name}{absent}",
+            f"  {config.bits}-bit, {group}, {order}, {symmetry}; "
+            f"format {config.checkpoint_format} (zeros {config.zeros})",
+            f"  weights {_size(self.weight_bytes)} in memory, {_size(self.checkpoint_bytes)} on disk"
+            + (
+                f"; {_size(self.kv_bytes_per_token)} for each token of context"
+                if self.kv_bytes_per_token
+                else ""
+            ),
+        ]
+        lines += self._kinds()
+        if self.not_built is not None and self.not_built.kernels() != self.kernels():
+            lines += ["", "  Without exllamav2's compiled extension:", *self.not_built._kinds()]
+        lines += [f"  warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the plan as plain data, for `explain --json`."""
+        data: dict[str, Any] = {
+            "reference": self.reference,
+            "path": str(self.path),
+            "device": str(self.device),
+            "dtype": self.dtype,
+            "layers": [_layer_json(choice) for choice in self.choices],
+            "kernels": self.kernels(),
+            "weight_bytes": self.weight_bytes,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "warnings": list(self.warnings),
+        }
+        if self.not_built is not None:
+            data["not_built"] = self.not_built.to_json()
+        return data
+
+    def _kinds(self) -> list[str]:
+        """Group layers with the same answers: one paragraph a kind."""
+        kinds: dict[tuple[object, ...], list[Choice]] = {}
+        for choice in self.choices:
+            layer = choice.layer
+            key = (layer.bits, layer.group_size, layer.desc_act, choice.reasons())
+            kinds.setdefault(key, []).append(choice)
+        lines: list[str] = []
+        for choices in kinds.values():
+            first = choices[0]
+            shapes = {(it.layer.in_features, it.layer.out_features) for it in choices}
+            more = f" and {len(shapes) - 1} more shapes" if len(shapes) > 1 else ""
+            plural = "layer" if len(choices) == 1 else "layers"
+            lines += ["", f"  {len(choices)} {plural}, {first.layer}{more}"]
+            width = max(len(name) for name, _ in first.reasons())
+            lines += [f"    {name:<{width}}  {words}" for name, words in first.reasons()]
+        return lines
+
+
+def make_plan(  # noqa: PLR0913 - a plan is made of these
+    checkpoint: Checkpoint,
+    device: Device,
+    kernels: Sequence[Kernel],
+    *,
+    reference: str,
+    backend: str | None = None,
+    dtype: str | None = None,
+) -> Plan:
+    """Choose a kernel for every layer of `checkpoint` on `device`.
+
+    Args:
+        checkpoint: the open checkpoint.
+        device: where it will run; one that is not here is planned for with and without the
+            kernels that must be compiled.
+        kernels: the kernels to ask.
+        reference: what the user typed.
+        backend: use this kernel for every layer, or fail.
+        dtype: the dtype of everything that is not quantised; None takes what most of the weights'
+            kernels compute in.
+
+    Raises:
+        NoBackend: a layer that no kernel, or not the one named, can run.
+    """
+    not_built = None
+    if not device.present and device.assume_built is None:
+        not_built = make_plan(
+            checkpoint,
+            replace(device, assume_built=False),
+            kernels,
+            reference=reference,
+            backend=None if backend == "exllama" else backend,
+            dtype=dtype,
+        )
+        device = replace(device, assume_built=True)
+    choices = tuple(
+        choose(layer, device, kernels, only=backend) for layer in checkpoint.layers.values()
+    )
+    chosen_dtype = dtype or _usual_dtype(choices)
+    return Plan(
+        reference=reference,
+        path=checkpoint.path,
+        device=device,
+        config=checkpoint.config,
+        choices=choices,
+        dtype=chosen_dtype,
+        weight_bytes=_weight_bytes(checkpoint, choices, chosen_dtype),
+        checkpoint_bytes=checkpoint.size_bytes,
+        kv_bytes_per_token=_kv_bytes(checkpoint, chosen_dtype),
+        warnings=checkpoint.warnings,
+        not_built=not_built,
+    )
+
+
+def _layer_json(choice: Choice) -> dict[str, Any]:
+    layer = choice.layer
+    return {
+        "name": layer.name,
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "bits": layer.bits,
+        "group_size": layer.group_size,
+        "desc_act": layer.desc_act,
+        "kernel": choice.chosen.kernel,
+        "note": choice.chosen.note,
+        "outranked": [it.kernel for it in choice.accepted[1:]],
+        "declined": [{"kernel": it.kernel, "reason": it.reason} for it in choice.declined],
+    }
+
+
+def _usual_dtype(choices: Sequence[Choice]) -> str:
+    weights: Counter[str] = Counter()
+    for choice in choices:
+        weights[choice.chosen.dtype] += choice.layer.in_features * choice.layer.out_features
+    return max(sorted(weights), key=lambda name: weights[name])
+
+
+def _weight_bytes(checkpoint: Checkpoint, choices: Sequence[Choice], dtype: str) -> int:
+    size = 4 if dtype == "float32" else 2
+    parts = {part for choice in choices for part in checkpoint.parts(choice.layer.name)}
+    rest = 0
+    for name, info in checkpoint.headers.items():
+        if name not in parts and info.dtype in ("F16", "BF16", "F32"):
+            elements = 1
+            for dimension in info.shape:
+                elements *= dimension
+            rest += elements * size
+    return rest + sum(choice.chosen.prepared_bytes for choice in choices)
+
+
+def _kv_bytes(checkpoint: Checkpoint, dtype: str) -> int | None:
+    """Work out what keys and values of one token take, from config.json where it tells."""
+    if not (checkpoint.folder / "config.json").is_file():
+        return None
+    config = checkpoint.model_config
+    text = config.get("text_config", config)
+    layers = text.get("num_hidden_layers", text.get("n_layer"))
+    heads = text.get("num_attention_heads", text.get("n_head"))
+    hidden = text.get("hidden_size", text.get("n_embd"))
+    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int)):
+        return None
+    kv_heads = text.get("num_key_value_heads") or heads
+    head_dim = text.get("head_dim") or hidden // heads
+    return int(2 * layers * kv_heads * head_dim * (4 if dtype == "float32" else 2))
+
+
+def _size(count: int) -> str:
+    """Write a number of bytes as people do, in powers of 1,000."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}" if unit == "GB" else f"{count / size:.0f} {unit}"
+    return f"{count} bytes"

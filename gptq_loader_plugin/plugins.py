@@ -1,0 +1,205 @@
+"""Find plugins and ask them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import entry_points
+from itertools import chain
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import pluggy
+
+from gptq_loader_plugin import hookspecs
+from gptq_loader_plugin.errors import GPTQLoaderError, PluginError
+from gptq_loader_plugin.host import Host
+from gptq_loader_plugin.kernel import Kernel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from gptq_loader_plugin.checkpoint.reader import Reader
+    from gptq_loader_plugin.events import Progress
+    from gptq_loader_plugin.template import Template
+
+__all__ = ["Plugins"]
+
+GROUP = "gptq_loader_plugin"
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+Offer = TypeVar("Offer", bound=_Named)
+
+
+class Plugins:
+    """The plugins in force: those installed, or those a caller hands over.
+
+    Args:
+        plugins: objects or modules with hook implementations.
+        installed: whether to add every plugin of the entry-point group `gptq_loader_plugin`, or
+            those that `GPTQ_LOADER_PLUGINS` names, separated by commas.
+        environ: where `GPTQ_LOADER_PLUGINS` and `GPTQ_LOADER_TRACE` are looked up.
+
+    Raises:
+        PluginError: a plugin cannot be imported, or implements a hook that does not exist.
+    """
+
+    def __init__(
+        self,
+        *plugins: object,
+        installed: bool = False,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        self._manager = pluggy.PluginManager(GROUP)
+        self._manager.add_hookspecs(hookspecs)
+        self._sources: dict[str, str] = {}
+        for plugin in plugins:
+            self._register(plugin, getattr(plugin, "__name__", type(plugin).__name__), "given")
+        if installed:
+            self._register_installed(environ.get("GPTQ_LOADER_PLUGINS"))
+        try:
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            raise PluginError(
+                str(error), hint="name only hooks that docs/hooks.md lists"
+            ) from error
+        if environ.get("GPTQ_LOADER_TRACE") == "1":
+            self._manager.trace.root.setwriter(sys.stderr.write)
+            self._manager.enable_tracing()
+        self.hook = self._manager.hook
+
+    def names(self) -> dict[str, str]:
+        """Name the plugins in force, each with where it came from: a distribution, or "given"."""
+        return dict(sorted(self._sources.items()))
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Every kernel on offer, in name order.
+
+        Raises:
+            PluginError: a plugin offers something that is no kernel, or a name already taken.
+        """
+        return self._offers(Kernel, "kernel", self.hook.gptq_kernels)
+
+    def templates(self) -> tuple[Template, ...]:
+        """Every template on offer, in name order.
+
+        Raises:
+            PluginError: a plugin offers something that is no template, or a name already taken.
+        """
+        from gptq_loader_plugin.template import Template
+
+        return self._offers(Template, "template", self.hook.gptq_templates)
+
+    def readers(self) -> tuple[Reader, ...]:
+        """Every reader on offer, in name order.
+
+        Raises:
+            PluginError: a plugin offers something that is no reader, or a name already taken.
+        """
+        from gptq_loader_plugin.checkpoint.reader import Reader
+
+        return self._offers(Reader, "reader", self.hook.gptq_readers)
+
+    def hosts(self) -> tuple[Host, ...]:
+        """Every host on offer, in name order.
+
+        Raises:
+            PluginError: a plugin offers something that is no host, or a name already taken.
+        """
+        return self._offers(Host, "host", self.hook.gptq_hosts)
+
+    def host(self, name: str) -> Host:
+        """Find one host by name.
+
+        Raises:
+            PluginError: no plugin offers it.
+        """
+        for host in self.hosts():
+            if host.name == name:
+                return host
+        raise PluginError(
+            f"no installed plugin offers the host {name!r}",
+            hint="install gptq-loader-plugin with the extra of that name, and see gptq-loader "
+            "plugins",
+        )
+
+    def progress(self, progress: Progress) -> None:
+        """Tell every listener how far a piece of work has come."""
+        self.hook.gptq_progress(progress=progress)
+
+    def with_plugin(self, plugin: object) -> Plugins:
+        """Make another set of plugins: these, and one more."""
+        more = Plugins(environ={})
+        for name, registered in self._manager.list_name_plugin():
+            if registered is not None:
+                more._register(registered, name, self._sources.get(name, "given"))  # noqa: SLF001
+        more._register(plugin, type(plugin).__name__, "given")  # noqa: SLF001
+        return more
+
+    def _register_installed(self, only: str | None) -> None:
+        wanted = None if only is None else {name.strip() for name in only.split(",")} - {""}
+        found = {it.name: it for it in entry_points(group=GROUP)}
+        if missing := (wanted or set()) - set(found):
+            raise PluginError(
+                f"GPTQ_LOADER_PLUGINS names {', '.join(sorted(missing))}, which is not installed",
+                hint=f"name some of: {', '.join(sorted(found))}",
+            )
+        for name in sorted(found if wanted is None else wanted):
+            entry = found[name]
+            source = entry.dist.name if entry.dist else "unknown"
+            try:
+                plugin = entry.load()
+            except Exception as error:
+                raise PluginError(
+                    f"the plugin {name} of {source} cannot be imported: {error}",
+                    hint=f"update or uninstall {source}, or leave it out with GPTQ_LOADER_PLUGINS",
+                ) from error
+            self._register(plugin, name, source)
+
+    def _register(self, plugin: object, name: str, source: str) -> None:
+        unique = name
+        while self._manager.has_plugin(unique):
+            unique += "'"
+        try:
+            self._manager.register(plugin, unique)
+        except (ValueError, pluggy.PluginValidationError) as error:
+            raise PluginError(
+                f"the plugin {name} does not fit the hooks: {error}",
+                hint="compare its hooks' arguments with docs/hooks.md",
+            ) from error
+        self._sources[unique] = source
+
+    def _offers(
+        self, kind: type[Offer], word: str, hook: Callable[[], Iterable[Iterable[object]]]
+    ) -> tuple[Offer, ...]:
+        try:
+            offers = list(chain.from_iterable(hook()))
+        except GPTQLoaderError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"a plugin that offers a {word} failed: {error}",
+                hint="find it with gptq-loader plugins; leave it out with GPTQ_LOADER_PLUGINS",
+            ) from error
+        found: dict[str, Offer] = {}
+        for offer in offers:
+            if not isinstance(offer, kind):
+                raise PluginError(
+                    f"{offer!r} is not a {word}", hint=f"give it what a {word} needs (docs/hooks.md)"
+                )
+            if offer.name in found:
+                first, second = _whence(found[offer.name]), _whence(offer)
+                raise PluginError(
+                    f"two plugins offer a {word} named {offer.name!r}: {first} and {second}",
+                    hint="uninstall one, or leave it out with GPTQ_LOADER_PLUGINS",
+                )
+            found[offer.name] = offer
+        return tuple(found[name] for name in sorted(found))
+
+
+def _whence(offer: object) -> str:
+    return f"{type(offer).__module__}.{type(offer).__qualname__}"

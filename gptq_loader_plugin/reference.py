@@ -1,0 +1,142 @@
+"""Turn what a user typed into a checkpoint's folder or file.
+
+In this order: what a plugin finds; "demo"; a path that exists; a folder of that name in a models
+directory (`GPTQ_LOADER_MODELS`, else ./models); `owner/repo` or `owner/repo:branch` on the hub.
+`C:\\models\\x` is a path and no branch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptq_loader_plugin.errors import CheckpointNotFound, OptionInvalid, UnsupportedFormat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from gptq_loader_plugin.events import Progress
+    from gptq_loader_plugin.plugins import Plugins
+
+__all__ = ["HubReference", "models_folders", "parse_hub_reference", "resolve"]
+
+HUB = re.compile(
+    r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<branch>[\w][\w./-]*))?"
+)
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+
+
+@dataclass(frozen=True, slots=True)
+class HubReference:
+    """A repository on the hub, and a branch, tag or commit of it.
+
+    Attributes:
+        repo: "owner/name".
+        branch: "main" where none was named.
+    """
+
+    repo: str
+    branch: str = "main"
+
+
+def parse_hub_reference(reference: str, *, revision: str | None = None) -> HubReference | None:
+    """Read `owner/repo` or `owner/repo:branch`; None where it is neither.
+
+    Raises:
+        OptionInvalid: both a branch and another revision are named.
+    """
+    match = HUB.fullmatch(reference)
+    if match is None:
+        return None
+    if revision is not None and match["branch"] not in (None, revision):
+        raise OptionInvalid(
+            f"{reference} names the branch {match['branch']}, and revision is {revision}",
+            hint="name the branch once",
+        )
+    return HubReference(match["repo"], revision or match["branch"] or "main")
+
+
+def models_folders(environ: Mapping[str, str] = os.environ) -> list[Path]:
+    """List the folders whose folders are models: `GPTQ_LOADER_MODELS`, or ./models."""
+    named = environ.get("GPTQ_LOADER_MODELS")
+    return [Path(it).expanduser() for it in (named.split(os.pathsep) if named else ["models"]) if it]
+
+
+def resolve(
+    reference: str | Path,
+    *,
+    plugins: Plugins,
+    revision: str | None = None,
+    download: bool = True,
+    progress: Callable[[Progress], None] | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Path:
+    """Find the folder or file that `reference` names.
+
+    Args:
+        reference: as the user wrote it.
+        plugins: asked first.
+        revision: the branch, tag or commit of a hub repository.
+        download: whether to fetch a hub repository that is not on this machine yet.
+        progress: told how far a download, or the demo's preparation, has come.
+        environ: where `GPTQ_LOADER_MODELS` is looked up.
+
+    Raises:
+        CheckpointNotFound: it names nothing that exists; says where it was looked for.
+        UnsupportedFormat: it names a file of another kind.
+        HubError: the hub could not be reached, or refused.
+    """
+    text = str(reference)
+    found: Path | None = plugins.hook.gptq_resolve(reference=text)
+    if found is not None:
+        return Path(found)
+    if text == "demo":
+        from gptq_loader_plugin.demo import prepare_demo
+
+        return prepare_demo(progress=progress or plugins.progress)
+    path = Path(text).expanduser()
+    if path.exists():
+        return _checked(path)
+    tried = [str(path)]
+    for folder in models_folders(environ):
+        for name in dict.fromkeys((text, re.sub(r"[/:]", "_", text))):
+            tried.append(str(folder / name))
+            if (folder / name).is_dir():
+                return folder / name
+    hub = parse_hub_reference(text, revision=revision)
+    if hub is None or path.is_absolute():
+        raise _not_found(text, tried)
+    from gptq_loader_plugin.hub import cached_folder, download_folder
+
+    if not download:
+        cached = cached_folder(hub)
+        if cached is not None:
+            return cached
+        raise CheckpointNotFound(
+            f"{text} is not on this machine",
+            reference=text,
+            tried=tried,
+            hint=f"fetch it first: gptq-loader download {text}",
+        )
+    return download_folder(hub, progress=progress or plugins.progress)
+
+
+def _checked(path: Path) -> Path:
+    if path.is_dir() or path.suffix in WEIGHT_SUFFIXES:
+        return path
+    hint = "name the folder of a GPTQ checkpoint, or its .safetensors or .pt file"
+    if path.suffix == ".gguf":
+        hint = "load a GGUF file with llama.cpp; GPTQ checkpoints are .safetensors or .pt"
+    raise UnsupportedFormat("this is no weight file", path=path, hint=hint)
+
+
+def _not_found(reference: str, tried: Sequence[str]) -> CheckpointNotFound:
+    return CheckpointNotFound(
+        f"{reference} names no checkpoint; looked in {', '.join(tried)}",
+        reference=reference,
+        tried=tried,
+        hint="name a folder, a .safetensors or .pt file, owner/repo:branch on the hub, or demo",
+    )

@@ -1,0 +1,101 @@
+"""Check a loaded model against itself, once, in under a second or two.
+
+One layer of each kind is multiplied by its kernel and by its dequantised weight, and a short
+forward pass must be finite. A kernel that was built for another machine, or a checkpoint whose
+values overflow, is found here and not in gibberish.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gptq_loader_plugin.errors import CorruptCheckpoint, PluginError
+from gptq_loader_plugin.skeleton import ModulePlace, Names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from gptq_loader_plugin.checkpoint.reader import Checkpoint
+    from gptq_loader_plugin.choose import Choice
+    from gptq_loader_plugin.plan import Plan
+
+__all__ = ["check_finite", "check_layers"]
+
+ROWS = 3  # more than one, so that kernels with a path for a single row are not the only ones seen
+PROBE_TOKENS = 4
+# Relative root-mean-square error of one layer's product. bfloat16 has 8 bits of mantissa and
+# rounds x, the weight and y: 3e-3 measured; ten times that is a fault, not rounding.
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
+
+
+def check_layers(model: PreTrainedModel, checkpoint: Checkpoint, plan: Plan) -> None:
+    """Compare one layer of each kind with its dequantised weight.
+
+    Raises:
+        PluginError: a kernel's answer differs by more than its dtype rounds.
+    """
+    names = Names(model)
+    kinds: dict[tuple[object, ...], Choice] = {}
+    for choice in plan.choices:
+        layer = choice.layer
+        kind = (choice.kernel.name, layer.bits, layer.group_size, layer.desc_act, layer.layout)
+        place = names.layer(layer.name, checkpoint) if kind not in kinds else None
+        if isinstance(place, ModulePlace):
+            kinds[kind] = choice
+    for choice in kinds.values():
+        place = names.layer(choice.layer.name, checkpoint)
+        if isinstance(place, ModulePlace):
+            _check_layer(model.get_submodule(place.path), choice, checkpoint, plan)
+
+
+def check_finite(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Run a few tokens through the model; every logit must be finite.
+
+    Raises:
+        CorruptCheckpoint: one is not; the message names the first module that gave such a value.
+    """
+    ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
+    first: list[str] = []
+
+    def watch(name: str) -> Any:  # noqa: ANN401 - torch's hook type
+        def hook(_module: object, _inputs: object, output: object) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            if isinstance(tensor, torch.Tensor) and not bool(torch.isfinite(tensor).all()):
+                first.append(name)
+
+        return hook
+
+    with torch.inference_mode():
+        if bool(torch.isfinite(model(input_ids=ids).logits).all()):
+            return
+        handles = [it.register_forward_hook(watch(name)) for name, it in model.named_modules()]
+        model(input_ids=ids)
+        for handle in handles:
+            handle.remove()
+    raise CorruptCheckpoint(
+        f"the model's answers are not finite, from {first[0] if first else 'its logits'} on",
+        path=checkpoint.path,
+        hint='load it with dtype="float32"; if that fails too, the checkpoint is damaged',
+    )
+
+
+def _check_layer(
+    module: torch.nn.Module, choice: Choice, checkpoint: Checkpoint, plan: Plan
+) -> None:
+    layer = choice.layer
+    packed = checkpoint.packed(layer.name)
+    x = torch.randn(ROWS, layer.in_features, generator=torch.Generator().manual_seed(0))
+    expected = x @ packed.dequantize().t()
+    if packed.bias is not None:
+        expected = expected + packed.bias.float()
+    with torch.inference_mode():
+        y = module(x.to(plan.device.torch_name)).float().cpu()
+    error = float((y - expected).norm() / expected.norm().clamp_min(1e-12))
+    if not error <= TOLERANCE.get(choice.chosen.dtype, TOLERANCE["bfloat16"]):
+        raise PluginError(
+            f"the kernel {choice.kernel.name} multiplies {layer.name} wrongly: its answer is off "
+            f"by {error:.1%}",
+            hint='choose another kernel: backend="dense"; and report this to the kernel\'s author',
+        )

@@ -1,0 +1,192 @@
+"""Find the template of a checkpoint, and say where it came from.
+
+The order: what the user names; the checkpoint's own (`chat_template.jinja`,
+`tokenizer_config.json`); the `prompt_template` of its model card; ChatML, where both of its
+tokens are single tokens of the vocabulary; else none, and only completion works.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_plugin.checkpoint.config import read_json
+from gptq_loader_plugin.errors import TemplateError
+from gptq_loader_plugin.template import (
+    CHATML_END,
+    CHATML_START,
+    CardTemplate,
+    ChatML,
+    JinjaTemplate,
+    Template,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gptq_loader_plugin.checkpoint.card import Card
+
+__all__ = ["NoTemplate", "find_template", "known_tokens"]
+
+JINJA_MARKS = ("{%", "{{")
+
+
+@dataclass(frozen=True, slots=True)
+class NoTemplate:
+    """No template was found: messages cannot be rendered, prompts can still be completed."""
+
+    name: str = "none"
+    source: str = "no chat template in the checkpoint or its card, and no ChatML tokens"
+    stop: tuple[str, ...] = ()
+
+    def render(self, messages: Sequence[Any], *, add_generation_prompt: bool = True) -> str:
+        """Refuse, with what to do instead.
+
+        Raises:
+            TemplateError: always.
+        """
+        del messages, add_generation_prompt
+        raise TemplateError(
+            "this checkpoint has no chat template, and its vocabulary has no ChatML tokens",
+            hint='name one: template="chatml" or a .jinja file; or complete a prompt with '
+            "generate, which needs no template",
+        )
+
+    def encode(
+        self, messages: Sequence[Any], tokenizer: object, *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Refuse, as `render` does."""
+        del tokenizer
+        self.render(messages, add_generation_prompt=add_generation_prompt)
+        return []
+
+
+def find_template(
+    folder: Path,
+    *,
+    card: Card,
+    named: str | Template | None = None,
+    offered: Sequence[Template] = (),
+) -> Template:
+    """Find the template to use; reads files only, so no tokenizer is needed.
+
+    Args:
+        folder: the checkpoint's folder.
+        card: what its model card says.
+        named: a template, a template's name, the path of a .jinja file, or jinja text.
+        offered: the plugins' templates, found by name.
+
+    Raises:
+        TemplateError: `named` is none of these.
+        ConfigInvalid: `tokenizer_config.json` does not parse.
+    """
+    if named is not None and not isinstance(named, str):
+        return named
+    tokens = _tokens(folder)
+    if named is not None:
+        return _named(named, folder, card=card, offered=offered, tokens=tokens)
+    return _own(folder, tokens) or _cards(card) or _chatml(folder) or NoTemplate()
+
+
+def known_tokens(folder: Path) -> set[str]:
+    """List the single tokens that a checkpoint's tokenizer files add to its vocabulary."""
+    known: set[str] = set()
+    for name in ("added_tokens.json", "special_tokens_map.json", "vocab.json"):
+        content = _table(folder / name)
+        known.update(content)
+        known.update(value for value in content.values() if isinstance(value, str))
+    config = _table(folder / "tokenizer_config.json")
+    for entry in config.get("added_tokens_decoder", {}).values():
+        known.add(str(entry.get("content")))
+    tokenizer = _table(folder / "tokenizer.json")
+    known.update(str(it.get("content")) for it in tokenizer.get("added_tokens", []))
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, dict):
+        known.update(it for it in (CHATML_START, CHATML_END) if it in vocabulary)
+    else:
+        known.update(it[0] for it in vocabulary if it[0] in (CHATML_START, CHATML_END))
+    return known
+
+
+def _named(
+    named: str,
+    folder: Path,
+    *,
+    card: Card,
+    offered: Sequence[Template],
+    tokens: dict[str, str],
+) -> Template:
+    for template in offered:
+        if template.name == named:
+            return template
+    if named == "chatml":
+        return ChatML(source="template=chatml")
+    if named in ("checkpoint", "card"):
+        found = _own(folder, tokens) if named == "checkpoint" else _cards(card)
+        if found is not None:
+            return found
+        raise TemplateError(
+            f"the {'checkpoint' if named == 'checkpoint' else 'model card'} brings no template",
+            hint='leave template out, or name another: template="chatml"',
+        )
+    if any(mark in named for mark in JINJA_MARKS):
+        return JinjaTemplate(named, name="given", source="the text given", tokens=tokens).with_stop()
+    file = Path(named).expanduser()
+    if file.is_file():
+        text = file.read_text(encoding="utf-8")
+        return JinjaTemplate(text, name=file.stem, source=file.name, tokens=tokens).with_stop()
+    names = ", ".join(["chatml", "checkpoint", "card", *(it.name for it in offered)])
+    raise TemplateError(
+        f"no template is called {named!r}", hint=f"name one of {names}, or a .jinja file"
+    )
+
+
+def _own(folder: Path, tokens: dict[str, str]) -> Template | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        text = file.read_text(encoding="utf-8")
+        return JinjaTemplate(text, source=file.name, tokens=tokens).with_stop()
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        value = _table(folder / name).get("chat_template")
+        if isinstance(value, list):  # several, by name
+            value = next((it.get("template") for it in value if it.get("name") == "default"), None)
+        if isinstance(value, str) and value:
+            return JinjaTemplate(value, source=name, tokens=tokens).with_stop()
+    return None
+
+
+def _cards(card: Card) -> Template | None:
+    if card.prompt_template is None:
+        return None
+    template = CardTemplate(card.prompt_template)
+    if CHATML_START in card.prompt_template:
+        return ChatML(source=f"prompt_template of {template.source}, which is ChatML")
+    return template
+
+
+def _chatml(folder: Path) -> Template | None:
+    if {CHATML_START, CHATML_END} <= known_tokens(folder):
+        return replace(ChatML(), source="both ChatML tokens are in the vocabulary")
+    return None
+
+
+def _tokens(folder: Path) -> dict[str, str]:
+    """Read the special tokens that a jinja template may name."""
+    tokens = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        for key, value in _table(folder / name).items():
+            content = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(content, str):
+                tokens[key] = content
+    return tokens
+
+
+def _table(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    if file.name in ("tokenizer.json", "vocab.json"):  # large, and not ours to judge
+        content = json.loads(file.read_bytes())
+        return content if isinstance(content, dict) else {}
+    return read_json(file)

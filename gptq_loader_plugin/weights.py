@@ -1,0 +1,259 @@
+"""Stream a checkpoint's tensors into a skeleton, layer by layer, into the kernels of a plan.
+
+Every tensor is accounted for: what is missing or does not fit is an error that names it; what is
+there beyond need is one warning, or an error where it belongs to a layer of the model.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gptq_loader_plugin.errors import CorruptCheckpoint, TensorMismatch
+from gptq_loader_plugin.events import Progress
+from gptq_loader_plugin.experts import PackedExperts
+from gptq_loader_plugin.skeleton import ExpertPlace, ModulePlace, Names, linear_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+    from gptq_loader_plugin.checkpoint.reader import Checkpoint
+    from gptq_loader_plugin.choose import Choice
+    from gptq_loader_plugin.kernel import LayerSpec
+    from gptq_loader_plugin.plan import Plan
+
+__all__ = ["fill"]
+
+# Buffers that earlier versions of transformers saved and that every version computes anew.
+COMPUTED = re.compile(
+    r".*\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|attn\.bias|attention\.bias"
+    r"|attn\.attention\.bias|position_ids|wf)"
+)
+DAMAGED = "download the checkpoint again; if it stays so, it was published damaged"
+
+
+def fill(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    *,
+    progress: Callable[[Progress], None],
+) -> list[str]:
+    """Put every tensor of `checkpoint` into `model`.
+
+    Args:
+        model: a skeleton, its parameters on the meta device; it is complete afterwards.
+        checkpoint: where the tensors come from, read one layer at a time.
+        plan: which kernel prepares which layer.
+        progress: told the bytes read so far, of all.
+
+    Returns:
+        Warnings: what was left unread, in one sentence.
+
+    Raises:
+        TensorMismatch: a tensor is missing, does not fit, or belongs to a layer and is not used.
+        CorruptCheckpoint: a tensor holds values that are not finite.
+    """
+    return _Filling(model, checkpoint, plan, progress).run()
+
+
+class _Filling:
+    """One run of `fill`: what is placed, what is collected for fusing, what is left over."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        progress: Callable[[Progress], None],
+    ) -> None:
+        self.model = model
+        self.checkpoint = checkpoint
+        self.plan = plan
+        self.progress = progress
+        self.device = torch.device(plan.device.torch_name)
+        self.dtype: torch.dtype = getattr(torch, plan.dtype)
+        self.names = Names(model)
+        self.choices = {choice.layer.name: choice for choice in plan.choices}
+        self.experts: dict[str, PackedExperts] = {}
+        self.fused: dict[str, tuple[Any, dict[str, list[tuple[str, torch.Tensor]]]]] = {}
+        self.computed: list[str] = []
+        self.foreign: list[str] = []
+
+    def run(self) -> list[str]:
+        headers = self.checkpoint.headers
+        places = {name: self.names.layer(name, self.checkpoint) for name in self.choices}
+        packed = {part for name in self.choices for part in self.checkpoint.parts(name)}
+        self._make_experts([it for it in places.values() if isinstance(it, ExpertPlace)])
+        done, total = 0, sum(info.nbytes for info in headers.values())
+        for name, info in headers.items():
+            layer = name.removesuffix(".qweight")
+            if layer in self.choices and name != layer:
+                self._place_layer(self.choices[layer], places[layer])
+            elif name not in packed:
+                self._place_tensor(name)
+            done += info.nbytes
+            self.progress(Progress("weights", done, total, "bytes", name))
+        self._fuse()
+        self._finish()
+        return self._warnings()
+
+    def _make_experts(self, places: list[ExpertPlace]) -> None:
+        for parent in dict.fromkeys(it.parent for it in places):
+            fused: Any = self.model.get_submodule(parent)
+            packed = PackedExperts(fused.num_experts, fused.act_fn)
+            self.model.set_submodule(parent, packed)
+            self.experts[parent] = packed
+
+    def _place_layer(self, choice: Choice, place: ModulePlace | ExpertPlace) -> None:
+        layer = choice.layer
+        if isinstance(place, ModulePlace):
+            self._check_shape(layer, self.model.get_submodule(place.path), place.path)
+        packed = self.checkpoint.packed(layer.name)
+        module = choice.kernel.prepare(layer, packed, self.plan.device).to(self.device).eval()
+        if isinstance(place, ExpertPlace):
+            self.experts[place.parent].place(place.expert, place.role, module)
+        else:
+            self.model.set_submodule(place.path, module)
+
+    def _check_shape(self, layer: LayerSpec, module: nn.Module, path: str) -> None:
+        shape = linear_shape(module)
+        if shape is None:
+            raise self._mismatch(
+                f"{layer.name}.qweight", f"{path} is a {type(module).__name__}, not a linear layer"
+            )
+        if shape != (layer.in_features, layer.out_features):
+            raise self._mismatch(
+                f"{layer.name}.qweight",
+                f"holds a layer of {layer.in_features}x{layer.out_features}; config.json makes it "
+                f"{shape[0]}x{shape[1]}",
+            )
+        has_bias = getattr(module, "bias", None) is not None
+        if has_bias and f"{layer.name}.bias" not in self.checkpoint.headers:
+            raise self._mismatch(f"{layer.name}.bias", "is missing")
+
+    def _place_tensor(self, name: str) -> None:
+        target, converter, pattern = self.names.target(name)
+        parent = target.rpartition(".")[0]
+        if converter is not None:
+            tensor = self._read(name)
+            if parent in self.experts:
+                place = self.names.layer(name.removesuffix(".weight"), self.checkpoint)
+                if isinstance(place, ExpertPlace):
+                    self.experts[parent].place(place.expert, place.role, _linear(tensor))
+                return
+            _, collected = self.fused.setdefault(target, (converter, {}))
+            collected.setdefault(str(pattern), []).append((name, tensor))
+        elif self.names.exists(target):
+            self._assign(target, self._read(name), name)
+        elif COMPUTED.fullmatch(name):
+            self.computed.append(name)
+        elif self.names.inside_a_block(target):
+            raise self._mismatch(
+                name,
+                "belongs to a layer of the model and has no place in it",
+                hint="check that config.json is of this checkpoint; update transformers if the "
+                "model is newer than it",
+            )
+        else:
+            self.foreign.append(name)
+
+    def _read(self, name: str) -> torch.Tensor:
+        tensor = self.checkpoint.tensor(name)
+        if tensor.is_floating_point():
+            if not bool(torch.isfinite(tensor).all()):
+                raise CorruptCheckpoint(
+                    f"{name} holds values that are not finite",
+                    path=self.checkpoint.path,
+                    tensor=name,
+                    hint=DAMAGED,
+                )
+            tensor = tensor.to(self.dtype)
+        return tensor.to(self.device)
+
+    def _assign(self, target: str, tensor: torch.Tensor, source: str) -> None:
+        path, _, leaf = target.rpartition(".")
+        module = self.model.get_submodule(path)
+        old = getattr(module, leaf)
+        if tuple(old.shape) != tuple(tensor.shape):
+            raise self._mismatch(
+                source, f"is {list(tensor.shape)}; config.json makes it {list(old.shape)}"
+            )
+        if leaf in module._parameters:  # noqa: SLF001 - the one way to tell it from a buffer
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+        else:
+            setattr(module, leaf, tensor)
+
+    def _fuse(self) -> None:
+        """Join tensors that transformers keeps as one, by its own operations."""
+        for target, (converter, collected) in self.fused.items():
+            tensors: Any = {
+                pattern: [tensor for _, tensor in sorted(parts, key=_natural)]
+                for pattern, parts in collected.items()
+            }
+            for operation in converter.operations:
+                tensors = operation.convert(
+                    tensors,
+                    source_patterns=converter.source_patterns,
+                    target_patterns=converter.target_patterns,
+                    full_layer_name=target,
+                    model=self.model,
+                    config=self.model.config,
+                    missing_keys=None,
+                )
+            source = next(iter(collected.values()))[0][0]
+            for pattern, value in tensors.items():
+                tensor = value[0] if isinstance(value, list) else value
+                end = target.index(converter.target_patterns[0])
+                suffix = target[end + len(converter.target_patterns[0]) :]
+                self._assign(target[:end] + pattern + suffix, tensor, source)
+
+    def _finish(self) -> None:
+        """Tie what the config ties, then find what is still without a value."""
+        for parent, packed in self.experts.items():
+            if missing := packed.missing():
+                raise self._mismatch(f"{parent}.{missing[0]}", "is missing: an expert's weight")
+        head = self.model.get_output_embeddings()
+        if head is None or not isinstance(head, nn.Linear):  # a quantised head is tied to nothing
+            self.model.config.tie_word_embeddings = False
+        elif head.weight.is_meta:
+            self.model.tie_weights()
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_meta:
+                raise self._mismatch(name, "is missing")
+        for name, buffer in self.model.named_buffers():
+            if buffer.is_meta:
+                raise self._mismatch(name, "is missing")
+        for module in self.model.modules():
+            for key, buffer in module._buffers.items():  # noqa: SLF001 - to move each in place
+                if buffer is not None and buffer.device != self.device:
+                    module._buffers[key] = buffer.to(self.device)  # noqa: SLF001
+        self.model.requires_grad_(False)  # noqa: FBT003 - torch's signature
+
+    def _warnings(self) -> list[str]:
+        if not self.foreign:
+            return []
+        roots = dict.fromkeys(re.sub(r"\.\d+\..*", "", it).rpartition(".")[0] or it for it in self.foreign)
+        return [
+            f"{len(self.foreign)} tensors belong to parts that this model does not have and were "
+            f"not read: {', '.join(list(roots)[:4])}"
+        ]
+
+    def _mismatch(self, tensor: str, what: str, *, hint: str = DAMAGED) -> TensorMismatch:
+        return TensorMismatch(f"{tensor} {what}", path=self.checkpoint.path, tensor=tensor, hint=hint)
+
+
+def _linear(weight: torch.Tensor) -> nn.Linear:
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    return module
+
+
+def _natural(part: tuple[str, torch.Tensor]) -> list[int | str]:
+    """Order names with numbers in them as people do: experts.2 before experts.10."""
+    return [int(it) if it.isdigit() else it for it in re.split(r"(\d+)", part[0])]

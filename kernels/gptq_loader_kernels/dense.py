@@ -1,0 +1,65 @@
+"""The fallback on any device: dequantise once, then the vendor's matmul."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gptq_loader_plugin.hookspecs import hookimpl
+from gptq_loader_plugin.kernel import Accepted
+
+if TYPE_CHECKING:
+    import torch
+
+    from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec, PackedLinear, Verdict
+
+__all__ = ["DenseKernel", "gptq_kernels"]
+
+RANK = 10  # above reference (float32), below every kernel that reads packed weights
+AMPERE = (8, 0)  # the first CUDA capability with bfloat16 matmuls
+
+
+@dataclass(frozen=True, slots=True)
+class DenseKernel:
+    """Multiply by the dequantised weight in the device's own 16-bit dtype."""
+
+    name: str = "dense"
+
+    def consider(self, layer: LayerSpec, device: Device) -> Verdict:
+        """Accept any layer anywhere, and say what it costs in memory."""
+        dtype = _dtype(device, layer)
+        size = 4 if dtype == "float32" else 2
+        dense = size * layer.in_features * layer.out_features
+        times = dense / layer.packed_bytes
+        return Accepted(
+            self.name,
+            RANK,
+            dtype=dtype,
+            prepared_bytes=dense,
+            note=f"weights dequantised once to {dtype}, {times:.1f} times the packed bytes",
+        )
+
+    def prepare(self, layer: LayerSpec, packed: PackedLinear, device: Device) -> torch.nn.Module:
+        """Dequantise in float32 and round once to the compute dtype."""
+        import torch
+
+        from gptq_loader_kernels._linear import DenseLinear
+
+        dtype = getattr(torch, _dtype(device, layer))
+        bias = None if packed.bias is None else packed.bias.to(device.torch_name, dtype)
+        return DenseLinear(packed.dequantize(dtype).to(device.torch_name), bias)
+
+
+def _dtype(device: Device, layer: LayerSpec) -> str:
+    """Choose the dtype the device multiplies fast in without overflow where it can be had."""
+    if device.type == "cpu":
+        return "bfloat16" if "avx512_bf16" in device.features or "bf16" in device.features else "float32"
+    if device.type == "cuda" and (device.capability or AMPERE) < AMPERE:
+        return "float16"
+    return "bfloat16" if layer.scales_dtype == "bfloat16" else "float16"
+
+
+@hookimpl
+def gptq_kernels() -> list[Kernel]:
+    """Offer the dense kernel."""
+    return [DenseKernel()]
