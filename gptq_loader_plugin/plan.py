@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.choose import Choice
     from gptq_loader_plugin.kernel import Device, Kernel
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "make_plan", "write_size"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +79,9 @@ class Plan:
             f"{self.reference} on {self.device}{name}{absent}",
             f"  {config.bits}-bit, {group}, {order}, {symmetry}; "
             f"format {config.checkpoint_format} (zeros {config.zeros})",
-            f"  weights {_size(self.weight_bytes)} in memory, {_size(self.checkpoint_bytes)} on disk"
+            f"  weights {write_size(self.weight_bytes)} in memory, {write_size(self.checkpoint_bytes)} on disk"
             + (
-                f"; {_size(self.kv_bytes_per_token)} for each token of context"
+                f"; {write_size(self.kv_bytes_per_token)} for each token of context"
                 if self.kv_bytes_per_token
                 else ""
             ),
@@ -235,7 +235,7 @@ def _kv_bytes(checkpoint: Checkpoint, dtype: str) -> int | None:
     return int(2 * layers * kv_heads * head_dim * (4 if dtype == "float32" else 2))
 
 
-def _size(count: int) -> str:
+def write_size(count: int) -> str:
     """Write a number of bytes as people do, in powers of 1,000."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:

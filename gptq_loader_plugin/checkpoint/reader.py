@@ -218,11 +218,12 @@ class GPTQReader:
 
 def open_checkpoint(path: Path, readers: tuple[Reader, ...] = ()) -> Checkpoint:
     """Open a checkpoint with the first reader that knows its format, ours last."""
+    ours = GPTQReader()
     for reader in readers:
-        opened = reader.open(path)
+        opened = reader.open(path) if reader.name != ours.name else None
         if opened is not None:
             return opened
-    return GPTQReader().open(path)
+    return ours.open(path)
 
 
 def _not_gptq(headers: dict[str, TensorInfo], path: Path) -> UnsupportedFormat:

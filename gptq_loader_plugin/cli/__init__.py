@@ -1,1 +1,11 @@
-"""."""
+"""The command: gptq-loader inspect | explain | chat | generate | quantize | ...
+
+Results go to stdout and words to stderr. Exit codes: 0 done; 1 one of our errors, as `error:` and
+`hint:`; 2 usage; 130 on Ctrl-C.
+"""
+
+from __future__ import annotations
+
+from gptq_loader_plugin.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,164 @@
+"""Commands that report: inspect, explain, download, plugins."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gptq_loader_plugin.cli.output import ProgressBars, print_json, reported, say
+from gptq_loader_plugin.plan import write_size
+
+if TYPE_CHECKING:
+    from gptq_loader_plugin.report import CheckpointReport
+
+__all__ = ["add_to"]
+
+JSON = Annotated[bool, typer.Option("--json", help="Write the result as JSON.")]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="A branch, tag or commit on the hub.")
+]
+COLUMNS = ("Branch", "Bits", "Group", "Act order", "Damp %", "Size", "Layers", "ExLlama", "Template")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add these commands to the application."""
+    app.command()(reported(inspect))
+    app.command()(reported(explain))
+    app.command()(reported(download))
+    app.command()(reported(plugins))
+
+
+def inspect(
+    references: Annotated[
+        list[str], typer.Argument(metavar="REF...", help="A checkpoint; several make a table.")
+    ],
+    *,
+    revision: Revision = None,
+    as_json: JSON = False,
+) -> None:
+    """Say what a checkpoint is, from its headers, and where each fact came from."""
+    import gptq_loader_plugin as gptq
+
+    reports = [gptq.inspect(it, revision=revision) for it in references]
+    if as_json:
+        data = [report.to_json() for report in reports]
+        print_json(data[0] if len(data) == 1 else data)
+    elif len(reports) == 1:
+        _show(reports[0])
+    else:
+        _table(reports)
+
+
+def explain(
+    reference: Annotated[str, typer.Argument(metavar="REF", help="A checkpoint.")],
+    *,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="cpu, cuda, cuda:1, or one not here: cuda:sm86."),
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option("--backend", help="Ask about one kernel by name.")
+    ] = None,
+    revision: Revision = None,
+    as_json: JSON = False,
+) -> None:
+    """Say which kernel would run each layer, and why not the others, without reading weights."""
+    import gptq_loader_plugin as gptq
+
+    plan = gptq.explain(reference, device=device, backend=backend, revision=revision)
+    if as_json:
+        print_json(plan.to_json())
+    else:
+        typer.echo(plan.explain())
+
+
+def download(
+    reference: Annotated[str, typer.Argument(metavar="REPO[:BRANCH]", help="On the hub.")],
+    *,
+    revision: Revision = None,
+    as_json: JSON = False,
+) -> None:
+    """Fetch a branch from the hub into the cache; an interrupted download goes on."""
+    import os
+
+    from gptq_loader_plugin.plugins import Plugins
+    from gptq_loader_plugin.reference import resolve
+
+    os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
+    folder = resolve(reference, plugins=Plugins(ProgressBars(), installed=True), revision=revision)
+    if as_json:
+        print_json({"reference": reference, "path": str(folder)})
+    else:
+        typer.echo(folder)
+
+
+def plugins(*, as_json: JSON = False) -> None:
+    """List the plugins in force, and the kernels, templates, readers and hosts they offer."""
+    from gptq_loader_plugin.plugins import Plugins
+
+    found = Plugins(installed=True)
+    offers = {
+        "kernels": [it.name for it in found.kernels()],
+        "templates": [it.name for it in found.templates()],
+        "readers": [it.name for it in found.readers()],
+        "hosts": [it.name for it in found.hosts()],
+    }
+    if as_json:
+        print_json({"plugins": found.names(), **offers})
+        return
+    for name, source in found.names().items():
+        typer.echo(f"{name:<20} {source}")
+    for kind, names in offers.items():
+        typer.echo(f"{kind + ':':<20} {', '.join(names) or 'none'}")
+
+
+def _show(report: CheckpointReport) -> None:
+    group = "none" if report.group_size < 0 else str(report.group_size)
+    exllama = "yes" if report.exllama.compatible else f"no: {report.exllama.reason}"
+    stop = ", ".join(report.template.stop)
+    damp = "not recorded" if report.damp_percent is None else str(report.damp_percent)
+    rows = [
+        ("model", report.model_type, ""),
+        ("bits", str(report.bits), "bits"),
+        ("group size", group, "group_size"),
+        ("act-order", "yes" if report.desc_act else "no", "desc_act"),
+        ("symmetric", "yes" if report.sym else "no", "sym"),
+        ("damp", damp, "damp_percent"),
+        ("format", f"{report.checkpoint_format}, zeros {report.zeros}", "checkpoint_format"),
+        ("size", write_size(report.size_bytes), ""),
+        ("quantised layers", str(report.quantized_layers), ""),
+        ("ExLlama", exllama, ""),
+        ("template", f"{report.template.name}: {report.template.source}", ""),
+        ("a reply stops at", stop or "the tokenizer's end token", ""),
+    ]
+    typer.echo(str(report.path))
+    for label, value, field in rows:
+        source = report.sources.get(field)
+        typer.echo(f"  {label:<17} {value}{f'  ({source})' if source else ''}")
+    for warning in report.warnings:
+        say(f"warning: {warning}")
+
+
+def _table(reports: list[CheckpointReport]) -> None:
+    rows = [
+        (
+            report.reference.rstrip("/").rpartition("/")[2].rpartition(":")[2],
+            str(report.bits),
+            "none" if report.group_size < 0 else str(report.group_size),
+            "yes" if report.desc_act else "no",
+            "-" if report.damp_percent is None else str(report.damp_percent),
+            write_size(report.size_bytes),
+            str(report.quantized_layers),
+            "yes" if report.exllama.compatible else "no",
+            report.template.name,
+        )
+        for report in reports
+    ]
+    widths = [max(len(row[i]) for row in (COLUMNS, *rows)) for i in range(len(COLUMNS))]
+    for row in (COLUMNS, tuple("-" * width for width in widths), *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        typer.echo(f"| {' | '.join(cells)} |")
+    for report in reports:
+        for warning in report.warnings:
+            say(f"warning: {report.reference}: {warning}")

@@ -1,0 +1,141 @@
+"""Commands that make and measure: quantize, perplexity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gptq_loader_plugin.cli.output import ProgressBars, print_json, reported, say
+
+__all__ = ["add_to"]
+
+JSON = Annotated[bool, typer.Option("--json", help="Write the result as JSON.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add these commands to the application."""
+    app.command()(reported(quantize))
+    app.command()(reported(perplexity))
+
+
+def quantize(  # noqa: PLR0913 - each is an option a user may want
+    model: Annotated[str, typer.Argument(help="A model's folder, or a .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write the checkpoint to.")],
+    *,
+    bits: Annotated[int, typer.Option("--bits", help="2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[
+        int, typer.Option("--group-size", help="Input rows that share a scale; -1 for none.")
+    ] = 128,
+    desc_act: Annotated[
+        bool, typer.Option("--desc-act/--no-desc-act", help="Act-order: better answers.")
+    ] = True,
+    sym: Annotated[
+        bool, typer.Option("--sym/--asym", help="Symmetric: more kernels can run it.")
+    ] = True,
+    damp: Annotated[float, typer.Option("--damp", help="Damping of the Hessian.")] = 0.1,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", help="Calibration: a text, or a .jsonl of chats; else built in."),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", help="Calibration samples.")] = 128,
+    seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens of a sample.")] = 2048,
+    stride: Annotated[
+        int | None, typer.Option("--stride", help="Tokens from one sample's start to the next.")
+    ] = None,
+    offset: Annotated[int, typer.Option("--offset", help="Tokens before the first sample.")] = 0,
+    checkpoint_format: Annotated[
+        str, typer.Option("--format", help="gptq (zeros stored minus one) or gptq_v2.")
+    ] = "gptq",
+    as_json: JSON = False,
+) -> None:
+    """Quantise a model with GPTQ; an interrupted run goes on where it stopped."""
+    import time
+
+    from pydantic import ValidationError
+
+    from gptq_loader_plugin.errors import OptionInvalid
+    from gptq_loader_plugin.plugins import Plugins
+    from gptq_loader_plugin.quantize import QuantizeOptions, quantize_model
+
+    fields: dict[str, Any] = {
+        "bits": bits,
+        "group_size": group_size,
+        "desc_act": desc_act,
+        "sym": sym,
+        "damp_percent": damp,
+        "samples": samples,
+        "seq_len": seq_len,
+        "stride": stride,
+        "offset": offset,
+        "checkpoint_format": checkpoint_format,
+    }
+    try:
+        options = QuantizeOptions(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise OptionInvalid(
+            f"{first['loc'][0]}: {first['msg'][0].lower()}{first['msg'][1:]}",
+            hint="see gptq-loader quantize --help",
+        ) from error
+    bars = ProgressBars()
+    began = time.monotonic()
+    try:
+        listening = Plugins(bars, installed=True)
+        folder = quantize_model(model, out, options=options, text=text, progress=listening.progress)
+    finally:
+        bars.close()
+    seconds = time.monotonic() - began
+    if as_json:
+        print_json({"path": str(folder), "seconds": round(seconds, 1), **options.model_dump()})
+        return
+    say(f"quantised in {seconds:.0f} s; chat with it: gptq-loader chat {folder}")
+    typer.echo(folder)
+
+
+def perplexity(  # noqa: PLR0913 - each is an option a user may want
+    reference: Annotated[str, typer.Argument(metavar="REF", help="A checkpoint.")],
+    *,
+    text: Annotated[Path, typer.Option("--text", help="The text to predict.")],
+    characters: Annotated[
+        int | None, typer.Option("--characters", help="Read only the first so many characters.")
+    ] = None,
+    windows: Annotated[int, typer.Option("--windows", help="The most windows.")] = 20,
+    window_tokens: Annotated[int, typer.Option("--window-tokens", help="Tokens of each.")] = 1024,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...")] = None,
+    backend: Annotated[str | None, typer.Option("--backend", help="Use this kernel.")] = None,
+    as_json: JSON = False,
+) -> None:
+    """Measure how well a checkpoint predicts a text; lower is better."""
+    import gptq_loader_plugin as gptq
+    from gptq_loader_plugin.perplexity import measure_perplexity
+    from gptq_loader_plugin.plugins import Plugins
+
+    content = text.read_text(encoding="utf-8")[:characters]
+    bars = ProgressBars()
+    try:
+        listening = Plugins(bars, installed=True)
+        with gptq.load(reference, device=device, backend=backend, plugins=listening) as model:
+            say(model.plan.headline())
+            measured = measure_perplexity(
+                model,
+                content,
+                windows=windows,
+                window_tokens=window_tokens,
+                progress=listening.progress,
+            )
+    finally:
+        bars.close()
+    if as_json:
+        print_json(
+            {
+                "reference": reference,
+                "perplexity": measured.perplexity,
+                "windows": measured.windows,
+                "window_tokens": measured.window_tokens,
+                "kernels": model.plan.kernels(),
+            }
+        )
+        return
+    typer.echo(f"{measured.perplexity:.3f}")

@@ -1,0 +1,139 @@
+"""What the command writes: errors in two lines, progress bars, JSON."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+import typer
+
+from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gptq_loader_plugin.events import Progress
+
+__all__ = ["ProgressBars", "print_json", "reported", "say"]
+
+P = ParamSpec("P")
+CTRL_C = 130
+
+
+def say(text: str) -> None:
+    """Write words for a person to stderr."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - the command's own output
+
+
+def print_json(data: object) -> None:
+    """Write a result to stdout as JSON."""
+    print(json.dumps(data, indent=2, ensure_ascii=False))  # noqa: T201 - the command's own output
+
+
+def reported(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn what a command raises into `error:` and `hint:` on stderr and an exit code.
+
+    The traceback is shown where `--debug` (or `GPTQ_LOADER_DEBUG=1`) asks for it.
+    """
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            say("\nstopped")
+            raise typer.Exit(CTRL_C) from None
+        except BrokenPipeError:  # the reader of stdout has gone, as head does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except Exception as error:
+            if os.environ.get("GPTQ_LOADER_DEBUG") == "1":
+                raise
+            message, hint = _in_words(error)
+            say(f"error: {message}\nhint: {hint}")
+            raise typer.Exit(1) from error
+
+    return run
+
+
+def _in_words(error: Exception) -> tuple[str, str]:
+    if isinstance(error, GPTQLoaderError):
+        return error.message, error.hint
+    if isinstance(error, MemoryError):
+        return "out of memory", "choose a smaller checkpoint, or a backend that keeps weights packed"
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        full = "free some disk space, then run the same command again"
+        return f"{error.strerror or error}{where}", (
+            full if error.errno in (28, 122) else "check that path and its permissions"
+        )
+    first = (str(error).splitlines() or [""])[0]
+    return (
+        f"{type(error).__name__}: {first}",
+        "this is a fault of gptq-loader: run it again with --debug, and report what it prints",
+    )
+
+
+class ProgressBars:
+    """Show `gptq_progress` as a bar on stderr where that is a terminal, else as rare lines."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._bar: Any = None
+        self._stage = ""
+        self._task: Any = None
+        self._tenth = -1
+
+    @hookimpl
+    def gptq_progress(self, progress: Progress) -> None:
+        """Draw how far the work has come."""
+        if self._quiet or not progress.total:
+            return
+        if not sys.stderr.isatty():
+            self._line(progress)
+            return
+        if self._stage != progress.stage:
+            self.close()
+            self._open(progress.stage)
+        self._bar.update(
+            self._task, completed=progress.done, total=progress.total, detail=progress.detail[-48:]
+        )
+        if progress.done >= progress.total:
+            self.close()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar, self._stage = None, ""
+
+    def _open(self, stage: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=30),
+            TaskProgressColumn(),
+            TextColumn("[dim]{task.fields[detail]}"),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._stage = stage
+        self._task = self._bar.add_task(stage, total=None, detail="")
+        self._bar.start()
+
+    def _line(self, progress: Progress) -> None:
+        """Say every tenth of a long work, so that a log shows it is alive."""
+        if progress.stage in ("weights", "self-check"):
+            return
+        tenth = 10 * progress.done // progress.total
+        if progress.stage != self._stage or tenth != self._tenth:
+            self._stage, self._tenth = progress.stage, tenth
+            say(f"{progress.stage}: {10 * tenth} % {progress.detail}".rstrip())
