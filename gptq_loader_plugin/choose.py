@@ -74,9 +74,7 @@ def choose(
         else:
             accepted.append((verdict, kernel))
     if not accepted:
-        raise NoBackend(
-            f"{layer.name} ({layer}) on {device}", declined, hint=_hint(kernels, only)
-        )
+        raise NoBackend(f"{layer.name} ({layer}) on {device}", declined, hint=_hint(kernels, only))
     accepted.sort(key=lambda pair: (-pair[0].rank, pair[0].kernel))
     return Choice(
         layer=layer,

@@ -61,7 +61,7 @@ class Reply:
 
 
 @torch.inference_mode()
-def generate_pieces(  # noqa: PLR0913 - what a generation is made of
+def generate_pieces(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: Sequence[int],
@@ -103,7 +103,7 @@ def generate_pieces(  # noqa: PLR0913 - what a generation is made of
         if cancel is not None and cancel.is_set():
             yield Piece(text.rest(), count - 1, "cancelled")
             return
-        scores = processors(sequence, logits.to(torch.float32))
+        scores = processors(sequence, logits.to(torch.float32))  # type: ignore[arg-type]
         token = int(_pick(scores, generator))
         if token in stop_ids:
             yield Piece(text.rest(), count, "stop")
@@ -201,9 +201,7 @@ def _prefill(model: PreTrainedModel, sequence: torch.Tensor) -> tuple[object, to
     cache = DynamicCache(config=model.config)
     output = None
     for part in sequence.split(PREFILL_TOKENS, dim=1):
-        output = model(
-            input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        output = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
     if output is None:
         raise ValueError("an empty prompt")
     return cache, output.logits[:, -1]
@@ -220,7 +218,7 @@ def _processors(
     if options.repetition_penalty != 1.0:
         processors.append(process.RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
     if never_ids:
-        processors.append(process.SuppressTokensLogitsProcessor(list(never_ids), device=device))
+        processors.append(process.SuppressTokensLogitsProcessor(list(never_ids), device=str(device)))
     if options.temperature > 0:
         if options.temperature != 1.0:
             processors.append(process.TemperatureLogitsWarper(options.temperature))

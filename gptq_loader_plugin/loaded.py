@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from gptq_loader_plugin.checkpoint.config import QuantConfig
     from gptq_loader_plugin.checkpoint.card import Card
+    from gptq_loader_plugin.checkpoint.config import QuantConfig
     from gptq_loader_plugin.plan import Plan
     from gptq_loader_plugin.template import Template
 
@@ -44,7 +44,7 @@ class LoadedModel:
         warnings: what a user should know, one sentence each.
     """
 
-    def __init__(  # noqa: PLR0913 - what a loaded model is made of
+    def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
@@ -175,7 +175,7 @@ class LoadedModel:
         if self._closed:
             return
         self._closed = True
-        self.model.to("meta")
+        self.model.to("meta")  # type: ignore[arg-type]  # transformers wraps torch's to
         if self.plan.device.type in ("cuda", "rocm"):
             import torch
 

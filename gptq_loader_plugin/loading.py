@@ -31,12 +31,16 @@ if TYPE_CHECKING:
 __all__ = ["explain", "inspect", "load"]
 
 DTYPES = ("float32", "float16", "bfloat16")
+COPY_TOKENIZER = (
+    "copy tokenizer.json (or tokenizer.model) and tokenizer_config.json from the model this was "
+    "made of"
+)
 UNKNOWN_CONTEXT = 2048  # a model that does not say how long its context is
 
 logger = logging.getLogger(__name__)
 
 
-def load(  # noqa: PLR0913 - each is one thing a user may want
+def load(
     reference: str | Path,
     *,
     device: str | None = None,
@@ -161,7 +165,7 @@ def inspect(
 
 def _model(
     checkpoint: Checkpoint, plan: Plan, plugins: Plugins, *, check: bool
-) -> tuple[PreTrainedModel, list[str]]:
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
     import torch
 
     from gptq_loader_plugin.selfcheck import check_finite, check_layers
@@ -171,14 +175,14 @@ def _model(
     model = build_skeleton(checkpoint, getattr(torch, plan.dtype))
     if (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = _generation_config(checkpoint.folder)
-    warnings = fill(model, checkpoint, plan, progress=plugins.progress)
+    filled = fill(model, checkpoint, plan, progress=plugins.progress)
     if check:
         plugins.progress(Progress("self-check", 0, 2, "checks"))
-        check_layers(model, checkpoint, plan)
+        check_layers(filled.modules, checkpoint, plan)
         plugins.progress(Progress("self-check", 1, 2, "checks"))
         check_finite(model, checkpoint)
         plugins.progress(Progress("self-check", 2, 2, "checks"))
-    return model, warnings
+    return model, filled.warnings
 
 
 def _generation_config(folder: Path) -> Any:  # noqa: ANN401 - transformers' own
@@ -207,15 +211,13 @@ def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         raise CheckpointError(
             f"the tokenizer cannot be read ({first[:200]})",
             path=checkpoint.folder,
-            hint="copy tokenizer.json (or tokenizer.model) and tokenizer_config.json from the model "
-            "this was made of; tokenizer.model needs pip install sentencepiece protobuf",
+            hint=f"{COPY_TOKENIZER}; tokenizer.model needs pip install sentencepiece protobuf",
         ) from error
     if not usable:
         raise CheckpointError(
             "there is no tokenizer",
             path=checkpoint.folder,
-            hint="copy tokenizer.json (or tokenizer.model) and tokenizer_config.json from the model "
-            "this was made of",
+            hint=COPY_TOKENIZER,
         )
     return tokenizer
 

@@ -62,7 +62,9 @@ class Plan:
         """Say in one line which kernels run, how many layers each, and on what."""
         total = len(self.choices)
         parts = [
-            f"{name} ({count} of {total} layers)" if count < total else f"{name} (all {total} layers)"
+            f"{name} ({count} of {total} layers)"
+            if count < total
+            else f"{name} (all {total} layers)"
             for name, count in self.kernels().items()
         ]
         return f"{', '.join(parts)} on {self.device}, computing in {self.dtype}"
@@ -75,20 +77,21 @@ class Plan:
         symmetry = "symmetric" if config.sym else "asymmetric"
         name = f" ({self.device.name})" if self.device.name else ""
         absent = "" if self.device.present else ", which is not on this machine"
+        context = (
+            f"; {write_size(self.kv_bytes_per_token)} for each token of context"
+            if self.kv_bytes_per_token
+            else ""
+        )
+        memory, disk = write_size(self.weight_bytes), write_size(self.checkpoint_bytes)
+        stored = f"format {config.checkpoint_format} (zeros {config.zeros})"
         lines = [
             f"{self.reference} on {self.device}{name}{absent}",
-            f"  {config.bits}-bit, {group}, {order}, {symmetry}; "
-            f"format {config.checkpoint_format} (zeros {config.zeros})",
-            f"  weights {write_size(self.weight_bytes)} in memory, {write_size(self.checkpoint_bytes)} on disk"
-            + (
-                f"; {write_size(self.kv_bytes_per_token)} for each token of context"
-                if self.kv_bytes_per_token
-                else ""
-            ),
+            f"  {config.bits}-bit, {group}, {order}, {symmetry}; {stored}",
+            f"  weights {memory} in memory, {disk} on disk{context}",
         ]
         lines += self._kinds()
         if self.not_built is not None and self.not_built.kernels() != self.kernels():
-            lines += ["", "  Without exllamav2's compiled extension:", *self.not_built._kinds()]
+            lines += ["", "  Without exllamav2's compiled extension:", *self.not_built._kinds()]  # noqa: SLF001
         lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
@@ -129,7 +132,7 @@ class Plan:
         return lines
 
 
-def make_plan(  # noqa: PLR0913 - a plan is made of these
+def make_plan(
     checkpoint: Checkpoint,
     device: Device,
     kernels: Sequence[Kernel],

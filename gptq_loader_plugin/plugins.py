@@ -136,8 +136,8 @@ class Plugins:
         more = Plugins(environ={})
         for name, registered in self._manager.list_name_plugin():
             if registered is not None:
-                more._register(registered, name, self._sources.get(name, "given"))  # noqa: SLF001
-        more._register(plugin, type(plugin).__name__, "given")  # noqa: SLF001
+                more._register(registered, name, self._sources.get(name, "given"))
+        more._register(plugin, type(plugin).__name__, "given")
         return more
 
     def _register_installed(self, only: str | None) -> None:
@@ -189,7 +189,8 @@ class Plugins:
         for offer in offers:
             if not isinstance(offer, kind):
                 raise PluginError(
-                    f"{offer!r} is not a {word}", hint=f"give it what a {word} needs (docs/hooks.md)"
+                    f"{offer!r} is not a {word}",
+                    hint=f"give it what a {word} needs (docs/hooks.md)",
                 )
             if offer.name in found:
                 first, second = _whence(found[offer.name]), _whence(offer)

@@ -1,8 +1,8 @@
-"""Turn what a user typed into a checkpoint's folder or file.
+r"""Turn what a user typed into a checkpoint's folder or file.
 
 In this order: what a plugin finds; "demo"; a path that exists; a folder of that name in a models
 directory (`GPTQ_LOADER_MODELS`, else ./models); `owner/repo` or `owner/repo:branch` on the hub.
-`C:\\models\\x` is a path and no branch.
+`C:\models\x` is a path and no branch.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HubReference", "models_folders", "parse_hub_reference", "resolve"]
 
-HUB = re.compile(
-    r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<branch>[\w][\w./-]*))?"
-)
+HUB = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<branch>[\w][\w./-]*))?")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -62,7 +60,9 @@ def parse_hub_reference(reference: str, *, revision: str | None = None) -> HubRe
 def models_folders(environ: Mapping[str, str] = os.environ) -> list[Path]:
     """List the folders whose folders are models: `GPTQ_LOADER_MODELS`, or ./models."""
     named = environ.get("GPTQ_LOADER_MODELS")
-    return [Path(it).expanduser() for it in (named.split(os.pathsep) if named else ["models"]) if it]
+    return [
+        Path(it).expanduser() for it in (named.split(os.pathsep) if named else ["models"]) if it
+    ]
 
 
 def resolve(

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptq_loader_plugin.errors import CorruptCheckpoint, PluginError
-from gptq_loader_plugin.skeleton import ModulePlace, Names
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedModel
 
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
@@ -30,24 +31,24 @@ PROBE_TOKENS = 4
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
 
 
-def check_layers(model: PreTrainedModel, checkpoint: Checkpoint, plan: Plan) -> None:
+def check_layers(modules: Mapping[str, torch.nn.Module], checkpoint: Checkpoint, plan: Plan) -> None:
     """Compare one layer of each kind with its dequantised weight.
+
+    Args:
+        modules: every layer's prepared module, by the layer's name.
+        checkpoint: where the layers' tensors are.
+        plan: which kernel prepared which layer.
 
     Raises:
         PluginError: a kernel's answer differs by more than its dtype rounds.
     """
-    names = Names(model)
     kinds: dict[tuple[object, ...], Choice] = {}
     for choice in plan.choices:
         layer = choice.layer
         kind = (choice.kernel.name, layer.bits, layer.group_size, layer.desc_act, layer.layout)
-        place = names.layer(layer.name, checkpoint) if kind not in kinds else None
-        if isinstance(place, ModulePlace):
-            kinds[kind] = choice
+        kinds.setdefault(kind, choice)
     for choice in kinds.values():
-        place = names.layer(choice.layer.name, checkpoint)
-        if isinstance(place, ModulePlace):
-            _check_layer(model.get_submodule(place.path), choice, checkpoint, plan)
+        _check_layer(modules[choice.layer.name], choice, checkpoint, plan)
 
 
 def check_finite(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
@@ -56,7 +57,10 @@ def check_finite(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     Raises:
         CorruptCheckpoint: one is not; the message names the first module that gave such a value.
     """
-    ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
+    ids = (
+        torch.arange(PROBE_TOKENS, device=model.device)[None]
+        % model.config.get_text_config().vocab_size
+    )
     first: list[str] = []
 
     def watch(name: str) -> Any:  # noqa: ANN401 - torch's hook type

@@ -81,7 +81,8 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedMode
             )
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise _unknown_model(model_type, path, error) from error
-    return model.eval()
+    model.eval()
+    return model
 
 
 class Names:
@@ -119,6 +120,19 @@ class Names:
                 return self._with_prefix(candidate), None, None
         return name, None, None
 
+    def place(self, tensor: str) -> Place | None:
+        """Find where one tensor belongs: a parameter's path, an expert's projection, or nowhere."""
+        target, converter, pattern = self.target(tensor)
+        if converter is None:
+            return ModulePlace(target) if self.exists(target) else None
+        parent, _, fused = target.rpartition(".")
+        expert = EXPERT_INDEX.search(tensor)
+        roles = ROLES.get(fused)
+        sources = list(converter.source_patterns)
+        if expert is None or roles is None or len(sources) != len(roles):
+            return None
+        return ExpertPlace(parent, int(expert[1]), roles[sources.index(str(pattern))])
+
     def layer(self, name: str, checkpoint: Checkpoint) -> Place:
         """Find the module, or the expert, that a quantised layer replaces.
 
@@ -126,31 +140,27 @@ class Names:
             TensorMismatch: the model has no such module.
             UnsupportedFormat: transformers fuses it in a way that is not known here.
         """
-        target, converter, pattern = self.target(f"{name}.weight")
-        if converter is None:
-            path = target.removesuffix(".weight")
-            if path not in self._modules:
-                raise TensorMismatch(
-                    f"{name} is quantised, and a {checkpoint.model_config['model_type']} model has "
-                    "no such layer",
-                    path=checkpoint.path,
-                    tensor=f"{name}.qweight",
-                    hint="check that config.json is of this checkpoint; update transformers if the "
-                    "model is newer than it",
-                )
-            return ModulePlace(path)
-        parent, _, fused = target.rpartition(".")
-        expert = EXPERT_INDEX.search(f"{name}.")
-        roles = ROLES.get(fused)
-        sources = list(converter.source_patterns)
-        if expert is None or roles is None or len(sources) != len(roles):
+        match self.place(f"{name}.weight"):
+            case ExpertPlace() as place:
+                return place
+            case ModulePlace(path=path):
+                return ModulePlace(path.removesuffix(".weight"))
+            case None:
+                target, converter, _ = self.target(f"{name}.weight")
+        if converter is not None:
             raise UnsupportedFormat(
                 f"{name} is quantised, and this transformers fuses it into {target}",
                 path=checkpoint.path,
-                hint="install transformers 4.57 or earlier beside another loader, or ask for this "
-                "model to be supported",
+                hint="ask for this model to be supported, and name it with your transformers",
             )
-        return ExpertPlace(parent, int(expert[1]), roles[sources.index(str(pattern))])
+        raise TensorMismatch(
+            f"{name} is quantised, and a {checkpoint.model_config['model_type']} model has "
+            "no such layer",
+            path=checkpoint.path,
+            tensor=f"{name}.qweight",
+            hint="check that config.json is of this checkpoint; update transformers if the "
+            "model is newer than it",
+        )
 
     def exists(self, target: str) -> bool:
         """Whether the model has a parameter or buffer of this name."""

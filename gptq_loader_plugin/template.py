@@ -137,7 +137,8 @@ class JinjaTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            rendered, _ = render_jinja_template(
+            render: Any = render_jinja_template
+            rendered, _ = render(
                 conversations=[[dict(message) for message in _checked(messages)]],
                 chat_template=self.text,
                 add_generation_prompt=add_generation_prompt,
@@ -316,9 +317,14 @@ def _controls(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Every token that text can spell and that stands for more than its characters."""
     added: dict[str, int] = tokenizer.get_added_vocab()
     controls = {token: added.get(token, -1) for token in tokenizer.all_special_tokens}
-    for token, index in added.items():
-        if token.startswith(("<", "[")) and token.endswith((">", "]")):
-            controls[token] = index
+    marks = (("<", "["), (">", "]"))
+    controls.update(
+        {
+            token: index
+            for token, index in added.items()
+            if token.startswith(marks[0]) and token.endswith(marks[1])
+        }
+    )
     return {
         token: index if index >= 0 else int(tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
         for token, index in controls.items()

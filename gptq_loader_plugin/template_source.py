@@ -132,7 +132,9 @@ def _named(
             hint='leave template out, or name another: template="chatml"',
         )
     if any(mark in named for mark in JINJA_MARKS):
-        return JinjaTemplate(named, name="given", source="the text given", tokens=tokens).with_stop()
+        return JinjaTemplate(
+            named, name="given", source="the text given", tokens=tokens
+        ).with_stop()
     file = Path(named).expanduser()
     if file.is_file():
         text = file.read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ there beyond need is one warning, or an error where it belongs to a layer of the
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.kernel import LayerSpec
     from gptq_loader_plugin.plan import Plan
 
-__all__ = ["fill"]
+__all__ = ["Filled", "fill"]
 
 # Buffers that earlier versions of transformers saved and that every version computes anew.
 COMPUTED = re.compile(
@@ -43,7 +44,7 @@ def fill(
     plan: Plan,
     *,
     progress: Callable[[Progress], None],
-) -> list[str]:
+) -> Filled:
     """Put every tensor of `checkpoint` into `model`.
 
     Args:
@@ -53,13 +54,26 @@ def fill(
         progress: told the bytes read so far, of all.
 
     Returns:
-        Warnings: what was left unread, in one sentence.
+        Where every quantised layer is now, and warnings: what was left unread, in one sentence.
 
     Raises:
         TensorMismatch: a tensor is missing, does not fit, or belongs to a layer and is not used.
         CorruptCheckpoint: a tensor holds values that are not finite.
     """
     return _Filling(model, checkpoint, plan, progress).run()
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What `fill` did.
+
+    Attributes:
+        modules: the prepared module of every quantised layer, by the layer's name.
+        warnings: what was left unread.
+    """
+
+    modules: dict[str, nn.Module]
+    warnings: tuple[str, ...]
 
 
 class _Filling:
@@ -82,10 +96,10 @@ class _Filling:
         self.choices = {choice.layer.name: choice for choice in plan.choices}
         self.experts: dict[str, PackedExperts] = {}
         self.fused: dict[str, tuple[Any, dict[str, list[tuple[str, torch.Tensor]]]]] = {}
-        self.computed: list[str] = []
+        self.modules: dict[str, nn.Module] = {}
         self.foreign: list[str] = []
 
-    def run(self) -> list[str]:
+    def run(self) -> Filled:
         headers = self.checkpoint.headers
         places = {name: self.names.layer(name, self.checkpoint) for name in self.choices}
         packed = {part for name in self.choices for part in self.checkpoint.parts(name)}
@@ -101,7 +115,7 @@ class _Filling:
             self.progress(Progress("weights", done, total, "bytes", name))
         self._fuse()
         self._finish()
-        return self._warnings()
+        return Filled(self.modules, tuple(self._warnings()))
 
     def _make_experts(self, places: list[ExpertPlace]) -> None:
         for parent in dict.fromkeys(it.parent for it in places):
@@ -116,6 +130,7 @@ class _Filling:
             self._check_shape(layer, self.model.get_submodule(place.path), place.path)
         packed = self.checkpoint.packed(layer.name)
         module = choice.kernel.prepare(layer, packed, self.plan.device).to(self.device).eval()
+        self.modules[layer.name] = module
         if isinstance(place, ExpertPlace):
             self.experts[place.parent].place(place.expert, place.role, module)
         else:
@@ -152,7 +167,7 @@ class _Filling:
         elif self.names.exists(target):
             self._assign(target, self._read(name), name)
         elif COMPUTED.fullmatch(name):
-            self.computed.append(name)
+            return
         elif self.names.inside_a_block(target):
             raise self._mismatch(
                 name,
@@ -223,29 +238,25 @@ class _Filling:
             self.model.config.tie_word_embeddings = False
         elif head.weight.is_meta:
             self.model.tie_weights()
-        for name, parameter in self.model.named_parameters():
-            if parameter.is_meta:
+        for name, value in (*self.model.named_parameters(), *self.model.named_buffers()):
+            if value.is_meta:
                 raise self._mismatch(name, "is missing")
-        for name, buffer in self.model.named_buffers():
-            if buffer.is_meta:
-                raise self._mismatch(name, "is missing")
-        for module in self.model.modules():
-            for key, buffer in module._buffers.items():  # noqa: SLF001 - to move each in place
-                if buffer is not None and buffer.device != self.device:
-                    module._buffers[key] = buffer.to(self.device)  # noqa: SLF001
+        self.model.to(self.device)  # type: ignore[arg-type]  # what is computed, not read: rotary frequencies and such
         self.model.requires_grad_(False)  # noqa: FBT003 - torch's signature
 
     def _warnings(self) -> list[str]:
         if not self.foreign:
             return []
-        roots = dict.fromkeys(re.sub(r"\.\d+\..*", "", it).rpartition(".")[0] or it for it in self.foreign)
-        return [
-            f"{len(self.foreign)} tensors belong to parts that this model does not have and were "
-            f"not read: {', '.join(list(roots)[:4])}"
-        ]
+        roots = dict.fromkeys(
+            re.sub(r"\.\d+\..*", "", it).rpartition(".")[0] or it for it in self.foreign
+        )
+        named = ", ".join(list(roots)[:4])
+        return [f"{len(self.foreign)} tensors of parts this model lacks were not read: {named}"]
 
     def _mismatch(self, tensor: str, what: str, *, hint: str = DAMAGED) -> TensorMismatch:
-        return TensorMismatch(f"{tensor} {what}", path=self.checkpoint.path, tensor=tensor, hint=hint)
+        return TensorMismatch(
+            f"{tensor} {what}", path=self.checkpoint.path, tensor=tensor, hint=hint
+        )
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:

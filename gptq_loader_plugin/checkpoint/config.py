@@ -83,8 +83,8 @@ class StoredConfig(BaseModel):
         it is, `+:` or nothing changes its settings; the first that matches counts.
         """
         for pattern, settings in (self.dynamic or {}).items():
-            kind, _, expression = pattern.rpartition(":") if pattern[:2] in ("-:", "+:") else (
-                "+", "", pattern
+            kind, _, expression = (
+                pattern.rpartition(":") if pattern[:2] in ("-:", "+:") else ("+", "", pattern)
             )
             if re.match(expression, module):
                 return None if kind == "-" else settings

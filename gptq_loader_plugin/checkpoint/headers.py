@@ -87,9 +87,7 @@ def find_weight_files(folder: Path, *, base_name: str | None = None) -> list[Pat
             for it in folder.iterdir()
             if it.is_file() and it.suffix in suffixes and not NOT_WEIGHTS.fullmatch(it.name)
         )
-        indexes = sorted(
-            it for suffix in suffixes for it in folder.glob(f"*{suffix}.index.json")
-        )
+        indexes = sorted(it for suffix in suffixes for it in folder.glob(f"*{suffix}.index.json"))
         if len(indexes) == 1:
             return _indexed(indexes[0])
         if not files:

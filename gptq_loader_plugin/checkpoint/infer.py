@@ -252,9 +252,7 @@ def _common_group_size(
     if told is not None and told > 0 and all(it.fits(told) for it in plain):
         return told
     counted = {
-        int(np.bincount(g_idx).max())
-        for it in grouped
-        if (g_idx := indices[it.name]) is not None
+        int(np.bincount(g_idx).max()) for it in grouped if (g_idx := indices[it.name]) is not None
     }
     if len(counted) == 1:
         return counted.pop()
@@ -283,7 +281,7 @@ def _group_size(layer: _Layer, g_idx: NDArray[np.int32] | None, told: object, gu
     return size
 
 
-def _spec(  # noqa: PLR0913 - all that is known of one layer
+def _spec(
     layer: _Layer,
     g_idx: NDArray[np.int32] | None,
     zeros: NDArray[np.uint8],
@@ -372,7 +370,10 @@ def _merge(seen: dict[str, Any], stored: StoredConfig, zeros_format: ZerosFormat
     for name, value in defaults.items():
         if name not in fields:
             fields[name], sources[name] = value, "default"
-    if fields.get("checkpoint_format") not in ("gptq_p", "gptq_v2" if zeros_format == "v2" else "gptq"):
+    if fields.get("checkpoint_format") not in (
+        "gptq_p",
+        "gptq_v2" if zeros_format == "v2" else "gptq",
+    ):
         fields["checkpoint_format"] = "gptq_v2" if zeros_format == "v2" else "gptq"
         sources["checkpoint_format"] = "tensors"
     return QuantConfig(**fields, zeros=zeros_format, sources=sources)
@@ -380,5 +381,3 @@ def _merge(seen: dict[str, Any], stored: StoredConfig, zeros_format: ZerosFormat
 
 def _most_common(values: Sequence[int]) -> int:
     return max(sorted(set(values)), key=values.count)
-
-

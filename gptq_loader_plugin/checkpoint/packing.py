@@ -162,7 +162,7 @@ def _bytes_to_codes(packed: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
 
 
 def _planes(bits: int) -> list[tuple[int, int, int, int, int]]:
-    """List (code, plane's width, plane's lowest bit, word, shift): every field of a planar block."""
+    """List (code, plane's width, its lowest bit, word, shift) of every field of a planar block."""
     fields = []
     first_word = 0
     for width, offset in PLANES[bits]:

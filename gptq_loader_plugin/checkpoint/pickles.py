@@ -59,10 +59,14 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
             f"not a readable torch file ({first})", path=file, hint="download it again"
         ) from error
     while isinstance(content, dict):
-        inner = next((content[key] for key in NESTED_UNDER if isinstance(content.get(key), dict)), None)
+        inner = next(
+            (content[key] for key in NESTED_UNDER if isinstance(content.get(key), dict)), None
+        )
         if inner is None:
             return {
-                str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)
+                str(name): value
+                for name, value in content.items()
+                if isinstance(value, torch.Tensor)
             }
         content = inner
     raise CorruptCheckpoint(

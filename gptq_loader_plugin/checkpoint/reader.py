@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,6 +19,8 @@ from gptq_loader_plugin.errors import ConfigInvalid, CorruptCheckpoint, Unsuppor
 from gptq_loader_plugin.kernel import LayerSpec, PackedLinear
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from gptq_loader_plugin.checkpoint.card import Card
@@ -229,7 +230,9 @@ def open_checkpoint(path: Path, readers: tuple[Reader, ...] = ()) -> Checkpoint:
 def _not_gptq(headers: dict[str, TensorInfo], path: Path) -> UnsupportedFormat:
     for suffix, method, hint in OTHER_FORMATS:
         if any(name.endswith(suffix) for name in headers):
-            return UnsupportedFormat(f"this is an {method} checkpoint, not a GPTQ one", path=path, hint=hint)
+            return UnsupportedFormat(
+                f"this is an {method} checkpoint, not a GPTQ one", path=path, hint=hint
+            )
     return UnsupportedFormat(
         f"none of its {len(headers)} tensors is a GPTQ qweight: the model is not quantised",
         path=path,

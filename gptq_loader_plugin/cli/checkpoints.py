@@ -18,7 +18,17 @@ JSON = Annotated[bool, typer.Option("--json", help="Write the result as JSON.")]
 Revision = Annotated[
     str | None, typer.Option("--revision", help="A branch, tag or commit on the hub.")
 ]
-COLUMNS = ("Branch", "Bits", "Group", "Act order", "Damp %", "Size", "Layers", "ExLlama", "Template")
+COLUMNS = (
+    "Branch",
+    "Bits",
+    "Group",
+    "Act order",
+    "Damp %",
+    "Size",
+    "Layers",
+    "ExLlama",
+    "Template",
+)
 
 
 def add_to(app: typer.Typer) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import Annotated, Any
 
 import typer
@@ -94,7 +94,7 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
     typer.echo(folder)
 
 
-def perplexity(  # noqa: PLR0913 - each is an option a user may want
+def perplexity(
     reference: Annotated[str, typer.Argument(metavar="REF", help="A checkpoint.")],
     *,
     text: Annotated[Path, typer.Option("--text", help="The text to predict.")],

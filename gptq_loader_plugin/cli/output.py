@@ -66,7 +66,10 @@ def _in_words(error: Exception) -> tuple[str, str]:
     if isinstance(error, GPTQLoaderError):
         return error.message, error.hint
     if isinstance(error, MemoryError):
-        return "out of memory", "choose a smaller checkpoint, or a backend that keeps weights packed"
+        return (
+            "out of memory",
+            "choose a smaller checkpoint, or a backend that keeps weights packed",
+        )
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
         full = "free some disk space, then run the same command again"

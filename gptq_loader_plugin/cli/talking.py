@@ -41,9 +41,7 @@ Temperature = Annotated[
 TopP = Annotated[float, typer.Option("--top-p", help="Keep tokens of this probability.")]
 TopK = Annotated[int, typer.Option("--top-k", help="Keep this many tokens; 0 keeps all.")]
 MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens less likely than this.")]
-Penalty = Annotated[
-    float, typer.Option("--repetition-penalty", help="Above 1: repeat less.")
-]
+Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: repeat less.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Make sampling repeatable.")]
 Check = Annotated[
     bool, typer.Option("--check/--no-check", help="Check kernels and logits once loaded.")
@@ -58,7 +56,7 @@ def add_to(app: typer.Typer) -> None:
     app.command()(reported(generate))
 
 
-def demo(  # noqa: PLR0913 - each is an option a user may want
+def demo(
     prompt: Annotated[
         str | None,
         typer.Argument(help="Answer this in the terminal; without it a chat page opens."),

@@ -20,7 +20,7 @@ class Int4Linear(torch.nn.Module):
         bias: bfloat16 [out_features], or None.
     """
 
-    def __init__(  # noqa: PLR0913 - the operator's arguments
+    def __init__(
         self,
         words: torch.Tensor,
         table: torch.Tensor,

@@ -53,7 +53,11 @@ class DenseKernel:
 def _dtype(device: Device, layer: LayerSpec) -> str:
     """Choose the dtype the device multiplies fast in without overflow where it can be had."""
     if device.type == "cpu":
-        return "bfloat16" if "avx512_bf16" in device.features or "bf16" in device.features else "float32"
+        return (
+            "bfloat16"
+            if "avx512_bf16" in device.features or "bf16" in device.features
+            else "float32"
+        )
     if device.type == "cuda" and (device.capability or AMPERE) < AMPERE:
         return "float16"
     return "bfloat16" if layer.scales_dtype == "bfloat16" else "float16"

@@ -1,0 +1,35 @@
+# What there is to do; each target sets up what it needs in .venv, and takes seconds the next time.
+PYTHON ?= python3
+BIN := .venv/bin
+export PROMPT
+
+.PHONY: help demo test check bench clean
+
+help: ## say what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+demo: ## open a chat page with a small model; PROMPT="..." answers in the terminal instead
+	@$(PYTHON) tools/set_up.py demo
+	@if [ -n "$$PROMPT" ]; then $(BIN)/gptq-loader demo "$$PROMPT"; \
+	else $(BIN)/gptq-loader demo $(if $(PORT),--port $(PORT)); fi
+
+test: ## run the tests
+	@$(PYTHON) tools/set_up.py test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
+
+check: ## format, lint, types, layers
+	@$(PYTHON) tools/set_up.py check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+	PYTHONPATH=.:kernels:extensions $(BIN)/lint-imports
+
+bench: ## measure: exactness of every checkpoint, memory of a load, speed of decoding
+	@$(PYTHON) tools/set_up.py test
+	@$(BIN)/python bench/exactness.py
+	@$(BIN)/python bench/memory.py
+	@$(BIN)/python bench/decode.py
+
+clean: ## forget .venv and everything built
+	rm -rf .venv build dist *.egg-info

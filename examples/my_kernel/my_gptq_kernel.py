@@ -1,0 +1,104 @@
+"""A whole plugin: a kernel for 8-bit layers and a chat template.
+
+    pip install ./examples/my_kernel
+    gptq-loader explain REF --backend int8rows
+    pytest --pyargs gptq_loader_plugin.conformance --kernel int8rows
+
+The kernel keeps 8-bit codes as bytes (half of bfloat16's memory) and dequantises a block of rows
+at a time. Importing this module imports no torch: `gptq-loader inspect` stays fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_plugin import Accepted, Declined, hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from gptq_loader_plugin import Device, Kernel, LayerSpec, PackedLinear, Template
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Int8Rows:
+    """Multiply 8-bit layers without dequantising them as a whole."""
+
+    name: str = "int8rows"
+
+    def consider(self, layer: LayerSpec, device: Device) -> Accepted | Declined:
+        """Say yes or no from the shapes alone; a no is read by people."""
+        del device  # plain torch runs anywhere
+        if layer.bits != 8:
+            return Declined(self.name, f"is for 8-bit layers; this one has {layer.bits} bits")
+        return Accepted(
+            self.name,
+            rank=5,  # above reference (1), below dense (10): it saves memory, not time
+            dtype="float32",
+            prepared_bytes=layer.packed_bytes,
+            note="codes stay bytes; dequantised block by block",
+        )
+
+    def prepare(self, layer: LayerSpec, packed: PackedLinear, device: Device) -> torch.nn.Module:
+        """Unpack once; called with the layer's tensors, zeros already true."""
+        import torch
+
+        class Int8Linear(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.register_buffer("codes", packed.codes().t().contiguous())  # [N, K]
+                self.register_buffer("zeros", packed.zeros.t().contiguous())  # [N, G]
+                self.register_buffer("scales", packed.scales.float().t().contiguous())  # [N, G]
+                self.register_buffer("groups", packed.g_idx.long())  # [K]
+                self.register_buffer("bias", packed.bias)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                blocks = []
+                for start in range(0, layer.out_features, 1024):
+                    rows = slice(start, start + 1024)
+                    zeros = self.zeros[rows, self.groups].float()
+                    weight = (self.codes[rows].float() - zeros) * self.scales[rows][:, self.groups]
+                    blocks.append(x.float() @ weight.t())
+                y = torch.cat(blocks, dim=-1)
+                return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+
+        return Int8Linear().to(device.torch_name)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A template without control tokens, for base models: `user: ...`, `assistant: ...`."""
+
+    name: str = "plain"
+    source: str = "my-gptq-kernel"
+    stop: tuple[str, ...] = ("\nuser:",)
+
+    def render(self, messages: Sequence[Any], *, add_generation_prompt: bool = True) -> str:
+        turns = [f"{message['role']}: {message['content']}" for message in messages]
+        return "\n".join([*turns, "assistant:"] if add_generation_prompt else turns)
+
+    def encode(
+        self,
+        messages: Sequence[Any],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        text = self.render(messages, add_generation_prompt=add_generation_prompt)
+        # contents are a user's: nothing in them may become a control token
+        return list(tokenizer(text, split_special_tokens=True)["input_ids"])
+
+
+@hookimpl
+def gptq_kernels() -> list[Kernel]:
+    """Offer the kernel; it is asked about every layer."""
+    return [Int8Rows()]
+
+
+@hookimpl
+def gptq_templates() -> list[Template]:
+    """Offer the template, for `template="plain"`."""
+    return [Plain()]

@@ -1,0 +1,264 @@
+"""Run a model block by block: find its blocks, and what each is called with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gptq_loader_plugin.errors import QuantizeError
+from gptq_loader_plugin.experts import PackedExperts
+from gptq_loader_plugin.skeleton import linear_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from transformers import PreTrainedModel
+
+__all__ = ["Block", "Call", "find_blocks", "record_calls", "run_block", "separate_experts", "subsets"]
+
+MULTIPLE = 32  # of in_features and out_features, so that codes and zeros fill whole words
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One of a model's blocks.
+
+    Attributes:
+        path: its path in the model.
+        module: the block.
+    """
+
+    path: str
+    module: nn.Module
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a block is called with, besides the hidden states."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+class _StopForwardError(Exception):
+    """Raised by a hook that has seen enough of a forward pass."""
+
+
+def find_blocks(model: PreTrainedModel) -> list[Block]:
+    """Find the list of modules that holds most of the model's weights: its blocks, in order.
+
+    Raises:
+        QuantizeError: there is none.
+    """
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            weights = sum(it.numel() for it in module.parameters())
+            if best is None or weights > best[0]:
+                best = (weights, path, module)
+    if best is None:
+        raise QuantizeError(
+            f"a {model.config.model_type} model has no list of blocks to quantise",
+            hint="quantise a decoder-only language model",
+        )
+    return [Block(f"{best[1]}.{i}", module) for i, module in enumerate(best[2])]
+
+
+def separate_experts(model: PreTrainedModel) -> None:
+    """Replace fused experts by linears of their own, so that each is quantised by itself."""
+    for path, module in list(model.named_modules()):
+        fused: Any = module
+        if getattr(fused, "gate_up_proj", None) is None or getattr(fused, "down_proj", None) is None:
+            continue
+        if not isinstance(fused.gate_up_proj, nn.Parameter) or fused.gate_up_proj.dim() != 3:
+            continue
+        packed = PackedExperts(fused.num_experts, fused.act_fn)
+        for expert in range(fused.num_experts):
+            gate, up = fused.gate_up_proj[expert].chunk(2, dim=0)
+            for role, weight in (("gate", gate), ("up", up), ("down", fused.down_proj[expert])):
+                packed.place(expert, role, _linear(weight.detach().clone()))
+        model.set_submodule(path, packed)
+
+
+def linears(block: Block) -> dict[str, nn.Module]:
+    """List a block's linear modules that can be quantised, by their path in the model."""
+    found = {}
+    for name, module in block.module.named_modules():
+        shape = linear_shape(module)
+        if shape is not None and not shape[0] % MULTIPLE and not shape[1] % MULTIPLE:
+            found[f"{block.path}.{name}"] = module
+    return found
+
+
+@torch.inference_mode()
+def record_calls(
+    model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[list[Call]]]:
+    """Learn what every block is called with, without running the blocks.
+
+    Each block is replaced by one that notes its call and hands its hidden states on; the model's
+    own forward makes masks and positions, block by block.
+
+    Args:
+        model: the model.
+        blocks: its blocks.
+        batches: int64 [samples, tokens] each.
+
+    Returns:
+        The hidden states before the first block, a batch each; and calls[block][batch].
+    """
+    rest = _output_shape(model, blocks[0], batches[0][:1, :8])
+    holder: Any = model.get_submodule(blocks[0].path.rpartition(".")[0])
+    first: list[torch.Tensor] = []
+    calls: list[list[Call]] = [[] for _ in blocks]
+    recorders = [_Recorder(block.module, calls[i], rest) for i, block in enumerate(blocks)]
+    recorders[0].inputs = first
+    try:
+        for i, recorder in enumerate(recorders):
+            holder[i] = recorder
+        for batch in batches:
+            model(input_ids=batch, use_cache=False, logits_to_keep=1)
+    finally:
+        for i, block in enumerate(blocks):
+            holder[i] = block.module
+    return first, calls
+
+
+@torch.inference_mode()
+def run_block(block: Block, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+    """Run one block on one batch of hidden states."""
+    output = block.module(hidden, *call.arguments, **call.keywords)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.inference_mode()
+def subsets(block: Block, hidden: torch.Tensor, call: Call) -> list[list[str]]:
+    """Group a block's linears by the input they share, in the order they are called.
+
+    Args:
+        block: the block.
+        hidden: a batch of hidden states.
+        call: what the block is called with.
+    """
+    found: list[list[str]] = []
+    inputs: list[torch.Tensor] = []  # kept, so that no other tensor can take their place in memory
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            x = arguments[0]
+            for names, seen in zip(found, inputs, strict=True):
+                if seen is x and name not in names:
+                    names.append(name)
+                    return
+            found.append([name])
+            inputs.append(x)
+
+        return hook
+
+    modules = linears(block)
+    handles = [it.register_forward_pre_hook(watch(name)) for name, it in modules.items()]
+    try:
+        run_block(block, hidden, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    never_called = [[name] for name in modules if not any(name in names for names in found)]
+    return found + never_called
+
+
+@torch.inference_mode()
+def hessians(
+    block: Block, names: Sequence[str], hidden: Sequence[torch.Tensor], calls: Sequence[Call]
+) -> dict[str, torch.Tensor]:
+    """Sum up the inputs of linears: the mean of x xᵀ, float32 [K, K], by the module's path.
+
+    A forward pass stops once all of them have been called, so early layers cost little.
+    """
+    modules = linears(block)
+    sums: dict[str, torch.Tensor] = {}
+    counts = dict.fromkeys(names, 0)
+    waiting: set[str] = set()
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            x = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
+            counts[name] += x.shape[0]
+            if name not in sums:
+                sums[name] = torch.zeros(x.shape[1], x.shape[1])
+            sums[name].addmm_(x.t(), x)
+            waiting.discard(name)
+            if not waiting and not separate:
+                raise _StopForwardError
+
+        return hook
+
+    separate = any(".experts." in name for name in names)  # which are called depends on the tokens
+    handles = [modules[name].register_forward_pre_hook(watch(name)) for name in names]
+    try:
+        for states, call in zip(hidden, calls, strict=True):
+            waiting.update(names)
+            try:
+                run_block(block, states, call)
+            except _StopForwardError:
+                continue
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in names:  # an expert no token went to is rounded as it is
+        shape = linear_shape(modules[name]) or (0, 0)
+        sums.setdefault(name, torch.eye(shape[0]))
+    return {name: total / max(counts[name], 1) for name, total in sums.items()}
+
+
+class _Recorder(nn.Module):
+    """Stand in for a block: note the call, hand the hidden states on."""
+
+    def __init__(self, block: nn.Module, calls: list[Call], rest: tuple[Any, ...] | None) -> None:
+        super().__init__()
+        self._block = [block]  # in a list, so that it is no submodule
+        self._calls = calls
+        self._rest = rest
+        self.inputs: list[torch.Tensor] | None = None
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the parent asks of a block
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"][0], name)
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401 - a block's own
+        if arguments:
+            hidden, rest = arguments[0], arguments[1:]
+        else:
+            hidden, rest = keywords.pop("hidden_states"), ()
+        if self.inputs is not None:
+            self.inputs.append(hidden)
+        self._calls.append(Call(rest, keywords))
+        return hidden if self._rest is None else (hidden, *self._rest)
+
+
+def _output_shape(
+    model: PreTrainedModel, block: Block, ids: torch.Tensor
+) -> tuple[Any, ...] | None:
+    """Learn whether a block answers with a tensor (None) or a tuple: what follows in it."""
+    seen: list[Any] = []
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:  # noqa: ANN401
+        seen.append(output)
+        raise _StopForwardError
+
+    handle = block.module.register_forward_hook(hook)
+    try:
+        model(input_ids=ids, use_cache=False)
+    except _StopForwardError:
+        handle.remove()
+    return seen[0][1:] if isinstance(seen[0], tuple) else None
+
+
+def _linear(weight: torch.Tensor) -> nn.Linear:
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    return module

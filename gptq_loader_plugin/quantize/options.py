@@ -1,0 +1,51 @@
+"""How to quantise."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["QuantizeOptions"]
+
+
+class QuantizeOptions(BaseModel):
+    """How to quantise a model.
+
+    Attributes:
+        bits: the width of a code.
+        group_size: input rows that share a scale; -1 for one group a layer.
+        desc_act: act-order: quantise the rows with the largest activations first.
+        sym: one zero in the middle; else each group has its own.
+        damp_percent: this share of the Hessian's mean diagonal is added to it.
+        static_groups: with act-order, keep groups as they lie, their scales found beforehand.
+        true_sequential: within a block, let later layers see earlier ones quantised.
+        checkpoint_format: "gptq" stores zeros minus one; "gptq_v2" stores them as they are.
+        samples: the most calibration samples.
+        seq_len: tokens of a sample, cut to the model's context.
+        stride: tokens from one sample's start to the next one's; None is seq_len.
+        offset: tokens before the first sample.
+        shard_bytes: the most bytes of a weight file.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: int = 128
+    desc_act: bool = True
+    sym: bool = True
+    damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    static_groups: bool = False
+    true_sequential: bool = True
+    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
+    samples: Annotated[int, Field(ge=1)] = 128
+    seq_len: Annotated[int, Field(ge=8)] = 2048
+    stride: Annotated[int, Field(ge=1)] | None = None
+    offset: Annotated[int, Field(ge=0)] = 0
+    shard_bytes: Annotated[int, Field(ge=1)] = 5_000_000_000
+
+    @model_validator(mode="after")
+    def _group_size_is_possible(self) -> Self:
+        if self.group_size < 1 and self.group_size != -1:
+            raise ValueError("group_size must be positive, or -1 for none")
+        return self

@@ -1,0 +1,317 @@
+"""Quantise a model block by block, keeping each finished block, so that a run can go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gptq_loader_plugin.errors import BadReference, QuantizeError
+from gptq_loader_plugin.events import Progress
+from gptq_loader_plugin.quantize.algorithm import QuantizedWeight, quantize_weight
+from gptq_loader_plugin.quantize.blocks import (
+    find_blocks,
+    hessians,
+    linears,
+    record_calls,
+    run_block,
+    separate_experts,
+    subsets,
+)
+from gptq_loader_plugin.quantize.calibration import calibration_samples
+from gptq_loader_plugin.quantize.writer import hub_names, pack_weight, write_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from gptq_loader_plugin.quantize.blocks import Block, Call
+    from gptq_loader_plugin.quantize.options import QuantizeOptions
+
+__all__ = ["quantize", "quantize_model"]
+
+KEPT = ".quantize"  # finished blocks, in the output folder until it is complete
+BATCH_TOKENS = 4096  # hidden states are run through a block this many tokens at a time
+UNKNOWN_CONTEXT = 2048
+
+
+def quantize_model(
+    source: Path | str,
+    out: Path | str,
+    *,
+    options: QuantizeOptions,
+    text: Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Path:
+    """Quantise the model in a folder or a .gguf file, and write a checkpoint.
+
+    Args:
+        source: a folder transformers can load, or a .gguf file.
+        out: the folder to write; an interrupted run into it goes on.
+        options: how to quantise.
+        text: the calibration text, or a .jsonl of chats; None takes prose that comes with Python.
+        progress: told the layers done.
+
+    Returns:
+        The folder.
+
+    Raises:
+        QuantizeError: the source cannot be loaded, or it cannot be quantised as asked.
+    """
+    progress = progress or _ignore
+    progress(Progress("read model", 0, 1, "files", str(source)))
+    model, tokenizer = _load_source(Path(source).expanduser())
+    progress(Progress("read model", 1, 1, "files", str(source)))
+    config: Any = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT
+    samples = calibration_samples(tokenizer, options, text=text, context=context)
+    return quantize(
+        model, tokenizer, Path(out).expanduser(), options=options, samples=samples, progress=progress
+    )
+
+
+@torch.inference_mode()
+def quantize(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    options: QuantizeOptions,
+    samples: Sequence[Sequence[int]],
+    progress: Callable[[Progress], None] | None = None,
+) -> Path:
+    """Quantise a model's blocks one after the other, and write a checkpoint.
+
+    Only one block's activations are in memory. The model's weights become the quantised ones.
+
+    Args:
+        model: a decoder-only model in float32, on the CPU.
+        tokenizer: its tokenizer, written beside it.
+        out: the folder to write; an interrupted run into it goes on.
+        options: how to quantise.
+        samples: token ids, all of one length.
+        progress: told the layers done.
+
+    Raises:
+        QuantizeError: the model has no blocks, or its activations are not finite.
+    """
+    progress = progress or _ignore
+    names = hub_names(model)
+    separate_experts(model)
+    blocks = find_blocks(model)
+    kept = _Kept(out / KEPT, _fingerprint(model, options, samples))
+    batches = _batches(samples)
+    hidden, calls = record_calls(model, blocks, batches)
+    work = _Work(options, progress, total=sum(len(linears(block)) for block in blocks))
+    packed: dict[str, dict[str, torch.Tensor]] = {}
+    for i, block in enumerate(blocks):
+        done = kept.read(i)
+        if done is None:
+            done = work.quantize_block(block, hidden, calls[i])
+            kept.write(i, done)
+        work.apply(block, done)
+        for path, weight in done.items():
+            packed[path] = pack_weight(weight, options, name="")
+        hidden = [run_block(block, it, call) for it, call in zip(hidden, calls[i], strict=True)]
+    write_checkpoint(model, tokenizer, packed, out, options=options, names=names)
+    kept.remove()
+    return out
+
+
+class _Work:
+    """Quantise blocks, and say how far it has come."""
+
+    def __init__(
+        self, options: QuantizeOptions, progress: Callable[[Progress], None], *, total: int
+    ) -> None:
+        self._options = options
+        self._progress = progress
+        self._total = total
+        self._done = 0
+        self._fresh = 0
+        self._began = time.monotonic()
+
+    def quantize_block(
+        self, block: Block, hidden: Sequence[torch.Tensor], calls: Sequence[Call]
+    ) -> dict[str, QuantizedWeight]:
+        modules = linears(block)
+        found = subsets(block, hidden[0][:1], _first_sample(calls[0], hidden[0].shape[0]))
+        if not self._options.true_sequential:
+            found = [[name for names in found for name in names]]
+        quantized: dict[str, QuantizedWeight] = {}
+        for together in found:
+            sums = hessians(block, together, hidden, calls)
+            for names in _same_input(together, sums):
+                weight = torch.cat([_weight(modules[name]) for name in names])
+                whole = quantize_weight(weight, sums[names[0]], self._options)
+                parts = whole.split([_weight(modules[name]).shape[0] for name in names])
+                for name, part in zip(names, parts, strict=True):
+                    quantized[name] = part
+                    _set_weight(modules[name], part.dequantize())
+                self._fresh += len(names)
+                self._tell(len(names), names[-1])
+        return quantized
+
+    def apply(self, block: Block, done: dict[str, QuantizedWeight]) -> None:
+        """Give a block its quantised weights, where another run has made them."""
+        modules = linears(block)
+        for name, part in done.items():
+            _set_weight(modules[name], part.dequantize())
+        if not self._fresh:
+            self._tell(len(done), block.path)
+
+    def _tell(self, layers: int, name: str) -> None:
+        self._done += layers
+        left = self._total - self._done
+        detail = name
+        if self._fresh:
+            seconds = (time.monotonic() - self._began) / self._fresh * left
+            minutes, rest = divmod(round(seconds), 60)
+            detail = f"{name}, {f'{minutes} min ' if minutes else ''}{rest} s left"
+        self._progress(Progress("quantize", self._done, self._total, "layers", detail))
+
+
+class _Kept:
+    """Finished blocks on disk, good for one model, one set of options and samples."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self._folder = folder
+        mark = folder / "fingerprint"
+        if folder.is_dir() and (not mark.is_file() or mark.read_text() != fingerprint):
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.write_text(fingerprint)
+
+    def read(self, block: int) -> dict[str, QuantizedWeight] | None:
+        """Read a finished block, or None where it is not finished."""
+        from safetensors.torch import load_file
+
+        file = self._file(block)
+        if not file.is_file():
+            return None
+        tensors = load_file(file)
+        paths = [name.removesuffix("/codes") for name in tensors if name.endswith("/codes")]
+        return {
+            path: QuantizedWeight(
+                tensors[f"{path}/codes"],
+                tensors[f"{path}/scales"],
+                tensors[f"{path}/zeros"],
+                tensors[f"{path}/g_idx"],
+                0.0,
+            )
+            for path in paths
+        }
+
+    def write(self, block: int, done: dict[str, QuantizedWeight]) -> None:
+        """Keep a finished block."""
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for path, weight in done.items():
+            tensors[f"{path}/codes"] = weight.codes
+            tensors[f"{path}/scales"] = weight.scales
+            tensors[f"{path}/zeros"] = weight.zeros
+            tensors[f"{path}/g_idx"] = weight.g_idx
+        partial = self._folder / "partial"
+        save_file(tensors, partial)
+        partial.replace(self._file(block))
+
+    def remove(self) -> None:
+        """Forget them: the checkpoint is complete."""
+        shutil.rmtree(self._folder)
+
+    def _file(self, block: int) -> Path:
+        return self._folder / f"block-{block:04}.safetensors"
+
+
+def _same_input(names: Sequence[str], sums: dict[str, torch.Tensor]) -> list[list[str]]:
+    """Group names whose Hessians are the same: their weights are quantised as one."""
+    groups: list[list[str]] = []
+    for name in names:
+        for group in groups:
+            if torch.equal(sums[group[0]], sums[name]):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    """Give a linear's weight as float32 [N, K]; GPT-2's Conv1D keeps it transposed."""
+    weight: Any = module.weight
+    tensor: torch.Tensor = weight.detach().float()
+    return tensor.t().contiguous() if type(module).__name__ == "Conv1D" else tensor
+
+
+def _set_weight(module: nn.Module, weight: torch.Tensor) -> None:
+    target: Any = module.weight
+    target.data = (weight.t() if type(module).__name__ == "Conv1D" else weight).to(target.dtype)
+
+
+def _batches(samples: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    ids = torch.tensor([list(sample) for sample in samples])
+    return list(ids.split(max(BATCH_TOKENS // ids.shape[1], 1)))
+
+
+def _first_sample(call: Call, samples: int) -> Call:
+    """Cut what a batch's block was called with to its first sample."""
+    from gptq_loader_plugin.quantize.blocks import Call as BlockCall
+
+    def cut(value: Any) -> Any:  # noqa: ANN401 - tensors in whatever a block takes
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == samples:
+            return value[:1]
+        return type(value)(cut(it) for it in value) if isinstance(value, tuple | list) else value
+
+    keywords = {name: cut(value) for name, value in call.keywords.items()}
+    return BlockCall(tuple(cut(it) for it in call.arguments), keywords)
+
+
+def _fingerprint(
+    model: PreTrainedModel, options: QuantizeOptions, samples: Sequence[Sequence[int]]
+) -> str:
+    """Sum up what a finished block depends on: options, samples, the model and some weights."""
+    digest = hashlib.sha256(options.model_dump_json(exclude={"shard_bytes"}).encode())
+    digest.update(json.dumps([list(sample) for sample in samples]).encode())
+    digest.update(model.config.to_json_string(use_diff=True).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().flatten()[:64].float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not source.exists():
+        raise BadReference(
+            f"there is no {source}",
+            reference=str(source),
+            tried=[str(source)],
+            hint="name the folder of a model that transformers can load, or a .gguf file",
+        )
+    folder, options = source, {}
+    if source.is_file():
+        folder, options = source.parent, {"gguf_file": source.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise QuantizeError(
+            f"{source} cannot be loaded ({first[:200]})",
+            hint="name the folder of an unquantised model that transformers can load, or a .gguf "
+            "file (which needs pip install gguf)",
+        ) from error
+    return model.eval(), tokenizer
+
+
+def _ignore(_: Progress) -> None:
+    """Hear no progress."""

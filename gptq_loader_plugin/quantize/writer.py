@@ -1,0 +1,191 @@
+"""Write a GPTQ checkpoint as AutoGPTQ and GPTQModel do."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gptq_loader_plugin.checkpoint.packing import pack_columns, pack_rows
+from gptq_loader_plugin.skeleton import ExpertPlace, ModulePlace, Names
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from gptq_loader_plugin.quantize.algorithm import QuantizedWeight
+    from gptq_loader_plugin.quantize.options import QuantizeOptions
+
+__all__ = ["hub_names", "pack_weight", "write_checkpoint"]
+
+
+
+
+def pack_weight(
+    weight: QuantizedWeight, options: QuantizeOptions, *, name: str
+) -> dict[str, torch.Tensor]:
+    """Pack one layer's tensors as a file holds them.
+
+    In format v1, zeros are stored minus one: with 2, 4 and 8 bits by one subtraction for a whole
+    word, with borrow, and with 3 bits field by field, as the other writers do.
+    """
+    bits = options.bits
+    zeros = weight.zeros.numpy()
+    if options.checkpoint_format == "gptq" and bits == 3:
+        zeros = (zeros - 1) & np.uint8((1 << bits) - 1)
+    qzeros = pack_columns(zeros, bits, "continuous")
+    if options.checkpoint_format == "gptq" and bits != 3:
+        ones = sum(1 << shift for shift in range(0, 32, bits))
+        qzeros = (qzeros.view(np.uint32) - np.uint32(ones)).view(np.int32)
+    return {
+        f"{name}.qweight": torch.from_numpy(pack_rows(weight.codes.numpy(), bits, "continuous")),
+        f"{name}.qzeros": torch.from_numpy(np.ascontiguousarray(qzeros)),
+        f"{name}.scales": weight.scales,
+        f"{name}.g_idx": weight.g_idx,
+    }
+
+
+def hub_names(model: PreTrainedModel) -> dict[str, str]:
+    """Map every tensor's name in the hub's files to the module path or parameter in the model.
+
+    transformers 5 renames and fuses some weights; files keep the names of their year. An expert's
+    projection maps to its linear in `PackedExperts`. Call it before experts are separated.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    names = Names(model)
+    empty = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    mapped = {}
+    for hub_name in revert_weight_conversion(model, empty):
+        match names.place(hub_name):
+            case ExpertPlace(parent=parent, expert=expert, role=role):
+                mapped[hub_name] = f"{parent}.experts.{expert}.{role}.weight"
+            case ModulePlace(path=path):
+                mapped[hub_name] = path
+            case None:
+                mapped[hub_name] = hub_name
+    return mapped
+
+
+def write_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    packed: Mapping[str, Mapping[str, torch.Tensor]],
+    out: Path,
+    *,
+    options: QuantizeOptions,
+    names: Mapping[str, str],
+) -> None:
+    """Write tensors, configs and tokenizer; the weights' files appear only when complete.
+
+    Args:
+        model: the model; what is not in `packed` is written as float16.
+        tokenizer: its tokenizer.
+        packed: the packed tensors of every quantised module, by its path, under ".qweight" and
+            so on.
+        out: the folder.
+        options: how it was quantised.
+        names: from `hub_names`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(out)
+    quantization = _quantize_config(options)
+    _write_json(out / "quantize_config.json", quantization)
+    config = json.loads(model.config.to_json_string(use_diff=True))
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = "float16"
+    _write_shards(_tensors(model, packed, names), out, shard_bytes=options.shard_bytes)
+    # The last file written: a folder with config.json is a finished checkpoint.
+    _write_json(out / "config.json", {**config, "quantization_config": quantization})
+
+
+def _tensors(
+    model: PreTrainedModel,
+    packed: Mapping[str, Mapping[str, torch.Tensor]],
+    names: Mapping[str, str],
+) -> dict[str, torch.Tensor]:
+    state = model.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    written: set[int] = set()
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    for hub_name, target in names.items():
+        path = target.removesuffix(".weight")
+        if target.endswith(".weight") and path in packed:
+            prefix = hub_name.removesuffix(".weight")
+            tensors.update({f"{prefix}{part}": it for part, it in packed[path].items()})
+            continue
+        tensor = state[target]
+        if tied and tensor.dim() == 2:
+            if tensor.data_ptr() in written:
+                continue
+            written.add(tensor.data_ptr())
+        tensors[hub_name] = (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+    return tensors
+
+
+def _write_shards(tensors: dict[str, torch.Tensor], out: Path, *, shard_bytes: int) -> None:
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if size and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        index = {
+            "metadata": {"total_size": sum(it.nbytes for it in tensors.values())},
+            "weight_map": {
+                name: file for file, shard in zip(files, shards, strict=True) for name in shard
+            },
+        }
+        _write_json(out / "model.safetensors.index.json", index)
+    for file, shard in zip(files, shards, strict=True):
+        partial = out / f".{file}.partial"
+        save_file(shard, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # safetensors makes files that only their owner reads
+        partial.replace(out / file)
+
+
+def _quantize_config(options: QuantizeOptions) -> dict[str, Any]:
+    """Write the fields AutoGPTQ wrote, and those GPTQModel added."""
+    return {
+        "bits": options.bits,
+        "group_size": options.group_size,
+        "damp_percent": options.damp_percent,
+        "desc_act": options.desc_act,
+        "static_groups": options.static_groups,
+        "sym": options.sym,
+        "true_sequential": options.true_sequential,
+        "lm_head": False,
+        "model_name_or_path": None,
+        "model_file_base_name": "model",
+        "quant_method": "gptq",
+        "checkpoint_format": options.checkpoint_format,
+        "pack_dtype": "int32",
+        "meta": {
+            "quantizer": [f"gptq_loader_plugin:{version('gptq-loader-plugin')}"],
+            "damp_percent": options.damp_percent,
+            "static_groups": options.static_groups,
+            "true_sequential": options.true_sequential,
+        },
+    }
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(file)
+
+

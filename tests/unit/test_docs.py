@@ -1,0 +1,61 @@
+"""The code in README and docs runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from gptq_loader_plugin import Plugins
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+CHECKPOINT = ROOT / "tests" / "data" / "checkpoints" / "gptq-2bit-64g-noact-sym"
+
+
+def blocks(file: str) -> list[str]:
+    return BLOCK.findall((ROOT / file).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("code", blocks("docs/hooks.md"), ids=range(len(blocks("docs/hooks.md"))))
+def test_a_block_of_the_hooks_page_is_a_plugin_that_works(code: str) -> None:
+    import types
+
+    import gptq_loader_plugin as gptq
+
+    plugin = types.ModuleType("documented")
+    exec(code, plugin.__dict__)
+    plugins = Plugins(installed=True).with_plugin(plugin)
+    with gptq.load(CHECKPOINT, plugins=plugins, device="cpu", backend=_kernel(plugin)) as model:
+        assert model.generate("hi", gptq.GenerateOptions(max_new_tokens=2)).tokens
+
+
+def _kernel(plugin: object) -> str | None:
+    offer = getattr(plugin, "gptq_kernels", None)
+    return offer()[0].name if offer else None
+
+
+@pytest.mark.parametrize("code", blocks("README.md"), ids=range(len(blocks("README.md"))))
+def test_a_block_of_the_readme_runs(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(code.replace('"demo"', repr(str(CHECKPOINT))), {})
+    assert capsys.readouterr().out
+
+
+def test_the_ranks_in_the_docs_are_the_kernels() -> None:
+    from gptq_loader_plugin.conformance.layers import Case, make_layer
+    from gptq_loader_plugin.device import Device, find_device
+    from gptq_loader_plugin.kernel import Accepted
+
+    table = re.findall(r"^\| (\d+) \| `(\w+)` \|", (ROOT / "docs/hooks.md").read_text(), re.MULTILINE)
+    documented = {name: int(rank) for rank, name in table}
+    layer = make_layer(Case())[0]
+    here = find_device("cpu")
+    gpu = Device("cuda", capability=(8, 6), present=False, assume_built=True)
+    found = {
+        verdict.kernel: verdict.rank
+        for kernel in Plugins(installed=True).kernels()
+        for device in (here, gpu)
+        if isinstance(verdict := kernel.consider(layer, device), Accepted)
+    }
+    assert found == documented

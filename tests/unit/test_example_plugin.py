@@ -1,0 +1,72 @@
+"""`examples/my_kernel`, installed as its readers would, is found, conforms and answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EIGHT_BITS = ROOT / "tests" / "data" / "checkpoints" / "gptq-8bit-128g-act-sym"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which the example is installed, beside the packages of this one."""
+    source = tmp_path_factory.mktemp("source")
+    for file in (ROOT / "examples" / "my_kernel").glob("*.*"):
+        (source / file.name).write_bytes(file.read_bytes())
+    target = tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run(
+        [*pip, "--no-deps", "--no-build-isolation", "--target", target, source],
+        check=True,
+        capture_output=True,
+    )
+    return {**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments: str, env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], env=env, cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+def test_it_is_listed(installed: dict[str, str], tmp_path: Path) -> None:
+    done = run("-m", "gptq_loader_plugin", "plugins", "--json", env=installed, cwd=tmp_path)
+    listed = json.loads(done.stdout)
+    assert listed["plugins"]["my-kernel"] == "my-gptq-kernel"
+    assert "int8rows" in listed["kernels"]
+    assert "plain" in listed["templates"]
+
+
+def test_its_kernel_conforms(installed: dict[str, str], tmp_path: Path) -> None:
+    suite = ("-m", "pytest", "--pyargs", "gptq_loader_plugin.conformance", "-q", "-W", "error")
+    done = run(*suite, "--kernel", "int8rows", env=installed, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout
+    assert "is for 8-bit layers" not in done.stderr
+
+
+def test_it_answers(installed: dict[str, str], tmp_path: Path) -> None:
+    command = ("-m", "gptq_loader_plugin", "generate", str(EIGHT_BITS), "--prompt", "hi", "--json")
+    options = ("--backend", "int8rows", "--template", "plain", "--max-new-tokens", "4")
+    done = run(*command, *options, env=installed, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    reply = json.loads(done.stdout)
+    assert reply["kernels"] == {"int8rows": 14}
+    assert reply["template"] == "plain"
+
+
+def test_its_refusal_is_said(installed: dict[str, str], tmp_path: Path) -> None:
+    four_bits = str(EIGHT_BITS.with_name("gptq-4bit-128g-act-sym"))
+    done = run(
+        "-m", "gptq_loader_plugin", "explain", four_bits, "--backend", "int8rows",
+        env=installed, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "is for 8-bit layers; this one has 4 bits" in done.stderr

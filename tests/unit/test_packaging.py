@@ -1,0 +1,75 @@
+"""The wheel and the sdist hold everything, and work from another folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODULES = (
+    "gptq_loader_plugin.checkpoint.reader",
+    "gptq_loader_plugin.cli",
+    "gptq_loader_plugin.conformance.layers",
+    "gptq_loader_plugin.quantize",
+    "gptq_loader_kernels.cpu",
+    "gptq_loader_kernels.exllama",
+    "gptq_loader_kernels.triton",
+    "gptq_loader_extensions.gradio",
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, and the wheel that was built from it."""
+    pytest.importorskip("build")
+    out = tmp_path_factory.mktemp("dist")
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_the_wheel_is_complete_and_works_elsewhere(built: Path, tmp_path: Path) -> None:
+    wheel = next(built.glob("*.whl"))
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for module in MODULES:
+        path = module.replace(".", "/")
+        assert {f"{path}.py", f"{path}/__init__.py"} & names, module
+    assert "gptq_loader_plugin/py.typed" in names
+    assert not any(name.startswith(("kernels/", "extensions/", "tests/")) for name in names)
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = "\n".join(
+        [
+            "import importlib",
+            *(f"importlib.import_module({module!r})" for module in MODULES),
+            "import gptq_loader_plugin",
+            "print(gptq_loader_plugin.__file__)",
+        ]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(site), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(str(site))
+
+
+def test_the_sdist_has_the_source_roots(built: Path) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert "kernels/gptq_loader_kernels/cpu.py" in names
+    assert "extensions/gptq_loader_extensions/__init__.py" in names
+    assert "LICENSE" in names

@@ -1,0 +1,85 @@
+"""Plugins: found by entry point, limited and traced by the environment, and faulty ones named."""
+
+from __future__ import annotations
+
+import pytest
+
+from gptq_loader_plugin import PluginError, Plugins, hookimpl
+
+OURS = ["cpu", "dense", "exllama", "reference", "triton"]
+
+
+def test_our_kernels_come_through_the_entry_points() -> None:
+    plugins = Plugins(installed=True, environ={})
+    assert [kernel.name for kernel in plugins.kernels()] == OURS
+    assert plugins.names()["kernel-cpu"] == "gptq-loader-plugin"
+    assert [template.name for template in plugins.templates()] == ["chatml"]
+    assert [reader.name for reader in plugins.readers()] == ["gptq"]
+    assert "gradio" in [host.name for host in plugins.hosts()]
+
+
+def test_the_environment_limits_them() -> None:
+    limited = Plugins(installed=True, environ={"GPTQ_LOADER_PLUGINS": "kernel-dense, core"})
+    assert [kernel.name for kernel in limited.kernels()] == ["dense"]
+    assert Plugins(installed=True, environ={"GPTQ_LOADER_PLUGINS": ""}).names() == {}
+
+
+def test_the_environment_names_one_that_is_not_there() -> None:
+    with pytest.raises(PluginError, match="names kernel-dens, which is not installed") as caught:
+        Plugins(installed=True, environ={"GPTQ_LOADER_PLUGINS": "kernel-dens"})
+    assert "kernel-dense" in caught.value.hint
+
+
+def test_the_environment_traces_them(capsys: pytest.CaptureFixture[str]) -> None:
+    Plugins(installed=True, environ={"GPTQ_LOADER_TRACE": "1"}).kernels()
+    assert "gptq_kernels" in capsys.readouterr().err
+
+
+def test_a_plugin_that_misspells_a_hook_is_named() -> None:
+    class Misspelt:
+        @hookimpl
+        def gptq_kernel(self) -> None: ...
+
+    with pytest.raises(PluginError, match="gptq_kernel"):
+        Plugins(Misspelt())
+
+
+def test_a_plugin_that_takes_an_argument_that_is_not_given_is_named() -> None:
+    class Greedy:
+        @hookimpl
+        def gptq_kernels(self, everything: object) -> None: ...
+
+    with pytest.raises(PluginError, match="everything"):
+        Plugins(Greedy())
+
+
+def test_a_plugin_that_fails_is_an_error_with_its_words() -> None:
+    class Broken:
+        @hookimpl
+        def gptq_kernels(self) -> list[object]:
+            raise ValueError("no driver")
+
+    with pytest.raises(PluginError, match="no driver"):
+        Plugins(Broken()).kernels()
+
+
+def test_an_offer_that_is_no_kernel_is_named() -> None:
+    class Odd:
+        @hookimpl
+        def gptq_kernels(self) -> list[object]:
+            return ["a string"]
+
+    with pytest.raises(PluginError, match="'a string' is not a kernel"):
+        Plugins(Odd()).kernels()
+
+
+def test_one_more_plugin_leaves_the_first_set_alone() -> None:
+    class Extra:
+        @hookimpl
+        def gptq_resolve(self, reference: str) -> None: ...
+
+    first = Plugins(installed=True, environ={})
+    second = first.with_plugin(Extra())
+    assert "Extra" in second.names()
+    assert "Extra" not in first.names()
+    assert [kernel.name for kernel in second.kernels()] == OURS

