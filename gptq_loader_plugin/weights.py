@@ -233,11 +233,13 @@ class _Filling:
         for parent, packed in self.experts.items():
             if missing := packed.missing():
                 raise self._mismatch(f"{parent}.{missing[0]}", "is missing: an expert's weight")
-        head = self.model.get_output_embeddings()
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         if head is None or not isinstance(head, nn.Linear):  # a quantised head is tied to nothing
             self.model.config.tie_word_embeddings = False
         elif head.weight.is_meta:
             self.model.tie_weights()
+        elif embedding.weight.is_meta and self.model.config.tie_word_embeddings:
+            embedding.weight = head.weight  # some writers kept the head's name of the two
         for name, value in (*self.model.named_parameters(), *self.model.named_buffers()):
             if value.is_meta:
                 raise self._mismatch(name, "is missing")

@@ -142,7 +142,7 @@ class _Work:
         self, block: Block, hidden: Sequence[torch.Tensor], calls: Sequence[Call]
     ) -> dict[str, QuantizedWeight]:
         modules = linears(block)
-        found = subsets(block, hidden[0][:1], _first_sample(calls[0], hidden[0].shape[0]))
+        found = subsets(block, hidden[0], calls[0])
         if not self._options.true_sequential:
             found = [[name for names in found for name in names]]
         quantized: dict[str, QuantizedWeight] = {}
@@ -259,19 +259,6 @@ def _set_weight(module: nn.Module, weight: torch.Tensor) -> None:
 def _batches(samples: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     ids = torch.tensor([list(sample) for sample in samples])
     return list(ids.split(max(BATCH_TOKENS // ids.shape[1], 1)))
-
-
-def _first_sample(call: Call, samples: int) -> Call:
-    """Cut what a batch's block was called with to its first sample."""
-    from gptq_loader_plugin.quantize.blocks import Call as BlockCall
-
-    def cut(value: Any) -> Any:  # noqa: ANN401 - tensors in whatever a block takes
-        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == samples:
-            return value[:1]
-        return type(value)(cut(it) for it in value) if isinstance(value, tuple | list) else value
-
-    keywords = {name: cut(value) for name, value in call.keywords.items()}
-    return BlockCall(tuple(cut(it) for it in call.arguments), keywords)
 
 
 def _fingerprint(

@@ -113,8 +113,7 @@ def _tensors(
 ) -> dict[str, torch.Tensor]:
     state = model.state_dict()
     tensors: dict[str, torch.Tensor] = {}
-    written: set[int] = set()
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    tied = _tied_head(model)
     for hub_name, target in names.items():
         path = target.removesuffix(".weight")
         if target.endswith(".weight") and path in packed:
@@ -122,12 +121,18 @@ def _tensors(
             tensors.update({f"{prefix}{part}": it for part, it in packed[path].items()})
             continue
         tensor = state[target]
-        if tied and tensor.dim() == 2:
-            if tensor.data_ptr() in written:
-                continue
-            written.add(tensor.data_ptr())
+        if target == tied:
+            continue
         tensors[hub_name] = (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
     return tensors
+
+
+def _tied_head(model: PreTrainedModel) -> str | None:
+    """Name the head's weight where it is the embedding's, which alone is written."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return None
+    return next((f"{name}.weight" for name, it in model.named_modules() if it is head), None)
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], out: Path, *, shard_bytes: int) -> None:
