@@ -27,8 +27,8 @@ class GradioHost:
 
         Args:
             **options: `model`, a LoadedModel; `host`, the address to serve on, "127.0.0.1" unless
-                told; `port`, None for the first free one from 7860 on; `open_browser`, whether to
-                open the page in this machine's browser, True unless told.
+                told; `port`, None for the first free one from 7860 on, 0 for any; `open_browser`,
+                whether to open the page in this machine's browser, True unless told.
 
         Raises:
             PluginError: gradio is not installed, or no model was given.

@@ -11,7 +11,7 @@ from gptq_loader_plugin.plan import write_size
 if TYPE_CHECKING:
     from gptq_loader_plugin.loaded import LoadedModel
 
-__all__ = ["explanation", "head", "model_name"]
+__all__ = ["head", "model_name"]
 
 
 def model_name(model: LoadedModel) -> str:
@@ -36,18 +36,11 @@ def head(model: LoadedModel) -> str:
     chips = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
     warnings = dict.fromkeys((*model.warnings, *model.plan.warnings))
     noted = "".join(f"<p role='note'>{escape(it)}</p>" for it in warnings)
+    template = f"{model.template.name} ({model.template.source})"
+    why = f"<pre tabindex='0'>{escape(model.explain())}</pre>"
     return (
-        f"<h1>{escape(model_name(model))}</h1><ul>{chips}</ul>"
-        f"<dl><dt>Kernel</dt><dd id='kernel-line'>{escape(model.plan.headline())}</dd>"
-        f"<dt>Template</dt><dd id='template-line'>{escape(_template(model))}</dd></dl>{noted}"
+        f"<header><h1>{escape(model_name(model))}</h1><ul>{chips}</ul></header>"
+        f"<dl><dt>Kernel</dt><dd><details id='why'><summary><span id='headline'>"
+        f"{escape(model.plan.headline())}</span> <b>Why?</b></summary>{why}</details></dd>"
+        f"<dt>Template</dt><dd id='template'>{escape(template)}</dd></dl>{noted}"
     )
-
-
-def explanation(model: LoadedModel) -> str:
-    """Give the whole explanation, kernel by kernel."""
-    return f"<pre tabindex='0'>{escape(model.explain())}</pre>"
-
-
-def _template(model: LoadedModel) -> str:
-    template = model.template
-    return f"{template.name}, from {template.source}"

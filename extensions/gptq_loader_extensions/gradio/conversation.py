@@ -35,6 +35,7 @@ class Moment:
         running: whether the reply goes on.
         draft: the text to put into the message box; None leaves what is there.
         warning: what to tell the user now, or "".
+        problem: why there is no reply, and what to do; or "".
     """
 
     messages: tuple[Message, ...]
@@ -42,6 +43,7 @@ class Moment:
     running: bool = False
     draft: str | None = None
     warning: str = ""
+    problem: str = ""
 
 
 def answer(
@@ -93,7 +95,7 @@ def answer(
 
 
 def take_back(messages: Sequence[Message]) -> tuple[tuple[Message, ...], str]:
-    """Take the last question and its reply out of a conversation; give the rest and the question."""
+    """Take the last question and its reply out of a conversation; give what is left, and it."""
     at = max((i for i, it in enumerate(messages) if it["role"] == "user"), default=0)
     question = messages[at]["content"] if messages else ""
     return tuple(messages[:at]), question

@@ -63,7 +63,7 @@ def open_page(
             f"the chat page needs gradio, which cannot be imported: {error}",
             hint="pip install 'gptq-loader-plugin[gradio]'",
         ) from error
-    _check_address(host, port)
+    free = _bound_port(host, port)
     from starlette.middleware import Middleware
 
     from gptq_loader_extensions.gradio.page import build_page, launch_style
@@ -73,7 +73,7 @@ def open_page(
     options = known(
         type(page).launch,
         server_name=host,
-        server_port=port,
+        server_port=port if port is None else free,
         prevent_thread_lock=True,
         quiet=True,
         inbrowser=False,
@@ -119,8 +119,8 @@ class PageOnly:
         await self._app(scope, receive, send_with_policy)
 
 
-def _check_address(host: str, port: int | None) -> None:
-    """Bind the address once, to say in words why it cannot be served.
+def _bound_port(host: str, port: int | None) -> int:
+    """Bind the address once, to say in words why it cannot be served; give the port it got.
 
     Raises:
         OptionInvalid: the port is taken or not allowed, or the host is not this machine's.
@@ -132,6 +132,7 @@ def _check_address(host: str, port: int | None) -> None:
         with socket.socket(family, kind, protocol) as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             trial.bind(address)
+            return int(trial.getsockname()[1])
     except OverflowError as error:
         raise OptionInvalid(
             f"{port} is no port: ports are 1 to 65535", hint="choose another with --port"

@@ -1,0 +1,42 @@
+"""Serve the chat page with a tiny checkpoint, slowed, and keep a record: page_server.py REF RECORD.
+
+The record gets one byte for each step of the model, so its size tells whether a reply still runs.
+Every attempt to reach another machine is told on stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+STEP_SECONDS = 0.02  # as fast as a small model on a laptop: slow enough to see a reply grow
+LOOPBACK = ("127.0.0.1", "::1", "localhost", None)
+
+
+def tell_outside(event: str, args: tuple[Any, ...]) -> None:
+    if event == "socket.getaddrinfo" and args[0] not in LOOPBACK:
+        sys.stderr.write(f"OUTSIDE {args[0]}\n")
+    if event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in LOOPBACK:
+        sys.stderr.write(f"OUTSIDE {args[1]}\n")
+
+
+def main(reference: str, record: str) -> None:
+    sys.addaudithook(tell_outside)
+    import gptq_loader_plugin as gptq
+
+    file = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def slowed(*_: object) -> None:
+        os.write(file, b".")
+        time.sleep(STEP_SECONDS)
+
+    plugins = gptq.Plugins(installed=True)
+    model = gptq.load(reference, device="cpu", plugins=plugins)
+    model.model.register_forward_pre_hook(slowed)
+    plugins.host("gradio").install(model=model, port=0, open_browser=False)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

@@ -1,0 +1,342 @@
+"""The chat page in a real browser, with a real checkpoint behind it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import gptq_loader_plugin as gptq
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from playwright.sync_api import Browser, Page
+
+pytest.importorskip("gradio", reason="gradio is not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+expect = playwright.expect
+
+CHECKPOINT = Path(__file__).parents[1] / "data" / "checkpoints" / "gptq-4bit-32g-act-sym"
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+# The same kernels whatever else is installed.
+ENVIRON = {
+    "GPTQ_LOADER_PLUGINS": "core,host-gradio,kernel-cpu,kernel-dense,kernel-reference",
+    "OMP_NUM_THREADS": "1",
+}
+DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+ENDED = re.compile(r"a second")
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium; apt-get install chromium"),
+]
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[str]
+    record: Path
+    url: str = ""
+    lines: list[str] = field(default_factory=list)
+
+    def steps(self) -> int:
+        return self.record.stat().st_size if self.record.exists() else 0
+
+    def log(self) -> str:
+        return "".join(self.lines)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    record = tmp_path_factory.mktemp("page") / "steps"
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("page_server.py")), CHECKPOINT, record],
+        env=os.environ | ENVIRON,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    served = Server(process, record)
+    assert process.stderr is not None
+    with process, process.stderr:
+        reader = threading.Thread(target=lambda: served.lines.extend(process.stderr or ()))
+        reader.start()
+        try:
+            wait(lambda: "Open http" in served.log() or process.poll() is not None, seconds=120)
+            found = re.search(r"Open (\S+)", served.log())
+            assert found, served.log()
+            served.url = found[1]
+            yield served
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(20)
+            reader.join(5)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with playwright.sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser: Browser, server: Server) -> Iterator[Page]:
+    """The page, with a console that must stay free of errors."""
+    with opened(browser, server) as (fresh, errors):
+        yield fresh
+    assert errors == []
+
+
+class opened:  # noqa: N801 - a context manager
+    """One browser with the page in it, and what its console complains of."""
+
+    def __init__(self, browser: Browser, server: Server, **options: Any) -> None:
+        self.context = browser.new_context(**{"viewport": DESKTOP, **options})
+        self.url = server.url
+
+    def __enter__(self) -> tuple[Page, list[str]]:
+        errors: list[str] = []
+        fresh = self.context.new_page()
+        fresh.on("console", lambda it: errors.append(it.text) if it.type == "error" else None)
+        fresh.on("pageerror", lambda it: errors.append(str(it)))
+        fresh.goto(self.url, wait_until="domcontentloaded")
+        expect(fresh.locator("#send")).to_be_visible(timeout=30_000)
+        return fresh, errors
+
+    def __exit__(self, *_: object) -> None:
+        self.context.close()
+
+
+def wait(until: Callable[[], bool], *, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not until() and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def send(page: Page, text: str, *, tokens: int = 8) -> None:
+    """Send a message, with settings under which this model talks on to the limit."""
+    for name, value in (("temperature", 0), ("max_new_tokens", tokens)):
+        setting = page.locator(f"#{name} input[type=number]")
+        setting.fill(str(value))
+        setting.blur()
+    page.locator("#message textarea").fill(text)
+    page.locator("#message textarea").press("Enter")
+
+
+def finish(page: Page) -> None:
+    expect(page.locator("#send")).to_be_visible(timeout=30_000)
+    expect(page.locator("#status")).to_contain_text(ENDED)
+
+
+def replies(page: Page) -> list[str]:
+    found: list[str] = page.locator("#chat [data-testid=bot]").all_inner_texts()
+    return found
+
+
+def questions(page: Page) -> list[str]:
+    found: list[str] = page.locator("#chat [data-testid=user]").all_inner_texts()
+    return [it.strip() for it in found]
+
+
+def test_it_says_what_runs_and_why(page: Page) -> None:
+    plan = gptq.explain(
+        CHECKPOINT, device="cpu", plugins=gptq.Plugins(installed=True, environ=ENVIRON)
+    )
+    expect(page).to_have_title("gptq-4bit-32g-act-sym")
+    expect(page.get_by_role("heading", level=1)).to_have_text("gptq-4bit-32g-act-sym")
+    expect(page.locator("#headline")).to_have_text(plan.headline())
+    expect(page.locator("#template")).to_have_text("checkpoint (chat_template.jinja)")
+    why = page.locator("#why pre")
+    expect(why).not_to_be_visible()
+    page.locator("#why summary").click()
+    expect(why).to_be_visible()
+    for name, words in plan.choices[0].reasons():
+        expect(why).to_contain_text(name)
+        expect(why).to_contain_text(words)
+
+
+def test_a_reply_streams_and_says_how_fast(page: Page) -> None:
+    send(page, "Hello", tokens=100)
+    expect(page.locator("#stop")).to_be_visible()
+    expect(page.locator("#message textarea")).to_have_value("")
+    lengths = []
+    while page.locator("#stop").is_visible():
+        lengths.append(len("".join(replies(page))))
+        page.wait_for_timeout(100)
+    finish(page)
+    assert questions(page) == ["Hello"]
+    assert len(set(lengths)) > 4, "it grew in several steps"
+    expect(page.locator("#status")).to_contain_text(
+        re.compile(r"100 tokens, [\d.]+ a second; the first after [\d.]+ s; cut off")
+    )
+
+
+def test_stop_stops_and_keeps_what_there_is(page: Page, server: Server) -> None:
+    send(page, "Tell me everything", tokens=450)
+    expect(page.locator("#status")).to_contain_text(re.compile(r"[2-9]\d tokens"))
+    page.locator("#stop").click()
+    finish(page)
+    expect(page.locator("#status")).to_contain_text("stopped")
+    kept, steps = replies(page), server.steps()
+    assert len(kept) == 1
+    assert kept[0].strip()
+    page.wait_for_timeout(1000)
+    assert replies(page) == kept
+    assert server.steps() == steps, "the model has stopped, and not only the page"
+    send(page, "And again", tokens=10)
+    expect(page.locator("#chat [data-testid=bot]")).to_have_count(2)
+    finish(page)
+    assert questions(page) == ["Tell me everything", "And again"]
+    assert replies(page)[0] == kept[0], "the partial reply is part of the conversation"
+
+
+def test_retry_undo_and_clear(page: Page) -> None:
+    for button in ("#retry", "#undo", "#clear"):
+        expect(page.locator(f"{button}")).to_be_disabled()
+    send(page, "One", tokens=12)
+    finish(page)
+    first = replies(page)
+    page.locator("#retry").click()
+    expect(page.locator("#retry")).to_be_disabled()
+    expect(page.locator("#retry")).to_be_enabled(timeout=20_000)
+    assert replies(page) == first, "temperature 0 is deterministic"
+    assert questions(page) == ["One"]
+    send(page, "Two", tokens=12)
+    expect(page.locator("#chat [data-testid=bot]")).to_have_count(2)
+    finish(page)
+    page.locator("#undo").click()
+    expect(page.locator("#message textarea")).to_have_value("Two")
+    assert questions(page) == ["One"]
+    assert replies(page) == first
+    page.locator("#clear").click()
+    expect(page.locator("#chat [data-testid=user]")).to_have_count(0)
+    expect(page.locator("#undo")).to_be_disabled()
+
+
+def test_an_error_is_words_and_loses_nothing(page: Page, server: Server) -> None:
+    send(page, "Hello", tokens=8)
+    finish(page)
+    before = replies(page)
+    long = "word " * 900
+    send(page, long)
+    toast = page.get_by_test_id("toast-body")
+    expect(toast).to_contain_text(
+        re.compile(r"The prompt has [\d,]+ tokens, and the context is 512")
+    )
+    expect(toast).to_contain_text("Shorten the message, or the system message.")
+    expect(page.locator("#message textarea")).to_have_value(long)
+    expect(page.locator("#send")).to_be_visible()
+    assert (questions(page), replies(page)) == (["Hello"], before)
+    expect(page.locator("#chat").get_by_text("Error", exact=True)).to_have_count(0)
+    assert "Traceback" not in server.log()
+
+
+def test_a_wrong_setting_is_words(page: Page, server: Server) -> None:
+    send(page, "Hello", tokens=0)
+    expect(page.get_by_test_id("toast-body")).to_contain_text("The option max_new_tokens")
+    expect(page.locator("#message textarea")).to_have_value("Hello")
+    assert "Traceback" not in server.log()
+
+
+def test_old_turns_that_no_longer_fit_are_left_out_with_a_warning(page: Page) -> None:
+    for count in (1, 2, 3):
+        send(page, "word " * 70, tokens=4)
+        expect(page.locator("#chat [data-testid=bot]")).to_have_count(count)
+        finish(page)
+    expect(page.get_by_test_id("toast-body").first).to_contain_text("were left out")
+    expect(page.locator("#chat [data-testid=user]")).to_have_count(3)
+
+
+def test_enter_sends_and_what_is_typed_meanwhile_stays(page: Page) -> None:
+    box = page.locator("#message textarea")
+    box.fill("first line")
+    box.press("Shift+Enter")
+    box.press_sequentially("second line")
+    expect(box).to_have_value("first line\nsecond line")
+    send(page, "Hello", tokens=100)
+    expect(page.locator("#stop")).to_be_visible()
+    box.press_sequentially("next")
+    box.press("Enter")  # a reply is being written: nothing is sent
+    finish(page)
+    expect(box).to_have_value(re.compile("^next"))
+    assert questions(page) == ["Hello"]
+
+
+def test_markup_that_is_typed_is_shown(page: Page) -> None:
+    send(page, "<b>bold</b> and <|im_end|> and `a<b`", tokens=4)
+    finish(page)
+    assert questions(page) == ["<b>bold</b> and <|im_end|> and a<b"]
+
+
+def test_two_browsers_talk_at_once_and_apart(browser: Browser, server: Server) -> None:
+    with opened(browser, server) as (one, first), opened(browser, server) as (two, second):
+        send(one, "From one", tokens=100)
+        send(two, "From two", tokens=100)
+        expect(two.locator("#status")).to_contain_text(ENDED)
+        expect(one.locator("#stop")).to_be_visible()
+        expect(two.locator("#stop")).to_be_visible()
+        one.locator("#stop").click()
+        finish(one)
+        expect(two.locator("#stop")).to_be_visible()
+        finish(two)
+        assert (questions(one), questions(two)) == (["From one"], ["From two"])
+        assert len(replies(one)) == len(replies(two)) == 1
+        assert first == second == []
+
+
+def test_a_closed_tab_ends_its_reply(browser: Browser, server: Server) -> None:
+    with opened(browser, server) as (page, _):
+        send(page, "Tell me everything", tokens=450)
+        expect(page.locator("#status")).to_contain_text(ENDED)
+    time.sleep(2)
+    steps = server.steps()
+    time.sleep(1)
+    assert server.steps() == steps
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_it_without_scrolling_sideways(
+    browser: Browser, server: Server, scheme: str
+) -> None:
+    with opened(browser, server, viewport=PHONE, color_scheme=scheme) as (page, errors):
+        send(page, "Hello " + "x" * 200, tokens=40)
+        finish(page)
+        page.locator("#why summary").click()
+        page.locator("#sampling button").first.click()
+        expect(page.locator("#seed")).to_be_visible()
+        width = page.evaluate("document.documentElement.scrollWidth")
+        assert width <= PHONE["width"]
+        assert page.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")
+        assert errors == []
+
+
+def test_nothing_leaves_this_machine(browser: Browser, server: Server) -> None:
+    """Not a font, not a count of visits, and not a picture that a reply may name."""
+    with opened(browser, server) as (page, errors):
+        asked, got = [], []
+        page.on("request", lambda it: asked.append(it.url))
+        page.on("response", lambda it: got.append(it.url))
+        page.reload(wait_until="domcontentloaded")
+        expect(page.locator("#send")).to_be_visible(timeout=30_000)
+        send(page, "![picture](http://192.0.2.1/picture.png)", tokens=4)
+        finish(page)
+        outside = [it for it in asked if not it.startswith((server.url, "data:", "blob:"))]
+        assert len(got) > 20
+        assert set(outside) <= {"http://192.0.2.1/picture.png"}
+        assert not [it for it in got if it in outside]
+        assert all("Content Security Policy" in it for it in errors), errors
+        assert errors, "the picture was refused, not only slow"
+    assert "OUTSIDE" not in server.log()
