@@ -3,7 +3,8 @@
 Columns are quantised one at a time; the error of each is spread over the columns that are still
 to come, by the inverse Hessian of the layer's inputs. With act-order the columns with the largest
 activations go first. A group's scale is found when its first column comes, from the weights as
-the errors so far have left them, rounded to float16 as the file will hold it.
+the errors so far have left them, rounded to float16 as the file will hold it; of some scales
+smaller than the one that spans all weights, the one with the least squared error is taken.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ __all__ = ["QuantizedWeight", "quantize_weight"]
 BLOCK = 128  # columns whose errors are spread at once, as in the paper
 DAMP_STEPS = 10  # times the damping is raised where the Hessian is not positive definite
 SMALLEST_SCALE = 2.0**-24  # float16's smallest number above zero
+# A scale that spans every weight of a group wastes codes on the few largest. Trying smaller ones
+# took SmolLM2-135M at 3 bits, groups of 128, from a perplexity of 52.8 to 33.0, and at 4 bits
+# without groups from PLAIN4 to SEARCH4 (bench/branches.py).
+SHRINK = tuple(1 - 0.025 * step for step in range(17))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +146,7 @@ def _columns(  # noqa: PLR0913 - the state of the algorithm
         for i in range(first, last):
             group = listed[i]
             if static is None and i % size == 0:
-                scales[group], zeros[group] = _grid(work[:, i : i + size], options)
+                scales[group], zeros[group] = _best_grid(work[:, i : i + size], options)
             column = block[:, i - first]
             scale, zero = scales[group], zeros[group]
             code = torch.clamp(torch.round(column / scale) + zero, 0, greatest)
@@ -154,11 +159,32 @@ def _columns(  # noqa: PLR0913 - the state of the algorithm
     return codes, scales.to(torch.float16), zeros.to(torch.uint8), loss / rows
 
 
-def _grid(weights: torch.Tensor, options: QuantizeOptions) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find a group's scale and zero from its smallest and greatest weights: each [N]."""
+def _best_grid(
+    weights: torch.Tensor, options: QuantizeOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the scale and zero with the least squared error for a group [N, rows]: each [N]."""
     greatest = (1 << options.bits) - 1
-    low = weights.amin(dim=1).clamp_max(0)
-    high = weights.amax(dim=1).clamp_min(0)
+    scale, zero = _grid(weights, options)
+    least = torch.full_like(scale, torch.inf)
+    for shrink in SHRINK:
+        scale_now, zero_now = _grid(weights, options, shrink=shrink)
+        codes = torch.round(weights / scale_now[:, None]).add_(zero_now[:, None])
+        codes.clamp_(0, greatest).sub_(zero_now[:, None]).mul_(scale_now[:, None])
+        error = codes.sub_(weights).square_().sum(dim=1)
+        better = error < least
+        least = torch.where(better, error, least)
+        scale = torch.where(better, scale_now, scale)
+        zero = torch.where(better, zero_now, zero)
+    return scale, zero
+
+
+def _grid(
+    weights: torch.Tensor, options: QuantizeOptions, *, shrink: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Span a share of a group's range, from its smallest weight to its greatest: each [N]."""
+    greatest = (1 << options.bits) - 1
+    low = weights.amin(dim=1).clamp_max(0) * shrink
+    high = weights.amax(dim=1).clamp_min(0) * shrink
     if options.sym:
         high = torch.maximum(-low, high)
         low = -high
@@ -173,7 +199,7 @@ def _static(
     weight: torch.Tensor, size: int, options: QuantizeOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find every group's scale and zero from the weights as they are: each [G, N]."""
-    grids = [_grid(part, options) for part in weight.split(size, dim=1)]
+    grids = [_best_grid(part, options) for part in weight.split(size, dim=1)]
     return torch.stack([scale for scale, _ in grids]), torch.stack([zero for _, zero in grids])
 
 

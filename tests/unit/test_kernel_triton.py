@@ -115,8 +115,10 @@ print(said.stderr)
 
 
 @pytest.mark.parametrize("capability", sorted(SHARED))
-@pytest.mark.parametrize(("bits", "block_m", "block_k"), [(4, 16, 64), (4, 64, 64), (3, 64, 32)])
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("bits", "block_m", "block_k", "dtype"),
+    [(4, 16, 64, "fp16"), (4, 64, 64, "bf16"), (3, 64, 32, "fp16")],
+)
 def test_it_compiles_to_tensor_cores_without_spills(
     capability: int, bits: int, block_m: int, block_k: int, dtype: str, tmp_path: Path
 ) -> None:
