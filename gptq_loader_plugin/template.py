@@ -12,13 +12,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from gptq_loader_plugin.errors import TemplateError
+from gptq_loader_plugin.messages import check_messages
+from gptq_loader_plugin.prompt_tokens import encode_messages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
-    Message = Mapping[str, Any]
+    from gptq_loader_plugin.messages import Message
 
 __all__ = [
     "CHATML_END",
@@ -32,8 +34,14 @@ __all__ = [
 
 CHATML_START = "<|im_start|>"
 CHATML_END = "<|im_end|>"
-ROLES = ("system", "user", "assistant", "tool")
-STAND_IN = "\ue000{}\ue001"  # private-use characters around a number; no text has them
+# A reply's end, as a template writes it right after an assistant's content.
+END_MARK = re.compile(r"\s*(<[^<>\s]{1,40}>|\[/?[A-Z]{2,20}\])")
+# Who speaks next, at the end of what a card writes before {prompt}: "### Instruction:", "USER:",
+# "[INST]", "<|user|>"; on a line of its own a header may have several words.
+USER_HEADER = re.compile(
+    r"(?:(?:^|\n)(?P<line>[^\n]{0,40}:)|(?P<word>[^\s.,:;]+:)|(?P<mark>\[[A-Z]+\]|<[^<>\s]+>))\s*\Z"
+)
+FIXED_SYSTEM = re.compile(r"<<SYS>>.*?<</SYS>>\s*", re.DOTALL)
 
 
 @runtime_checkable
@@ -93,7 +101,7 @@ class ChatML:
         """
         turns = [
             f"{CHATML_START}{message['role']}\n{message['content']}{CHATML_END}\n"
-            for message in _checked(messages)
+            for message in check_messages(messages)
         ]
         if add_generation_prompt:
             turns.append(f"{CHATML_START}assistant\n")
@@ -139,7 +147,7 @@ class JinjaTemplate:
         try:
             render: Any = render_jinja_template
             rendered, _ = render(
-                conversations=[[dict(message) for message in _checked(messages)]],
+                conversations=[check_messages(messages)],
                 chat_template=self.text,
                 add_generation_prompt=add_generation_prompt,
                 **self.tokens,
@@ -174,7 +182,7 @@ class JinjaTemplate:
         except TemplateError:
             return self
         after = text.partition(probe)[2]
-        mark = re.match(r"\s*(<[^<>\s]{1,40}>|\[/?[A-Z]{2,20}\])", after)
+        mark = END_MARK.match(after)
         return replace(self, stop=(mark[1],)) if mark else self
 
 
@@ -194,10 +202,9 @@ class CardTemplate:
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """The line that opens the user's turn, such as `### Instruction:`: a reply ends there."""
-        before = self._turn().partition("{prompt}")[0].strip()
-        header = before.splitlines()[-1].strip() if before else ""
-        return (header,) if header else ()
+        """What opens the user's turn, such as `### Instruction:`: a reply ends there."""
+        before = self._later_turn().partition("{prompt}")[0].strip()
+        return (before,) if before and USER_HEADER.search(before) else ()
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """Make the prompt a person reads.
@@ -206,10 +213,10 @@ class CardTemplate:
             TemplateError: the template has no place for a system message, or roles do not
                 alternate.
         """
-        turns = list(_checked(messages))
-        system = ""
-        if turns and turns[0]["role"] == "system":
-            system = str(turns.pop(0)["content"])
+        turns = check_messages(messages)
+        system = None
+        if turns[0]["role"] == "system":
+            system = turns.pop(0)["content"]
             if "{system_message}" not in self.text:
                 raise TemplateError(
                     f"the prompt template of {self.source} has no place for a system message",
@@ -228,10 +235,10 @@ class CardTemplate:
             if message["role"] == "assistant":
                 text += f"{message['content']}\n"
                 continue
-            turn = self.text.replace("{system_message}", system) if i == 0 else self._turn()
-            text += turn.replace("{prompt}", str(message["content"]))
-        if len(turns) % 2 and not add_generation_prompt:
-            return text[: text.rindex(str(turns[-1]["content"])) + len(str(turns[-1]["content"]))]
+            before, _, after = self._turn(first=i == 0, system=system).partition("{prompt}")
+            before = before.replace("{system_message}", system or "")
+            answered = add_generation_prompt or i + 1 < len(turns)
+            text += before + message["content"] + (after if answered else "")
         return text
 
     def encode(
@@ -246,111 +253,17 @@ class CardTemplate:
             self, messages, tokenizer, add_generation_prompt=add_generation_prompt, begin=True
         )
 
-    def _turn(self) -> str:
-        """The template of a later turn: what comes after the system message."""
-        return self.text.rpartition("{system_message}")[2].lstrip("\n")
+    def _turn(self, *, first: bool, system: str | None) -> str:
+        """Choose the form of a turn: only the first has a preamble or a system message."""
+        whole = first and (system is not None or "{system_message}" not in self.text)
+        return self.text if whole else self._later_turn()
 
-
-def encode_messages(
-    template: Template,
-    messages: Sequence[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    add_generation_prompt: bool,
-    begin: bool,
-) -> list[int]:
-    """Tokenise a template's prompt so that no content becomes a control token.
-
-    Where no content spells a control token, the prompt is tokenised in one go, as training code
-    does. Where one does, its control tokens are rendered as stand-ins, the prompt is cut at the
-    template's own control tokens, and the text between is tokenised with `split_special_tokens`.
-
-    Args:
-        template: renders the messages.
-        messages: with contents as users typed them.
-        tokenizer: the checkpoint's.
-        add_generation_prompt: whether to end with the assistant's header.
-        begin: whether to put the tokenizer's beginning-of-text token first where it does so by
-            itself and the prompt does not have it.
-    """
-    controls = _controls(tokenizer)
-    start = _beginning(tokenizer) if begin else []
-    spelled = [
-        token
-        for token in controls
-        if any(token in str(message.get("content", "")) for message in messages)
-    ]
-    if not spelled:
-        text = template.render(messages, add_generation_prompt=add_generation_prompt)
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return _joined(start, ids)
-    stand_ins = {token: STAND_IN.format(i) for i, token in enumerate(spelled)}
-    disguised = [
-        {**message, "content": _replace(str(message.get("content", "")), stand_ins)}
-        for message in messages
-    ]
-    text = template.render(disguised, add_generation_prompt=add_generation_prompt)
-    restored = {stand_in: token for token, stand_in in stand_ins.items()}
-    cut = re.compile("|".join(re.escape(it) for it in sorted(controls, key=len, reverse=True)))
-    ids = []
-    end = 0
-    for match in cut.finditer(text):
-        ids += _plain(_replace(text[end : match.start()], restored), tokenizer)
-        ids.append(controls[match[0]])
-        end = match.end()
-    ids += _plain(_replace(text[end:], restored), tokenizer)
-    return _joined(start, ids)
-
-
-def _checked(messages: Sequence[Message]) -> Sequence[Message]:
-    for message in messages:
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES or not isinstance(content, str):
-            raise TemplateError(
-                f"{message!r} is no message",
-                hint='write {"role": "user", "content": "..."}; roles are ' + ", ".join(ROLES),
-            )
-    return messages
-
-
-def _controls(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Every token that text can spell and that stands for more than its characters."""
-    added: dict[str, int] = tokenizer.get_added_vocab()
-    controls = {token: added.get(token, -1) for token in tokenizer.all_special_tokens}
-    marks = (("<", "["), (">", "]"))
-    controls.update(
-        {
-            token: index
-            for token, index in added.items()
-            if token.startswith(marks[0]) and token.endswith(marks[1])
-        }
-    )
-    return {
-        token: index if index >= 0 else int(tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
-        for token, index in controls.items()
-        if token
-    }
-
-
-def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if not text:
-        return []
-    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
-        "input_ids"
-    ]
-    return ids
-
-
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ids: list[int] = tokenizer("")["input_ids"]
-    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
-
-
-def _joined(start: list[int], ids: list[int]) -> list[int]:
-    return ids if ids[: len(start)] == start else start + ids
-
-
-def _replace(text: str, table: Mapping[str, str]) -> str:
-    for old in sorted(table, key=len, reverse=True):
-        text = text.replace(old, table[old])
-    return text
+    def _later_turn(self) -> str:
+        """Cut the template down to the user's header, `{prompt}` and the assistant's header."""
+        before, _, after = FIXED_SYSTEM.sub("", self.text).partition("{prompt}")
+        header = USER_HEADER.search(before)
+        if header is not None:
+            before = header[0].lstrip("\n")
+        else:
+            before = before.rpartition("{system_message}")[2].lstrip()
+        return f"{before}{{prompt}}{after}"

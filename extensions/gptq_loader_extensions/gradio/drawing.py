@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from gptq_loader_extensions.gradio.conversation import Moment, answer
+from gptq_loader_extensions.gradio.conversation import Message, Moment, answer
 from gptq_loader_extensions.gradio.versions import takes_messages, to_pairs
 from gptq_loader_plugin.errors import GPTQLoaderError, PromptTooLong
 from gptq_loader_plugin.options import GenerateOptions
@@ -19,13 +19,12 @@ from gptq_loader_plugin.options import GenerateOptions
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from gptq_loader_extensions.gradio.conversation import Message
     from gptq_loader_plugin.loaded import LoadedModel
 
-    Conversation = tuple[Message, ...]
-    Drawing = tuple[Any, ...]
+__all__ = ["Conversation", "Drawing", "drawn", "stream_reply"]
 
-__all__ = ["drawn", "stream_reply"]
+Conversation = tuple[Message, ...]
+Drawing = tuple[Any, ...]
 
 # In the order in which the page hands them to a reply.
 OPTIONS = (

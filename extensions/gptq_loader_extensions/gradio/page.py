@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# Before version 6 gradio reads the types of what it calls, so these are imported for real.
+import threading  # noqa: TC003
+from collections.abc import Iterator  # noqa: TC003
 from dataclasses import dataclass, fields
 from html import escape
 from pathlib import Path
@@ -12,15 +15,11 @@ from gradio.themes import Base
 
 from gptq_loader_extensions.gradio.about import head, model_name
 from gptq_loader_extensions.gradio.conversation import Moment, take_back
-from gptq_loader_extensions.gradio.drawing import drawn, stream_reply
+from gptq_loader_extensions.gradio.drawing import Conversation, Drawing, drawn, stream_reply
 from gptq_loader_extensions.gradio.versions import known
 from gptq_loader_plugin.options import GenerateOptions
 
 if TYPE_CHECKING:
-    import threading
-    from collections.abc import Iterator
-
-    from gptq_loader_extensions.gradio.drawing import Conversation, Drawing
     from gptq_loader_plugin.loaded import LoadedModel
 
 __all__ = ["build_page", "launch_style"]
@@ -140,7 +139,10 @@ def _chat_parts() -> _ChatParts:
 
 
 def _settings(model: LoadedModel) -> list[Any]:
-    """Lay out the settings; give them in the order of a reply's inputs."""
+    """Lay out the settings; give them in the order of a reply's inputs.
+
+    Numbers have no bounds here: GenerateOptions has them, and says which option is out of them.
+    """
     with gr.Accordion("Settings", open=True, elem_id="settings"):
         system = gr.Textbox(
             label="System message", placeholder="None", lines=2, max_lines=6, elem_id="system"
@@ -152,7 +154,6 @@ def _settings(model: LoadedModel) -> list[Any]:
             DEFAULTS.max_new_tokens,
             label="Max new tokens",
             precision=0,
-            minimum=1,
             elem_id="max_new_tokens",
         )
         temperature = gr.Slider(
@@ -171,7 +172,6 @@ def _settings(model: LoadedModel) -> list[Any]:
             label="Top k",
             info="0 keeps every token",
             precision=0,
-            minimum=0,
             elem_id="top_k",
         )
         min_p = gr.Slider(0, 1, DEFAULTS.min_p, step=0.01, label="Min p", elem_id="min_p")

@@ -56,6 +56,7 @@ def open_page(
         PluginError: gradio is not installed, or cannot serve.
         OptionInvalid: the page cannot be served on that address and port.
     """
+    free = _bound_port(host, port)
     try:
         import gradio  # noqa: F401 - only whether it is there
     except ImportError as error:
@@ -63,7 +64,6 @@ def open_page(
             f"the chat page needs gradio, which cannot be imported: {error}",
             hint="pip install 'gptq-loader-plugin[gradio]'",
         ) from error
-    free = _bound_port(host, port)
     from starlette.middleware import Middleware
 
     from gptq_loader_extensions.gradio.page import build_page, launch_style
@@ -125,6 +125,10 @@ def _bound_port(host: str, port: int | None) -> int:
     Raises:
         OptionInvalid: the port is taken or not allowed, or the host is not this machine's.
     """
+    if port is not None and not 0 <= port < 2**16:
+        raise OptionInvalid(
+            f"{port} is no port: ports are 1 to 65535", hint="choose another with --port"
+        )
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port or 0, type=socket.SOCK_STREAM
@@ -133,10 +137,6 @@ def _bound_port(host: str, port: int | None) -> int:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             trial.bind(address)
             return int(trial.getsockname()[1])
-    except OverflowError as error:
-        raise OptionInvalid(
-            f"{port} is no port: ports are 1 to 65535", hint="choose another with --port"
-        ) from error
     except OSError as error:
         message, hint = _in_words(host, port, error)
         raise OptionInvalid(message, hint=hint) from error

@@ -1,0 +1,176 @@
+"""Tokenise a template's prompt so that no content of a message becomes a control token."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_plugin.messages import check_messages
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from gptq_loader_plugin.messages import Message
+    from gptq_loader_plugin.template import Template
+
+__all__ = ["control_tokens", "encode_messages"]
+
+# Added tokens that no tokenizer file marks as special and that still rule a conversation:
+# <|im_end|> of 2023's added_tokens.json, DeepSeek's <｜User｜>, [INST]. <think> and <tool_call> are
+# content: templates look for them in what an assistant said.
+CONTROL_SHAPE = re.compile(r"<[|｜].*[|｜]>|\[/?[A-Z_]+\]|</?s>", re.DOTALL)
+PRIVATE_USE = range(0xE000, 0xF8FF)
+ANCHOR = "\ue002"  # no vocabulary merges it with its neighbours
+
+
+def encode_messages(
+    template: Template,
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    add_generation_prompt: bool,
+    begin: bool,
+) -> list[int]:
+    """Tokenise a template's prompt so that no content becomes a control token.
+
+    Where no message spells a control token, the prompt is tokenised in one go, as training code
+    does. Where one does, what it spells is rendered as a stand-in, the prompt is cut at the
+    template's own control tokens, and the text between is tokenised as nothing but text.
+
+    Args:
+        template: renders the messages.
+        messages: with contents as users typed them.
+        tokenizer: the checkpoint's.
+        add_generation_prompt: whether to end with the assistant's header.
+        begin: whether to put the tokenizer's beginning-of-text token first where it does so by
+            itself and the prompt does not have it.
+
+    Raises:
+        TemplateError: the template does not take these messages.
+    """
+    checked = check_messages(messages)
+    controls = control_tokens(tokenizer)
+    start = _beginning(tokenizer) if begin else []
+    said = "\0".join(text for message in checked for text in _texts(message))
+    spelled = [token for token in controls if token in said]
+    if not spelled:
+        text = template.render(checked, add_generation_prompt=add_generation_prompt)
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return _joined(start, ids)
+    mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in said)
+    stand_ins = {token: f"{mark}{i}{mark}" for i, token in enumerate(spelled)}
+    disguised = [
+        {**_replaced(message, stand_ins), "role": message["role"]} for message in checked
+    ]
+    text = template.render(disguised, add_generation_prompt=add_generation_prompt)
+    restored = {stand_in: token for token, stand_in in stand_ins.items()}
+    ids = []
+    end = 0
+    for match in _any_of(controls).finditer(text):
+        before = _replace(text[end : match.start()], restored)
+        ids += _plain(before, tokenizer, controls, after_control=end > 0)
+        ids.append(controls[match[0]])
+        end = match.end()
+    ids += _plain(_replace(text[end:], restored), tokenizer, controls, after_control=end > 0)
+    return _joined(start, ids)
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Find the tokens that text can spell and that rule a conversation, with their ids."""
+    controls = {
+        token.content: index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.special or CONTROL_SHAPE.fullmatch(token.content)
+    }
+    for token in tokenizer.all_special_tokens:
+        index: Any = tokenizer.convert_tokens_to_ids(token)
+        if token and index is not None:
+            controls.setdefault(str(token), int(index))
+    return controls
+
+
+def _plain(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    controls: Mapping[str, int],
+    *,
+    after_control: bool,
+) -> list[int]:
+    """Tokenise text as nothing but text, as the middle of a prompt is."""
+    anchor = _anchor(tokenizer, controls) if after_control else ""
+    ids = _split(text, tokenizer, anchor)
+    cuts = [match.start() + 1 for match in _any_of(controls).finditer(text)]
+    if not cuts or not set(ids) & set(controls.values()):
+        return ids
+    # An added token that is not special is found whatever split_special_tokens says: cut it.
+    ids = _split(text[: cuts[0]], tokenizer, anchor)
+    for begin, end in zip(cuts, [*cuts[1:], len(text)], strict=True):
+        ids += _split(text[begin:end], tokenizer, ANCHOR)
+    return ids
+
+
+def _split(text: str, tokenizer: PreTrainedTokenizerBase, anchor: str) -> list[int]:
+    if not text:
+        return []
+
+    def ids(of: str) -> list[int]:
+        found: list[int] = tokenizer(of, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
+        return found
+
+    return ids(anchor + text)[len(ids(anchor)) :] if anchor else ids(text)
+
+
+def _anchor(tokenizer: PreTrainedTokenizerBase, controls: Mapping[str, int]) -> str:
+    """Give what to write before a text so that it is tokenised as it is after a control token.
+
+    SentencePiece tokenizers of transformers 5 put a space before the first word of a prompt alone:
+    "a" is `▁a` on its own and `a` after a control token.
+    """
+    control = next(iter(controls))
+    alone = tokenizer("a", add_special_tokens=False)["input_ids"]
+    after = tokenizer(control + "a", add_special_tokens=False)["input_ids"][1:]
+    return "" if alone == after else ANCHOR
+
+
+def _any_of(controls: Mapping[str, int]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(it) for it in sorted(controls, key=len, reverse=True)))
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids: list[int] = tokenizer("")["input_ids"]
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+
+
+def _joined(start: list[int], ids: list[int]) -> list[int]:
+    return ids if ids[: len(start)] == start else start + ids
+
+
+def _texts(value: object) -> list[str]:
+    """List every text in a message, whatever it is nested in."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [text for key, it in value.items() for text in (*_texts(key), *_texts(it))]
+    if isinstance(value, list | tuple):
+        return [text for it in value for text in _texts(it)]
+    return []
+
+
+def _replaced(value: Any, table: Mapping[str, str]) -> Any:  # noqa: ANN401 - a message is JSON
+    if isinstance(value, str):
+        return _replace(value, table)
+    if isinstance(value, dict):
+        return {_replaced(key, table): _replaced(it, table) for key, it in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replaced(it, table) for it in value]
+    return value
+
+
+def _replace(text: str, table: Mapping[str, str]) -> str:
+    for old in sorted(table, key=len, reverse=True):
+        text = text.replace(old, table[old])
+    return text
