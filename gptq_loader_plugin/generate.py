@@ -218,7 +218,9 @@ def _processors(
     if options.repetition_penalty != 1.0:
         processors.append(process.RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
     if never_ids:
-        processors.append(process.SuppressTokensLogitsProcessor(list(never_ids), device=str(device)))
+        processors.append(
+            process.SuppressTokensLogitsProcessor(list(never_ids), device=str(device))
+        )
     if options.temperature > 0:
         if options.temperature != 1.0:
             processors.append(process.TemperatureLogitsWarper(options.temperature))

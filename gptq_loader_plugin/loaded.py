@@ -183,8 +183,9 @@ class LoadedModel:
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         ids: list[int] = self.tokenizer(prompt)["input_ids"]
-        if not ids and self.tokenizer.bos_token_id is not None:
-            ids = [int(self.tokenizer.bos_token_id)]
+        beginning: Any = self.tokenizer.bos_token_id
+        if not ids and beginning is not None:
+            ids = [int(beginning)]
         self._check_fits(ids)
         return ids
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["control_tokens", "encode_messages"]
 
 # Added tokens that no tokenizer file marks as special and that still rule a conversation:
-# <|im_end|> of 2023's added_tokens.json, DeepSeek's <｜User｜>, [INST]. <think> and <tool_call> are
-# content: templates look for them in what an assistant said.
-CONTROL_SHAPE = re.compile(r"<[|｜].*[|｜]>|\[/?[A-Z_]+\]|</?s>", re.DOTALL)
+# <|im_end|> of 2023's added_tokens.json, DeepSeek's with full-width bars, [INST]. <think> and
+# <tool_call> are content: templates look for them in what an assistant said.
+CONTROL_SHAPE = re.compile(r"<[|\uff5c].*[|\uff5c]>|\[/?[A-Z_]+\]|</?s>", re.DOTALL)
 PRIVATE_USE = range(0xE000, 0xF8FF)
 ANCHOR = "\ue002"  # no vocabulary merges it with its neighbours
 
@@ -61,9 +61,7 @@ def encode_messages(
         return _joined(start, ids)
     mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in said)
     stand_ins = {token: f"{mark}{i}{mark}" for i, token in enumerate(spelled)}
-    disguised = [
-        {**_replaced(message, stand_ins), "role": message["role"]} for message in checked
-    ]
+    disguised = [{**_replaced(message, stand_ins), "role": message["role"]} for message in checked]
     text = template.render(disguised, add_generation_prompt=add_generation_prompt)
     restored = {stand_in: token for token, stand_in in stand_ins.items()}
     ids = []

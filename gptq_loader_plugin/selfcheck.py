@@ -31,7 +31,9 @@ PROBE_TOKENS = 4
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
 
 
-def check_layers(modules: Mapping[str, torch.nn.Module], checkpoint: Checkpoint, plan: Plan) -> None:
+def check_layers(
+    modules: Mapping[str, torch.nn.Module], checkpoint: Checkpoint, plan: Plan
+) -> None:
     """Compare one layer of each kind with its dequantised weight.
 
     Args:

@@ -73,7 +73,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedMode
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         raise _unknown_model(model_type, path, error) from error
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -146,7 +146,8 @@ class Names:
             case ModulePlace(path=path):
                 return ModulePlace(path.removesuffix(".weight"))
             case None:
-                target, converter, _ = self.target(f"{name}.weight")
+                pass
+        target, converter, _ = self.target(f"{name}.weight")
         if converter is not None:
             raise UnsupportedFormat(
                 f"{name} is quantised, and this transformers fuses it into {target}",

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
-    from gptq_loader_plugin import Device, Kernel, LayerSpec, PackedLinear, Template
     from transformers import PreTrainedTokenizerBase
+
+    from gptq_loader_plugin import Device, Kernel, LayerSpec, PackedLinear, Template
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,8 @@ def infer(tensors: TensorFiles, stored: StoredConfig, *, path: Path) -> Inferred
     names = [name.removesuffix(".qweight") for name in headers if name.endswith(".qweight")]
     found = [_read_layer(name, headers, stored, path) for name in names]
     indices = {it.name: _read_g_idx(it, tensors, path) for it in found}
-    layout = {it.name: _layout(it.bits, stored) for it in found}
-    packed = {
+    layout: dict[str, Layout] = {it.name: _layout(it.bits, stored) for it in found}
+    packed: dict[str, tuple[NDArray[np.int32], int, Layout, int]] = {
         it.name: (tensors.integers(it.qzeros.name), it.bits, layout[it.name], it.columns)
         for it in found
     }
@@ -136,7 +136,8 @@ def row_groups(
     if g_idx is not None:
         return g_idx
     size = group_size if group_size > 0 else rows
-    return np.minimum(np.arange(rows, dtype=np.int32) // np.int32(size), np.int32(groups - 1))
+    sequential: NDArray[np.int32] = np.arange(rows, dtype=np.int32) // np.int32(size)
+    return sequential.clip(max=groups - 1)
 
 
 def _read_layer(

@@ -118,7 +118,7 @@ def quantize_weight(
     )
 
 
-def _columns(  # noqa: PLR0913 - the state of the algorithm
+def _columns(
     work: torch.Tensor,
     factor: torch.Tensor,
     groups: torch.Tensor,
@@ -219,7 +219,8 @@ def _inverse_factor(hessian: torch.Tensor, damp_percent: float) -> torch.Tensor:
         if not int(failed):
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not int(failed):
-                return upper.float()
+                factor: torch.Tensor = upper.float()
+                return factor
         damp *= 2
     raise QuantizeError(
         f"the Hessian of a layer is not positive definite, even damped by {damp:.0%}",

@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-__all__ = ["Block", "Call", "find_blocks", "record_calls", "run_block", "separate_experts", "subsets"]
+__all__ = [
+    "Block",
+    "Call",
+    "find_blocks",
+    "record_calls",
+    "run_block",
+    "separate_experts",
+    "subsets",
+]
 
 MULTIPLE = 32  # of in_features and out_features, so that codes and zeros fill whole words
 
@@ -71,7 +79,10 @@ def separate_experts(model: PreTrainedModel) -> None:
     """Replace fused experts by linears of their own, so that each is quantised by itself."""
     for path, module in list(model.named_modules()):
         fused: Any = module
-        if getattr(fused, "gate_up_proj", None) is None or getattr(fused, "down_proj", None) is None:
+        if (
+            getattr(fused, "gate_up_proj", None) is None
+            or getattr(fused, "down_proj", None) is None
+        ):
             continue
         if not isinstance(fused.gate_up_proj, nn.Parameter) or fused.gate_up_proj.dim() != 3:
             continue
@@ -131,7 +142,8 @@ def record_calls(
 def run_block(block: Block, hidden: torch.Tensor, call: Call) -> torch.Tensor:
     """Run one block on one batch of hidden states."""
     output = block.module(hidden, *call.arguments, **call.keywords)
-    return output[0] if isinstance(output, tuple) else output
+    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return states
 
 
 @torch.inference_mode()

@@ -84,7 +84,7 @@ def chats_text(file: Path, tokenizer: PreTrainedTokenizerBase) -> str:
             rendered.append(str(tokenizer.apply_chat_template(messages, tokenize=False)))
         except (ValueError, KeyError, TypeError) as error:
             raise QuantizeError(
-                f"line {number} of {file.name} is no chat the model's template can render ({error})",
+                f"line {number} of {file.name} is no chat the model's template takes ({error})",
                 hint='write {"messages": [{"role": "user", "content": "..."}, ...]} on each line',
             ) from error
     return "".join(rendered)

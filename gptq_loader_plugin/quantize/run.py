@@ -73,7 +73,12 @@ def quantize_model(
     context = getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT
     samples = calibration_samples(tokenizer, options, text=text, context=context)
     return quantize(
-        model, tokenizer, Path(out).expanduser(), options=options, samples=samples, progress=progress
+        model,
+        tokenizer,
+        Path(out).expanduser(),
+        options=options,
+        samples=samples,
+        progress=progress,
     )
 
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["hub_names", "pack_weight", "write_checkpoint"]
 
 
-
-
 def pack_weight(
     weight: QuantizedWeight, options: QuantizeOptions, *, name: str
 ) -> dict[str, torch.Tensor]:
@@ -192,5 +190,3 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.replace(file)
-
-

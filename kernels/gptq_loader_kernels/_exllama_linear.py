@@ -42,10 +42,16 @@ class ExllamaLinear(torch.nn.Module):
         ordered = packed.permutation() is None
         self._tensors = {  # kept, because the extension holds their addresses
             "q_weight": torch.nn.functional.pad(packed.words(), (0, padding)).to(device),
-            "gptq_qzeros": torch.from_numpy(pack_columns(zeros.numpy(), 4, "continuous")).to(device),
+            "gptq_qzeros": torch.from_numpy(pack_columns(zeros.numpy(), 4, "continuous")).to(
+                device
+            ),
             "gptq_scales": torch.nn.functional.pad(packed.scales.half(), (0, padding)).to(device),
-            "q_perm": none if ordered else torch.empty(layer.in_features, dtype=torch.short, device=device),
-            "q_invperm": none if ordered else torch.empty(layer.in_features, dtype=torch.short, device=device),
+            "q_perm": none
+            if ordered
+            else torch.empty(layer.in_features, dtype=torch.short, device=device),
+            "q_invperm": none
+            if ordered
+            else torch.empty(layer.in_features, dtype=torch.short, device=device),
             # on the CPU: the extension reads it there to sort rows
             "gptq_g_idx": none if ordered else packed.g_idx.clone(),
         }

@@ -68,7 +68,7 @@ def _device_reason(device: Device) -> str | None:
     return None
 
 
-def _layer_reason(layer: LayerSpec) -> str | None:
+def _layer_reason(layer: LayerSpec) -> str | None:  # noqa: PLR0911 - one for each limit
     if layer.bits != BITS:
         return f"exllamav2's GPTQ kernels are 4-bit only; this layer is {layer.bits}-bit"
     if layer.in_features % MULTIPLE:

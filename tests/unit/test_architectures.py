@@ -184,7 +184,10 @@ def test_code_of_a_model_is_never_run(tmp_path: Path) -> None:
     for file in source.iterdir():
         shutil.copy(file, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "own.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
     with pytest.raises(gptq.UnsupportedFormat, match="own"):

@@ -47,7 +47,9 @@ def test_the_ranks_in_the_docs_are_the_kernels() -> None:
     from gptq_loader_plugin.device import Device, find_device
     from gptq_loader_plugin.kernel import Accepted
 
-    table = re.findall(r"^\| (\d+) \| `(\w+)` \|", (ROOT / "docs/hooks.md").read_text(), re.MULTILINE)
+    table = re.findall(
+        r"^\| (\d+) \| `(\w+)` \|", (ROOT / "docs/hooks.md").read_text(), re.MULTILINE
+    )
     documented = {name: int(rank) for rank, name in table}
     layer = make_layer(Case())[0]
     here = find_device("cpu")

@@ -23,7 +23,9 @@ from gptq_loader_plugin import (
 )
 from gptq_loader_plugin.template import ChatML
 
-HOOKS = dict(inspect.getmembers(hookspecs, lambda it: inspect.isfunction(it) and "gptq" in it.__name__))
+HOOKS = dict(
+    inspect.getmembers(hookspecs, lambda it: inspect.isfunction(it) and "gptq" in it.__name__)
+)
 DOCS = Path(__file__).parents[2] / "docs" / "hooks.md"
 CHECKPOINT = Path(__file__).parents[1] / "data" / "checkpoints" / "gptq-4bit-128g-noact-sym"
 

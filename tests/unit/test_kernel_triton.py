@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,15 +15,23 @@ from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import Device
 from gptq_loader_plugin.kernel import Accepted, Declined
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 AMPERE = Device("cuda", capability=(8, 6), present=False)
+RDNA = Device("rocm", arch="gfx1100", present=False)
 CASES = [
-    *((Case(bits=bits, group_size=group), AMPERE, None) for bits in (2, 3, 4, 8) for group in (-1, 16, 32, 64, 96, 128)),
+    *(
+        (Case(bits=bits, group_size=group), AMPERE, None)
+        for bits in (2, 3, 4, 8)
+        for group in (-1, 16, 32, 64, 96, 128)
+    ),
     (Case(rows=576), AMPERE, None),  # a short last group
     (Case(columns=100), AMPERE, None),
     (Case(), Device("cuda", capability=(9, 0), present=False), None),
     (Case(), Device("cuda", capability=(12, 0), present=False), None),
     (Case(), Device("cuda", capability=(7, 5), present=False), "no tensor-core path on older"),
-    (Case(), Device("rocm", arch="gfx1100", present=False), "needs a CUDA GPU; this is rocm gfx1100"),
+    (Case(), RDNA, "needs a CUDA GPU; this is rocm gfx1100"),
     (Case(), Device("cpu"), "needs a CUDA GPU; this is cpu"),
     (Case(bits=5, layout="planar"), AMPERE, "this layer is 5-bit"),
     (Case(group_size=0), AMPERE, "groups in multiples of 16 rows"),
@@ -92,7 +100,8 @@ from gptq_loader_kernels.triton.matmul import matmul
 dtype = sys.argv.pop()
 capability, bits, block_m, block_k = (int(it) for it in sys.argv[1:])
 names = matmul.arg_names
-types = dict(zip(names, ("*" + dtype, "*i32", "*u8", "*" + dtype, "*i32", "*fp32", "i32", "i32", "i32")))
+kinds = ("*" + dtype, "*i32", "*u8", "*" + dtype, "*i32", "*fp32", "i32", "i32", "i32")
+types = dict(zip(names, kinds))
 values = dict(BITS=bits, BLOCK_M=block_m, BLOCK_N=64, BLOCK_K=block_k, SPLIT_K=4)
 signature = {name: types.get(name, "constexpr") for name in names}
 constants = {(names.index(name),): value for name, value in values.items()}
@@ -124,7 +133,13 @@ def test_it_compiles_to_tensor_cores_without_spills(
 ) -> None:
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-", *map(str, (capability, bits, block_m, block_k, dtype))],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-",
+            *map(str, (capability, bits, block_m, block_k, dtype)),
+        ],
         input=COMPILED,
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"},
         capture_output=True,

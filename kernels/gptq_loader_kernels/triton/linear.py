@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -67,7 +67,8 @@ class TritonLinear(torch.nn.Module):
         tiles_k = self.in_features // self.block_k
         parts = max(1, min(ENOUGH_TILES // (tiles_m * tiles_n), MOST_PARTS, tiles_k))
         y = torch.empty(parts, count, self.out_features, dtype=torch.float32, device=rows.device)
-        matmul[(tiles_m, tiles_n, parts)](
+        launch: Any = matmul
+        launch[(tiles_m, tiles_n, parts)](
             rows,
             self.words,
             self.zeros,

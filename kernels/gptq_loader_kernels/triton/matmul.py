@@ -14,8 +14,8 @@ import triton.language as tl
 __all__ = ["matmul"]
 
 
-@triton.jit
-def matmul(  # noqa: PLR0913, ANN201 - a kernel's arguments
+@triton.jit  # pyright: ignore[reportAttributeAccessIssue]
+def matmul(  # noqa: PLR0913, PLR0917, ANN201 - a kernel's arguments
     x,  # noqa: ANN001 - [M, K]
     words,  # noqa: ANN001 - int32 [K * BITS / 32, N]
     zeros,  # noqa: ANN001 - uint8 [G, N]
@@ -50,9 +50,7 @@ def matmul(  # noqa: PLR0913, ANN201 - a kernel's arguments
         codes = packed >> shift[:, None]
         if BITS == 3:  # codes 10 and 21 of each 32 go on in the next word
             split = shift + BITS > 32
-            after = tl.load(
-                words + at + N, mask=split[:, None] & in_columns[None, :], other=0
-            )
+            after = tl.load(words + at + N, mask=split[:, None] & in_columns[None, :], other=0)
             # a right shift of int32 drags the sign along: what it drags in is masked off first
             codes = tl.where(
                 split[:, None],
