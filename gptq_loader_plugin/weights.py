@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from gptq_loader_plugin.checkpoint.headers import DAMAGED
 from gptq_loader_plugin.errors import CorruptCheckpoint, TensorMismatch
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.experts import PackedExperts
@@ -35,7 +36,6 @@ COMPUTED = re.compile(
     r".*\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|attn\.bias|attention\.bias"
     r"|attn\.attention\.bias|position_ids|wf)"
 )
-DAMAGED = "download the checkpoint again; if it stays so, it was published damaged"
 
 
 def fill(

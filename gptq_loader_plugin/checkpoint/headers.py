@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-__all__ = ["TensorInfo", "find_weight_files", "read_headers"]
+__all__ = ["DAMAGED", "TensorInfo", "find_weight_files", "read_headers"]
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2,
     "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
+DAMAGED = "download the checkpoint again; if it stays so, it was published damaged"
 HEADER_LIMIT = 100_000_000  # the format's own limit on a header's bytes
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")

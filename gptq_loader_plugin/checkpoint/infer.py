@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from gptq_loader_plugin.checkpoint.config import QuantConfig
+from gptq_loader_plugin.checkpoint.headers import DAMAGED
 from gptq_loader_plugin.checkpoint.packing import BITS, CONTINUOUS_BITS
 from gptq_loader_plugin.checkpoint.zeros import (
     decide_format,
@@ -26,7 +27,7 @@ from gptq_loader_plugin.checkpoint.zeros import (
     stored_zeros,
     true_zeros,
 )
-from gptq_loader_plugin.errors import CorruptCheckpoint, TensorMismatch
+from gptq_loader_plugin.errors import CorruptCheckpoint, TensorMismatch, UnsupportedFormat
 from gptq_loader_plugin.kernel import LayerSpec
 
 if TYPE_CHECKING:
@@ -86,9 +87,11 @@ def infer(tensors: TensorFiles, stored: StoredConfig, *, path: Path) -> Inferred
     Raises:
         TensorMismatch: a layer's tensors are missing, or do not fit each other.
         CorruptCheckpoint: a g_idx names a group that does not exist.
+        UnsupportedFormat: the codes lie as AWQ packs them.
     """
     headers = tensors.headers
     names = [name.removesuffix(".qweight") for name in headers if name.endswith(".qweight")]
+    _check_codes(headers, path)
     found = [_read_layer(name, headers, stored, path) for name in names]
     indices = {it.name: _read_g_idx(it, tensors, path) for it in found}
     layout: dict[str, Layout] = {it.name: _layout(it.bits, stored) for it in found}
@@ -140,15 +143,21 @@ def row_groups(
     return sequential.clip(max=groups - 1)
 
 
+def _check_codes(headers: dict[str, TensorInfo], path: Path) -> None:
+    """Refuse scales without the codes that they scale."""
+    for name in headers:
+        codes = f"{name.removesuffix('.scales')}.qweight"
+        if name.endswith(".scales") and codes not in headers:
+            raise TensorMismatch(f"{codes} is missing", path=path, tensor=codes, hint=DAMAGED)
+
+
 def _read_layer(
     name: str, headers: dict[str, TensorInfo], stored: StoredConfig, path: Path
 ) -> _Layer:
-    damaged = "download the checkpoint again; if it stays so, it was published damaged"
-
     def need(part: str, dtypes: Sequence[str], dimensions: int) -> TensorInfo:
         tensor = f"{name}.{part}"
         if tensor not in headers:
-            raise TensorMismatch(f"{tensor} is missing", path=path, tensor=tensor, hint=damaged)
+            raise TensorMismatch(f"{tensor} is missing", path=path, tensor=tensor, hint=DAMAGED)
         info = headers[tensor]
         if info.dtype not in dtypes or len(info.shape) != dimensions or 0 in info.shape:
             raise TensorMismatch(
@@ -156,7 +165,7 @@ def _read_layer(
                 f"{' or '.join(dtypes)} with {dimensions} dimensions",
                 path=path,
                 tensor=tensor,
-                hint=damaged,
+                hint=DAMAGED,
             )
         return info
 
@@ -165,13 +174,19 @@ def _read_layer(
     scales = need("scales", tuple(SCALE_DTYPES), 2)
     g_idx = need("g_idx", ("I32",), 1) if f"{name}.g_idx" in headers else None
     columns, groups = qweight.shape[1], scales.shape[0]
+    if columns * 8 == scales.shape[1] == qzeros.shape[1] * 8:
+        raise UnsupportedFormat(
+            "this is an AWQ checkpoint, not a GPTQ one: its codes lie along the columns",
+            path=path,
+            hint="use a program that loads awq, or look for a GPTQ version of this model",
+        )
     if scales.shape[1] != columns or qzeros.shape[0] != groups:
         raise TensorMismatch(
             f"{name}: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)} and scales "
             f"{list(scales.shape)} do not fit each other",
             path=path,
             tensor=f"{name}.qzeros",
-            hint=damaged,
+            hint=DAMAGED,
         )
     bits = _bits(qweight, qzeros, g_idx, _stored_bits(name, stored))
     if bits is None:
@@ -181,7 +196,7 @@ def _read_layer(
             + (f" and g_idx {list(g_idx.shape)}" if g_idx else ""),
             path=path,
             tensor=f"{name}.qweight",
-            hint=damaged,
+            hint=DAMAGED,
         )
     return _Layer(
         name=name,
@@ -234,7 +249,7 @@ def _read_g_idx(layer: _Layer, tensors: TensorFiles, path: Path) -> NDArray[np.i
             f"{layer.groups} groups",
             path=path,
             tensor=layer.g_idx.name,
-            hint="download the checkpoint again; if it stays so, it was published damaged",
+            hint=DAMAGED,
         )
     return g_idx
 
@@ -258,12 +273,9 @@ def _common_group_size(
     if len(counted) == 1:
         return counted.pop()
     whole = {it.rows // it.groups for it in grouped if it.rows % it.groups == 0}
-    if len(whole) == 1 and all(it.fits(min(whole)) for it in grouped):
+    if len(whole) == 1 and all(it.fits(min(whole)) for it in plain):
         return whole.pop()
-    size = 1
-    while size < max(-(-it.rows // it.groups) for it in grouped):
-        size *= 2
-    return size
+    return _power_of_two(max(-(-it.rows // it.groups) for it in grouped))
 
 
 def _group_size(layer: _Layer, g_idx: NDArray[np.int32] | None, told: object, guess: int) -> int:
@@ -276,10 +288,11 @@ def _group_size(layer: _Layer, g_idx: NDArray[np.int32] | None, told: object, gu
         return int(np.bincount(g_idx).max())
     if layer.rows % layer.groups == 0:
         return layer.rows // layer.groups
-    size = 1
-    while size * layer.groups < layer.rows:
-        size *= 2
-    return size
+    return _power_of_two(-(-layer.rows // layer.groups))
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
 
 def _spec(

@@ -7,7 +7,8 @@ containers and refuses the rest, before anything of it runs.
 from __future__ import annotations
 
 import pickle
-from typing import TYPE_CHECKING
+import warnings
+from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.checkpoint.headers import TensorInfo
 from gptq_loader_plugin.errors import CorruptCheckpoint, UnsafeFile
@@ -36,13 +37,9 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError) as error:
-            if "mmap" not in str(error):
-                raise
-            # torch files from before version 1.6 cannot be mapped
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of pickle protocols
+            content = _unpickle(file)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" not in str(error) or "Unsupported" not in str(error):
             raise CorruptCheckpoint(
@@ -72,6 +69,18 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
     raise CorruptCheckpoint(
         "it holds no table of tensors", path=file, hint="name a file that holds a model's weights"
     )
+
+
+def _unpickle(file: Path) -> Any:  # noqa: ANN401 - whatever the file holds
+    import torch
+
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, ValueError) as error:
+        if "mmap" not in str(error):
+            raise
+        # torch files from before version 1.6 cannot be mapped
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def read_pickle_headers(file: Path) -> list[TensorInfo]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from gptq_loader_plugin.checkpoint.card import read_card
 from gptq_loader_plugin.checkpoint.config import read_json, read_stored_config
-from gptq_loader_plugin.checkpoint.headers import find_weight_files, read_headers
+from gptq_loader_plugin.checkpoint.headers import DAMAGED, find_weight_files, read_headers
 from gptq_loader_plugin.checkpoint.infer import infer, row_groups
 from gptq_loader_plugin.checkpoint.packing import CONTINUOUS_BITS
 from gptq_loader_plugin.checkpoint.tensors import TensorFiles
@@ -131,7 +131,7 @@ class Checkpoint:
                 f"{name}.scales holds values that are not finite",
                 path=self.path,
                 tensor=f"{name}.scales",
-                hint="download the checkpoint again; if it stays so, it was published damaged",
+                hint=DAMAGED,
             )
         g_idx = self.tensors.integers(f"{name}.g_idx") if f"{name}.g_idx" in self.headers else None
         groups = row_groups(

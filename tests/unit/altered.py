@@ -1,0 +1,105 @@
+"""Copies of the tests' checkpoints, altered as the world alters them, and how far off they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import gptq_loader_plugin as gptq
+from gptq_loader_plugin.checkpoint.reader import GPTQReader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DATA = Path(__file__).parents[1] / "data" / "checkpoints"
+NAMES = sorted(it.name for it in DATA.glob("gptq*"))
+SEQUENTIAL = [it for it in NAMES if "-noact-" in it or "-noneg-" in it]
+ONE = "gptq-4bit-32g-act-sym"
+# The same kernels whatever else is installed.
+PLUGINS = {"GPTQ_LOADER_PLUGINS": "core,kernel-cpu,kernel-dense,kernel-reference"}
+
+Tensors = dict[str, torch.Tensor]
+
+
+def plugins() -> gptq.Plugins:
+    return gptq.Plugins(installed=True, environ=PLUGINS)
+
+
+def copy(name: str, folder: Path) -> Path:
+    """Copy a checkpoint into an empty folder, writable."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (DATA / name).iterdir():
+        shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+def edit_json(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(file.read_text())
+    edit(content)
+    file.write_text(json.dumps(content))
+
+
+def set_field(folder: Path, **fields: Any) -> None:
+    """Write a field where both config files have it."""
+    edit_json(folder / "quantize_config.json", lambda it: it.update(fields))
+    edit_json(folder / "config.json", lambda it: it["quantization_config"].update(fields))
+
+
+def without_config(folder: Path) -> None:
+    """Take away all that says how it was quantised, but not the model's shape."""
+    (folder / "quantize_config.json").unlink()
+    edit_json(folder / "config.json", lambda it: it.pop("quantization_config"))
+
+
+def read_tensors(folder: Path) -> Tensors:
+    # copies: a file that is mapped cannot be written over
+    return {name: it.clone() for name, it in load_file(folder / "model.safetensors").items()}
+
+
+def edit_tensors(folder: Path, edit: Callable[[Tensors], object]) -> None:
+    tensors = read_tensors(folder)
+    edited = edit(tensors)
+    save_file(edited if isinstance(edited, dict) else tensors, folder / "model.safetensors")
+
+
+def expected(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(token ids, the logits GPTQModel gives for them in float32)."""
+    content = load_file(DATA / "expected" / f"{name}.safetensors")
+    return content["input_ids"], content["logits"]
+
+
+def error(found: torch.Tensor, right: torch.Tensor) -> float:
+    """Relative root-mean-square error."""
+    return float((found.float() - right).norm() / right.norm())
+
+
+def off_by(folder: Path, name: str, **options: Any) -> float:
+    """Load a checkpoint, and say how far its logits are from what GPTQModel gives for `name`."""
+    ids, right = expected(name)
+    options = {"backend": "reference", **options}
+    with (
+        gptq.load(folder, device="cpu", plugins=plugins(), **options) as model,
+        torch.inference_mode(),
+    ):
+        return error(model.model(ids).logits, right)
+
+
+def dequantized(folder: Path, dtype: torch.dtype) -> Any:
+    """transformers' own model with the dequantised weights in it."""
+    checkpoint = GPTQReader().open(folder)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    weights = {
+        name: checkpoint.tensor(name)
+        for name in checkpoint.headers
+        if not name.endswith((".qweight", ".qzeros", ".scales", ".g_idx"))
+    }
+    for name in checkpoint.layers:
+        weights[f"{name}.weight"] = checkpoint.packed(name).dequantize()
+    model.load_state_dict({name: it.to(dtype) for name, it in weights.items()}, strict=False)
+    return model.eval()
