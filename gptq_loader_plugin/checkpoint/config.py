@@ -83,11 +83,8 @@ class StoredConfig(BaseModel):
         it is, `+:` or nothing changes its settings; the first that matches counts.
         """
         for pattern, settings in (self.dynamic or {}).items():
-            kind, _, expression = (
-                pattern.rpartition(":") if pattern[:2] in ("-:", "+:") else ("+", "", pattern)
-            )
-            if re.match(expression, module):
-                return None if kind == "-" else settings
+            if re.match(_expression(pattern), module):
+                return None if pattern.startswith("-:") else settings
         return {}
 
 
@@ -159,6 +156,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def _expression(pattern: str) -> str:
+    """Give a key of `dynamic` without the mark before it."""
+    return pattern[2:] if pattern.startswith(("-:", "+:")) else pattern
+
+
 def _tables(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     tables = [(file, read_json(file)) for name in CONFIG_FILES if (file := folder / name).is_file()]
     config = folder / "config.json"
@@ -210,7 +212,7 @@ def _check(stored: StoredConfig, folder: Path) -> None:
         )
     for pattern in stored.dynamic or {}:
         try:
-            re.compile(pattern)
+            re.compile(_expression(pattern))
         except re.error as error:
             raise ConfigInvalid(
                 f"dynamic holds {pattern!r}, which is no regular expression ({error})",

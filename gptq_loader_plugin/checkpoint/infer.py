@@ -281,11 +281,11 @@ def _common_group_size(
 def _group_size(layer: _Layer, g_idx: NDArray[np.int32] | None, told: object, guess: int) -> int:
     if layer.groups == 1:
         return -1
+    if g_idx is not None:
+        return int(np.bincount(g_idx).max())
     for size in (told, guess):
         if isinstance(size, int) and size > 0 and layer.fits(size):
             return size
-    if g_idx is not None:
-        return int(np.bincount(g_idx).max())
     if layer.rows % layer.groups == 0:
         return layer.rows // layer.groups
     return _power_of_two(-(-layer.rows // layer.groups))

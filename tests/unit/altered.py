@@ -53,7 +53,7 @@ def set_field(folder: Path, **fields: Any) -> None:
 
 def without_config(folder: Path) -> None:
     """Take away all that says how it was quantised, but not the model's shape."""
-    (folder / "quantize_config.json").unlink()
+    (folder / "quantize_config.json").unlink(missing_ok=True)
     edit_json(folder / "config.json", lambda it: it.pop("quantization_config"))
 
 
