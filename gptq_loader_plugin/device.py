@@ -22,6 +22,7 @@ __all__ = ["Device", "DeviceType", "find_device", "find_devices"]
 DeviceType = Literal["cpu", "cuda", "rocm", "mps", "xpu"]
 
 NAMED = re.compile(r"(?P<type>cpu|cuda|rocm|mps|xpu)(?::(?P<which>\w+))?")
+ABSENT = {"cuda": "cuda:sm86", "rocm": "rocm:gfx1100"}
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 CPU_FLAGS_ARM = ("asimd", "asimddp", "i8mm", "bf16", "sve")
 
@@ -103,8 +104,8 @@ def find_device(name: str | None = None) -> Device:
     here = ", ".join(f"{it.type}:{it.index}" if it.type != "cpu" else "cpu" for it in found)
     raise OptionInvalid(
         f"there is no {name} on this machine; there is {here}",
-        hint=f"name one that is here, or ask explain about one that is not: {kind}:sm86"
-        if kind == "cuda"
+        hint=f"name one that is here, or ask explain about one that is not: {ABSENT[kind]}"
+        if kind in ABSENT
         else "name one that is here",
     )
 

@@ -173,12 +173,25 @@ class JinjaTemplate:
             self, messages, tokenizer, add_generation_prompt=add_generation_prompt, begin=False
         )
 
+    def _render_alone(self, messages: Sequence[Message]) -> str:
+        """Render without transformers, which would bring torch into `inspect`; else with it."""
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        try:
+            return environment.from_string(self.text).render(messages=messages, **self.tokens)
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError):
+            return self.render(messages, add_generation_prompt=False)
+
     def with_stop(self) -> JinjaTemplate:
         """Find what the template writes right after an assistant's content, where a reply ends."""
         probe = "gptqprobe"
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": probe}]
         try:
-            text = self.render(turns, add_generation_prompt=False)
+            text = self._render_alone(turns)
         except TemplateError:
             return self
         after = text.partition(probe)[2]

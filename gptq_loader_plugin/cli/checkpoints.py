@@ -135,6 +135,7 @@ def _show(report: CheckpointReport) -> None:
         ("act-order", "yes" if report.desc_act else "no", "desc_act"),
         ("symmetric", "yes" if report.sym else "no", "sym"),
         ("damp", damp, "damp_percent"),
+        *_calibration(report),
         ("format", f"{report.checkpoint_format}, zeros {report.zeros}", "checkpoint_format"),
         ("size", write_size(report.size_bytes), ""),
         ("quantised layers", str(report.quantized_layers), ""),
@@ -148,6 +149,13 @@ def _show(report: CheckpointReport) -> None:
         typer.echo(f"  {label:<17} {value}{f'  ({source})' if source else ''}")
     for warning in report.warnings:
         say(f"warning: {warning}")
+
+
+def _calibration(report: CheckpointReport) -> list[tuple[str, str, str]]:
+    """Give a row for what the config tells of the calibration, which few do."""
+    length = f"samples of {report.seq_len:,} tokens" if report.seq_len else ""
+    words = ", ".join(it for it in (report.dataset or "", length) if it)
+    return [("calibration", words, "dataset")] if words else []
 
 
 def _table(reports: list[CheckpointReport]) -> None:

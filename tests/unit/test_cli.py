@@ -1,0 +1,300 @@
+"""The command as a user meets it: what it prints, to the character, and how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from altered import DATA, ONE, PLUGINS, copy, plugins, set_field
+from typer.testing import CliRunner
+
+import gptq_loader_plugin as gptq
+from gptq_loader_plugin.cli.app import app
+from gptq_loader_plugin.cli.output import ProgressBars
+from gptq_loader_plugin.events import Progress
+
+if TYPE_CHECKING:
+    from click.testing import Result
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+ALL = {"GPTQ_LOADER_PLUGINS": f"{PLUGINS['GPTQ_LOADER_PLUGINS']},kernel-exllama,kernel-triton"}
+FEW = ("--max-new-tokens", "4", "--temperature", "0", "--device", "cpu")
+
+
+def run(*arguments: str | Path, env: dict[str, str] = PLUGINS, **options: Any) -> Result:
+    return CliRunner().invoke(app, [str(it) for it in arguments], env=env, **options)
+
+
+def golden(name: str, found: str) -> None:
+    """Compare with a file of tests/golden, or write it where GPTQ_LOADER_GOLDEN=write."""
+    found = found.replace(str(DATA), "CHECKPOINTS")
+    file = GOLDEN / name
+    if os.environ.get("GPTQ_LOADER_GOLDEN") == "write":
+        file.write_text(found, encoding="utf-8")
+    assert found == file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["gptq-4bit-32g-act-sym", "gptq-3bit-noneg-act-sym"])
+def test_inspect(name: str) -> None:
+    done = run("inspect", DATA / name, env=ALL)
+    assert done.exit_code == 0
+    golden(f"inspect-{name}.txt", done.stdout)
+
+
+def test_inspect_makes_a_table_of_several() -> None:
+    names = ("gptq-4bit-noneg-act-sym", "gptq-4bit-32g-act-sym", "gptq-3bit-128g-act-sym")
+    done = run("inspect", *(DATA / it for it in names), env=ALL)
+    golden("inspect-several.txt", done.stdout)
+
+
+def test_inspect_as_json() -> None:
+    report = json.loads(run("inspect", DATA / ONE, "--json", env=ALL).stdout)
+    assert report["sources"]["bits"] == "quantize_config.json"
+    assert report["exllama"] == {"compatible": True, "reason": "runs all 14 layers"}
+    assert report["template"]["stop"] == ["<|im_end|>"]
+    assert report["size_bytes"] == (DATA / ONE / "model.safetensors").stat().st_size
+    several = json.loads(run("inspect", DATA / ONE, DATA / ONE, "--json").stdout)
+    assert [it["bits"] for it in several] == [4, 4]
+
+
+def test_inspect_says_what_is_odd_on_stderr(tmp_path: Path) -> None:
+    folder = copy(ONE, tmp_path)
+    set_field(folder, group_size=64, dataset="wikitext2", model_seqlen=4096)
+    done = run("inspect", folder)
+    assert "warning: group_size is 64 in quantize_config.json; the tensors say 32" in done.stderr
+    assert "wikitext2, samples of 4,096 tokens" in done.stdout
+    assert "warning" not in done.stdout
+
+
+@pytest.mark.parametrize("device", ["cuda:sm86", "cuda:sm75", "rocm:gfx1100"])
+def test_explain_answers_for_a_device_that_is_not_here(device: str) -> None:
+    for name in ("gptq-4bit-32g-act-sym", "gptq-3bit-128g-act-sym"):
+        done = run("explain", DATA / name, "--device", device, env=ALL)
+        assert done.exit_code == 0, done.stderr
+        golden(f"explain-{name}-{device.replace(':', '-')}.txt", done.stdout)
+
+
+def test_explain_for_this_machine() -> None:
+    done = run("explain", DATA / ONE, "--device", "cpu")
+    assert re.search(r"^    cpu +chosen: weights stay packed", done.stdout, re.MULTILINE)
+    plan = json.loads(run("explain", DATA / ONE, "--device", "cpu", "--json").stdout)
+    assert plan["kernels"] == {"cpu": 14}
+    assert len(plan["layers"]) == 14
+    assert plan["layers"][0]["outranked"] == ["dense", "reference"]
+    assert plan["checkpoint_bytes"] == (DATA / ONE / "model.safetensors").stat().st_size
+
+
+def test_a_kernel_that_is_asked_for_by_name_and_cannot_run_is_an_error() -> None:
+    done = run("explain", DATA / "gptq-3bit-128g-act-sym", "--device", "cpu", "--backend",
+               "exllama", env=ALL)  # fmt: skip
+    assert done.exit_code == 1
+    for words in ("no kernel can run", "exllama    needs a CUDA", "cpu        not exllama, which"):
+        assert words in done.stderr
+    assert "hint: leave backend out" in done.stderr
+    done = run("generate", DATA / ONE, "--prompt", "a", "--backend", "exlama")
+    assert "hint: name a kernel that is installed: cpu, dense, reference" in done.stderr
+
+
+def test_inspect_and_explain_import_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from gptq_loader_plugin.cli.app import app\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'heavy'\n"
+    )
+    for command in ("inspect", "explain"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, command, str(DATA / ONE)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
+def test_generate_writes_the_reply_alone_to_stdout() -> None:
+    done = run("generate", DATA / ONE, "--prompt", "Hello", *FEW)
+    assert done.exit_code == 0, done.stderr
+    with gptq.load(DATA / ONE, device="cpu", plugins=plugins()) as model:
+        options = gptq.GenerateOptions(max_new_tokens=4, temperature=0)
+        pieces = model.chat([{"role": "user", "content": "Hello"}], options)
+        assert done.stdout == "".join(it.text for it in pieces) + "\n"
+    assert "cpu (all 14 layers) on cpu, computing in bfloat16" in done.stderr
+    assert re.search(r"\d tokens, \d+ a second; cpu \(all", done.stderr)
+
+
+def test_generate_as_json() -> None:
+    done = run("generate", DATA / ONE, "--prompt", "Hello", "--json", *FEW)
+    reply = json.loads(done.stdout)
+    assert reply["kernels"] == {"cpu": 14}
+    assert (reply["template"], reply["tokens"] <= 4) == ("checkpoint", True)
+
+
+def test_generate_raw_completes() -> None:
+    done = run("generate", DATA / ONE, "--prompt", "Hello", "--raw", *FEW)
+    chat = run("generate", DATA / ONE, "--prompt", "Hello", *FEW)
+    assert done.exit_code == chat.exit_code == 0
+    assert done.stdout != chat.stdout
+
+
+def test_system_card_takes_what_the_card_recommends(tmp_path: Path) -> None:
+    folder = copy(ONE, tmp_path)
+    done = run("generate", folder, "--prompt", "Hello", "--system", "card", *FEW)
+    assert done.exit_code == 1
+    assert "error: the model card gives no system message" in done.stderr
+    card = "We recommend this system message:\n```\nYou are kind.\n```\n"
+    (folder / "README.md").write_text(card)
+    by_card = run("generate", folder, "--prompt", "Hello", "--system", "card", *FEW)
+    by_hand = run("generate", folder, "--prompt", "Hello", "--system", "You are kind.", *FEW)
+    without = run("generate", folder, "--prompt", "Hello", *FEW)
+    assert by_card.exit_code == 0
+    assert by_card.stdout == by_hand.stdout != without.stdout
+
+
+def test_chat_keeps_the_conversation() -> None:
+    said = "Hello\n\nAgain\n/explain\n/new\nHello\n/quit\nnever\n"
+    done = run("chat", DATA / ONE, *FEW, input=said)
+    assert done.exit_code == 0, done.stderr
+    first, second, third = done.stdout.splitlines()[:3]
+    assert first == third, "/new starts again"
+    assert first != second
+    assert "chosen: weights stay packed" in done.stderr
+    assert "/quit leaves" in done.stderr
+
+
+def test_a_chat_ends_where_its_input_ends() -> None:
+    assert run("chat", DATA / ONE, *FEW, input="Hello\n").exit_code == 0
+
+
+def test_perplexity(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The capital of France is Paris. " * 100)
+    options = ("--text", text, "--window-tokens", "64", "--windows", "3", "--device", "cpu")
+    done = run("perplexity", DATA / ONE, *options, "--json")
+    measured = json.loads(done.stdout)
+    assert measured["windows"] == 3
+    again = run("perplexity", DATA / ONE, *options, "--backend", "reference")
+    assert float(again.stdout) == pytest.approx(measured["perplexity"], rel=0.02)
+    short = tmp_path / "short.txt"
+    short.write_text("a")
+    done = run("perplexity", DATA / ONE, "--text", short)
+    assert done.exit_code == 1
+    assert "hint:" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (("inspect", "nowhere"), "names no checkpoint; looked in nowhere", "or demo"),
+        (("explain", DATA / ONE, "--device", "gpu"), "no device is called 'gpu'", "cuda:sm86"),
+        (("explain", DATA / ONE, "--device", "rocm"), "no rocm on this", "rocm:gfx1100"),
+        (("generate", DATA / ONE, "--prompt", ""), None, None),
+        (
+            ("generate", DATA / ONE, "--prompt", "a", "--temperature", "-1"),
+            "the option temperature",
+            "max_new_tokens",
+        ),
+        (
+            ("generate", DATA / ONE, "--prompt", "a", "--template", "chatlm"),
+            "no template is called 'chatlm'",
+            ".jinja",
+        ),
+        (("quantize", "nowhere", "out"), "there is no nowhere", "transformers"),
+        (("quantize", "nowhere", "out", "--bits", "5"), "bits", "--help"),
+        (("perplexity", DATA / ONE, "--text", "nowhere"), "No such file", "check that path"),
+    ],
+)
+def test_an_error_is_two_lines(
+    arguments: tuple[str | Path, ...], message: str | None, hint: str | None
+) -> None:
+    done = run(*arguments)
+    if message is None:
+        assert done.exit_code == 0, done.stderr
+        return
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    error, last = done.stderr.strip().splitlines()[-2:]
+    assert error.startswith("error: ")
+    assert message in done.stderr
+    assert last.startswith("hint: ")
+    assert str(hint) in last
+
+
+def test_debug_shows_the_traceback() -> None:
+    command = [sys.executable, "-m", "gptq_loader_plugin", "--debug", "inspect", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_help_and_version() -> None:
+    for name in ("", "demo", "chat", "generate", "inspect", "explain", "quantize", "perplexity"):
+        done = run(*([name] if name else []), "--help")
+        assert done.exit_code == 0
+        assert "Usage:" in done.stdout
+    from importlib.metadata import version
+
+    assert run("--version").stdout.strip().endswith(version("gptq-loader-plugin"))
+
+
+def test_plugins_lists_what_is_in_force() -> None:
+    listed = json.loads(run("plugins", "--json").stdout)
+    assert listed["kernels"] == ["cpu", "dense", "reference"]
+    assert "chatml" in listed["templates"]
+    assert "kernel-cpu" in run("plugins").stdout
+
+
+def test_ctrl_c_ends_it_with_130() -> None:
+    command = [sys.executable, "-m", "gptq_loader_plugin", "generate", DATA / ONE, "--prompt", "a"]
+    command += ["--max-new-tokens", "500", "--temperature", "9", "--top-k", "0", "--top-p", "1"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | PLUGINS
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stderr.readline()  # the headline: it is loaded
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+        rest = process.stderr.read()
+    assert process.returncode in (130, 0), rest  # 0 where it was done before the signal came
+    assert "Traceback" not in rest
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    command = f"{sys.executable} -m gptq_loader_plugin inspect {DATA / ONE} | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+
+
+def test_progress_in_a_log_is_a_line_for_every_tenth(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = ProgressBars()
+    for i in range(101):
+        bars.gptq_progress(Progress("quantize", i, 100, "layers", f"layer {i}"))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11
+    assert lines[0] == "quantize: 0 % layer 0"
+    assert lines[-1] == "quantize: 100 % layer 100"
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    bars = ProgressBars()
+    for i in range(11):
+        bars.gptq_progress(Progress("weights", i, 10, "bytes", "model.layers.0"))
+        time.sleep(0.02)
+    bars.close()
+    assert "weights" in terminal.getvalue()
+    assert "%" in terminal.getvalue()
