@@ -6,7 +6,7 @@ and explained for a checkpoint or a device that is not on this machine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from gptq_loader_plugin.checkpoint.packing import pack_rows, unpack_rows
@@ -162,13 +162,24 @@ class PackedLinear:
         codes = self.codes(permutation).numpy()
         return torch.from_numpy(pack_rows(codes, self.bits, "continuous"))
 
+    def take_columns(self, columns: torch.Tensor) -> PackedLinear:
+        """Take some output columns, int64 [n], as a smaller layer."""
+        return replace(
+            self,
+            qweight=self.qweight[:, columns],
+            zeros=self.zeros[:, columns],
+            scales=self.scales[:, columns],
+            bias=None if self.bias is None else self.bias[columns],
+        )
+
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Compute the weight in float32, then round it once: [N, K], rows in their own order."""
         import torch
 
         g_idx = self.g_idx.long()
-        zeros = self.zeros.to(torch.float32)[g_idx]
-        weight = (self.codes().to(torch.float32) - zeros) * self.scales.to(torch.float32)[g_idx]
+        weight = self.codes().to(torch.float32)
+        weight -= self.zeros.to(torch.float32)[g_idx]
+        weight *= self.scales.to(torch.float32)[g_idx]
         return weight.t().contiguous().to(dtype or torch.float32)
 
 

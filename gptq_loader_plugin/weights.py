@@ -17,6 +17,7 @@ from gptq_loader_plugin.checkpoint.headers import DAMAGED
 from gptq_loader_plugin.errors import CorruptCheckpoint, TensorMismatch
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.experts import PackedExperts
+from gptq_loader_plugin.memory import release_freed
 from gptq_loader_plugin.skeleton import ExpertPlace, ModulePlace, Names, linear_shape
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class _Filling:
             self.progress(Progress("weights", done, total, "bytes", name))
         self._fuse()
         self._finish()
+        release_freed()
         return Filled(self.modules, tuple(self._warnings()))
 
     def _make_experts(self, places: list[ExpertPlace]) -> None:
@@ -131,6 +133,8 @@ class _Filling:
         packed = self.checkpoint.packed(layer.name)
         module = choice.kernel.prepare(layer, packed, self.plan.device).to(self.device).eval()
         self.modules[layer.name] = module
+        del packed
+        release_freed()
         if isinstance(place, ExpertPlace):
             self.experts[place.parent].place(place.expert, place.role, module)
         else:

@@ -359,6 +359,8 @@ def _config(
         "sym": all(it.sym for it in layers),
     }
     told = {name: getattr(stored, name) for name in seen}
+    if stored.static_groups:  # act-order that leaves groups in sequence
+        told["desc_act"] = ordered
     warnings = [
         f"{name} is {told[name]} in {stored.sources[name]}; the tensors say {value}, and they win"
         for name, value in seen.items()

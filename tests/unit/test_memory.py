@@ -1,0 +1,91 @@
+"""A load takes little more memory than the checkpoint has bytes, where layers stay packed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import transformers
+from altered import DATA, copy, set_field
+from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MOST = 1.3  # times the checkpoint's bytes
+
+CODE = """
+import gc, json, sys, threading, time
+from pathlib import Path
+import torch, transformers, accelerate, safetensors.torch
+from transformers.models.llama import modeling_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+import gptq_loader_plugin as gptq
+gptq.load(sys.argv[2], device="cpu").close()  # imports what a load imports
+gc.collect()
+
+def anonymous():
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Anonymous:"):
+            return int(line.split()[1]) * 1024
+
+before = peak = anonymous()
+done = False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+model = gptq.load(sys.argv[1], device="cpu")
+done = True
+thread.join()
+print(json.dumps({"above": peak - before, "kernels": model.plan.kernels()}))
+"""
+
+
+def random_layer(name: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
+    """Four-bit codes at random, in act-order."""
+    groups = rows // 128
+    return {
+        f"{name}.qweight": torch.randint(-(2**31), 2**31, (rows // 8, columns), dtype=torch.int32),
+        f"{name}.qzeros": torch.full((groups, columns // 8), 0x77777777, dtype=torch.int32),
+        f"{name}.scales": torch.full((groups, columns), 1e-3, dtype=torch.float16),
+        f"{name}.g_idx": (torch.arange(rows) // 128)[torch.randperm(rows)].to(torch.int32),
+    }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps_rollup")
+def test_peak_memory_of_a_load(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
+        vocab_size=2048, max_position_embeddings=64,
+    )  # fmt: skip
+    tiny = "gptq-4bit-32g-act-sym"
+    copy(tiny, tmp_path)
+    set_field(tmp_path, group_size=128)
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if ".layers." in name and tensor.dim() == 2:
+            tensors |= random_layer(name.removesuffix(".weight"), *reversed(tensor.shape))
+        else:
+            tensors[name] = torch.ones(tensor.shape, dtype=torch.float16) / 8
+    save_file(tensors, tmp_path / "model.safetensors")
+    size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert size > 40_000_000
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", CODE, tmp_path, DATA / tiny],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found["kernels"]) == {"cpu"}
+    assert found["above"] <= MOST * size, f"{found['above'] / size:.2f} times its bytes"

@@ -1,0 +1,280 @@
+"""The quantiser: GPTQ as published, files as AutoGPTQ and GPTQModel write them, and resumable."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from altered import DATA, error, plugins
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import gptq_loader_plugin as gptq
+from gptq_loader_plugin.checkpoint.reader import GPTQReader
+from gptq_loader_plugin.quantize import QuantizeOptions, quantize, quantize_model
+from gptq_loader_plugin.quantize.algorithm import quantize_weight
+from gptq_loader_plugin.quantize.calibration import built_in_text, calibration_samples
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+BASE = DATA / "base"
+SMALL = {"samples": 4, "seq_len": 64}
+
+
+def options(**fields: Any) -> QuantizeOptions:
+    return QuantizeOptions(**{**SMALL, **fields})
+
+
+def layer(rows: int = 48, columns: int = 256) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(weight [N, K], inputs [samples, K] that are correlated as activations are, Hessian)."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, columns, generator=generator) / 16
+    mixing = torch.randn(columns, columns, generator=generator) / 16
+    spread = torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=generator)]
+    inputs = torch.randn(1024, columns, generator=generator) @ mixing * spread
+    return weight, inputs, inputs.t() @ inputs / len(inputs)
+
+
+def nearest(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
+    """Round to nearest, symmetric: what GPTQ must beat."""
+    greatest = 2**bits - 1
+    groups = weight.reshape(len(weight), -1, group_size)
+    scale = 2 * groups.abs().amax(dim=2, keepdim=True) / greatest
+    middle = (greatest + 1) / 2
+    codes = (torch.round(groups / scale) + middle).clamp(0, greatest)
+    return ((codes - middle) * scale).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_it_keeps_outputs_better_than_rounding(bits: int) -> None:
+    weight, inputs, hessian = layer()
+    found = quantize_weight(weight, hessian, options(bits=bits, group_size=64))
+    right = inputs @ weight.t()
+    gptq_error = error(inputs @ found.dequantize().t(), right)
+    assert gptq_error < 0.8 * error(inputs @ nearest(weight, bits, 64).t(), right)
+
+
+def test_act_order_helps_and_is_stored_as_groups_of_rows() -> None:
+    weight, inputs, hessian = layer()
+    right = inputs @ weight.t()
+    errors = {}
+    for desc_act in (False, True):
+        found = quantize_weight(weight, hessian, options(bits=3, group_size=64, desc_act=desc_act))
+        errors[desc_act] = error(inputs @ found.dequantize().t(), right)
+        in_order = bool((found.g_idx[1:] >= found.g_idx[:-1]).all())
+        assert in_order != desc_act
+        assert torch.bincount(found.g_idx).tolist() == [64] * 4
+    assert errors[True] < errors[False]
+
+
+def test_a_column_at_a_time_is_the_published_algorithm() -> None:
+    """Against the unblocked algorithm of the paper, in float64, with the same grid."""
+    weight, _, hessian = layer(rows=8, columns=192)
+    found = quantize_weight(weight, hessian, options(bits=4, group_size=-1, desc_act=False))
+    scale = found.scales.double()[0]
+    middle = 8.0
+    damped = hessian.double()
+    damped.diagonal().add_(0.1 * damped.diagonal().mean())
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    work = weight.double().clone()
+    same = 0
+    for i in range(192):
+        column = work[:, i]
+        code = (torch.round(column / scale) + middle).clamp(0, 15)
+        same += int((code == found.codes[i].double()).sum())
+        off = (column - (code - middle) * scale) / factor[i, i]
+        work[:, i:] -= torch.outer(off, factor[i, i:])
+    assert same >= 0.999 * 192 * 8, "a tie or two may round the other way in float32"
+
+
+def test_inputs_that_are_never_seen_do_no_harm() -> None:
+    weight, _, hessian = layer()
+    hessian[:, 3] = 0
+    hessian[3] = 0
+    found = quantize_weight(weight, hessian, options(group_size=64))
+    assert bool(torch.isfinite(found.dequantize()).all())
+
+
+def test_what_is_not_finite_is_said() -> None:
+    weight, _, hessian = layer()
+    hessian[0, 0] = float("nan")
+    with pytest.raises(gptq.QuantizeError, match="not finite"):
+        quantize_weight(weight, hessian, options())
+
+
+def tiny() -> tuple[Any, Any, list[list[int]]]:
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    samples = calibration_samples(tokenizer, options(), context=512)
+    return model, tokenizer, samples
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bits": 2, "group_size": 32},
+        {"bits": 3, "group_size": -1},
+        {"bits": 3, "group_size": 48, "sym": False},  # 48 divides neither 128 nor 192 evenly
+        {"bits": 4, "group_size": 128, "desc_act": False},  # 192 rows: a short last group
+        {"bits": 4, "group_size": 16, "sym": False, "checkpoint_format": "gptq_v2"},
+        {"bits": 4, "group_size": 64, "static_groups": True},
+        {"bits": 4, "group_size": 64, "true_sequential": False},
+        {"bits": 8, "group_size": 128, "sym": False},
+    ],
+    ids=str,
+)
+def test_what_is_written_is_what_was_made(fields: dict[str, Any], tmp_path: Path) -> None:
+    model, tokenizer, samples = tiny()
+    quantize(model, tokenizer, tmp_path, options=options(**fields), samples=samples)
+    ids = torch.tensor(samples[:1])
+    checkpoint = GPTQReader().open(tmp_path)
+    assert not checkpoint.warnings
+    for name in ("bits", "group_size", "sym", "desc_act"):
+        if name != "desc_act" or "static_groups" not in fields:
+            assert getattr(checkpoint.config, name) == getattr(options(**fields), name)
+    with (
+        gptq.load(tmp_path, device="cpu", backend="reference", plugins=plugins()) as loaded,
+        torch.inference_mode(),
+    ):
+        assert error(loaded.model(ids).logits, model(ids).logits) < 1e-5
+        base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)(ids).logits
+        near = {2: 0.8, 3: 0.5, 4: 0.2, 8: 0.02}[fields["bits"]]
+        assert error(loaded.model(ids).logits, base) < near
+
+
+def test_the_files_are_those_of_autogptq_and_gptqmodel(tmp_path: Path) -> None:
+    model, tokenizer, samples = tiny()
+    quantize(model, tokenizer, tmp_path, options=options(bits=4, group_size=32), samples=samples)
+    theirs = DATA / "gptq-4bit-32g-act-sym"
+    ours = load_file(tmp_path / "model.safetensors")
+    reference = load_file(theirs / "model.safetensors")
+    assert set(ours) == set(reference)
+    for name, tensor in reference.items():
+        assert ours[name].shape == tensor.shape
+        if not name.endswith("weight"):  # theirs keeps bfloat16
+            assert ours[name].dtype == tensor.dtype
+    config = json.loads((tmp_path / "quantize_config.json").read_text())
+    stored = json.loads((theirs / "quantize_config.json").read_text())
+    for name in ("bits", "group_size", "desc_act", "sym", "checkpoint_format", "quant_method"):
+        assert config[name] == stored[name]
+    # AutoGPTQ's own fields, all of them
+    for name in ("damp_percent", "static_groups", "true_sequential", "model_file_base_name"):
+        assert name in config
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == config
+
+
+def test_shards_are_written_with_their_index(tmp_path: Path) -> None:
+    model, tokenizer, samples = tiny()
+    quantize(model, tokenizer, tmp_path, options=options(shard_bytes=100_000), samples=samples)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    assert not (tmp_path / "model.safetensors").exists()
+    with gptq.load(tmp_path, device="cpu", plugins=plugins()) as loaded:
+        assert loaded.plan.kernels()
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    model, tokenizer, samples = tiny()
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    quantize(model, tokenizer, whole, options=options(), samples=samples)
+    told: list[str] = []
+
+    def stop(progress: gptq.Progress) -> None:
+        told.append(progress.detail)
+        if progress.done > 8:  # in the second of two blocks
+            raise KeyboardInterrupt
+
+    model, tokenizer, samples = tiny()
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, tokenizer, parts, options=options(), samples=samples, progress=stop)
+    assert not (parts / "config.json").exists(), "a folder with config.json is finished"
+    model, tokenizer, samples = tiny()
+    told.clear()
+    quantize(
+        model, tokenizer, parts, options=options(), samples=samples,
+        progress=lambda it: told.append(it.detail),
+    )  # fmt: skip
+    assert told[0] == "model.layers.0", "the first block was not made again"
+    assert len(told) < 14
+    first = (whole / "model.safetensors").read_bytes()
+    assert (parts / "model.safetensors").read_bytes() == first
+    assert not list(parts.glob(".*")), "nothing is left over"
+
+
+def test_a_run_with_other_options_begins_anew(tmp_path: Path) -> None:
+    model, tokenizer, samples = tiny()
+
+    def stop(progress: gptq.Progress) -> None:
+        if progress.done > 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, tokenizer, tmp_path, options=options(), samples=samples, progress=stop)
+    model, tokenizer, samples = tiny()
+    quantize(model, tokenizer, tmp_path, options=options(bits=3), samples=samples)
+    assert GPTQReader().open(tmp_path).config.bits == 3
+
+
+def test_progress_says_how_long_it_will_take(tmp_path: Path) -> None:
+    told: list[gptq.Progress] = []
+    quantize_model(BASE, tmp_path, options=options(), progress=told.append)
+    steps = [it for it in told if it.stage == "quantize"]
+    assert [it.done for it in steps] == sorted(it.done for it in steps)
+    assert (steps[-1].done, steps[-1].total) == (14, 14)
+    assert all(it.detail.endswith(" s left") for it in steps)
+
+
+def test_calibration_is_cut_into_samples(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"Sentence {i} of many. " for i in range(2000)))
+    ids = tokenizer(text.read_text(), verbose=False)["input_ids"]
+    chosen = options(samples=3, seq_len=32, stride=100, offset=7)
+    samples = calibration_samples(tokenizer, chosen, text=text, context=512)
+    assert samples == [ids[7 + 100 * i : 39 + 100 * i] for i in range(3)]
+    short = calibration_samples(tokenizer, options(seq_len=512), text=text, context=48)
+    assert {len(it) for it in short} == {48}
+
+
+def test_calibration_with_chats(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi " * 40}]
+    file = tmp_path / "chats.jsonl"
+    file.write_text(f"{json.dumps({'messages': turns})}\n\n{json.dumps(turns)}\n")
+    samples = calibration_samples(tokenizer, options(seq_len=64), text=file, context=512)
+    assert samples[0].count(383) == 2, "rendered by the model's own template"
+    file.write_text(f'{json.dumps(turns)}\n{{"text": "no chat"}}\n')
+    with pytest.raises(gptq.QuantizeError, match=r"line 2 of chats\.jsonl"):
+        calibration_samples(tokenizer, options(), text=file, context=512)
+
+
+def test_calibration_that_is_too_short_is_said(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    text = tmp_path / "text.txt"
+    text.write_text("Too short.")
+    with pytest.raises(gptq.QuantizeError, match="fewer than one sample of 64") as caught:
+        calibration_samples(tokenizer, options(), text=text, context=512)
+    assert "--seq-len" in caught.value.hint
+
+
+def test_the_built_in_text_is_prose() -> None:
+    text = built_in_text()
+    assert len(text.split()) > 50_000
+    assert "**" not in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [({"bits": 5}, "bits"), ({"group_size": 0}, "group_size"), ({"damp_percent": 1.5}, "damp")],
+)
+def test_impossible_options_are_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        options(**fields)
+
+
+def test_a_source_that_is_no_model_is_said(tmp_path: Path) -> None:
+    with pytest.raises(gptq.QuantizeError, match="cannot be loaded") as caught:
+        quantize_model(tmp_path, tmp_path / "out", options=options())
+    assert "transformers" in caught.value.hint
