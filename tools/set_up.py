@@ -46,7 +46,7 @@ def main():
         )
     stamp = os.path.join(VENV, ".set-up-" + target)
     wanted = fingerprint(target)
-    if os.path.exists(stamp) and open(stamp).read() == wanted:
+    if os.path.exists(stamp) and read(stamp) == wanted.encode():
         return
     began = time.time()
     steps = plan(target)
@@ -71,9 +71,13 @@ def find_newer():
 
 def fingerprint(target):
     """Sum up all that the set-up of `target` depends on."""
-    content = open(os.path.join(ROOT, "pyproject.toml"), "rb").read()
-    content += open(os.path.abspath(__file__), "rb").read()
+    content = read(os.path.join(ROOT, "pyproject.toml")) + read(os.path.abspath(__file__))
     return hashlib.sha256(content + target.encode() + sys.version.encode()).hexdigest()
+
+
+def read(path):
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def plan(target):

