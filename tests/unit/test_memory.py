@@ -5,48 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from altered import DATA, copy, set_field
+from altered import copy, set_field
 from safetensors.torch import save_file
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+ROOT = Path(__file__).parents[2]
 MOST = 1.3  # times the checkpoint's bytes
-
-CODE = """
-import gc, json, sys, threading, time
-from pathlib import Path
-import torch, transformers, accelerate, safetensors.torch
-from transformers.models.llama import modeling_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
-import gptq_loader_plugin as gptq
-gptq.load(sys.argv[2], device="cpu").close()  # imports what a load imports
-gc.collect()
-
-def anonymous():
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Anonymous:"):
-            return int(line.split()[1]) * 1024
-
-before = peak = anonymous()
-done = False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.001)
-thread = threading.Thread(target=watch)
-thread.start()
-model = gptq.load(sys.argv[1], device="cpu")
-done = True
-thread.join()
-print(json.dumps({"above": peak - before, "kernels": model.plan.kernels()}))
-"""
 
 
 def random_layer(name: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
@@ -82,10 +50,11 @@ def test_peak_memory_of_a_load(tmp_path: Path) -> None:
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     assert size > 40_000_000
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", CODE, tmp_path, DATA / tiny],
+        [sys.executable, ROOT / "bench" / "memory.py", tmp_path, "--json"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found["kernels"]) == {"cpu"}
-    assert found["above"] <= MOST * size, f"{found['above'] / size:.2f} times its bytes"
+    assert found["checkpoint"] == size
+    assert found["peak"] <= MOST * size, f"{found['peak'] / size:.2f} times its bytes"
