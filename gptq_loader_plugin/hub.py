@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,13 +57,38 @@ def download_folder(hub: HubReference, *, progress: Callable[[Progress], None]) 
         return folder
     safe = any(name.endswith(".safetensors") for name in names)
     patterns = [*SMALL_FILES, *(WEIGHT_FILES if safe else PICKLE_FILES)]
-    progress(Progress("download", 0, 1, "files", f"{hub.repo}:{hub.branch}"))
     try:
-        folder = Path(snapshot_download(hub.repo, revision=hub.branch, allow_patterns=patterns))
+        folder = snapshot_download(
+            hub.repo,
+            revision=hub.branch,
+            allow_patterns=patterns,
+            tqdm_class=_told_bar(progress, f"{hub.repo}:{hub.branch}"),
+        )
     except Exception as error:
         raise _explained(hub, error) from error
-    progress(Progress("download", 1, 1, "files", f"{hub.repo}:{hub.branch}"))
-    return folder
+    return Path(folder)
+
+
+def _told_bar(progress: Callable[[Progress], None], detail: str) -> type[Any]:
+    """Make a class of tqdm bars that draw nothing and tell `progress` the bytes instead."""
+    from tqdm import tqdm
+
+    most = 0
+
+    class ToldBar(tqdm):  # type: ignore[misc]  # it has no types
+        def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401 - tqdm's own
+            options.pop("name", None)
+            super().__init__(*args, **{**options, "disable": False, "file": io.StringIO()})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            nonlocal most
+            done: bool | None = super().update(n)
+            if self.unit == "B" and self.total and self.n > most:
+                most = int(self.n)
+                progress(Progress("download", most, max(int(self.total), most), "bytes", detail))
+            return done
+
+    return ToldBar
 
 
 def _offline(hub: HubReference, error: Exception) -> Path | None:

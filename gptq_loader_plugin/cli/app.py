@@ -47,7 +47,7 @@ def options(
         logging.basicConfig(level=logging.INFO)
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars, beside our own
 
 
 def main() -> None:

@@ -90,13 +90,15 @@ def download(
     as_json: JSON = False,
 ) -> None:
     """Fetch a branch from the hub into the cache; an interrupted download goes on."""
-    import os
-
     from gptq_loader_plugin.plugins import Plugins
     from gptq_loader_plugin.reference import resolve
 
-    os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
-    folder = resolve(reference, plugins=Plugins(ProgressBars(), installed=True), revision=revision)
+    bars = ProgressBars()
+    try:
+        found = Plugins(bars, installed=True)
+        folder = resolve(reference, plugins=found, revision=revision)
+    finally:
+        bars.close()
     if as_json:
         print_json({"reference": reference, "path": str(folder)})
     else:

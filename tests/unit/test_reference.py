@@ -235,6 +235,8 @@ def test_a_branch_is_fetched_once_and_then_found(hub: dict[str, str]) -> None:
     assert f"hint: fetch it first: gptq-loader download {reference}" in absent.stderr
     done = run(hub, "download", reference)
     assert done.returncode == 0, done.stderr
+    assert re.search(r"download: \d+ % TheBloke/tiny-GPTQ:3bit", done.stderr)
+    assert "download: 100 %" in done.stderr
     folder = Path(done.stdout.strip())
     stored = (DATA / "gptq-3bit-128g-act-sym" / "model.safetensors").read_bytes()
     assert (folder / "model.safetensors").read_bytes() == stored
