@@ -58,7 +58,7 @@ def download_folder(hub: HubReference, *, progress: Callable[[Progress], None]) 
     safe = any(name.endswith(".safetensors") for name in names)
     patterns = [*SMALL_FILES, *(WEIGHT_FILES if safe else PICKLE_FILES)]
     try:
-        folder = snapshot_download(
+        fetched = snapshot_download(
             hub.repo,
             revision=hub.branch,
             allow_patterns=patterns,
@@ -66,7 +66,7 @@ def download_folder(hub: HubReference, *, progress: Callable[[Progress], None]) 
         )
     except Exception as error:
         raise _explained(hub, error) from error
-    return Path(folder)
+    return Path(fetched)
 
 
 def _told_bar(progress: Callable[[Progress], None], detail: str) -> type[Any]:

@@ -289,12 +289,14 @@ def _load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
             tried=[str(source)],
             hint="name the folder of a model that transformers can load, or a .gguf file",
         )
-    folder, options = source, {}
+    folder, file = source, {}
     if source.is_file():
-        folder, options = source.parent, {"gguf_file": source.name}
+        folder, file = source.parent, {"gguf_file": source.name}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, **file, **(_unpacked() if file else {})
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **file)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise QuantizeError(
@@ -303,6 +305,14 @@ def _load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
             "file (which needs pip install gguf)",
         ) from error
     return model.eval(), tokenizer
+
+
+def _unpacked() -> dict[str, Any]:
+    """Give the option by which transformers unpacks a GGUF file, where it could leave it packed."""
+    import transformers
+
+    config: Any = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def _ignore(_: Progress) -> None:
