@@ -42,7 +42,8 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
     samples: Annotated[int, typer.Option("--samples", help="Calibration samples.")] = 128,
     seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens of a sample.")] = 2048,
     stride: Annotated[
-        int | None, typer.Option("--stride", help="Tokens from one sample's start to the next.")
+        int | None,
+        typer.Option("--stride", help="Tokens from one sample's start to the next; else spread."),
     ] = None,
     offset: Annotated[int, typer.Option("--offset", help="Tokens before the first sample.")] = 0,
     checkpoint_format: Annotated[

@@ -46,7 +46,7 @@ def calibration_samples(
         content = text.read_text(encoding="utf-8")
     ids: list[int] = tokenizer(content, verbose=False)["input_ids"]
     length = min(options.seq_len, context)
-    stride = options.stride or length
+    stride = options.stride or max(length, (len(ids) - options.offset) // options.samples)
     starts = range(options.offset, len(ids) - length + 1, stride)
     samples = [ids[start : start + length] for start in starts[: options.samples]]
     if not samples:

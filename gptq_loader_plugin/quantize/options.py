@@ -23,7 +23,7 @@ class QuantizeOptions(BaseModel):
         checkpoint_format: "gptq" stores zeros minus one; "gptq_v2" stores them as they are.
         samples: the most calibration samples.
         seq_len: tokens of a sample, cut to the model's context.
-        stride: tokens from one sample's start to the next one's; None is seq_len.
+        stride: tokens from one sample's start to the next one's; None spreads them over the text.
         offset: tokens before the first sample.
         shard_bytes: the most bytes of a weight file.
     """

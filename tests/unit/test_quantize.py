@@ -234,6 +234,9 @@ def test_calibration_is_cut_into_samples(tmp_path: Path) -> None:
     chosen = options(samples=3, seq_len=32, stride=100, offset=7)
     samples = calibration_samples(tokenizer, chosen, text=text, context=512)
     assert samples == [ids[7 + 100 * i : 39 + 100 * i] for i in range(3)]
+    spread = calibration_samples(tokenizer, options(samples=5, seq_len=32), text=text, context=512)
+    step = len(ids) // 5
+    assert spread == [ids[step * i : step * i + 32] for i in range(5)], "over the whole text"
     short = calibration_samples(tokenizer, options(seq_len=512), text=text, context=48)
     assert {len(it) for it in short} == {48}
 
