@@ -25,8 +25,8 @@ BLOCK = 128  # columns whose errors are spread at once, as in the paper
 DAMP_STEPS = 10  # times the damping is raised where the Hessian is not positive definite
 SMALLEST_SCALE = 2.0**-24  # float16's smallest number above zero
 # A scale that spans every weight of a group wastes codes on the few largest. Trying smaller ones
-# took SmolLM2-135M at 3 bits, groups of 128, from a perplexity of 52.8 to 33.0, and at 4 bits
-# without groups from PLAIN4 to SEARCH4 (bench/branches.py).
+# took SmolLM2-135M at 3 bits, groups of 128, from a perplexity of 52.8 to 33.5, and at 4 bits,
+# groups of 64, from 25.5 to 24.5 (docs/decisions/scale-search.md).
 SHRINK = tuple(1 - 0.025 * step for step in range(17))
 
 
