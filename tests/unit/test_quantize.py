@@ -13,9 +13,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gptq_loader_plugin as gptq
 from gptq_loader_plugin.checkpoint.reader import GPTQReader
+from gptq_loader_plugin.demo import CHAT_TEMPLATE
 from gptq_loader_plugin.quantize import QuantizeOptions, quantize, quantize_model
 from gptq_loader_plugin.quantize.algorithm import quantize_weight
-from gptq_loader_plugin.quantize.calibration import built_in_text, calibration_samples
+from gptq_loader_plugin.quantize.calibration import (
+    built_in_text,
+    calibration_samples,
+    calibration_text,
+    chats_text,
+)
+from gptq_loader_plugin.quantize.own_chats import write_chats
+from gptq_loader_plugin.template import ChatML
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -108,7 +116,7 @@ def test_what_is_not_finite_is_said() -> None:
 def tiny() -> tuple[Any, Any, list[list[int]]]:
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    samples = calibration_samples(tokenizer, options(), context=512)
+    samples = calibration_samples(tokenizer, options(), built_in_text(), context=512)
     return model, tokenizer, samples
 
 
@@ -226,40 +234,80 @@ def test_progress_says_how_long_it_will_take(tmp_path: Path) -> None:
     assert all(it.detail.endswith(" s left") for it in steps)
 
 
-def test_calibration_is_cut_into_samples(tmp_path: Path) -> None:
+def test_calibration_is_cut_into_samples() -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"Sentence {i} of many. " for i in range(2000)))
-    ids = tokenizer(text.read_text(), verbose=False)["input_ids"]
+    text = "".join(f"Sentence {i} of many. " for i in range(2000))
+    ids = tokenizer(text, verbose=False)["input_ids"]
     chosen = options(samples=3, seq_len=32, stride=100, offset=7)
-    samples = calibration_samples(tokenizer, chosen, text=text, context=512)
+    samples = calibration_samples(tokenizer, chosen, text, context=512)
     assert samples == [ids[7 + 100 * i : 39 + 100 * i] for i in range(3)]
-    spread = calibration_samples(tokenizer, options(samples=5, seq_len=32), text=text, context=512)
+    spread = calibration_samples(tokenizer, options(samples=5, seq_len=32), text, context=512)
     step = len(ids) // 5
     assert spread == [ids[step * i : step * i + 32] for i in range(5)], "over the whole text"
-    short = calibration_samples(tokenizer, options(seq_len=512), text=text, context=48)
+    short = calibration_samples(tokenizer, options(seq_len=512), text, context=48)
     assert {len(it) for it in short} == {48}
 
 
-def test_calibration_with_chats(tmp_path: Path) -> None:
+def test_calibration_that_is_too_short_is_said() -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi " * 40}]
-    file = tmp_path / "chats.jsonl"
-    file.write_text(f"{json.dumps({'messages': turns})}\n\n{json.dumps(turns)}\n")
-    samples = calibration_samples(tokenizer, options(seq_len=64), text=file, context=512)
-    assert samples[0].count(383) == 2, "rendered by the model's own template"
-    file.write_text(f'{json.dumps(turns)}\n{{"text": "no chat"}}\n')
-    with pytest.raises(gptq.QuantizeError, match=r"line 2 of chats\.jsonl"):
-        calibration_samples(tokenizer, options(), text=file, context=512)
-
-
-def test_calibration_that_is_too_short_is_said(tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    text = tmp_path / "text.txt"
-    text.write_text("Too short.")
     with pytest.raises(gptq.QuantizeError, match="fewer than one sample of 64") as caught:
-        calibration_samples(tokenizer, options(), text=text, context=512)
+        calibration_samples(tokenizer, options(), "Too short.", context=512)
     assert "--seq-len" in caught.value.hint
+
+
+def test_calibration_with_a_file(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(f"{json.dumps({'messages': turns})}\n\n{json.dumps(turns)}\n")
+    chat = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    assert chats_text(chats, tokenizer) == chat * 2, "rendered by the model's own template"
+    prose = tmp_path / "prose.txt"
+    prose.write_text("Prose.")
+    for file, expected in ((chats, chat * 2), (prose, "Prose."), (None, built_in_text())):
+        found = calibration_text(None, tokenizer, options(), text=file, progress=print)  # type: ignore[arg-type]
+        assert found == expected
+    chats.write_text(f'{json.dumps(turns)}\n{{"text": "no chat"}}\n')
+    with pytest.raises(gptq.QuantizeError, match=r"line 2 of chats\.jsonl"):
+        chats_text(chats, tokenizer)
+
+
+def test_calibration_on_chats_the_model_writes() -> None:
+    model, tokenizer, _ = tiny()
+    told: list[gptq.Progress] = []
+    text = write_chats(model, tokenizer, tokens=2000, progress=told.append)
+    assert len(tokenizer(text)["input_ids"]) >= 2000
+    asked, answered = (text.count(f"<|im_start|>{role}\n") for role in ("user", "assistant"))
+    assert asked == answered >= 2
+    assert text.count("<|im_end|>") == text.count("<|im_start|>"), "every turn ends"
+    assert [it.done for it in told] == sorted(it.done for it in told)
+    assert (told[0].done, told[-1].done) == (0, told[-1].total)
+    assert len(told) > 64, "each step is told"
+    state = torch.get_rng_state()
+    assert write_chats(model, tokenizer, tokens=2000, progress=told.append) == text
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers are its own"
+
+
+def test_a_template_is_used_and_written(tmp_path: Path) -> None:
+    quantize_model(
+        BASE, tmp_path / "out", options=options(), text="own", chat_template=CHAT_TEMPLATE
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    chats = [chat[:1], chat, [{"role": "system", "content": "Be brief."}, *chat[:1]]]
+    for messages in chats:
+        rendered = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        assert rendered == ChatML().render(messages)
+
+
+def test_a_model_without_a_template_writes_no_chats() -> None:
+    model, tokenizer, _ = tiny()
+    tokenizer.chat_template = None
+    with pytest.raises(gptq.QuantizeError, match="no chat template") as caught:
+        write_chats(model, tokenizer, tokens=2000, progress=print)
+    assert "--text" in caught.value.hint
 
 
 def test_the_built_in_text_is_prose() -> None:

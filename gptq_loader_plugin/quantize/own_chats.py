@@ -1,0 +1,181 @@
+"""Let a model write the chats it is calibrated on: what it will meet is what it says itself.
+
+A chat model that is given nothing but the opening of a user's turn writes a question (Magpie,
+Xu et al. 2024), and then answers it. Such samples keep a small chat model's answers better than
+prose does, and need no corpus (Williams et al. 2024, self-calibration;
+docs/decisions/own-chats.md has what it gains).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gptq_loader_plugin.errors import QuantizeError
+from gptq_loader_plugin.events import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["write_chats"]
+
+PLACE = "PLACE OF THE QUESTION"
+MOST_AT_ONCE = 128  # chats
+LIKELY_TOKENS = 170  # of a chat; decides how many are written at once
+QUESTION_TOKENS, ANSWER_TOKENS = 64, 128
+SHORTEST = 8  # characters of a question worth an answer
+
+
+@torch.inference_mode()
+def write_chats(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: int,
+    seed: int = 0,
+    progress: Callable[[Progress], None],
+) -> str:
+    """Sample chats of one question and one answer until they have enough tokens.
+
+    Args:
+        model: the model before it is quantised.
+        tokenizer: its tokenizer, with a chat template.
+        tokens: how many tokens of chat are wanted.
+        seed: of the sampling, so that an interrupted run meets the same samples.
+        progress: told the decoding steps done.
+
+    Returns:
+        The chats as the template renders them, one after the other.
+
+    Raises:
+        QuantizeError: the tokenizer has no chat template, or the model writes nothing.
+    """
+    if not tokenizer.chat_template:
+        raise QuantizeError(
+            "the model has no chat template, so it cannot write chats to be calibrated on",
+            hint="give it a text instead: --text FILE",
+        )
+    writer = _Writer(model, tokenizer, progress)
+    opening, closing = _user_turn(tokenizer)
+    count = min(-(-tokens // LIKELY_TOKENS), MOST_AT_ONCE)
+    chats: list[str] = []
+    written = 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        while written < tokens:
+            writer.expect(QUESTION_TOKENS + ANSWER_TOKENS)
+            asked = writer.go_on([opening] * count, QUESTION_TOKENS, closing)
+            asked = [question for question in asked if len(question) >= SHORTEST]
+            prompts = [_render(tokenizer, [_turn("user", it)], ask=True) for it in asked]
+            answers = writer.go_on(prompts, ANSWER_TOKENS, None) if prompts else []
+            new = [
+                _render(tokenizer, [_turn("user", question), _turn("assistant", answer)])
+                for question, answer in zip(asked, answers, strict=True)
+                if answer
+            ]
+            if not new:
+                raise QuantizeError(
+                    "the model wrote no chats to be calibrated on",
+                    hint="give it a text instead: --text FILE",
+                )
+            chats += new
+            written += sum(len(tokenizer(chat)["input_ids"]) for chat in new)
+            writer.catch_up()
+    return "".join(chats)
+
+
+class _Writer:
+    """Sample continuations, and tell each step."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        progress: Callable[[Progress], None],
+    ) -> None:
+        self._model: Any = model
+        self._tokenizer = tokenizer
+        self._progress = progress
+        self._done = self._total = 0
+        told = getattr(model.generation_config, "eos_token_id", None)
+        ends = [*(told if isinstance(told, list) else [told]), tokenizer.eos_token_id]
+        self._ends = {end for end in ends if end is not None}
+
+    def expect(self, steps: int) -> None:
+        """Raise the number of steps that progress counts to."""
+        self._total += steps
+        self._tell()
+
+    def catch_up(self) -> None:
+        """Count the steps that were not needed as done."""
+        self._done = self._total
+        self._tell()
+
+    def go_on(self, prompts: Sequence[str], most: int, closing: str | None) -> list[str]:
+        """Sample what follows each prompt, up to its end of turn or `closing`."""
+        tokenizer = self._tokenizer
+        inputs = _padded([tokenizer.encode(it, add_special_tokens=False) for it in prompts])
+        ends, stop = set(self._ends), {}
+        if closing:
+            ids = tokenizer.encode(closing, add_special_tokens=False)
+            if len(ids) == 1:
+                ends.update(ids)
+            else:
+                stop = {"stop_strings": [closing], "tokenizer": tokenizer}
+        written = self._model.generate(
+            **inputs,
+            do_sample=True,
+            temperature=1.0,
+            top_k=50,
+            max_new_tokens=most,
+            pad_token_id=tokenizer.eos_token_id or 0,
+            eos_token_id=sorted(ends) or None,
+            stopping_criteria=[self._step],
+            **stop,
+        )[:, inputs["input_ids"].shape[1] :]
+        marks = [*([closing] if closing else []), *tokenizer.all_special_tokens]
+        return [_before(marks, text).strip() for text in tokenizer.batch_decode(written)]
+
+    def _step(self, input_ids: torch.Tensor, _: torch.Tensor, **__: object) -> torch.Tensor:
+        """Count a step; as a criterion, stop nothing."""
+        self._done += 1
+        self._tell()
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def _tell(self) -> None:
+        self._progress(Progress("write chats", self._done, self._total, "steps", ""))
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Pad prompts on the left, under a mask."""
+    length = max(len(row) for row in rows)
+    return {
+        "input_ids": torch.tensor([[0] * (length - len(row)) + list(row) for row in rows]),
+        "attention_mask": torch.tensor(
+            [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+        ),
+    }
+
+
+def _user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Give what stands before a user's words in the first turn, and what ends them."""
+    opening, _, closing = _render(tokenizer, [_turn("user", PLACE)]).partition(PLACE)
+    return opening, closing.strip()
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], *, ask: bool = False
+) -> str:
+    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask))
+
+
+def _before(marks: Sequence[str], text: str) -> str:
+    """Give a text up to the first of some marks."""
+    return text[: min((text.find(mark) for mark in marks if mark in text), default=len(text))]
