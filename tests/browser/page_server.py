@@ -7,6 +7,7 @@ Every attempt to reach another machine is told on stderr.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -24,6 +25,8 @@ def tell_outside(event: str, args: tuple[Any, ...]) -> None:
 
 def main(reference: str, record: str) -> None:
     sys.addaudithook(tell_outside)
+    # A shell's background job ignores Ctrl-C, and so would what the tests start from one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import gptq_loader_plugin as gptq
 
     file = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
