@@ -71,7 +71,15 @@ def find_newer():
 
 def fingerprint(target):
     """Sum up all that the set-up of `target` depends on."""
-    content = read(os.path.join(ROOT, "pyproject.toml")) + read(os.path.abspath(__file__))
+    content = b"".join(
+        read(os.path.join(ROOT, *path))
+        for path in (
+            ("pyproject.toml",),
+            ("setup.py",),
+            ("kernels", "csrc", "gptq_cpu.cpp"),
+            ("tools", "set_up.py"),
+        )
+    )
     return hashlib.sha256(content + target.encode() + sys.version.encode()).hexdigest()
 
 

@@ -51,8 +51,9 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
     ] = None,
     offset: Annotated[int, typer.Option("--offset", help="Tokens before the first sample.")] = 0,
     checkpoint_format: Annotated[
-        str, typer.Option("--format", help="gptq (zeros stored minus one) or gptq_v2.")
-    ] = "gptq",
+        str | None,
+        typer.Option("--format", help="gptq (zeros stored minus one) or gptq_v2; else by --sym."),
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Quantise a model with GPTQ; an interrupted run goes on where it stopped."""

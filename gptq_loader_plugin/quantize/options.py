@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -20,7 +20,9 @@ class QuantizeOptions(BaseModel):
         damp_percent: this share of the Hessian's mean diagonal is added to it.
         static_groups: with act-order, keep groups as they lie, their scales found beforehand.
         true_sequential: within a block, let later layers see earlier ones quantised.
-        checkpoint_format: "gptq" stores zeros minus one; "gptq_v2" stores them as they are.
+        checkpoint_format: "gptq" stores zeros minus one; "gptq_v2" stores them as they are. By
+            default "gptq" where zeros are symmetric, which every loader reads, else "gptq_v2":
+            GPTQModel refuses asymmetric "gptq" files of other writers.
         samples: the most calibration samples.
         seq_len: tokens of a sample, cut to the model's context.
         stride: tokens from one sample's start to the next one's; None spreads them over the text.
@@ -43,6 +45,13 @@ class QuantizeOptions(BaseModel):
     stride: Annotated[int, Field(ge=1)] | None = None
     offset: Annotated[int, Field(ge=0)] = 0
     shard_bytes: Annotated[int, Field(ge=1)] = 5_000_000_000
+
+    @model_validator(mode="before")
+    @classmethod
+    def _format_that_others_read(cls, data: dict[str, Any]) -> dict[str, Any]:
+        if data.get("checkpoint_format") is not None:
+            return data
+        return {**data, "checkpoint_format": "gptq" if data.get("sym", True) else "gptq_v2"}
 
     @model_validator(mode="after")
     def _group_size_is_possible(self) -> Self:

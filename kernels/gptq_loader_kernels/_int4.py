@@ -1,61 +1,102 @@
-"""The module over torch's int4 operator; imports torch, so `cpu.py` imports it in `prepare`."""
+"""Layers of up to 4 bits on the CPU without a native library: torch's int4 operator, bfloat16."""
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ["Int4Linear"]
+from gptq_loader_plugin.kernel import Accepted, Declined
+
+if TYPE_CHECKING:
+    import torch
+
+    from gptq_loader_plugin.kernel import Device, LayerSpec, PackedLinear, Verdict
+
+__all__ = ["Int4Kernel"]
+
+RANK = 50  # below cpu (70)
+BITS = 4  # narrower codes are widened to it
+GROUP_SIZES = (32, 64, 128, 256)  # what aten::_weight_int4pack_mm_for_cpu takes
+COLUMNS_MULTIPLE = 16
+MIDDLE = 8  # the operator's codes are around 8: weight = (code - 8) * scale + offset
 
 
-class Int4Linear(torch.nn.Module):
-    """y = x @ W.T + bias through `aten::_weight_int4pack_mm_for_cpu`, in bfloat16.
+@dataclass(frozen=True, slots=True)
+class Int4Kernel:
+    """Multiply by the packed weight with `aten::_weight_int4pack_mm_for_cpu`."""
 
-    Args:
-        words: uint8 [out_features, in_features / 2], packed by the operator's own converter.
-        table: bfloat16 [groups, out_features, 2], each group's scale and offset.
-        group_size: rows of a group, as the operator is told.
-        in_features: the length of x.
-        out_features: the length of y.
-        permutation: int64 [in_features], the order of x's features in `words`, or None.
-        bias: bfloat16 [out_features], or None.
-    """
+    name: str = "cpu-int4"
 
-    def __init__(
-        self,
-        words: torch.Tensor,
-        table: torch.Tensor,
-        *,
-        group_size: int,
-        in_features: int,
-        out_features: int,
-        permutation: torch.Tensor | None,
-        bias: torch.Tensor | None,
-    ) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.group_size = group_size
-        self.register_buffer("words", words, persistent=False)
-        self.register_buffer("table", table, persistent=False)
-        self.register_buffer("permutation", permutation, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
-        self.words: torch.Tensor
-        self.table: torch.Tensor
-        self.permutation: torch.Tensor | None
-        self.bias: torch.Tensor | None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply: x [..., in_features] -> [..., out_features]."""
-        rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
-        if self.permutation is not None:
-            rows = rows.index_select(1, self.permutation)
-        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(  # noqa: SLF001
-            rows.contiguous(), self.words, self.group_size, self.table
+    def consider(self, layer: LayerSpec, device: Device) -> Verdict:
+        """Accept 4-bit layers whose groups the operator takes, on a CPU."""
+        if device.type != "cpu":
+            return Declined(self.name, f"runs on a CPU; this is {device}")
+        if "avx512f" not in device.features and "avx2" not in device.features:
+            return Declined(self.name, "needs a CPU with AVX2 or AVX-512")
+        if layer.bits > BITS:
+            return Declined(
+                self.name,
+                f"torch's packed CPU operator takes up to {BITS} bits; this layer has {layer.bits}",
+            )
+        if layer.out_features % COLUMNS_MULTIPLE:
+            return Declined(
+                self.name,
+                f"needs out_features in multiples of {COLUMNS_MULTIPLE}; this layer has "
+                f"{layer.out_features}",
+            )
+        size = _operator_group(layer)
+        if size is None:
+            least, most = layer.group_rows
+            rows = f"{most}" if least == most else f"{least} to {most}"
+            return Declined(
+                self.name,
+                f"needs groups whose rows are multiples of {GROUP_SIZES[0]}; this layer's have "
+                f"{rows}",
+            )
+        widened = "" if layer.bits == BITS else f", codes widened from {layer.bits} bits"
+        return Accepted(
+            self.name,
+            RANK,
+            dtype="bfloat16",
+            prepared_bytes=layer.in_features * layer.out_features // 2
+            + 4 * layer.out_features * (layer.in_features // size),
+            note=f"weights stay packed; torch's 4-bit operator, in bfloat16{widened}",
         )
-        if self.bias is not None:
-            y = y + self.bias
-        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
-    def extra_repr(self) -> str:
-        """Say the shape when printed."""
-        return f"{self.in_features}, {self.out_features}, group_size={self.group_size}, 4-bit"
+    def prepare(self, layer: LayerSpec, packed: PackedLinear, device: Device) -> torch.nn.Module:
+        """Sort the rows by group and pack them as the operator wants them."""
+        del device
+        import torch
+
+        from gptq_loader_kernels._int4_linear import Int4Linear
+
+        size = _operator_group(layer)
+        if size is None:
+            raise ValueError(f"{layer.name} was declined: {layer}")
+        permutation = packed.permutation()
+        # Widened codes are moved so that their middle is the operator's: symmetric layers then
+        # need no offset, which bfloat16 would round.
+        middle = 1 << (layer.bits - 1)
+        codes = packed.codes(permutation).t().contiguous().to(torch.int32)  # [N, K]
+        codes += MIDDLE - middle
+        words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)  # noqa: SLF001
+        del codes
+        scales = packed.scales.to(torch.float32)  # [G, N]
+        offsets = (middle - packed.zeros.to(torch.float32)) * scales
+        table = torch.stack((scales, offsets), dim=-1).to(torch.bfloat16)  # [G, N, 2]
+        rows = torch.bincount(packed.g_idx.long(), minlength=layer.groups)
+        table = table.repeat_interleave(rows // size, dim=0)  # a group is one or several of its
+        return Int4Linear(
+            words,
+            table.contiguous(),
+            group_size=size,
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+            permutation=permutation,
+            bias=None if packed.bias is None else packed.bias.to(torch.bfloat16),
+        )
+
+
+def _operator_group(layer: LayerSpec) -> int | None:
+    """Find the operator's largest group size that divides every group of the layer."""
+    return next((it for it in reversed(GROUP_SIZES) if layer.group_unit % it == 0), None)

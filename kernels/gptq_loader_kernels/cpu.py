@@ -1,10 +1,12 @@
-"""Layers of up to 4 bits on the CPU, packed, through torch's own int4 operator in bfloat16."""
+"""Layers of every width on the CPU, packed, by the native library; without it, torch's operator."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gptq_loader_kernels._int4 import Int4Kernel
+from gptq_loader_kernels._native import COLUMNS, find_library, unit_rows, unit_words
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.kernel import Accepted, Declined
 
@@ -15,95 +17,73 @@ if TYPE_CHECKING:
 
 __all__ = ["CpuKernel", "gptq_kernels"]
 
-RANK = 50
-BITS = 4  # narrower codes are widened to it
-GROUP_SIZES = (32, 64, 128, 256)  # what aten::_weight_int4pack_mm_for_cpu takes
-COLUMNS_MULTIPLE = 16
-MIDDLE = 8  # the operator's codes are around 8: weight = (code - 8) * scale + offset
+RANK = 70  # above cpu-int4 (50)
+WIDTHS = (2, 3, 4, 8)  # what the library holds; 5, 6 and 7 bits become 8
 
 
 @dataclass(frozen=True, slots=True)
 class CpuKernel:
-    """Multiply by the packed weight with `aten::_weight_int4pack_mm_for_cpu`."""
+    """Multiply by the packed weight with the native library (kernels/csrc/gptq_cpu.cpp)."""
 
     name: str = "cpu"
 
     def consider(self, layer: LayerSpec, device: Device) -> Verdict:
-        """Accept 4-bit layers whose groups the operator takes, on a CPU."""
+        """Accept every layer on a CPU, where the library was built."""
         if device.type != "cpu":
             return Declined(self.name, f"runs on a CPU; this is {device}")
-        if "avx512f" not in device.features and "avx2" not in device.features:
-            return Declined(self.name, "needs a CPU with AVX2 or AVX-512")
-        if layer.bits > BITS:
+        if find_library() is None:
             return Declined(
                 self.name,
-                f"torch's packed CPU operator takes up to {BITS} bits; this layer has {layer.bits}",
+                "its native library was not built when this was installed: install a C++ compiler "
+                "(on Debian and Ubuntu: apt install g++) and install this again",
             )
-        if layer.out_features % COLUMNS_MULTIPLE:
-            return Declined(
-                self.name,
-                f"needs out_features in multiples of {COLUMNS_MULTIPLE}; this layer has "
-                f"{layer.out_features}",
+        if "avx512_bf16" in device.features:
+            dtype, code = "bfloat16", "AVX512-BF16"
+        else:
+            dtype = "float32"
+            code = next(
+                (
+                    words
+                    for flag, words in (("avx512f", "AVX-512"), ("avx2", "AVX2"))
+                    if flag in device.features
+                ),
+                "any processor, slower than with AVX2",
             )
-        size = _operator_group(layer)
-        if size is None:
-            least, most = layer.group_rows
-            rows = f"{most}" if least == most else f"{least} to {most}"
-            return Declined(
-                self.name,
-                f"needs groups whose rows are multiples of {GROUP_SIZES[0]}; this layer's have "
-                f"{rows}",
-            )
-        widened = "" if layer.bits == BITS else f", codes widened from {layer.bits} bits"
+        widened = "" if layer.bits in WIDTHS else f", codes widened from {layer.bits} bits to 8"
         return Accepted(
             self.name,
             RANK,
-            dtype="bfloat16",
-            prepared_bytes=layer.in_features * layer.out_features // 2
-            + 4 * layer.out_features * (layer.in_features // size),
-            note=f"weights stay packed; torch's 4-bit operator, in bfloat16{widened}",
+            dtype=dtype,
+            prepared_bytes=_prepared_bytes(layer),
+            note=f"weights stay packed; native code for {code}{widened}",
         )
 
     def prepare(self, layer: LayerSpec, packed: PackedLinear, device: Device) -> torch.nn.Module:
-        """Sort the rows by group and pack them as the operator wants them."""
-        del device
-        import torch
+        """Sort the rows by group and pack them as the library reads them."""
+        from gptq_loader_kernels._native_linear import NativeLinear
 
-        from gptq_loader_kernels._int4 import Int4Linear
-
-        size = _operator_group(layer)
-        if size is None:
-            raise ValueError(f"{layer.name} was declined: {layer}")
-        permutation = packed.permutation()
-        # Widened codes are moved so that their middle is the operator's: symmetric layers then
-        # need no offset, which bfloat16 would round.
-        middle = 1 << (layer.bits - 1)
-        codes = packed.codes(permutation).t().contiguous().to(torch.int32)  # [N, K]
-        codes += MIDDLE - middle
-        words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)  # noqa: SLF001
-        del codes
-        scales = packed.scales.to(torch.float32)  # [G, N]
-        offsets = (middle - packed.zeros.to(torch.float32)) * scales
-        table = torch.stack((scales, offsets), dim=-1).to(torch.bfloat16)  # [G, N, 2]
-        rows = torch.bincount(packed.g_idx.long(), minlength=layer.groups)
-        table = table.repeat_interleave(rows // size, dim=0)  # a group is one or several of its
-        return Int4Linear(
-            words,
-            table.contiguous(),
-            group_size=size,
+        return NativeLinear(
+            packed,
             in_features=layer.in_features,
             out_features=layer.out_features,
-            permutation=permutation,
-            bias=None if packed.bias is None else packed.bias.to(torch.bfloat16),
+            amx="amx_bf16" in device.features,
         )
 
 
-def _operator_group(layer: LayerSpec) -> int | None:
-    """Find the operator's largest group size that divides every group of the layer."""
-    return next((it for it in reversed(GROUP_SIZES) if layer.group_unit % it == 0), None)
+def _prepared_bytes(layer: LayerSpec) -> int:
+    """Count the bytes once prepared, exact where groups fill whole units, else the most."""
+    bits = layer.bits if layer.bits in WIDTHS else 8
+    size = unit_rows(bits)
+    columns = -(-layer.out_features // COLUMNS) * COLUMNS
+    rows = layer.in_features
+    if layer.group_unit % size:
+        rows += layer.groups * (size - 1)
+    words = rows // size * unit_words(bits) * 4 * columns
+    scale_bytes = 2 if layer.scales_dtype == "float16" else 4
+    return words + layer.groups * columns * (scale_bytes + 1) + 4 * rows
 
 
 @hookimpl
 def gptq_kernels() -> list[Kernel]:
-    """Offer the CPU kernel."""
-    return [CpuKernel()]
+    """Offer the native kernel, and torch's operator for where it was not built."""
+    return [CpuKernel(), Int4Kernel()]

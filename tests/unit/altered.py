@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gptq_loader_plugin as gptq
+from gptq_loader_kernels._native import find_library
 from gptq_loader_plugin.checkpoint.reader import GPTQReader
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ NAMES = sorted(it.name for it in DATA.glob("gptq*"))
 SEQUENTIAL = [it for it in NAMES if "-noact-" in it or "-noneg-" in it]
 ONE = "gptq-4bit-32g-act-sym"
 # The same kernels whatever else is installed.
+# The packed CPU kernels that run here, the chosen one first: the native one needs a C++ compiler.
+CPU_KERNELS = ["cpu", "cpu-int4"] if find_library() else ["cpu-int4"]
 PLUGINS = {"GPTQ_LOADER_PLUGINS": "core,kernel-cpu,kernel-dense,kernel-reference"}
 
 Tensors = dict[str, torch.Tensor]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from altered import DATA, ONE, plugins
+from altered import CPU_KERNELS, DATA, ONE, plugins
 
 import gptq_loader_plugin as gptq
 from gptq_loader_plugin.choose import choose
@@ -108,7 +108,7 @@ def test_a_kernel_that_multiplies_wrongly_is_found_at_load() -> None:
 
 
 def test_a_plan_counts_what_memory_the_weights_take() -> None:
-    for backend in ("reference", "dense", "cpu"):
+    for backend in ("reference", "dense", *CPU_KERNELS):
         plan = gptq.explain(DATA / ONE, device="cpu", backend=backend, plugins=plugins())
         model = gptq.load(DATA / ONE, device="cpu", backend=backend, plugins=plugins())
         held = [*model.model.parameters(), *model.model.buffers()]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from altered import DATA, ONE, PLUGINS, copy, plugins, set_field
+from altered import CPU_KERNELS, DATA, ONE, PLUGINS, copy, plugins, set_field
 from typer.testing import CliRunner
 
 import gptq_loader_plugin as gptq
@@ -85,11 +85,12 @@ def test_explain_answers_for_a_device_that_is_not_here(device: str) -> None:
 
 def test_explain_for_this_machine() -> None:
     done = run("explain", DATA / ONE, "--device", "cpu")
-    assert re.search(r"^    cpu +chosen: weights stay packed", done.stdout, re.MULTILINE)
+    assert re.search(r"^    cpu(-int4)? +chosen: weights stay packed", done.stdout, re.MULTILINE)
     plan = json.loads(run("explain", DATA / ONE, "--device", "cpu", "--json").stdout)
-    assert plan["kernels"] == {"cpu": 14}
+    first, *others = CPU_KERNELS
+    assert plan["kernels"] == {first: 14}
     assert len(plan["layers"]) == 14
-    assert plan["layers"][0]["outranked"] == ["dense", "reference"]
+    assert plan["layers"][0]["outranked"] == [*others, "dense", "reference"]
     assert plan["checkpoint_bytes"] == (DATA / ONE / "model.safetensors").stat().st_size
 
 
@@ -97,11 +98,11 @@ def test_a_kernel_that_is_asked_for_by_name_and_cannot_run_is_an_error() -> None
     done = run("explain", DATA / "gptq-3bit-128g-act-sym", "--device", "cpu", "--backend",
                "exllama", env=ALL)  # fmt: skip
     assert done.exit_code == 1
-    for words in ("no kernel can run", "exllama    needs a CUDA", "cpu        not exllama, which"):
+    for words in ("no kernel can run", "exllama    needs a CUDA", "cpu-int4   not exllama, which"):
         assert words in done.stderr
     assert "hint: leave backend out" in done.stderr
     done = run("generate", DATA / ONE, "--prompt", "a", "--backend", "exlama")
-    assert "hint: name a kernel that is installed: cpu, dense, reference" in done.stderr
+    assert "hint: name a kernel that is installed: cpu, cpu-int4, dense, reference" in done.stderr
 
 
 def test_inspect_and_explain_import_no_torch() -> None:
@@ -126,14 +127,14 @@ def test_generate_writes_the_reply_alone_to_stdout() -> None:
         options = gptq.GenerateOptions(max_new_tokens=4, temperature=0)
         pieces = model.chat([{"role": "user", "content": "Hello"}], options)
         assert done.stdout == "".join(it.text for it in pieces) + "\n"
-    assert "cpu (all 14 layers) on cpu, computing in bfloat16" in done.stderr
-    assert re.search(r"\d tokens, \d+ a second; cpu \(all", done.stderr)
+    assert re.search(r"cpu(-int4)? \(all 14 layers\) on cpu, computing in \w+", done.stderr)
+    assert re.search(r"\d tokens, \d+ a second; cpu(-int4)? \(all", done.stderr)
 
 
 def test_generate_as_json() -> None:
     done = run("generate", DATA / ONE, "--prompt", "Hello", "--json", *FEW)
     reply = json.loads(done.stdout)
-    assert reply["kernels"] == {"cpu": 14}
+    assert reply["kernels"] == {CPU_KERNELS[0]: 14}
     assert (reply["template"], reply["tokens"] <= 4) == ("checkpoint", True)
 
 
@@ -247,7 +248,7 @@ def test_help_and_version() -> None:
 
 def test_plugins_lists_what_is_in_force() -> None:
     listed = json.loads(run("plugins", "--json").stdout)
-    assert listed["kernels"] == ["cpu", "dense", "reference"]
+    assert listed["kernels"] == ["cpu", "cpu-int4", "dense", "reference"]
     assert "chatml" in listed["templates"]
     assert "kernel-cpu" in run("plugins").stdout
 

@@ -43,12 +43,13 @@ def test_a_block_of_the_readme_runs(code: str, capsys: pytest.CaptureFixture[str
 
 
 def test_the_ranks_in_the_docs_are_the_kernels() -> None:
+    from gptq_loader_kernels._native import find_library
     from gptq_loader_plugin.conformance.layers import Case, make_layer
     from gptq_loader_plugin.device import Device, find_device
     from gptq_loader_plugin.kernel import Accepted
 
     table = re.findall(
-        r"^\| (\d+) \| `(\w+)` \|", (ROOT / "docs/hooks.md").read_text(), re.MULTILINE
+        r"^\| (\d+) \| `([\w-]+)` \|", (ROOT / "docs/hooks.md").read_text(), re.MULTILINE
     )
     documented = {name: int(rank) for rank, name in table}
     layer = make_layer(Case())[0]
@@ -60,4 +61,6 @@ def test_the_ranks_in_the_docs_are_the_kernels() -> None:
         for device in (here, gpu)
         if isinstance(verdict := kernel.consider(layer, device), Accepted)
     }
+    if find_library() is None:
+        del documented["cpu"]  # declines, without a C++ compiler
     assert found == documented

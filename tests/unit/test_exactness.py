@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from altered import (
+    CPU_KERNELS,
     DATA,
     NAMES,
     ONE,
@@ -189,7 +190,7 @@ def test_without_g_idx(name: str, config: bool, tmp_path: Path) -> None:
     assert off_by(folder, name) <= EXACT
 
 
-@pytest.mark.parametrize("backend", ["reference", "dense", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "dense", *CPU_KERNELS])
 def test_biases_that_are_not_zero(backend: str, tmp_path: Path) -> None:
     folder = copy(ONE, tmp_path)
     generator = torch.Generator().manual_seed(0)
@@ -256,7 +257,7 @@ def test_embeddings_padded_past_the_tokenizer_are_never_sampled(tmp_path: Path) 
 def test_memory_mapped_weights_are_left_as_they_are(tmp_path: Path) -> None:
     folder = copy(ONE, tmp_path)
     before = (folder / "model.safetensors").read_bytes()
-    for backend in ("reference", "dense", "cpu"):
+    for backend in ("reference", "dense", *CPU_KERNELS):
         with gptq.load(folder, device="cpu", backend=backend, plugins=plugins()) as model:
             model.generate("a", gptq.GenerateOptions(max_new_tokens=2))
     assert (folder / "model.safetensors").read_bytes() == before

@@ -325,6 +325,12 @@ def test_impossible_options_are_refused(fields: dict[str, Any], words: str) -> N
         options(**fields)
 
 
+def test_the_format_is_one_that_others_read() -> None:
+    assert options().checkpoint_format == options(sym=True).checkpoint_format == "gptq"
+    assert options(sym=False).checkpoint_format == "gptq_v2"
+    assert options(sym=False, checkpoint_format="gptq").checkpoint_format == "gptq"
+
+
 def test_a_source_that_is_no_model_is_said(tmp_path: Path) -> None:
     with pytest.raises(gptq.QuantizeError, match="cannot be loaded") as caught:
         quantize_model(tmp_path, tmp_path / "out", options=options())

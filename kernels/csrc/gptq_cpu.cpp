@@ -1,0 +1,557 @@
+// y = x @ W.T + bias on a CPU, for a GPTQ weight that stays packed: w[n, k] = s[g, n] * (q[k, n] - z[g, n]).
+//
+// A plain C interface, loaded with ctypes: no Python and no torch header, so one library serves all of
+// their versions. Everything is compiled for the plainest processor of its kind; functions for AVX2,
+// AVX-512 and AVX512-BF16 carry a target attribute, and gptq_isa() says which of them may be called.
+//
+// Layout. Rows (the K of GPTQ) are sorted by group, and each group is filled up to whole units; a unit
+// is what one word (three at 3 bits) holds for one column. Columns come in tiles of 64, the last one
+// filled up. words[tile][unit][word][64], scales and zeros [tile][group][64]. `rows` says which feature
+// of x each row multiplies, -1 for what fills up. A segment is at most 256 rows of one group: sums are
+// scaled once a segment.
+//
+// bfloat16. A code q under the bits 0x4300 is the bfloat16 number 128 + q, so one shift and one vpternlog
+// make pairs of weights of a word, and vdpbf16ps multiplies pairs: (j, j + half a word) at once. The
+// segment's sum is then s * (sum - (128 + z) * sum(a)). An 8-bit code is taken as two nibbles, the
+// upper one under 0x4500 as 2048 + 16 h. Products are exact; sums are float32.
+//
+// float32. Codes become floats, zeros are subtracted, and the sum is in float32: no cancellation.
+//
+// Many rows of x. Where another library multiplies faster than this one (bfloat16 with AMX),
+// gptq_unpack writes the weight of some tiles, in x's own order, for it.
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define X86 1
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int COLUMNS = 64;  // of a tile
+constexpr int LANES = 16;    // of a vector: 64 bytes of int32 or float
+constexpr int ROWS = 4;      // of x, multiplied at once
+constexpr int CHUNK = 64;    // rows of x that one piece of work takes
+
+typedef float floats __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef uint32_t uints __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+typedef uint8_t bytes __attribute__((vector_size(16)));
+
+enum Isa { PLAIN = 0, AVX2 = 1, AVX512 = 2, BF16 = 3 };
+enum Type { FLOAT32 = 0, BFLOAT16 = 1 };
+
+template <int BITS>
+struct Unit {
+  static constexpr int words = BITS == 3 ? 3 : 1;
+  static constexpr int rows = BITS == 3 ? 32 : 32 / BITS;
+};
+
+int unit_rows(int bits) { return bits == 3 ? 32 : 32 / bits; }
+int unit_words(int bits) { return bits == 3 ? 3 : 1; }
+
+}  // namespace
+
+extern "C" {
+
+// What a layer is; _native.py mirrors it field by field.
+struct GptqLayer {
+  int32_t bits;           // 2, 3, 4 or 8
+  int32_t in_features;    // K
+  int32_t out_features;   // N
+  int32_t units;          // of a column
+  int32_t segments;       // of a column
+  int32_t groups;         // G
+  int32_t float_scales;   // scales are float32, else float16
+  const int32_t* rows;           // [units * unit rows]
+  const int32_t* segment_units;  // [segments] units of each
+  const int32_t* segment_group;  // [segments]
+  const uint32_t* words;         // [tiles][units][unit words][64]
+  const void* scales;            // [tiles][groups][64]
+  const uint8_t* zeros;          // [tiles][groups][64]
+  const float* bias;             // [out_features], or null
+};
+
+// The best code this processor runs.
+int gptq_isa() {
+#ifdef X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    return __builtin_cpu_supports("avx512bf16") ? BF16 : AVX512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
+#endif
+  return PLAIN;
+}
+
+// Pack codes [K][N] into words; `rows` [units * unit rows] names the code of each row, or -1.
+void gptq_pack(int bits, const uint8_t* codes, const int32_t* rows, int64_t units, int64_t columns,
+               uint32_t* words, int threads) {
+  const int per_unit = unit_rows(bits), per_word = unit_words(bits);
+  const int64_t tiles = (columns + COLUMNS - 1) / COLUMNS;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    const int64_t first = tile * COLUMNS;
+    const int count = columns - first < COLUMNS ? int(columns - first) : COLUMNS;
+    for (int64_t unit = 0; unit < units; unit++) {
+      uint32_t* out = words + (tile * units + unit) * per_word * COLUMNS;
+      memset(out, 0, sizeof(uint32_t) * per_word * COLUMNS);
+      for (int row = 0; row < per_unit; row++) {
+        const int32_t from = rows[unit * per_unit + row];
+        if (from < 0) continue;
+        const uint8_t* code = codes + from * columns + first;
+        if (bits == 3) {
+          // Two words of low bits as at 2 bits, and one of high bits: rows j and j + 8 of the
+          // first half at bits j and j + 16, of the second half at 8 + j and 24 + j.
+          const int half = row / 16, low = 2 * (row % 16);
+          const int high = 8 * half + row % 8 + (row % 16 >= 8 ? 16 : 0);
+          for (int c = 0; c < count; c++) {
+            out[half * COLUMNS + c] |= uint32_t(code[c] & 3) << low;
+            out[2 * COLUMNS + c] |= uint32_t(code[c] >> 2) << high;
+          }
+        } else {
+          for (int c = 0; c < count; c++) out[c] |= uint32_t(code[c]) << (bits * row);
+        }
+      }
+    }
+  }
+}
+
+}  // extern "C"
+
+namespace {
+
+INLINE float as_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+INLINE uint32_t as_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+// Round to nearest, ties to even; not-a-number stays one.
+INLINE uint16_t to_bfloat16(float value) {
+  const uint32_t bits = as_bits(value);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE float from_bfloat16(uint16_t value) { return as_float(uint32_t(value) << 16); }
+
+INLINE void load_zeros(const GptqLayer& layer, int64_t at, floats& zeros) {
+  bytes raw;
+  memcpy(&raw, layer.zeros + at, sizeof raw);
+  zeros = __builtin_convertvector(raw, floats);
+}
+
+INLINE void load_scales(const GptqLayer& layer, int64_t at, floats& scales) {
+  if (layer.float_scales) {
+    memcpy(&scales, static_cast<const float*>(layer.scales) + at, sizeof scales);
+    return;
+  }
+  // A float16's exponent and mantissa, read as a float32's, are 2**112 too small; exact below normal.
+  halves raw;
+  memcpy(&raw, static_cast<const uint16_t*>(layer.scales) + at, sizeof raw);
+  const uints half = __builtin_convertvector(raw, uints);
+  const uints magnitude = (half & 0x7fff) << 13;
+  const uints sign = (half & 0x8000) << 16;
+  floats value;
+  memcpy(&value, &magnitude, sizeof value);
+  value *= 0x1p112f;
+  uints bits;
+  memcpy(&bits, &value, sizeof bits);
+  bits |= sign;
+  memcpy(&scales, &bits, sizeof scales);
+}
+
+// One row's codes of 16 columns, from the words of their unit.
+template <int BITS>
+INLINE void load_codes(const uint32_t* words, int row, floats& codes) {
+  uints word;
+  if constexpr (BITS == 3) {
+    uints high;
+    memcpy(&word, words + row / 16 * COLUMNS, sizeof word);
+    memcpy(&high, words + 2 * COLUMNS, sizeof high);
+    const int bit = 8 * (row / 16) + row % 8 + (row % 16 >= 8 ? 16 : 0);
+    word = (word >> (2 * (row % 16)) & 3) | (high >> bit & 1) << 2;
+  } else {
+    memcpy(&word, words, sizeof word);
+    word = word >> (BITS * row) & ((1u << BITS) - 1);
+  }
+  ints code;
+  memcpy(&code, &word, sizeof code);
+  codes = __builtin_convertvector(code, floats);
+}
+
+// M rows of x by one tile in float32; x is [M][stride], in the order of `rows`. C vectors of columns
+// are held at once.
+template <int BITS, int M, int C>
+INLINE void tile_float32(const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y) {
+  constexpr int rows = Unit<BITS>::rows, per_word = Unit<BITS>::words;
+  const uint32_t* words = layer.words + tile * layer.units * per_word * COLUMNS;
+  for (int first = 0; first < COLUMNS / LANES; first += C) {
+    floats total[M][C];
+    for (int m = 0; m < M; m++)
+      for (int c = 0; c < C; c++) total[m][c] = floats{};
+    const uint32_t* word = words + first * LANES;
+    const float* a = x;
+    for (int segment = 0; segment < layer.segments; segment++) {
+      const int64_t at = (tile * layer.groups + layer.segment_group[segment]) * COLUMNS + first * LANES;
+      floats sum[M][C], zeros[C];
+      for (int c = 0; c < C; c++) {
+        load_zeros(layer, at + c * LANES, zeros[c]);
+        for (int m = 0; m < M; m++) sum[m][c] = floats{};
+      }
+      for (int unit = 0; unit < layer.segment_units[segment]; unit++) {
+#pragma GCC unroll 32
+        for (int row = 0; row < rows; row++) {
+          for (int c = 0; c < C; c++) {
+            floats weight;
+            load_codes<BITS>(word + c * LANES, row, weight);
+            weight -= zeros[c];
+            for (int m = 0; m < M; m++) sum[m][c] += a[m * stride + row] * weight;
+          }
+        }
+        word += per_word * COLUMNS;
+        a += rows;
+      }
+      for (int c = 0; c < C; c++) {
+        floats scales;
+        load_scales(layer, at + c * LANES, scales);
+        for (int m = 0; m < M; m++) total[m][c] += scales * sum[m][c];
+      }
+    }
+    for (int m = 0; m < M; m++)
+      for (int c = 0; c < C; c++) memcpy(y + m * COLUMNS + (first + c) * LANES, &total[m][c], sizeof(floats));
+  }
+}
+
+// One tile's weight, rounded once, into w [K][stride], in x's own order of features.
+template <int BITS>
+INLINE void unpack_tile(const GptqLayer& layer, int64_t tile, void* w, int64_t stride, int type) {
+  constexpr int rows = Unit<BITS>::rows, per_word = Unit<BITS>::words, C = COLUMNS / LANES;
+  const uint32_t* word = layer.words + tile * layer.units * per_word * COLUMNS;
+  const int32_t* row = layer.rows;
+  for (int segment = 0; segment < layer.segments; segment++) {
+    const int64_t at = (tile * layer.groups + layer.segment_group[segment]) * COLUMNS;
+    floats scales[C], zeros[C];
+    for (int c = 0; c < C; c++) {
+      load_scales(layer, at + c * LANES, scales[c]);
+      load_zeros(layer, at + c * LANES, zeros[c]);
+    }
+    for (int unit = 0; unit < layer.segment_units[segment]; unit++) {
+#pragma GCC unroll 32
+      for (int i = 0; i < rows; i++) {
+        if (row[i] < 0) continue;
+        for (int c = 0; c < C; c++) {
+          floats weight;
+          load_codes<BITS>(word + c * LANES, i, weight);
+          weight = (weight - zeros[c]) * scales[c];
+          const int64_t to = row[i] * stride + c * LANES;
+          if (type == FLOAT32) {
+            memcpy(static_cast<float*>(w) + to, &weight, sizeof weight);
+          } else {
+            uints bits;
+            memcpy(&bits, &weight, sizeof bits);
+            bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+            const halves rounded = __builtin_convertvector(bits, halves);
+            memcpy(static_cast<uint16_t*>(w) + to, &rounded, sizeof rounded);
+          }
+        }
+      }
+      word += per_word * COLUMNS;
+      row += rows;
+    }
+  }
+}
+
+template <int BITS>
+void unpack_plain(const GptqLayer& layer, int64_t tile, void* w, int64_t stride, int type) {
+  unpack_tile<BITS>(layer, tile, w, stride, type);
+}
+
+template <int BITS, int M>
+void tile_plain(const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y) {
+  tile_float32<BITS, M, 1>(layer, tile, x, stride, y);
+}
+
+#ifdef X86
+template <int BITS, int M>
+__attribute__((target("avx2,fma"))) void tile_avx2(const GptqLayer& layer, int64_t tile, const float* x,
+                                                  int64_t stride, float* y) {
+  tile_float32<BITS, M, 1>(layer, tile, x, stride, y);
+}
+
+template <int BITS, int M>
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))) void tile_avx512(
+    const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y) {
+  tile_float32<BITS, M, 4>(layer, tile, x, stride, y);
+}
+
+template <int BITS>
+__attribute__((target("avx2,fma"))) void unpack_avx2(const GptqLayer& layer, int64_t tile, void* w, int64_t stride,
+                                                    int type) {
+  unpack_tile<BITS>(layer, tile, w, stride, type);
+}
+
+template <int BITS>
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))) void unpack_avx512(
+    const GptqLayer& layer, int64_t tile, void* w, int64_t stride, int type) {
+  unpack_tile<BITS>(layer, tile, w, stride, type);
+}
+
+#define BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")))
+
+// M rows of x by one tile in bfloat16; x is [M][stride] pairs, sums [M][segments].
+template <int BITS, int M>
+BF16_TARGET void tile_bfloat16(const GptqLayer& layer, int64_t tile, const uint32_t* x, int64_t stride,
+                               const float* sums, float* y) {
+  constexpr int per_word = Unit<BITS>::words, pairs = Unit<BITS>::rows / 2, C = COLUMNS / LANES;
+  constexpr int A = M == 1 ? 2 : 1;  // with one row, two chains of sums hide vdpbf16ps's latency
+  constexpr uint32_t mask = BITS == 2 || BITS == 3 ? 0x00030003 : 0x000f000f;
+  constexpr float offset = BITS == 8 ? 128 + 2048 : 128;
+  const __m512i low = _mm512_set1_epi32(mask), high = _mm512_set1_epi32(0x00040004);
+  const __m512i base = _mm512_set1_epi32(0x43004300), upper = _mm512_set1_epi32(0x45004500);
+  const uint32_t* word = layer.words + tile * layer.units * per_word * COLUMNS;
+  floats total[M][C];
+  for (int m = 0; m < M; m++)
+    for (int c = 0; c < C; c++) total[m][c] = floats{};
+  for (int segment = 0; segment < layer.segments; segment++) {
+    __m512 sum[A][M][C];
+    for (int i = 0; i < A; i++)
+      for (int m = 0; m < M; m++)
+        for (int c = 0; c < C; c++) sum[i][m][c] = _mm512_setzero_ps();
+    for (int unit = 0; unit < layer.segment_units[segment]; unit++) {
+      for (int i = 0; i < 4 * per_word; i++) _mm_prefetch(reinterpret_cast<const char*>(word + 1024 + 16 * i), _MM_HINT_T0);
+      __m512i v[per_word][C];
+      for (int i = 0; i < per_word; i++)
+        for (int c = 0; c < C; c++) v[i][c] = _mm512_loadu_si512(word + i * COLUMNS + c * LANES);
+#pragma GCC unroll 16
+      for (int pair = 0; pair < pairs; pair++) {
+        __m512i w[C];
+        for (int c = 0; c < C; c++) {
+          if constexpr (BITS == 3) {
+            const int half = pair / 8, j = pair % 8;
+            w[c] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(v[half][c], 2 * j), low, base, 0xEA);
+            w[c] = _mm512_ternarylogic_epi32(_mm512_rorv_epi32(v[2][c], _mm512_set1_epi32((8 * half + j + 30) % 32)), high, w[c], 0xEA);
+          } else {
+            w[c] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(v[0][c], BITS * pair), low, base, 0xEA);
+          }
+        }
+        for (int m = 0; m < M; m++) {
+          const __m512bh a = (__m512bh)_mm512_set1_epi32(x[m * stride + pair]);
+          for (int c = 0; c < C; c++) sum[pair % A][m][c] = _mm512_dpbf16_ps(sum[pair % A][m][c], (__m512bh)w[c], a);
+        }
+        if constexpr (BITS == 8) {
+          for (int c = 0; c < C; c++)
+            w[c] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(v[0][c], BITS * pair + 4), low, upper, 0xEA);
+          for (int m = 0; m < M; m++) {
+            const __m512bh a = (__m512bh)_mm512_set1_epi32(x[m * stride + pair]);
+            for (int c = 0; c < C; c++)
+              sum[(pair + 1) % A][m][c] = _mm512_dpbf16_ps(sum[(pair + 1) % A][m][c], (__m512bh)w[c], a);
+          }
+        }
+      }
+      word += per_word * COLUMNS;
+      x += pairs;
+    }
+    const int64_t at = (tile * layer.groups + layer.segment_group[segment]) * COLUMNS;
+    for (int c = 0; c < C; c++) {
+      floats scales, zeros;
+      load_scales(layer, at + c * LANES, scales);
+      load_zeros(layer, at + c * LANES, zeros);
+      zeros += offset;
+      for (int m = 0; m < M; m++) {
+        floats products = (floats)sum[0][m][c];
+        if constexpr (A == 2) products += (floats)sum[1][m][c];
+        total[m][c] += scales * (products - zeros * sums[m * layer.segments + segment]);
+      }
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int c = 0; c < C; c++) memcpy(y + m * COLUMNS + c * LANES, &total[m][c], sizeof(floats));
+}
+#endif
+
+// x as the tiles read it: in the order of `rows`, as float32 or as pairs of bfloat16 with their sums.
+struct Gathered {
+  float* values;
+  uint32_t* pairs;
+  float* sums;
+  int64_t stride;
+  int isa;
+};
+
+INLINE float feature(const void* x, int type, int64_t at) {
+  if (type == FLOAT32) return static_cast<const float*>(x)[at];
+  return from_bfloat16(static_cast<const uint16_t*>(x)[at]);
+}
+
+INLINE uint16_t rounded(const void* x, int type, int64_t at) {
+  if (type == BFLOAT16) return static_cast<const uint16_t*>(x)[at];
+  return to_bfloat16(static_cast<const float*>(x)[at]);
+}
+
+void gather_row(const GptqLayer& layer, const void* x, int type, int64_t m, const Gathered& to) {
+  const int rows = unit_rows(layer.bits), half = layer.bits == 3 ? 8 : rows / 2;
+  const int64_t from = m * layer.in_features;
+  if (to.isa != BF16) {
+    float* out = to.values + m * to.stride;
+    for (int64_t i = 0; i < layer.units * rows; i++)
+      out[i] = layer.rows[i] < 0 ? 0.0f : feature(x, type, from + layer.rows[i]);
+    return;
+  }
+  uint32_t* out = to.pairs + m * to.stride;
+  const int32_t* row = layer.rows;
+  for (int segment = 0; segment < layer.segments; segment++) {
+    float sum = 0;
+    for (int half_units = layer.segment_units[segment] * (rows / (2 * half)); half_units > 0; half_units--) {
+      for (int j = 0; j < half; j++) {
+        const uint16_t a = row[j] < 0 ? 0 : rounded(x, type, from + row[j]);
+        const uint16_t b = row[j + half] < 0 ? 0 : rounded(x, type, from + row[j + half]);
+        *out++ = a | uint32_t(b) << 16;
+        sum += from_bfloat16(a) + from_bfloat16(b);
+      }
+      row += 2 * half;
+    }
+    to.sums[m * layer.segments + segment] = sum;
+  }
+}
+
+template <int BITS, int M>
+void multiply(const GptqLayer& layer, int64_t tile, int64_t m, const Gathered& x, float* y) {
+#ifdef X86
+  if (x.isa == BF16)
+    return tile_bfloat16<BITS, M>(layer, tile, x.pairs + m * x.stride, x.stride, x.sums + m * layer.segments, y);
+  if (x.isa == AVX512) return tile_avx512<BITS, M>(layer, tile, x.values + m * x.stride, x.stride, y);
+  if (x.isa == AVX2) return tile_avx2<BITS, M>(layer, tile, x.values + m * x.stride, x.stride, y);
+#endif
+  tile_plain<BITS, M>(layer, tile, x.values + m * x.stride, x.stride, y);
+}
+
+template <int BITS>
+void multiply_rows(const GptqLayer& layer, int64_t tile, int64_t m, int count, const Gathered& x, float* y) {
+  if (count == 4) return multiply<BITS, 4>(layer, tile, m, x, y);
+  if (count == 3) return multiply<BITS, 3>(layer, tile, m, x, y);
+  if (count == 2) return multiply<BITS, 2>(layer, tile, m, x, y);
+  multiply<BITS, 1>(layer, tile, m, x, y);
+}
+
+void multiply_bits(const GptqLayer& layer, int64_t tile, int64_t m, int count, const Gathered& x, float* y) {
+  switch (layer.bits) {
+    case 2: return multiply_rows<2>(layer, tile, m, count, x, y);
+    case 3: return multiply_rows<3>(layer, tile, m, count, x, y);
+    case 4: return multiply_rows<4>(layer, tile, m, count, x, y);
+    default: return multiply_rows<8>(layer, tile, m, count, x, y);
+  }
+}
+
+template <int BITS>
+void unpack(const GptqLayer& layer, int64_t tile, void* w, int64_t stride, int type, int isa) {
+#ifdef X86
+  if (isa >= AVX512) return unpack_avx512<BITS>(layer, tile, w, stride, type);
+  if (isa == AVX2) return unpack_avx2<BITS>(layer, tile, w, stride, type);
+#endif
+  (void)isa;
+  unpack_plain<BITS>(layer, tile, w, stride, type);
+}
+
+void unpack_bits(const GptqLayer& layer, int64_t tile, void* w, int64_t stride, int type, int isa) {
+  switch (layer.bits) {
+    case 2: return unpack<2>(layer, tile, w, stride, type, isa);
+    case 3: return unpack<3>(layer, tile, w, stride, type, isa);
+    case 4: return unpack<4>(layer, tile, w, stride, type, isa);
+    default: return unpack<8>(layer, tile, w, stride, type, isa);
+  }
+}
+
+void store(const GptqLayer& layer, int64_t tile, int64_t m, const float* from, void* y, int type) {
+  const int64_t first = tile * COLUMNS, left = layer.out_features - first;
+  const int count = left < COLUMNS ? int(left) : COLUMNS;
+  const int64_t to = m * layer.out_features + first;
+  for (int c = 0; c < count; c++) {
+    const float value = layer.bias ? from[c] + layer.bias[first + c] : from[c];
+    if (type == FLOAT32)
+      static_cast<float*>(y)[to + c] = value;
+    else
+      static_cast<uint16_t*>(y)[to + c] = to_bfloat16(value);
+  }
+}
+
+// Memory of the calling thread that a call leaves for the next one.
+struct Scratch {
+  void* memory = nullptr;
+  size_t size = 0;
+  ~Scratch() { free(memory); }
+  void* get(size_t wanted) {
+    if (wanted > size) {
+      free(memory);
+      memory = aligned_alloc(64, (wanted + 63) / 64 * 64);
+      size = memory ? wanted : 0;
+    }
+    return memory;
+  }
+};
+thread_local Scratch scratch;
+
+}  // namespace
+
+extern "C" {
+
+// y [m][N] = x [m][K] @ W.T + bias, both of `type`, by the code for `isa`, which this processor must
+// run. Returns 0, or 1 where memory is short.
+int gptq_matmul(const GptqLayer* layer, const void* x, void* y, int64_t m, int type, int isa, int threads) {
+  if (m == 0) return 0;
+  const int64_t tiles = (layer->out_features + COLUMNS - 1) / COLUMNS;
+  const int64_t chunks = (m + CHUNK - 1) / CHUNK;
+  const int64_t padded = int64_t(layer->units) * unit_rows(layer->bits);
+  Gathered gathered{};
+  gathered.isa = isa;
+  gathered.stride = isa == BF16 ? padded / 2 : padded;
+  void* memory = scratch.get(size_t(m) * 4 * (gathered.stride + layer->segments));
+  if (!memory) return 1;
+  gathered.values = static_cast<float*>(memory);
+  gathered.pairs = static_cast<uint32_t*>(memory);
+  gathered.sums = static_cast<float*>(memory) + m * gathered.stride;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < m; row++) gather_row(*layer, x, type, row, gathered);
+#pragma omp for schedule(static)
+    for (int64_t piece = 0; piece < tiles * chunks; piece++) {
+      const int64_t tile = piece / chunks, first = piece % chunks * CHUNK;
+      const int64_t last = first + CHUNK < m ? first + CHUNK : m;
+      alignas(64) float sums[ROWS * COLUMNS];
+      for (int64_t row = first; row < last; row += ROWS) {
+        const int count = last - row < ROWS ? int(last - row) : ROWS;
+        multiply_bits(*layer, tile, row, count, gathered, sums);
+        for (int i = 0; i < count; i++) store(*layer, tile, row + i, sums + i * COLUMNS, y, type);
+      }
+    }
+  }
+  return 0;
+}
+
+// The transposed weight of some tiles, w [K][tiles * 64] of `type`, rounded once.
+void gptq_unpack(const GptqLayer* layer, int64_t first, int64_t tiles, void* w, int type, int isa, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    const int64_t offset = tile * COLUMNS * (type == FLOAT32 ? 4 : 2);
+    unpack_bits(*layer, first + tile, static_cast<char*>(w) + offset, tiles * COLUMNS, type, isa);
+  }
+}
+
+}  // extern "C"

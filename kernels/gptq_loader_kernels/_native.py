@@ -1,0 +1,86 @@
+"""The native CPU library: a plain C interface over ctypes, where one was built (kernels/csrc)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from enum import IntEnum
+from pathlib import Path
+
+__all__ = ["Isa", "Layer", "find_library", "load_library", "unit_rows", "unit_words"]
+
+COLUMNS = 64  # of a tile
+
+
+class Isa(IntEnum):
+    """The code that runs a product, by what it asks of the processor."""
+
+    PLAIN = 0
+    AVX2 = 1
+    AVX512 = 2
+    BF16 = 3
+
+
+class Layer(ctypes.Structure):
+    """`GptqLayer` of gptq_cpu.cpp, field by field."""
+
+    _fields_ = (
+        ("bits", ctypes.c_int32),
+        ("in_features", ctypes.c_int32),
+        ("out_features", ctypes.c_int32),
+        ("units", ctypes.c_int32),
+        ("segments", ctypes.c_int32),
+        ("groups", ctypes.c_int32),
+        ("float_scales", ctypes.c_int32),
+        ("rows", ctypes.c_void_p),
+        ("segment_units", ctypes.c_void_p),
+        ("segment_group", ctypes.c_void_p),
+        ("words", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+def unit_rows(bits: int) -> int:
+    """Give the rows that a unit of packed words holds for one column."""
+    return 32 if bits == 3 else 32 // bits
+
+
+def unit_words(bits: int) -> int:
+    """Give the words of a unit."""
+    return 3 if bits == 3 else 1
+
+
+def find_library() -> Path | None:
+    """Find the library beside this module, or None where none was built. Loads nothing.
+
+    `GPTQ_LOADER_NATIVE=0` has it taken for missing.
+    """
+    if os.environ.get("GPTQ_LOADER_NATIVE") == "0":
+        return None
+    return next(iter(sorted(Path(__file__).parent.glob("_gptq_cpu*.so"))), None)
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """Load the library and declare its functions.
+
+    Raises:
+        OSError: there is none, or it cannot be loaded.
+    """
+    found = find_library()
+    if found is None:
+        raise FileNotFoundError("the native library was not built")
+    library = ctypes.CDLL(str(found))
+    pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.gptq_isa.argtypes = ()
+    library.gptq_isa.restype = number
+    library.gptq_pack.argtypes = (number, pointer, pointer, count, count, pointer, number)
+    library.gptq_pack.restype = None
+    library.gptq_matmul.argtypes = (pointer, pointer, pointer, count, number, number, number)
+    library.gptq_matmul.restype = number
+    library.gptq_unpack.argtypes = (pointer, count, count, pointer, number, number, number)
+    library.gptq_unpack.restype = None
+    return library

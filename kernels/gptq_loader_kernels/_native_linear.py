@@ -1,0 +1,220 @@
+"""The module over the native library; imports torch, so `cpu.py` imports it in `prepare`."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gptq_loader_kernels._native import COLUMNS, Isa, Layer, load_library, unit_rows, unit_words
+
+if TYPE_CHECKING:
+    from gptq_loader_plugin.kernel import PackedLinear
+
+__all__ = ["NativeLinear"]
+
+SEGMENT_ROWS = 256  # of a group, summed before they are scaled: bounds what cancels
+UNPACK_FROM = {Isa.PLAIN: 16, Isa.AVX2: 32, Isa.AVX512: 192}
+UNPACK_FROM_AMX = 24
+UNPACKED_BYTES = 16 << 20  # of weights unpacked at a time: they stay in a large cache
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class NativeLinear(torch.nn.Module):
+    """y = x @ W.T + bias by the native library, the weight packed.
+
+    bfloat16 activations use bfloat16 products, exact, summed in float32, where the processor has
+    them; float32 and float16 ones are multiplied in float32.
+
+    Args:
+        packed: the layer, of 2, 3, 4 or 8 bits; 5, 6 and 7 are widened to 8.
+        in_features: the length of x.
+        out_features: the length of y.
+        amx: whether torch multiplies bfloat16 by the processor's matrix unit.
+        isa: the code to run, by default the best the processor has.
+    """
+
+    def __init__(
+        self,
+        packed: PackedLinear,
+        *,
+        in_features: int,
+        out_features: int,
+        amx: bool = False,
+        isa: Isa | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bits = packed.bits if packed.bits in (2, 3, 4, 8) else 8
+        self._library = load_library()
+        self._isa = Isa(self._library.gptq_isa()) if isa is None else isa
+        # Rows of x from which the weight is unpacked for torch's matmul; without AMX, the bfloat16
+        # code is faster than torch's for any number of them (docs/decisions/native-cpu.md).
+        whole = UNPACK_FROM[min(self._isa, Isa.AVX512)]
+        narrow = (UNPACK_FROM_AMX if amx else None) if self._isa == Isa.BF16 else whole
+        self.unpack_from = {torch.float32: whole, torch.bfloat16: narrow}
+        self._layer: Layer | None = None
+        rows, segment_units, segment_group = _lay_out(packed.g_idx, self.bits)
+        # Numbers are kept as raw bits: a model's .to(dtype) must not change them.
+        tensors = {
+            "rows": rows,
+            "segment_units": segment_units,
+            "segment_group": segment_group,
+            "words": _pack(packed, rows, self.bits, out_features, self._library),
+            "scales": _tiles(_scales(packed.scales)),
+            "zeros": _tiles(packed.zeros),
+            "bias": None if packed.bias is None else packed.bias.float().view(torch.int32),
+        }
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply: x [..., in_features] -> [..., out_features].
+
+        Raises:
+            RuntimeError: x or the layer is not on the CPU, or memory is short.
+        """
+        if x.dtype not in TYPES:
+            y: torch.Tensor = self(x.float())
+            return y.to(x.dtype)
+        flat = x.reshape(-1, self.in_features).contiguous()
+        if flat.device.type != "cpu":
+            raise RuntimeError(f"this layer was prepared for the CPU; its input is on {x.device}")
+        unpack_from = self.unpack_from[x.dtype]
+        if unpack_from is not None and flat.shape[0] >= unpack_from:
+            return self._unpacked(flat).view(*x.shape[:-1], self.out_features)
+        out = torch.empty(flat.shape[0], self.out_features, dtype=x.dtype)
+        isa = self._isa
+        if isa == Isa.BF16 and x.dtype == torch.float32:
+            isa = Isa.AVX512
+        failed = self._library.gptq_matmul(
+            ctypes.addressof(self._filled()),
+            flat.data_ptr(),
+            out.data_ptr(),
+            flat.shape[0],
+            TYPES[x.dtype],
+            isa,
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise RuntimeError(f"no memory for the activations of {flat.shape[0]} tokens")
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def _unpacked(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply many rows: unpack some columns at a time, and leave the product to torch."""
+        layer = self._filled()
+        tiles: int = -(-self.out_features // COLUMNS)
+        step = max(UNPACKED_BYTES // (self.in_features * COLUMNS * x.element_size()), 8)
+        out = torch.empty(x.shape[0], self.out_features, dtype=x.dtype)
+        for first in range(0, tiles, step):
+            count = min(step, tiles - first)
+            weight = torch.empty(self.in_features, count * COLUMNS, dtype=x.dtype)
+            self._library.gptq_unpack(
+                ctypes.addressof(layer),
+                first,
+                count,
+                weight.data_ptr(),
+                TYPES[x.dtype],
+                self._isa,
+                torch.get_num_threads(),
+            )
+            columns = min(count * COLUMNS, self.out_features - first * COLUMNS)
+            part = out[:, first * COLUMNS :][:, :columns]
+            torch.mm(x, weight[:, :columns], out=part)
+        bias: Any = self.bias
+        return out if bias is None else out.add_(bias.view(torch.float32))
+
+    def extra_repr(self) -> str:
+        """Say the shape when printed."""
+        return f"{self.in_features}, {self.out_features}, {self.bits}-bit, {self._isa.name}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what points into memory: a copy points into its own."""
+        return {**self.__dict__, "_layer": None, "_library": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, and find the library again."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._library = load_library()
+
+    def _filled(self) -> Layer:
+        """Give the layer as the library reads it, anew where its tensors have moved."""
+        words: Any = self.words
+        layer = self._layer
+        if layer is not None and layer.words == words.data_ptr():
+            return layer
+        buffers: dict[str, Any] = dict(self.named_buffers())
+        if words.device.type != "cpu":
+            raise RuntimeError(f"this layer was prepared for the CPU and is on {words.device}")
+        layer = Layer(
+            bits=self.bits,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            units=words.shape[1],
+            segments=len(buffers["segment_units"]),
+            groups=buffers["scales"].shape[1],
+            float_scales=buffers["scales"].dtype == torch.int32,
+            **{name: tensor.data_ptr() for name, tensor in buffers.items()},
+        )
+        self._layer = layer
+        return layer
+
+
+def _lay_out(g_idx: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sort rows by group, fill groups up to whole units, and cut them into segments.
+
+    Returns:
+        The feature of each row or -1, the units of each segment, and its group: int32.
+    """
+    size = unit_rows(bits)
+    counts: list[int] = torch.bincount(g_idx.long()).tolist()
+    order = torch.argsort(g_idx, stable=True).to(torch.int32)
+    parts, units, groups, first = [], [], [], 0
+    for group, count in enumerate(counts):
+        for start in range(0, count, SEGMENT_ROWS):
+            length = min(SEGMENT_ROWS, count - start)
+            parts.append(order[first + start : first + start + length])
+            parts.append(torch.full((-length % size,), -1, dtype=torch.int32))
+            units.append(-(-length // size))
+            groups.append(group)
+        first += count
+    return (
+        torch.cat(parts),
+        torch.tensor(units, dtype=torch.int32),
+        torch.tensor(groups, dtype=torch.int32),
+    )
+
+
+def _pack(
+    packed: PackedLinear, rows: torch.Tensor, bits: int, columns: int, library: ctypes.CDLL
+) -> torch.Tensor:
+    """Pack the codes as the library reads them: int32 [tiles, units, words of a unit, 64]."""
+    units = len(rows) // unit_rows(bits)
+    codes = packed.codes().contiguous()
+    words = torch.empty(-(-columns // COLUMNS), units, unit_words(bits), COLUMNS, dtype=torch.int32)
+    library.gptq_pack(
+        bits,
+        codes.data_ptr(),
+        rows.data_ptr(),
+        units,
+        columns,
+        words.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return words
+
+
+def _scales(scales: torch.Tensor) -> torch.Tensor:
+    """Give scales as raw bits, int16 for float16 and else int32 for float32: nothing is rounded."""
+    if scales.dtype == torch.float16:
+        return scales.contiguous().view(torch.int16)
+    return scales.float().contiguous().view(torch.int32)
+
+
+def _tiles(table: torch.Tensor) -> torch.Tensor:
+    """Lay a table [G, N] out by tile: [tiles, G, 64], filled up with zeros."""
+    groups, columns = table.shape
+    padded = torch.nn.functional.pad(table, (0, -columns % COLUMNS))
+    return padded.view(groups, -1, COLUMNS).transpose(0, 1).contiguous()

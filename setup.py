@@ -1,0 +1,48 @@
+"""Build the native CPU library where there is a C++ compiler; all else is in pyproject.toml."""
+
+from __future__ import annotations
+
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+NAME = "gptq_loader_kernels._gptq_cpu"
+
+
+class Library(build_ext):
+    """Build a plain shared library: ctypes loads it, so no Python's name or symbol is in it."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Name the file without a Python's tag."""
+        return fullname.replace(".", "/") + ".so"
+
+
+class Wheel(bdist_wheel):
+    """One wheel of this platform serves every Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Keep the platform of the tag alone."""
+        return ("py3", "none", super().get_tag()[2])
+
+
+ARGUMENTS = ["-O3", "-g0", "-std=c++17", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
+
+setup(
+    # Without a compiler the build goes on: the kernel says so, and torch's operator is used.
+    ext_modules=[]
+    if sys.platform == "win32"
+    else [
+        Extension(
+            NAME,
+            ["kernels/csrc/gptq_cpu.cpp"],
+            language="c++",
+            extra_compile_args=[*ARGUMENTS, *OPENMP],
+            extra_link_args=OPENMP,
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": Library, "bdist_wheel": Wheel},
+)

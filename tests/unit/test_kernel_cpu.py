@@ -1,0 +1,210 @@
+"""The native CPU kernel: every code path of the library, and what happens without it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import pickle
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from gptq_loader_kernels import _native
+from gptq_loader_kernels._native import Isa, find_library, load_library
+from gptq_loader_kernels.cpu import CpuKernel
+from gptq_loader_plugin.choose import choose
+from gptq_loader_plugin.conformance.layers import Case, make_layer
+from gptq_loader_plugin.kernel import Accepted, Declined, Device
+from gptq_loader_plugin.plugins import Plugins
+
+if TYPE_CHECKING:
+    from gptq_loader_kernels._native_linear import NativeLinear
+
+CPU = Device("cpu", features=frozenset({"avx2", "avx512f", "avx512_bf16"}))
+native = pytest.mark.skipif(find_library() is None, reason="no C++ compiler built the library")
+# Products are exact in both; float32's sums are rounded, and bfloat16's answers are.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 2e-3}
+
+
+def module(case: Case, isa: Isa | None = None) -> tuple[NativeLinear, torch.Tensor, torch.Tensor]:
+    """(the layer, its weight in float64 [N, K], its bias)."""
+    from gptq_loader_kernels._native_linear import NativeLinear
+
+    _, packed, weight = make_layer(case)
+    layer = NativeLinear(packed, in_features=case.rows, out_features=case.columns, isa=isa)
+    bias = torch.zeros(case.columns) if packed.bias is None else packed.bias
+    return layer, weight, bias.double()
+
+
+def error(layer: NativeLinear, weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor) -> float:
+    right = x.double() @ weight.t() + bias
+    answer = layer(x)
+    assert (answer.dtype, answer.shape) == (x.dtype, right.shape)
+    return float((answer.double() - right).norm() / right.norm())
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@native
+@pytest.mark.parametrize("isa", list(Isa), ids=lambda it: it.name)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_every_code_path_is_right(isa: Isa, bits: int) -> None:
+    if isa > load_library().gptq_isa():
+        pytest.skip(f"this processor has no {isa.name}")
+    layout = "planar" if bits == 5 else "continuous"
+    for group_size in (-1, 16, 48, 128, 0):
+        for scales in ("float16", "float32", "bfloat16"):
+            case = Case(
+                bits=bits, group_size=group_size, rows=384, columns=200, dtype=scales,
+                sym=group_size == 128, extreme_zeros=True, bias=True, layout=layout,
+            )  # fmt: skip
+            layer, weight, bias = module(case, isa)
+            for unpack_from in (None, 5):
+                layer.unpack_from = dict.fromkeys(layer.unpack_from, unpack_from)
+                for rows in (1, 2, 3, 4, 5, 70):
+                    for dtype, most in TOLERANCE.items():
+                        off = error(layer, weight, bias, random(rows, 384, dtype=dtype))
+                        assert off < most, (case, rows, unpack_from, dtype, off)
+
+
+@native
+def test_a_weight_too_large_for_the_cache_is_unpacked_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, weight, bias = module(Case(columns=1000, bias=True))
+    from gptq_loader_kernels import _native_linear
+
+    monkeypatch.setattr(_native_linear, "UNPACKED_BYTES", 1)
+    layer.unpack_from = dict.fromkeys(layer.unpack_from, 1)
+    assert error(layer, weight, bias, random(9, 256)) < 2e-6
+
+
+@native
+def test_it_unpacks_where_torch_is_faster() -> None:
+    from gptq_loader_kernels._native_linear import NativeLinear
+
+    _, packed, _ = make_layer(Case())
+    found = {
+        (isa, amx): tuple(
+            NativeLinear(
+                packed, in_features=256, out_features=96, isa=isa, amx=amx
+            ).unpack_from.values()
+        )
+        for isa in Isa
+        for amx in (False, True)
+    }
+    assert found[Isa.AVX2, False] == found[Isa.AVX2, True] == (32, 32)
+    assert found[Isa.BF16, False] == (192, None)
+    assert found[Isa.BF16, True] == (192, 24)
+
+
+@native
+def test_smallest_float16_scales_are_exact() -> None:
+    from gptq_loader_kernels._native_linear import NativeLinear
+
+    _, packed, _ = make_layer(Case(rows=128, columns=64, bits=4))
+    scales = torch.arange(1, 65, dtype=torch.int16).view(torch.float16)[None]  # subnormal
+    packed = dataclasses.replace(packed, scales=scales)
+    for isa in range(load_library().gptq_isa() + 1):
+        layer = NativeLinear(packed, in_features=128, out_features=64, isa=Isa(isa))
+        x = torch.ones(1, 128)
+        right = x @ packed.dequantize().t()
+        assert torch.equal(layer(x), right)
+
+
+@native
+def test_inputs_of_any_shape() -> None:
+    layer, weight, bias = module(Case())
+    assert layer(torch.empty(0, 256)).shape == (0, 96)
+    assert layer(torch.empty(2, 0, 256)).shape == (2, 0, 96)
+    assert error(layer, weight, bias, random(256)) < 2e-6
+    assert error(layer, weight, bias, random(2, 3, 256)) < 2e-6
+    assert error(layer, weight, bias, random(256, 7).t()) < 2e-6
+    assert error(layer, weight, bias, random(5, 512)[:, ::2]) < 2e-6
+
+
+@native
+def test_threads_do_not_change_the_answer() -> None:
+    layer, _, _ = module(Case(columns=1000, rows=512))
+    before = torch.get_num_threads()
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (1, 9, 130):
+            answers = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                answers.append(layer(random(rows, 512, dtype=dtype)))
+            torch.set_num_threads(before)
+            assert all(torch.equal(it, answers[0]) for it in answers)
+
+
+@native
+def test_infinities_and_nans_are_passed_on() -> None:
+    layer, _, _ = module(Case())
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(3, 256, dtype=dtype)
+        x[0, 5], x[1, 7] = torch.nan, torch.inf
+        answer = layer(x)
+        assert answer[0].isnan().all()
+        assert not answer[1].isfinite().any()
+        assert answer[2].isfinite().all()
+
+
+@native
+def test_copies_and_casts_keep_the_numbers() -> None:
+    layer, _, _ = module(Case(bias=True))
+    x = random(2, 256)
+    right = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), right)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), right)
+    kept = io.BytesIO()
+    torch.save(layer, kept)
+    kept.seek(0)
+    assert torch.equal(torch.load(kept, weights_only=False)(x), right)
+    for dtype in (torch.bfloat16, torch.float64):
+        assert torch.equal(layer.to(dtype)(x), right)
+    assert "256, 96, 4-bit" in repr(layer)
+    with pytest.raises(RuntimeError, match="meta"):
+        layer.to("meta")(x)
+
+
+@native
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_the_bytes_it_says_are_the_bytes_it_takes(bits: int) -> None:
+    layout = "planar" if bits == 6 else "continuous"
+    spec, packed, _ = make_layer(Case(bits=bits, group_size=32, layout=layout))
+    verdict = CpuKernel().consider(spec, CPU)
+    assert isinstance(verdict, Accepted)
+    layer = CpuKernel().prepare(spec, packed, CPU)
+    held = {name: it.nbytes for name, it in layer.named_buffers() if "segment" not in name}
+    assert sum(held.values()) == verdict.prepared_bytes
+
+
+def test_it_says_what_it_computes_in() -> None:
+    spec, _, _ = make_layer(Case())
+    found = {
+        features: CpuKernel().consider(spec, Device("cpu", features=frozenset(features)))
+        for features in (("avx2", "avx512f", "avx512_bf16"), ("avx2", "avx512f"), ("avx2",), ())
+    }
+    if find_library() is None:
+        assert all(isinstance(it, Declined) for it in found.values())
+        return
+    said = [(it.dtype, it.note) for it in found.values() if isinstance(it, Accepted)]
+    assert [dtype for dtype, _ in said] == ["bfloat16", "float32", "float32", "float32"]
+    assert [word in note for word, (_, note) in zip(
+        ("AVX512-BF16", "AVX-512", "AVX2", "any processor"), said, strict=True
+    )] == [True] * 4  # fmt: skip
+
+
+def test_without_the_library_torchs_operator_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTQ_LOADER_NATIVE", "0")
+    load_library.cache_clear()
+    spec, _, _ = make_layer(Case())
+    choice = choose(spec, CPU, Plugins(installed=True).kernels())
+    assert choice.chosen.kernel == "cpu-int4"
+    assert "C++ compiler" in dict(choice.reasons())["cpu"]
+    with pytest.raises(OSError, match="not built"):
+        _native.load_library()
