@@ -25,11 +25,12 @@ check: ## format, lint, types, layers
 	$(BIN)/pyright
 	PYTHONPATH=.:kernels:extensions $(BIN)/lint-imports
 
-bench: ## measure: exactness of every checkpoint, memory of a load, speed of decoding
+bench: ## measure: exactness of every checkpoint, memory of a load, speed of decoding, CPU kernels
 	@$(PYTHON) tools/set_up.py test
 	@$(BIN)/python bench/exactness.py
 	@$(BIN)/python bench/memory.py
 	@$(BIN)/python bench/decode.py
+	@$(BIN)/python bench/cpu.py
 
 clean: ## forget .venv and everything built
 	rm -rf .venv build dist *.egg-info

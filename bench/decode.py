@@ -17,7 +17,7 @@ import torch
 
 import gptq_loader_plugin as gptq
 
-BACKENDS = ("cpu", "dense", "reference")
+BACKENDS = ("cpu", "cpu-int4", "dense", "reference")
 PROMPT_TOKENS = 512
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ SEGMENT_ROWS = 256  # of a group, summed before they are scaled: bounds what can
 UNPACK_FROM = {Isa.PLAIN: 16, Isa.AVX2: 32, Isa.AVX512: 192}
 UNPACK_FROM_AMX = 24
 UNPACKED_BYTES = 16 << 20  # of weights unpacked at a time: they stay in a large cache
+_kept = threading.local()
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -110,7 +112,7 @@ class NativeLinear(torch.nn.Module):
         out = torch.empty(x.shape[0], self.out_features, dtype=x.dtype)
         for first in range(0, tiles, step):
             count = min(step, tiles - first)
-            weight = torch.empty(self.in_features, count * COLUMNS, dtype=x.dtype)
+            weight = _scratch(self.in_features, count * COLUMNS, x.dtype)
             self._library.gptq_unpack(
                 ctypes.addressof(layer),
                 first,
@@ -160,6 +162,15 @@ class NativeLinear(torch.nn.Module):
         )
         self._layer = layer
         return layer
+
+
+def _scratch(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Give the calling thread's memory for unpacked weights: mapped once, not once a call."""
+    wanted = rows * columns * dtype.itemsize
+    kept: torch.Tensor | None = getattr(_kept, "memory", None)
+    if kept is None or kept.numel() < wanted:
+        kept = _kept.memory = torch.empty(wanted, dtype=torch.uint8)
+    return kept[:wanted].view(dtype).view(rows, columns)
 
 
 def _lay_out(g_idx: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
