@@ -32,6 +32,14 @@
 #define X86 1
 #endif
 
+#if defined(__clang__)
+#define WIDE ""
+#else
+#define WIDE ",prefer-vector-width=512"  // which clang does not know; it obeys the vectors' own width
+#endif
+#define AVX2_TARGET __attribute__((target("avx2,fma")))
+#define AVX512_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq" WIDE)))
+#define BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16" WIDE)))
 #define INLINE static inline __attribute__((always_inline))
 
 namespace {
@@ -290,30 +298,24 @@ void tile_plain(const GptqLayer& layer, int64_t tile, const float* x, int64_t st
 
 #ifdef X86
 template <int BITS, int M>
-__attribute__((target("avx2,fma"))) void tile_avx2(const GptqLayer& layer, int64_t tile, const float* x,
-                                                  int64_t stride, float* y) {
+AVX2_TARGET void tile_avx2(const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y) {
   tile_float32<BITS, M, 1>(layer, tile, x, stride, y);
 }
 
 template <int BITS, int M>
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))) void tile_avx512(
-    const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y) {
+AVX512_TARGET void tile_avx512(const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y) {
   tile_float32<BITS, M, 4>(layer, tile, x, stride, y);
 }
 
 template <int BITS>
-__attribute__((target("avx2,fma"))) void unpack_avx2(const GptqLayer& layer, int64_t tile, void* w, int64_t stride,
-                                                    int type) {
+AVX2_TARGET void unpack_avx2(const GptqLayer& layer, int64_t tile, void* w, int64_t stride, int type) {
   unpack_tile<BITS>(layer, tile, w, stride, type);
 }
 
 template <int BITS>
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))) void unpack_avx512(
-    const GptqLayer& layer, int64_t tile, void* w, int64_t stride, int type) {
+AVX512_TARGET void unpack_avx512(const GptqLayer& layer, int64_t tile, void* w, int64_t stride, int type) {
   unpack_tile<BITS>(layer, tile, w, stride, type);
 }
-
-#define BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")))
 
 // M rows of x by one tile in bfloat16; x is [M][stride] pairs, sums [M][segments].
 template <int BITS, int M>
@@ -526,20 +528,18 @@ int gptq_matmul(const GptqLayer* layer, const void* x, void* y, int64_t m, int t
   gathered.values = static_cast<float*>(memory);
   gathered.pairs = static_cast<uint32_t*>(memory);
   gathered.sums = static_cast<float*>(memory) + m * gathered.stride;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < m; row++) gather_row(*layer, x, type, row, gathered);
-#pragma omp for schedule(static)
-    for (int64_t piece = 0; piece < tiles * chunks; piece++) {
-      const int64_t tile = piece / chunks, first = piece % chunks * CHUNK;
-      const int64_t last = first + CHUNK < m ? first + CHUNK : m;
-      alignas(64) float sums[ROWS * COLUMNS];
-      for (int64_t row = first; row < last; row += ROWS) {
-        const int count = last - row < ROWS ? int(last - row) : ROWS;
-        multiply_bits(*layer, tile, row, count, gathered, sums);
-        for (int i = 0; i < count; i++) store(*layer, tile, row + i, sums + i * COLUMNS, y, type);
-      }
+  // A few rows are gathered by the caller: a barrier costs more, above all on a busy machine.
+#pragma omp parallel for num_threads(threads) schedule(static) if (m > ROWS)
+  for (int64_t row = 0; row < m; row++) gather_row(*layer, x, type, row, gathered);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t piece = 0; piece < tiles * chunks; piece++) {
+    const int64_t tile = piece / chunks, first = piece % chunks * CHUNK;
+    const int64_t last = first + CHUNK < m ? first + CHUNK : m;
+    alignas(64) float sums[ROWS * COLUMNS];
+    for (int64_t row = first; row < last; row += ROWS) {
+      const int count = last - row < ROWS ? int(last - row) : ROWS;
+      multiply_bits(*layer, tile, row, count, gathered, sums);
+      for (int i = 0; i < count; i++) store(*layer, tile, row + i, sums + i * COLUMNS, y, type);
     }
   }
   return 0;
