@@ -7,7 +7,8 @@ could still be the beginning of a stop text or of an unfinished character.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -98,7 +99,7 @@ def generate_pieces(
         else:
             generator.manual_seed(options.seed)
     sequence = torch.tensor([list(ids)], device=model.device)
-    cache, logits = _prefill(model, sequence)
+    cached, logits = _prefill(model, sequence)
     for count in range(1, max_new_tokens + 1):
         if cancel is not None and cancel.is_set():
             yield Piece(text.rest(), count - 1, "cancelled")
@@ -119,7 +120,7 @@ def generate_pieces(
             yield Piece(new, count)
         step = torch.tensor([[token]], device=model.device)
         sequence = torch.cat((sequence, step), dim=1)
-        logits = model(input_ids=step, past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = model(input_ids=step, **cached).logits[:, -1]
 
 
 class TextStream:
@@ -194,17 +195,19 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
-def _prefill(model: PreTrainedModel, sequence: torch.Tensor) -> tuple[object, torch.Tensor]:
-    """Read the prompt in parts; give the cache and the logits after its last token."""
+def _prefill(model: PreTrainedModel, sequence: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+    """Read the prompt in parts; give the cache as arguments, and the logits after its end."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config)
+    # transformers 5.24 calls `past_key_values` `cache`.
+    named = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    cached = {named: DynamicCache(config=model.config), "use_cache": True}
     output = None
     for part in sequence.split(PREFILL_TOKENS, dim=1):
-        output = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(input_ids=part, **cached, logits_to_keep=1)
     if output is None:
         raise ValueError("an empty prompt")
-    return cache, output.logits[:, -1]
+    return cached, output.logits[:, -1]
 
 
 def _processors(
