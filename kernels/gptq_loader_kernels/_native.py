@@ -8,7 +8,7 @@ import os
 from enum import IntEnum
 from pathlib import Path
 
-__all__ = ["Isa", "Layer", "find_library", "load_library", "unit_rows", "unit_words"]
+__all__ = ["Isa", "Layer", "find_library", "load_library", "unit_rows", "unit_words", "why_not"]
 
 COLUMNS = 64  # of a tile
 
@@ -61,6 +61,20 @@ def find_library() -> Path | None:
     if os.environ.get("GPTQ_LOADER_NATIVE") == "0":
         return None
     return next(iter(sorted(Path(__file__).parent.glob("_gptq_cpu*.so"))), None)
+
+
+def why_not() -> str | None:
+    """Say in words why the library cannot be used here, or None where it can."""
+    if find_library() is None:
+        return (
+            "its native library was not built when this was installed: install a C++ compiler "
+            "(on Debian and Ubuntu: apt install g++) and install this again"
+        )
+    try:
+        load_library()
+    except (OSError, AttributeError) as error:
+        return f"its native library cannot be loaded ({error}): install this again"
+    return None
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gptq_loader_kernels._int4 import Int4Kernel
-from gptq_loader_kernels._native import COLUMNS, find_library, unit_rows, unit_words
+from gptq_loader_kernels._native import COLUMNS, unit_rows, unit_words, why_not
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.kernel import Accepted, Declined
 
@@ -31,12 +31,8 @@ class CpuKernel:
         """Accept every layer on a CPU, where the library was built."""
         if device.type != "cpu":
             return Declined(self.name, f"runs on a CPU; this is {device}")
-        if find_library() is None:
-            return Declined(
-                self.name,
-                "its native library was not built when this was installed: install a C++ compiler "
-                "(on Debian and Ubuntu: apt install g++) and install this again",
-            )
+        if (reason := why_not()) is not None:
+            return Declined(self.name, reason)
         if "avx512_bf16" in device.features:
             dtype, code = "bfloat16", "AVX512-BF16"
         else:

@@ -6,12 +6,15 @@ import copy
 import dataclasses
 import io
 import pickle
+import shutil
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from gptq_loader_kernels import _native
+from gptq_loader_kernels._int4 import Int4Kernel
 from gptq_loader_kernels._native import Isa, find_library, load_library
 from gptq_loader_kernels.cpu import CpuKernel
 from gptq_loader_plugin.choose import choose
@@ -20,6 +23,8 @@ from gptq_loader_plugin.kernel import Accepted, Declined, Device
 from gptq_loader_plugin.plugins import Plugins
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from gptq_loader_kernels._native_linear import NativeLinear
 
 CPU = Device("cpu", features=frozenset({"avx2", "avx512f", "avx512_bf16"}))
@@ -197,6 +202,26 @@ def test_it_says_what_it_computes_in() -> None:
     assert [word in note for word, (_, note) in zip(
         ("AVX512-BF16", "AVX-512", "AVX2", "any processor"), said, strict=True
     )] == [True] * 4  # fmt: skip
+
+
+def test_a_library_that_cannot_be_loaded_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "_gptq_cpu.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(_native, "find_library", lambda: broken)
+    load_library.cache_clear()
+    spec, _, _ = make_layer(Case())
+    choice = choose(spec, CPU, Plugins(installed=True).kernels())
+    assert choice.chosen.kernel == "cpu-int4"
+    assert "cannot be loaded" in dict(choice.reasons())["cpu"]
+    other = subprocess.run(
+        ["cc", "-shared", "-x", "c", "-o", broken, "-"], input="int x;", text=True, check=False
+    ) if shutil.which("cc") else None  # fmt: skip
+    if other is not None and other.returncode == 0:
+        choice = choose(spec, CPU, [CpuKernel(), Int4Kernel()])
+        assert "cannot be loaded" in dict(choice.reasons())["cpu"], "a library of something else"
+    load_library.cache_clear()
 
 
 def test_without_the_library_torchs_operator_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
