@@ -8,7 +8,16 @@ import os
 from enum import IntEnum
 from pathlib import Path
 
-__all__ = ["Isa", "Layer", "find_library", "load_library", "unit_rows", "unit_words", "why_not"]
+__all__ = [
+    "Isa",
+    "Layer",
+    "find_library",
+    "held_bits",
+    "load_library",
+    "unit_rows",
+    "unit_words",
+    "why_not",
+]
 
 COLUMNS = 64  # of a tile
 
@@ -41,6 +50,11 @@ class Layer(ctypes.Structure):
         ("zeros", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
     )
+
+
+def held_bits(bits: int) -> int:
+    """Give the width at which the library holds a code: 5, 6 and 7 bits are widened to 8."""
+    return bits if bits in (2, 3, 4, 8) else 8
 
 
 def unit_rows(bits: int) -> int:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptq_loader_kernels._native import COLUMNS, Isa, Layer, load_library, unit_rows, unit_words
+from gptq_loader_kernels._native import (
+    COLUMNS,
+    Isa,
+    Layer,
+    held_bits,
+    load_library,
+    unit_rows,
+    unit_words,
+)
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.kernel import PackedLinear
@@ -49,7 +57,7 @@ class NativeLinear(torch.nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.bits = packed.bits if packed.bits in (2, 3, 4, 8) else 8
+        self.bits = held_bits(packed.bits)
         self._library = load_library()
         self._isa = Isa(self._library.gptq_isa()) if isa is None else isa
         # Rows of x from which the weight is unpacked for torch's matmul; without AMX, the bfloat16

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gptq_loader_kernels._int4 import Int4Kernel
-from gptq_loader_kernels._native import COLUMNS, unit_rows, unit_words, why_not
+from gptq_loader_kernels._native import COLUMNS, held_bits, unit_rows, unit_words, why_not
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.kernel import Accepted, Declined
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["CpuKernel", "gptq_kernels"]
 
 RANK = 70  # above cpu-int4 (50)
-WIDTHS = (2, 3, 4, 8)  # what the library holds; 5, 6 and 7 bits become 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,11 @@ class CpuKernel:
                 ),
                 "any processor, slower than with AVX2",
             )
-        widened = "" if layer.bits in WIDTHS else f", codes widened from {layer.bits} bits to 8"
+        widened = (
+            ""
+            if held_bits(layer.bits) == layer.bits
+            else f", codes widened from {layer.bits} bits to 8"
+        )
         return Accepted(
             self.name,
             RANK,
@@ -68,7 +71,7 @@ class CpuKernel:
 
 def _prepared_bytes(layer: LayerSpec) -> int:
     """Count the bytes once prepared, exact where groups fill whole units, else the most."""
-    bits = layer.bits if layer.bits in WIDTHS else 8
+    bits = held_bits(layer.bits)
     size = unit_rows(bits)
     columns = -(-layer.out_features // COLUMNS) * COLUMNS
     rows = layer.in_features
