@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from gptq_loader_plugin.kv_cache import KeptCache
+
 if TYPE_CHECKING:
     import threading
     from collections.abc import Iterator, Sequence
@@ -74,6 +76,7 @@ def generate_pieces(
     hidden_ids: frozenset[int] = frozenset(),
     never_ids: Sequence[int] = (),
     cancel: threading.Event | None = None,
+    kept: KeptCache | None = None,
 ) -> Iterator[Piece]:
     """Generate until a stop token, a stop text, the length or a cancellation.
 
@@ -88,6 +91,7 @@ def generate_pieces(
         hidden_ids: tokens that are never shown.
         never_ids: tokens that are never sampled: the embedding's padding.
         cancel: ends the reply once it is set.
+        kept: the cache of the reply before this one; tokens it holds are not read again.
     """
     text = TextStream(tokenizer, stop, hidden_ids)
     processors = _processors(options, never_ids, model.device)
@@ -98,29 +102,37 @@ def generate_pieces(
             generator.seed()
         else:
             generator.manual_seed(options.seed)
-    sequence = torch.tensor([list(ids)], device=model.device)
-    cached, logits = _prefill(model, sequence)
-    for count in range(1, max_new_tokens + 1):
-        if cancel is not None and cancel.is_set():
-            yield Piece(text.rest(), count - 1, "cancelled")
-            return
-        scores = processors(sequence, logits.to(torch.float32))  # type: ignore[arg-type]
-        token = int(_pick(scores, generator))
-        if token in stop_ids:
-            yield Piece(text.rest(), count, "stop")
-            return
-        new = text.add(token)
-        if text.stopped:
-            yield Piece(new, count, "stop")
-            return
-        if count == max_new_tokens:
-            yield Piece(new + text.rest(), count, "length")
-            return
-        if new:
-            yield Piece(new, count)
-        step = torch.tensor([[token]], device=model.device)
-        sequence = torch.cat((sequence, step), dim=1)
-        logits = model(input_ids=step, **cached).logits[:, -1]
+    kept = kept or KeptCache()
+    cache, held = kept.take(model, ids)
+    read = list(ids)  # whose keys and values the cache has, or will have once it is used
+    try:
+        sequence = torch.tensor([read], device=model.device)
+        cached = {_cache_name(model): cache, "use_cache": True}
+        logits = _prefill(model, sequence[:, held:], cached)
+        for count in range(1, max_new_tokens + 1):
+            if cancel is not None and cancel.is_set():
+                yield Piece(text.rest(), count - 1, "cancelled")
+                return
+            scores = processors(sequence, logits.to(torch.float32))  # type: ignore[arg-type]
+            token = int(_pick(scores, generator))
+            if token in stop_ids:
+                yield Piece(text.rest(), count, "stop")
+                return
+            new = text.add(token)
+            if text.stopped:
+                yield Piece(new, count, "stop")
+                return
+            if count == max_new_tokens:
+                yield Piece(new + text.rest(), count, "length")
+                return
+            if new:
+                yield Piece(new, count)
+            read.append(token)
+            step = torch.tensor([[token]], device=model.device)
+            sequence = torch.cat((sequence, step), dim=1)
+            logits = model(input_ids=step, **cached).logits[:, -1]
+    finally:
+        kept.put(read, cache)
 
 
 class TextStream:
@@ -195,19 +207,23 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
-def _prefill(model: PreTrainedModel, sequence: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
-    """Read the prompt in parts; give the cache as arguments, and the logits after its end."""
-    from transformers import DynamicCache
+def _cache_name(model: PreTrainedModel) -> str:
+    """Name the argument that takes the cache: transformers 5.24 renamed `past_key_values`."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
-    # transformers 5.24 calls `past_key_values` `cache`.
-    named = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
-    cached = {named: DynamicCache(config=model.config), "use_cache": True}
+
+def _prefill(
+    model: PreTrainedModel, sequence: torch.Tensor, cached: dict[str, Any]
+) -> torch.Tensor:
+    """Read what the cache lacks of a prompt, in parts; give the logits after its end."""
+    if not sequence.shape[1]:
+        raise ValueError("an empty prompt")
     output = None
     for part in sequence.split(PREFILL_TOKENS, dim=1):
         output = model(input_ids=part, **cached, logits_to_keep=1)
-    if output is None:
-        raise ValueError("an empty prompt")
-    return cached, output.logits[:, -1]
+    assert output is not None
+    logits: torch.Tensor = output.logits[:, -1]
+    return logits
 
 
 def _processors(

@@ -14,10 +14,20 @@ from gptq_loader_plugin.device import Device
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from gptq_loader_plugin.checkpoint.packing import Bits, Layout
 
-__all__ = ["Accepted", "Declined", "Device", "Kernel", "LayerSpec", "PackedLinear", "Verdict"]
+__all__ = [
+    "Accepted",
+    "Declined",
+    "Device",
+    "Finisher",
+    "Kernel",
+    "LayerSpec",
+    "PackedLinear",
+    "Verdict",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,5 +211,17 @@ class Kernel(Protocol):
 
         The module is a plain y = x @ W.T + bias: x [..., in_features] in its original order and
         in any floating dtype, y [..., out_features] in x's dtype.
+        """
+        ...
+
+
+@runtime_checkable
+class Finisher(Protocol):
+    """A kernel that does more for a whole model than for its layers one by one."""
+
+    def finish(self, model: PreTrainedModel) -> str:
+        """Look at a filled model once, every layer in place; say in words what was done.
+
+        The model must answer as before, to rounding.
         """
         ...

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from gptq_loader_plugin.errors import GPTQLoaderError, PromptTooLong
 from gptq_loader_plugin.generate import Piece, Reply, generate_pieces
+from gptq_loader_plugin.kv_cache import KeptCache
 from gptq_loader_plugin.options import GenerateOptions
 from gptq_loader_plugin.template import CHATML_START
 
@@ -42,6 +43,7 @@ class LoadedModel:
         card: what the model card says.
         context: the longest sequence, prompt and reply together.
         warnings: what a user should know, one sentence each.
+        notes: what kernels did for the model as a whole.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class LoadedModel:
         card: Card,
         context: int,
         warnings: tuple[str, ...] = (),
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -62,6 +65,8 @@ class LoadedModel:
         self.card = card
         self.context = context
         self.warnings = warnings
+        self.notes = notes
+        self._cache = KeptCache()
         self._closed = False
 
     @property
@@ -165,8 +170,9 @@ class LoadedModel:
     def explain(self) -> str:
         """Say which kernel runs each kind of layer and why, and which template is used."""
         stops = ", ".join(self.template.stop) or "the tokenizer's end token"
+        notes = "".join(f"\n  {note}" for note in self.notes)
         return (
-            f"{self.plan.explain()}\n  template {self.template.name} "
+            f"{self.plan.explain()}{notes}\n  template {self.template.name} "
             f"({self.template.source}); a reply stops at {stops}"
         )
 
@@ -175,6 +181,7 @@ class LoadedModel:
         if self._closed:
             return
         self._closed = True
+        self._cache.clear()
         self.model.to("meta")  # type: ignore[arg-type]  # transformers wraps torch's to
         if self.plan.device.type in ("cuda", "rocm"):
             import torch
@@ -225,6 +232,7 @@ class LoadedModel:
             hidden_ids=self._hidden_ids(),
             never_ids=self._padding_ids(),
             cancel=cancel,
+            kept=self._cache,
         )
         return _warned(pieces, warning) if warning else pieces
 

@@ -11,6 +11,7 @@ from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.errors import CheckpointError, ConfigInvalid, OptionInvalid
 from gptq_loader_plugin.events import LoadRequest, Progress
+from gptq_loader_plugin.kernel import Finisher
 from gptq_loader_plugin.plan import make_plan
 from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.reference import resolve
@@ -93,7 +94,7 @@ def load(
         checkpoint.folder, card=checkpoint.card, named=template, offered=plugins.templates()
     )
     tokenizer = _tokenizer(checkpoint)
-    model, warnings = _model(checkpoint, plan, plugins, check=check)
+    model, warnings, notes = _model(checkpoint, plan, plugins, check=check)
     checkpoint.close()
     seconds = time.monotonic() - began
     plugins.hook.gptq_after_load(request=request, seconds=seconds)
@@ -108,6 +109,7 @@ def load(
         card=checkpoint.card,
         context=_context(model, context),
         warnings=(*checkpoint.warnings, *warnings),
+        notes=notes,
     )
     _never_sample_padding(loaded)
     return loaded
@@ -165,7 +167,7 @@ def inspect(
 
 def _model(
     checkpoint: Checkpoint, plan: Plan, plugins: Plugins, *, check: bool
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
+) -> tuple[PreTrainedModel, tuple[str, ...], tuple[str, ...]]:
     import torch
 
     from gptq_loader_plugin.selfcheck import check_finite, check_layers
@@ -182,7 +184,9 @@ def _model(
         plugins.progress(Progress("self-check", 1, 2, "checks"))
         check_finite(model, checkpoint)
         plugins.progress(Progress("self-check", 2, 2, "checks"))
-    return model, filled.warnings
+    used = {choice.kernel.name: choice.kernel for choice in plan.choices}
+    notes = [it.finish(model) for it in used.values() if isinstance(it, Finisher)]
+    return model, filled.warnings, tuple(notes)
 
 
 def _generation_config(folder: Path) -> Any:  # noqa: ANN401 - transformers' own

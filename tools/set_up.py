@@ -77,6 +77,8 @@ def fingerprint(target):
             ("pyproject.toml",),
             ("setup.py",),
             ("kernels", "csrc", "gptq_cpu.cpp"),
+            ("kernels", "csrc", "gptq_cpu.h"),
+            ("kernels", "csrc", "gptq_step.cpp"),
             ("tools", "set_up.py"),
         )
     )

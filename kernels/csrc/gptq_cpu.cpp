@@ -20,43 +20,17 @@
 // Many rows of x. Where another library multiplies faster than this one (bfloat16 with AMX),
 // gptq_unpack writes the weight of some tiles, in x's own order, for it.
 
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
+#include "gptq_cpu.h"
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define X86 1
-#endif
 
-#if defined(__clang__)
-#define WIDE ""
-#else
-#define WIDE ",prefer-vector-width=512"  // which clang does not know; it obeys the vectors' own width
-#endif
-#define AVX2_TARGET __attribute__((target("avx2,fma")))
-#define AVX512_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq" WIDE)))
-#define BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16" WIDE)))
-#define INLINE static inline __attribute__((always_inline))
+using namespace gptq;
 
 namespace {
 
-constexpr int COLUMNS = 64;  // of a tile
-constexpr int LANES = 16;    // of a vector: 64 bytes of int32 or float
-constexpr int ROWS = 4;      // of x, multiplied at once
-constexpr int CHUNK = 64;    // rows of x that one piece of work takes
-
-typedef float floats __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef uint32_t uints __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
-typedef uint8_t bytes __attribute__((vector_size(16)));
-
-enum Isa { PLAIN = 0, AVX2 = 1, AVX512 = 2, BF16 = 3 };
-enum Type { FLOAT32 = 0, BFLOAT16 = 1 };
+constexpr int CHUNK = 64;  // rows of x that one piece of work takes
 
 template <int BITS>
 struct Unit {
@@ -70,24 +44,6 @@ int unit_words(int bits) { return bits == 3 ? 3 : 1; }
 }  // namespace
 
 extern "C" {
-
-// What a layer is; _native.py mirrors it field by field.
-struct GptqLayer {
-  int32_t bits;           // 2, 3, 4 or 8
-  int32_t in_features;    // K
-  int32_t out_features;   // N
-  int32_t units;          // of a column
-  int32_t segments;       // of a column
-  int32_t groups;         // G
-  int32_t float_scales;   // scales are float32, else float16
-  const int32_t* rows;           // [units * unit rows]
-  const int32_t* segment_units;  // [segments] units of each
-  const int32_t* segment_group;  // [segments]
-  const uint32_t* words;         // [tiles][units][unit words][64]
-  const void* scales;            // [tiles][groups][64]
-  const uint8_t* zeros;          // [tiles][groups][64]
-  const float* bias;             // [out_features], or null
-};
 
 // The best code this processor runs.
 int gptq_isa() {
@@ -137,27 +93,6 @@ void gptq_pack(int bits, const uint8_t* codes, const int32_t* rows, int64_t unit
 }  // extern "C"
 
 namespace {
-
-INLINE float as_float(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-
-INLINE uint32_t as_bits(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  return bits;
-}
-
-// Round to nearest, ties to even; not-a-number stays one.
-INLINE uint16_t to_bfloat16(float value) {
-  const uint32_t bits = as_bits(value);
-  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-INLINE float from_bfloat16(uint16_t value) { return as_float(uint32_t(value) << 16); }
 
 INLINE void load_zeros(const GptqLayer& layer, int64_t at, floats& zeros) {
   bytes raw;
@@ -388,15 +323,6 @@ BF16_TARGET void tile_bfloat16(const GptqLayer& layer, int64_t tile, const uint3
 }
 #endif
 
-// x as the tiles read it: in the order of `rows`, as float32 or as pairs of bfloat16 with their sums.
-struct Gathered {
-  float* values;
-  uint32_t* pairs;
-  float* sums;
-  int64_t stride;
-  int isa;
-};
-
 INLINE float feature(const void* x, int type, int64_t at) {
   if (type == FLOAT32) return static_cast<const float*>(x)[at];
   return from_bfloat16(static_cast<const uint16_t*>(x)[at]);
@@ -405,6 +331,22 @@ INLINE float feature(const void* x, int type, int64_t at) {
 INLINE uint16_t rounded(const void* x, int type, int64_t at) {
   if (type == BFLOAT16) return static_cast<const uint16_t*>(x)[at];
   return to_bfloat16(static_cast<const float*>(x)[at]);
+}
+
+}  // namespace
+
+namespace gptq {
+
+size_t gathered_bytes(const GptqLayer& layer, int isa, int64_t m) {
+  const int64_t padded = int64_t(layer.units) * unit_rows(layer.bits);
+  return size_t(m) * 4 * ((isa == BF16 ? padded / 2 : padded) + layer.segments);
+}
+
+Gathered gathered_at(const GptqLayer& layer, int isa, int64_t m, void* memory) {
+  const int64_t padded = int64_t(layer.units) * unit_rows(layer.bits);
+  const int64_t stride = isa == BF16 ? padded / 2 : padded;
+  float* values = static_cast<float*>(memory);
+  return {values, static_cast<uint32_t*>(memory), values + m * stride, stride, isa};
 }
 
 void gather_row(const GptqLayer& layer, const void* x, int type, int64_t m, const Gathered& to) {
@@ -433,6 +375,10 @@ void gather_row(const GptqLayer& layer, const void* x, int type, int64_t m, cons
   }
 }
 
+}  // namespace gptq
+
+namespace {
+
 template <int BITS, int M>
 void multiply(const GptqLayer& layer, int64_t tile, int64_t m, const Gathered& x, float* y) {
 #ifdef X86
@@ -452,6 +398,10 @@ void multiply_rows(const GptqLayer& layer, int64_t tile, int64_t m, int count, c
   multiply<BITS, 1>(layer, tile, m, x, y);
 }
 
+}  // namespace
+
+namespace gptq {
+
 void multiply_bits(const GptqLayer& layer, int64_t tile, int64_t m, int count, const Gathered& x, float* y) {
   switch (layer.bits) {
     case 2: return multiply_rows<2>(layer, tile, m, count, x, y);
@@ -460,6 +410,10 @@ void multiply_bits(const GptqLayer& layer, int64_t tile, int64_t m, int count, c
     default: return multiply_rows<8>(layer, tile, m, count, x, y);
   }
 }
+
+}  // namespace gptq
+
+namespace {
 
 template <int BITS>
 void unpack(const GptqLayer& layer, int64_t tile, void* w, int64_t stride, int type, int isa) {
@@ -493,20 +447,6 @@ void store(const GptqLayer& layer, int64_t tile, int64_t m, const float* from, v
   }
 }
 
-// Memory of the calling thread that a call leaves for the next one.
-struct Scratch {
-  void* memory = nullptr;
-  size_t size = 0;
-  ~Scratch() { free(memory); }
-  void* get(size_t wanted) {
-    if (wanted > size) {
-      free(memory);
-      memory = aligned_alloc(64, (wanted + 63) / 64 * 64);
-      size = memory ? wanted : 0;
-    }
-    return memory;
-  }
-};
 thread_local Scratch scratch;
 
 }  // namespace
@@ -519,15 +459,9 @@ int gptq_matmul(const GptqLayer* layer, const void* x, void* y, int64_t m, int t
   if (m == 0) return 0;
   const int64_t tiles = (layer->out_features + COLUMNS - 1) / COLUMNS;
   const int64_t chunks = (m + CHUNK - 1) / CHUNK;
-  const int64_t padded = int64_t(layer->units) * unit_rows(layer->bits);
-  Gathered gathered{};
-  gathered.isa = isa;
-  gathered.stride = isa == BF16 ? padded / 2 : padded;
-  void* memory = scratch.get(size_t(m) * 4 * (gathered.stride + layer->segments));
+  void* memory = scratch.get(gathered_bytes(*layer, isa, m));
   if (!memory) return 1;
-  gathered.values = static_cast<float*>(memory);
-  gathered.pairs = static_cast<uint32_t*>(memory);
-  gathered.sums = static_cast<float*>(memory) + m * gathered.stride;
+  const Gathered gathered = gathered_at(*layer, isa, m, memory);
   // A few rows are gathered by the caller: a barrier costs more, above all on a busy machine.
 #pragma omp parallel for num_threads(threads) schedule(static) if (m > ROWS)
   for (int64_t row = 0; row < m; row++) gather_row(*layer, x, type, row, gathered);

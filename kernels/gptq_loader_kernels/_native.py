@@ -111,4 +111,8 @@ def load_library() -> ctypes.CDLL:
     library.gptq_matmul.restype = number
     library.gptq_unpack.argtypes = (pointer, count, count, pointer, number, number, number)
     library.gptq_unpack.restype = None
+    library.gptq_step.argtypes = (pointer, pointer, pointer, pointer, count, count, pointer, number)
+    library.gptq_step.restype = number
+    library.gptq_rows.argtypes = (pointer,) * 3 + (count,) * 3 + (number,) * 3
+    library.gptq_rows.restype = number
     return library

@@ -100,7 +100,7 @@ class NativeLinear(torch.nn.Module):
         if isa == Isa.BF16 and x.dtype == torch.float32:
             isa = Isa.AVX512
         failed = self._library.gptq_matmul(
-            ctypes.addressof(self._filled()),
+            ctypes.addressof(self.filled()),
             flat.data_ptr(),
             out.data_ptr(),
             flat.shape[0],
@@ -114,7 +114,7 @@ class NativeLinear(torch.nn.Module):
 
     def _unpacked(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply many rows: unpack some columns at a time, and leave the product to torch."""
-        layer = self._filled()
+        layer = self.filled()
         tiles: int = -(-self.out_features // COLUMNS)
         step = max(UNPACKED_BYTES // (self.in_features * COLUMNS * x.element_size()), 8)
         out = torch.empty(x.shape[0], self.out_features, dtype=x.dtype)
@@ -149,7 +149,7 @@ class NativeLinear(torch.nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._library = load_library()
 
-    def _filled(self) -> Layer:
+    def filled(self) -> Layer:
         """Give the layer as the library reads it, anew where its tensors have moved."""
         words: Any = self.words
         layer = self._layer

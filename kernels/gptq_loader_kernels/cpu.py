@@ -12,6 +12,7 @@ from gptq_loader_plugin.kernel import Accepted, Declined
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec, PackedLinear, Verdict
 
@@ -67,6 +68,15 @@ class CpuKernel:
             out_features=layer.out_features,
             amx="amx_bf16" in device.features,
         )
+
+    def finish(self, model: PreTrainedModel) -> str:
+        """Have a Llama-like model decode in one native call a token; say so, or why not."""
+        from gptq_loader_kernels._native_step import install
+
+        reason = install(model)
+        if reason is None:
+            return "decodes in native steps, one call a token"
+        return f"decodes by transformers, layer by layer: {reason}"
 
 
 def _prepared_bytes(layer: LayerSpec) -> int:

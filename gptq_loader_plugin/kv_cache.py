@@ -1,0 +1,154 @@
+"""Keys and values with room to grow in place, and kept from one reply to the next.
+
+transformers' own cache copies every key and value for every token; a conversation's next turn
+begins with all that was said before it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+__all__ = ["KeptCache", "RoomyLayer", "make_cache"]
+
+LEAST_ROOM = 256  # positions
+GROWTH = 1.25
+
+
+class RoomyLayer(DynamicLayer):
+    """One layer's keys and values, [batch, kv_heads, length, head_dim], in memory that has room.
+
+    A layer that slides sees the same through its mask: all of its positions are kept.
+    """
+
+    length = 0
+    room: torch.Tensor | None = None  # [2, batch, kv_heads, capacity, head_dim]
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """The keys of the positions that are filled."""
+        return None if self.room is None else self.room[0, :, :, : self.length]
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        self._set(0, value)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """The values of the positions that are filled."""
+        return None if self.room is None else self.room[1, :, :, : self.length]
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None:
+        self._set(1, value)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Take the device and dtype; transformers' name for it."""
+        del value_states
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add new keys and values; give all of them."""
+        del args, kwargs
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before, self.length = self.length, self.length + key_states.shape[-2]
+        room = self.reserve(self.length, key_states)
+        room[0, :, :, before : self.length] = key_states
+        room[1, :, :, before : self.length] = value_states
+        return room[0, :, :, : self.length], room[1, :, :, : self.length]
+
+    def reserve(self, length: int, like: torch.Tensor) -> torch.Tensor:
+        """Have room for `length` positions of keys [batch, kv_heads, .., head_dim] like `like`."""
+        old = self.room
+        if old is not None and old.shape[3] >= length:
+            return old
+        batch, heads, _, size = like.shape
+        capacity = max(LEAST_ROOM, int(length * GROWTH))
+        self.room = torch.empty(
+            2, batch, heads, capacity, size, dtype=like.dtype, device=like.device
+        )
+        if old is not None:
+            kept = min(self.length, old.shape[3])
+            self.room[:, :, :, :kept] = old[:, :, :, :kept]
+        return self.room
+
+    def get_seq_length(self) -> int:
+        """Count the positions that are filled."""
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -n positions; a positive n is how many are left (transformers' way)."""
+        left = self.length + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
+        self.length = max(min(self.length, left), 0)
+
+    def _set(self, which: int, value: torch.Tensor | None) -> None:
+        if value is None:
+            self.room, self.length = None, 0
+            return
+        other = value if self.room is None else (self.values if which == 0 else self.keys)
+        if other is None or other.shape != value.shape:
+            other = torch.empty_like(value)  # its own value follows
+        self.room = torch.stack((value, other) if which == 0 else (other, value))
+        self.length = value.shape[-2]
+
+
+def make_cache(model: PreTrainedModel) -> DynamicCache:
+    """Make an empty cache for `model`, with room where its layers are plain attention."""
+    cache = DynamicCache(config=model.config)
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    if cache.layers and all(type(layer) in plain for layer in cache.layers):
+        cache.layers = [RoomyLayer() for _ in cache.layers]  # type: ignore[no-untyped-call]
+    return cache
+
+
+class KeptCache:
+    """The cache of the last sequence, for the next one that begins the same."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: tuple[list[int], Any] | None = None
+
+    def take(self, model: PreTrainedModel, ids: Sequence[int]) -> tuple[Any, int]:
+        """Give a cache for `ids`, and how many of them it holds: never the last one.
+
+        A cache in use is nobody else's: two replies at a time have one each.
+        """
+        with self._lock:
+            kept, self._kept = self._kept, None
+        if kept is not None:
+            old, cache = kept
+            same = next(
+                (i for i, (a, b) in enumerate(zip(old, ids, strict=False)) if a != b),
+                min(len(old), len(ids)),
+            )
+            same = min(same, len(ids) - 1)
+            if same > 0:
+                for layer in cache.layers:
+                    layer.crop(same - layer.length)
+                return cache, same
+        return make_cache(model), 0
+
+    def put(self, ids: list[int], cache: Any) -> None:  # noqa: ANN401 - transformers' caches
+        """Keep the cache of `ids`, where it can be cut short."""
+        if not all(isinstance(layer, RoomyLayer) for layer in cache.layers):
+            return
+        held = min((layer.length for layer in cache.layers), default=0)
+        with self._lock:
+            self._kept = ids[:held], cache
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        with self._lock:
+            self._kept = None

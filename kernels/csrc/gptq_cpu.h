@@ -1,0 +1,117 @@
+// What the files of the CPU library share; gptq_cpu.cpp says how a layer lies in memory.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define X86 1
+#endif
+
+#if defined(__clang__)
+#define WIDE ""
+#else
+#define WIDE ",prefer-vector-width=512"  // which clang does not know; it obeys the vectors' own width
+#endif
+#define AVX2_TARGET __attribute__((target("avx2,fma")))
+#define AVX512_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq" WIDE)))
+#define BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16" WIDE)))
+#define INLINE static inline __attribute__((always_inline))
+
+extern "C" {
+
+// What a layer is; _native.py mirrors it field by field.
+struct GptqLayer {
+  int32_t bits;           // 2, 3, 4 or 8
+  int32_t in_features;    // K
+  int32_t out_features;   // N
+  int32_t units;          // of a column
+  int32_t segments;       // of a column
+  int32_t groups;         // G
+  int32_t float_scales;   // scales are float32, else float16
+  const int32_t* rows;           // [units * unit rows]
+  const int32_t* segment_units;  // [segments] units of each
+  const int32_t* segment_group;  // [segments]
+  const uint32_t* words;         // [tiles][units][unit words][64]
+  const void* scales;            // [tiles][groups][64]
+  const uint8_t* zeros;          // [tiles][groups][64]
+  const float* bias;             // [out_features], or null
+};
+
+}  // extern "C"
+
+namespace gptq {
+
+constexpr int COLUMNS = 64;  // of a tile
+constexpr int LANES = 16;    // of a vector: 64 bytes of int32 or float
+constexpr int ROWS = 4;      // of x, multiplied at once
+
+typedef float floats __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef uint32_t uints __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+typedef uint8_t bytes __attribute__((vector_size(16)));
+
+enum Isa { PLAIN = 0, AVX2 = 1, AVX512 = 2, BF16 = 3 };
+enum Type { FLOAT32 = 0, BFLOAT16 = 1 };
+
+INLINE float as_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+INLINE uint32_t as_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+// Round to nearest, ties to even; not-a-number stays one.
+INLINE uint16_t to_bfloat16(float value) {
+  const uint32_t bits = as_bits(value);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE float from_bfloat16(uint16_t value) { return as_float(uint32_t(value) << 16); }
+
+// Memory of a thread that a call leaves for the next one.
+struct Scratch {
+  void* memory = nullptr;
+  size_t size = 0;
+  ~Scratch() { free(memory); }
+  void* get(size_t wanted) {
+    if (wanted > size) {
+      free(memory);
+      memory = aligned_alloc(64, (wanted + 63) / 64 * 64);
+      size = memory ? wanted : 0;
+    }
+    return memory;
+  }
+};
+
+// x as the tiles read it: in the order of `rows`, as float32 or as pairs of bfloat16 with their sums.
+struct Gathered {
+  float* values;
+  uint32_t* pairs;
+  float* sums;
+  int64_t stride;
+  int isa;
+};
+
+// Lay out the memory of `m` gathered rows, and say how many bytes it takes.
+size_t gathered_bytes(const GptqLayer& layer, int isa, int64_t m);
+Gathered gathered_at(const GptqLayer& layer, int isa, int64_t m, void* memory);
+
+// Gather row `m` of x.
+void gather_row(const GptqLayer& layer, const void* x, int type, int64_t m, const Gathered& to);
+
+// Multiply `count` (1 to ROWS) gathered rows from row `m` on by one tile: y [count][COLUMNS].
+void multiply_bits(const GptqLayer& layer, int64_t tile, int64_t m, int count, const Gathered& x, float* y);
+
+}  // namespace gptq

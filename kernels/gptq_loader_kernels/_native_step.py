@@ -1,0 +1,385 @@
+"""A decoding step of Llama-like models in one call of the native library.
+
+The model stays transformers' own: the decoder's `forward` is asked first whether this call is a
+few new tokens of one sequence, and everything else goes to transformers. Imports torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from gptq_loader_kernels._native import Isa, Layer, load_library
+from gptq_loader_kernels._native_linear import TYPES, NativeLinear
+from gptq_loader_plugin.kv_cache import RoomyLayer, make_cache
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["NativeStep", "RowsLinear", "install"]
+
+FAMILIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+MOST_TOKENS = 8  # at a time; more are multiplied faster by transformers' way
+LANES = 16
+PROBE_TOKENS = 6
+# A bfloat16 step keeps float32 between products, where transformers rounds: 1e-2 to 3e-2 measured.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 8e-2}
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+class Projection(ctypes.Structure):
+    """`GptqProjection` of gptq_step.cpp."""
+
+    _fields_ = (
+        ("packed", ctypes.POINTER(Layer)),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("in_features", ctypes.c_int32),
+        ("out_features", ctypes.c_int32),
+        ("same_rows", ctypes.c_int32),
+    )
+
+
+PARTS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+NORMS = {
+    "input_norm": "input_layernorm",
+    "inner_norm": "post_attention_layernorm",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+}
+
+
+class Block(ctypes.Structure):
+    """`GptqBlock` of gptq_step.cpp."""
+
+    _fields_ = (
+        *((name, Projection) for name in PARTS),
+        *((name, ctypes.c_void_p) for name in NORMS),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("capacity", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+    )
+
+
+class Model(ctypes.Structure):
+    """`GptqModel` of gptq_step.cpp."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "blocks", "hidden", "heads", "kv_heads", "head_dim", "inner", "type", "isa",
+            )
+        ),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("norm", ctypes.c_void_p),
+        ("block", ctypes.POINTER(Block)),
+    )  # fmt: skip
+
+
+class RowsLinear(nn.Linear):
+    """A linear that is not packed, multiplying a few rows at the speed its weight is read."""
+
+    isa = Isa.PLAIN
+
+    @classmethod
+    def of(cls, linear: nn.Linear, isa: Isa) -> RowsLinear:
+        """Take over a linear's weight, which is shared and not copied."""
+        made = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        made.weight, made.isa = linear.weight, isa
+        return made
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply: x [..., in_features] -> [..., out_features]."""
+        weight = self.weight
+        rows = x.numel() // self.in_features
+        plain = weight.is_contiguous() and weight.device.type == x.device.type == "cpu"
+        same = weight.dtype == x.dtype and x.dtype in TYPES
+        if not 0 < rows <= MOST_TOKENS or not plain or not same or torch.is_grad_enabled():
+            return super().forward(x)
+        x = x.contiguous()
+        out = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
+        failed = load_library().gptq_rows(
+            weight.data_ptr(), x.data_ptr(), out.data_ptr(), rows, self.in_features,
+            self.out_features, TYPES[x.dtype], self.isa, torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            return super().forward(x)
+        return out
+
+
+class NativeStep:
+    """The forward of a decoder: its own, or for a few new tokens the native library's.
+
+    Args:
+        decoder: the model without its head, of one of FAMILIES and as `why_not` wants it.
+    """
+
+    def __init__(self, decoder: Any) -> None:  # noqa: ANN401 - any of FAMILIES
+        self.decoder = decoder
+        self.otherwise: Callable[..., Any] = decoder.forward
+        self.steps = 0  # taken natively
+        self._built: tuple[Model, Any, list[Any], list[tuple[Any, ...]]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what points into memory: a copy points into its own."""
+        return {**self.__dict__, "_built": None}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - transformers' forward
+        """Run a step natively where it is one, else the decoder's own forward."""
+        fit = None if args else self._fit(kwargs)
+        if fit is None:
+            return self.otherwise(*args, **kwargs)
+        x, cache, past = fit
+        y = self._run(x, cache, past)
+        self.steps += 1
+        return BaseModelOutputWithPast(last_hidden_state=y, **{CACHE: cache})
+
+    def _fit(self, given: dict[str, Any]) -> tuple[torch.Tensor, Any, int] | None:  # noqa: PLR0911 - one for each reason
+        """Give embeddings [1, m, hidden], the cache and its length, where this is a native step."""
+        if torch.is_grad_enabled():
+            return None
+        given = dict(given)
+        cache, ids = given.pop(CACHE, None), given.pop("input_ids", None)
+        embedded, mask = given.pop("inputs_embeds", None), given.pop("attention_mask", None)
+        positions = given.pop("position_ids", None)
+        given.pop("use_cache", None)
+        given.pop("cache_position", None)
+        given.pop("return_dict", None)
+        if any(value is not None and value is not False for value in given.values()):
+            return None
+        shape = (ids if embedded is None else embedded).shape
+        if shape[0] != 1 or not 0 < shape[1] <= MOST_TOKENS:
+            return None
+        if not _is_roomy(cache, len(self.decoder.layers)):
+            return None
+        past: int = cache.layers[0].length
+        end = past + shape[1]
+        if mask is not None and (mask.shape != (1, end) or not bool(mask.all())):
+            return None
+        if positions is not None and positions.flatten().tolist() != list(range(past, end)):
+            return None
+        x = self.decoder.embed_tokens(ids) if embedded is None else embedded
+        if x.dtype not in TYPES or x.device.type != "cpu" or not self._build(x.dtype):
+            return None
+        return x.contiguous(), cache, past
+
+    def _run(self, x: torch.Tensor, cache: Any, past: int) -> torch.Tensor:  # noqa: ANN401
+        built = self._built
+        assert built is not None
+        model, blocks, _, _ = built
+        tokens = x.shape[1]
+        like = torch.empty(1, model.kv_heads, 0, model.head_dim, dtype=x.dtype)
+        for block, layer in zip(blocks, cache.layers, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(like, like)
+            room = layer.reserve(past + tokens, like)
+            block.capacity = room.shape[3]
+            block.keys = room.data_ptr()
+            block.values = room.data_ptr() + room.stride(0) * room.element_size()
+            layer.length = past + tokens
+        positions = torch.arange(past, past + tokens)[None]
+        cos, sin = self.decoder.rotary_emb(x.float(), positions)
+        cos, sin = cos.contiguous(), sin.contiguous()
+        y = torch.empty_like(x)
+        failed = load_library().gptq_step(
+            ctypes.addressof(model), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), past, tokens,
+            y.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise RuntimeError(f"no memory for a step of {tokens} tokens")
+        return y
+
+    def _build(self, dtype: torch.dtype) -> bool:
+        """Describe the decoder to the library, anew where something in it was changed."""
+        if self._built is not None and all(
+            modules.get(name) is module and tensor.data_ptr() == address
+            for modules, name, module, tensor, address in self._built[3]
+        ):
+            return True
+        self._built = None
+        if why_not(self.decoder) is not None or self.decoder.norm.weight.dtype != dtype:
+            return False
+        decoder = self.decoder
+        kept: list[Any] = []
+        watched: list[tuple[Any, ...]] = []
+
+        def norm(owner: nn.Module, path: str) -> int | None:
+            module = _find(owner, path)
+            if module is None:
+                return None
+            _watch(watched, owner, path, module.weight)
+            kept.append(module.weight.detach().float().contiguous())
+            return int(kept[-1].data_ptr())
+
+        blocks = (Block * len(decoder.layers))()
+        for block, layer in zip(blocks, decoder.layers, strict=True):
+            before: Any = None
+            for name, path in PARTS.items():
+                module = layer.get_submodule(path)
+                _describe(getattr(block, name), module, dtype, kept)
+                weight: Any = module.words if isinstance(module, NativeLinear) else module.weight
+                _watch(watched, layer, path, weight)
+                follows = name in {"k", "v", "up"} and _same_rows(before, module)
+                getattr(block, name).same_rows = follows
+                before = module
+            for name, path in NORMS.items():
+                setattr(block, name, norm(layer, path))
+            block.window = getattr(layer.self_attn, "sliding_window", None) or (
+                decoder.config.sliding_window or 0
+                if type(decoder).__name__ == "MistralModel"
+                else 0
+            )
+        config, first = decoder.config, decoder.layers[0]
+        attention = first.self_attn
+        model = Model(
+            blocks=len(blocks),
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=attention.head_dim,
+            inner=config.intermediate_size,
+            type=TYPES[dtype],
+            isa=load_library().gptq_isa(),
+            eps=config.rms_norm_eps,
+            scale=attention.scaling,
+            norm=norm(decoder, "norm"),
+            block=ctypes.cast(blocks, ctypes.POINTER(Block)),
+        )
+        self._built = model, blocks, kept, watched
+        return True
+
+
+def install(model: Any) -> str | None:  # noqa: ANN401 - a transformers model
+    """Have a model decode natively; say why not where it cannot, None where it does.
+
+    A first step is compared with transformers' own: a difference beyond rounding undoes it all.
+    """
+    decoder: Any = getattr(model, "model", None)
+    if (reason := why_not(decoder)) is not None:
+        return reason
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.bias is None:
+        model.set_output_embeddings(RowsLinear.of(head, Isa(load_library().gptq_isa())))
+    step = NativeStep(decoder)
+    decoder.forward = step.forward
+    error = _difference(step)
+    if error is None or not error <= TOLERANCE[decoder.norm.weight.dtype]:
+        decoder.forward = step.otherwise
+        return f"its first step differs from transformers' by {error:.1%}" if error else "no step"
+    return None
+
+
+def why_not(decoder: Any) -> str | None:  # noqa: ANN401, PLR0911 - one for each limit
+    """Say what keeps a decoder from stepping natively, in words."""
+    kind = type(decoder).__name__
+    if kind not in FAMILIES or not type(decoder).__module__.startswith("transformers.models."):
+        return "it is not one of Llama, Mistral, Qwen2 and Qwen3"
+    config = decoder.config
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act}; the step has silu"
+    attention = decoder.layers[0].self_attn
+    if attention.head_dim % (2 * LANES) or attention.head_dim > 16 * LANES:
+        return f"its heads are {attention.head_dim} wide; the step takes multiples of 32 up to 256"
+    if config.hidden_size % LANES:
+        return f"its hidden size {config.hidden_size} is not a multiple of {LANES}"
+    if decoder.norm.weight.dtype not in TYPES:
+        return f"it is in {decoder.norm.weight.dtype}; the step takes bfloat16 and float32"
+    for layer in decoder.layers:
+        for path in PARTS.values():
+            module = _find(layer, path)
+            if not isinstance(module, NativeLinear) and type(module) is not nn.Linear:
+                return f"{path} is multiplied by another kernel"
+            if module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001 - torch has no other way to tell
+                return f"something watches {path}"
+    return None
+
+
+def _difference(step: NativeStep) -> float | None:
+    """Compare a native step after a short prompt with transformers' own forward."""
+    decoder = step.decoder
+    ids = torch.arange(3, 3 + PROBE_TOKENS)[None] % decoder.config.vocab_size
+    with torch.inference_mode():
+        expected = step.otherwise(input_ids=ids, use_cache=False).last_hidden_state.float()
+        cache = make_cache(decoder)
+        parts = [
+            decoder(input_ids=part, use_cache=True, **{CACHE: cache}).last_hidden_state
+            for part in ids.split((PROBE_TOKENS - 1, 1), dim=1)
+        ]
+    if step.steps != len(parts):
+        return None
+    got = torch.cat(parts, dim=1).float()
+    return float((got - expected).norm() / expected.norm().clamp_min(1e-12))
+
+
+def _describe(to: Projection, module: Any, dtype: torch.dtype, kept: list[Any]) -> None:  # noqa: ANN401
+    to.in_features, to.out_features = module.in_features, module.out_features
+    if isinstance(module, NativeLinear):
+        filled = module.filled()
+        kept.append((module, filled))
+        to.packed = ctypes.pointer(filled)
+        return
+    weight = module.weight.detach().to(dtype).contiguous()
+    kept.append(weight)
+    to.weight = weight.data_ptr()
+    if module.bias is not None:
+        kept.append(module.bias.detach().float().contiguous())
+        to.bias = kept[-1].data_ptr()
+
+
+def _same_rows(one: Any, other: Any) -> bool:  # noqa: ANN401 - modules of either kind
+    """Say whether two layers read x alike, so that it is gathered once for both."""
+    if not isinstance(one, NativeLinear) or not isinstance(other, NativeLinear):
+        return type(one) is type(other)
+    names = ("rows", "segment_units")
+    return one.bits == other.bits and all(
+        torch.equal(getattr(one, name), getattr(other, name)) for name in names
+    )
+
+
+def _find(owner: Any, path: str) -> Any:  # noqa: ANN401
+    for name in path.split("."):
+        owner = getattr(owner, name, None)
+    return owner
+
+
+def _watch(watched: list[tuple[Any, ...]], owner: Any, path: str, tensor: torch.Tensor) -> None:  # noqa: ANN401
+    parent, _, name = path.rpartition(".")
+    modules = owner.get_submodule(parent)._modules  # noqa: SLF001 - the dictionary that is changed when a module is replaced
+    watched.append((modules, name, modules[name], tensor, tensor.data_ptr()))
+
+
+def _is_roomy(cache: Any, layers: int) -> bool:  # noqa: ANN401 - transformers' caches
+    """Say whether a cache is one the step writes; transformers' plain layers are given room."""
+    if type(cache) is not DynamicCache or len(cache.layers) != layers:
+        return False
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer:
+            _make_roomy(layer)
+        elif type(layer) is not RoomyLayer:
+            return False
+    return True
+
+
+def _make_roomy(layer: Any) -> None:  # noqa: ANN401 - a DynamicLayer
+    """Turn transformers' own layer of a cache into one with room, keeping what it holds."""
+    keys, values = layer.__dict__.pop("keys", None), layer.__dict__.pop("values", None)
+    layer.__class__ = RoomyLayer
+    if keys is not None and keys.numel():
+        layer.room = torch.stack((keys, values))
+        layer.length = keys.shape[-2]

@@ -1,0 +1,200 @@
+"""The native decoding step against transformers' own forward, on small random models."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gptq_loader_kernels._native import find_library
+from gptq_loader_plugin.conformance.layers import Case, make_layer
+from gptq_loader_plugin.device import find_device
+from gptq_loader_plugin.generate import generate_pieces
+from gptq_loader_plugin.kv_cache import KeptCache, RoomyLayer, make_cache
+from gptq_loader_plugin.options import GenerateOptions
+
+pytestmark = pytest.mark.skipif(find_library() is None, reason="the native library was not built")
+
+SHAPE = {
+    "hidden_size": 128, "intermediate_size": 224, "num_hidden_layers": 2, "vocab_size": 300,
+    "num_attention_heads": 4, "max_position_embeddings": 512, "head_dim": 32,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2},
+    "llama-biased": {"num_key_value_heads": 4, "attention_bias": True, "model_type": "llama"},
+    "llama-scaled": {
+        "num_key_value_heads": 2, "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "rope_theta": 1e4,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+        },
+    },
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 9},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 1},
+}  # fmt: skip
+
+
+def build(family: str, *, dtype: torch.dtype = torch.float32, bits: int | None = 4) -> Any:
+    """Build a random model; with bits, its linears packed by the native kernel."""
+    from gptq_loader_kernels.cpu import CpuKernel
+
+    torch.manual_seed(0)
+    fields = SHAPE | FAMILIES[family]
+    config = AutoConfig.for_model(fields.pop("model_type", family), **fields)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            parameter.data = torch.randn(parameter.shape).mul(0.3).add(1).to(dtype)
+    if bits is not None:
+        for name, linear in list(model.model.named_modules()):
+            if isinstance(linear, torch.nn.Linear):
+                case = Case(
+                    bits=bits, group_size=32, rows=linear.in_features, columns=linear.out_features,
+                    sym=False, bias=linear.bias is not None,
+                )  # fmt: skip
+                spec, packed, _ = make_layer(case)
+                module = CpuKernel().prepare(spec, packed, find_device("cpu"))
+                model.model.set_submodule(name, module)
+    return model.requires_grad_(requires_grad=False)
+
+
+def install(model: Any) -> Any:
+    """Install the step and give it."""
+    from gptq_loader_kernels._native_step import install
+
+    assert install(model) is None
+    return model.model.forward.__self__
+
+
+@torch.inference_mode()
+def by_steps(model: Any, ids: torch.Tensor, first: int, sizes: tuple[int, ...]) -> torch.Tensor:
+    """Read a prompt at once, then the rest in steps; give all logits after the prompt."""
+    from gptq_loader_kernels._native_step import CACHE
+
+    cache = {CACHE: make_cache(model), "use_cache": True}
+    parts = [model(input_ids=part, **cache).logits for part in ids.split((first, *sizes), dim=1)]
+    return torch.cat(parts[1:], dim=1)
+
+
+@pytest.mark.parametrize("bits", [None, 3, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_answers_as_transformers_does(family: str, bits: int | None) -> None:
+    model = build(family, bits=bits)
+    ids = torch.randint(0, 300, (1, 30), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = model(input_ids=ids).logits[:, 12:]
+    step = install(model)
+    before = step.steps
+    got = by_steps(model, ids, 12, (1, 1, 2, 8, 5, 1))
+    assert step.steps - before == 6
+    torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_a_bfloat16_step_is_no_further_from_float32_than_transformers() -> None:
+    ids = torch.randint(0, 300, (1, 24), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        exact = build("llama", bits=4)(input_ids=ids).logits[:, 12:]
+        model = build("llama", bits=4, dtype=torch.bfloat16)
+        plain = by_steps(model, ids, 12, (1,) * 12).float()
+    install(model)
+    got = by_steps(model, ids, 12, (1,) * 12).float()
+    assert (got - exact).norm() < 1.2 * (plain - exact).norm()
+
+
+def test_what_is_no_step_goes_to_transformers() -> None:
+    model = build("llama")
+    step = install(model)
+    taken, ids = step.steps, torch.arange(5)[None]
+    with torch.inference_mode():
+        model(input_ids=ids)  # no cache
+        model(input_ids=torch.arange(10).view(2, 5), use_cache=True)  # two sequences
+        model(input_ids=ids, use_cache=True, output_hidden_states=True)
+        mask = torch.tensor([[0, 1, 1, 1, 1]])
+        model(input_ids=ids, use_cache=True, attention_mask=mask)
+    assert step.steps == taken
+
+
+def test_a_changed_model_is_seen() -> None:
+    model = build("llama")
+    step = install(model)
+    ids = torch.arange(20)[None]
+    other = build("llama", bits=None).model.layers[0].mlp.up_proj
+    model.model.layers[0].mlp.up_proj = other
+    with torch.inference_mode():
+        expected = model(input_ids=ids).logits[:, 12:]
+    taken = step.steps
+    torch.testing.assert_close(by_steps(model, ids, 12, (1,) * 8), expected, rtol=2e-4, atol=2e-4)
+    assert step.steps == taken + 8
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(by_steps(copied, ids, 12, (1,) * 8), expected, rtol=2e-4, atol=2e-4)
+    model.model.layers[1].mlp.down_proj = torch.nn.Sequential(model.model.layers[1].mlp.down_proj)
+    taken = step.steps
+    torch.testing.assert_close(by_steps(model, ids, 12, (1,) * 8), expected, rtol=2e-4, atol=2e-4)
+    assert step.steps == taken  # transformers' way: a part is none the library knows
+
+
+def test_transformers_generate_takes_steps_and_answers_the_same() -> None:
+    model = build("llama")
+    ids = torch.arange(3, 12)[None]
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **options)
+    step = install(model)
+    taken = step.steps
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert step.steps > taken
+
+
+class Letters:
+    """A tokenizer of one letter a token."""
+
+    def decode(self, tokens: list[int], **_: object) -> str:
+        """Join the letters."""
+        return "".join(chr(97 + it % 26) for it in tokens)
+
+
+def test_a_turn_reads_only_what_is_new() -> None:
+    model = build("llama")
+    read: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _module, _args, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    kept = KeptCache()
+
+    def reply(ids: list[int]) -> str:
+        read.clear()
+        pieces = generate_pieces(
+            model, Letters(), ids, GenerateOptions(temperature=0), max_new_tokens=4, stop=(),  # type: ignore[arg-type]
+            stop_ids=frozenset(), kept=kept,
+        )  # fmt: skip
+        return "".join(it.text for it in pieces)
+
+    first = list(range(40))
+    reply(first)
+    assert read == [40, 1, 1, 1]
+    again = [*first, 7, 8, 9]
+    answer = reply(again)
+    assert read == [3, 1, 1, 1]
+    kept.clear()
+    assert reply(again) == answer
+    assert read[0] == 43
+    reply(first[:20])  # shorter: all of it is held, and its last token is read for its logits
+    assert read[0] == 1
+
+
+def test_a_cache_grows_and_is_cut_short() -> None:
+    layer = RoomyLayer()
+    keys = torch.randn(1, 2, 700, 8)
+    for part in keys.split(90, dim=2):
+        all_keys, all_values = layer.update(part, -part)
+    assert torch.equal(all_keys, keys)
+    assert torch.equal(all_values, -keys)
+    layer.crop(-100)
+    assert layer.get_seq_length() == 600
+    assert layer.keys is not None
+    assert torch.equal(layer.keys, keys[:, :, :600])
+    layer.reset()
+    assert layer.get_seq_length() == 0
