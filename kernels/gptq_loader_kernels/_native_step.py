@@ -104,9 +104,9 @@ class RowsLinear(nn.Linear):
         made.weight, made.isa = linear.weight, isa
         return made
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name
         """Multiply: x [..., in_features] -> [..., out_features]."""
-        weight = self.weight
+        x, weight = input, self.weight
         rows = x.numel() // self.in_features
         plain = weight.is_contiguous() and weight.device.type == x.device.type == "cpu"
         same = weight.dtype == x.dtype and x.dtype in TYPES
