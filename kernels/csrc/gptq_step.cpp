@@ -157,9 +157,8 @@ struct Sight {
   const float* q;        // [head_dim], scaled
   const void* keys;      // [..][head_dim] of the cache, of this head
   const void* values;
-  const float* new_keys;  // [..][new_stride], those of this step
+  const float* new_keys;  // [..][head_dim], those of this step
   const float* new_values;
-  int64_t new_stride;
   int64_t start, past, end;  // positions start..past are in the cache, past..end new
   int head_dim;
   float* scores;  // [end - start + LANES]
@@ -178,7 +177,7 @@ INLINE void see(const Sight& s, int vectors) {
     for (int v = 0; v < count; v++) {
       floats key;
       if (p < s.past) load<TYPE>(s.keys, p * dim + v * LANES, key);
-      else load<FLOAT32>(s.new_keys, (p - s.past) * s.new_stride + v * LANES, key);
+      else load<FLOAT32>(s.new_keys, (p - s.past) * dim + v * LANES, key);
       sum += q[v] * key;
     }
     *score++ = total(sum);
@@ -206,7 +205,7 @@ INLINE void see(const Sight& s, int vectors) {
     for (int v = 0; v < count; v++) {
       floats value;
       if (p < s.past) load<TYPE>(s.values, p * dim + v * LANES, value);
-      else load<FLOAT32>(s.new_values, (p - s.past) * s.new_stride + v * LANES, value);
+      else load<FLOAT32>(s.new_values, (p - s.past) * dim + v * LANES, value);
       y[v] += weight * value;
     }
   }
@@ -389,7 +388,7 @@ struct Worker {
   int thread, threads;
   float* normed;       // [m][hidden]
   float* tile;         // [m][COLUMNS], twice
-  float* key;          // [m][head_dim]
+  float* key;          // [m][head_dim], and as many values
   float* scores;
   void* input;         // for make_ready
 
@@ -424,6 +423,7 @@ struct Worker {
     team.meet();
     const int dim = model.head_dim, each = model.heads / model.kv_heads;
     const int64_t q_stride = int64_t(model.heads) * dim, kv_stride = int64_t(model.kv_heads) * dim;
+    float* value = key + m * dim;
     int made = -1;
     for (int64_t head = from(model.heads); head < to(model.heads); head++) {
       const int kv = int(head / each);
@@ -433,6 +433,7 @@ struct Worker {
           memcpy(k, shared.k + row * kv_stride + kv * dim, sizeof(float) * dim);
           if (block.k_norm) BEST(norm, model.isa, k, block.k_norm, dim, model.eps, k);
           rotate(k, cos + row * dim, sin + row * dim, dim);
+          memcpy(value + row * dim, shared.v + row * kv_stride + kv * dim, sizeof(float) * dim);
         }
         made = kv;
       }
@@ -440,7 +441,7 @@ struct Worker {
         for (int64_t row = 0; row < m; row++) {
           const int64_t at = (kv * block.capacity + past + row) * dim;
           keep(block.keys, at, key + row * dim, dim, model.type);
-          keep(block.values, at, shared.v + row * kv_stride + kv * dim, dim, model.type);
+          keep(block.values, at, value + row * dim, dim, model.type);
         }
       for (int64_t row = 0; row < m; row++) {
         float* q = shared.q + row * q_stride + head * dim;
@@ -451,22 +452,13 @@ struct Worker {
         const int64_t start = block.window ? std::max<int64_t>(0, end - block.window) : 0;
         const int64_t size = model.type == FLOAT32 ? 4 : 2, head_at = kv * block.capacity * dim * size;
         const Sight sight{q, static_cast<const char*>(block.keys) + head_at,
-                          static_cast<const char*>(block.values) + head_at, key, shared.v + kv * dim, 0,
-                          start, past, end, dim, scores, shared.seen + row * q_stride + head * dim};
-        see_new(sight, dim, kv_stride);
+                          static_cast<const char*>(block.values) + head_at, key, value, start, past, end,
+                          dim, scores, shared.seen + row * q_stride + head * dim};
+        BEST(see, model.isa, sight, model.type);
       }
     }
     team.meet();
     add(block.o, shared.seen);
-  }
-
-  // The new keys are packed by head, the new values lie as projected: bring the values to one stride.
-  void see_new(Sight sight, int dim, int64_t kv_stride) {
-    float* values = key + m * dim;
-    for (int64_t row = 0; row < m; row++) memcpy(values + row * dim, sight.new_values + row * kv_stride, sizeof(float) * dim);
-    sight.new_values = values;
-    sight.new_stride = dim;
-    BEST(see, model.isa, sight, model.type);
   }
 
   void feed(const GptqBlock& block) {

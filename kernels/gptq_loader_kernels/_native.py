@@ -9,8 +9,13 @@ from enum import IntEnum
 from pathlib import Path
 
 __all__ = [
+    "NORMS",
+    "PARTS",
+    "Block",
     "Isa",
     "Layer",
+    "Model",
+    "Projection",
     "find_library",
     "held_bits",
     "load_library",
@@ -50,6 +55,66 @@ class Layer(ctypes.Structure):
         ("zeros", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
     )
+
+
+class Projection(ctypes.Structure):
+    """`GptqProjection` of gptq_step.cpp."""
+
+    _fields_ = (
+        ("packed", ctypes.POINTER(Layer)),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("in_features", ctypes.c_int32),
+        ("out_features", ctypes.c_int32),
+        ("same_rows", ctypes.c_int32),
+    )
+
+
+PARTS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+NORMS = {
+    "input_norm": "input_layernorm",
+    "inner_norm": "post_attention_layernorm",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+}
+
+
+class Block(ctypes.Structure):
+    """`GptqBlock` of gptq_step.cpp."""
+
+    _fields_ = (
+        *((name, Projection) for name in PARTS),
+        *((name, ctypes.c_void_p) for name in NORMS),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("capacity", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+    )
+
+
+class Model(ctypes.Structure):
+    """`GptqModel` of gptq_step.cpp."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "blocks", "hidden", "heads", "kv_heads", "head_dim", "inner", "type", "isa",
+            )
+        ),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("norm", ctypes.c_void_p),
+        ("block", ctypes.POINTER(Block)),
+    )  # fmt: skip
 
 
 def held_bits(bits: int) -> int:

@@ -7,6 +7,7 @@ few new tokens of one sequence, and everything else goes to transformers. Import
 from __future__ import annotations
 
 import ctypes
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +15,20 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from gptq_loader_kernels._native import Isa, Layer, load_library
+from gptq_loader_kernels._native import (
+    NORMS,
+    PARTS,
+    Block,
+    Isa,
+    Model,
+    Projection,
+    load_library,
+)
 from gptq_loader_kernels._native_linear import TYPES, NativeLinear
 from gptq_loader_plugin.kv_cache import RoomyLayer, make_cache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 __all__ = ["NativeStep", "RowsLinear", "install"]
 
@@ -30,66 +39,6 @@ PROBE_TOKENS = 6
 # A bfloat16 step keeps float32 between products, where transformers rounds: 1e-2 to 3e-2 measured.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 8e-2}
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-
-
-class Projection(ctypes.Structure):
-    """`GptqProjection` of gptq_step.cpp."""
-
-    _fields_ = (
-        ("packed", ctypes.POINTER(Layer)),
-        ("weight", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("in_features", ctypes.c_int32),
-        ("out_features", ctypes.c_int32),
-        ("same_rows", ctypes.c_int32),
-    )
-
-
-PARTS = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-NORMS = {
-    "input_norm": "input_layernorm",
-    "inner_norm": "post_attention_layernorm",
-    "q_norm": "self_attn.q_norm",
-    "k_norm": "self_attn.k_norm",
-}
-
-
-class Block(ctypes.Structure):
-    """`GptqBlock` of gptq_step.cpp."""
-
-    _fields_ = (
-        *((name, Projection) for name in PARTS),
-        *((name, ctypes.c_void_p) for name in NORMS),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("capacity", ctypes.c_int64),
-        ("window", ctypes.c_int64),
-    )
-
-
-class Model(ctypes.Structure):
-    """`GptqModel` of gptq_step.cpp."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_int32)
-            for name in (
-                "blocks", "hidden", "heads", "kv_heads", "head_dim", "inner", "type", "isa",
-            )
-        ),
-        ("eps", ctypes.c_float),
-        ("scale", ctypes.c_float),
-        ("norm", ctypes.c_void_p),
-        ("block", ctypes.POINTER(Block)),
-    )  # fmt: skip
 
 
 class RowsLinear(nn.Linear):
@@ -134,21 +83,28 @@ class NativeStep:
         self.decoder = decoder
         self.otherwise: Callable[..., Any] = decoder.forward
         self.steps = 0  # taken natively
-        self._built: tuple[Model, Any, list[Any], list[tuple[Any, ...]]] | None = None
+        self._built: tuple[Model, Any, list[Any], _Watch] | None = None
+        self._lock = threading.Lock()  # the library is told of one cache at a time
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what points into memory: a copy points into its own."""
-        return {**self.__dict__, "_built": None}
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"} | {
+            "_built": None
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, with a lock of its own."""
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - transformers' forward
         """Run a step natively where it is one, else the decoder's own forward."""
-        fit = None if args else self._fit(kwargs)
-        if fit is None:
-            return self.otherwise(*args, **kwargs)
-        x, cache, past = fit
-        y = self._run(x, cache, past)
-        self.steps += 1
-        return BaseModelOutputWithPast(last_hidden_state=y, **{CACHE: cache})
+        with self._lock:
+            fit = None if args else self._fit(kwargs)
+            if fit is not None:
+                y = self._run(*fit)
+                self.steps += 1
+                return BaseModelOutputWithPast(last_hidden_state=y, **{CACHE: fit[1]})
+        return self.otherwise(*args, **kwargs)
 
     def _fit(self, given: dict[str, Any]) -> tuple[torch.Tensor, Any, int] | None:  # noqa: PLR0911 - one for each reason
         """Give embeddings [1, m, hidden], the cache and its length, where this is a native step."""
@@ -166,7 +122,10 @@ class NativeStep:
         shape = (ids if embedded is None else embedded).shape
         if shape[0] != 1 or not 0 < shape[1] <= MOST_TOKENS:
             return None
-        if not _is_roomy(cache, len(self.decoder.layers)):
+        x = self.decoder.embed_tokens(ids) if embedded is None else embedded
+        if x.dtype not in TYPES or x.device.type != "cpu":
+            return None
+        if not _is_roomy(cache, len(self.decoder.layers), x.dtype):
             return None
         past: int = cache.layers[0].length
         end = past + shape[1]
@@ -174,10 +133,7 @@ class NativeStep:
             return None
         if positions is not None and positions.flatten().tolist() != list(range(past, end)):
             return None
-        x = self.decoder.embed_tokens(ids) if embedded is None else embedded
-        if x.dtype not in TYPES or x.device.type != "cpu" or not self._build(x.dtype):
-            return None
-        return x.contiguous(), cache, past
+        return (x.contiguous(), cache, past) if self._build(x.dtype) else None
 
     def _run(self, x: torch.Tensor, cache: Any, past: int) -> torch.Tensor:  # noqa: ANN401
         built = self._built
@@ -192,7 +148,6 @@ class NativeStep:
             block.capacity = room.shape[3]
             block.keys = room.data_ptr()
             block.values = room.data_ptr() + room.stride(0) * room.element_size()
-            layer.length = past + tokens
         positions = torch.arange(past, past + tokens)[None]
         cos, sin = self.decoder.rotary_emb(x.float(), positions)
         cos, sin = cos.contiguous(), sin.contiguous()
@@ -203,27 +158,24 @@ class NativeStep:
         )  # fmt: skip
         if failed:
             raise RuntimeError(f"no memory for a step of {tokens} tokens")
+        for layer in cache.layers:
+            layer.length = past + tokens
         return y
 
     def _build(self, dtype: torch.dtype) -> bool:
         """Describe the decoder to the library, anew where something in it was changed."""
-        if self._built is not None and all(
-            modules.get(name) is module and tensor.data_ptr() == address
-            for modules, name, module, tensor, address in self._built[3]
-        ):
+        if self._built is not None and self._built[3].unchanged():
             return True
         self._built = None
         if why_not(self.decoder) is not None or self.decoder.norm.weight.dtype != dtype:
             return False
         decoder = self.decoder
         kept: list[Any] = []
-        watched: list[tuple[Any, ...]] = []
 
         def norm(owner: nn.Module, path: str) -> int | None:
             module = _find(owner, path)
             if module is None:
                 return None
-            _watch(watched, owner, path, module.weight)
             kept.append(module.weight.detach().float().contiguous())
             return int(kept[-1].data_ptr())
 
@@ -233,8 +185,6 @@ class NativeStep:
             for name, path in PARTS.items():
                 module = layer.get_submodule(path)
                 _describe(getattr(block, name), module, dtype, kept)
-                weight: Any = module.words if isinstance(module, NativeLinear) else module.weight
-                _watch(watched, layer, path, weight)
                 follows = name in {"k", "v", "up"} and _same_rows(before, module)
                 getattr(block, name).same_rows = follows
                 before = module
@@ -261,7 +211,7 @@ class NativeStep:
             norm=norm(decoder, "norm"),
             block=ctypes.cast(blocks, ctypes.POINTER(Block)),
         )
-        self._built = model, blocks, kept, watched
+        self._built = model, blocks, kept, _Watch(decoder)
         return True
 
 
@@ -273,19 +223,19 @@ def install(model: Any) -> str | None:  # noqa: ANN401 - a transformers model
     decoder: Any = getattr(model, "model", None)
     if (reason := why_not(decoder)) is not None:
         return reason
-    head = model.get_output_embeddings()
-    if type(head) is nn.Linear and head.bias is None:
-        model.set_output_embeddings(RowsLinear.of(head, Isa(load_library().gptq_isa())))
     step = NativeStep(decoder)
     decoder.forward = step.forward
     error = _difference(step)
     if error is None or not error <= TOLERANCE[decoder.norm.weight.dtype]:
         decoder.forward = step.otherwise
         return f"its first step differs from transformers' by {error:.1%}" if error else "no step"
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.bias is None:
+        model.set_output_embeddings(RowsLinear.of(head, Isa(load_library().gptq_isa())))
     return None
 
 
-def why_not(decoder: Any) -> str | None:  # noqa: ANN401, PLR0911 - one for each limit
+def why_not(decoder: Any) -> str | None:  # noqa: ANN401 - one for each limit
     """Say what keeps a decoder from stepping natively, in words."""
     kind = type(decoder).__name__
     if kind not in FAMILIES or not type(decoder).__module__.startswith("transformers.models."):
@@ -300,13 +250,19 @@ def why_not(decoder: Any) -> str | None:  # noqa: ANN401, PLR0911 - one for each
         return f"its hidden size {config.hidden_size} is not a multiple of {LANES}"
     if decoder.norm.weight.dtype not in TYPES:
         return f"it is in {decoder.norm.weight.dtype}; the step takes bfloat16 and float32"
+    return _changed(decoder)
+
+
+def _changed(decoder: Any) -> str | None:  # noqa: ANN401
+    """Say which part of a decoder is not as transformers and the native kernel make it."""
     for layer in decoder.layers:
         for path in PARTS.values():
             module = _find(layer, path)
             if not isinstance(module, NativeLinear) and type(module) is not nn.Linear:
                 return f"{path} is multiplied by another kernel"
-            if module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001 - torch has no other way to tell
-                return f"something watches {path}"
+    for module in _inside(decoder):
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:  # noqa: SLF001 - torch has no other way to tell
+            return f"something watches a {type(module).__name__} of it"
     return None
 
 
@@ -358,13 +314,50 @@ def _find(owner: Any, path: str) -> Any:  # noqa: ANN401
     return owner
 
 
-def _watch(watched: list[tuple[Any, ...]], owner: Any, path: str, tensor: torch.Tensor) -> None:  # noqa: ANN401
-    parent, _, name = path.rpartition(".")
-    modules = owner.get_submodule(parent)._modules  # noqa: SLF001 - the dictionary that is changed when a module is replaced
-    watched.append((modules, name, modules[name], tensor, tensor.data_ptr()))
+class _Watch:
+    """Everything of a decoder that a step was built from, to see when some of it is changed.
+
+    Asked once a token, so it is lists of dictionaries: modules and tensors by name, tensors'
+    addresses, and hooks.
+    """
+
+    def __init__(self, decoder: Any) -> None:  # noqa: ANN401
+        inside = list(_inside(decoder))
+        self.held = [
+            (held, name, value)
+            for module in (decoder, *inside)
+            for held in (module._modules, module._parameters, module._buffers)  # noqa: SLF001 - what assigning to a module changes
+            for name, value in held.items()
+        ]
+        self.addresses = [
+            (value, value.data_ptr())
+            for _, _, value in self.held
+            if isinstance(value, torch.Tensor)
+        ]
+        self.hooks = [
+            hooks
+            for module in inside
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)  # noqa: SLF001
+        ]
+        self.own = [module.__dict__ for module in inside]
+
+    def unchanged(self) -> bool:
+        """Say whether all of it is as it was."""
+        return (
+            not any(self.hooks)
+            and not any("forward" in own for own in self.own)
+            and all(held.get(name) is value for held, name, value in self.held)
+            and all(tensor.data_ptr() == address for tensor, address in self.addresses)
+        )
 
 
-def _is_roomy(cache: Any, layers: int) -> bool:  # noqa: ANN401 - transformers' caches
+def _inside(decoder: Any) -> Iterator[nn.Module]:  # noqa: ANN401
+    """Go through the modules whose place a step takes."""
+    yield from decoder.layers.modules()
+    yield decoder.norm
+
+
+def _is_roomy(cache: Any, layers: int, dtype: torch.dtype) -> bool:  # noqa: ANN401 - transformers' caches
     """Say whether a cache is one the step writes; transformers' plain layers are given room."""
     if type(cache) is not DynamicCache or len(cache.layers) != layers:
         return False
@@ -372,6 +365,9 @@ def _is_roomy(cache: Any, layers: int) -> bool:  # noqa: ANN401 - transformers' 
         if type(layer) is DynamicLayer:
             _make_roomy(layer)
         elif type(layer) is not RoomyLayer:
+            return False
+        room: torch.Tensor | None = layer.room  # type: ignore[attr-defined]
+        if room is not None and (room.dtype != dtype or room.shape[1] != 1):
             return False
     return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -135,6 +136,61 @@ def test_a_changed_model_is_seen() -> None:
     taken = step.steps
     torch.testing.assert_close(by_steps(model, ids, 12, (1,) * 8), expected, rtol=2e-4, atol=2e-4)
     assert step.steps == taken  # transformers' way: a part is none the library knows
+
+
+def test_whatever_is_changed_later_is_seen() -> None:
+    model = build("llama")
+    step = install(model)
+    ids = torch.arange(20)[None]
+    by_steps(model, ids, 12, (1,) * 8)
+    layers = model.model.layers
+    seen: list[int] = []
+    hook = layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+    taken = step.steps
+    by_steps(model, ids, 12, (1,) * 8)
+    hook.remove()
+    assert (step.steps, len(seen)) == (taken, 9)
+
+    def changes_are_followed() -> None:
+        with torch.inference_mode():
+            expected = model(input_ids=ids).logits[:, 12:]
+        got = by_steps(model, ids, 12, (1,) * 8)
+        torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+
+    layers[0].input_layernorm.weight = torch.nn.Parameter(torch.rand(128), requires_grad=False)
+    changes_are_followed()
+    layers[1].self_attn.o_proj.words = torch.flip(layers[1].self_attn.o_proj.words, (0,))
+    changes_are_followed()
+    layers[0] = build("llama", bits=3).model.layers[1]
+    layers[0].self_attn.layer_idx = 0
+    changes_are_followed()
+    assert step.steps == taken + 24
+
+
+def test_two_replies_at_a_time_do_not_mix() -> None:
+    model = build("llama")
+    install(model)
+    prompts = [
+        torch.randint(0, 300, (1, 60), generator=torch.Generator().manual_seed(i)) for i in range(4)
+    ]
+    alone = [by_steps(model, ids, 10, (1,) * 50) for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda ids: by_steps(model, ids, 10, (1,) * 50), prompts * 4))
+    for got, expected in zip(together, alone * 4, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_step_that_differs_is_undone() -> None:
+    from gptq_loader_kernels import _native_step
+
+    model = build("llama", bits=None)
+    model.model.layers[0].self_attn.scaling = 0.5  # the step takes the first layer's for all
+    plain, head = model.model.forward, model.lm_head
+    reason = _native_step.install(model)
+    assert reason is not None
+    assert "differs" in reason
+    assert model.model.forward == plain
+    assert model.lm_head is head
 
 
 def test_transformers_generate_takes_steps_and_answers_the_same() -> None:
