@@ -88,6 +88,10 @@ class RoomyLayer(DynamicLayer):
         """Count the positions that are filled."""
         return self.length
 
+    def reset(self) -> None:
+        """Forget every position; transformers of before 5.24 would fill them with zeros."""
+        self.room, self.length, self.is_initialized = None, 0, False
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last -n positions; a positive n is how many are left (transformers' way)."""
         left = self.length + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
