@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from glob import glob
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -37,7 +38,7 @@ setup(
     else [
         Extension(
             NAME,
-            ["kernels/csrc/gptq_cpu.cpp", "kernels/csrc/gptq_step.cpp"],
+            sorted(glob("kernels/csrc/*.cpp")),
             depends=["kernels/csrc/gptq_cpu.h"],
             language="c++",
             extra_compile_args=[*ARGUMENTS, *OPENMP],

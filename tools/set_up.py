@@ -15,6 +15,7 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
+SOURCES = os.path.join(ROOT, "kernels", "csrc")
 LOG = os.path.join(VENV, "set_up.log")
 OLDEST = (3, 11)
 # Alone and first: resolved together with the rest, another torch may come with gigabytes of CUDA.
@@ -76,9 +77,7 @@ def fingerprint(target):
         for path in (
             ("pyproject.toml",),
             ("setup.py",),
-            ("kernels", "csrc", "gptq_cpu.cpp"),
-            ("kernels", "csrc", "gptq_cpu.h"),
-            ("kernels", "csrc", "gptq_step.cpp"),
+            *(("kernels", "csrc", it) for it in sorted(os.listdir(SOURCES))),
             ("tools", "set_up.py"),
         )
     )

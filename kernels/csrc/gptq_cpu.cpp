@@ -411,6 +411,19 @@ void multiply_bits(const GptqLayer& layer, int64_t tile, int64_t m, int count, c
   }
 }
 
+void store(const GptqLayer& layer, int64_t tile, int64_t m, const float* from, void* y, int type) {
+  const int64_t first = tile * COLUMNS, left = layer.out_features - first;
+  const int count = left < COLUMNS ? int(left) : COLUMNS;
+  const int64_t to = m * layer.out_features + first;
+  for (int c = 0; c < count; c++) {
+    const float value = layer.bias ? from[c] + layer.bias[first + c] : from[c];
+    if (type == FLOAT32)
+      static_cast<float*>(y)[to + c] = value;
+    else
+      static_cast<uint16_t*>(y)[to + c] = to_bfloat16(value);
+  }
+}
+
 }  // namespace gptq
 
 namespace {
@@ -431,19 +444,6 @@ void unpack_bits(const GptqLayer& layer, int64_t tile, void* w, int64_t stride, 
     case 3: return unpack<3>(layer, tile, w, stride, type, isa);
     case 4: return unpack<4>(layer, tile, w, stride, type, isa);
     default: return unpack<8>(layer, tile, w, stride, type, isa);
-  }
-}
-
-void store(const GptqLayer& layer, int64_t tile, int64_t m, const float* from, void* y, int type) {
-  const int64_t first = tile * COLUMNS, left = layer.out_features - first;
-  const int count = left < COLUMNS ? int(left) : COLUMNS;
-  const int64_t to = m * layer.out_features + first;
-  for (int c = 0; c < count; c++) {
-    const float value = layer.bias ? from[c] + layer.bias[first + c] : from[c];
-    if (type == FLOAT32)
-      static_cast<float*>(y)[to + c] = value;
-    else
-      static_cast<uint16_t*>(y)[to + c] = to_bfloat16(value);
   }
 }
 

@@ -111,6 +111,9 @@ Gathered gathered_at(const GptqLayer& layer, int isa, int64_t m, void* memory);
 // Gather row `m` of x.
 void gather_row(const GptqLayer& layer, const void* x, int type, int64_t m, const Gathered& to);
 
+// Write a tile's sums [COLUMNS] as row `m` of y, with the bias.
+void store(const GptqLayer& layer, int64_t tile, int64_t m, const float* from, void* y, int type);
+
 // Multiply `count` (1 to ROWS) gathered rows from row `m` on by one tile: y [count][COLUMNS].
 void multiply_bits(const GptqLayer& layer, int64_t tile, int64_t m, int count, const Gathered& x, float* y);
 

@@ -176,6 +176,12 @@ def load_library() -> ctypes.CDLL:
     library.gptq_matmul.restype = number
     library.gptq_unpack.argtypes = (pointer, count, count, pointer, number, number, number)
     library.gptq_unpack.restype = None
+    library.gptq_amx.argtypes = ()
+    library.gptq_amx.restype = number
+    library.gptq_gemm.argtypes = (pointer, pointer, number, pointer, count, number, number)
+    library.gptq_gemm.restype = number
+    library.gptq_int8.argtypes = (pointer, pointer, pointer, count, number)
+    library.gptq_int8.restype = number
     library.gptq_step.argtypes = (pointer, pointer, pointer, pointer, count, count, pointer, number)
     library.gptq_step.restype = number
     library.gptq_rows.argtypes = (pointer,) * 3 + (count,) * 3 + (number,) * 3

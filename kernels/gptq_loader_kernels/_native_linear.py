@@ -24,8 +24,13 @@ if TYPE_CHECKING:
 __all__ = ["NativeLinear"]
 
 SEGMENT_ROWS = 256  # of a group, summed before they are scaled: bounds what cancels
+# Rows of x from which a float32 weight is unpacked for torch's matmul (docs/decisions/native-cpu.md).
 UNPACK_FROM = {Isa.PLAIN: 16, Isa.AVX2: 32, Isa.AVX512: 192}
-UNPACK_FROM_AMX = 24
+# Rows of bfloat16 from which panels of the weight are unpacked: with the matrix unit, one row's tile of
+# it costs what packed products of 5 rows do, of 3 at 8 bits, for 576x576 to 4096x4096; without, decoding
+# a panel pays from some 32 rows on (the same page).
+PANELS_FROM_AMX = {2: 5, 3: 5, 4: 5, 8: 3}
+PANELS_FROM = 32
 UNPACKED_BYTES = 16 << 20  # of weights unpacked at a time: they stay in a large cache
 _kept = threading.local()
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -41,8 +46,9 @@ class NativeLinear(torch.nn.Module):
         packed: the layer, of 2, 3, 4 or 8 bits; 5, 6 and 7 are widened to 8.
         in_features: the length of x.
         out_features: the length of y.
-        amx: whether torch multiplies bfloat16 by the processor's matrix unit.
         isa: the code to run, by default the best the processor has.
+        amx: whether to multiply many rows by the processor's matrix unit, by default where it can.
+        int8: round x to 8 bits and multiply integers, in bfloat16's place.
     """
 
     def __init__(
@@ -51,8 +57,9 @@ class NativeLinear(torch.nn.Module):
         *,
         in_features: int,
         out_features: int,
-        amx: bool = False,
         isa: Isa | None = None,
+        amx: bool | None = None,
+        int8: bool = False,
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -60,11 +67,10 @@ class NativeLinear(torch.nn.Module):
         self.bits = held_bits(packed.bits)
         self._library = load_library()
         self._isa = Isa(self._library.gptq_isa()) if isa is None else isa
-        # Rows of x from which the weight is unpacked for torch's matmul; without AMX, the bfloat16
-        # code is faster than torch's for any number of them (docs/decisions/native-cpu.md).
-        whole = UNPACK_FROM[min(self._isa, Isa.AVX512)]
-        narrow = (UNPACK_FROM_AMX if amx else None) if self._isa == Isa.BF16 else whole
-        self.unpack_from = {torch.float32: whole, torch.bfloat16: narrow}
+        self._amx = bool(self._library.gptq_amx()) if amx is None else amx
+        self._int8 = int8
+        self.unpack_from = UNPACK_FROM[min(self._isa, Isa.AVX512)]
+        self.panels_from = PANELS_FROM_AMX[self.bits] if self._amx else PANELS_FROM
         self._layer: Layer | None = None
         rows, segment_units, segment_group = _lay_out(packed.g_idx, self.bits)
         # Numbers are kept as raw bits: a model's .to(dtype) must not change them.
@@ -89,27 +95,33 @@ class NativeLinear(torch.nn.Module):
         if x.dtype not in TYPES:
             y: torch.Tensor = self(x.float())
             return y.to(x.dtype)
+        if self._int8 and x.dtype != torch.bfloat16:
+            rounded: torch.Tensor = self(x.bfloat16())
+            return rounded.to(x.dtype)
         flat = x.reshape(-1, self.in_features).contiguous()
         if flat.device.type != "cpu":
             raise RuntimeError(f"this layer was prepared for the CPU; its input is on {x.device}")
-        unpack_from = self.unpack_from[x.dtype]
-        if unpack_from is not None and flat.shape[0] >= unpack_from:
+        rows = flat.shape[0]
+        panels = x.dtype == torch.bfloat16 and self._isa == Isa.BF16
+        if not panels and not self._int8 and x.dtype == torch.float32 and rows >= self.unpack_from:
             return self._unpacked(flat).view(*x.shape[:-1], self.out_features)
-        out = torch.empty(flat.shape[0], self.out_features, dtype=x.dtype)
-        isa = self._isa
-        if isa == Isa.BF16 and x.dtype == torch.float32:
-            isa = Isa.AVX512
-        failed = self._library.gptq_matmul(
-            ctypes.addressof(self.filled()),
-            flat.data_ptr(),
-            out.data_ptr(),
-            flat.shape[0],
-            TYPES[x.dtype],
-            isa,
-            torch.get_num_threads(),
-        )
+        out = torch.empty(rows, self.out_features, dtype=x.dtype)
+        layer, read, written = ctypes.addressof(self.filled()), flat.data_ptr(), out.data_ptr()
+        threads = torch.get_num_threads()
+        if self._int8:
+            failed = self._library.gptq_int8(layer, read, written, rows, threads)
+        elif panels and rows >= self.panels_from:
+            layers, outs = ctypes.c_void_p(layer), ctypes.c_void_p(written)
+            failed = self._library.gptq_gemm(
+                ctypes.addressof(layers), ctypes.addressof(outs), 1, read, rows, self._amx, threads
+            )
+        else:
+            isa = self._isa if panels else min(self._isa, Isa.AVX512)
+            failed = self._library.gptq_matmul(
+                layer, read, written, rows, TYPES[x.dtype], isa, threads
+            )
         if failed:
-            raise RuntimeError(f"no memory for the activations of {flat.shape[0]} tokens")
+            raise RuntimeError(f"no memory for the activations of {rows} tokens")
         return out.view(*x.shape[:-1], self.out_features)
 
     def _unpacked(self, x: torch.Tensor) -> torch.Tensor:
@@ -138,7 +150,8 @@ class NativeLinear(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """Say the shape when printed."""
-        return f"{self.in_features}, {self.out_features}, {self.bits}-bit, {self._isa.name}"
+        code = "INT8" if self._int8 else self._isa.name + (" with AMX" if self._amx else "")
+        return f"{self.in_features}, {self.out_features}, {self.bits}-bit, {code}"
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what points into memory: a copy points into its own."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["CpuKernel", "gptq_kernels"]
 
 RANK = 70  # above cpu-int4 (50)
+INT8_RANK = 0  # below everything: by name alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class CpuKernel:
             return Declined(self.name, reason)
         if "avx512_bf16" in device.features:
             dtype, code = "bfloat16", "AVX512-BF16"
+            if "amx_bf16" in device.features:
+                code += " and AMX"
         else:
             dtype = "float32"
             code = next(
@@ -62,12 +65,8 @@ class CpuKernel:
         """Sort the rows by group and pack them as the library reads them."""
         from gptq_loader_kernels._native_linear import NativeLinear
 
-        return NativeLinear(
-            packed,
-            in_features=layer.in_features,
-            out_features=layer.out_features,
-            amx="amx_bf16" in device.features,
-        )
+        del device
+        return NativeLinear(packed, in_features=layer.in_features, out_features=layer.out_features)
 
     def finish(self, model: PreTrainedModel) -> str:
         """Have a Llama-like model decode in one native call a token; say so, or why not."""
@@ -77,6 +76,47 @@ class CpuKernel:
         if reason is None:
             return "decodes in native steps, one call a token"
         return f"decodes by transformers, layer by layer: {reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class CpuInt8Kernel:
+    """Multiply by the packed weight, activations rounded to 8 bits (kernels/csrc/gptq_int8.cpp).
+
+    Never chosen by itself: its answers are less exact (docs/decisions/int8.md).
+    """
+
+    name: str = "cpu-int8"
+
+    def consider(self, layer: LayerSpec, device: Device) -> Verdict:
+        """Accept every layer on a CPU with AVX512-VNNI and without something better."""
+        if device.type != "cpu":
+            return Declined(self.name, f"runs on a CPU; this is {device}")
+        if (reason := why_not()) is not None:
+            return Declined(self.name, reason)
+        if "avx512_vnni" not in device.features:
+            return Declined(self.name, "needs a CPU with AVX512-VNNI, and this one has none")
+        if "amx_bf16" in device.features:
+            return Declined(self.name, "this CPU has AMX: cpu is faster there, and more exact")
+        return Accepted(
+            self.name,
+            INT8_RANK,
+            dtype="bfloat16",
+            prepared_bytes=_prepared_bytes(layer),
+            note="weights stay packed; activations rounded to 8 bits, integer products",
+        )
+
+    def prepare(self, layer: LayerSpec, packed: PackedLinear, device: Device) -> torch.nn.Module:
+        """Sort the rows by group and pack them as the library reads them."""
+        from gptq_loader_kernels._native_linear import NativeLinear
+
+        del device
+        return NativeLinear(
+            packed, in_features=layer.in_features, out_features=layer.out_features, int8=True
+        )
+
+    def finish(self, model: PreTrainedModel) -> str:
+        """Have a Llama-like model decode in native steps, whose products are not rounded."""
+        return CpuKernel().finish(model)
 
 
 def _prepared_bytes(layer: LayerSpec) -> int:
@@ -94,5 +134,5 @@ def _prepared_bytes(layer: LayerSpec) -> int:
 
 @hookimpl
 def gptq_kernels() -> list[Kernel]:
-    """Offer the native kernel, and torch's operator for where it was not built."""
-    return [CpuKernel(), Int4Kernel()]
+    """Offer the native kernels, and torch's operator for where they were not built."""
+    return [CpuKernel(), CpuInt8Kernel(), Int4Kernel()]

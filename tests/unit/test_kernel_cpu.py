@@ -16,9 +16,10 @@ import torch
 from gptq_loader_kernels import _native
 from gptq_loader_kernels._int4 import Int4Kernel
 from gptq_loader_kernels._native import Isa, find_library, load_library
-from gptq_loader_kernels.cpu import CpuKernel
+from gptq_loader_kernels.cpu import CpuInt8Kernel, CpuKernel, gptq_kernels
 from gptq_loader_plugin.choose import choose
 from gptq_loader_plugin.conformance.layers import Case, make_layer
+from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.kernel import Accepted, Declined, Device
 from gptq_loader_plugin.plugins import Plugins
 
@@ -33,12 +34,14 @@ native = pytest.mark.skipif(find_library() is None, reason="no C++ compiler buil
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 2e-3}
 
 
-def module(case: Case, isa: Isa | None = None) -> tuple[NativeLinear, torch.Tensor, torch.Tensor]:
+def module(
+    case: Case, isa: Isa | None = None, **how: bool
+) -> tuple[NativeLinear, torch.Tensor, torch.Tensor]:
     """(the layer, its weight in float64 [N, K], its bias)."""
     from gptq_loader_kernels._native_linear import NativeLinear
 
     _, packed, weight = make_layer(case)
-    layer = NativeLinear(packed, in_features=case.rows, out_features=case.columns, isa=isa)
+    layer = NativeLinear(packed, in_features=case.rows, out_features=case.columns, isa=isa, **how)
     bias = torch.zeros(case.columns) if packed.bias is None else packed.bias
     return layer, weight, bias.double()
 
@@ -68,12 +71,92 @@ def test_every_code_path_is_right(isa: Isa, bits: int) -> None:
                 sym=group_size == 128, extreme_zeros=True, bias=True, layout=layout,
             )  # fmt: skip
             layer, weight, bias = module(case, isa)
-            for unpack_from in (None, 5):
-                layer.unpack_from = dict.fromkeys(layer.unpack_from, unpack_from)
+            for many_from in (1000, 5):
+                layer.unpack_from = layer.panels_from = many_from
                 for rows in (1, 2, 3, 4, 5, 70):
                     for dtype, most in TOLERANCE.items():
                         off = error(layer, weight, bias, random(rows, 384, dtype=dtype))
-                        assert off < most, (case, rows, unpack_from, dtype, off)
+                        assert off < most, (case, rows, many_from, dtype, off)
+
+
+@native
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("amx", [False, True])
+def test_panels_are_right(bits: int, amx: bool) -> None:
+    """Rows and depths that end inside a block, a pair of blocks, a run and a part of x."""
+    library = load_library()
+    if library.gptq_isa() < Isa.BF16 or (amx and not library.gptq_amx()):
+        pytest.skip(f"this processor has no {'AMX' if amx else 'AVX512-BF16'}")
+    for group_size, features, columns in (
+        (32, 256, 40), (-1, 160, 100), (16, 160, 64), (0, 320, 130), (128, 2080, 33),
+    ):  # fmt: skip
+        layer, weight, bias = module(
+            Case(
+                bits=bits, group_size=group_size, rows=features, columns=columns, sym=False,
+                extreme_zeros=True, bias=True,
+            ), amx=amx,
+        )  # fmt: skip
+        layer.panels_from = 1
+        for rows in (1, 15, 16, 17, 32, 33, 65, 530):
+            x = random(rows, features, dtype=torch.bfloat16)
+            assert error(layer, weight, bias, x) < TOLERANCE[torch.bfloat16], (features, rows)
+            alone = layer(x[-1:])  # by the code of another number of rows
+            assert torch.allclose(layer(x)[-1:], alone, rtol=1e-2, atol=1e-2)
+
+
+@native
+def test_an_unpacked_weight_is_rounded_once() -> None:
+    """What a panel holds is the dequantised weight in bfloat16, to the bit."""
+    if load_library().gptq_isa() < Isa.BF16:
+        pytest.skip("this processor has no AVX512-BF16")
+    from gptq_loader_kernels._native_linear import NativeLinear
+
+    for bits in (2, 3, 4, 8):
+        _, packed, _ = make_layer(Case(bits=bits, group_size=32, rows=96, columns=80, sym=False))
+        layer = NativeLinear(packed, in_features=96, out_features=80)
+        layer.panels_from = 1
+        one_at_a_time = layer(torch.eye(96, dtype=torch.bfloat16))
+        assert torch.equal(one_at_a_time, packed.dequantize(torch.bfloat16).t())
+
+
+@native
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_activations_in_8_bits(bits: int) -> None:
+    if "avx512_vnni" not in find_device("cpu").features:
+        pytest.skip("this processor has no AVX512-VNNI")
+    layout = "planar" if bits == 5 else "continuous"
+    for group_size in (-1, 16, 48, 128, 0):
+        case = Case(
+            bits=bits, group_size=group_size, rows=384, columns=200, sym=False, bias=True,
+            extreme_zeros=True, layout=layout,
+        )  # fmt: skip
+        layer, weight, bias = module(case, int8=True)
+        for rows in (1, 2, 3, 4, 5, 70):
+            for dtype in TOLERANCE:
+                off = error(layer, weight, bias, random(rows, 384, dtype=dtype))
+                assert off < 1.2e-2, (case, rows, dtype, off)
+        assert layer(torch.empty(0, 384)).shape == (0, 200)
+        x = torch.ones(3, 384, dtype=torch.bfloat16)
+        x[0, 5], x[1, 7] = torch.nan, torch.inf
+        answer = layer(x)
+        assert not answer[:2].isfinite().any()
+        assert answer[2].isfinite().all()
+
+
+def test_int8_is_only_for_who_asks() -> None:
+    spec, packed, _ = make_layer(Case())
+    vnni = {"avx512f", "avx512_vnni", "avx512_bf16"}
+    here = Device("cpu", features=frozenset(vnni))
+    declined = {
+        "none": CpuInt8Kernel().consider(spec, Device("cpu", features=frozenset({"avx2"}))),
+        "AMX": CpuInt8Kernel().consider(spec, Device("cpu", features=frozenset({*vnni, "amx_bf16"}))),
+    }  # fmt: skip
+    assert all(isinstance(it, Declined) for it in declined.values())
+    if find_library() is None:
+        return
+    assert [it.chosen.kernel for it in (choose(spec, here, gptq_kernels()),)] == ["cpu"]
+    chosen = choose(spec, here, gptq_kernels(), only="cpu-int8")
+    assert "8 bits" in chosen.chosen.note
 
 
 @native
@@ -84,27 +167,8 @@ def test_a_weight_too_large_for_the_cache_is_unpacked_in_parts(
     from gptq_loader_kernels import _native_linear
 
     monkeypatch.setattr(_native_linear, "UNPACKED_BYTES", 1)
-    layer.unpack_from = dict.fromkeys(layer.unpack_from, 1)
+    layer.unpack_from = 1
     assert error(layer, weight, bias, random(9, 256)) < 2e-6
-
-
-@native
-def test_it_unpacks_where_torch_is_faster() -> None:
-    from gptq_loader_kernels._native_linear import NativeLinear
-
-    _, packed, _ = make_layer(Case())
-    found = {
-        (isa, amx): tuple(
-            NativeLinear(
-                packed, in_features=256, out_features=96, isa=isa, amx=amx
-            ).unpack_from.values()
-        )
-        for isa in Isa
-        for amx in (False, True)
-    }
-    assert found[Isa.AVX2, False] == found[Isa.AVX2, True] == (32, 32)
-    assert found[Isa.BF16, False] == (192, None)
-    assert found[Isa.BF16, True] == (192, 24)
 
 
 @native

@@ -1,0 +1,521 @@
+// Many rows of bfloat16 by packed layers: y = x @ W.T + bias for a prompt.
+//
+// The weight of some columns is unpacked into a panel that stays in the cache of its core and is
+// multiplied by all rows of x, by the processor's matrix unit (AMX) or by vdpbf16ps. An unpacked weight
+// is (q - z) * s in float32, rounded once to bfloat16: what torch would multiply by. Sums are float32.
+//
+// Depth, the K of the product, is counted in pairs of rows as a word gives them: rows (j, j + half) of a
+// unit. A block is 16 pairs: x [16 rows][16 pairs], a weight [16 pairs][16 columns], a kilobyte each, and
+// what one instruction of the matrix unit takes. Depth is gone through in runs of up to 16 blocks. x lies
+// in blocks [run][m / 16][depth of the run], gathered in the order of the weight's rows: what is read
+// together lies together, or it would fall on the same few sets of a cache. A panel lies in blocks
+// [2 vectors of columns][depth of the run]; its sums in blocks [m / 16][2].
+
+#include "gptq_cpu.h"
+
+#include <algorithm>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define MATRIX_UNIT 1
+#define AMX_TARGET __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16" WIDE)))
+#endif
+
+using namespace gptq;
+
+extern "C" {
+
+// Whether the processor has a matrix unit that takes bfloat16, and the system lets this process use it.
+int gptq_amx() {
+#ifdef MATRIX_UNIT
+  static const bool usable = [] {
+    constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM: threads made later have it too
+    unsigned a = 7, b = 0, c = 0, d = 0;
+    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    const bool there = (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
+    return there && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+  }();
+  return usable;
+#else
+  return 0;
+#endif
+}
+
+}  // extern "C"
+
+#ifdef X86
+
+namespace {
+
+constexpr int PAIRS = 16;                          // of a block
+constexpr int BLOCK = PAIRS * LANES;               // uint32 or float of a block: a kilobyte
+constexpr int64_t MOST_ROWS = 512;                 // of x at a time: its sums stay in a core's cache
+constexpr int64_t DEPTH = 16;                      // most blocks of depth of a panel, 32 kilobytes of it
+constexpr int64_t GROUP = 8;                       // most panels whose sums are kept: x is read once for them
+
+// One layer of a call.
+struct Part {
+  const GptqLayer* layer;
+  uint16_t* y;
+  std::vector<int> unit_segment;  // of the first unit of each block of depth
+  std::vector<int> unit_before;   // units of that segment before it
+};
+
+INLINE int units_a_block(int bits) { return bits == 3 ? 1 : bits; }
+
+int64_t depth_of(const GptqLayer& layer) {
+  const int units = units_a_block(layer.bits);
+  return (layer.units + units - 1) / units;
+}
+
+int64_t panels_of(const Part& part) { return (part.layer->out_features + 2 * LANES - 1) / (2 * LANES); }
+
+void find_segments(Part& part) {
+  const GptqLayer& layer = *part.layer;
+  const int step = units_a_block(layer.bits);
+  int segment = 0, before = 0;
+  for (int64_t unit = 0; unit < layer.units; unit++) {
+    while (before == layer.segment_units[segment]) segment++, before = 0;
+    if (unit % step == 0) {
+      part.unit_segment.push_back(segment);
+      part.unit_before.push_back(before);
+    }
+    before++;
+  }
+}
+
+// Transpose 16 vectors of 16 lanes.
+BF16_TARGET INLINE void transpose(__m512i (&v)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+#pragma GCC unroll 2
+  for (int i = 0; i < 16; i += 8)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      t[i + j] = _mm512_shuffle_i32x4(v[i + j], v[i + j + 4], 0x88);
+      t[i + j + 4] = _mm512_shuffle_i32x4(v[i + j], v[i + j + 4], 0xdd);
+    }
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; j++) {
+    v[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
+    v[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
+  }
+}
+
+// The runs that depth is gone through in.
+struct Runs {
+  int64_t depth, count;
+  explicit Runs(const GptqLayer& layer) : depth(depth_of(layer)), count((depth + DEPTH - 1) / DEPTH) {}
+  int64_t from(int64_t run) const { return depth * run / count; }
+  int64_t size(int64_t run) const { return from(run + 1) - from(run); }
+};
+
+// Gather up to 16 rows of x [rows][K] into their blocks, row `m16` of `blocks`, by way of `turned` [K + 3][16], which has a
+// feature of every row in one place: the processor's own gather is many times slower.
+BF16_TARGET void gather(const GptqLayer& layer, const uint16_t* x, int rows, uint16_t* turned, uint32_t* gathered, int64_t m16,
+                        int64_t blocks) {
+  const int64_t features = layer.in_features;
+  alignas(64) uint16_t order[32];
+  for (int i = 0; i < 16; i++) order[i] = uint16_t(2 * i), order[16 + i] = uint16_t(2 * i + 1);
+  const __m512i apart = _mm512_load_si512(order);
+  for (int64_t k = 0; k < features; k += 32) {
+    const int64_t left = features - k;
+    const __mmask32 mask = left >= 32 ? 0xffffffff : __mmask32((1u << left) - 1);
+    __m512i v[16];
+#pragma GCC unroll 16
+    for (int m = 0; m < 16; m++) {
+      const uint16_t* row = m < rows ? x + m * features + k : x + k;
+      _mm_prefetch(reinterpret_cast<const char*>(row + 256), _MM_HINT_T0);
+      v[m] = _mm512_maskz_loadu_epi16(m < rows ? mask : 0, row);
+    }
+    transpose(v);
+    const int count = left >= 32 ? 16 : int(left + 1) / 2;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++)
+      if (i < count) _mm512_store_si512(turned + (k + 2 * i) * LANES, _mm512_permutexvar_epi16(apart, v[i]));
+  }
+  const int64_t nothing = (features + 1) / 2 * 2;
+  memset(turned + nothing * LANES, 0, 2 * LANES);
+  const __m256i* feature = reinterpret_cast<const __m256i*>(turned);
+  const int half = layer.bits == 3 ? 8 : 16 / layer.bits;
+  const Runs runs(layer);
+  const int64_t last = int64_t(layer.units) * (layer.bits == 3 ? 32 : 32 / layer.bits);
+  for (int i = 0; i < 16; i++) order[2 * i] = uint16_t(i), order[2 * i + 1] = uint16_t(16 + i);
+  const __m512i interleave = _mm512_load_si512(order);
+  int64_t run = 0;
+  for (int64_t block = 0; block < runs.depth; block++) {
+    while (block == runs.from(run + 1)) run++;
+    uint32_t* to = gathered + (runs.from(run) * blocks + m16 * runs.size(run) + block - runs.from(run)) * BLOCK;
+    __m512i v[PAIRS];
+#pragma GCC unroll 16
+    for (int pair = 0; pair < PAIRS; pair++) {
+      const int64_t low = block * 2 * PAIRS + pair / half * 2 * half + pair % half, high = low + half;
+      // What fills up is nothing: it stands after the features.
+      const int32_t l = low < last && layer.rows[low] >= 0 ? layer.rows[low] : int32_t(nothing);
+      const int32_t h = high < last && layer.rows[high] >= 0 ? layer.rows[high] : int32_t(nothing);
+      const __m256i below = _mm256_load_si256(feature + l), above = _mm256_load_si256(feature + h);
+      v[pair] = _mm512_permutexvar_epi16(interleave, _mm512_inserti64x4(_mm512_castsi256_si512(below), above, 1));
+    }
+    transpose(v);
+#pragma GCC unroll 16
+    for (int m = 0; m < 16; m++) _mm512_store_si512(to + m * PAIRS, v[m]);
+  }
+}
+
+// Unpack blocks of depth [from, to) of 16 columns into a panel.
+template <int BITS>
+BF16_TARGET void unpack(const Part& part, int64_t vector, int64_t from, int64_t to, uint32_t* panel) {
+  const GptqLayer& layer = *part.layer;
+  constexpr int per_word = BITS == 3 ? 3 : 1, pairs = BITS == 3 ? 16 : 16 / BITS, step = BITS == 3 ? 1 : BITS;
+  const int64_t tile = vector / (COLUMNS / LANES), column = vector % (COLUMNS / LANES) * LANES;
+  const int64_t last = std::min<int64_t>(layer.units, to * step);
+  const uint32_t* word = layer.words + (tile * layer.units + from * step) * per_word * COLUMNS + column;
+  int segment = part.unit_segment[from], left = layer.segment_units[segment] - part.unit_before[from];
+  const __m512i mask = _mm512_set1_epi32(BITS == 3 ? 3 : (1 << BITS) - 1), third = _mm512_set1_epi32(4);
+  const __m512i base = _mm512_set1_epi32(0x4b000000);  // 2**23: the code in its last bits is added to it
+  alignas(64) uint16_t order[32];
+  for (int i = 0; i < 16; i++) order[2 * i] = uint16_t(i), order[2 * i + 1] = uint16_t(16 + i);
+  const __m512i interleave = _mm512_load_si512(order);
+  __m512 scales{}, zeros{};
+  bool fresh = true;
+  for (int64_t unit = from * step; unit < last; unit++, left--) {
+    while (left == 0) left = layer.segment_units[++segment], fresh = true;
+    if (fresh) {
+      const int64_t at = (tile * layer.groups + layer.segment_group[segment]) * COLUMNS + column;
+      zeros = _mm512_add_ps(_mm512_set1_ps(0x1p23f), _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(
+                                                         reinterpret_cast<const __m128i*>(layer.zeros + at)))));
+      scales = layer.float_scales ? _mm512_loadu_ps(static_cast<const float*>(layer.scales) + at)
+                                  : _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(
+                                        static_cast<const uint16_t*>(layer.scales) + at)));
+      fresh = false;
+    }
+    _mm_prefetch(reinterpret_cast<const char*>(word + 16 * per_word * COLUMNS), _MM_HINT_T0);
+    __m512i v[per_word];
+    for (int i = 0; i < per_word; i++) v[i] = _mm512_loadu_si512(word + i * COLUMNS);
+#pragma GCC unroll 16
+    for (int pair = 0; pair < pairs; pair++) {
+      __m512i low, high;
+      if constexpr (BITS == 3) {
+        const int part_of = pair / 8, j = pair % 8, bit = 8 * part_of + j;
+        low = _mm512_ternarylogic_epi32(_mm512_srli_epi32(v[part_of], 2 * j), mask, base, 0xEA);
+        high = _mm512_ternarylogic_epi32(_mm512_srli_epi32(v[part_of], 2 * j + 16), mask, base, 0xEA);
+        low = _mm512_ternarylogic_epi32(_mm512_rorv_epi32(v[2], _mm512_set1_epi32((bit + 30) % 32)), third, low, 0xEA);
+        high = _mm512_ternarylogic_epi32(_mm512_rorv_epi32(v[2], _mm512_set1_epi32((bit + 46) % 32)), third, high, 0xEA);
+      } else {
+        low = _mm512_ternarylogic_epi32(_mm512_srli_epi32(v[0], BITS * pair), mask, base, 0xEA);
+        high = _mm512_ternarylogic_epi32(_mm512_srli_epi32(v[0], BITS * pair + 16), mask, base, 0xEA);
+      }
+      const __m512 l = _mm512_mul_ps(_mm512_sub_ps(_mm512_castsi512_ps(low), zeros), scales);
+      const __m512 h = _mm512_mul_ps(_mm512_sub_ps(_mm512_castsi512_ps(high), zeros), scales);
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(h, l);
+      _mm512_store_si512(panel, _mm512_permutexvar_epi16(interleave, both));
+      panel += LANES;
+    }
+    word += per_word * COLUMNS;
+  }
+  for (int64_t pair = last * pairs; pair < to * PAIRS; pair++, panel += LANES) _mm512_store_si512(panel, _mm512_setzero_si512());
+}
+
+void unpack_bits(const Part& part, int64_t vector, int64_t from, int64_t to, uint32_t* panel) {
+  switch (part.layer->bits) {
+    case 2: return unpack<2>(part, vector, from, to, panel);
+    case 3: return unpack<3>(part, vector, from, to, panel);
+    case 4: return unpack<4>(part, vector, from, to, panel);
+    default: return unpack<8>(part, vector, from, to, panel);
+  }
+}
+
+// What multiplies one run of depth: sums [2][2] blocks += x [2][..] blocks by a panel of two vectors.
+struct Run {
+  const uint32_t* x;   // the first of two rows of blocks; the second `x_apart` on
+  int64_t x_apart;
+  const uint32_t* panel;  // two vectors of columns, `panel_apart` apart
+  int64_t panel_apart;
+  float* sums;  // [row][vector] blocks, rows `sums_apart` apart
+  int64_t sums_apart;
+  int64_t depth;
+  bool first;  // sums begin at nothing
+  const char* ahead;  // to be fetched, so many lines beside each block of depth
+  int lines;
+};
+
+template <int R>
+BF16_TARGET void multiply_pairs(const Run& run, int rows_of_last) {
+  constexpr int EIGHT = 8;
+  for (int r = 0; r < R; r++) {
+    const int rows = r == R - 1 ? rows_of_last : LANES;
+    for (int row = 0; row < rows; row += EIGHT) {
+      float* to = run.sums + r * run.sums_apart + row * LANES;
+      __m512 sum[EIGHT][2];
+      for (int i = 0; i < EIGHT; i++)
+        for (int c = 0; c < 2; c++) sum[i][c] = run.first ? _mm512_setzero_ps() : _mm512_load_ps(to + i * LANES + c * BLOCK);
+      const uint32_t *x = run.x + r * run.x_apart + row * PAIRS, *w = run.panel;
+      for (int64_t block = 0; block < run.depth; block++) {
+        for (int pair = 0; pair < PAIRS; pair++) {
+          const __m512bh w0 = (__m512bh)_mm512_load_si512(w + pair * LANES);
+          const __m512bh w1 = (__m512bh)_mm512_load_si512(w + run.panel_apart + pair * LANES);
+#pragma GCC unroll 8
+          for (int i = 0; i < EIGHT; i++) {
+            const __m512bh a = (__m512bh)_mm512_set1_epi32(int(x[i * PAIRS + pair]));
+            sum[i][0] = _mm512_dpbf16_ps(sum[i][0], w0, a);
+            sum[i][1] = _mm512_dpbf16_ps(sum[i][1], w1, a);
+          }
+        }
+        x += BLOCK;
+        w += BLOCK;
+      }
+      for (int i = 0; i < EIGHT; i++)
+        for (int c = 0; c < 2; c++) _mm512_store_ps(to + i * LANES + c * BLOCK, sum[i][c]);
+    }
+  }
+}
+
+#ifdef MATRIX_UNIT
+struct __attribute__((packed)) TileConfig {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3 are sums, 4 and 5 x, 6 and 7 weights; the second row of blocks may be short.
+AMX_TARGET void begin_tiles(int first_rows, int second_rows) {
+  TileConfig config;
+  for (int tile = 0; tile < 8; tile++) {
+    config.row_bytes[tile] = 64;
+    config.rows[tile] = LANES;
+  }
+  config.rows[0] = config.rows[1] = config.rows[4] = uint8_t(first_rows);
+  config.rows[2] = config.rows[3] = config.rows[5] = uint8_t(second_rows);
+  __asm__ volatile("" : : "r"(&config) : "memory");  // gcc 12's _tile_loadconfig says it reads 8 bytes of it
+  _tile_loadconfig(&config);
+}
+
+AMX_TARGET void end_tiles() { _tile_release(); }
+
+AMX_TARGET void multiply_tiles_1(const Run& run) {
+  if (run.first) {
+    _tile_zero(0);
+    _tile_zero(1);
+  } else {
+    _tile_loadd(0, run.sums, 64);
+    _tile_loadd(1, run.sums + BLOCK, 64);
+  }
+  const uint32_t *x = run.x, *w = run.panel;
+  for (int64_t block = 0; block < run.depth; block++, x += BLOCK, w += BLOCK) {
+    _tile_stream_loadd(4, x, 64);
+    _tile_loadd(6, w, 64);
+    _tile_loadd(7, w + run.panel_apart, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  _tile_stored(0, run.sums, 64);
+  _tile_stored(1, run.sums + BLOCK, 64);
+}
+
+AMX_TARGET void multiply_tiles_2(const Run& run) {
+  float* below = run.sums + run.sums_apart;
+  if (run.first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, run.sums, 64);
+    _tile_loadd(1, run.sums + BLOCK, 64);
+    _tile_loadd(2, below, 64);
+    _tile_loadd(3, below + BLOCK, 64);
+  }
+  const char* ahead = run.ahead;
+  const uint32_t *x = run.x, *w = run.panel;
+  for (int64_t block = 0; block < run.depth; block++, x += BLOCK, w += BLOCK) {
+    for (int line = 0; line < run.lines; line++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+    _tile_loadd(6, w, 64);
+    _tile_stream_loadd(4, x, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, w + run.panel_apart, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_stream_loadd(5, x + run.x_apart, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, run.sums, 64);
+  _tile_stored(1, run.sums + BLOCK, 64);
+  _tile_stored(2, below, 64);
+  _tile_stored(3, below + BLOCK, 64);
+}
+#endif
+
+void multiply_run(const Run& run, int blocks, int rows_of_last, bool amx) {
+#ifdef MATRIX_UNIT
+  if (amx) return blocks == 2 ? multiply_tiles_2(run) : multiply_tiles_1(run);
+#endif
+  (void)amx;
+  return blocks == 2 ? multiply_pairs<2>(run, rows_of_last) : multiply_pairs<1>(run, rows_of_last);
+}
+
+thread_local Scratch x_scratch, own_scratch;
+
+// Two vectors of columns, over one run of depth: what is unpacked at a time.
+struct Panel {
+  const Part* part;
+  int64_t vector, at, depth;
+  int64_t which, together;  // of its group, of how many
+  int64_t next_at;          // the run that its group, or the next one, goes on with
+
+  int64_t blocks() const { return 2 * depth; }
+  void unpack_some(int64_t from, int64_t to, uint32_t* out) const {
+    for (int64_t block = from; block < to; block++)
+      unpack_bits(*part, vector + block / depth, at + block % depth, at + block % depth + 1, out + block * BLOCK);
+  }
+};
+
+// The panels that fall to one thread: groups of columns, in each the runs of depth, in each the columns.
+std::vector<Panel> share_out(const std::vector<Part>& parts, int64_t most, int thread, int threads) {
+  std::vector<Panel> panels;
+  const Runs runs(*parts[0].layer);
+  int64_t all = 0, before = 0;
+  for (const Part& part : parts) all += panels_of(part);
+  const int64_t begin = all * thread / threads, end = all * (thread + 1) / threads;
+  for (const Part& part : parts) {
+    const int64_t count = panels_of(part);
+    const int64_t from = std::max<int64_t>(begin - before, 0), to = std::min(end - before, count);
+    before += count;
+    for (int64_t first = from; first < to; first += most) {
+      const int64_t together = std::min(most, to - first);
+      for (int64_t run = 0; run < runs.count; run++)
+        for (int64_t i = 0; i < together; i++)
+          panels.push_back({&part, 2 * (first + i), runs.from(run), runs.size(run), i, together, runs.from((run + 1) % runs.count)});
+    }
+  }
+  return panels;
+}
+
+// Write the sums of a group that its last panel has finished: add the bias, round.
+BF16_TARGET void finish(const Panel& panel, const float* sums, int64_t row, int64_t rows) {
+  const GptqLayer& layer = *panel.part->layer;
+  const int64_t blocks = (rows + LANES - 1) / LANES, first = panel.vector * LANES - panel.which * 2 * LANES;
+  for (int64_t m = 0; m < rows; m++) {
+    const float* from = sums + m / LANES * 2 * BLOCK + m % LANES * LANES;
+    uint16_t* to = panel.part->y + (row + m) * layer.out_features;
+    for (int64_t c = 0; c < 2 * (panel.which + 1); c++) {
+      const int64_t column = first + c * LANES, left = layer.out_features - column;
+      if (left <= 0) break;
+      const __mmask16 mask = left >= LANES ? 0xffff : __mmask16((1u << left) - 1);
+      __m512 value = _mm512_load_ps(from + (c / 2 * blocks * 2 + c % 2) * BLOCK);
+      if (layer.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, layer.bias + column));
+      _mm256_mask_storeu_epi16(to + column, mask, (__m256i)_mm512_cvtneps_pbh(value));
+    }
+  }
+}
+
+// Multiply some rows of x, gathered, by the columns that fall to one thread. While the matrix unit is
+// busy with one panel, the next one is unpacked, a part after each pair of blocks.
+void multiply_share(const std::vector<Panel>& panels, const uint32_t* x, int64_t row, int64_t rows, bool amx, char* memory) {
+  const int64_t blocks = (rows + LANES - 1) / LANES, pairs = (blocks + 1) / 2;
+  const int rows_of_last = int(rows - (blocks - 1) * LANES);
+  if (panels.empty()) return;
+  const Runs runs(*panels[0].part->layer);
+  uint32_t* now = reinterpret_cast<uint32_t*>(memory);
+  uint32_t* next = now + 2 * DEPTH * BLOCK;
+  float* sums = reinterpret_cast<float*>(next + 2 * DEPTH * BLOCK);
+#ifdef MATRIX_UNIT
+  if (amx) {
+    if (blocks > 2) begin_tiles(LANES, LANES);  // a last short block is multiplied whole
+    else if (blocks == 2) begin_tiles(LANES, rows_of_last);
+    else begin_tiles(rows_of_last, LANES);
+  }
+#endif
+  for (size_t i = 0; i < panels.size(); i++) {
+    const Panel& panel = panels[i];
+    const Panel* following = i + 1 < panels.size() ? &panels[i + 1] : nullptr;
+    if (i == 0) panel.unpack_some(0, panel.blocks(), now);
+    float* to = sums + panel.which * blocks * 2 * BLOCK;
+    // x of the next run is fetched meanwhile, an equal part beside each pair of blocks of each panel.
+    const char* next_x = reinterpret_cast<const char*>(x + panel.next_at * blocks * BLOCK);
+    const int64_t lines = runs.count > 1 ? DEPTH * blocks * LANES / (panel.together * pairs * panel.depth) : 0;
+    for (int64_t pair = 0; pair < pairs; pair++) {
+      const int64_t block = 2 * pair;
+      const int together = int(std::min<int64_t>(2, blocks - block));
+      multiply_run({x + (panel.at * blocks + block * panel.depth) * BLOCK, panel.depth * BLOCK, now, panel.depth * BLOCK, to + block * 2 * BLOCK,
+                    2 * BLOCK, panel.depth, panel.at == 0,
+                    next_x + (panel.which * pairs + pair) * lines * panel.depth * 64, int(lines)},
+                   together, block + together == blocks ? rows_of_last : LANES, amx);
+      if (following)
+        following->unpack_some(following->blocks() * pair / pairs, following->blocks() * (pair + 1) / pairs, next);
+    }
+    if (panel.at + panel.depth == runs.depth && panel.which == panel.together - 1) finish(panel, sums, row, rows);
+    std::swap(now, next);
+  }
+#ifdef MATRIX_UNIT
+  if (amx) end_tiles();
+#endif
+}
+
+}  // namespace
+
+#endif
+
+extern "C" {
+
+// y[i] [m][N of i] = x [m][K] @ W[i].T + bias for `count` layers that read x alike, all bfloat16; by the
+// matrix unit where `amx` says so. The processor must have AVX512-BF16. Returns 0, or 1 where memory is short.
+int gptq_gemm(const GptqLayer* const* layers, void* const* y, int count, const void* x, int64_t m, int amx, int threads) {
+#ifdef X86
+  std::vector<Part> parts;
+  for (int i = 0; i < count; i++) {
+    parts.push_back({layers[i], static_cast<uint16_t*>(y[i]), {}, {}});
+    find_segments(parts.back());
+  }
+  const GptqLayer& first = *layers[0];
+  const int64_t depth = depth_of(first), most = std::min(m, MOST_ROWS), most_blocks = (most + LANES - 1) / LANES;
+  uint32_t* gathered = static_cast<uint32_t*>(x_scratch.get(size_t(most_blocks) * depth * BLOCK * 4));
+  if (!gathered) return 1;
+  int failed = 0;
+  for (int64_t row = 0; row < m; row += MOST_ROWS) {
+    const int64_t rows = std::min(MOST_ROWS, m - row), blocks = (rows + LANES - 1) / LANES;
+#pragma omp parallel num_threads(threads)
+    {
+#ifdef _OPENMP
+      const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+#else
+      const int thread = 0, team = 1;
+#endif
+      const size_t turned = size_t(first.in_features + 3) * LANES * 2;
+      char* memory = static_cast<char*>(own_scratch.get(std::max(turned, size_t(2) * BLOCK * 4 * (2 * DEPTH + GROUP * most_blocks))));
+      if (!memory) {
+#pragma omp atomic write
+        failed = 1;
+      }
+      for (int64_t block = blocks * thread / team; memory && block < blocks * (thread + 1) / team; block++)
+        gather(first, static_cast<const uint16_t*>(x) + (row + block * LANES) * first.in_features,
+               int(std::min<int64_t>(LANES, rows - block * LANES)), reinterpret_cast<uint16_t*>(memory),
+               gathered, block, blocks);
+#pragma omp barrier
+      if (memory) multiply_share(share_out(parts, GROUP, thread, team), gathered, row, rows, amx, memory);
+    }
+  }
+  return failed;
+#else
+  (void)layers, (void)y, (void)count, (void)x, (void)m, (void)amx, (void)threads;
+  return 1;
+#endif
+}
+
+}  // extern "C"
