@@ -37,7 +37,7 @@ setup(
     else [
         Extension(
             NAME,
-            ["kernels/csrc/gptq_cpu.cpp", "kernels/csrc/gptq_step.cpp"],
+            [f"kernels/csrc/gptq_{part}.cpp" for part in ("cpu", "pack", "step")],
             depends=["kernels/csrc/gptq_cpu.h"],
             language="c++",
             extra_compile_args=[*ARGUMENTS, *OPENMP],

@@ -78,6 +78,7 @@ def fingerprint(target):
             ("setup.py",),
             ("kernels", "csrc", "gptq_cpu.cpp"),
             ("kernels", "csrc", "gptq_cpu.h"),
+            ("kernels", "csrc", "gptq_pack.cpp"),
             ("kernels", "csrc", "gptq_step.cpp"),
             ("tools", "set_up.py"),
         )
