@@ -7,6 +7,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
+from gptq_loader_plugin.checkpoint.read_ahead import ReadAhead
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.errors import CheckpointError, ConfigInvalid, OptionInvalid
@@ -172,12 +173,18 @@ def _model(
 
     from gptq_loader_plugin.selfcheck import check_finite, check_layers
     from gptq_loader_plugin.skeleton import build_skeleton
-    from gptq_loader_plugin.weights import fill
+    from gptq_loader_plugin.weights import fill, reading_order
 
-    model = build_skeleton(checkpoint, getattr(torch, plan.dtype))
-    if (checkpoint.folder / "generation_config.json").is_file():
-        model.generation_config = _generation_config(checkpoint.folder)
-    filled = fill(model, checkpoint, plan, progress=plugins.progress)
+    def progress(told: Progress) -> None:
+        ahead.used(told.done)
+        plugins.progress(told)
+
+    tensors = [info for _, parts in reading_order(checkpoint) for info in parts]
+    with ReadAhead(tensors) as ahead:
+        model = build_skeleton(checkpoint, getattr(torch, plan.dtype))
+        if (checkpoint.folder / "generation_config.json").is_file():
+            model.generation_config = _generation_config(checkpoint.folder)
+        filled = fill(model, checkpoint, plan, progress=progress)
     if check:
         plugins.progress(Progress("self-check", 0, 2, "checks"))
         check_layers(filled.modules, checkpoint, plan)

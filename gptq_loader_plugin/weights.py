@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from gptq_loader_plugin.checkpoint.headers import DAMAGED
+from gptq_loader_plugin.checkpoint.tensors import is_finite
 from gptq_loader_plugin.errors import CorruptCheckpoint, TensorMismatch
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.experts import PackedExperts
@@ -25,15 +26,16 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from gptq_loader_plugin.checkpoint.headers import TensorInfo
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
     from gptq_loader_plugin.choose import Choice
     from gptq_loader_plugin.kernel import LayerSpec
     from gptq_loader_plugin.plan import Plan
 
-__all__ = ["Filled", "fill"]
+__all__ = ["Filled", "fill", "reading_order"]
 
+COPIED_VALUES = 1 << 18  # at a time, so that they are checked and converted while in cache
 # Buffers that earlier versions of transformers saved and that every version computes anew.
-CHECKED_VALUES = 1 << 20
 COMPUTED = re.compile(
     r".*\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|attn\.bias|attention\.bias"
     r"|attn\.attention\.bias|position_ids|wf)"
@@ -78,6 +80,21 @@ class Filled:
     warnings: tuple[str, ...]
 
 
+def reading_order(checkpoint: Checkpoint) -> list[tuple[str, list[TensorInfo]]]:
+    """List what `fill` reads, in its order: a layer's name with its parts, a tensor's with it."""
+    headers = checkpoint.headers
+    parts = {name: checkpoint.parts(name) for name in checkpoint.layers}
+    packed = {part for names in parts.values() for part in names}
+    order: list[tuple[str, list[TensorInfo]]] = []
+    for name, info in headers.items():
+        layer = name.removesuffix(".qweight")
+        if layer in parts and layer != name:
+            order.append((layer, [headers[part] for part in parts[layer]]))
+        elif name not in packed:
+            order.append((name, [info]))
+    return order
+
+
 class _Filling:
     """One run of `fill`: what is placed, what is collected for fusing, what is left over."""
 
@@ -102,18 +119,16 @@ class _Filling:
         self.foreign: list[str] = []
 
     def run(self) -> Filled:
-        headers = self.checkpoint.headers
         places = {name: self.names.layer(name, self.checkpoint) for name in self.choices}
-        packed = {part for name in self.choices for part in self.checkpoint.parts(name)}
         self._make_experts([it for it in places.values() if isinstance(it, ExpertPlace)])
-        done, total = 0, sum(info.nbytes for info in headers.values())
-        for name, info in headers.items():
-            layer = name.removesuffix(".qweight")
-            if layer in self.choices and name != layer:
-                self._place_layer(self.choices[layer], places[layer])
-            elif name not in packed:
+        order = reading_order(self.checkpoint)
+        done, total = 0, sum(info.nbytes for _, parts in order for info in parts)
+        for name, parts in order:
+            if name in self.choices:
+                self._place_layer(self.choices[name], places[name])
+            else:
                 self._place_tensor(name)
-            done += info.nbytes
+            done += sum(info.nbytes for info in parts)
             self.progress(Progress("weights", done, total, "bytes", name))
         self._fuse()
         self._finish()
@@ -185,16 +200,20 @@ class _Filling:
 
     def _read(self, name: str) -> torch.Tensor:
         tensor = self.checkpoint.tensor(name)
-        if tensor.is_floating_point():
-            if not _is_finite(tensor):
+        if not tensor.is_floating_point():
+            return tensor.clone().to(self.device)  # the model outlives the file
+        own = torch.empty(tensor.shape, dtype=self.dtype)
+        parts = (it.flatten().split(COPIED_VALUES) for it in (tensor, own))
+        for source, target in zip(*parts, strict=True):
+            if not is_finite(source):
                 raise CorruptCheckpoint(
                     f"{name} holds values that are not finite",
                     path=self.checkpoint.path,
                     tensor=name,
                     hint=DAMAGED,
                 )
-            tensor = tensor.to(self.dtype)
-        return tensor.to(self.device)
+            target.copy_(source)
+        return own.to(self.device)
 
     def _assign(self, target: str, tensor: torch.Tensor, source: str) -> None:
         path, _, leaf = target.rpartition(".")
@@ -264,11 +283,6 @@ class _Filling:
         return TensorMismatch(
             f"{tensor} {what}", path=self.checkpoint.path, tensor=tensor, hint=hint
         )
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Say whether every value is finite, a part at a time: at once takes twice the tensor."""
-    return all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(CHECKED_VALUES))
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:
