@@ -19,10 +19,12 @@ from gptq_loader_plugin.errors import CorruptCheckpoint, TensorMismatch
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.experts import PackedExperts
 from gptq_loader_plugin.memory import release_freed
+from gptq_loader_plugin.offload import offload_module, offload_tensor
 from gptq_loader_plugin.skeleton import ExpertPlace, ModulePlace, Names, linear_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from transformers import PreTrainedModel
 
@@ -48,6 +50,7 @@ def fill(
     plan: Plan,
     *,
     progress: Callable[[Progress], None],
+    offload_folder: Path | None = None,
 ) -> Filled:
     """Put every tensor of `checkpoint` into `model`.
 
@@ -56,6 +59,7 @@ def fill(
         checkpoint: where the tensors come from, read one layer at a time.
         plan: which kernel prepares which layer.
         progress: told the bytes read so far, of all.
+        offload_folder: where the weights go that the plan has on the disk.
 
     Returns:
         Where every quantised layer is now, and warnings: what was left unread, in one sentence.
@@ -64,7 +68,7 @@ def fill(
         TensorMismatch: a tensor is missing, does not fit, or belongs to a layer and is not used.
         CorruptCheckpoint: a tensor holds values that are not finite.
     """
-    return _Filling(model, checkpoint, plan, progress).run()
+    return _Filling(model, checkpoint, plan, progress, offload_folder).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +108,13 @@ class _Filling:
         checkpoint: Checkpoint,
         plan: Plan,
         progress: Callable[[Progress], None],
+        offload_folder: Path | None,
     ) -> None:
         self.model = model
         self.checkpoint = checkpoint
         self.plan = plan
         self.progress = progress
-        self.device = torch.device(plan.device.torch_name)
+        self.offload_folder = offload_folder
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
         self.names = Names(model)
         self.choices = {choice.layer.name: choice for choice in plan.choices}
@@ -147,7 +152,11 @@ class _Filling:
         if isinstance(place, ModulePlace):
             self._check_shape(layer, self.model.get_submodule(place.path), place.path)
         packed = self.checkpoint.packed(layer.name)
-        module = choice.kernel.prepare(layer, packed, self.plan.device).to(self.device).eval()
+        where = self.plan.place(layer.name)
+        module = choice.kernel.prepare(layer, packed, where.device).to(where.device.torch_name)
+        module.eval()
+        if where.on_disk and self.offload_folder is not None:
+            offload_module(module, self.offload_folder)
         self.modules[layer.name] = module
         del packed
         release_freed()
@@ -201,7 +210,7 @@ class _Filling:
     def _read(self, name: str) -> torch.Tensor:
         tensor = self.checkpoint.tensor(name)
         if not tensor.is_floating_point():
-            return tensor.clone().to(self.device)  # the model outlives the file
+            return self._placed(name, tensor.clone())  # the model outlives the file
         own = torch.empty(tensor.shape, dtype=self.dtype)
         parts = (it.flatten().split(COPIED_VALUES) for it in (tensor, own))
         for source, target in zip(*parts, strict=True):
@@ -213,7 +222,13 @@ class _Filling:
                     hint=DAMAGED,
                 )
             target.copy_(source)
-        return own.to(self.device)
+        return self._placed(name, own)
+
+    def _placed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        where = self.plan.place(name)
+        if where.on_disk and self.offload_folder is not None:
+            return offload_tensor(tensor, self.offload_folder)
+        return tensor.to(where.device.torch_name)
 
     def _assign(self, target: str, tensor: torch.Tensor, source: str) -> None:
         path, _, leaf = target.rpartition(".")
@@ -267,7 +282,10 @@ class _Filling:
         for name, value in (*self.model.named_parameters(), *self.model.named_buffers()):
             if value.is_meta:
                 raise self._mismatch(name, "is missing")
-        self.model.to(self.device)  # type: ignore[arg-type]  # what is computed, not read: rotary frequencies and such
+        for path, module in self.model.named_modules():  # what is computed: rotary frequencies
+            where = self.plan.place(path).device.torch_name
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(where))
         self.model.requires_grad_(False)  # noqa: FBT003 - torch's signature
 
     def _warnings(self) -> list[str]:

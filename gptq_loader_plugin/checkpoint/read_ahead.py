@@ -58,14 +58,16 @@ class ReadAhead:
         for tensor in self._tensors:
             for first in range(0, tensor.nbytes, PIECE_BYTES):
                 count = min(PIECE_BYTES, tensor.nbytes - first)
-                with self._changed:
-                    self._changed.wait_for(
-                        lambda end=asked + count: self._stopped or end - self._used <= self._ahead
-                    )
-                    if self._stopped:
-                        return
+                if not self._wait(asked + count):
+                    return
                 _advise(tensor, first, count)
                 asked += count
+
+    def _wait(self, end: int) -> bool:
+        """Wait until `end` is not too far ahead; False once it is time to stop."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or end - self._used <= self._ahead)
+            return not self._stopped
 
 
 def _advise(tensor: TensorInfo, first: int, count: int) -> None:
