@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gptq_loader_plugin.checkpoint.read_ahead import ReadAhead
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
@@ -45,7 +45,7 @@ UNKNOWN_CONTEXT = 2048  # a model that does not say how long its context is
 logger = logging.getLogger(__name__)
 
 
-def load(
+def load(  # noqa: PLR0913 - each is an option a user may want
     reference: str | Path,
     *,
     device: str | None = None,
@@ -58,6 +58,7 @@ def load(
     device_map: str | Mapping[str, str] | None = None,
     max_memory: Mapping[str, str | int] | None = None,
     offload_folder: str | Path | None = None,
+    kv_cache: Literal["int8"] | None = None,
     plugins: Plugins | None = None,
 ) -> LoadedModel:
     """Load a GPTQ checkpoint.
@@ -78,6 +79,8 @@ def load(
             "disk": ""}; None takes the devices of this machine.
         offload_folder: where the weights go whose place is the disk. They are computed with on
             the CPU, and read whenever they are needed.
+        kv_cache: "int8" keeps the context's keys and values in 8 bits, half the memory, slower
+            and less exact; needs the package hqq. None keeps them in the model's dtype.
         plugins: the plugins in force; None takes those installed.
 
     Raises:
@@ -85,6 +88,10 @@ def load(
     """
     began = time.monotonic()
     plugins = plugins or Plugins(installed=True)
+    if kv_cache not in (None, "int8"):
+        raise OptionInvalid(
+            f"a context cannot be kept as {kv_cache!r}", hint='write "int8", or leave it out'
+        )
     where = _device(device, device_map, max_memory)
     _check_present(where)
     name = None if dtype is None else _dtype_name(dtype)
@@ -101,6 +108,7 @@ def load(
         dtype=name,
         device_map=device_map,
         max_memory=max_memory,
+        int8_cache=kv_cache == "int8",
     )
     for placed in plan.placed.values():
         _check_present(placed.device)
@@ -113,6 +121,11 @@ def load(
         checkpoint.folder, card=checkpoint.card, named=template, offered=plugins.templates()
     )
     tokenizer = _tokenizer(checkpoint)
+    if kv_cache == "int8":
+        from gptq_loader_plugin.kv_cache import check_int8
+        from gptq_loader_plugin.skeleton import read_config
+
+        check_int8(read_config(checkpoint))
     folder = None if offload_folder is None else Path(offload_folder)
     model, warnings, notes = _model(checkpoint, plan, plugins, folder, check=check)
     checkpoint.close()
@@ -130,6 +143,7 @@ def load(
         context=_context(model, context),
         warnings=(*checkpoint.warnings, *warnings),
         notes=notes,
+        kv_cache=kv_cache,
     )
     _never_sample_padding(loaded)
     return loaded
@@ -235,6 +249,7 @@ def _plan(
     dtype: str | None = None,
     device_map: str | Mapping[str, str] | None = None,
     max_memory: Mapping[str, str | int] | None = None,
+    int8_cache: bool = False,
 ) -> Plan:
     placed = None
     if device_map is not None:
@@ -253,6 +268,7 @@ def _plan(
         backend=backend,
         dtype=dtype,
         placed=placed,
+        int8_cache=int8_cache,
     )
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.choose import Choice
     from gptq_loader_plugin.kernel import Device, Kernel
 
-__all__ = ["Plan", "make_plan", "write_size"]
+__all__ = ["Plan", "cache_group", "make_plan", "write_size"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +164,7 @@ def make_plan(
     backend: str | None = None,
     dtype: str | None = None,
     placed: Mapping[str, Place] | None = None,
+    int8_cache: bool = False,
 ) -> Plan:
     """Choose a kernel for every layer of `checkpoint` on `device`.
 
@@ -177,6 +178,7 @@ def make_plan(
         dtype: the dtype of everything that is not quantised; None takes what most of the weights'
             kernels compute in.
         placed: from `place`, where there is more than one device; `device` is then the first.
+        int8_cache: whether keys and values are kept in 8 bits.
 
     Raises:
         NoBackend: a layer that no kernel, or not the one named, can run.
@@ -191,6 +193,7 @@ def make_plan(
             backend=None if backend == "exllama" else backend,
             dtype=dtype,
             placed=placed,
+            int8_cache=int8_cache,
         )
         device = replace(device, assume_built=True)
     placed = placed or {}
@@ -210,7 +213,7 @@ def make_plan(
         dtype=chosen_dtype,
         weight_bytes=sum(taken.values()),
         checkpoint_bytes=checkpoint.size_bytes,
-        kv_bytes_per_token=_kv_bytes(checkpoint, chosen_dtype),
+        kv_bytes_per_token=_kv_bytes(checkpoint, chosen_dtype, int8_cache=int8_cache),
         warnings=checkpoint.warnings,
         not_built=not_built,
         placed=placed,
@@ -261,8 +264,16 @@ def _weight_bytes(
     return dict(taken)
 
 
-def _kv_bytes(checkpoint: Checkpoint, dtype: str) -> int | None:
-    """Work out what keys and values of one token take, from config.json where it tells."""
+def cache_group(head_dim: int) -> int:
+    """Give how many values of a head share a scale where keys and values have 8 bits, or 0."""
+    return next((it for it in (64, 32, 16, 8) if head_dim % it == 0), 0)
+
+
+def _kv_bytes(checkpoint: Checkpoint, dtype: str, *, int8_cache: bool) -> int | None:
+    """Work out what keys and values of one token take, from config.json where it tells.
+
+    The cache keeps room for up to a quarter more tokens than it holds.
+    """
     if not (checkpoint.folder / "config.json").is_file():
         return None
     config = checkpoint.model_config
@@ -274,7 +285,10 @@ def _kv_bytes(checkpoint: Checkpoint, dtype: str) -> int | None:
         return None
     kv_heads = text.get("num_key_value_heads") or heads
     head_dim = text.get("head_dim") or hidden // heads
-    return int(2 * layers * kv_heads * head_dim * (4 if dtype == "float32" else 2))
+    values, size = 2 * layers * kv_heads * head_dim, 4 if dtype == "float32" else 2
+    if int8_cache and (group := cache_group(head_dim)):
+        return values + values // group * 2 * size  # a scale and a zero for each group
+    return int(values * size)
 
 
 def write_size(count: int) -> str:

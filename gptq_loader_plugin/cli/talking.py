@@ -54,6 +54,9 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Make sampling repeatab
 Check = Annotated[
     bool, typer.Option("--check/--no-check", help="Check kernels and logits once loaded.")
 ]
+KvCache = Annotated[
+    str | None, typer.Option("--kv-cache", help="int8: half the memory for the context, slower.")
+]
 OffloadFolder = Annotated[
     str | None, typer.Option("--offload-folder", help="Where weights go that stay on the disk.")
 ]
@@ -120,6 +123,7 @@ def generate(  # noqa: PLR0913 - each is an option a user may want
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     offload_folder: OffloadFolder = None,
+    kv_cache: KvCache = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write the reply as JSON.")] = False,
 ) -> None:
     """Answer one prompt and leave; stdout has the reply alone."""
@@ -143,6 +147,7 @@ def generate(  # noqa: PLR0913 - each is an option a user may want
         device_map=device_map,
         max_memory=read_limits(max_memory),
         offload_folder=offload_folder,
+        kv_cache=kv_cache,
     )
     if raw:
         pieces = model.stream(prompt, options)
@@ -182,6 +187,7 @@ def chat(  # noqa: PLR0913 - each is an option a user may want
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     offload_folder: OffloadFolder = None,
+    kv_cache: KvCache = None,
 ) -> None:
     """Chat in the terminal."""
     options = _options(
@@ -203,6 +209,7 @@ def chat(  # noqa: PLR0913 - each is an option a user may want
         device_map=device_map,
         max_memory=read_limits(max_memory),
         offload_folder=offload_folder,
+        kv_cache=kv_cache,
     )
     say(HELP)
     first = _system(model, system)
