@@ -20,14 +20,9 @@ import numpy as np
 from gptq_loader_plugin.checkpoint.config import QuantConfig
 from gptq_loader_plugin.checkpoint.headers import DAMAGED
 from gptq_loader_plugin.checkpoint.packing import BITS, CONTINUOUS_BITS
-from gptq_loader_plugin.checkpoint.zeros import (
-    decide_format,
-    lost_columns,
-    overwritten_words,
-    stored_zeros,
-    true_range,
-)
-from gptq_loader_plugin.errors import CorruptCheckpoint, TensorMismatch, UnsupportedFormat
+from gptq_loader_plugin.checkpoint.survey import LayerHeaders, Survey, survey
+from gptq_loader_plugin.checkpoint.zeros import decide_format, lost_columns
+from gptq_loader_plugin.errors import TensorMismatch, UnsupportedFormat
 from gptq_loader_plugin.kernel import LayerSpec
 
 if TYPE_CHECKING:
@@ -40,7 +35,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.headers import TensorInfo
     from gptq_loader_plugin.checkpoint.packing import Bits, Layout
     from gptq_loader_plugin.checkpoint.tensors import TensorFiles
-    from gptq_loader_plugin.checkpoint.zeros import StoredZeros, ZerosFormat
+    from gptq_loader_plugin.checkpoint.zeros import ZerosFormat
 
 __all__ = ["Inferred", "infer"]
 
@@ -62,51 +57,6 @@ class Inferred:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One layer's headers, and what they say by themselves."""
-
-    name: str
-    bits: int
-    rows: int
-    columns: int
-    groups: int
-    qzeros: TensorInfo
-    g_idx: TensorInfo | None
-    scales_dtype: str
-    bias: bool
-
-    def fits(self, group_size: int) -> bool:
-        """Whether groups of this size make this many groups."""
-        return -(-self.rows // group_size) == self.groups if group_size > 0 else self.groups == 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Survey:
-    """What one layer's g_idx and qzeros say, read once.
-
-    Attributes:
-        counts: the rows of every group, or None without a g_idx.
-        ordered: whether groups follow one another.
-        layout: how its fields lie in words.
-        zeros: what qzeros hold as they are stored.
-        ranges: the least and greatest true zero, by what the format would be.
-        overwritten: whether an old packer has destroyed a word, if the format is v1.
-    """
-
-    counts: NDArray[np.int64] | None
-    ordered: bool
-    layout: Layout
-    zeros: StoredZeros
-    ranges: dict[ZerosFormat, tuple[int, int]]
-    overwritten: bool
-
-    @property
-    def most_rows(self) -> int | None:
-        """The rows of the largest group, or None without a g_idx."""
-        return None if self.counts is None else int(self.counts.max())
-
-
 def infer(tensors: TensorFiles, stored: StoredConfig, *, path: Path) -> Inferred:
     """Work out every layer and the config from the tensors' headers, g_idx and qzeros.
 
@@ -119,7 +69,7 @@ def infer(tensors: TensorFiles, stored: StoredConfig, *, path: Path) -> Inferred
     names = [name.removesuffix(".qweight") for name in headers if name.endswith(".qweight")]
     _check_codes(headers, path)
     found = [_read_layer(name, headers, stored, path) for name in names]
-    seen = [_survey(it, _layout(it.bits, stored), tensors, path) for it in found]
+    seen = [survey(it, _layout(it.bits, stored), tensors, path) for it in found]
     planar_zeros = stored.checkpoint_format == "gptq_p"
     zeros_format, warning = decide_format(
         [] if planar_zeros else [it.zeros for it in seen if it.zeros.bits in CONTINUOUS_BITS],
@@ -129,12 +79,12 @@ def infer(tensors: TensorFiles, stored: StoredConfig, *, path: Path) -> Inferred
     guess = _common_group_size(found, seen, stored)
     layers: list[LayerSpec] = []
     lost: list[str] = []
-    for it, survey in zip(found, seen, strict=True):
+    for it, found_in in zip(found, seen, strict=True):
         own: ZerosFormat = zeros_format if it.bits in CONTINUOUS_BITS else "v2"
-        layer = _spec(it, survey, survey.ranges[own], stored, guess)
+        layer = _spec(it, found_in, found_in.ranges[own], stored, guess)
         layers.append(layer)
         _check_lost(layer, it.qzeros.shape[1], path)
-        if own == "v1" and not layer.sym and survey.overwritten:
+        if own == "v1" and not layer.sym and found_in.overwritten:
             lost.append(it.name)
     if lost:
         warnings.append(
@@ -168,7 +118,7 @@ def _check_codes(headers: dict[str, TensorInfo], path: Path) -> None:
 
 def _read_layer(
     name: str, headers: dict[str, TensorInfo], stored: StoredConfig, path: Path
-) -> _Layer:
+) -> LayerHeaders:
     def need(part: str, dtypes: Sequence[str], dimensions: int) -> TensorInfo:
         tensor = f"{name}.{part}"
         if tensor not in headers:
@@ -213,7 +163,7 @@ def _read_layer(
             tensor=f"{name}.qweight",
             hint=DAMAGED,
         )
-    return _Layer(
+    return LayerHeaders(
         name=name,
         bits=bits,
         rows=qweight.shape[0] * 32 // bits,
@@ -253,39 +203,8 @@ def _layout(bits: int, stored: StoredConfig) -> Layout:
     return "planar" if planar else "continuous"
 
 
-def _survey(layer: _Layer, layout: Layout, tensors: TensorFiles, path: Path) -> _Survey:
-    """Read a layer's g_idx and qzeros, once, and keep what the rest needs to know of them."""
-    counts, ordered = None, True
-    if layer.g_idx is not None:
-        g_idx = tensors.integers(layer.g_idx.name)
-        least, greatest = int(g_idx.min()), int(g_idx.max())
-        if least < 0 or greatest >= layer.groups:
-            raise CorruptCheckpoint(
-                f"{layer.g_idx.name} names group {least if least < 0 else greatest}; there are "
-                f"{layer.groups} groups",
-                path=path,
-                tensor=layer.g_idx.name,
-                hint=DAMAGED,
-            )
-        counts = np.bincount(g_idx, minlength=layer.groups)
-        ordered = not bool((g_idx[1:] < g_idx[:-1]).any())
-    qzeros, bits = tensors.integers(layer.qzeros.name), layer.bits
-    ranges: dict[ZerosFormat, tuple[int, int]] = {
-        how: true_range(qzeros, bits=bits, layout=layout, columns=layer.columns, zeros_format=how)
-        for how in (("v1", "v2") if bits in CONTINUOUS_BITS else ("v2",))
-    }
-    return _Survey(
-        counts=counts,
-        ordered=ordered,
-        layout=layout,
-        zeros=stored_zeros(qzeros, bits=bits, layout=layout, columns=layer.columns),
-        ranges=ranges,
-        overwritten=overwritten_words(qzeros, bits=bits) > 0,
-    )
-
-
 def _common_group_size(
-    layers: Sequence[_Layer], seen: Sequence[_Survey], stored: StoredConfig
+    layers: Sequence[LayerHeaders], seen: Sequence[Survey], stored: StoredConfig
 ) -> int:
     """Find the group size that fits every layer without an override, and -1 where none groups."""
     plain = [it for it in layers if "group_size" not in (stored.override(it.name) or {})] or layers
@@ -295,7 +214,7 @@ def _common_group_size(
     told = stored.group_size
     if told is not None and told > 0 and all(it.fits(told) for it in plain):
         return told
-    most = {it.name: survey.most_rows for it, survey in zip(layers, seen, strict=True)}
+    most = {it.name: found_in.most_rows for it, found_in in zip(layers, seen, strict=True)}
     counted = {rows for it in grouped if (rows := most[it.name]) is not None}
     if len(counted) == 1:
         return counted.pop()
@@ -305,7 +224,7 @@ def _common_group_size(
     return _power_of_two(max(-(-it.rows // it.groups) for it in grouped))
 
 
-def _group_size(layer: _Layer, most_rows: int | None, told: object, guess: int) -> int:
+def _group_size(layer: LayerHeaders, most_rows: int | None, told: object, guess: int) -> int:
     if layer.groups == 1:
         return -1
     if most_rows is not None:
@@ -323,8 +242,8 @@ def _power_of_two(least: int) -> int:
 
 
 def _spec(
-    layer: _Layer,
-    seen: _Survey,
+    layer: LayerHeaders,
+    seen: Survey,
     zeros: tuple[int, int],
     stored: StoredConfig,
     guess: int,
