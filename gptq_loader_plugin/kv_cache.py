@@ -7,17 +7,27 @@ begins with all that was said before it.
 from __future__ import annotations
 
 import threading
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    QuantizedCache,
+)
+
+from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.plan import cache_group
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Literal
 
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["KeptCache", "RoomyLayer", "make_cache"]
+__all__ = ["KeptCache", "RoomyLayer", "check_int8", "make_cache", "make_int8_cache"]
 
 LEAST_ROOM = 256  # positions
 GROWTH = 1.25
@@ -117,10 +127,49 @@ def make_cache(model: PreTrainedModel) -> DynamicCache:
     return cache
 
 
-class KeptCache:
-    """The cache of the last sequence, for the next one that begins the same."""
+def check_int8(config: PreTrainedConfig) -> None:
+    """Refuse keys and values of 8 bits where they cannot be had, before anything is loaded.
 
-    def __init__(self) -> None:
+    Raises:
+        OptionInvalid: a package is missing, or the model keeps more than plain keys and values.
+    """
+    if find_spec("hqq") is None:
+        raise OptionInvalid(
+            "a context of 8 bits needs the package hqq, which is not installed",
+            hint="pip install hqq, or leave the 8 bits out",
+        )
+    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    if not plain or not cache_group(_head_dim(config)):
+        raise OptionInvalid(
+            f"this {config.model_type} model's context cannot be kept in 8 bits",
+            hint="leave the 8 bits out",
+        )
+
+
+def make_int8_cache(model: PreTrainedModel) -> QuantizedCache:
+    """Make an empty cache that keeps all but the last positions in 8 bits, by transformers.
+
+    It is slower, and cannot be cut short: each reply reads its whole prompt.
+    """
+    size = cache_group(_head_dim(model.config))
+    return QuantizedCache("hqq", model.config, nbits=8, axis_key=1, axis_value=1, q_group_size=size)
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    text: Any = config.get_text_config()
+    own = getattr(text, "head_dim", None)
+    return int(own or text.hidden_size // text.num_attention_heads)
+
+
+class KeptCache:
+    """The cache of the last sequence, for the next one that begins the same.
+
+    Args:
+        kind: "int8" keeps keys and values in 8 bits, and none of them for the next sequence.
+    """
+
+    def __init__(self, kind: Literal["int8"] | None = None) -> None:
+        self._make = make_cache if kind is None else make_int8_cache
         self._lock = threading.Lock()
         self._kept: tuple[list[int], Any] | None = None
 
@@ -142,7 +191,7 @@ class KeptCache:
                 for layer in cache.layers:
                     layer.crop(same - layer.length)
                 return cache, same
-        return make_cache(model), 0
+        return self._make(model), 0
 
     def put(self, ids: list[int], cache: Any) -> None:  # noqa: ANN401 - transformers' caches
         """Keep the cache of `ids`, where it can be cut short."""

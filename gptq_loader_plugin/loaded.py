@@ -57,6 +57,7 @@ class LoadedModel:
         context: int,
         warnings: tuple[str, ...] = (),
         notes: tuple[str, ...] = (),
+        kv_cache: Literal["int8"] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -66,7 +67,7 @@ class LoadedModel:
         self.context = context
         self.warnings = warnings
         self.notes = notes
-        self._cache = KeptCache()
+        self._cache = KeptCache(kv_cache)
         self._closed = False
 
     @property

@@ -5,25 +5,29 @@ from __future__ import annotations
 import json
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+from gptq_loader_plugin.checkpoint.read_ahead import ReadAhead
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.errors import CheckpointError, ConfigInvalid, OptionInvalid
 from gptq_loader_plugin.events import LoadRequest, Progress
 from gptq_loader_plugin.kernel import Finisher
+from gptq_loader_plugin.placement import place
 from gptq_loader_plugin.plan import make_plan
 from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.reference import resolve
 from gptq_loader_plugin.template_source import find_template
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Mapping
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
+    from gptq_loader_plugin.kernel import Device
     from gptq_loader_plugin.loaded import LoadedModel
     from gptq_loader_plugin.plan import Plan
     from gptq_loader_plugin.report import CheckpointReport
@@ -41,7 +45,7 @@ UNKNOWN_CONTEXT = 2048  # a model that does not say how long its context is
 logger = logging.getLogger(__name__)
 
 
-def load(
+def load(  # noqa: PLR0913 - each is an option a user may want
     reference: str | Path,
     *,
     device: str | None = None,
@@ -51,6 +55,10 @@ def load(
     revision: str | None = None,
     context: int | None = None,
     check: bool = True,
+    device_map: str | Mapping[str, str] | None = None,
+    max_memory: Mapping[str, str | int] | None = None,
+    offload_folder: str | Path | None = None,
+    kv_cache: Literal["int8"] | None = None,
     plugins: Plugins | None = None,
 ) -> LoadedModel:
     """Load a GPTQ checkpoint.
@@ -65,6 +73,14 @@ def load(
         revision: the branch, tag or commit on the hub.
         context: the longest sequence; None takes what config.json says.
         check: whether to check the kernels and the logits once loaded.
+        device_map: over several devices: "auto" fills those of `max_memory` in order, block by
+            block; or a place for each part of the model, {"": "cpu", "model.layers.0": "disk"}.
+        max_memory: the most bytes of weights in each place, {"cuda:0": "8GB", "cpu": "10GB",
+            "disk": ""}; None takes the devices of this machine.
+        offload_folder: where the weights go whose place is the disk. They are computed with on
+            the CPU, and read whenever they are needed.
+        kv_cache: "int8" keeps the context's keys and values in 8 bits, half the memory, slower
+            and less exact; needs the package hqq. None keeps them in the model's dtype.
         plugins: the plugins in force; None takes those installed.
 
     Raises:
@@ -72,29 +88,46 @@ def load(
     """
     began = time.monotonic()
     plugins = plugins or Plugins(installed=True)
-    where = find_device(device)
-    if not where.present:
+    if kv_cache not in (None, "int8"):
         raise OptionInvalid(
-            f"{where} is not on this machine", hint="load on one that is; explain takes any"
+            f"a context cannot be kept as {kv_cache!r}", hint='write "int8", or leave it out'
         )
+    where = _device(device, device_map, max_memory)
+    _check_present(where)
     name = None if dtype is None else _dtype_name(dtype)
     path = resolve(reference, plugins=plugins, revision=revision)
     request = LoadRequest(str(reference), path, str(where), backend)
     plugins.hook.gptq_before_load(request=request)
     checkpoint = open_checkpoint(path, plugins.readers())
-    plan = make_plan(
+    plan = _plan(
         checkpoint,
         where,
-        plugins.kernels(),
+        plugins,
         reference=str(reference),
         backend=backend,
         dtype=name,
+        device_map=device_map,
+        max_memory=max_memory,
+        int8_cache=kv_cache == "int8",
     )
+    for placed in plan.placed.values():
+        _check_present(placed.device)
+    if offload_folder is None and any(it.on_disk for it in plan.placed.values()):
+        raise OptionInvalid(
+            "a part of the model is to stay on the disk, and no folder is named for it",
+            hint="name one on a fast disk: offload_folder=FOLDER, or --offload-folder FOLDER",
+        )
     chosen = find_template(
         checkpoint.folder, card=checkpoint.card, named=template, offered=plugins.templates()
     )
     tokenizer = _tokenizer(checkpoint)
-    model, warnings, notes = _model(checkpoint, plan, plugins, check=check)
+    if kv_cache == "int8":
+        from gptq_loader_plugin.kv_cache import check_int8
+        from gptq_loader_plugin.skeleton import read_config
+
+        check_int8(read_config(checkpoint))
+    folder = None if offload_folder is None else Path(offload_folder)
+    model, warnings, notes = _model(checkpoint, plan, plugins, folder, check=check)
     checkpoint.close()
     seconds = time.monotonic() - began
     plugins.hook.gptq_after_load(request=request, seconds=seconds)
@@ -110,6 +143,7 @@ def load(
         context=_context(model, context),
         warnings=(*checkpoint.warnings, *warnings),
         notes=notes,
+        kv_cache=kv_cache,
     )
     _never_sample_padding(loaded)
     return loaded
@@ -121,6 +155,8 @@ def explain(
     device: str | None = None,
     backend: str | None = None,
     revision: str | None = None,
+    device_map: str | Mapping[str, str] | None = None,
+    max_memory: Mapping[str, str | int] | None = None,
     plugins: Plugins | None = None,
 ) -> Plan:
     """Plan a load without reading weights, for this machine or another.
@@ -130,17 +166,24 @@ def explain(
         device: as for `load`, or one that is not here: "cuda:sm86", "rocm:gfx1100".
         backend: as for `load`.
         revision: as for `load`.
+        device_map: as for `load`, with devices that need not be here.
+        max_memory: as for `load`: {"cuda:sm86": "8GB", "cpu": "16GB"}.
         plugins: as for `load`.
 
     Raises:
         GPTQLoaderError: see `errors`; each says what to do next.
     """
     plugins = plugins or Plugins(installed=True)
-    where = find_device(device)
+    where = _device(device, device_map, max_memory)
     path = resolve(reference, plugins=plugins, revision=revision, download=False)
-    checkpoint = open_checkpoint(path, plugins.readers())
-    return make_plan(
-        checkpoint, where, plugins.kernels(), reference=str(reference), backend=backend
+    return _plan(
+        open_checkpoint(path, plugins.readers()),
+        where,
+        plugins,
+        reference=str(reference),
+        backend=backend,
+        device_map=device_map,
+        max_memory=max_memory,
     )
 
 
@@ -165,25 +208,104 @@ def inspect(
     return make_report(checkpoint, plugins.kernels(), reference=str(reference))
 
 
+def _device(
+    device: str | None,
+    device_map: str | Mapping[str, str] | None,
+    max_memory: Mapping[str, str | int] | None,
+) -> Device:
+    """Find the one device, or the first of several: where a model's beginning and end are."""
+    if device_map is None:
+        if max_memory:
+            raise OptionInvalid(
+                "memory limits are for a model over several devices",
+                hint='ask for that: device_map="auto", or --device-map auto',
+            )
+        return find_device(device)
+    if device is not None:
+        raise OptionInvalid(
+            "a device and a device map were asked for",
+            hint="name one of them; a device map names its own devices",
+        )
+    first = next(iter(max_memory or {}), None)
+    if not isinstance(device_map, str):
+        first = device_map.get("", next(iter(device_map.values()), None))
+    return find_device("cpu" if first == "disk" else first)
+
+
+def _check_present(device: Device) -> None:
+    if not device.present:
+        raise OptionInvalid(
+            f"{device} is not on this machine", hint="load on one that is; explain takes any"
+        )
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    where: Device,
+    plugins: Plugins,
+    *,
+    reference: str,
+    backend: str | None,
+    dtype: str | None = None,
+    device_map: str | Mapping[str, str] | None = None,
+    max_memory: Mapping[str, str | int] | None = None,
+    int8_cache: bool = False,
+) -> Plan:
+    placed = None
+    if device_map is not None:
+        placed = place(
+            checkpoint,
+            plugins.kernels(),
+            device_map=device_map,
+            max_memory=max_memory,
+            backend=backend,
+        )
+    return make_plan(
+        checkpoint,
+        where,
+        plugins.kernels(),
+        reference=reference,
+        backend=backend,
+        dtype=dtype,
+        placed=placed,
+        int8_cache=int8_cache,
+    )
+
+
 def _model(
-    checkpoint: Checkpoint, plan: Plan, plugins: Plugins, *, check: bool
+    checkpoint: Checkpoint,
+    plan: Plan,
+    plugins: Plugins,
+    offload_folder: Path | None,
+    *,
+    check: bool,
 ) -> tuple[PreTrainedModel, tuple[str, ...], tuple[str, ...]]:
     import torch
 
     from gptq_loader_plugin.selfcheck import check_finite, check_layers
     from gptq_loader_plugin.skeleton import build_skeleton
-    from gptq_loader_plugin.weights import fill
+    from gptq_loader_plugin.spread import follow_devices
+    from gptq_loader_plugin.weights import fill, reading_order
 
-    model = build_skeleton(checkpoint, getattr(torch, plan.dtype))
-    if (checkpoint.folder / "generation_config.json").is_file():
-        model.generation_config = _generation_config(checkpoint.folder)
-    filled = fill(model, checkpoint, plan, progress=plugins.progress)
+    def progress(told: Progress) -> None:
+        ahead.used(told.done)
+        plugins.progress(told)
+
+    tensors = [info for _, parts in reading_order(checkpoint) for info in parts]
+    with ReadAhead(tensors) as ahead:
+        model = build_skeleton(checkpoint, getattr(torch, plan.dtype))
+        if (checkpoint.folder / "generation_config.json").is_file():
+            model.generation_config = _generation_config(checkpoint.folder)
+        filled = fill(model, checkpoint, plan, progress=progress, offload_folder=offload_folder)
+    several = follow_devices(model, plan)
     if check:
         plugins.progress(Progress("self-check", 0, 2, "checks"))
         check_layers(filled.modules, checkpoint, plan)
         plugins.progress(Progress("self-check", 1, 2, "checks"))
         check_finite(model, checkpoint)
         plugins.progress(Progress("self-check", 2, 2, "checks"))
+    if several:  # a kernel finishes a model whose every tensor is on its device
+        return model, filled.warnings, ("decodes layer by layer, over several devices",)
     used = {choice.kernel.name: choice.kernel for choice in plan.choices}
     notes = [it.finish(model) for it in used.values() if isinstance(it, Finisher)]
     return model, filled.warnings, tuple(notes)

@@ -6,13 +6,15 @@ Nothing here reads a weight, so a plan can be made for a device that is not on t
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.choose import choose
+from gptq_loader_plugin.placement import Place, place_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from gptq_loader_plugin.checkpoint.config import QuantConfig
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.choose import Choice
     from gptq_loader_plugin.kernel import Device, Kernel
 
-__all__ = ["Plan", "make_plan", "write_size"]
+__all__ = ["Plan", "cache_group", "make_plan", "write_size"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,9 @@ class Plan:
         kv_bytes_per_token: what a token of context takes, or None where config.json does not tell.
         warnings: what a user should know, one sentence each.
         not_built: for a device that is not here, the plan if no kernel that must be compiled is.
+        placed: where there is more than one device, the places of the model's parts, by the
+            beginnings of their names.
+        place_bytes: what the weights take in each place.
     """
 
     reference: str
@@ -52,6 +57,12 @@ class Plan:
     kv_bytes_per_token: int | None
     warnings: tuple[str, ...] = ()
     not_built: Plan | None = None
+    placed: Mapping[str, Place] = field(default_factory=dict)
+    place_bytes: Mapping[str, int] = field(default_factory=dict)
+
+    def place(self, name: str) -> Place:
+        """Find the place of a layer or a tensor by its name."""
+        return place_of(self.placed, name) or Place(self.device.torch_name, self.device)
 
     def kernels(self) -> dict[str, int]:
         """Count the layers of each kernel, the most first."""
@@ -89,6 +100,11 @@ class Plan:
             f"  {config.bits}-bit, {group}, {order}, {symmetry}; {stored}",
             f"  weights {memory} in memory, {disk} on disk{context}",
         ]
+        lines += [
+            f"  on {where}: {write_size(size)} of the weights"
+            + (", read from there whenever they are needed" if where == "disk" else "")
+            for where, size in self.place_bytes.items()
+        ]
         lines += self._kinds()
         if self.not_built is not None and self.not_built.kernels() != self.kernels():
             lines += ["", "  Without exllamav2's compiled extension:", *self.not_built._kinds()]  # noqa: SLF001
@@ -102,13 +118,18 @@ class Plan:
             "path": str(self.path),
             "device": str(self.device),
             "dtype": self.dtype,
-            "layers": [_layer_json(choice) for choice in self.choices],
+            "layers": [
+                {**_layer_json(choice), "device": self.place(choice.layer.name).name}
+                for choice in self.choices
+            ],
             "kernels": self.kernels(),
             "weight_bytes": self.weight_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "warnings": list(self.warnings),
         }
+        if self.place_bytes:
+            data["place_bytes"] = dict(self.place_bytes)
         if self.not_built is not None:
             data["not_built"] = self.not_built.to_json()
         return data
@@ -118,7 +139,8 @@ class Plan:
         kinds: dict[tuple[object, ...], list[Choice]] = {}
         for choice in self.choices:
             layer = choice.layer
-            key = (layer.bits, layer.group_size, layer.desc_act, choice.reasons())
+            where = self.place(layer.name).name if self.placed else ""
+            key = (where, layer.bits, layer.group_size, layer.desc_act, choice.reasons())
             kinds.setdefault(key, []).append(choice)
         lines: list[str] = []
         for choices in kinds.values():
@@ -126,7 +148,8 @@ class Plan:
             shapes = {(it.layer.in_features, it.layer.out_features) for it in choices}
             more = f" and {len(shapes) - 1} more shapes" if len(shapes) > 1 else ""
             plural = "layer" if len(choices) == 1 else "layers"
-            lines += ["", f"  {len(choices)} {plural}, {first.layer}{more}"]
+            where = f" on {self.place(first.layer.name).name}" if self.placed else ""
+            lines += ["", f"  {len(choices)} {plural}{where}, {first.layer}{more}"]
             width = max(len(name) for name, _ in first.reasons())
             lines += [f"    {name:<{width}}  {words}" for name, words in first.reasons()]
         return lines
@@ -140,6 +163,8 @@ def make_plan(
     reference: str,
     backend: str | None = None,
     dtype: str | None = None,
+    placed: Mapping[str, Place] | None = None,
+    int8_cache: bool = False,
 ) -> Plan:
     """Choose a kernel for every layer of `checkpoint` on `device`.
 
@@ -152,6 +177,8 @@ def make_plan(
         backend: use this kernel for every layer, or fail.
         dtype: the dtype of everything that is not quantised; None takes what most of the weights'
             kernels compute in.
+        placed: from `place`, where there is more than one device; `device` is then the first.
+        int8_cache: whether keys and values are kept in 8 bits.
 
     Raises:
         NoBackend: a layer that no kernel, or not the one named, can run.
@@ -165,12 +192,18 @@ def make_plan(
             reference=reference,
             backend=None if backend == "exllama" else backend,
             dtype=dtype,
+            placed=placed,
+            int8_cache=int8_cache,
         )
         device = replace(device, assume_built=True)
+    placed = placed or {}
+    here = Place(device.torch_name, device)
     choices = tuple(
-        choose(layer, device, kernels, only=backend) for layer in checkpoint.layers.values()
+        choose(layer, (place_of(placed, layer.name) or here).device, kernels, only=backend)
+        for layer in checkpoint.layers.values()
     )
     chosen_dtype = dtype or _usual_dtype(choices)
+    taken = _weight_bytes(checkpoint, choices, chosen_dtype, placed)
     return Plan(
         reference=reference,
         path=checkpoint.path,
@@ -178,11 +211,13 @@ def make_plan(
         config=checkpoint.config,
         choices=choices,
         dtype=chosen_dtype,
-        weight_bytes=_weight_bytes(checkpoint, choices, chosen_dtype),
+        weight_bytes=sum(taken.values()),
         checkpoint_bytes=checkpoint.size_bytes,
-        kv_bytes_per_token=_kv_bytes(checkpoint, chosen_dtype),
+        kv_bytes_per_token=_kv_bytes(checkpoint, chosen_dtype, int8_cache=int8_cache),
         warnings=checkpoint.warnings,
         not_built=not_built,
+        placed=placed,
+        place_bytes=taken if placed else {},
     )
 
 
@@ -209,21 +244,36 @@ def _usual_dtype(choices: Sequence[Choice]) -> str:
     return max(sorted(weights), key=lambda name: weights[name])
 
 
-def _weight_bytes(checkpoint: Checkpoint, choices: Sequence[Choice], dtype: str) -> int:
+def _weight_bytes(
+    checkpoint: Checkpoint,
+    choices: Sequence[Choice],
+    dtype: str,
+    placed: Mapping[str, Place],
+) -> dict[str, int]:
+    """Count what the weights take in each place; "" where there is one device."""
     size = 4 if dtype == "float32" else 2
     parts = {part for choice in choices for part in checkpoint.parts(choice.layer.name)}
-    rest = 0
+    taken: Counter[str] = Counter()
     for name, info in checkpoint.headers.items():
         if name not in parts and info.dtype in ("F16", "BF16", "F32"):
-            elements = 1
-            for dimension in info.shape:
-                elements *= dimension
-            rest += elements * size
-    return rest + sum(choice.chosen.prepared_bytes for choice in choices)
+            where = place_of(placed, name)
+            taken[where.name if where else ""] += prod(info.shape) * size
+    for choice in choices:
+        where = place_of(placed, choice.layer.name)
+        taken[where.name if where else ""] += choice.chosen.prepared_bytes
+    return dict(taken)
 
 
-def _kv_bytes(checkpoint: Checkpoint, dtype: str) -> int | None:
-    """Work out what keys and values of one token take, from config.json where it tells."""
+def cache_group(head_dim: int) -> int:
+    """Give how many values of a head share a scale where keys and values have 8 bits, or 0."""
+    return next((it for it in (64, 32, 16, 8) if head_dim % it == 0), 0)
+
+
+def _kv_bytes(checkpoint: Checkpoint, dtype: str, *, int8_cache: bool) -> int | None:
+    """Work out what keys and values of one token take, from config.json where it tells.
+
+    The cache keeps room for up to a quarter more tokens than it holds.
+    """
     if not (checkpoint.folder / "config.json").is_file():
         return None
     config = checkpoint.model_config
@@ -235,7 +285,10 @@ def _kv_bytes(checkpoint: Checkpoint, dtype: str) -> int | None:
         return None
     kv_heads = text.get("num_key_value_heads") or heads
     head_dim = text.get("head_dim") or hidden // heads
-    return int(2 * layers * kv_heads * head_dim * (4 if dtype == "float32" else 2))
+    values, size = 2 * layers * kv_heads * head_dim, 4 if dtype == "float32" else 2
+    if int8_cache and (group := cache_group(head_dim)):
+        return values + values // group * 2 * size  # a scale and a zero for each group
+    return int(values * size)
 
 
 def write_size(count: int) -> str:

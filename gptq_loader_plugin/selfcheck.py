@@ -101,7 +101,7 @@ def _check_layer(
     if packed.bias is not None:
         expected = expected + packed.bias.float()
     with torch.inference_mode():
-        y = module(x.to(plan.device.torch_name)).float().cpu()[:, columns]
+        y = module(x.to(plan.place(layer.name).device.torch_name)).float().cpu()[:, columns]
     error = float((y - expected).norm() / expected.norm().clamp_min(1e-12))
     if not error <= TOLERANCE.get(choice.chosen.dtype, TOLERANCE["bfloat16"]):
         raise PluginError(

@@ -16,11 +16,19 @@ from gptq_loader_plugin.errors import TensorMismatch, UnsupportedFormat
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
 
-__all__ = ["ExpertPlace", "ModulePlace", "Names", "Place", "build_skeleton", "linear_shape"]
+__all__ = [
+    "ExpertPlace",
+    "ModulePlace",
+    "Names",
+    "Place",
+    "build_skeleton",
+    "linear_shape",
+    "read_config",
+]
 
 EXPERT_INDEX = re.compile(r"\.experts\.(\d+)\.")
 
@@ -63,17 +71,12 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedMode
         UnsupportedFormat: transformers does not know the model, or it needs code of its own.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     model_type = checkpoint.model_config["model_type"]
     path = checkpoint.folder / "config.json"
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        raise _unknown_model(model_type, path, error) from error
-    if hasattr(config, "quantization_config"):
-        delattr(config, "quantization_config")
+    config = read_config(checkpoint)
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -83,6 +86,27 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedMode
         raise _unknown_model(model_type, path, error) from error
     model.eval()
     return model
+
+
+def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """Read config.json as transformers does, without what it says of quantisation.
+
+    Raises:
+        ConfigInvalid: config.json is missing or broken.
+        UnsupportedFormat: transformers does not know the model, or it needs code of its own.
+    """
+    from transformers import AutoConfig
+
+    model_type = checkpoint.model_config["model_type"]
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            checkpoint.folder, trust_remote_code=False
+        )
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        raise _unknown_model(model_type, checkpoint.folder / "config.json", error) from error
+    if hasattr(config, "quantization_config"):
+        delattr(config, "quantization_config")
+    return config
 
 
 class Names:

@@ -14,26 +14,30 @@ import torch
 from torch import nn
 
 from gptq_loader_plugin.checkpoint.headers import DAMAGED
+from gptq_loader_plugin.checkpoint.tensors import is_finite
 from gptq_loader_plugin.errors import CorruptCheckpoint, TensorMismatch
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.experts import PackedExperts
 from gptq_loader_plugin.memory import release_freed
+from gptq_loader_plugin.offload import offload_module, offload_tensor
 from gptq_loader_plugin.skeleton import ExpertPlace, ModulePlace, Names, linear_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from transformers import PreTrainedModel
 
+    from gptq_loader_plugin.checkpoint.headers import TensorInfo
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
     from gptq_loader_plugin.choose import Choice
     from gptq_loader_plugin.kernel import LayerSpec
     from gptq_loader_plugin.plan import Plan
 
-__all__ = ["Filled", "fill"]
+__all__ = ["Filled", "fill", "reading_order"]
 
+COPIED_VALUES = 1 << 18  # at a time, so that they are checked and converted while in cache
 # Buffers that earlier versions of transformers saved and that every version computes anew.
-CHECKED_VALUES = 1 << 20
 COMPUTED = re.compile(
     r".*\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|attn\.bias|attention\.bias"
     r"|attn\.attention\.bias|position_ids|wf)"
@@ -46,6 +50,7 @@ def fill(
     plan: Plan,
     *,
     progress: Callable[[Progress], None],
+    offload_folder: Path | None = None,
 ) -> Filled:
     """Put every tensor of `checkpoint` into `model`.
 
@@ -54,6 +59,7 @@ def fill(
         checkpoint: where the tensors come from, read one layer at a time.
         plan: which kernel prepares which layer.
         progress: told the bytes read so far, of all.
+        offload_folder: where the weights go that the plan has on the disk.
 
     Returns:
         Where every quantised layer is now, and warnings: what was left unread, in one sentence.
@@ -62,7 +68,7 @@ def fill(
         TensorMismatch: a tensor is missing, does not fit, or belongs to a layer and is not used.
         CorruptCheckpoint: a tensor holds values that are not finite.
     """
-    return _Filling(model, checkpoint, plan, progress).run()
+    return _Filling(model, checkpoint, plan, progress, offload_folder).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +84,21 @@ class Filled:
     warnings: tuple[str, ...]
 
 
+def reading_order(checkpoint: Checkpoint) -> list[tuple[str, list[TensorInfo]]]:
+    """List what `fill` reads, in its order: a layer's name with its parts, a tensor's with it."""
+    headers = checkpoint.headers
+    parts = {name: checkpoint.parts(name) for name in checkpoint.layers}
+    packed = {part for names in parts.values() for part in names}
+    order: list[tuple[str, list[TensorInfo]]] = []
+    for name, info in headers.items():
+        layer = name.removesuffix(".qweight")
+        if layer in parts and layer != name:
+            order.append((layer, [headers[part] for part in parts[layer]]))
+        elif name not in packed:
+            order.append((name, [info]))
+    return order
+
+
 class _Filling:
     """One run of `fill`: what is placed, what is collected for fusing, what is left over."""
 
@@ -87,12 +108,13 @@ class _Filling:
         checkpoint: Checkpoint,
         plan: Plan,
         progress: Callable[[Progress], None],
+        offload_folder: Path | None,
     ) -> None:
         self.model = model
         self.checkpoint = checkpoint
         self.plan = plan
         self.progress = progress
-        self.device = torch.device(plan.device.torch_name)
+        self.offload_folder = offload_folder
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
         self.names = Names(model)
         self.choices = {choice.layer.name: choice for choice in plan.choices}
@@ -102,18 +124,16 @@ class _Filling:
         self.foreign: list[str] = []
 
     def run(self) -> Filled:
-        headers = self.checkpoint.headers
         places = {name: self.names.layer(name, self.checkpoint) for name in self.choices}
-        packed = {part for name in self.choices for part in self.checkpoint.parts(name)}
         self._make_experts([it for it in places.values() if isinstance(it, ExpertPlace)])
-        done, total = 0, sum(info.nbytes for info in headers.values())
-        for name, info in headers.items():
-            layer = name.removesuffix(".qweight")
-            if layer in self.choices and name != layer:
-                self._place_layer(self.choices[layer], places[layer])
-            elif name not in packed:
+        order = reading_order(self.checkpoint)
+        done, total = 0, sum(info.nbytes for _, parts in order for info in parts)
+        for name, parts in order:
+            if name in self.choices:
+                self._place_layer(self.choices[name], places[name])
+            else:
                 self._place_tensor(name)
-            done += info.nbytes
+            done += sum(info.nbytes for info in parts)
             self.progress(Progress("weights", done, total, "bytes", name))
         self._fuse()
         self._finish()
@@ -132,7 +152,11 @@ class _Filling:
         if isinstance(place, ModulePlace):
             self._check_shape(layer, self.model.get_submodule(place.path), place.path)
         packed = self.checkpoint.packed(layer.name)
-        module = choice.kernel.prepare(layer, packed, self.plan.device).to(self.device).eval()
+        where = self.plan.place(layer.name)
+        module = choice.kernel.prepare(layer, packed, where.device).to(where.device.torch_name)
+        module.eval()
+        if where.on_disk and self.offload_folder is not None:
+            offload_module(module, self.offload_folder)
         self.modules[layer.name] = module
         del packed
         release_freed()
@@ -185,16 +209,26 @@ class _Filling:
 
     def _read(self, name: str) -> torch.Tensor:
         tensor = self.checkpoint.tensor(name)
-        if tensor.is_floating_point():
-            if not _is_finite(tensor):
+        if not tensor.is_floating_point():
+            return self._placed(name, tensor.clone())  # the model outlives the file
+        own = torch.empty(tensor.shape, dtype=self.dtype)
+        parts = (it.flatten().split(COPIED_VALUES) for it in (tensor, own))
+        for source, target in zip(*parts, strict=True):
+            if not is_finite(source):
                 raise CorruptCheckpoint(
                     f"{name} holds values that are not finite",
                     path=self.checkpoint.path,
                     tensor=name,
                     hint=DAMAGED,
                 )
-            tensor = tensor.to(self.dtype)
-        return tensor.to(self.device)
+            target.copy_(source)
+        return self._placed(name, own)
+
+    def _placed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        where = self.plan.place(name)
+        if where.on_disk and self.offload_folder is not None:
+            return offload_tensor(tensor, self.offload_folder)
+        return tensor.to(where.device.torch_name)
 
     def _assign(self, target: str, tensor: torch.Tensor, source: str) -> None:
         path, _, leaf = target.rpartition(".")
@@ -248,7 +282,10 @@ class _Filling:
         for name, value in (*self.model.named_parameters(), *self.model.named_buffers()):
             if value.is_meta:
                 raise self._mismatch(name, "is missing")
-        self.model.to(self.device)  # type: ignore[arg-type]  # what is computed, not read: rotary frequencies and such
+        for path, module in self.model.named_modules():  # what is computed: rotary frequencies
+            where = self.plan.place(path).device.torch_name
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(where))
         self.model.requires_grad_(False)  # noqa: FBT003 - torch's signature
 
     def _warnings(self) -> list[str]:
@@ -264,11 +301,6 @@ class _Filling:
         return TensorMismatch(
             f"{tensor} {what}", path=self.checkpoint.path, tensor=tensor, hint=hint
         )
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Say whether every value is finite, a part at a time: at once takes twice the tensor."""
-    return all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(CHECKED_VALUES))
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:

@@ -20,14 +20,9 @@ import numpy as np
 from gptq_loader_plugin.checkpoint.config import QuantConfig
 from gptq_loader_plugin.checkpoint.headers import DAMAGED
 from gptq_loader_plugin.checkpoint.packing import BITS, CONTINUOUS_BITS
-from gptq_loader_plugin.checkpoint.zeros import (
-    decide_format,
-    lost_columns,
-    overwritten_words,
-    stored_zeros,
-    true_zeros,
-)
-from gptq_loader_plugin.errors import CorruptCheckpoint, TensorMismatch, UnsupportedFormat
+from gptq_loader_plugin.checkpoint.survey import LayerHeaders, Survey, survey
+from gptq_loader_plugin.checkpoint.zeros import decide_format, lost_columns
+from gptq_loader_plugin.errors import TensorMismatch, UnsupportedFormat
 from gptq_loader_plugin.kernel import LayerSpec
 
 if TYPE_CHECKING:
@@ -62,25 +57,6 @@ class Inferred:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One layer's headers, and what they say by themselves."""
-
-    name: str
-    bits: int
-    rows: int
-    columns: int
-    groups: int
-    qzeros: TensorInfo
-    g_idx: TensorInfo | None
-    scales_dtype: str
-    bias: bool
-
-    def fits(self, group_size: int) -> bool:
-        """Whether groups of this size make this many groups."""
-        return -(-self.rows // group_size) == self.groups if group_size > 0 else self.groups == 1
-
-
 def infer(tensors: TensorFiles, stored: StoredConfig, *, path: Path) -> Inferred:
     """Work out every layer and the config from the tensors' headers, g_idx and qzeros.
 
@@ -93,33 +69,22 @@ def infer(tensors: TensorFiles, stored: StoredConfig, *, path: Path) -> Inferred
     names = [name.removesuffix(".qweight") for name in headers if name.endswith(".qweight")]
     _check_codes(headers, path)
     found = [_read_layer(name, headers, stored, path) for name in names]
-    indices = {it.name: _read_g_idx(it, tensors, path) for it in found}
-    layout: dict[str, Layout] = {it.name: _layout(it.bits, stored) for it in found}
-    packed: dict[str, tuple[NDArray[np.int32], int, Layout, int]] = {
-        it.name: (tensors.integers(it.qzeros.name), it.bits, layout[it.name], it.columns)
-        for it in found
-    }
+    seen = [survey(it, _layout(it.bits, stored), tensors, path) for it in found]
     planar_zeros = stored.checkpoint_format == "gptq_p"
-    sums = {
-        name: stored_zeros(qzeros, bits=bits, layout=how, columns=columns)
-        for name, (qzeros, bits, how, columns) in packed.items()
-    }
     zeros_format, warning = decide_format(
-        [] if planar_zeros else [sums[it.name] for it in found if it.bits in CONTINUOUS_BITS],
+        [] if planar_zeros else [it.zeros for it in seen if it.zeros.bits in CONTINUOUS_BITS],
         label="gptq_v2" if planar_zeros else stored.checkpoint_format,
     )
     warnings = [warning] if warning else []
-    guess = _common_group_size(found, indices, stored)
+    guess = _common_group_size(found, seen, stored)
     layers: list[LayerSpec] = []
     lost: list[str] = []
-    for it in found:
-        qzeros, bits, how, columns = packed[it.name]
-        own: ZerosFormat = zeros_format if bits in CONTINUOUS_BITS else "v2"
-        zeros = true_zeros(qzeros, bits=bits, layout=how, columns=columns, zeros_format=own)
-        layer = _spec(it, indices[it.name], zeros, how, stored, guess)
+    for it, found_in in zip(found, seen, strict=True):
+        own: ZerosFormat = zeros_format if it.bits in CONTINUOUS_BITS else "v2"
+        layer = _spec(it, found_in, found_in.ranges[own], stored, guess)
         layers.append(layer)
-        _check_lost(layer, qzeros, path)
-        if own == "v1" and not layer.sym and overwritten_words(qzeros, bits=bits):
+        _check_lost(layer, it.qzeros.shape[1], path)
+        if own == "v1" and not layer.sym and found_in.overwritten:
             lost.append(it.name)
     if lost:
         warnings.append(
@@ -153,7 +118,7 @@ def _check_codes(headers: dict[str, TensorInfo], path: Path) -> None:
 
 def _read_layer(
     name: str, headers: dict[str, TensorInfo], stored: StoredConfig, path: Path
-) -> _Layer:
+) -> LayerHeaders:
     def need(part: str, dtypes: Sequence[str], dimensions: int) -> TensorInfo:
         tensor = f"{name}.{part}"
         if tensor not in headers:
@@ -198,7 +163,7 @@ def _read_layer(
             tensor=f"{name}.qweight",
             hint=DAMAGED,
         )
-    return _Layer(
+    return LayerHeaders(
         name=name,
         bits=bits,
         rows=qweight.shape[0] * 32 // bits,
@@ -238,26 +203,8 @@ def _layout(bits: int, stored: StoredConfig) -> Layout:
     return "planar" if planar else "continuous"
 
 
-def _read_g_idx(layer: _Layer, tensors: TensorFiles, path: Path) -> NDArray[np.int32] | None:
-    if layer.g_idx is None:
-        return None
-    g_idx = tensors.integers(layer.g_idx.name)
-    least, greatest = int(g_idx.min()), int(g_idx.max())
-    if least < 0 or greatest >= layer.groups:
-        raise CorruptCheckpoint(
-            f"{layer.g_idx.name} names group {least if least < 0 else greatest}; there are "
-            f"{layer.groups} groups",
-            path=path,
-            tensor=layer.g_idx.name,
-            hint=DAMAGED,
-        )
-    return g_idx
-
-
 def _common_group_size(
-    layers: Sequence[_Layer],
-    indices: dict[str, NDArray[np.int32] | None],
-    stored: StoredConfig,
+    layers: Sequence[LayerHeaders], seen: Sequence[Survey], stored: StoredConfig
 ) -> int:
     """Find the group size that fits every layer without an override, and -1 where none groups."""
     plain = [it for it in layers if "group_size" not in (stored.override(it.name) or {})] or layers
@@ -267,9 +214,8 @@ def _common_group_size(
     told = stored.group_size
     if told is not None and told > 0 and all(it.fits(told) for it in plain):
         return told
-    counted = {
-        int(np.bincount(g_idx).max()) for it in grouped if (g_idx := indices[it.name]) is not None
-    }
+    most = {it.name: found_in.most_rows for it, found_in in zip(layers, seen, strict=True)}
+    counted = {rows for it in grouped if (rows := most[it.name]) is not None}
     if len(counted) == 1:
         return counted.pop()
     whole = {it.rows // it.groups for it in grouped if it.rows % it.groups == 0}
@@ -278,11 +224,11 @@ def _common_group_size(
     return _power_of_two(max(-(-it.rows // it.groups) for it in grouped))
 
 
-def _group_size(layer: _Layer, g_idx: NDArray[np.int32] | None, told: object, guess: int) -> int:
+def _group_size(layer: LayerHeaders, most_rows: int | None, told: object, guess: int) -> int:
     if layer.groups == 1:
         return -1
-    if g_idx is not None:
-        return int(np.bincount(g_idx).max())
+    if most_rows is not None:
+        return most_rows
     for size in (told, guess):
         if isinstance(size, int) and size > 0 and layer.fits(size):
             return size
@@ -296,22 +242,22 @@ def _power_of_two(least: int) -> int:
 
 
 def _spec(
-    layer: _Layer,
-    g_idx: NDArray[np.int32] | None,
-    zeros: NDArray[np.uint8],
-    layout: Layout,
+    layer: LayerHeaders,
+    seen: Survey,
+    zeros: tuple[int, int],
     stored: StoredConfig,
     guess: int,
 ) -> LayerSpec:
     override = stored.override(layer.name) or {}
-    size = _group_size(layer, g_idx, override.get("group_size", stored.group_size), guess)
-    groups = row_groups(g_idx, rows=layer.rows, groups=layer.groups, group_size=size)
-    counts = np.bincount(groups, minlength=layer.groups)
+    told = override.get("group_size", stored.group_size)
+    size = _group_size(layer, seen.most_rows, told, guess)
+    counts = seen.counts
+    if counts is None:
+        rows = row_groups(None, rows=layer.rows, groups=layer.groups, group_size=size)
+        counts = np.bincount(rows, minlength=layer.groups)
+    desc_act = not seen.ordered
     if layer.groups == 1:
         desc_act = bool(override.get("desc_act", stored.desc_act))
-    else:
-        desc_act = bool((groups[1:] < groups[:-1]).any())
-    least, greatest = int(zeros.min()), int(zeros.max())
     return LayerSpec(
         name=layer.name,
         in_features=layer.rows,
@@ -319,19 +265,19 @@ def _spec(
         bits=cast("Bits", layer.bits),
         group_size=size,
         desc_act=desc_act,
-        sym=least == greatest,
+        sym=zeros[0] == zeros[1],
         groups=layer.groups,
         group_rows=(int(counts.min()), int(counts.max())),
         group_unit=int(np.gcd.reduce(counts)),
-        zero_range=(least, greatest),
-        layout=layout,
+        zero_range=zeros,
+        layout=seen.layout,
         scales_dtype=layer.scales_dtype,
         bias=layer.bias,
     )
 
 
-def _check_lost(layer: LayerSpec, qzeros: NDArray[np.int32], path: Path) -> None:
-    lost = lost_columns(qzeros.shape[1], bits=layer.bits, columns=layer.out_features)
+def _check_lost(layer: LayerSpec, words: int, path: Path) -> None:
+    lost = lost_columns(words, bits=layer.bits, columns=layer.out_features)
     if lost and not (layer.sym and layer.zero_range[0] == 1 << (layer.bits - 1)):
         raise TensorMismatch(
             f"{layer.name}: the zeros of its last {lost} columns were never written",

@@ -13,7 +13,7 @@ from gptq_loader_plugin.checkpoint.config import read_json, read_stored_config
 from gptq_loader_plugin.checkpoint.headers import DAMAGED, find_weight_files, read_headers
 from gptq_loader_plugin.checkpoint.infer import infer, row_groups
 from gptq_loader_plugin.checkpoint.packing import CONTINUOUS_BITS
-from gptq_loader_plugin.checkpoint.tensors import TensorFiles
+from gptq_loader_plugin.checkpoint.tensors import TensorFiles, is_finite
 from gptq_loader_plugin.checkpoint.zeros import true_zeros
 from gptq_loader_plugin.errors import ConfigInvalid, CorruptCheckpoint, UnsupportedFormat
 from gptq_loader_plugin.kernel import LayerSpec, PackedLinear
@@ -126,7 +126,7 @@ class Checkpoint:
 
         layer = self.layers[name]
         scales = self.tensor(f"{name}.scales")
-        if not bool(torch.isfinite(scales).all()):
+        if not is_finite(scales):
             raise CorruptCheckpoint(
                 f"{name}.scales holds values that are not finite",
                 path=self.path,

@@ -33,6 +33,7 @@ __all__ = [
     "lost_columns",
     "overwritten_words",
     "stored_zeros",
+    "true_range",
     "true_zeros",
 ]
 
@@ -106,9 +107,10 @@ def stored_zeros(
 ) -> StoredZeros:
     """Sum up what a layer's qzeros, int32 [groups, words], hold as they are stored."""
     kept = columns - lost_columns(qzeros.shape[1], bits=bits, columns=columns)
-    fields = unpack_columns(np.ascontiguousarray(qzeros), bits, layout, kept)
-    total = int(fields.sum(dtype=np.int64))
-    return StoredZeros(bits, fields.size, total, int(fields.min()), int(fields.max()))
+    different, times = _different_groups(qzeros)
+    fields = unpack_columns(different, bits, layout, kept)
+    total = int(fields.sum(dtype=np.int64)) * times
+    return StoredZeros(bits, fields.size * times, total, int(fields.min()), int(fields.max()))
 
 
 def true_zeros(
@@ -134,7 +136,7 @@ def true_zeros(
     Returns:
         uint8 [groups, columns], each 0..2**bits - 1.
     """
-    words = np.ascontiguousarray(qzeros)
+    words, times = _different_groups(qzeros)
     if zeros_format == "v1" and bits in ONES:
         words = (words.view(np.uint32) + np.uint32(ONES[bits])).view(np.int32)
     zeros = unpack_columns(words, bits, layout, columns)
@@ -142,12 +144,35 @@ def true_zeros(
         zeros = (zeros + np.uint8(1)) & np.uint8((1 << bits) - 1)
     if lost := lost_columns(qzeros.shape[1], bits=bits, columns=columns):
         zeros[:, columns - lost :] = 1 << (bits - 1)
-    return zeros
+    return np.repeat(zeros, times, axis=0) if times > 1 else zeros
+
+
+def true_range(
+    qzeros: NDArray[np.int32],
+    *,
+    bits: int,
+    layout: Layout,
+    columns: int,
+    zeros_format: ZerosFormat,
+) -> tuple[int, int]:
+    """Find the least and the greatest true zero; the arguments are those of `true_zeros`."""
+    different, _ = _different_groups(qzeros)
+    zeros = true_zeros(
+        different, bits=bits, layout=layout, columns=columns, zeros_format=zeros_format
+    )
+    return int(zeros.min()), int(zeros.max())
 
 
 def lost_columns(words: int, *, bits: int, columns: int) -> int:
     """Count the last columns whose zeros the writer dropped with a partial word."""
     return max(columns - words * 32 // bits, 0)
+
+
+def _different_groups(qzeros: NDArray[np.int32]) -> tuple[NDArray[np.int32], int]:
+    """Give one group, and how often, where all are alike, as in a symmetric layer; else all."""
+    if len(qzeros) > 1 and bool((qzeros[1:] == qzeros[0]).all()):
+        return np.ascontiguousarray(qzeros[:1]), len(qzeros)
+    return np.ascontiguousarray(qzeros), 1
 
 
 def overwritten_words(qzeros: NDArray[np.int32], *, bits: int) -> int:

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptq_loader_plugin.cli.output import ProgressBars, print_json, reported, say
+from gptq_loader_plugin.cli.output import (
+    DeviceMap,
+    MaxMemory,
+    ProgressBars,
+    print_json,
+    reported,
+    say,
+)
+from gptq_loader_plugin.placement import read_limits
 from gptq_loader_plugin.plan import write_size
 
 if TYPE_CHECKING:
@@ -71,12 +79,21 @@ def explain(
         str | None, typer.Option("--backend", help="Ask about one kernel by name.")
     ] = None,
     revision: Revision = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
     as_json: JSON = False,
 ) -> None:
     """Say which kernel would run each layer, and why not the others, without reading weights."""
     import gptq_loader_plugin as gptq
 
-    plan = gptq.explain(reference, device=device, backend=backend, revision=revision)
+    plan = gptq.explain(
+        reference,
+        device=device,
+        backend=backend,
+        revision=revision,
+        device_map=device_map,
+        max_memory=read_limits(max_memory),
+    )
     if as_json:
         print_json(plan.to_json())
     else:

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.events import Progress
 
-__all__ = ["ProgressBars", "print_json", "reported", "say"]
+__all__ = ["DeviceMap", "MaxMemory", "ProgressBars", "print_json", "reported", "say"]
+
+DeviceMap = Annotated[
+    str | None, typer.Option("--device-map", help="auto: over several devices, block by block.")
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option("--max-memory", help="With --device-map: cuda:0=8GB,cpu=10GB,disk."),
+]
 
 P = ParamSpec("P")
 CTRL_C = 130

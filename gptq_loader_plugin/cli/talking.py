@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptq_loader_plugin.cli.output import ProgressBars, print_json, reported, say
+from gptq_loader_plugin.cli.output import (
+    DeviceMap,
+    MaxMemory,
+    ProgressBars,
+    print_json,
+    reported,
+    say,
+)
+from gptq_loader_plugin.placement import read_limits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,6 +53,12 @@ Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: r
 Seed = Annotated[int | None, typer.Option("--seed", help="Make sampling repeatable.")]
 Check = Annotated[
     bool, typer.Option("--check/--no-check", help="Check kernels and logits once loaded.")
+]
+KvCache = Annotated[
+    str | None, typer.Option("--kv-cache", help="int8: half the memory for the context, slower.")
+]
+OffloadFolder = Annotated[
+    str | None, typer.Option("--offload-folder", help="Where weights go that stay on the disk.")
 ]
 HELP = "/new starts again, /explain says which kernels run, /quit leaves; Ctrl-C stops a reply"
 
@@ -106,6 +120,10 @@ def generate(  # noqa: PLR0913 - each is an option a user may want
     template: Template = None,
     revision: Revision = None,
     check: Check = True,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
+    kv_cache: KvCache = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write the reply as JSON.")] = False,
 ) -> None:
     """Answer one prompt and leave; stdout has the reply alone."""
@@ -126,6 +144,10 @@ def generate(  # noqa: PLR0913 - each is an option a user may want
         template=template,
         revision=revision,
         check=check,
+        device_map=device_map,
+        max_memory=read_limits(max_memory),
+        offload_folder=offload_folder,
+        kv_cache=kv_cache,
     )
     if raw:
         pieces = model.stream(prompt, options)
@@ -162,6 +184,10 @@ def chat(  # noqa: PLR0913 - each is an option a user may want
     template: Template = None,
     revision: Revision = None,
     check: Check = True,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
+    kv_cache: KvCache = None,
 ) -> None:
     """Chat in the terminal."""
     options = _options(
@@ -180,6 +206,10 @@ def chat(  # noqa: PLR0913 - each is an option a user may want
         template=template,
         revision=revision,
         check=check,
+        device_map=device_map,
+        max_memory=read_limits(max_memory),
+        offload_folder=offload_folder,
+        kv_cache=kv_cache,
     )
     say(HELP)
     first = _system(model, system)

@@ -59,7 +59,8 @@ class Int4Kernel:
             RANK,
             dtype="bfloat16",
             prepared_bytes=layer.in_features * layer.out_features // 2
-            + 4 * layer.out_features * (layer.in_features // size),
+            + 4 * layer.out_features * (layer.in_features // size)
+            + (8 * layer.in_features if layer.desc_act and layer.groups > 1 else 0),
             note=f"weights stay packed; torch's 4-bit operator, in bfloat16{widened}",
         )
 

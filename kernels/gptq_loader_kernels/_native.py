@@ -170,8 +170,8 @@ def load_library() -> ctypes.CDLL:
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.gptq_isa.argtypes = ()
     library.gptq_isa.restype = number
-    library.gptq_pack.argtypes = (number, pointer, pointer, count, count, pointer, number)
-    library.gptq_pack.restype = None
+    library.gptq_pack.argtypes = (number,) * 2 + (pointer,) * 2 + (count,) * 3 + (pointer, number)
+    library.gptq_pack.restype = number
     library.gptq_matmul.argtypes = (pointer, pointer, pointer, count, number, number, number)
     library.gptq_matmul.restype = number
     library.gptq_unpack.argtypes = (pointer, count, count, pointer, number, number, number)

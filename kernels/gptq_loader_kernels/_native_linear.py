@@ -224,17 +224,21 @@ def _pack(
 ) -> torch.Tensor:
     """Pack the codes as the library reads them: int32 [tiles, units, words of a unit, 64]."""
     units = len(rows) // unit_rows(bits)
-    codes = packed.codes().contiguous()
+    qweight = packed.qweight.contiguous()
     words = torch.empty(-(-columns // COLUMNS), units, unit_words(bits), COLUMNS, dtype=torch.int32)
-    library.gptq_pack(
-        bits,
-        codes.data_ptr(),
+    failed = library.gptq_pack(
+        packed.bits,
+        packed.layout == "planar",
+        qweight.data_ptr(),
         rows.data_ptr(),
+        len(packed.g_idx),
         units,
         columns,
         words.data_ptr(),
         torch.get_num_threads(),
     )
+    if failed:
+        raise RuntimeError(f"no memory to pack a layer of {len(packed.g_idx)}x{columns}")
     return words
 
 

@@ -36,7 +36,10 @@ def _kernel(plugin: object) -> str | None:
     return offer()[0].name if offer else None
 
 
-@pytest.mark.parametrize("code", blocks("README.md"), ids=range(len(blocks("README.md"))))
+PLAIN = [*blocks("README.md"), *blocks("docs/memory.md")]
+
+
+@pytest.mark.parametrize("code", PLAIN, ids=range(len(PLAIN)))
 def test_a_block_of_the_readme_runs(code: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(code.replace('"demo"', repr(str(CHECKPOINT))), {})
     assert capsys.readouterr().out

@@ -1,0 +1,101 @@
+"""Read a layer's g_idx and qzeros, once, and keep what the rest needs to know of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gptq_loader_plugin.checkpoint.headers import DAMAGED
+from gptq_loader_plugin.checkpoint.packing import CONTINUOUS_BITS
+from gptq_loader_plugin.checkpoint.zeros import overwritten_words, stored_zeros, true_range
+from gptq_loader_plugin.errors import CorruptCheckpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from gptq_loader_plugin.checkpoint.headers import TensorInfo
+    from gptq_loader_plugin.checkpoint.packing import Layout
+    from gptq_loader_plugin.checkpoint.tensors import TensorFiles
+    from gptq_loader_plugin.checkpoint.zeros import StoredZeros, ZerosFormat
+
+__all__ = ["LayerHeaders", "Survey", "survey"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerHeaders:
+    """One layer's headers, and what they say by themselves."""
+
+    name: str
+    bits: int
+    rows: int
+    columns: int
+    groups: int
+    qzeros: TensorInfo
+    g_idx: TensorInfo | None
+    scales_dtype: str
+    bias: bool
+
+    def fits(self, group_size: int) -> bool:
+        """Whether groups of this size make this many groups."""
+        return -(-self.rows // group_size) == self.groups if group_size > 0 else self.groups == 1
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What one layer's g_idx and qzeros say, read once.
+
+    Attributes:
+        counts: the rows of every group, or None without a g_idx.
+        ordered: whether groups follow one another.
+        layout: how its fields lie in words.
+        zeros: what qzeros hold as they are stored.
+        ranges: the least and greatest true zero, by what the format would be.
+        overwritten: whether an old packer has destroyed a word, if the format is v1.
+    """
+
+    counts: NDArray[np.int64] | None
+    ordered: bool
+    layout: Layout
+    zeros: StoredZeros
+    ranges: dict[ZerosFormat, tuple[int, int]]
+    overwritten: bool
+
+    @property
+    def most_rows(self) -> int | None:
+        """The rows of the largest group, or None without a g_idx."""
+        return None if self.counts is None else int(self.counts.max())
+
+
+def survey(layer: LayerHeaders, layout: Layout, tensors: TensorFiles, path: Path) -> Survey:
+    """Read a layer's g_idx and qzeros, once, and keep what the rest needs to know of them."""
+    counts, ordered = None, True
+    if layer.g_idx is not None:
+        g_idx = tensors.integers(layer.g_idx.name)
+        least, greatest = int(g_idx.min()), int(g_idx.max())
+        if least < 0 or greatest >= layer.groups:
+            raise CorruptCheckpoint(
+                f"{layer.g_idx.name} names group {least if least < 0 else greatest}; there are "
+                f"{layer.groups} groups",
+                path=path,
+                tensor=layer.g_idx.name,
+                hint=DAMAGED,
+            )
+        counts = np.bincount(g_idx, minlength=layer.groups)
+        ordered = not bool((g_idx[1:] < g_idx[:-1]).any())
+    qzeros, bits = tensors.integers(layer.qzeros.name), layer.bits
+    ranges: dict[ZerosFormat, tuple[int, int]] = {
+        how: true_range(qzeros, bits=bits, layout=layout, columns=layer.columns, zeros_format=how)
+        for how in (("v1", "v2") if bits in CONTINUOUS_BITS else ("v2",))
+    }
+    return Survey(
+        counts=counts,
+        ordered=ordered,
+        layout=layout,
+        zeros=stored_zeros(qzeros, bits=bits, layout=layout, columns=layer.columns),
+        ranges=ranges,
+        overwritten=overwritten_words(qzeros, bits=bits) > 0,
+    )

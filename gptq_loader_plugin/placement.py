@@ -1,0 +1,176 @@
+"""Say which device each part of a model is on, where there is more than one."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_plugin.choose import choose
+from gptq_loader_plugin.device import find_device, find_devices
+from gptq_loader_plugin.errors import OptionInvalid
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from gptq_loader_plugin.checkpoint.reader import Checkpoint
+    from gptq_loader_plugin.kernel import Device, Kernel
+
+__all__ = ["Place", "place", "place_of", "read_limits"]
+
+DISK = "disk"
+BLOCK = re.compile(r"(.*?\.\d+)\.")
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+LEFT_FREE = 0.9  # of a device's memory is filled where no limit is given: replies need room too
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a part of a model is.
+
+    Attributes:
+        name: what the user calls it: "cuda:0", "cpu", "disk".
+        device: what computes there; for the disk, the CPU.
+    """
+
+    name: str
+    device: Device
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether its weights are mapped from a file, read as they are needed."""
+        return self.name == DISK
+
+
+def place(
+    checkpoint: Checkpoint,
+    kernels: Sequence[Kernel],
+    *,
+    device_map: str | Mapping[str, str],
+    max_memory: Mapping[str, str | int] | None = None,
+    backend: str | None = None,
+) -> dict[str, Place]:
+    """Give every part of the model a place.
+
+    Args:
+        checkpoint: its layers and other tensors.
+        kernels: the kernels to ask; what a block takes depends on the one that a device gets.
+        device_map: "auto" fills the devices in the order of `max_memory`, whole blocks at a time;
+            or the places of parts by the beginnings of their names, "" for all others.
+        max_memory: the most bytes of weights in each place, "8GB" or a number; the disk has no
+            limit. None takes most of the memory of every device here, the best first.
+        backend: use this kernel for every layer.
+
+    Returns:
+        The places, by the beginning of a tensor's name; the longest that fits counts.
+
+    Raises:
+        OptionInvalid: a part has no place, or not all of them fit.
+    """
+    if not isinstance(device_map, str):
+        placed = {name: _named(it) for name, it in device_map.items()}
+        for name in checkpoint.headers:
+            if place_of(placed, name) is None:
+                raise OptionInvalid(
+                    f"the device map has no place for {name}",
+                    hint='give the rest of the model a place too: {"": "cpu"}',
+                )
+        return placed
+    if device_map != "auto":
+        raise OptionInvalid(
+            f"no device map is called {device_map!r}",
+            hint='write "auto", or a place for each part: {"": "cpu", "model.layers.0": "disk"}',
+        )
+    return _fill(checkpoint, kernels, _limits(max_memory), backend)
+
+
+def place_of(placed: Mapping[str, Place], name: str) -> Place | None:
+    """Find the place of a tensor, a layer or a module by its name."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        if (found := placed.get(".".join(parts[:end]))) is not None:
+            return found
+    return placed.get("")
+
+
+def read_limits(text: str | None) -> dict[str, str] | None:
+    """Read what `--max-memory` is given: cpu=10GB,cuda:0=8GB,disk."""
+    if not text:
+        return None
+    pairs = (part.strip().partition("=") for part in text.split(","))
+    return {name.strip(): size.strip() for name, _, size in pairs}
+
+
+def _limits(max_memory: Mapping[str, str | int] | None) -> list[tuple[Place, int | None]]:
+    """List the places with their limits, in order."""
+    if max_memory:
+        return [
+            (_named(name), None if name == DISK and not str(size) else _bytes(size))
+            for name, size in max_memory.items()
+        ]
+    places = []
+    for device in find_devices():
+        memory = device.memory_bytes
+        limit = None if memory is None else int(memory * LEFT_FREE)
+        places.append((Place(device.torch_name, device), limit))
+    return places
+
+
+def _fill(
+    checkpoint: Checkpoint,
+    kernels: Sequence[Kernel],
+    limits: list[tuple[Place, int | None]],
+    backend: str | None,
+) -> dict[str, Place]:
+    """Fill one place after another with whole blocks; what is in no block is in the first."""
+    layers: dict[str, list[Any]] = defaultdict(list)
+    for layer in checkpoint.layers.values():
+        layers[_unit(layer.name)].append(layer)
+    packed = {part for name in checkpoint.layers for part in checkpoint.parts(name)}
+    others: dict[str, int] = defaultdict(int)
+    for name, info in checkpoint.headers.items():
+        others[_unit(name)] += 0 if name in packed else info.nbytes
+    units = sorted(others, key=_natural)  # "" first
+    placed: dict[str, Place] = {}
+    which, used = 0, 0
+    for unit in units:
+        while True:
+            where, limit = limits[which]
+            size = others[unit] + sum(
+                choose(it, where.device, kernels, only=backend).chosen.prepared_bytes
+                for it in layers[unit]
+            )
+            if limit is None or used + size <= limit:
+                break
+            which, used = which + 1, 0
+            if which == len(limits):
+                raise OptionInvalid(
+                    f"{len(placed)} of the model's {len(units)} parts fit the memory given",
+                    hint="give more, or let the rest stay on the disk: --max-memory cpu=8GB,disk",
+                )
+        placed[unit] = where
+        used += size
+    return placed
+
+
+def _unit(name: str) -> str:
+    found = BLOCK.match(name)
+    return found[1] if found else ""
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    return [(it.isdigit(), int(it) if it.isdigit() else 0, it) for it in name.split(".") if it]
+
+
+def _named(name: str) -> Place:
+    return Place(name, find_device("cpu" if name == DISK else name))
+
+
+def _bytes(size: str | int) -> int:
+    """Read a size as people write it: 8GB is 8e9 bytes, 8GiB is 8 * 2**30."""
+    found = SIZE.fullmatch(str(size).strip())
+    if found is None:
+        raise OptionInvalid(f"{size!r} is no size", hint="write 8GB, 500MB or a number of bytes")
+    base = 1024 if found[3] else 1000
+    return int(float(found[1]) * base ** " kmgt".index(found[2].lower() or " "))

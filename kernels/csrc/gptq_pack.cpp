@@ -1,0 +1,233 @@
+// Pack a checkpoint's words into the words that the products read; the head of gptq_cpu.cpp says how
+// those lie. The checkpoint's lie as gptq_loader_plugin/checkpoint/packing.py says: 32 codes of a
+// column take `bits` words, as one stream of bits or plane by plane.
+//
+// No matrix of codes is made. A code is a few runs of bits in the checkpoint's words and a few in
+// ours; each pair that overlaps is a shift, a mask and a shift for 64 columns at a time. Rows in order
+// are read as the file lies; rows out of order a tile at a time, from a copy that fits the cache.
+
+#include "gptq_cpu.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+using namespace gptq;
+
+extern "C" int gptq_isa();
+
+namespace {
+
+constexpr int BLOCK = 32;  // codes that fill whole words at every width
+constexpr int TOGETHER = 8;  // units of a tile, written one after the other
+constexpr int AHEAD = 16;  // rows of words, asked for before they are copied
+constexpr size_t HUGE_PAGE = size_t(2) << 20;
+
+// Bits of a code where they lie: `length` of them from bit `low` of the code on, at `bit` of a word.
+struct Run {
+  int32_t word, bit, length, low;
+};
+
+struct Runs {
+  Run run[3];
+  int count;
+};
+
+// Where the checkpoint has the code of row `row` of a block.
+Runs stored_runs(int bits, bool planar, int row) {
+  Runs found = {};
+  if (!planar) {
+    const int first = row * bits % 32, length = bits < 32 - first ? bits : 32 - first;
+    found.run[found.count++] = {row * bits / 32, first, length, 0};
+    if (length < bits) found.run[found.count++] = {row * bits / 32 + 1, 0, bits - length, length};
+    return found;
+  }
+  int word = 0, low = 0;
+  for (int width = 8; width; width /= 2) {  // of a plane, the widest first
+    if (!(bits & width)) continue;
+    const int per_word = 32 / width;
+    found.run[found.count++] = {word + row / per_word, row % per_word * width, width, low};
+    word += width;
+    low += width;
+  }
+  return found;
+}
+
+// Where our unit has the code of its row `row`. At 3 bits: two words of low bits as at 2 bits, and one
+// of high bits, rows j and j + 8 of the first half at bits j and j + 16, of the second at 8 + j and 24 + j.
+Runs held_runs(int bits, int row) {
+  if (bits != 3) return {{{0, bits * row, bits, 0}}, 1};
+  const int half = row / 16;
+  return {{{half, 2 * (row % 16), 2, 0}, {2, 8 * half + row % 8 + (row % 16 >= 8 ? 16 : 0), 1, 2}}, 2};
+}
+
+struct Job {
+  int bits;       // of a code in the checkpoint
+  int held;       // of a code in our words
+  int unit_rows;
+  bool same;      // a unit of rows in order is the checkpoint's own word
+  const int32_t* rows;
+  Runs stored[BLOCK];
+  Runs ours[BLOCK];
+};
+
+// One unit of a tile, from words [..][stride].
+template <int WORDS>
+INLINE void pack_unit(const Job& job, const uint32_t* words, int64_t stride, int64_t unit, uint32_t* out) {
+  constexpr int C = COLUMNS / LANES;
+  const int32_t* rows = job.rows + unit * job.unit_rows;
+  uints sum[WORDS][C] = {};
+  for (int i = 0; i < job.unit_rows; i++) {
+    if (rows[i] < 0) continue;
+    const uint32_t* block = words + int64_t(rows[i] / BLOCK) * job.bits * stride;
+    const Runs &stored = job.stored[rows[i] % BLOCK], &ours = job.ours[i];
+    for (int s = 0; s < stored.count; s++) {
+      for (int o = 0; o < ours.count; o++) {
+        const Run from = stored.run[s], to = ours.run[o];
+        const int low = from.low > to.low ? from.low : to.low;
+        const int end = from.low + from.length, other = to.low + to.length;
+        const int length = (end < other ? end : other) - low;
+        if (length <= 0) continue;
+        const int right = from.bit + low - from.low, left = to.bit + low - to.low;
+        const uint32_t mask = (1u << length) - 1;
+        for (int c = 0; c < C; c++) {
+          uints word;
+          memcpy(&word, block + from.word * stride + c * LANES, sizeof word);
+          sum[WORDS == 1 ? 0 : to.word][c] |= (word >> right & mask) << left;
+        }
+      }
+    }
+  }
+  memcpy(out, sum, sizeof sum);
+}
+
+// Whether a unit's rows are a whole word's of the checkpoint, in its order.
+INLINE bool in_order(const Job& job, int64_t unit) {
+  const int32_t* rows = job.rows + unit * job.unit_rows;
+  if (rows[0] < 0 || rows[0] % job.unit_rows) return false;
+  for (int i = 1; i < job.unit_rows; i++)
+    if (rows[i] != rows[0] + i) return false;
+  return true;
+}
+
+INLINE void pack_units(const Job& job, const uint32_t* words, int64_t stride, int64_t first, int64_t last,
+                       uint32_t* out) {
+  for (int64_t unit = first; unit < last; unit++) {
+    if (job.held == 3) {
+      pack_unit<3>(job, words, stride, unit, out);
+      out += 3 * COLUMNS;
+      continue;
+    }
+    if (job.same && in_order(job, unit))
+      memcpy(out, words + job.rows[unit * job.unit_rows] / job.unit_rows * stride, COLUMNS * sizeof(uint32_t));
+    else
+      pack_unit<1>(job, words, stride, unit, out);
+    out += COLUMNS;
+  }
+}
+
+void pack_plain(const Job& job, const uint32_t* words, int64_t stride, int64_t first, int64_t last, uint32_t* out) {
+  pack_units(job, words, stride, first, last, out);
+}
+
+#ifdef X86
+AVX2_TARGET void pack_avx2(const Job& job, const uint32_t* words, int64_t stride, int64_t first, int64_t last,
+                           uint32_t* out) {
+  pack_units(job, words, stride, first, last, out);
+}
+
+AVX512_TARGET void pack_avx512(const Job& job, const uint32_t* words, int64_t stride, int64_t first, int64_t last,
+                               uint32_t* out) {
+  pack_units(job, words, stride, first, last, out);
+}
+#endif
+
+// Copy the columns of one tile, the last ones filled up.
+void copy_tile(const uint32_t* words, int64_t rows, int64_t stride, int count, uint32_t* out) {
+  for (int64_t row = 0; row < rows; row++, words += stride, out += COLUMNS) {
+    for (int c = 0; c < count; c += LANES) __builtin_prefetch(words + AHEAD * stride + c);
+    memcpy(out, words, count * sizeof(uint32_t));
+    if (count < COLUMNS) memset(out + count, 0, (COLUMNS - count) * sizeof(uint32_t));
+  }
+}
+
+// Ask for large pages, before a byte is written: fewer faults now, fewer lookups in every product.
+void use_huge_pages(void* memory, size_t size) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t first = (uintptr_t(memory) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const uintptr_t last = (uintptr_t(memory) + size) / HUGE_PAGE * HUGE_PAGE;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)size;
+#endif
+}
+
+}  // namespace
+
+extern "C" {
+
+// Pack a qweight [K * bits / 32][N] into words [tiles][units][unit words][64]; `rows` [units * unit
+// rows] names the feature of each row, or -1. 0 means done, 1 that memory is short.
+int gptq_pack(int bits, int planar, const uint32_t* qweight, const int32_t* rows, int64_t in_features,
+              int64_t units, int64_t columns, uint32_t* words, int threads) {
+  Job job = {};
+  job.bits = bits;
+  job.held = bits <= 4 ? bits : 8;
+  job.unit_rows = job.held == 3 ? 32 : 32 / job.held;
+  job.same = bits == job.held && bits != 3;
+  job.rows = rows;
+  for (int row = 0; row < BLOCK; row++) job.stored[row] = stored_runs(bits, planar, row);
+  for (int row = 0; row < job.unit_rows; row++) job.ours[row] = held_runs(job.held, row);
+
+  auto pack = pack_plain;
+#ifdef X86
+  const int isa = gptq_isa();
+  if (isa >= AVX512)
+    pack = pack_avx512;
+  else if (isa >= AVX2)
+    pack = pack_avx2;
+#endif
+
+  const int unit_words = job.held == 3 ? 3 : 1;
+  const int64_t tiles = (columns + COLUMNS - 1) / COLUMNS, whole = columns / COLUMNS;
+  const int64_t stored_rows = in_features * bits / 32;
+  use_huge_pages(words, sizeof(uint32_t) * tiles * units * unit_words * COLUMNS);
+
+  bool ordered = true;
+  int32_t last = -1;
+  for (int64_t i = 0; i < units * job.unit_rows && ordered; i++) {
+    if (rows[i] < 0) continue;
+    ordered = rows[i] > last;
+    last = rows[i];
+  }
+  const int64_t copied_from = ordered ? whole : 0;
+  int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    if (ordered) {
+#pragma omp for schedule(static) nowait
+      for (int64_t unit = 0; unit < units; unit += TOGETHER) {
+        const int64_t end = unit + TOGETHER < units ? unit + TOGETHER : units;
+        for (int64_t tile = 0; tile < whole; tile++)
+          pack(job, qweight + tile * COLUMNS, columns, unit, end,
+               words + (tile * units + unit) * unit_words * COLUMNS);
+      }
+    }
+    static thread_local Scratch scratch;
+    uint32_t* copy = nullptr;
+#pragma omp for schedule(dynamic)
+    for (int64_t tile = copied_from; tile < tiles; tile++) {
+      if (!copy) copy = static_cast<uint32_t*>(scratch.get(sizeof(uint32_t) * stored_rows * COLUMNS));
+      if (!copy) {
+        failed = 1;
+        continue;
+      }
+      const int count = tile < whole ? COLUMNS : int(columns - whole * COLUMNS);
+      copy_tile(qweight + tile * COLUMNS, stored_rows, columns, count, copy);
+      pack(job, copy, COLUMNS, 0, units, words + tile * units * unit_words * COLUMNS);
+    }
+  }
+  return failed;
+}
+
+}  // extern "C"
