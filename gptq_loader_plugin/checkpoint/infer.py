@@ -12,7 +12,9 @@ Only headers are read, and of the data g_idx and qzeros. With K = in_features, N
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -110,6 +112,7 @@ def infer(tensors: TensorFiles, stored: StoredConfig, *, path: Path) -> Inferred
     )
     warnings = [warning] if warning else []
     guess = _common_group_size(found, indices, stored)
+    model_dtype = _model_dtype(headers)
     layers: list[LayerSpec] = []
     lost: list[str] = []
     for it in found:
@@ -117,6 +120,7 @@ def infer(tensors: TensorFiles, stored: StoredConfig, *, path: Path) -> Inferred
         own: ZerosFormat = zeros_format if bits in CONTINUOUS_BITS else "v2"
         zeros = true_zeros(qzeros, bits=bits, layout=how, columns=columns, zeros_format=own)
         layer = _spec(it, indices[it.name], zeros, how, stored, guess)
+        layer = replace(layer, model_dtype=model_dtype)
         layers.append(layer)
         _check_lost(layer, qzeros, path)
         if own == "v1" and not layer.sym and overwritten_words(qzeros, bits=bits):
@@ -328,6 +332,15 @@ def _spec(
         scales_dtype=layer.scales_dtype,
         bias=layer.bias,
     )
+
+
+def _model_dtype(headers: dict[str, TensorInfo]) -> str:
+    """Find the dtype of most plain weights: embeddings, norms, what was not quantised."""
+    elements: Counter[str] = Counter({"F16": 0})
+    for name, info in headers.items():
+        if info.dtype in SCALE_DTYPES and not name.endswith(".scales"):
+            elements[info.dtype] += math.prod(info.shape)
+    return SCALE_DTYPES[elements.most_common(1)[0][0]]
 
 
 def _check_lost(layer: LayerSpec, qzeros: NDArray[np.int32], path: Path) -> None:
