@@ -32,7 +32,7 @@ class Int4Kernel:
         if device.type != "cpu":
             return Declined(self.name, f"runs on a CPU; this is {device}")
         if "avx512f" not in device.features and "avx2" not in device.features:
-            return Declined(self.name, "needs a CPU with AVX2 or AVX-512")
+            return Declined(self.name, "needs AVX2 or AVX-512; this CPU has neither")
         if layer.bits > BITS:
             return Declined(
                 self.name,

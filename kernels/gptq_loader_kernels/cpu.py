@@ -48,7 +48,7 @@ class CpuKernel:
         widened = (
             ""
             if held_bits(layer.bits) == layer.bits
-            else f", codes widened from {layer.bits} bits to 8"
+            else f"; {layer.bits} bits held in 8"
         )
         return Accepted(
             self.name,

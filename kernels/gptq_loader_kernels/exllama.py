@@ -58,7 +58,7 @@ class ExllamaKernel:
             return Declined(self.name, reason)
         note = "weights stay packed; computes in float16"
         if layer.half_dtype != "float16":
-            note += f", and this model is in {layer.half_dtype}"
+            note += f", cast from {layer.half_dtype}"
         if device.assume_built is None and find_extension() == "to be built":
             note += "; compiled first, for minutes"
         return Accepted(

@@ -103,9 +103,7 @@ def test_a_bfloat16_model_is_cast_and_said_so() -> None:
         cast = ExllamaKernel().consider(replace(layer, **change), BUILT)
         assert isinstance(cast, Accepted)
         assert (cast.dtype, cast.rank < plain.rank) == ("float16", True)
-        assert cast.note == (
-            "weights stay packed; computes in float16, and this model is in bfloat16"
-        )
+        assert cast.note == "weights stay packed; computes in float16, cast from bfloat16"
 
 
 @pytest.fixture
