@@ -150,8 +150,8 @@ def _describe(layers: Sequence[LayerSpec]) -> str:
         "no groups" if size < 0 else f"groups of {size}"
         for size in sorted({it.group_size for it in layers})
     )
-    orders = {it.desc_act for it in layers}
-    order = {(True,): ", act-order", (False,): ""}.get(tuple(orders), ", some in act-order")
+    sorted_rows = [it.desc_act for it in layers]
+    order = ", act-order" if all(sorted_rows) else ", some in act-order" if any(sorted_rows) else ""
     shapes = list(dict.fromkeys(f"{it.in_features}x{it.out_features}" for it in layers))
     named, more = ", ".join(shapes[:MOST_SHAPES]), len(shapes) - MOST_SHAPES
     rest = f" and {more} more shape{'s' * (more > 1)}" if more > 0 else ""

@@ -12,9 +12,7 @@ Only headers are read, and of the data g_idx and qzeros. With K = in_features, N
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -44,9 +42,9 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.tensors import TensorFiles
     from gptq_loader_plugin.checkpoint.zeros import ZerosFormat
 
-__all__ = ["Inferred", "infer"]
+__all__ = ["FLOAT_DTYPES", "Inferred", "infer"]
 
-SCALE_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+FLOAT_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +110,6 @@ def infer(tensors: TensorFiles, stored: StoredConfig, *, path: Path) -> Inferred
     )
     warnings = [warning] if warning else []
     guess = _common_group_size(found, indices, stored)
-    model_dtype = _model_dtype(headers)
     layers: list[LayerSpec] = []
     lost: list[str] = []
     for it in found:
@@ -120,7 +117,6 @@ def infer(tensors: TensorFiles, stored: StoredConfig, *, path: Path) -> Inferred
         own: ZerosFormat = zeros_format if bits in CONTINUOUS_BITS else "v2"
         zeros = true_zeros(qzeros, bits=bits, layout=how, columns=columns, zeros_format=own)
         layer = _spec(it, indices[it.name], zeros, how, stored, guess)
-        layer = replace(layer, model_dtype=model_dtype)
         layers.append(layer)
         _check_lost(layer, qzeros, path)
         if own == "v1" and not layer.sym and overwritten_words(qzeros, bits=bits):
@@ -175,7 +171,7 @@ def _read_layer(
 
     qweight = need("qweight", ("I32",), 2)
     qzeros = need("qzeros", ("I32",), 2)
-    scales = need("scales", tuple(SCALE_DTYPES), 2)
+    scales = need("scales", tuple(FLOAT_DTYPES), 2)
     g_idx = need("g_idx", ("I32",), 1) if f"{name}.g_idx" in headers else None
     columns, groups = qweight.shape[1], scales.shape[0]
     if columns * 8 == scales.shape[1] == qzeros.shape[1] * 8:
@@ -210,7 +206,7 @@ def _read_layer(
         groups=groups,
         qzeros=qzeros,
         g_idx=g_idx,
-        scales_dtype=SCALE_DTYPES[scales.dtype],
+        scales_dtype=FLOAT_DTYPES[scales.dtype],
         bias=f"{name}.bias" in headers,
     )
 
@@ -332,15 +328,6 @@ def _spec(
         scales_dtype=layer.scales_dtype,
         bias=layer.bias,
     )
-
-
-def _model_dtype(headers: dict[str, TensorInfo]) -> str:
-    """Find the dtype of most plain weights: embeddings, norms, what was not quantised."""
-    elements: Counter[str] = Counter({"F16": 0})
-    for name, info in headers.items():
-        if info.dtype in SCALE_DTYPES and not name.endswith(".scales"):
-            elements[info.dtype] += math.prod(info.shape)
-    return SCALE_DTYPES[elements.most_common(1)[0][0]]
 
 
 def _check_lost(layer: LayerSpec, qzeros: NDArray[np.int32], path: Path) -> None:

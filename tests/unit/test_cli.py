@@ -52,6 +52,10 @@ def test_inspect_as_json() -> None:
     assert report["exllama"] == {"compatible": True, "reason": "runs all 14 layers"}
     assert report["template"]["stop"] == ["<|im_end|>"]
     assert report["size_bytes"] == (DATA / ONE / "model.safetensors").stat().st_size
+    uneven = json.loads(run("inspect", DATA / "gptq-4bit-128g-act-sym", "--json", env=ALL).stdout)
+    assert uneven["exllama"]["reason"] == (
+        "2 of 14 layers have groups of 64 to 128 rows; ExLlama takes groups of one size"
+    )
     several = json.loads(run("inspect", DATA / ONE, DATA / ONE, "--json").stdout)
     assert [it["bits"] for it in several] == [4, 4]
 

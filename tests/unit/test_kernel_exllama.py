@@ -271,6 +271,22 @@ def test_a_layer_beyond_the_limit_takes_no_scratch(
     assert double.matrices[1].temp_dq.numel() == 0
 
 
+@pytest.mark.parametrize(
+    "case",
+    [Case(), Case(act_order=False), Case(group_size=-1), Case(columns=100, bias=True, sym=False)],
+    ids=str,
+)
+def test_it_takes_the_bytes_it_says(case: Case, double: Double) -> None:
+    spec, packed, _ = make_layer(case)
+    verdict = ExllamaKernel().consider(spec, BUILT)
+    assert isinstance(verdict, Accepted)
+    module = ExllamaKernel().prepare(spec, packed, CPU)
+    assert isinstance(module, ExllamaLinear)
+    held = sum(it.nbytes for name, it in module._tensors.items() if name != "gptq_g_idx")
+    held += sum(it.nbytes for it in module.buffers())
+    assert held == verdict.prepared_bytes
+
+
 def test_no_rows_at_all_are_answered(double: Double) -> None:
     module = ExllamaKernel().prepare(*make_layer(Case(bias=True))[:2], CPU)
     assert module(torch.zeros(0, 256)).shape == (0, 96)
