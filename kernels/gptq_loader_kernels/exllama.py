@@ -34,7 +34,7 @@ MULTIPLE = 32  # the kernel takes 32 rows a step and has no tail
 MOST_ROWS = 65_535  # rows are permuted by unsigned 16-bit numbers
 SMALLEST_GROUP = 32  # a step reads one row of scales
 ZEROS = (1, 15)  # it stores zero - 1 in four bits and adds the one back without a wrap
-OLDEST = (6, 0)  # the first with half2 atomics, by which parts of a sum are added up
+OLDEST = (6, 0)  # that its wheels are built for
 
 
 @dataclass(frozen=True, slots=True)
