@@ -42,7 +42,10 @@ class Choice:
         chosen, *others = self.accepted
         note = f": {chosen.note}" if chosen.note else ""
         lines = [(chosen.kernel, f"chosen{note}")]
-        lines += [(it.kernel, f"could run it; ranks below {chosen.kernel}") for it in others]
+        lines += [
+            (it.kernel, f"could run it, in {it.dtype}; ranks below {chosen.kernel}")
+            for it in others
+        ]
         lines += [(it.kernel, it.reason) for it in self.declined]
         return tuple(lines)
 

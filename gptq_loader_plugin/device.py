@@ -2,7 +2,7 @@
 
 CUDA is asked through libcuda with ctypes, ROCm through /sys/class/kfd, the CPU through
 /proc/cpuinfo. A device that is not here can be named too, for `explain`: `cuda:sm86`,
-`rocm:gfx1100`.
+`rocm:gfx1100`, or `rocm` for any.
 """
 
 from __future__ import annotations
@@ -23,6 +23,21 @@ DeviceType = Literal["cpu", "cuda", "rocm", "mps", "xpu"]
 
 NAMED = re.compile(r"(?P<type>cpu|cuda|rocm|mps|xpu)(?::(?P<which>\w+))?")
 ABSENT = {"cuda": "cuda:sm86", "rocm": "rocm:gfx1100"}
+ROCM_ARCH = "gfx1100"  # of a ROCm device that is not here and not named: kernels treat all alike
+# What people call a device that is not here; a name they do not know gets none.
+CUDA_CARDS = {
+    (6, 0): "P100",
+    (6, 1): "GTX 10 series, P40",
+    (7, 0): "V100",
+    (7, 5): "RTX 20 series, T4",
+    (8, 0): "A100",
+    (8, 6): "RTX 30 series, A10",
+    (8, 9): "RTX 40 series, L4, L40",
+    (9, 0): "H100, H200",
+    (10, 0): "B200",
+    (12, 0): "RTX 50 series",
+}
+ROCM_CARDS = {"gfx90a": "MI210, MI250", "gfx942": "MI300", "gfx1100": "RX 7900"}
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 CPU_FLAGS_ARM = ("asimd", "asimddp", "i8mm", "bf16", "sve")
 
@@ -79,7 +94,7 @@ def find_device(name: str | None = None) -> Device:
 
     Args:
         name: "cpu", "cuda", "cuda:1", "rocm", "mps", "xpu"; or one that need not be here,
-            "cuda:sm86", "rocm:gfx1100"; or None for the best of this machine.
+            "cuda:sm86", "rocm:gfx1100" (and "rocm"); or None for the best of this machine.
 
     Raises:
         OptionInvalid: the name is of no kind known, or names a device that is not here.
@@ -101,6 +116,8 @@ def find_device(name: str | None = None) -> Device:
         same = device.type == kind or (device.type == "rocm" and kind == "cuda")
         if same and device.index == index:
             return device
+    if kind == "rocm" and not which:
+        return _absent_rocm(ROCM_ARCH)
     here = ", ".join(f"{it.type}:{it.index}" if it.type != "cpu" else "cpu" for it in found)
     raise OptionInvalid(
         f"there is no {name} on this machine; there is {here}",
@@ -113,9 +130,10 @@ def find_device(name: str | None = None) -> Device:
 def _absent(kind: str, which: str) -> Device | None:
     if kind == "cuda" and (match := re.fullmatch(r"sm_?(\d+)(\d)a?", which)):
         capability = (int(match[1]), int(match[2]))
-        return Device("cuda", capability=capability, present=False)
+        name = CUDA_CARDS.get(capability, "")
+        return Device("cuda", name=name, capability=capability, present=False)
     if kind == "rocm" and which.startswith("gfx"):
-        return Device("rocm", arch=which, present=False)
+        return _absent_rocm(which)
     if which.isdigit():
         return None
     raise OptionInvalid(
@@ -123,6 +141,10 @@ def _absent(kind: str, which: str) -> Device | None:
         hint="write a number (cuda:1), a compute capability (cuda:sm86) or an AMD architecture "
         "(rocm:gfx1100)",
     )
+
+
+def _absent_rocm(arch: str) -> Device:
+    return Device("rocm", name=ROCM_CARDS.get(arch, ""), arch=arch, present=False)
 
 
 def _cpu() -> Device:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Accepted",
+    "Closable",
     "Declined",
     "Device",
     "Finisher",
@@ -49,6 +50,7 @@ class LayerSpec:
         layout: how codes lie in words.
         scales_dtype: "float16", "bfloat16" or "float32".
         bias: whether the checkpoint has a bias beside it.
+        model_dtype: the dtype of most of the model's plain weights, which it was made for.
     """
 
     name: str
@@ -65,6 +67,7 @@ class LayerSpec:
     layout: Layout = "continuous"
     scales_dtype: str = "float16"
     bias: bool = False
+    model_dtype: str = "float16"
 
     def __str__(self) -> str:
         """Say what kind of layer this is, without its name."""
@@ -76,6 +79,11 @@ class LayerSpec:
     def even_groups(self) -> bool:
         """Whether every group has the same number of rows."""
         return self.group_rows[0] == self.group_rows[1]
+
+    @property
+    def half_dtype(self) -> str:
+        """The 16-bit dtype that holds this model's activations without overflow."""
+        return "bfloat16" if "bfloat16" in (self.scales_dtype, self.model_dtype) else "float16"
 
     @property
     def packed_bytes(self) -> int:
@@ -224,4 +232,13 @@ class Finisher(Protocol):
 
         The model must answer as before, to rounding.
         """
+        ...
+
+
+@runtime_checkable
+class Closable(Protocol):
+    """A prepared module that holds more than its tensors, such as what a library allocated."""
+
+    def close(self) -> None:
+        """Give it all back; the module is not called again."""
         ...

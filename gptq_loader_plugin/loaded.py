@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from gptq_loader_plugin.errors import GPTQLoaderError, PromptTooLong
 from gptq_loader_plugin.generate import Piece, Reply, generate_pieces
+from gptq_loader_plugin.kernel import Closable
 from gptq_loader_plugin.kv_cache import KeptCache
 from gptq_loader_plugin.options import GenerateOptions
 from gptq_loader_plugin.template import CHATML_START
@@ -183,6 +184,9 @@ class LoadedModel:
             return
         self._closed = True
         self._cache.clear()
+        for module in self.model.modules():
+            if isinstance(module, Closable):
+                module.close()
         self.model.to("meta")  # type: ignore[arg-type]  # transformers wraps torch's to
         if self.plan.device.type in ("cuda", "rocm"):
             import torch

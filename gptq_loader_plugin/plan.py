@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.config import QuantConfig
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
     from gptq_loader_plugin.choose import Choice
-    from gptq_loader_plugin.kernel import Device, Kernel
+    from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec
 
 __all__ = ["Plan", "cache_group", "make_plan", "write_size"]
+
+MOST_SHAPES = 4  # of one paragraph, so that it fits a line: a block of most models has three
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +73,7 @@ class Plan:
 
     def headline(self) -> str:
         """Say in one line which kernels run, how many layers each, and on what."""
-        total = len(self.choices)
-        parts = [
-            f"{name} ({count} of {total} layers)"
-            if count < total
-            else f"{name} (all {total} layers)"
-            for name, count in self.kernels().items()
-        ]
-        return f"{', '.join(parts)} on {self.device}, computing in {self.dtype}"
+        return f"{self._counted()} on {self.device}, computing in {self.dtype}"
 
     def explain(self) -> str:
         """Say which kernel runs each kind of layer, why, and what the others said."""
@@ -99,6 +94,7 @@ class Plan:
             f"{self.reference} on {self.device}{name}{absent}",
             f"  {config.bits}-bit, {group}, {order}, {symmetry}; {stored}",
             f"  weights {memory} in memory, {disk} on disk{context}",
+            f"  kernels {self._counted()}, computing in {self.dtype}",
         ]
         lines += [
             f"  on {where}: {write_size(size)} of the weights"
@@ -106,8 +102,15 @@ class Plan:
             for where, size in self.place_bytes.items()
         ]
         lines += self._kinds()
-        if self.not_built is not None and self.not_built.kernels() != self.kernels():
-            lines += ["", "  Without exllamav2's compiled extension:", *self.not_built._kinds()]  # noqa: SLF001
+        other = self.not_built
+        if other is not None and other.kernels() != self.kernels():
+            lines += [
+                "",
+                "  where ExLlamaV2's extension is not built:",
+                f"  weights {write_size(other.weight_bytes)} in memory",
+                f"  kernels {other._counted()}, computing in {other.dtype}",  # noqa: SLF001
+                *other._kinds(),  # noqa: SLF001
+            ]
         lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
@@ -134,25 +137,48 @@ class Plan:
             data["not_built"] = self.not_built.to_json()
         return data
 
+    def _counted(self) -> str:
+        """Name the kernels, each with how many layers it runs."""
+        total = len(self.choices)
+        return ", ".join(
+            f"{name} ({count} of {total} layers)"
+            if count < total
+            else f"{name} (all {total} layers)"
+            for name, count in self.kernels().items()
+        )
+
     def _kinds(self) -> list[str]:
-        """Group layers with the same answers: one paragraph a kind."""
-        kinds: dict[tuple[object, ...], list[Choice]] = {}
+        """Write a paragraph for all layers with the same answers, and a line for every answer."""
+        kinds: dict[tuple[str, tuple[tuple[str, str], ...]], list[LayerSpec]] = {}
         for choice in self.choices:
-            layer = choice.layer
-            where = self.place(layer.name).name if self.placed else ""
-            key = (where, layer.bits, layer.group_size, layer.desc_act, choice.reasons())
-            kinds.setdefault(key, []).append(choice)
+            where = f" on {self.place(choice.layer.name).name}" if self.placed else ""
+            kinds.setdefault((where, choice.reasons()), []).append(choice.layer)
         lines: list[str] = []
-        for choices in kinds.values():
-            first = choices[0]
-            shapes = {(it.layer.in_features, it.layer.out_features) for it in choices}
-            more = f" and {len(shapes) - 1} more shapes" if len(shapes) > 1 else ""
-            plural = "layer" if len(choices) == 1 else "layers"
-            where = f" on {self.place(first.layer.name).name}" if self.placed else ""
-            lines += ["", f"  {len(choices)} {plural}{where}, {first.layer}{more}"]
-            width = max(len(name) for name, _ in first.reasons())
-            lines += [f"    {name:<{width}}  {words}" for name, words in first.reasons()]
+        for (where, reasons), layers in kinds.items():
+            answers: dict[str, list[str]] = {}
+            for name, words in reasons:
+                answers.setdefault(words, []).append(name)
+            names = {words: ", ".join(same) for words, same in answers.items()}
+            width = max(map(len, names.values()))
+            lines += ["", f"  {_describe(layers, where)}"]
+            lines += [f"    {same:<{width}}  {words}" for words, same in names.items()]
         return lines
+
+
+def _describe(layers: Sequence[LayerSpec], where: str) -> str:
+    """Say what the layers of one paragraph are: widths, groups, order and shapes."""
+    bits = dict.fromkeys(f"{width}-bit" for width in sorted({it.bits for it in layers}))
+    groups = dict.fromkeys(
+        "no groups" if size < 0 else f"groups of {size}"
+        for size in sorted({it.group_size for it in layers})
+    )
+    sorted_rows = [it.desc_act for it in layers]
+    order = ", act-order" if all(sorted_rows) else ", some in act-order" if any(sorted_rows) else ""
+    shapes = list(dict.fromkeys(f"{it.in_features}x{it.out_features}" for it in layers))
+    named, more = ", ".join(shapes[:MOST_SHAPES]), len(shapes) - MOST_SHAPES
+    rest = f" and {more} more shape{'s' * (more > 1)}" if more > 0 else ""
+    count = f"{len(layers)} layer{'s' * (len(layers) > 1)}{where}"
+    return f"{count}, {' and '.join(bits)}, {' or '.join(groups)}{order}: {named}{rest}"
 
 
 def make_plan(

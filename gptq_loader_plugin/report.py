@@ -131,8 +131,11 @@ def _exllama(checkpoint: Checkpoint, kernels: Sequence[Kernel]) -> ExllamaReport
     exllama = next((kernel for kernel in kernels if kernel.name == "exllama"), None)
     if exllama is None:
         return ExllamaReport(compatible=False, reason="the exllama plugin is not installed")
-    for layer in checkpoint.layers.values():
-        verdict = exllama.consider(layer, AMPERE)
-        if isinstance(verdict, Declined):
-            return ExllamaReport(compatible=False, reason=f"{layer.name}: {verdict.reason}")
-    return ExllamaReport(compatible=True, reason=f"runs all {len(checkpoint.layers)} layers")
+    verdicts = [exllama.consider(layer, AMPERE) for layer in checkpoint.layers.values()]
+    reasons = [it.reason for it in verdicts if isinstance(it, Declined)]
+    if not reasons:
+        return ExllamaReport(compatible=True, reason=f"runs all {len(verdicts)} layers")
+    part = (
+        "" if len(reasons) == len(verdicts) else f"{len(reasons)} of {len(verdicts)} layers have "
+    )
+    return ExllamaReport(compatible=False, reason=f"{part}{reasons[0]}")

@@ -34,7 +34,7 @@ class Int8Rows:
         """Say yes or no from the shapes alone; a no is read by people."""
         del device  # plain torch runs anywhere
         if layer.bits != 8:
-            return Declined(self.name, f"is for 8-bit layers; this one has {layer.bits} bits")
+            return Declined(self.name, f"{layer.bits}-bit; this takes 8-bit only")
         return Accepted(
             self.name,
             rank=5,  # above reference (1), below dense (10): it saves memory, not time

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.tensors import TensorFiles
     from gptq_loader_plugin.checkpoint.zeros import ZerosFormat
 
-__all__ = ["Inferred", "infer"]
+__all__ = ["FLOAT_DTYPES", "Inferred", "infer"]
 
-SCALE_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+FLOAT_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def _read_layer(
 
     qweight = need("qweight", ("I32",), 2)
     qzeros = need("qzeros", ("I32",), 2)
-    scales = need("scales", tuple(SCALE_DTYPES), 2)
+    scales = need("scales", tuple(FLOAT_DTYPES), 2)
     g_idx = need("g_idx", ("I32",), 1) if f"{name}.g_idx" in headers else None
     columns, groups = qweight.shape[1], scales.shape[0]
     if columns * 8 == scales.shape[1] == qzeros.shape[1] * 8:
@@ -171,7 +171,7 @@ def _read_layer(
         groups=groups,
         qzeros=qzeros,
         g_idx=g_idx,
-        scales_dtype=SCALE_DTYPES[scales.dtype],
+        scales_dtype=FLOAT_DTYPES[scales.dtype],
         bias=f"{name}.bias" in headers,
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -11,7 +13,7 @@ import numpy as np
 from gptq_loader_plugin.checkpoint.card import read_card
 from gptq_loader_plugin.checkpoint.config import read_json, read_stored_config
 from gptq_loader_plugin.checkpoint.headers import DAMAGED, find_weight_files, read_headers
-from gptq_loader_plugin.checkpoint.infer import infer, row_groups
+from gptq_loader_plugin.checkpoint.infer import FLOAT_DTYPES, infer, row_groups
 from gptq_loader_plugin.checkpoint.packing import CONTINUOUS_BITS
 from gptq_loader_plugin.checkpoint.tensors import TensorFiles, is_finite
 from gptq_loader_plugin.checkpoint.zeros import true_zeros
@@ -208,10 +210,11 @@ class GPTQReader:
         if not any(name.endswith(".qweight") for name in tensors.headers):
             raise _not_gptq(tensors.headers, path)
         inferred = infer(tensors, stored, path=path)
+        model_dtype = _model_dtype(tensors.headers)
         return Checkpoint(
             path,
             config=inferred.config,
-            layers=inferred.layers,
+            layers=tuple(replace(it, model_dtype=model_dtype) for it in inferred.layers),
             warnings=(*warnings, *inferred.warnings),
             tensors=tensors,
         )
@@ -225,6 +228,15 @@ def open_checkpoint(path: Path, readers: tuple[Reader, ...] = ()) -> Checkpoint:
         if opened is not None:
             return opened
     return ours.open(path)
+
+
+def _model_dtype(headers: dict[str, TensorInfo]) -> str:
+    """Find the dtype of most plain weights: embeddings, norms, what was not quantised."""
+    elements: Counter[str] = Counter({"F16": 0})
+    for name, info in headers.items():
+        if info.dtype in FLOAT_DTYPES and not name.endswith(".scales"):
+            elements[info.dtype] += math.prod(info.shape)
+    return FLOAT_DTYPES[elements.most_common(1)[0][0]]
 
 
 def _not_gptq(headers: dict[str, TensorInfo], path: Path) -> UnsupportedFormat:

@@ -32,17 +32,17 @@ class Int4Kernel:
         if device.type != "cpu":
             return Declined(self.name, f"runs on a CPU; this is {device}")
         if "avx512f" not in device.features and "avx2" not in device.features:
-            return Declined(self.name, "needs a CPU with AVX2 or AVX-512")
+            return Declined(self.name, "needs AVX2 or AVX-512; this CPU has neither")
         if layer.bits > BITS:
             return Declined(
                 self.name,
-                f"torch's packed CPU operator takes up to {BITS} bits; this layer has {layer.bits}",
+                f"{layer.bits}-bit; torch's packed CPU operator takes up to {BITS} bits",
             )
         if layer.out_features % COLUMNS_MULTIPLE:
             return Declined(
                 self.name,
-                f"needs out_features in multiples of {COLUMNS_MULTIPLE}; this layer has "
-                f"{layer.out_features}",
+                f"{layer.out_features} outputs; torch's packed CPU operator takes multiples of "
+                f"{COLUMNS_MULTIPLE}",
             )
         size = _operator_group(layer)
         if size is None:
@@ -50,8 +50,8 @@ class Int4Kernel:
             rows = f"{most}" if least == most else f"{least} to {most}"
             return Declined(
                 self.name,
-                f"needs groups whose rows are multiples of {GROUP_SIZES[0]}; this layer's have "
-                f"{rows}",
+                f"groups of {rows} rows; torch's packed CPU operator takes multiples of "
+                f"{GROUP_SIZES[0]}",
             )
         widened = "" if layer.bits == BITS else f", codes widened from {layer.bits} bits"
         return Accepted(

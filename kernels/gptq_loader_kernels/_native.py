@@ -146,8 +146,8 @@ def why_not() -> str | None:
     """Say in words why the library cannot be used here, or None where it can."""
     if find_library() is None:
         return (
-            "its native library was not built when this was installed: install a C++ compiler "
-            "(on Debian and Ubuntu: apt install g++) and install this again"
+            "its native library is not built: install a C++ compiler (apt install g++) and this "
+            "package again"
         )
     try:
         load_library()

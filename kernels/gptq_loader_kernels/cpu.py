@@ -48,11 +48,7 @@ class CpuKernel:
                 ),
                 "any processor, slower than with AVX2",
             )
-        widened = (
-            ""
-            if held_bits(layer.bits) == layer.bits
-            else f", codes widened from {layer.bits} bits to 8"
-        )
+        widened = "" if held_bits(layer.bits) == layer.bits else f"; {layer.bits} bits held in 8"
         return Accepted(
             self.name,
             RANK,

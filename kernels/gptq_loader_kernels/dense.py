@@ -30,13 +30,13 @@ class DenseKernel:
         dtype = _dtype(device, layer)
         size = 4 if dtype == "float32" else 2
         dense = size * layer.in_features * layer.out_features
-        times = dense / layer.packed_bytes
+        times = round(dense / layer.packed_bytes)
         return Accepted(
             self.name,
             RANK,
             dtype=dtype,
             prepared_bytes=dense,
-            note=f"weights dequantised once to {dtype}, {times:.1f} times the packed bytes",
+            note=f"weights dequantised once to {dtype}, about {times} times the packed bytes",
         )
 
     def prepare(self, layer: LayerSpec, packed: PackedLinear, device: Device) -> torch.nn.Module:
@@ -60,7 +60,7 @@ def _dtype(device: Device, layer: LayerSpec) -> str:
         )
     if device.type == "cuda" and (device.capability or AMPERE) < AMPERE:
         return "float16"
-    return "bfloat16" if layer.scales_dtype == "bfloat16" else "float16"
+    return layer.half_dtype
 
 
 @hookimpl

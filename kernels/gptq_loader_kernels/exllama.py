@@ -1,63 +1,90 @@
 """4-bit layers on a GPU through exllamav2's compiled extension, where it is installed.
 
 What exllamav2 0.3.2 (its newest and last) can run was read in its sources, exllamav2_ext/cuda:
-`ext_qmatrix.cpp` and `q_matrix.cu`. It is never imported to find out whether it is there, because
-importing exllamav2 without a compiled extension starts a compile.
+`ext_qmatrix.cpp`, `q_matrix.cu`, `q_gemm.cu` and `q_gemm_kernel_gptq.cuh`. Most of its limits it
+does not check itself: past them it answers, and wrongly.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
+from gptq_loader_kernels._exllama_extension import find_extension
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.kernel import Accepted, Declined
+from gptq_loader_plugin.plan import write_size
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
+    from gptq_loader_kernels._exllama_linear import Scratch
     from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec, PackedLinear, Verdict
 
 __all__ = ["ExllamaKernel", "gptq_kernels"]
 
 RANK = 80  # the fastest for one token at a time, by every report on 4-bit GPTQ
-EXTENSION = "exllamav2_ext"
-BITS = 4
+# It computes in float16, which a bfloat16 model's activations may overflow: there Triton (60)
+# goes before it, because it computes in bfloat16, and what dequantises comes after.
+CAST_RANK = 55
+BITS = 4  # it counts 8 rows a word, whatever the config says
 MULTIPLE = 32  # the kernel takes 32 rows a step and has no tail
 MOST_ROWS = 65_535  # rows are permuted by unsigned 16-bit numbers
-SMALLEST_GROUP = 32
-OLDEST = (6, 0)  # the first with the half-precision atomics its sums need
+SMALLEST_GROUP = 32  # a step reads one row of scales
+ZEROS = (1, 15)  # it stores zero - 1 in four bits and adds the one back without a wrap
+OLDEST = (6, 0)  # that its wheels are built for
 
 
 @dataclass(frozen=True, slots=True)
 class ExllamaKernel:
-    """Multiply in float16 by exllamav2's 4-bit GPTQ kernel."""
+    """Multiply in float16 by exllamav2's 4-bit GPTQ kernel.
+
+    Attributes:
+        name: the kernel's name.
+        scratches: the scratch memory of each device, alive as long as a layer that uses it.
+    """
 
     name: str = "exllama"
+    scratches: WeakValueDictionary[str, Scratch] = field(
+        default_factory=WeakValueDictionary, repr=False, compare=False
+    )
 
     def consider(self, layer: LayerSpec, device: Device) -> Verdict:
         """Accept what exllamav2 computes rightly, where its extension is compiled."""
         reason = _device_reason(device) or _layer_reason(layer) or _missing(device)
         if reason is not None:
             return Declined(self.name, reason)
-        padded = -(-layer.out_features // MULTIPLE) * MULTIPLE
-        codes = layer.in_features * padded // 2
-        tables = layer.groups * padded * 5 // 2 + 4 * layer.in_features
-        cast = "" if layer.scales_dtype == "float16" else f"; {layer.scales_dtype} cast to float16"
+        note = "weights stay packed; computes in float16"
+        if layer.half_dtype != "float16":
+            note += f", cast from {layer.half_dtype}"
+        if device.assume_built is None and find_extension() == "to be built":
+            note += "; compiled first, for minutes"
         return Accepted(
             self.name,
-            RANK,
+            RANK if layer.half_dtype == "float16" else CAST_RANK,
             dtype="float16",
-            prepared_bytes=codes + tables,
-            note=f"weights stay packed; exllamav2's 4-bit kernel{cast}",
+            prepared_bytes=_prepared_bytes(layer),
+            note=note,
         )
 
     def prepare(self, layer: LayerSpec, packed: PackedLinear, device: Device) -> torch.nn.Module:
-        """Hand the layer's tensors to the extension, which reorders them in place on the GPU."""
+        """Copy the layer's tensors for the extension, which reorders them in place on the GPU."""
+        from gptq_loader_kernels._exllama_linear import ExllamaLinear, Scratch
+
+        scratch = self.scratches.setdefault(device.torch_name, Scratch(device.torch_name))
+        return ExllamaLinear(layer, packed, device=device.torch_name, scratch=scratch)
+
+    def finish(self, model: PreTrainedModel) -> str:
+        """Hand over every layer, now that the largest is known; say what they share."""
         from gptq_loader_kernels._exllama_linear import ExllamaLinear
 
-        return ExllamaLinear(layer, packed, device.torch_name)
+        for module in model.modules():
+            if isinstance(module, ExllamaLinear):
+                module.hand_over()
+        shared = sum(scratch.nbytes for scratch in self.scratches.values())
+        return f"prompts dequantise one layer at a time, in {write_size(shared)} that all share"
 
 
 def _device_reason(device: Device) -> str | None:
@@ -70,38 +97,44 @@ def _device_reason(device: Device) -> str | None:
 
 def _layer_reason(layer: LayerSpec) -> str | None:  # noqa: PLR0911 - one for each limit
     if layer.bits != BITS:
-        return f"exllamav2's GPTQ kernels are 4-bit only; this layer is {layer.bits}-bit"
+        return f"{layer.bits}-bit; ExLlama takes {BITS}-bit only"
     if layer.in_features % MULTIPLE:
-        return f"in_features {layer.in_features} is not a multiple of {MULTIPLE}"
+        return f"{layer.in_features} inputs; ExLlama takes multiples of {MULTIPLE}"
     if layer.in_features > MOST_ROWS:
-        return f"in_features {layer.in_features} is more than {MOST_ROWS}, its 16-bit limit"
-    if layer.groups > 1:
-        size = layer.group_rows[1]
-        if not layer.even_groups:
-            return (
-                f"it takes groups of equal size; this layer's have {layer.group_rows[0]} to {size} "
-                "rows"
-            )
-        if size & (size - 1) or size < SMALLEST_GROUP:
-            return (
-                f"it derives a power-of-two group size from {SMALLEST_GROUP} up; groups of {size} "
-                "would be wrong"
-            )
-    if layer.zero_range[0] < 1:
-        return "it stores zero - 1; this layer's zeros of 0 cannot be represented"
+        return f"{layer.in_features} inputs; ExLlama takes up to {MOST_ROWS}"
+    least, most = layer.group_rows
+    if layer.groups > 1 and not layer.even_groups:
+        return f"groups of {least} to {most} rows; ExLlama takes groups of one size"
+    if layer.groups > 1 and (most & (most - 1) or most < SMALLEST_GROUP):
+        return f"groups of {most}; ExLlama takes powers of two from {SMALLEST_GROUP} up"
+    low, high = layer.zero_range
+    if low < ZEROS[0] or high > ZEROS[1]:
+        return f"zeros from {low} to {high}; ExLlama takes {ZEROS[0]} to {ZEROS[1]}"
     return None
 
 
 def _missing(device: Device) -> str | None:
-    built = device.assume_built
-    if built is None:
-        built = importlib.util.find_spec(EXTENSION) is not None
-    if built:
+    if device.assume_built:
         return None
-    return (
-        f"{EXTENSION} is not installed: take the exllamav2 wheel for your torch and CUDA from its "
-        "releases, or build it (which needs nvcc)"
-    )
+    if device.assume_built is False:
+        return "needs ExLlamaV2's compiled extension, taken here as not built"
+    match find_extension():
+        case "no package":
+            return "its build was asked for, and ExLlamaV2 is not installed: pip install exllamav2"
+        case "no extension":
+            return "ExLlamaV2's compiled extension is not installed, nor was its build asked for"
+        case "built" | "to be built":
+            return None
+
+
+def _prepared_bytes(layer: LayerSpec) -> int:
+    """Count the bytes on the GPU once prepared, the scratch that layers share left out."""
+    columns = -(-layer.out_features // MULTIPLE) * MULTIPLE
+    codes = layer.in_features * columns // 2
+    tables = layer.groups * columns * 5 // 2  # float16 scales, 4-bit zeros
+    biases = 2 * columns + 2 * layer.out_features * layer.bias
+    permutations = 4 * layer.in_features if layer.groups > 1 and layer.desc_act else 0
+    return codes + tables + biases + permutations
 
 
 @hookimpl

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 DATA = Path(__file__).parents[1] / "data" / "checkpoints"
+GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = sorted(it.name for it in DATA.glob("gptq*"))
 SEQUENTIAL = [it for it in NAMES if "-noact-" in it or "-noneg-" in it]
 ONE = "gptq-4bit-32g-act-sym"
@@ -29,9 +31,21 @@ PLUGINS = {"GPTQ_LOADER_PLUGINS": "core,kernel-cpu,kernel-dense,kernel-reference
 
 Tensors = dict[str, torch.Tensor]
 
+# The kernels for GPUs too: they are only asked.
+ALL = {"GPTQ_LOADER_PLUGINS": f"{PLUGINS['GPTQ_LOADER_PLUGINS']},kernel-exllama,kernel-triton"}
+
 
 def plugins() -> gptq.Plugins:
     return gptq.Plugins(installed=True, environ=PLUGINS)
+
+
+def golden(name: str, found: str) -> None:
+    """Compare with a file of tests/golden, or write it where GPTQ_LOADER_GOLDEN=write."""
+    found = found.replace(str(DATA), "CHECKPOINTS")
+    file = GOLDEN / name
+    if os.environ.get("GPTQ_LOADER_GOLDEN") == "write":
+        file.write_text(found, encoding="utf-8")
+    assert found == file.read_text(encoding="utf-8")
 
 
 def copy(name: str, folder: Path) -> Path:

@@ -54,7 +54,7 @@ def test_the_highest_rank_wins_and_the_rest_is_kept() -> None:
     assert choice.chosen.kernel == "fast"
     assert choice.reasons() == (
         ("fast", "chosen: packed"),
-        ("slow", "could run it; ranks below fast"),
+        ("slow", "could run it, in float32; ranks below fast"),
         ("other", "is for GPUs"),
     )
 
@@ -129,6 +129,7 @@ def test_the_cpu_is_always_there() -> None:
         ("CUDA:SM_90a", "cuda sm90", (9, 0)),
         ("cuda:sm120", "cuda sm120", (12, 0)),
         ("rocm:gfx1100", "rocm gfx1100", None),
+        ("rocm", "rocm gfx1100", None),
     ],
 )
 def test_a_device_that_is_not_here_can_be_named(
@@ -140,7 +141,13 @@ def test_a_device_that_is_not_here_can_be_named(
         gptq.load(DATA / ONE, device=name, plugins=plugins())
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:avx", "cuda:9", ""])
+def test_a_device_that_is_not_here_is_called_what_people_call_it() -> None:
+    assert find_device("cuda:sm86").name == "RTX 30 series, A10"
+    assert find_device("rocm:gfx942").name == "MI300"
+    assert find_device("cuda:sm53").name == find_device("rocm:gfx803").name == ""
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:avx", "cuda:9", "rocm:9", "rocm:sm86", ""])
 def test_a_device_that_is_none_is_said(name: str) -> None:
     with pytest.raises(gptq.OptionInvalid) as caught:
         find_device(name)

@@ -10,11 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from altered import CPU_KERNELS, DATA, ONE, PLUGINS, copy, plugins, set_field
+from altered import ALL, CPU_KERNELS, DATA, ONE, PLUGINS, copy, golden, plugins, set_field
 from typer.testing import CliRunner
 
 import gptq_loader_plugin as gptq
@@ -23,24 +22,15 @@ from gptq_loader_plugin.cli.output import ProgressBars
 from gptq_loader_plugin.events import Progress
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from click.testing import Result
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-ALL = {"GPTQ_LOADER_PLUGINS": f"{PLUGINS['GPTQ_LOADER_PLUGINS']},kernel-exllama,kernel-triton"}
 FEW = ("--max-new-tokens", "4", "--temperature", "0", "--device", "cpu")
 
 
 def run(*arguments: str | Path, env: dict[str, str] = PLUGINS, **options: Any) -> Result:
     return CliRunner().invoke(app, [str(it) for it in arguments], env=env, **options)
-
-
-def golden(name: str, found: str) -> None:
-    """Compare with a file of tests/golden, or write it where GPTQ_LOADER_GOLDEN=write."""
-    found = found.replace(str(DATA), "CHECKPOINTS")
-    file = GOLDEN / name
-    if os.environ.get("GPTQ_LOADER_GOLDEN") == "write":
-        file.write_text(found, encoding="utf-8")
-    assert found == file.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["gptq-4bit-32g-act-sym", "gptq-3bit-noneg-act-sym"])
@@ -62,6 +52,10 @@ def test_inspect_as_json() -> None:
     assert report["exllama"] == {"compatible": True, "reason": "runs all 14 layers"}
     assert report["template"]["stop"] == ["<|im_end|>"]
     assert report["size_bytes"] == (DATA / ONE / "model.safetensors").stat().st_size
+    uneven = json.loads(run("inspect", DATA / "gptq-4bit-128g-act-sym", "--json", env=ALL).stdout)
+    assert uneven["exllama"]["reason"] == (
+        "2 of 14 layers have groups of 64 to 128 rows; ExLlama takes groups of one size"
+    )
     several = json.loads(run("inspect", DATA / ONE, DATA / ONE, "--json").stdout)
     assert [it["bits"] for it in several] == [4, 4]
 
@@ -75,12 +69,11 @@ def test_inspect_says_what_is_odd_on_stderr(tmp_path: Path) -> None:
     assert "warning" not in done.stdout
 
 
-@pytest.mark.parametrize("device", ["cuda:sm86", "cuda:sm75", "rocm:gfx1100"])
+@pytest.mark.parametrize("device", ["cuda:sm86", "rocm"])
 def test_explain_answers_for_a_device_that_is_not_here(device: str) -> None:
-    for name in ("gptq-4bit-32g-act-sym", "gptq-3bit-128g-act-sym"):
-        done = run("explain", DATA / name, "--device", device, env=ALL)
-        assert done.exit_code == 0, done.stderr
-        golden(f"explain-{name}-{device.replace(':', '-')}.txt", done.stdout)
+    done = run("explain", DATA / ONE, "--device", device, env=ALL)
+    assert done.exit_code == 0, done.stderr
+    golden(f"explain-{ONE}-{device.replace(':', '-')}.txt", done.stdout)
 
 
 def test_explain_for_this_machine() -> None:
@@ -195,7 +188,8 @@ def test_perplexity(tmp_path: Path) -> None:
     [
         (("inspect", "nowhere"), "names no checkpoint; looked in nowhere", "or demo"),
         (("explain", DATA / ONE, "--device", "gpu"), "no device is called 'gpu'", "cuda:sm86"),
-        (("explain", DATA / ONE, "--device", "rocm"), "no rocm on this", "rocm:gfx1100"),
+        (("explain", DATA / ONE, "--device", "xpu"), "no xpu on this", "one that is here"),
+        (("generate", DATA / ONE, "--prompt", "a", "--device", "rocm"), "not on this", "explain"),
         (("generate", DATA / ONE, "--prompt", ""), None, None),
         (
             ("generate", DATA / ONE, "--prompt", "a", "--temperature", "-1"),

@@ -49,7 +49,7 @@ def test_its_kernel_conforms(installed: dict[str, str], tmp_path: Path) -> None:
     done = run(*suite, "--kernel", "int8rows", env=installed, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert "passed" in done.stdout
-    assert "is for 8-bit layers" not in done.stderr
+    assert "this takes 8-bit only" not in done.stderr
 
 
 def test_it_answers(installed: dict[str, str], tmp_path: Path) -> None:
@@ -69,4 +69,4 @@ def test_its_refusal_is_said(installed: dict[str, str], tmp_path: Path) -> None:
         env=installed, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "is for 8-bit layers; this one has 4 bits" in done.stderr
+    assert "4-bit; this takes 8-bit only" in done.stderr

@@ -33,9 +33,9 @@ CASES = [
     (Case(), Device("cuda", capability=(7, 5), present=False), "no tensor-core path on older"),
     (Case(), RDNA, "needs a CUDA GPU; this is rocm gfx1100"),
     (Case(), Device("cpu"), "needs a CUDA GPU; this is cpu"),
-    (Case(bits=5, layout="planar"), AMPERE, "this layer is 5-bit"),
-    (Case(group_size=0), AMPERE, "groups in multiples of 16 rows"),
-    (Case(rows=40, group_size=-1), AMPERE, "in_features 40 is not a multiple of 32"),
+    (Case(bits=5, layout="planar"), AMPERE, "5-bit; Triton decodes"),
+    (Case(group_size=0), AMPERE, "Triton takes multiples of 16"),
+    (Case(rows=40, group_size=-1), AMPERE, "40 inputs; Triton takes multiples of 32"),
 ]  # fmt: skip
 
 

@@ -39,7 +39,7 @@ class TritonKernel:
         return Accepted(
             self.name,
             RANK,
-            dtype="bfloat16" if layer.scales_dtype == "bfloat16" else "float16",
+            dtype=layer.half_dtype,
             prepared_bytes=codes + tables,
             note="weights stay packed; decoded inside the matmul",
         )
@@ -64,13 +64,13 @@ def _device_reason(device: Device) -> str | None:
 
 def _layer_reason(layer: LayerSpec) -> str | None:
     if layer.bits not in BITS:
-        return f"decodes 2, 3, 4 and 8 bits; this layer is {layer.bits}-bit"
+        return f"{layer.bits}-bit; Triton decodes 2, 3, 4 and 8 bits"
     if layer.in_features % MULTIPLE:
-        return f"in_features {layer.in_features} is not a multiple of {MULTIPLE}"
+        return f"{layer.in_features} inputs; Triton takes multiples of {MULTIPLE}"
     if layer.group_unit % SMALLEST_GROUP:
         least, most = layer.group_rows
         rows = f"{most}" if least == most else f"{least} to {most}"
-        return f"needs groups in multiples of {SMALLEST_GROUP} rows; this layer's have {rows}"
+        return f"groups of {rows} rows; Triton takes multiples of {SMALLEST_GROUP}"
     return None
 
 

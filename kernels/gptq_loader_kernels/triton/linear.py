@@ -34,7 +34,7 @@ class TritonLinear(torch.nn.Module):
         self.bits = layer.bits
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.block_k = next(it for it in BLOCK_KS if layer.group_unit % it == 0)
-        self.dtype = torch.bfloat16 if packed.scales.dtype == torch.bfloat16 else torch.float16
+        self.dtype: torch.dtype = getattr(torch, layer.half_dtype)
         permutation = packed.permutation()
         groups = packed.g_idx if permutation is None else packed.g_idx[permutation]
         tensors = {
