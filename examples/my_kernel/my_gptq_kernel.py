@@ -50,11 +50,15 @@ class Int8Rows:
         class Int8Linear(torch.nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.register_buffer("codes", packed.codes().t().contiguous())  # [N, K]
-                self.register_buffer("zeros", packed.zeros.t().contiguous())  # [N, G]
-                self.register_buffer("scales", packed.scales.float().t().contiguous())  # [N, G]
-                self.register_buffer("groups", packed.g_idx.long())  # [K]
-                self.register_buffer("bias", packed.bias)
+                tensors = {
+                    "codes": packed.codes().t().contiguous(),  # [N, K]
+                    "zeros": packed.zeros.t().contiguous(),  # [N, G]
+                    "scales": packed.scales.float().t().contiguous(),  # [N, G]
+                    "groups": packed.g_idx.long(),  # [K]
+                    "bias": packed.bias,
+                }
+                for name, tensor in tensors.items():  # a saved model has no use for them
+                    self.register_buffer(name, tensor, persistent=False)
 
             def forward(self, x: torch.Tensor) -> torch.Tensor:
                 blocks = []

@@ -9,27 +9,45 @@ from gptq_loader_plugin.plugins import Plugins
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --kernel and --device."""
+    """Add --kernel, --device and --about."""
     group = parser.getgroup("gptq_loader_plugin")
     group.addoption("--kernel", help="the kernel to test, by the name of its plugin's offer")
     group.addoption("--device", default=None, help="where to test it; the best one by default")
+    group.addoption(
+        "--about",
+        metavar="DEVICE",
+        help="ask the kernel about this device, and run it on --device all the same: for a GPU's "
+        "kernel in an interpreter",
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run every test that takes `kernel` for the one named, or for all that are installed."""
-    if "kernel" not in metafunc.fixturenames:
-        return
-    kernels = {it.name: it for it in Plugins(installed=True).kernels()}
-    named = metafunc.config.getoption("--kernel")
-    if named is not None and named not in kernels:
-        raise pytest.UsageError(
-            f"no installed plugin offers a kernel named {named!r}; there is {', '.join(kernels)}"
-        )
-    chosen = [kernels[named]] if named else list(kernels.values())
-    metafunc.parametrize("kernel", chosen, ids=lambda it: it.name)
+    """Run every test that takes `kernel` for the one named, or for all; `cell` for the cover."""
+    if "kernel" in metafunc.fixturenames:
+        kernels = {it.name: it for it in Plugins(installed=True).kernels()}
+        named = metafunc.config.getoption("--kernel")
+        if named is not None and named not in kernels:
+            raise pytest.UsageError(
+                f"no installed plugin offers a kernel named {named!r}; there is "
+                f"{', '.join(kernels)}"
+            )
+        chosen = [kernels[named]] if named else list(kernels.values())
+        metafunc.parametrize("kernel", chosen, ids=lambda it: it.name, scope="module")
+    if "cell" in metafunc.fixturenames:
+        from gptq_loader_plugin.conformance.cover import pairwise_cover
+        from gptq_loader_plugin.conformance.grid import possible_layers
+
+        metafunc.parametrize("cell", pairwise_cover(possible_layers()), ids=str)
 
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> Device:
     """Where the kernel is tested."""
     return find_device(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def asked(request: pytest.FixtureRequest, device: Device) -> Device:
+    """Which device the kernel is asked about."""
+    about = request.config.getoption("--about")
+    return find_device(about) if about else device
