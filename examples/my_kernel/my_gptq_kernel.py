@@ -39,7 +39,8 @@ class Int8Rows:
             self.name,
             rank=5,  # above reference (1), below dense (10): it saves memory, not time
             dtype="float32",
-            prepared_bytes=layer.packed_bytes,
+            prepared_bytes=layer.in_features * (layer.out_features + 8)
+            + layer.groups * layer.out_features * 5,
             note="codes stay bytes; dequantised block by block",
         )
 

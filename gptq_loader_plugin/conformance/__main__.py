@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CHUNK = 40  # layers that a process is handed at a time: a second's work
 
-Task = tuple[tuple[str, ...], Device, "Device | None", "list[Work]"]
+Task = tuple[tuple[str, ...], Device, "list[Work]"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         device = find_device(options.device)
-        about = find_device(options.about) if options.about else None
         offered = [it.name for it in Plugins(installed=True).kernels()]
     except GPTQLoaderError as error:
         parser.error(f"{error.message}; {error.hint}")
@@ -48,13 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = by_layer(pairwise_cover(layers) if options.cells == "cover" else None, layers)
     work = work[options.part[0] - 1 :: options.part[1]]
     chunks = [work[start : start + CHUNK] for start in range(0, len(work), CHUNK)]
-    tasks: list[Task] = [(names, device, about, chunk) for chunk in chunks]
+    tasks: list[Task] = [(names, device, chunk) for chunk in chunks]
     reports = {name: Report(name) for name in names}
     done = 0
     for task, found in zip(tasks, _answers(tasks, options.jobs), strict=True):
         for report in found:
             reports[report.kernel].update(report)
-        done += len(task[3])
+        done += len(task[2])
         failed = sum(len(it.failed) for it in reports.values())
         sys.stderr.write(f"\r{done:,} of {len(work):,} layers, {failed:,} cells failed ")
         sys.stderr.flush()
@@ -78,9 +77,9 @@ def _answers(tasks: list[Task], jobs: int) -> Iterator[list[Report]]:
 
 
 def _answer(task: Task) -> list[Report]:
-    names, device, about, work = task
+    names, device, work = task
     kernels = {it.name: it for it in Plugins(installed=True).kernels()}
-    return run([kernels[name] for name in names], device, work, about=about)
+    return run([kernels[name] for name in names], device, work)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,12 +91,6 @@ def _parser() -> argparse.ArgumentParser:
         "--kernel", action="append", help="a kernel to test; may be repeated; all by default"
     )
     parser.add_argument("--device", help="where to test it; the best one by default")
-    parser.add_argument(
-        "--about",
-        metavar="DEVICE",
-        help="ask kernels about this device, and run them on --device all the same: "
-        "for a GPU's kernel in an interpreter",
-    )
     parser.add_argument(
         "--cells",
         choices=("whole", "cover"),

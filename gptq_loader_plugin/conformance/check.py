@@ -24,13 +24,13 @@ __all__ = ["SPIKE", "TOLERANCE", "Oracle", "consider", "measure", "most_off", "o
 # already. How large it may be, by the dtype that a kernel says it computes in; docs/conformance.md
 # has what was measured:
 TOLERANCE = {
-    "float32": 1e-6,  # sums of a thousand products: 4e-7 measured
+    "float32": 1e-6,  # sums of a thousand products: 4.2e-7 measured
     "float16": 2e-3,  # exllamav2 sums in float16 as well
-    "bfloat16": 4e-3,  # x and the weight are each rounded to 8 bits, by 1.6e-3 on average
+    "bfloat16": 4.5e-3,  # x and the weight are each rounded, by 1.6e-3; of short rows, 3.9e-3
     "int8": 1.5e-2,  # activations of 8 bits: 8.6e-3 measured
 }
-# The answer is rounded once more, to the dtype of x: half a unit in its last place at most.
-ROUNDING = {"float32": 0.0, "float16": 3e-4, "bfloat16": 2.5e-3}
+# The answer is rounded once more, to the dtype of x: 3.1e-4 and 2.5e-3 measured of short rows.
+ROUNDING = {"float32": 0.0, "float16": 3.5e-4, "bfloat16": 2.8e-3}
 SPIKE = 6  # times that is what a single value may be off by
 MOST_WORDS = 100  # of a reason, so that it fits a line
 

@@ -9,16 +9,10 @@ from gptq_loader_plugin.plugins import Plugins
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --kernel, --device and --about."""
+    """Add --kernel and --device."""
     group = parser.getgroup("gptq_loader_plugin")
     group.addoption("--kernel", help="the kernel to test, by the name of its plugin's offer")
     group.addoption("--device", default=None, help="where to test it; the best one by default")
-    group.addoption(
-        "--about",
-        metavar="DEVICE",
-        help="ask the kernel about this device, and run it on --device all the same: for a GPU's "
-        "kernel in an interpreter",
-    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -44,10 +38,3 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def device(request: pytest.FixtureRequest) -> Device:
     """Where the kernel is tested."""
     return find_device(request.config.getoption("--device"))
-
-
-@pytest.fixture(scope="session")
-def asked(request: pytest.FixtureRequest, device: Device) -> Device:
-    """Which device the kernel is asked about."""
-    about = request.config.getoption("--about")
-    return find_device(about) if about else device

@@ -106,16 +106,13 @@ def by_layer(cells: Iterable[Cell] | None, layers: Iterable[Cell]) -> list[Work]
     return [(layer, tuple(several)) for layer, several in together.items()]
 
 
-def run(
-    kernels: Sequence[Kernel], device: Device, work: Iterable[Work], *, about: Device | None = None
-) -> list[Report]:
+def run(kernels: Sequence[Kernel], device: Device, work: Iterable[Work]) -> list[Report]:
     """Hold every kernel's answers to every cell, and report on each kernel.
 
     Args:
         kernels: the kernels.
         device: where they run.
         work: layers, and their cells.
-        about: the device they are asked about, where it is another than they run on.
     """
     reports = [Report(kernel.name) for kernel in kernels]
     for layer, cells in work:
@@ -123,7 +120,7 @@ def run(
         oracle = Oracle.of(weight, packed.bias)
         for kernel, report in zip(kernels, reports, strict=True):
             try:
-                verdict = consider(kernel, spec, about or device)
+                verdict = consider(kernel, spec, device)
                 if isinstance(verdict, Declined):
                     report.declined.add(layer, verdict.reason, len(cells))
                     continue

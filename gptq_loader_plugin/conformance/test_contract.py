@@ -56,12 +56,12 @@ class Layer:
 
 
 @pytest.fixture(scope="module")
-def layers(kernel: Kernel, asked: Device) -> list[Layer]:
+def layers(kernel: Kernel, device: Device) -> list[Layer]:
     """Some layers that the kernel accepts."""
     found: list[Layer] = []
     reason = ""
     for cell in pairwise_cover(possible_layers()):
-        verdict = consider(kernel, make_spec(cell.case), asked)
+        verdict = consider(kernel, make_spec(cell.case), device)
         if isinstance(verdict, Declined):
             reason = reason or verdict.reason
             continue
@@ -142,10 +142,10 @@ def test_a_row_does_not_depend_on_its_neighbours(
 
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
-def test_takes_the_bytes_it_says(kernel: Kernel, device: Device, asked: Device, case: Case) -> None:
+def test_takes_the_bytes_it_says(kernel: Kernel, device: Device, case: Case) -> None:
     """`explain` adds up prepared_bytes before anything is loaded."""
     spec, packed, _ = make_layer(case)
-    verdict = consider(kernel, spec, asked)
+    verdict = consider(kernel, spec, device)
     if isinstance(verdict, Declined):
         pytest.skip(f"{kernel.name}: {verdict.reason}")
     module = kernel.prepare(spec, packed, device)
@@ -156,15 +156,15 @@ def test_takes_the_bytes_it_says(kernel: Kernel, device: Device, asked: Device, 
     assert verdict.prepared_bytes == pytest.approx(sum(storages.values()), rel=0.03)
 
 
-def test_answers_from_shapes_alone_and_the_same_each_time(kernel: Kernel, asked: Device) -> None:
+def test_answers_from_shapes_alone_and_the_same_each_time(kernel: Kernel, device: Device) -> None:
     """`explain` imports no torch, and asks again and again."""
     specs = [make_spec(cell.case) for cell in pairwise_cover(possible_layers(), times=1)]
-    verdicts = [consider(kernel, spec, asked) for spec in specs]
-    assert verdicts == [kernel.consider(spec, asked) for spec in specs]
+    verdicts = [consider(kernel, spec, device) for spec in specs]
+    assert verdicts == [kernel.consider(spec, device) for spec in specs]
     assert all(isinstance(it, Accepted | Declined) for it in verdicts)
     done = subprocess.run(  # noqa: S603 - our own words, in this Python
         [sys.executable, "-c", ELSEWHERE],
-        input=pickle.dumps((kernel.name, asked, specs)),
+        input=pickle.dumps((kernel.name, device, specs)),
         capture_output=True,
         check=False,
     )

@@ -16,12 +16,10 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.kernel import Kernel
 
 
-def test_product_is_right_or_declined(
-    kernel: Kernel, device: Device, asked: Device, cell: Cell
-) -> None:
+def test_product_is_right_or_declined(kernel: Kernel, device: Device, cell: Cell) -> None:
     """Every cell is accepted and right, or declined with a reason."""
     spec, packed, weight = make_layer(cell.case)
-    verdict = consider(kernel, spec, asked)
+    verdict = consider(kernel, spec, device)
     if isinstance(verdict, Declined):
         pytest.skip(f"{kernel.name}: {verdict.reason}")
     module = kernel.prepare(spec, packed, device)
