@@ -5,27 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import TYPE_CHECKING
-
-import torch
 
 from gptq_loader_plugin.conformance.cover import pairwise_cover
 from gptq_loader_plugin.conformance.grid import possible_layers
-from gptq_loader_plugin.conformance.run import Report, by_layer, run
-from gptq_loader_plugin.device import Device, find_device
+from gptq_loader_plugin.conformance.run import Report, by_layer
+from gptq_loader_plugin.conformance.spread import run_in_parts
+from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.plugins import Plugins
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from gptq_loader_plugin.conformance.run import Work
-
-CHUNK = 40  # layers that a process is handed at a time: a second's work
-
-Task = tuple[tuple[str, ...], Device, "list[Work]"]
+    from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,14 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     layers = list(possible_layers())
     work = by_layer(pairwise_cover(layers) if options.cells == "cover" else None, layers)
     work = work[options.part[0] - 1 :: options.part[1]]
-    chunks = [work[start : start + CHUNK] for start in range(0, len(work), CHUNK)]
-    tasks: list[Task] = [(names, device, chunk) for chunk in chunks]
     reports = {name: Report(name) for name in names}
-    done = 0
-    for task, found in zip(tasks, _answers(tasks, options.jobs), strict=True):
+    for done, found in run_in_parts(names, device, work, jobs=options.jobs):
         for report in found:
             reports[report.kernel].update(report)
-        done += len(task[2])
         failed = sum(len(it.failed) for it in reports.values())
         sys.stderr.write(f"\r{done:,} of {len(work):,} layers, {failed:,} cells failed ")
         sys.stderr.flush()
@@ -63,23 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         sys.stdout.write("\n".join(it.text() for it in reports.values()))
     return int(any(it.failed for it in reports.values()))
-
-
-def _answers(tasks: list[Task], jobs: int) -> Iterator[list[Report]]:
-    """Run tasks in order, in this process or in several."""
-    if jobs == 1:
-        yield from map(_answer, tasks)
-        return
-    with ProcessPoolExecutor(
-        jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as processes:
-        yield from processes.map(_answer, tasks)
-
-
-def _answer(task: Task) -> list[Report]:
-    names, device, work = task
-    kernels = {it.name: it for it in Plugins(installed=True).kernels()}
-    return run([kernels[name] for name in names], device, work)
 
 
 def _parser() -> argparse.ArgumentParser:
