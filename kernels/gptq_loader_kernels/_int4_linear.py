@@ -36,7 +36,7 @@ class Int4Linear(torch.nn.Module):
         self.out_features = out_features
         self.group_size = group_size
         self.register_buffer("words", words, persistent=False)
-        # As raw bits: the operator takes bfloat16 alone, and a model's .to(dtype) must not change it.
+        # Raw bits: the operator takes bfloat16 alone, and a model's .to(dtype) changes no integer.
         self.register_buffer("table", table.view(torch.int16), persistent=False)
         self.register_buffer("permutation", permutation, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
