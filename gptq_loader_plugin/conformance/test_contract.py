@@ -135,7 +135,7 @@ def test_a_row_does_not_depend_on_its_neighbours(
     for layer in layers:
         module = kernel.prepare(layer.spec, layer.packed, device)
         x = layer.rows(dtype, device)
-        x[1::4] *= 1000
+        x[1::4] *= 100  # more, and float16 overflows
         x[3::4] = torch.nan
         with torch.inference_mode():
             layer.hold(module(x), dtype, slice(0, None, 2))
