@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PROMPT
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check conformance bench clean
 
 help: ## say what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
 
 demo: ## open a chat page with a small model; PROMPT="..." answers in the terminal instead
 	@$(PYTHON) tools/set_up.py demo
@@ -24,6 +24,13 @@ check: ## format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/pyright
 	PYTHONPATH=.:kernels:extensions $(BIN)/lint-imports
+
+conformance: ## hold every kernel that runs here against float64, over the whole grid
+	@$(PYTHON) tools/set_up.py test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m gptq_loader_plugin.conformance --device cpu --jobs 2 \
+		--kernel reference --kernel dense --kernel cpu --kernel cpu-int4 $(ARGS)
+	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m gptq_loader_plugin.conformance \
+		--device cpu --jobs 2 --kernel triton --cells cover $(ARGS)
 
 bench: ## measure: exactness of every checkpoint, memory of a load, speed of decoding, CPU kernels
 	@$(PYTHON) tools/set_up.py test

@@ -39,7 +39,8 @@ class Int8Rows:
             self.name,
             rank=5,  # above reference (1), below dense (10): it saves memory, not time
             dtype="float32",
-            prepared_bytes=layer.packed_bytes,
+            prepared_bytes=layer.in_features * (layer.out_features + 8)
+            + layer.groups * layer.out_features * 5,
             note="codes stay bytes; dequantised block by block",
         )
 
@@ -50,11 +51,15 @@ class Int8Rows:
         class Int8Linear(torch.nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.register_buffer("codes", packed.codes().t().contiguous())  # [N, K]
-                self.register_buffer("zeros", packed.zeros.t().contiguous())  # [N, G]
-                self.register_buffer("scales", packed.scales.float().t().contiguous())  # [N, G]
-                self.register_buffer("groups", packed.g_idx.long())  # [K]
-                self.register_buffer("bias", packed.bias)
+                tensors = {
+                    "codes": packed.codes().t().contiguous(),  # [N, K]
+                    "zeros": packed.zeros.t().contiguous(),  # [N, G]
+                    "scales": packed.scales.float().t().contiguous(),  # [N, G]
+                    "groups": packed.g_idx.long(),  # [K]
+                    "bias": packed.bias,
+                }
+                for name, tensor in tensors.items():  # a saved model has no use for them
+                    self.register_buffer(name, tensor, persistent=False)
 
             def forward(self, x: torch.Tensor) -> torch.Tensor:
                 blocks = []

@@ -36,7 +36,8 @@ class Int4Linear(torch.nn.Module):
         self.out_features = out_features
         self.group_size = group_size
         self.register_buffer("words", words, persistent=False)
-        self.register_buffer("table", table, persistent=False)
+        # Raw bits: the operator takes bfloat16 alone, and a model's .to(dtype) changes no integer.
+        self.register_buffer("table", table.view(torch.int16), persistent=False)
         self.register_buffer("permutation", permutation, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         self.words: torch.Tensor
@@ -50,7 +51,7 @@ class Int4Linear(torch.nn.Module):
         if self.permutation is not None:
             rows = rows.index_select(1, self.permutation)
         y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(  # noqa: SLF001
-            rows.contiguous(), self.words, self.group_size, self.table
+            rows.contiguous(), self.words, self.group_size, self.table.view(torch.bfloat16)
         )
         if self.bias is not None:
             y = y + self.bias

@@ -6,34 +6,96 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from gptq_loader_kernels._native import find_library
+from gptq_loader_plugin import Plugins
+from gptq_loader_plugin.conformance.check import consider
+from gptq_loader_plugin.conformance.cover import pairwise_cover
+from gptq_loader_plugin.conformance.declined import DeclinedTable
+from gptq_loader_plugin.conformance.grid import cells_of, possible_layers
+from gptq_loader_plugin.conformance.layers import make_spec
+from gptq_loader_plugin.conformance.run import by_layer, run
+from gptq_loader_plugin.device import Device, find_device
+from gptq_loader_plugin.kernel import Declined
 
+ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parents[1] / "golden"
-SKIPPED = re.compile(r"SKIPPED \[(\d+)\] .*?: ([\w-]+: .*)")
+SUITE = ("-m", "pytest", "--pyargs", "gptq_loader_plugin.conformance", "-q", "-W", "error")
+CPU = Device("cpu", features=frozenset({"avx2", "avx512f", "avx512_bf16"}))
+GPU = Device("cuda", capability=(8, 6), present=False, assume_built=True)
+native = pytest.mark.skipif(find_library() is None, reason="no C++ compiler built the library")
+HERE = ["reference", "dense", "cpu-int4", pytest.param("cpu", marks=native)]
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "cpu-int4", "dense", "reference"])
-def test_it_conforms_and_declines_only_what_it_says(kernel: str, tmp_path: Path) -> None:
-    if kernel == "cpu" and find_library() is None:
-        pytest.skip("the native library was not built: no C++ compiler")
-    suite = ("-m", "pytest", "--pyargs", "gptq_loader_plugin.conformance", "-q", "-rs")
-    done = subprocess.run(
-        [sys.executable, *suite, "-W", "error", "--kernel", kernel, "--device", "cpu"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"},
-        cwd=tmp_path, capture_output=True, text=True, check=False,
+def suite(folder: Path, *options: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run the suite as a kernel's author would, from a folder of nothing."""
+    return subprocess.run(
+        [sys.executable, *SUITE, "-p", "no:cacheprovider", *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+        cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", HERE)
+def test_it_conforms(kernel: str, tmp_path: Path) -> None:
+    done = suite(tmp_path, "--kernel", kernel, "--device", "cpu")
     assert done.returncode == 0, done.stdout
-    assert "failed" not in done.stdout
-    reasons: Counter[str] = Counter()
-    for count, words in SKIPPED.findall(done.stdout):
-        reasons[words] += int(count)
-    lines = [f"{count:>4}  {words}\n" for words, count in sorted(reasons.items())]
+    assert re.search(r"\d+ passed", done.stdout), done.stdout
+
+
+def test_triton_conforms_in_its_interpreter(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    done = suite(tmp_path, "--kernel", "triton", "--device", "cpu", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None, done.stdout
+    assert int(passed[1]) > 100, done.stdout
+
+
+def test_exllama_is_skipped_where_there_is_no_gpu(tmp_path: Path) -> None:
+    done = suite(tmp_path, "--kernel", "exllama", "--device", "cpu", "-rs", COLUMNS="200")
+    assert done.returncode == 0, done.stdout
+    assert "exllama: needs a CUDA or ROCm GPU; this is cpu" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("kernel", "device"),
+    [
+        *((it, CPU) for it in ("reference", "dense", "cpu-int4")),
+        pytest.param("cpu", CPU, marks=native),
+        *((it, GPU) for it in ("triton", "exllama")),
+    ],
+    ids=str,
+)
+def test_it_declines_only_what_it_says(kernel: str, device: Device) -> None:
+    """Over the whole grid; a kernel cannot start declining, or say why in other words, unseen."""
+    asked = next(it for it in Plugins(installed=True).kernels() if it.name == kernel)
+    table, cells = DeclinedTable(), 0
+    for layer in possible_layers():
+        here = sum(1 for _ in cells_of(layer))
+        cells += here
+        verdict = consider(asked, make_spec(layer.case), device)
+        if isinstance(verdict, Declined):
+            table.add(layer, verdict.reason, here)
+    words = f"on {device}, {cells - table.cells:,} of {cells:,} cells are accepted\n"
     file = GOLDEN / f"conformance-{kernel}.txt"
     if os.environ.get("GPTQ_LOADER_GOLDEN") == "write":
-        file.write_text("".join(lines), encoding="utf-8")
-    assert "".join(lines) == file.read_text(encoding="utf-8")
+        file.write_text(words + table.text(), encoding="utf-8")
+    assert words + table.text() == file.read_text(encoding="utf-8")
+
+
+def test_the_kernel_of_the_hooks_page_conforms() -> None:
+    page = (ROOT / "docs/hooks.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    code = next(it for it in blocks if "gptq_kernels" in it)
+    documented: dict[str, object] = {}
+    exec(code, documented)
+    offer = documented["gptq_kernels"]
+    assert callable(offer)
+    work = by_layer(pairwise_cover(possible_layers()), ())
+    (report,) = run(offer(), find_device("cpu"), work)
+    assert not report.failed, report.text()
+    assert report.passed

@@ -1,0 +1,91 @@
+"""Sum up what a kernel declines: each reason once, how often, and which values it is about."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_plugin.conformance.grid import AXES, LAYER_AXES
+
+if TYPE_CHECKING:
+    from gptq_loader_plugin.conformance.grid import Cell
+
+__all__ = ["DeclinedTable", "Reason"]
+
+NUMBER = re.compile(r"\d+")
+ANY = "…"  # stands for a number that differs from cell to cell
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """One reason, over all cells it was given for.
+
+    Attributes:
+        words: the kernel's words; a number that differs is "…".
+        cells: how many cells.
+        axes: the values it was given for, of each axis where they are not all there are.
+    """
+
+    words: str
+    cells: int
+    axes: dict[str, list[Any]]
+
+
+@dataclass(slots=True)
+class DeclinedTable:
+    """Collects what a kernel declined."""
+
+    _cells: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    _layers: defaultdict[str, set[Cell]] = field(default_factory=lambda: defaultdict(set))
+
+    def add(self, layer: Cell, reason: str, cells: int) -> None:
+        """Count `cells` cells of one layer."""
+        self._cells[reason] += cells
+        self._layers[reason].add(layer)
+
+    def update(self, other: DeclinedTable) -> None:
+        """Add another table's."""
+        for reason, cells in other._cells.items():
+            self._cells[reason] += cells
+            self._layers[reason] |= other._layers[reason]
+
+    @property
+    def cells(self) -> int:
+        """How many cells were declined."""
+        return sum(self._cells.values())
+
+    def reasons(self) -> list[Reason]:
+        """List the reasons, the most frequent first."""
+        alike: defaultdict[str, list[str]] = defaultdict(list)
+        for reason in self._cells:
+            alike[NUMBER.sub(ANY, reason)].append(reason)
+        found = []
+        for several in alike.values():
+            layers = set().union(*(self._layers[it] for it in several))
+            axes = {}
+            for axis in LAYER_AXES:
+                values = {getattr(it, axis) for it in layers}
+                if len(values) < len(AXES[axis]):
+                    axes[axis] = [it for it in AXES[axis] if it in values]
+            found.append(Reason(_words(several), sum(self._cells[it] for it in several), axes))
+        return sorted(found, key=lambda it: (-it.cells, it.words))
+
+    def text(self) -> str:
+        """Write the table: a line for each reason, and one for the values it is about."""
+        lines = []
+        for reason in self.reasons():
+            lines.append(f"{reason.cells:>9,}  {reason.words}")
+            about = "; ".join(
+                f"{axis} {' '.join(map(str, values))}" for axis, values in reason.axes.items()
+            )
+            lines += [f"{'':>11}{about}"] if about else []
+        return "".join(f"{line}\n" for line in lines)
+
+
+def _words(reasons: list[str]) -> str:
+    """Merge reasons that differ in numbers alone."""
+    numbers = zip(*(NUMBER.findall(it) for it in reasons), strict=True)
+    merged = iter([it[0] if len(set(it)) == 1 else ANY for it in numbers])
+    return NUMBER.sub(lambda _: next(merged), reasons[0])
