@@ -143,7 +143,7 @@ def make(job: Job) -> Made:
     values: dict[str, Any] = {
         "BITS": job.bits, "BLOCK_M": job.tile.block_m, "BLOCK_N": job.tile.block_n,
         "BLOCK_K": depth, "SPAN": span, "SCALES": SCALES[DTYPES[job.scales]],
-        "STAGES": job.tile.stages, "SPLIT": job.split, "BIAS": not job.split,
+        "STAGES": job.tile.stages, "BIAS": not job.split,
         "INTERPRETED": False,
     }  # fmt: skip
     source = ASTSource(
@@ -202,7 +202,7 @@ def _tools() -> Path:
 
 
 def _run(tool: str, *arguments: str) -> str:
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: S603 - Triton's own tools
         [_tools() / tool, *arguments], capture_output=True, text=True, check=True
     )
     return done.stdout
@@ -211,8 +211,7 @@ def _run(tool: str, *arguments: str) -> str:
 def table(made: list[Made]) -> str:
     """Write a row for each GPU and tile: the range over widths, group sizes and dtypes."""
     lines = [
-        "| GPU | rows x columns x depth | warps, stages | codes | registers | shared, KiB of limit "
-        "| tensor cores | loads | instructions |",
+        "| GPU | tile | warps, stages | codes | registers | shared | cores | loads | steps |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     kinds: dict[tuple[int, Tile], list[Made]] = {}
@@ -223,7 +222,8 @@ def table(made: list[Made]) -> str:
         shared = _range([it.shared / 1024 for it in group])
         lines.append(
             f"| sm{capability} | {tile.block_m} x {tile.block_n} x {tile.block_k} "
-            f"| {tile.warps}, {tile.stages} | {len(group)} | {_range([it.registers for it in group])} "
+            f"| {tile.warps}, {tile.stages} | {len(group)} "
+            f"| {_range([it.registers for it in group])} "
             f"| {shared} of {SHARED[capability]} | {usual.opcode} "
             f"| {usual.loads} ({_range([it.loads for it in group])}) | {usual.instructions} |"
         )
@@ -236,9 +236,13 @@ def _range(values: list[Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--fast", action="store_true", help="a few configurations, in seconds")
-    parser.add_argument("--gpu", type=int, action="append", help="only this capability: 80, 90, ...")
+    parser.add_argument(
+        "--gpu", type=int, action="append", help="only this capability: 80, 90, ..."
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--json", type=Path, help="write every configuration here")
     parser.add_argument("--table", type=Path, help="put the table between the marks of this file")

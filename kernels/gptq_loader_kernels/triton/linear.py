@@ -83,7 +83,8 @@ class TritonLinear(torch.nn.Module):
             self.multiprocessors,
             x.dtype,
         )
-        return y.view(*x.shape[:-1], self.out_features)
+        shaped: torch.Tensor = y.view(*x.shape[:-1], self.out_features)
+        return shaped
 
     def use(self, place: int, tile: Tile) -> None:
         """Use another tile for one bucket."""

@@ -10,6 +10,9 @@ multiplies the float32 sum of a group's rows. Nothing is rounded before that sum
 The weight is the left operand, y.T = W @ x.T: from registers on every GPU, Hopper's too.
 """
 
+# Triton compiles these functions: its loops and constants have no Python types.
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import triton
@@ -27,7 +30,7 @@ def multiply(  # noqa: PLR0913, PLR0917, ANN201 - a kernel's arguments
     words,  # noqa: ANN001 - int32 [padded K / UNIT, PLANES, 8, S]
     table,  # noqa: ANN001 - int32 [G, S], a scale's bits and a zero; [G, 2, S] for float32 scales
     bias,  # noqa: ANN001 - float32 [N]; not read unless BIAS
-    y,  # noqa: ANN001 - [M, N], or where SPLIT, float32 [PARTS, M, N]
+    y,  # noqa: ANN001 - [M, N], or where PARTS > 1, float32 [PARTS, M, N]
     M,  # noqa: ANN001, N803 - rows of x
     N,  # noqa: ANN001, N803 - columns of the weight
     K,  # noqa: ANN001, N803 - rows of the weight
@@ -43,7 +46,6 @@ def multiply(  # noqa: PLR0913, PLR0917, ANN201 - a kernel's arguments
     SPAN: tl.constexpr,  # noqa: N803 - rows of a tile that surely share a group
     SCALES: tl.constexpr,  # noqa: N803 - the scales' dtype; float32 makes a table twice as large
     STAGES: tl.constexpr,  # noqa: N803 - loads in flight: of the table too, which num_stages forgets
-    SPLIT: tl.constexpr,  # noqa: N803
     BIAS: tl.constexpr,  # noqa: N803
     INTERPRETED: tl.constexpr,  # noqa: N803 - whether the interpreter runs it
 ):
@@ -63,7 +65,7 @@ def multiply(  # noqa: PLR0913, PLR0917, ANN201 - a kernel's arguments
     for tile in tl.range(part, TILES, PARTS, num_stages=STAGES):
         for span in tl.static_range(BLOCK_K // SPAN):
             group = (tile * BLOCK_K + span * SPAN) >> GROUP_SHIFT
-            if SCALES == tl.float32:
+            if tl.float32 == SCALES:
                 at = table + group * 2 * S + columns
                 zero = tl.load(at + S, mask=in_columns, other=0)
                 scale = tl.load(at, mask=in_columns, other=0).to(tl.float32, bitcast=True)
@@ -108,7 +110,7 @@ def multiply(  # noqa: PLR0913, PLR0917, ANN201 - a kernel's arguments
 
 
 @triton.jit
-def _decode(  # noqa: PLR0913, PLR0917, ANN202 - a kernel's arguments
+def _decode(  # noqa: ANN202 - a kernel's arguments
     words_at,  # noqa: ANN001 - pointers [BLOCK_N, 8]
     S,  # noqa: ANN001, N803
     mask,  # noqa: ANN001 - [BLOCK_N, 1]
@@ -135,7 +137,7 @@ def _decode(  # noqa: PLR0913, PLR0917, ANN202 - a kernel's arguments
         pairs = tl.where(block == 15, last, plane >> (block % 5 * 3))
     else:
         pairs = words >> (block * BITS)
-    if BITS == 8 and DTYPE == tl.bfloat16:  # which has seven bits of mantissa: through float32
+    if BITS == 8 and tl.bfloat16 == DTYPE:  # which has seven bits of mantissa: through float32
         codes = tl.join(pairs & 0xFF, (pairs >> 16) & 0xFF) | 0x4B000000  # 2**23, the exponent
         taken = zero[:, None, None, None] | 0x4B000000
         weights = codes.to(tl.float32, bitcast=True) - taken.to(tl.float32, bitcast=True)
@@ -173,11 +175,17 @@ def _subtract(  # noqa: ANN202
     pairs, taken = tl.broadcast(pairs, taken)
     field = tl.full(pairs.shape, FIELD, tl.int32)
     exponent = tl.zeros_like(pairs) + EXPONENT
-    if DTYPE == tl.bfloat16:  # subtraction came with sm90; x * 1 - y with sm80
+    if tl.bfloat16 == DTYPE:  # subtraction came with sm90; x * 1 - y with sm80
         floats = tl.inline_asm_elementwise(
             "{ .reg .b32 t; lop3.b32 t, $1, $3, $4, 0xEA; fma.rn.bf16x2 $0, t, $5, $2; }",
             "=r,r,r,r,r,r",
-            [pairs, taken ^ -0x7FFF8000, field, exponent, tl.full(pairs.shape, 0x3F803F80, tl.int32)],
+            [
+                pairs,
+                taken ^ -0x7FFF8000,
+                field,
+                exponent,
+                tl.full(pairs.shape, 0x3F803F80, tl.int32),
+            ],
             dtype=tl.int32,
             is_pure=True,
             pack=1,
@@ -195,7 +203,7 @@ def _subtract(  # noqa: ANN202
 
 
 @triton.jit(do_not_specialize=["SIZE", "PARTS"])
-def add_parts(  # noqa: ANN201, PLR0913, PLR0917 - a kernel's arguments
+def add_parts(  # noqa: ANN201 - a kernel's arguments
     parts,  # noqa: ANN001 - float32 [PARTS, SIZE], SIZE = M * N
     bias,  # noqa: ANN001 - float32 [N]; not read unless BIAS
     y,  # noqa: ANN001 - [SIZE]

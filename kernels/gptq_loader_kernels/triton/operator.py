@@ -85,7 +85,6 @@ def multiply_packed(
             SPAN=span,
             SCALES=SCALES[scales],
             STAGES=tile.stages,
-            SPLIT=split,
             BIAS=bias is not None and not split,
             INTERPRETED=not isinstance(multiply, JITFunction),
             num_warps=tile.warps,

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_kernels.triton.tiles import BUCKETS, Tile, candidates, default_tiles
@@ -96,12 +96,14 @@ def tune(
                 module.use(place, tile)
                 for rows in ROWS[most]:
                     x = _input(rows, layer, device, module)
-                    spent[tile] = spent.get(tile, 0.0) + measure(lambda x=x: module(x)) / rows
+                    spent[tile] = spent.get(tile, 0.0) + measure(partial(module, x)) / rows
             done += 1
     progress(Progress("tune", total, total, "shapes"))
     best = {key: min(spent, key=lambda it: spent[it]) for key, spent in seconds.items()}
     file = _write(device, capability, best)
-    gain = [seconds[key][candidates(capability, key[1])[0]] / seconds[key][best[key]] for key in best]
+    gain = [
+        seconds[key][candidates(capability, key[1])[0]] / seconds[key][best[key]] for key in best
+    ]
     changed = sum(tile != candidates(capability, most)[0] for (_, most), tile in best.items())
     return (
         f"{len(shapes)} shapes measured; {changed} of {len(best)} choices differ from the "
