@@ -23,7 +23,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_kernels.triton.shape import ONE_GROUP
 from gptq_loader_kernels.triton.tiles import BUCKETS, Tile, candidates, fit
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 OPCODES = ("HMMA", "HGMMA", "UTCHMMA")  # Ampere's and consumer GPUs', Hopper's, Blackwell's
 CEILING = 32  # asynchronous loads a thread issues in a step of the loop
 BITS = (2, 3, 4, 8)
-SHIFTS = (4, 5, 6, 7, ONE_GROUP)  # groups of 16, 32, 64, 128, and none; larger ones are as none
+SHIFTS = (4, 5, 6, 7, 8)  # groups of 16 to 256 rows; larger ones, and none, are as those of 256
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 VARYING = ("M", "TILES", "PARTS", "GROUP_SHIFT", "EXPONENT")
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
@@ -104,22 +103,20 @@ def jobs(*, fast: bool) -> Iterator[Job]:
     if fast:
         yield Job(80, 4, 7, tiles_of(80)[0])
         yield Job(86, 3, 5, Tile(64, 128, 128, 8, 3), "bf16", "bf16")
-        yield Job(90, 8, ONE_GROUP, Tile(128, 128, 64, 8, 3))
+        yield Job(90, 8, 8, Tile(128, 128, 64, 8, 3))
         yield Job(120, 2, 6, Tile(16, 64, 128, 4, 4, 4), split=True)
         return
     for capability in SHARED:
         for tile in tiles_of(capability):
             for bits in BITS:
                 for shift in SHIFTS:
-                    if bits != 3 and shift == ONE_GROUP and tile.block_k <= 1 << 7:
-                        continue  # as groups of 128
+                    if fit(tile, bits, shift) == fit(tile, bits, shift - 1):
+                        continue  # the same code as for smaller groups
                     for dtype in ("fp16", "bf16"):
                         yield Job(capability, bits, shift, tile, dtype, dtype)
             # What differs in a line before or after the loop: once for each tile.
             yield Job(capability, 4, 7, tile, "bf16", "fp16")
-            yield Job(capability, 4, 7, tile, "fp16", "bf16")
             yield Job(capability, 4, 7, tile, "fp16", "fp32")
-            yield Job(capability, 4, 7, tile, "bf16", "fp32")
             if tile.waves:
                 yield Job(capability, 4, 7, tile, split=True)
 

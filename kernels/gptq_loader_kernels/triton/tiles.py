@@ -12,6 +12,7 @@ __all__ = ["BUCKETS", "Tile", "bucket", "candidates", "default_tiles", "fit"]
 
 BUCKETS = (8, 16, 32, 64, 1 << 30)  # a tile is chosen for this many rows of x, or fewer
 MOST_PARTS = 16  # partial sums: beyond, adding them up costs as much as they save
+DEPTHS = (256, 64)  # the least at 3 bits, a unit; the most at 8, as many bytes as 128 rows of 4
 MOST_SPANS = 4  # groups in a tile's depth: more take minutes to compile
 
 
@@ -22,7 +23,7 @@ class Tile:
     Attributes:
         block_m: rows of x in a tile.
         block_n: columns of the weight in a tile.
-        block_k: rows of the weight taken in one step; 3-bit units make it at least 256.
+        block_k: rows of the weight taken in one step, as far as `fit` leaves them.
         warps: warps that share a tile.
         stages: steps whose loads are in flight.
         waves: programs for each multiprocessor that splitting K aims at; 0 never splits it.
@@ -48,9 +49,9 @@ class Tile:
 FEW = {
     8: (Tile(8, 64, 128, 4, 4, 4), Tile(8, 32, 128, 2, 4, 8)),
     16: (Tile(16, 64, 128, 4, 4, 4), Tile(16, 32, 128, 2, 4, 8)),
-    32: (Tile(32, 64, 128, 4, 3, 2), Tile(16, 64, 128, 4, 4, 4)),
+    32: (Tile(32, 64, 128, 4, 4, 2), Tile(16, 64, 128, 4, 4, 4)),
 }
-MANY = (Tile(64, 128, 128, 8, 3), Tile(64, 64, 128, 4, 3), Tile(32, 64, 128, 4, 3, 2))
+MANY = (Tile(64, 128, 128, 8, 3), Tile(64, 64, 128, 4, 3), Tile(32, 64, 128, 4, 4, 2))
 LARGE = Tile(128, 128, 64, 8, 3)
 ASYNCHRONOUS = ((9, 0), (10, 0), (10, 3))  # capabilities with wgmma or tcgen05
 
@@ -77,6 +78,7 @@ def default_tiles(capability: tuple[int, int]) -> tuple[Tile, ...]:
 
 def fit(tile: Tile, bits: int, group_shift: int) -> tuple[int, int]:
     """Fit a tile to a layer: the depth of a step, and the rows of it that share a group."""
-    depth = max(tile.block_k, 256) if bits == 3 else tile.block_k
+    depth = max(tile.block_k, DEPTHS[0]) if bits == 3 else tile.block_k
+    depth = min(depth, DEPTHS[1]) if bits == 8 else depth
     span = min(1 << group_shift, depth)
     return min(depth, MOST_SPANS * span), span
