@@ -20,6 +20,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,33 +93,30 @@ class Made:
     faults: tuple[str, ...]
 
 
-def tiles_of(capability: int) -> list[Tile]:
-    """List every tile that a GPU may take, once."""
-    found = (it for most in BUCKETS for it in candidates(divmod(capability, 10), most))
+def tiles_of(capability: int, bits: int) -> list[Tile]:
+    """List every tile that a GPU may take for a width, once."""
+    found = (it for most in BUCKETS for it in candidates(divmod(capability, 10), bits, most))
     return list(dict.fromkeys(found))
 
 
 def jobs(*, fast: bool) -> Iterator[Job]:
     """List what can be chosen: all of it, or a default of each kind."""
     if fast:
-        yield Job(80, 4, 7, tiles_of(80)[0])
+        yield Job(80, 4, 7, tiles_of(80, 4)[0])
         yield Job(86, 3, 5, Tile(64, 128, 128, 8, 3), "bf16", "bf16")
         yield Job(90, 8, 8, Tile(128, 128, 64, 8, 3))
         yield Job(120, 2, 6, Tile(16, 64, 128, 4, 4, 4), split=True)
         return
-    for capability in SHARED:
-        for tile in tiles_of(capability):
-            for bits in BITS:
-                for shift in SHIFTS:
-                    if fit(tile, bits, shift) == fit(tile, bits, shift - 1):
-                        continue  # the same code as for smaller groups
-                    for dtype in ("fp16", "bf16"):
-                        yield Job(capability, bits, shift, tile, dtype, dtype)
-            # What differs in a line before or after the loop: once for each tile.
-            yield Job(capability, 4, 7, tile, "bf16", "fp16")
-            yield Job(capability, 4, 7, tile, "fp16", "fp32")
-            if tile.waves:
-                yield Job(capability, 4, 7, tile, split=True)
+    for capability, bits in product(SHARED, BITS):
+        for tile in tiles_of(capability, bits):
+            for shift, dtype in product(SHIFTS, ("fp16", "bf16")):
+                if fit(tile, bits, shift) != fit(tile, bits, shift - 1):  # else the same code
+                    yield Job(capability, bits, shift, tile, dtype, dtype)
+            if bits == 4:  # what differs in a line before or after the loop: once for each tile
+                yield Job(capability, bits, 7, tile, "bf16", "fp16")
+                yield Job(capability, bits, 7, tile, "fp16", "fp32")
+                if tile.waves:
+                    yield Job(capability, bits, 7, tile, split=True)
 
 
 def make(job: Job) -> Made:
@@ -240,6 +238,7 @@ def main() -> int:
     parser.add_argument(
         "--gpu", type=int, action="append", help="only this capability: 80, 90, ..."
     )
+    parser.add_argument("--bits", type=int, action="append", help="only this width: 2, 3, 4, 8")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--json", type=Path, help="write every configuration here")
     parser.add_argument("--table", type=Path, help="put the table between the marks of this file")
@@ -247,7 +246,9 @@ def main() -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # what Triton does unset, today; it will change
     wanted = [
-        it for it in jobs(fast=options.fast) if not options.gpu or it.capability in options.gpu
+        it
+        for it in jobs(fast=options.fast)
+        if it.capability in (options.gpu or SHARED) and it.bits in (options.bits or BITS)
     ]
     made: list[Made] = []
     with ProcessPoolExecutor(options.jobs) as pool:

@@ -229,11 +229,11 @@ def test_a_damaged_or_foreign_file_is_refused_in_words(
     device = Device("cuda", name="NVIDIA GeForce RTX 3090", capability=(8, 6))
     file = tuned_file(device)
     assert file == tmp_path / "tuned" / "triton-nvidia-geforce-rtx-3090.json"
-    assert chosen_tiles(device, 4) == default_tiles((8, 6))
+    assert chosen_tiles(device, 4) == default_tiles((8, 6), 4)
     file.parent.mkdir()
     file.write_text(content)
     with caplog.at_level(logging.WARNING):
-        assert chosen_tiles(device, 4) == chosen_tiles(device, 4) == default_tiles((8, 6))
+        assert chosen_tiles(device, 4) == chosen_tiles(device, 4) == default_tiles((8, 6), 4)
     assert len(caplog.messages) == 1
     assert f"{file} is not what tuning writes for this GPU" in caplog.text
     assert "run gptq-loader tune again, or delete the file" in caplog.text
@@ -242,9 +242,10 @@ def test_a_damaged_or_foreign_file_is_refused_in_words(
 def test_defaults_are_candidates_and_it_can_be_tuned() -> None:
     assert isinstance(TritonKernel(), Tunable)
     for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
-        for most, tile in zip(BUCKETS, default_tiles(capability), strict=True):
-            assert tile in candidates(capability, most)
-            assert tile.block_m <= max(most, 8)
+        for bits in (2, 3, 4, 8):
+            for most, tile in zip(BUCKETS, default_tiles(capability, bits), strict=True):
+                assert tile in candidates(capability, bits, most)
+                assert tile.block_m <= most
 
 
 def test_it_compiles_to_tensor_cores_within_every_limit(tmp_path: Path) -> None:

@@ -61,19 +61,20 @@ def bucket(rows: int) -> int:
     return next(most for most in BUCKETS if rows <= most)
 
 
-def candidates(capability: tuple[int, int], most: int) -> tuple[Tile, ...]:
-    """List the tiles for one bucket on one kind of GPU, the default first."""
+def candidates(capability: tuple[int, int], bits: int, most: int) -> tuple[Tile, ...]:
+    """List the tiles for one width and bucket on one kind of GPU, the default first."""
     if most in FEW:
         return FEW[most]
     middle, last = MANY[:2], MANY[2:]
     if most == 64:
         return (MANY[1], MANY[0], *last)
-    return (LARGE, *middle) if capability in ASYNCHRONOUS else middle
+    large = capability in ASYNCHRONOUS and bits != 3  # whose units are too deep for it
+    return (LARGE, *middle) if large else middle
 
 
-def default_tiles(capability: tuple[int, int]) -> tuple[Tile, ...]:
+def default_tiles(capability: tuple[int, int], bits: int) -> tuple[Tile, ...]:
     """Give the tile of each bucket that is used without tuning."""
-    return tuple(candidates(capability, most)[0] for most in BUCKETS)
+    return tuple(candidates(capability, bits, most)[0] for most in BUCKETS)
 
 
 def fit(tile: Tile, bits: int, group_shift: int) -> tuple[int, int]:

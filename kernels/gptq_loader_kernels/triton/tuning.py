@@ -53,7 +53,7 @@ def multiprocessors(device: Device) -> int:
 
 def chosen_tiles(device: Device, bits: int) -> tuple[Tile, ...]:
     """Give the tile of each bucket: the one that tuning kept for this GPU, or the default."""
-    defaults = default_tiles(device.capability or OLDEST)
+    defaults = default_tiles(device.capability or OLDEST, bits)
     file = tuned_file(device)
     if not file.is_file():
         return defaults
@@ -92,7 +92,7 @@ def tune(
         for place, most in enumerate(BUCKETS):
             progress(Progress("tune", done, total, "shapes", f"{layer}, {ROWS[most][-1]} rows"))
             spent = seconds.setdefault((layer.bits, most), {})
-            for tile in candidates(capability, most):
+            for tile in candidates(capability, layer.bits, most):
                 module.use(place, tile)
                 for rows in ROWS[most]:
                     x = _input(rows, layer, device, module)
@@ -101,13 +101,12 @@ def tune(
     progress(Progress("tune", total, total, "shapes"))
     best = {key: min(spent, key=lambda it: spent[it]) for key, spent in seconds.items()}
     file = _write(device, capability, best)
-    gain = [
-        seconds[key][candidates(capability, key[1])[0]] / seconds[key][best[key]] for key in best
-    ]
-    changed = sum(tile != candidates(capability, most)[0] for (_, most), tile in best.items())
+    usual = {key: candidates(capability, *key)[0] for key in best}
+    changed = sum(best[key] != usual[key] for key in best)
+    gain = max(spent[usual[key]] / spent[best[key]] for key, spent in seconds.items())
     return (
         f"{len(shapes)} shapes measured; {changed} of {len(best)} choices differ from the "
-        f"defaults, the best by {100 * (max(gain) - 1):.0f} %; kept in {file}"
+        f"defaults, the best by {100 * (gain - 1):.0f} %; kept in {file}"
     )
 
 
@@ -157,7 +156,7 @@ def _parsed(
     for bits, found in data["tiles"].items():
         tiles = {most: Tile(**fields) for most, fields in found.items()}
         for most, tile in tiles.items():
-            if int(most) not in BUCKETS or tile not in candidates(capability, int(most)):
+            if int(most) not in BUCKETS or tile not in candidates(capability, int(bits), int(most)):
                 raise ValueError("it names a tile that is not on offer")
         yield bits, tiles
 
@@ -171,7 +170,7 @@ def _random_module(layer: LayerSpec, device: Device) -> Any:  # noqa: ANN401 - a
         plain,
         _random_tensors(plain),
         device.torch_name,
-        tiles=default_tiles(device.capability or OLDEST),
+        tiles=default_tiles(device.capability or OLDEST, layer.bits),
         multiprocessors=multiprocessors(device),
     )
 
