@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PROMPT
 
-.PHONY: help demo test check conformance bench clean
+.PHONY: help demo test check conformance bench aot clean
 
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -38,6 +38,10 @@ bench: ## measure: exactness of every checkpoint, memory of a load, speed of dec
 	@$(BIN)/python bench/memory.py
 	@$(BIN)/python bench/decode.py
 	@$(BIN)/python bench/cpu.py
+
+aot: ## compile every Triton tile for every GPU, and gate the machine code
+	@$(PYTHON) tools/set_up.py test
+	@$(BIN)/python bench/triton_aot.py --table docs/kernels/triton.md
 
 clean: ## forget .venv and everything built
 	rm -rf .venv build dist *.egg-info

@@ -33,10 +33,11 @@ class Progress:
     """How far a piece of work has come.
 
     Attributes:
-        stage: what is being done: "weights", "download", "quantize", "perplexity", "self-check".
+        stage: what is being done: "weights", "download", "quantize", "perplexity", "self-check",
+            "tune".
         done: how much of it is done.
         total: how much there is, in the same unit.
-        unit: "bytes", "layers", "windows".
+        unit: "bytes", "layers", "windows", "shapes".
         detail: what is being worked on now, or "".
     """
 

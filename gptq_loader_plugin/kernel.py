@@ -13,10 +13,13 @@ from gptq_loader_plugin.checkpoint.packing import pack_rows, unpack_rows
 from gptq_loader_plugin.device import Device
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     import torch
     from transformers import PreTrainedModel
 
     from gptq_loader_plugin.checkpoint.packing import Bits, Layout
+    from gptq_loader_plugin.events import Progress
 
 __all__ = [
     "Accepted",
@@ -27,6 +30,7 @@ __all__ = [
     "Kernel",
     "LayerSpec",
     "PackedLinear",
+    "Tunable",
     "Verdict",
 ]
 
@@ -241,4 +245,18 @@ class Closable(Protocol):
 
     def close(self) -> None:
         """Give it all back; the module is not called again."""
+        ...
+
+
+@runtime_checkable
+class Tunable(Protocol):
+    """A kernel that can measure on a device how to run best there, and keep what it found."""
+
+    def tune(
+        self,
+        layers: Sequence[LayerSpec],
+        device: Device,
+        progress: Callable[[Progress], None],
+    ) -> str:
+        """Measure on layers of these shapes, which it accepts; say what was found and is kept."""
         ...

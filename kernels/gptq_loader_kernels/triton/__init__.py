@@ -1,26 +1,32 @@
-"""2-, 3-, 4- and 8-bit layers on NVIDIA GPUs from Ampere on, through a Triton kernel."""
+"""2-, 3-, 4- and 8-bit layers on NVIDIA GPUs from Ampere on, through Triton kernels."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gptq_loader_kernels.triton.shape import Shape
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.kernel import Accepted, Declined
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     import torch
 
+    from gptq_loader_plugin.events import Progress
     from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec, PackedLinear, Verdict
 
 __all__ = ["TritonKernel", "gptq_kernels"]
 
 RANK = 60  # below exllama (80) for one token at a time, above everything that dequantises
+INTERPRETED_RANK = 0  # below every kernel: the interpreter is a thousand times slower than any
 BITS = (2, 3, 4, 8)
 OLDEST = (8, 0)
 MULTIPLE = 32  # of in_features, so that 3-bit codes fill whole words
-SMALLEST_GROUP = 16  # the least that tl.dot multiplies at a time
+SMALLEST_GROUP = 16  # rows a tensor core multiplies at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,34 +37,59 @@ class TritonKernel:
 
     def consider(self, layer: LayerSpec, device: Device) -> Verdict:
         """Accept what the kernel runs with tensor cores, where Triton is installed."""
-        reason = _device_reason(device) or _layer_reason(layer) or _missing(device)
+        interpreted = _interpreted(device)
+        reason = None if interpreted else _device_reason(device)
+        reason = reason or _layer_reason(layer) or _missing(device)
         if reason is not None:
             return Declined(self.name, reason)
-        codes = layer.in_features * layer.out_features * layer.bits // 8
-        tables = layer.groups * layer.out_features * 3 + 12 * layer.in_features
         return Accepted(
             self.name,
-            RANK,
+            INTERPRETED_RANK if interpreted else RANK,
             dtype=layer.half_dtype,
-            prepared_bytes=codes + tables,
-            note="weights stay packed; decoded inside the matmul",
+            prepared_bytes=Shape.of(layer).bytes(layer),
+            note="interpreted, for tests"
+            if interpreted
+            else "weights stay packed; decoded inside the matmul",
         )
 
     def prepare(self, layer: LayerSpec, packed: PackedLinear, device: Device) -> torch.nn.Module:
-        """Sort the rows by group and move the words to the GPU as they are."""
+        """Lay the codes out as tensor cores want them, with the tiles tuned for this GPU."""
         from gptq_loader_kernels.triton.linear import TritonLinear
+        from gptq_loader_kernels.triton.tuning import chosen_tiles, multiprocessors
 
-        return TritonLinear(layer, packed, device.torch_name)
+        return TritonLinear(
+            layer,
+            packed,
+            device.torch_name,
+            tiles=chosen_tiles(device, layer.bits),
+            multiprocessors=multiprocessors(device),
+        )
+
+    def tune(
+        self,
+        layers: Sequence[LayerSpec],
+        device: Device,
+        progress: Callable[[Progress], None],
+    ) -> str:
+        """Measure every tile on layers of these shapes, and keep the fastest for this GPU."""
+        from gptq_loader_kernels.triton.tuning import tune
+
+        return tune(layers, device, progress)
+
+
+def _interpreted(device: Device) -> bool:
+    """Whether Triton's interpreter was asked for: it runs on the CPU, as an sm80 GPU would."""
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _device_reason(device: Device) -> str | None:
+    if device.type == "rocm":
+        return f"{device}; Triton is tried on CUDA only, not yet on AMD GPUs"
     if device.type != "cuda":
-        return f"needs a CUDA GPU; this is {device}"
+        return f"{device}; Triton needs a CUDA GPU"
     if device.capability is not None and device.capability < OLDEST:
-        return (
-            f"needs sm{OLDEST[0]}{OLDEST[1]} or newer: Triton has no tensor-core path on older "
-            f"GPUs; this is {device}"
-        )
+        major, minor = device.capability
+        return f"sm{major}{minor}; Triton needs sm80 or newer, it has no tensor-core path before"
     return None
 
 
@@ -79,7 +110,7 @@ def _missing(device: Device) -> str | None:
     # counts as installed, built extensions or not.
     if not device.present or importlib.util.find_spec("triton") is not None:
         return None
-    return "triton is not installed: pip install triton"
+    return "Triton is not installed; pip install triton"
 
 
 @hookimpl

@@ -1,0 +1,85 @@
+"""Which tile multiplies how many rows of x: the defaults, and what tuning may choose. No imports.
+
+Every tile here is compiled ahead of time for every GPU that may take it, at every width and group
+size, and must keep within the GPU's registers and shared memory (docs/kernels/triton.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["BUCKETS", "Tile", "bucket", "candidates", "default_tiles", "fit"]
+
+BUCKETS = (8, 16, 32, 64, 1 << 30)  # a tile is chosen for this many rows of x, or fewer
+MOST_PARTS = 16  # partial sums: beyond, adding them up costs as much as they save
+DEPTHS = (256, 64)  # the least at 3 bits, a unit; the most at 8, as many bytes as 128 rows of 4
+MOST_SPANS = 4  # groups in a tile's depth: more take minutes to compile
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One way to cut the product up.
+
+    Attributes:
+        block_m: rows of x in a tile.
+        block_n: columns of the weight in a tile.
+        block_k: rows of the weight taken in one step, as far as `fit` leaves them.
+        warps: warps that share a tile.
+        stages: steps whose loads are in flight.
+        waves: programs for each multiprocessor that splitting K aims at; 0 never splits it.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    waves: int = 0
+
+    def parts(self, rows: int, columns: int, steps: int, multiprocessors: int) -> int:
+        """Say among how many programs the rows of the weight are shared."""
+        tiles = -(-rows // self.block_m) * -(-columns // self.block_n)
+        return max(1, min(self.waves * multiprocessors // tiles, MOST_PARTS, steps))
+
+
+# Few rows: the weight's bytes are all the time there is, so K is split until every multiprocessor
+# has several programs with loads in flight. Many rows: the tensor cores are, and tiles grow until
+# registers run out. On Hopper and data-centre Blackwell sums and products are asynchronous and a
+# tile of 128 x 128 fits; elsewhere it spills. Not measured: no GPU was at hand.
+FEW = {
+    8: (Tile(8, 64, 128, 4, 4, 4), Tile(8, 32, 128, 2, 4, 8)),
+    16: (Tile(16, 64, 128, 4, 4, 4), Tile(16, 32, 128, 2, 4, 8)),
+    32: (Tile(32, 64, 128, 4, 4, 2), Tile(16, 64, 128, 4, 4, 4)),
+}
+MANY = (Tile(64, 128, 128, 8, 3), Tile(64, 64, 128, 4, 3), Tile(32, 64, 128, 4, 4, 2))
+LARGE = Tile(128, 128, 64, 8, 3)
+ASYNCHRONOUS = ((9, 0), (10, 0), (10, 3))  # capabilities with wgmma or tcgen05
+
+
+def bucket(rows: int) -> int:
+    """Give the bucket that `rows` rows of x fall in."""
+    return next(most for most in BUCKETS if rows <= most)
+
+
+def candidates(capability: tuple[int, int], bits: int, most: int) -> tuple[Tile, ...]:
+    """List the tiles for one width and bucket on one kind of GPU, the default first."""
+    if most in FEW:
+        return FEW[most]
+    middle, last = MANY[:2], MANY[2:]
+    if most == 64:
+        return (MANY[1], MANY[0], *last)
+    large = capability in ASYNCHRONOUS and bits != 3  # whose units are too deep for it
+    return (LARGE, *middle) if large else middle
+
+
+def default_tiles(capability: tuple[int, int], bits: int) -> tuple[Tile, ...]:
+    """Give the tile of each bucket that is used without tuning."""
+    return tuple(candidates(capability, bits, most)[0] for most in BUCKETS)
+
+
+def fit(tile: Tile, bits: int, group_shift: int) -> tuple[int, int]:
+    """Fit a tile to a layer: the depth of a step, and the rows of it that share a group."""
+    depth = max(tile.block_k, DEPTHS[0]) if bits == 3 else tile.block_k
+    depth = min(depth, DEPTHS[1]) if bits == 8 else depth
+    span = min(1 << group_shift, depth)
+    return min(depth, MOST_SPANS * span), span
