@@ -38,7 +38,7 @@ setup(
         Extension(
             NAME,
             ["kernels/csrc/gptq_cpu.cpp", "kernels/csrc/gptq_step.cpp"],
-            depends=["kernels/csrc/gptq_cpu.h"],
+            depends=[f"kernels/csrc/gptq_{name}.h" for name in ("cpu", "vectors", "attention")],
             language="c++",
             extra_compile_args=[*ARGUMENTS, *OPENMP],
             extra_link_args=OPENMP,
