@@ -140,12 +140,12 @@ INLINE void load_codes(const uint32_t* words, int row, floats& codes) {
 }
 
 // M rows of x by one tile in float32; x is [M][stride], in the order of `rows`. C vectors of columns
-// are held at once.
+// are held at once, of those from `begin` to `end`.
 template <int BITS, int M, int C>
-INLINE void tile_float32(const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y) {
+INLINE void tile_float32(const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y, int begin, int end) {
   constexpr int rows = Unit<BITS>::rows, per_word = Unit<BITS>::words;
   const uint32_t* words = layer.words + tile * layer.units * per_word * COLUMNS;
-  for (int first = 0; first < COLUMNS / LANES; first += C) {
+  for (int first = begin; first < end; first += C) {
     floats total[M][C];
     for (int m = 0; m < M; m++)
       for (int c = 0; c < C; c++) total[m][c] = floats{};
@@ -227,19 +227,19 @@ void unpack_plain(const GptqLayer& layer, int64_t tile, void* w, int64_t stride,
 }
 
 template <int BITS, int M>
-void tile_plain(const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y) {
-  tile_float32<BITS, M, 1>(layer, tile, x, stride, y);
+void tile_plain(const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y, int begin, int end) {
+  tile_float32<BITS, M, 1>(layer, tile, x, stride, y, begin, end);
 }
 
 #ifdef X86
 template <int BITS, int M>
-AVX2_TARGET void tile_avx2(const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y) {
-  tile_float32<BITS, M, 1>(layer, tile, x, stride, y);
+AVX2_TARGET void tile_avx2(const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y, int begin, int end) {
+  tile_float32<BITS, M, 1>(layer, tile, x, stride, y, begin, end);
 }
 
-template <int BITS, int M>
-AVX512_TARGET void tile_avx512(const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y) {
-  tile_float32<BITS, M, 4>(layer, tile, x, stride, y);
+template <int BITS, int M, int C>
+AVX512_TARGET void tile_avx512(const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y, int begin, int end) {
+  tile_float32<BITS, M, C>(layer, tile, x, stride, y, begin, end);
 }
 
 template <int BITS>
@@ -252,17 +252,18 @@ AVX512_TARGET void unpack_avx512(const GptqLayer& layer, int64_t tile, void* w, 
   unpack_tile<BITS>(layer, tile, w, stride, type);
 }
 
-// M rows of x by one tile in bfloat16; x is [M][stride] pairs, sums [M][segments].
-template <int BITS, int M>
+// M rows of x by C vectors of a tile's columns in bfloat16; x is [M][stride] pairs, sums [M][segments].
+template <int BITS, int M, int C>
 BF16_TARGET void tile_bfloat16(const GptqLayer& layer, int64_t tile, const uint32_t* x, int64_t stride,
-                               const float* sums, float* y) {
-  constexpr int per_word = Unit<BITS>::words, pairs = Unit<BITS>::rows / 2, C = COLUMNS / LANES;
-  constexpr int A = M == 1 ? 2 : 1;  // with one row, two chains of sums hide vdpbf16ps's latency
+                               const float* sums, float* y, int begin) {
+  constexpr int per_word = Unit<BITS>::words, pairs = Unit<BITS>::rows / 2;
+  constexpr int A = M == 1 ? 8 / C : 1;  // with one row, eight chains of sums hide vdpbf16ps's latency
   constexpr uint32_t mask = BITS == 2 || BITS == 3 ? 0x00030003 : 0x000f000f;
   constexpr float offset = BITS == 8 ? 128 + 2048 : 128;
   const __m512i low = _mm512_set1_epi32(mask), high = _mm512_set1_epi32(0x00040004);
   const __m512i base = _mm512_set1_epi32(0x43004300), upper = _mm512_set1_epi32(0x45004500);
-  const uint32_t* word = layer.words + tile * layer.units * per_word * COLUMNS;
+  const uint32_t* word = layer.words + tile * layer.units * per_word * COLUMNS + begin * LANES;
+  y += begin * LANES;
   floats total[M][C];
   for (int m = 0; m < M; m++)
     for (int c = 0; c < C; c++) total[m][c] = floats{};
@@ -272,12 +273,15 @@ BF16_TARGET void tile_bfloat16(const GptqLayer& layer, int64_t tile, const uint3
       for (int m = 0; m < M; m++)
         for (int c = 0; c < C; c++) sum[i][m][c] = _mm512_setzero_ps();
     for (int unit = 0; unit < layer.segment_units[segment]; unit++) {
-      for (int i = 0; i < 4 * per_word; i++) _mm_prefetch(reinterpret_cast<const char*>(word + 1024 + 16 * i), _MM_HINT_T0);
+      for (int i = 0; i < per_word; i++)
+        for (int c = 0; c < C; c++)
+          _mm_prefetch(reinterpret_cast<const char*>(word + 1024 + i * COLUMNS + c * LANES), _MM_HINT_T0);
       __m512i v[per_word][C];
       for (int i = 0; i < per_word; i++)
         for (int c = 0; c < C; c++) v[i][c] = _mm512_loadu_si512(word + i * COLUMNS + c * LANES);
 #pragma GCC unroll 16
       for (int pair = 0; pair < pairs; pair++) {
+        const int chain = (BITS == 8 ? 2 * pair : pair) % A, next = (chain + 1) % A;
         __m512i w[C];
         for (int c = 0; c < C; c++) {
           if constexpr (BITS == 3) {
@@ -290,7 +294,7 @@ BF16_TARGET void tile_bfloat16(const GptqLayer& layer, int64_t tile, const uint3
         }
         for (int m = 0; m < M; m++) {
           const __m512bh a = (__m512bh)_mm512_set1_epi32(x[m * stride + pair]);
-          for (int c = 0; c < C; c++) sum[pair % A][m][c] = _mm512_dpbf16_ps(sum[pair % A][m][c], (__m512bh)w[c], a);
+          for (int c = 0; c < C; c++) sum[chain][m][c] = _mm512_dpbf16_ps(sum[chain][m][c], (__m512bh)w[c], a);
         }
         if constexpr (BITS == 8) {
           for (int c = 0; c < C; c++)
@@ -298,14 +302,14 @@ BF16_TARGET void tile_bfloat16(const GptqLayer& layer, int64_t tile, const uint3
           for (int m = 0; m < M; m++) {
             const __m512bh a = (__m512bh)_mm512_set1_epi32(x[m * stride + pair]);
             for (int c = 0; c < C; c++)
-              sum[(pair + 1) % A][m][c] = _mm512_dpbf16_ps(sum[(pair + 1) % A][m][c], (__m512bh)w[c], a);
+              sum[next][m][c] = _mm512_dpbf16_ps(sum[next][m][c], (__m512bh)w[c], a);
           }
         }
       }
       word += per_word * COLUMNS;
       x += pairs;
     }
-    const int64_t at = (tile * layer.groups + layer.segment_group[segment]) * COLUMNS;
+    const int64_t at = (tile * layer.groups + layer.segment_group[segment]) * COLUMNS + begin * LANES;
     for (int c = 0; c < C; c++) {
       floats scales, zeros;
       load_scales(layer, at + c * LANES, scales);
@@ -313,7 +317,7 @@ BF16_TARGET void tile_bfloat16(const GptqLayer& layer, int64_t tile, const uint3
       zeros += offset;
       for (int m = 0; m < M; m++) {
         floats products = (floats)sum[0][m][c];
-        if constexpr (A == 2) products += (floats)sum[1][m][c];
+        for (int i = 1; i < A; i++) products += (floats)sum[i][m][c];
         total[m][c] += scales * (products - zeros * sums[m * layer.segments + segment]);
       }
     }
@@ -335,6 +339,51 @@ INLINE uint16_t rounded(const void* x, int type, int64_t at) {
 
 }  // namespace
 
+#ifdef X86
+namespace {
+
+// A row of float32 x as pairs of bfloat16, 32 features at a time.
+BF16_TARGET void gather_pairs(const GptqLayer& layer, const float* x, int half, uint32_t* out, float* sums) {
+  alignas(64) int32_t words[LANES];
+  for (int i = 0; i < LANES; i++) words[i] = i / half * 2 * half + i % half;
+  const __m512i low = _mm512_load_si512(words), high = _mm512_add_epi32(low, _mm512_set1_epi32(half));
+  const __m512i none = _mm512_set1_epi32(-1);
+  const int32_t* row = layer.rows;
+  for (int segment = 0; segment < layer.segments; segment++) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int left = layer.segment_units[segment] * unit_rows(layer.bits); left > 0; left -= 32) {
+      const uint32_t mask = left < 32 ? (1u << left) - 1 : ~0u;
+      const __m512i first = _mm512_mask_loadu_epi32(none, __mmask16(mask), row);
+      const __m512i second = _mm512_mask_loadu_epi32(none, __mmask16(mask >> 16), row + LANES);
+      const __m512i a = _mm512_permutex2var_epi32(first, low, second), b = _mm512_permutex2var_epi32(first, high, second);
+      const __m512 zero = _mm512_setzero_ps();
+      const __m512 from_a = _mm512_mask_i32gather_ps(zero, _mm512_cmpge_epi32_mask(a, _mm512_setzero_si512()), a, x, 4);
+      const __m512 from_b = _mm512_mask_i32gather_ps(zero, _mm512_cmpge_epi32_mask(b, _mm512_setzero_si512()), b, x, 4);
+      const __m512i rounded_a = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(from_a)), 16);
+      const __m512i rounded_b = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(from_b)), 16);
+      _mm512_mask_storeu_epi32(out, __mmask16((1u << (left < 32 ? left / 2 : 16)) - 1),
+                               _mm512_or_si512(_mm512_srli_epi32(rounded_a, 16), rounded_b));
+      sum = _mm512_add_ps(sum, _mm512_add_ps(_mm512_castsi512_ps(rounded_a), _mm512_castsi512_ps(rounded_b)));
+      row += left < 32 ? left : 32;
+      out += left < 32 ? left / 2 : 16;
+    }
+    sums[segment] = _mm512_reduce_add_ps(sum);
+  }
+}
+
+AVX512_TARGET void gather_floats(const GptqLayer& layer, const float* x, float* out) {
+  const int count = layer.units * unit_rows(layer.bits);
+  for (int i = 0; i < count; i += LANES) {
+    const __mmask16 mask = __mmask16(count - i < LANES ? (1u << (count - i)) - 1 : 0xffff);
+    const __m512i row = _mm512_mask_loadu_epi32(_mm512_set1_epi32(-1), mask, layer.rows + i);
+    const __mmask16 there = _mm512_cmpge_epi32_mask(row, _mm512_setzero_si512());
+    _mm512_mask_storeu_ps(out + i, mask, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, row, x, 4));
+  }
+}
+
+}  // namespace
+#endif
+
 namespace gptq {
 
 size_t gathered_bytes(const GptqLayer& layer, int isa, int64_t m) {
@@ -352,6 +401,12 @@ Gathered gathered_at(const GptqLayer& layer, int isa, int64_t m, void* memory) {
 void gather_row(const GptqLayer& layer, const void* x, int type, int64_t m, const Gathered& to) {
   const int rows = unit_rows(layer.bits), half = layer.bits == 3 ? 8 : rows / 2;
   const int64_t from = m * layer.in_features;
+#ifdef X86
+  const float* floats = static_cast<const float*>(x) + from;
+  if (type == FLOAT32 && to.isa == BF16)
+    return gather_pairs(layer, floats, half, to.pairs + m * to.stride, to.sums + m * layer.segments);
+  if (type == FLOAT32 && to.isa == AVX512) return gather_floats(layer, floats, to.values + m * to.stride);
+#endif
   if (to.isa != BF16) {
     float* out = to.values + m * to.stride;
     for (int64_t i = 0; i < layer.units * rows; i++)
@@ -379,23 +434,34 @@ void gather_row(const GptqLayer& layer, const void* x, int type, int64_t m, cons
 
 namespace {
 
-template <int BITS, int M>
-void multiply(const GptqLayer& layer, int64_t tile, int64_t m, const Gathered& x, float* y) {
+constexpr int ALL = COLUMNS / LANES;  // vectors of a tile's columns
+
+// C vectors of a tile's columns are held at once, of those from `begin` to `end`.
+template <int BITS, int M, int C>
+void multiply(const GptqLayer& layer, int64_t tile, int64_t m, const Gathered& x, float* y, int begin, int end) {
+  const float* values = x.values + m * x.stride;
 #ifdef X86
   if (x.isa == BF16)
-    return tile_bfloat16<BITS, M>(layer, tile, x.pairs + m * x.stride, x.stride, x.sums + m * layer.segments, y);
-  if (x.isa == AVX512) return tile_avx512<BITS, M>(layer, tile, x.values + m * x.stride, x.stride, y);
-  if (x.isa == AVX2) return tile_avx2<BITS, M>(layer, tile, x.values + m * x.stride, x.stride, y);
+    return tile_bfloat16<BITS, M, C>(layer, tile, x.pairs + m * x.stride, x.stride, x.sums + m * layer.segments, y, begin);
+  if (x.isa == AVX512) return tile_avx512<BITS, M, C>(layer, tile, values, x.stride, y, begin, end);
+  if (x.isa == AVX2) return tile_avx2<BITS, M>(layer, tile, values, x.stride, y, begin, end);
 #endif
-  tile_plain<BITS, M>(layer, tile, x.values + m * x.stride, x.stride, y);
+  tile_plain<BITS, M>(layer, tile, values, x.stride, y, begin, end);
 }
 
 template <int BITS>
 void multiply_rows(const GptqLayer& layer, int64_t tile, int64_t m, int count, const Gathered& x, float* y) {
-  if (count == 4) return multiply<BITS, 4>(layer, tile, m, x, y);
-  if (count == 3) return multiply<BITS, 3>(layer, tile, m, x, y);
-  if (count == 2) return multiply<BITS, 2>(layer, tile, m, x, y);
-  multiply<BITS, 1>(layer, tile, m, x, y);
+  if (count == 4) return multiply<BITS, 4, ALL>(layer, tile, m, x, y, 0, ALL);
+  if (count == 3) return multiply<BITS, 3, ALL>(layer, tile, m, x, y, 0, ALL);
+  if (count == 2) return multiply<BITS, 2, ALL>(layer, tile, m, x, y, 0, ALL);
+  multiply<BITS, 1, ALL>(layer, tile, m, x, y, 0, ALL);
+}
+
+// Row by row: with several rows, halves are rare.
+template <int BITS>
+void multiply_half_rows(const GptqLayer& layer, int64_t tile, int half, int64_t m, int count, const Gathered& x, float* y) {
+  for (int row = 0; row < count; row++)
+    multiply<BITS, 1, ALL / 2>(layer, tile, m + row, x, y + row * COLUMNS, half * ALL / 2, (half + 1) * ALL / 2);
 }
 
 }  // namespace
@@ -408,6 +474,15 @@ void multiply_bits(const GptqLayer& layer, int64_t tile, int64_t m, int count, c
     case 3: return multiply_rows<3>(layer, tile, m, count, x, y);
     case 4: return multiply_rows<4>(layer, tile, m, count, x, y);
     default: return multiply_rows<8>(layer, tile, m, count, x, y);
+  }
+}
+
+void multiply_half(const GptqLayer& layer, int64_t tile, int half, int64_t m, int count, const Gathered& x, float* y) {
+  switch (layer.bits) {
+    case 2: return multiply_half_rows<2>(layer, tile, half, m, count, x, y);
+    case 3: return multiply_half_rows<3>(layer, tile, half, m, count, x, y);
+    case 4: return multiply_half_rows<4>(layer, tile, half, m, count, x, y);
+    default: return multiply_half_rows<8>(layer, tile, half, m, count, x, y);
   }
 }
 
