@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, get_args
 
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.errors import CheckpointError, ConfigInvalid, OptionInvalid
-from gptq_loader_plugin.events import LoadRequest, Progress
+from gptq_loader_plugin.events import Head, LoadRequest, Progress
 from gptq_loader_plugin.kernel import Finisher
 from gptq_loader_plugin.plan import make_plan
 from gptq_loader_plugin.plugins import Plugins
@@ -50,6 +51,7 @@ def load(
     template: str | Template | None = None,
     revision: str | None = None,
     context: int | None = None,
+    head: Head | None = None,
     check: bool = True,
     plugins: Plugins | None = None,
 ) -> LoadedModel:
@@ -64,6 +66,8 @@ def load(
         template: a template, its name, a .jinja file or jinja text; None finds the checkpoint's.
         revision: the branch, tag or commit on the hub.
         context: the longest sequence; None takes what config.json says.
+        head: "int8" makes the output head 8-bit at load: faster, and a little less exact; None,
+            as "stored", leaves it as it is.
         check: whether to check the kernels and the logits once loaded.
         plugins: the plugins in force; None takes those installed.
 
@@ -78,6 +82,8 @@ def load(
             f"{where} is not on this machine", hint="load on one that is; explain takes any"
         )
     name = None if dtype is None else _dtype_name(dtype)
+    if head is not None and head not in get_args(Head):
+        raise OptionInvalid(f"no head is {head!r}", hint=f"name {' or '.join(get_args(Head))}")
     path = resolve(reference, plugins=plugins, revision=revision)
     request = LoadRequest(str(reference), path, str(where), backend)
     plugins.hook.gptq_before_load(request=request)
@@ -95,6 +101,12 @@ def load(
     )
     tokenizer = _tokenizer(checkpoint)
     model, warnings, notes = _model(checkpoint, plan, plugins, check=check)
+    if head == "int8":
+        from gptq_loader_plugin.head import narrow_head
+
+        note, grown = narrow_head(model, where, plugins.kernels(), only=backend)
+        plan = replace(plan, weight_bytes=plan.weight_bytes + grown)
+        notes = (*notes, note)
     checkpoint.close()
     seconds = time.monotonic() - began
     plugins.hook.gptq_after_load(request=request, seconds=seconds)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptq_loader_plugin.cli.output import ProgressBars, print_json, reported, say
+from gptq_loader_plugin.events import Head as HeadName
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,6 +44,9 @@ TopK = Annotated[int, typer.Option("--top-k", help="Keep this many tokens; 0 kee
 MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens less likely than this.")]
 Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: repeat less.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Make sampling repeatable.")]
+Head = Annotated[
+    HeadName | None, typer.Option("--head", help="int8 makes the head 8-bit: faster, less exact.")
+]
 Check = Annotated[
     bool, typer.Option("--check/--no-check", help="Check kernels and logits once loaded.")
 ]
@@ -105,6 +109,7 @@ def generate(  # noqa: PLR0913 - each is an option a user may want
     backend: Backend = None,
     template: Template = None,
     revision: Revision = None,
+    head: Head = None,
     check: Check = True,
     as_json: Annotated[bool, typer.Option("--json", help="Write the reply as JSON.")] = False,
 ) -> None:
@@ -125,6 +130,7 @@ def generate(  # noqa: PLR0913 - each is an option a user may want
         backend=backend,
         template=template,
         revision=revision,
+        head=head,
         check=check,
     )
     if raw:
@@ -161,6 +167,7 @@ def chat(  # noqa: PLR0913 - each is an option a user may want
     backend: Backend = None,
     template: Template = None,
     revision: Revision = None,
+    head: Head = None,
     check: Check = True,
 ) -> None:
     """Chat in the terminal."""
@@ -179,6 +186,7 @@ def chat(  # noqa: PLR0913 - each is an option a user may want
         backend=backend,
         template=template,
         revision=revision,
+        head=head,
         check=check,
     )
     say(HELP)

@@ -188,7 +188,7 @@ def test_a_step_that_differs_is_undone() -> None:
     plain, head = model.model.forward, model.lm_head
     reason = _native_step.install(model)
     assert reason is not None
-    assert "differs" in reason
+    assert "differ" in reason
     assert model.model.forward == plain
     assert model.lm_head is head
 
@@ -254,3 +254,34 @@ def test_a_cache_grows_and_is_cut_short() -> None:
     assert torch.equal(layer.keys, keys[:, :, :600])
     layer.reset()
     assert layer.get_seq_length() == 0
+
+
+def test_a_step_in_bfloat16_that_differs_is_undone() -> None:
+    from gptq_loader_kernels import _native_step
+
+    model = build("llama", dtype=torch.bfloat16)
+    model.model.layers[0].self_attn.scaling = 0.5  # less than what rounding may do
+    reason = _native_step.install(model)
+    assert reason is not None
+    assert "float32" in reason
+
+
+@pytest.mark.parametrize("threads", [2, 5, 16])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_threads_share_the_positions_of_a_head(family: str, threads: int) -> None:
+    model = build(family)
+    ids = torch.randint(0, 300, (1, 400), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = model(input_ids=ids).logits[:, 350:]
+    install(model)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = by_steps(model, ids, 350, (1, 8, 1, 3, 1, 8, 7, 8, 8, 5))
+        short = by_steps(model, ids[:, :8], 1, (1, 1, 5))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(
+        short, by_steps(model, ids[:, :8], 1, (1, 1, 5)), rtol=2e-4, atol=2e-4
+    )
