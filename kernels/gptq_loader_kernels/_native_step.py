@@ -79,10 +79,12 @@ class NativeStep:
 
     Args:
         decoder: the model without its head, of one of FAMILIES and as `why_not` wants it.
+        isa: the code to run, by default the best the processor has.
     """
 
-    def __init__(self, decoder: Any) -> None:  # noqa: ANN401 - any of FAMILIES
+    def __init__(self, decoder: Any, *, isa: Isa | None = None) -> None:  # noqa: ANN401 - any of FAMILIES
         self.decoder = decoder
+        self.isa = Isa(load_library().gptq_isa()) if isa is None else isa
         self.otherwise: Callable[..., Any] = decoder.forward
         self.steps = 0  # taken natively
         self._built: tuple[Model, Any, list[Any], _Watch, torch.dtype] | None = None
@@ -209,7 +211,7 @@ class NativeStep:
             head_dim=attention.head_dim,
             inner=config.intermediate_size,
             type=TYPES[dtype],
-            isa=load_library().gptq_isa(),
+            isa=self.isa,
             eps=config.rms_norm_eps,
             scale=attention.scaling,
             norm=norm(decoder, "norm"),
