@@ -72,7 +72,7 @@ class Sampler:
     def _scores(self, sequence: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         if not self._whole:
             return logits
-        return self._whole(sequence, logits.to(torch.float32))  # type: ignore[arg-type, no-any-return]
+        return self._whole(sequence, logits.to(torch.float32))  # type: ignore[arg-type]
 
 
 def _likeliest(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

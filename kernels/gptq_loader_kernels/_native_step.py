@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -355,23 +356,21 @@ def _find(owner: Any, path: str) -> Any:  # noqa: ANN401
 class _Watch:
     """Everything of a decoder that a step was built from, to see when some of it is changed.
 
-    Asked once a token, so it is lists of dictionaries: modules and tensors by name, tensors'
-    addresses, and hooks.
+    Asked once a token, so it is lists that are gone through without a line of Python for each:
+    modules and tensors by name, tensors' addresses, and hooks.
     """
 
     def __init__(self, decoder: Any) -> None:  # noqa: ANN401
         inside = list(_inside(decoder))
-        self.held = [
+        held = [
             (held, name, value)
             for module in (decoder, *inside)
             for held in (module._modules, module._parameters, module._buffers)  # noqa: SLF001 - what assigning to a module changes
             for name, value in held.items()
         ]
-        self.addresses = [
-            (value, value.data_ptr())
-            for _, _, value in self.held
-            if isinstance(value, torch.Tensor)
-        ]
+        self.holders, self.names, self.values = zip(*held, strict=True)
+        self.tensors = [it for it in self.values if isinstance(it, torch.Tensor)]
+        self.addresses = list(map(torch.Tensor.data_ptr, self.tensors))
         self.hooks = [
             hooks
             for module in inside
@@ -384,8 +383,8 @@ class _Watch:
         return (
             not any(self.hooks)
             and not any("forward" in own for own in self.own)
-            and all(held.get(name) is value for held, name, value in self.held)
-            and all(tensor.data_ptr() == address for tensor, address in self.addresses)
+            and all(map(is_, map(dict.get, self.holders, self.names), self.values))
+            and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
         )
 
 
