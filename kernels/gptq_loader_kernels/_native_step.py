@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,10 +25,11 @@ from gptq_loader_kernels._native import (
     load_library,
 )
 from gptq_loader_kernels._native_linear import TYPES, NativeLinear
+from gptq_loader_kernels._watch import Watch, modules_inside
 from gptq_loader_plugin.kv_cache import RoomyLayer, make_cache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 __all__ = ["NativeStep", "RowsLinear", "install"]
 
@@ -88,7 +88,7 @@ class NativeStep:
         self.isa = Isa(load_library().gptq_isa()) if isa is None else isa
         self.otherwise: Callable[..., Any] = decoder.forward
         self.steps = 0  # taken natively
-        self._built: tuple[Model, Any, list[Any], _Watch, torch.dtype] | None = None
+        self._built: tuple[Model, Any, list[Any], Watch, torch.dtype] | None = None
         self._lock = threading.Lock()  # the library is told of one cache at a time
 
     def __getstate__(self) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class NativeStep:
             norm=norm(decoder, "norm"),
             block=ctypes.cast(blocks, ctypes.POINTER(Block)),
         )
-        self._built = model, blocks, kept, _Watch(decoder), dtype
+        self._built = model, blocks, kept, Watch(decoder), dtype
         return True
 
 
@@ -266,7 +266,7 @@ def _changed(decoder: Any) -> str | None:  # noqa: ANN401
             module = _find(layer, path)
             if not isinstance(module, NativeLinear) and type(module) is not nn.Linear:
                 return f"{path} is multiplied by another kernel"
-    for module in _inside(decoder):
+    for module in modules_inside(decoder):
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:  # noqa: SLF001 - torch has no other way to tell
             return f"something watches a {type(module).__name__} of it"
     return None
@@ -351,47 +351,6 @@ def _find(owner: Any, path: str) -> Any:  # noqa: ANN401
     for name in path.split("."):
         owner = getattr(owner, name, None)
     return owner
-
-
-class _Watch:
-    """Everything of a decoder that a step was built from, to see when some of it is changed.
-
-    Asked once a token, so it is lists that are gone through without a line of Python for each:
-    modules and tensors by name, tensors' addresses, and hooks.
-    """
-
-    def __init__(self, decoder: Any) -> None:  # noqa: ANN401
-        inside = list(_inside(decoder))
-        held = [
-            (held, name, value)
-            for module in (decoder, *inside)
-            for held in (module._modules, module._parameters, module._buffers)  # noqa: SLF001 - what assigning to a module changes
-            for name, value in held.items()
-        ]
-        self.holders, self.names, self.values = zip(*held, strict=True)
-        self.tensors = [it for it in self.values if isinstance(it, torch.Tensor)]
-        self.addresses = list(map(torch.Tensor.data_ptr, self.tensors))
-        self.hooks = [
-            hooks
-            for module in inside
-            for hooks in (module._forward_hooks, module._forward_pre_hooks)  # noqa: SLF001
-        ]
-        self.own = [module.__dict__ for module in inside]
-
-    def unchanged(self) -> bool:
-        """Say whether all of it is as it was."""
-        return (
-            not any(self.hooks)
-            and not any("forward" in own for own in self.own)
-            and all(map(is_, map(dict.get, self.holders, self.names), self.values))
-            and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
-        )
-
-
-def _inside(decoder: Any) -> Iterator[nn.Module]:  # noqa: ANN401
-    """Go through the modules whose place a step takes."""
-    yield from decoder.layers.modules()
-    yield decoder.norm
 
 
 def _is_roomy(cache: Any, layers: int, dtype: torch.dtype) -> bool:  # noqa: ANN401 - transformers' caches
