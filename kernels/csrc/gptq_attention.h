@@ -16,6 +16,15 @@ namespace gptq {
 
 constexpr int BLOCK = 128;  // positions whose scores are held at once: with values, half of a first-level cache
 
+// A processor's own prefetching ends with a page: asked for so far ahead, positions come half as fast again.
+constexpr int AHEAD = 1024;
+
+template <int TYPE>
+INLINE void fetch(const void* from, int64_t at, int count) {
+  constexpr int size = TYPE == FLOAT32 ? 4 : 2;
+  for (int i = 0; i < count * size; i += 64) __builtin_prefetch(static_cast<const char*>(from) + at * size + i);
+}
+
 // Some rows, and a piece of the positions of one head of keys and values.
 struct Sight {
   const float* q;           // [rows][dim], scaled
@@ -58,7 +67,9 @@ INLINE void add_values(const float* weights, const void* values, int64_t from, i
     for (int v = 0; v < V; v++) load<FLOAT32>(y, r * dim + at + v * LANES, sum[r][v]);
   for (int p = 0; p < count; p++) {
     floats value[V];
-    for (int v = 0; v < V; v++) load<TYPE>(values, (from + p) * dim + at + v * LANES, value[v]);
+    const int64_t here = (from + p) * dim + at;
+    for (int v = 0; v < V; v++) load<TYPE>(values, here + v * LANES, value[v]);
+    fetch<TYPE>(values, here + AHEAD, V * LANES);
     for (int r = 0; r < R; r++)
       for (int v = 0; v < V; v++) sum[r][v] += weights[r * BLOCK + p] * value[v];
   }
@@ -176,6 +187,7 @@ BF16_TARGET INLINE void score_bfloat16(const uint16_t* q, const uint16_t* keys, 
     const uint16_t* key[P];
     __m512 sum[16];
     for (int i = 0; i < P; i++) key[i] = keys + int64_t(std::min(p + i, count - 1)) * dim;
+    fetch<BFLOAT16>(key[0], AHEAD, P * dim);
     for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps();
     for (int at = 0; at < dim; at += 32) {
       __m512bh a[R];

@@ -339,51 +339,6 @@ INLINE uint16_t rounded(const void* x, int type, int64_t at) {
 
 }  // namespace
 
-#ifdef X86
-namespace {
-
-// A row of float32 x as pairs of bfloat16, 32 features at a time.
-BF16_TARGET void gather_pairs(const GptqLayer& layer, const float* x, int half, uint32_t* out, float* sums) {
-  alignas(64) int32_t words[LANES];
-  for (int i = 0; i < LANES; i++) words[i] = i / half * 2 * half + i % half;
-  const __m512i low = _mm512_load_si512(words), high = _mm512_add_epi32(low, _mm512_set1_epi32(half));
-  const __m512i none = _mm512_set1_epi32(-1);
-  const int32_t* row = layer.rows;
-  for (int segment = 0; segment < layer.segments; segment++) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int left = layer.segment_units[segment] * unit_rows(layer.bits); left > 0; left -= 32) {
-      const uint32_t mask = left < 32 ? (1u << left) - 1 : ~0u;
-      const __m512i first = _mm512_mask_loadu_epi32(none, __mmask16(mask), row);
-      const __m512i second = _mm512_mask_loadu_epi32(none, __mmask16(mask >> 16), row + LANES);
-      const __m512i a = _mm512_permutex2var_epi32(first, low, second), b = _mm512_permutex2var_epi32(first, high, second);
-      const __m512 zero = _mm512_setzero_ps();
-      const __m512 from_a = _mm512_mask_i32gather_ps(zero, _mm512_cmpge_epi32_mask(a, _mm512_setzero_si512()), a, x, 4);
-      const __m512 from_b = _mm512_mask_i32gather_ps(zero, _mm512_cmpge_epi32_mask(b, _mm512_setzero_si512()), b, x, 4);
-      const __m512i rounded_a = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(from_a)), 16);
-      const __m512i rounded_b = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(from_b)), 16);
-      _mm512_mask_storeu_epi32(out, __mmask16((1u << (left < 32 ? left / 2 : 16)) - 1),
-                               _mm512_or_si512(_mm512_srli_epi32(rounded_a, 16), rounded_b));
-      sum = _mm512_add_ps(sum, _mm512_add_ps(_mm512_castsi512_ps(rounded_a), _mm512_castsi512_ps(rounded_b)));
-      row += left < 32 ? left : 32;
-      out += left < 32 ? left / 2 : 16;
-    }
-    sums[segment] = _mm512_reduce_add_ps(sum);
-  }
-}
-
-AVX512_TARGET void gather_floats(const GptqLayer& layer, const float* x, float* out) {
-  const int count = layer.units * unit_rows(layer.bits);
-  for (int i = 0; i < count; i += LANES) {
-    const __mmask16 mask = __mmask16(count - i < LANES ? (1u << (count - i)) - 1 : 0xffff);
-    const __m512i row = _mm512_mask_loadu_epi32(_mm512_set1_epi32(-1), mask, layer.rows + i);
-    const __mmask16 there = _mm512_cmpge_epi32_mask(row, _mm512_setzero_si512());
-    _mm512_mask_storeu_ps(out + i, mask, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, row, x, 4));
-  }
-}
-
-}  // namespace
-#endif
-
 namespace gptq {
 
 size_t gathered_bytes(const GptqLayer& layer, int isa, int64_t m) {
@@ -401,12 +356,6 @@ Gathered gathered_at(const GptqLayer& layer, int isa, int64_t m, void* memory) {
 void gather_row(const GptqLayer& layer, const void* x, int type, int64_t m, const Gathered& to) {
   const int rows = unit_rows(layer.bits), half = layer.bits == 3 ? 8 : rows / 2;
   const int64_t from = m * layer.in_features;
-#ifdef X86
-  const float* floats = static_cast<const float*>(x) + from;
-  if (type == FLOAT32 && to.isa == BF16)
-    return gather_pairs(layer, floats, half, to.pairs + m * to.stride, to.sums + m * layer.segments);
-  if (type == FLOAT32 && to.isa == AVX512) return gather_floats(layer, floats, to.values + m * to.stride);
-#endif
   if (to.isa != BF16) {
     float* out = to.values + m * to.stride;
     for (int64_t i = 0; i < layer.units * rows; i++)
