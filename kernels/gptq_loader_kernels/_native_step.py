@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gptq_loader_kernels._native import (
@@ -125,7 +125,10 @@ class NativeStep:
         if any(value is not None and value is not False for value in given.values()):
             return None
         shape = (ids if embedded is None else embedded).shape
-        if shape[0] != 1 or not 0 < shape[1] <= MOST_TOKENS:
+        if shape[0] != 1:
+            return None
+        _give_room(cache)
+        if not 0 < shape[1] <= MOST_TOKENS:
             return None
         x = self.decoder.embed_tokens(ids) if embedded is None else embedded
         if x.dtype not in TYPES or x.device.type != "cpu":
@@ -354,18 +357,26 @@ def _find(owner: Any, path: str) -> Any:  # noqa: ANN401
 
 
 def _is_roomy(cache: Any, layers: int, dtype: torch.dtype) -> bool:  # noqa: ANN401 - transformers' caches
-    """Say whether a cache is one the step writes; transformers' plain layers are given room."""
+    """Say whether a cache is one the step writes."""
     if type(cache) is not DynamicCache or len(cache.layers) != layers:
         return False
     for layer in cache.layers:
-        if type(layer) is DynamicLayer:
-            _make_roomy(layer)
-        elif type(layer) is not RoomyLayer:
+        if type(layer) is not RoomyLayer:
             return False
-        room: torch.Tensor | None = layer.room  # type: ignore[attr-defined]
+        room: torch.Tensor | None = layer.room
         if room is not None and (room.dtype != dtype or room.shape[1] != 1):
             return False
     return True
+
+
+def _give_room(cache: Any) -> None:  # noqa: ANN401
+    """Give transformers' own layers room: plain ones, and sliding ones that are empty."""
+    if type(cache) is not DynamicCache:
+        return
+    for layer in cache.layers:
+        empty = type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized
+        if type(layer) is DynamicLayer or empty:
+            _make_roomy(layer)
 
 
 def _make_roomy(layer: Any) -> None:  # noqa: ANN401 - a DynamicLayer
