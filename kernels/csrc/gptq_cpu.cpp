@@ -140,12 +140,12 @@ INLINE void load_codes(const uint32_t* words, int row, floats& codes) {
 }
 
 // M rows of x by one tile in float32; x is [M][stride], in the order of `rows`. C vectors of columns
-// are held at once, of those from `begin` to `end`.
+// are held at once.
 template <int BITS, int M, int C>
-INLINE void tile_float32(const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y, int begin, int end) {
+INLINE void tile_float32(const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y) {
   constexpr int rows = Unit<BITS>::rows, per_word = Unit<BITS>::words;
   const uint32_t* words = layer.words + tile * layer.units * per_word * COLUMNS;
-  for (int first = begin; first < end; first += C) {
+  for (int first = 0; first < COLUMNS / LANES; first += C) {
     floats total[M][C];
     for (int m = 0; m < M; m++)
       for (int c = 0; c < C; c++) total[m][c] = floats{};
@@ -227,19 +227,19 @@ void unpack_plain(const GptqLayer& layer, int64_t tile, void* w, int64_t stride,
 }
 
 template <int BITS, int M>
-void tile_plain(const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y, int begin, int end) {
-  tile_float32<BITS, M, 1>(layer, tile, x, stride, y, begin, end);
+void tile_plain(const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y) {
+  tile_float32<BITS, M, 1>(layer, tile, x, stride, y);
 }
 
 #ifdef X86
 template <int BITS, int M>
-AVX2_TARGET void tile_avx2(const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y, int begin, int end) {
-  tile_float32<BITS, M, 1>(layer, tile, x, stride, y, begin, end);
+AVX2_TARGET void tile_avx2(const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y) {
+  tile_float32<BITS, M, 1>(layer, tile, x, stride, y);
 }
 
-template <int BITS, int M, int C>
-AVX512_TARGET void tile_avx512(const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y, int begin, int end) {
-  tile_float32<BITS, M, C>(layer, tile, x, stride, y, begin, end);
+template <int BITS, int M>
+AVX512_TARGET void tile_avx512(const GptqLayer& layer, int64_t tile, const float* x, int64_t stride, float* y) {
+  tile_float32<BITS, M, 4>(layer, tile, x, stride, y);
 }
 
 template <int BITS>
@@ -252,18 +252,17 @@ AVX512_TARGET void unpack_avx512(const GptqLayer& layer, int64_t tile, void* w, 
   unpack_tile<BITS>(layer, tile, w, stride, type);
 }
 
-// M rows of x by C vectors of a tile's columns in bfloat16; x is [M][stride] pairs, sums [M][segments].
-template <int BITS, int M, int C>
+// M rows of x by one tile in bfloat16; x is [M][stride] pairs, sums [M][segments].
+template <int BITS, int M>
 BF16_TARGET void tile_bfloat16(const GptqLayer& layer, int64_t tile, const uint32_t* x, int64_t stride,
-                               const float* sums, float* y, int begin) {
-  constexpr int per_word = Unit<BITS>::words, pairs = Unit<BITS>::rows / 2;
-  constexpr int A = M == 1 ? 8 / C : 1;  // with one row, eight chains of sums hide vdpbf16ps's latency
+                               const float* sums, float* y) {
+  constexpr int per_word = Unit<BITS>::words, pairs = Unit<BITS>::rows / 2, C = COLUMNS / LANES;
+  constexpr int A = M == 1 ? 2 : 1;  // with one row, two chains of sums hide vdpbf16ps's latency
   constexpr uint32_t mask = BITS == 2 || BITS == 3 ? 0x00030003 : 0x000f000f;
   constexpr float offset = BITS == 8 ? 128 + 2048 : 128;
   const __m512i low = _mm512_set1_epi32(mask), high = _mm512_set1_epi32(0x00040004);
   const __m512i base = _mm512_set1_epi32(0x43004300), upper = _mm512_set1_epi32(0x45004500);
-  const uint32_t* word = layer.words + tile * layer.units * per_word * COLUMNS + begin * LANES;
-  y += begin * LANES;
+  const uint32_t* word = layer.words + tile * layer.units * per_word * COLUMNS;
   floats total[M][C];
   for (int m = 0; m < M; m++)
     for (int c = 0; c < C; c++) total[m][c] = floats{};
@@ -273,15 +272,12 @@ BF16_TARGET void tile_bfloat16(const GptqLayer& layer, int64_t tile, const uint3
       for (int m = 0; m < M; m++)
         for (int c = 0; c < C; c++) sum[i][m][c] = _mm512_setzero_ps();
     for (int unit = 0; unit < layer.segment_units[segment]; unit++) {
-      for (int i = 0; i < per_word; i++)
-        for (int c = 0; c < C; c++)
-          _mm_prefetch(reinterpret_cast<const char*>(word + 1024 + i * COLUMNS + c * LANES), _MM_HINT_T0);
+      for (int i = 0; i < 4 * per_word; i++) _mm_prefetch(reinterpret_cast<const char*>(word + 1024 + 16 * i), _MM_HINT_T0);
       __m512i v[per_word][C];
       for (int i = 0; i < per_word; i++)
         for (int c = 0; c < C; c++) v[i][c] = _mm512_loadu_si512(word + i * COLUMNS + c * LANES);
 #pragma GCC unroll 16
       for (int pair = 0; pair < pairs; pair++) {
-        const int chain = (BITS == 8 ? 2 * pair : pair) % A, next = (chain + 1) % A;
         __m512i w[C];
         for (int c = 0; c < C; c++) {
           if constexpr (BITS == 3) {
@@ -294,7 +290,7 @@ BF16_TARGET void tile_bfloat16(const GptqLayer& layer, int64_t tile, const uint3
         }
         for (int m = 0; m < M; m++) {
           const __m512bh a = (__m512bh)_mm512_set1_epi32(x[m * stride + pair]);
-          for (int c = 0; c < C; c++) sum[chain][m][c] = _mm512_dpbf16_ps(sum[chain][m][c], (__m512bh)w[c], a);
+          for (int c = 0; c < C; c++) sum[pair % A][m][c] = _mm512_dpbf16_ps(sum[pair % A][m][c], (__m512bh)w[c], a);
         }
         if constexpr (BITS == 8) {
           for (int c = 0; c < C; c++)
@@ -302,14 +298,14 @@ BF16_TARGET void tile_bfloat16(const GptqLayer& layer, int64_t tile, const uint3
           for (int m = 0; m < M; m++) {
             const __m512bh a = (__m512bh)_mm512_set1_epi32(x[m * stride + pair]);
             for (int c = 0; c < C; c++)
-              sum[next][m][c] = _mm512_dpbf16_ps(sum[next][m][c], (__m512bh)w[c], a);
+              sum[(pair + 1) % A][m][c] = _mm512_dpbf16_ps(sum[(pair + 1) % A][m][c], (__m512bh)w[c], a);
           }
         }
       }
       word += per_word * COLUMNS;
       x += pairs;
     }
-    const int64_t at = (tile * layer.groups + layer.segment_group[segment]) * COLUMNS + begin * LANES;
+    const int64_t at = (tile * layer.groups + layer.segment_group[segment]) * COLUMNS;
     for (int c = 0; c < C; c++) {
       floats scales, zeros;
       load_scales(layer, at + c * LANES, scales);
@@ -317,7 +313,7 @@ BF16_TARGET void tile_bfloat16(const GptqLayer& layer, int64_t tile, const uint3
       zeros += offset;
       for (int m = 0; m < M; m++) {
         floats products = (floats)sum[0][m][c];
-        for (int i = 1; i < A; i++) products += (floats)sum[i][m][c];
+        if constexpr (A == 2) products += (floats)sum[1][m][c];
         total[m][c] += scales * (products - zeros * sums[m * layer.segments + segment]);
       }
     }
@@ -383,34 +379,23 @@ void gather_row(const GptqLayer& layer, const void* x, int type, int64_t m, cons
 
 namespace {
 
-constexpr int ALL = COLUMNS / LANES;  // vectors of a tile's columns
-
-// C vectors of a tile's columns are held at once, of those from `begin` to `end`.
-template <int BITS, int M, int C>
-void multiply(const GptqLayer& layer, int64_t tile, int64_t m, const Gathered& x, float* y, int begin, int end) {
-  const float* values = x.values + m * x.stride;
+template <int BITS, int M>
+void multiply(const GptqLayer& layer, int64_t tile, int64_t m, const Gathered& x, float* y) {
 #ifdef X86
   if (x.isa == BF16)
-    return tile_bfloat16<BITS, M, C>(layer, tile, x.pairs + m * x.stride, x.stride, x.sums + m * layer.segments, y, begin);
-  if (x.isa == AVX512) return tile_avx512<BITS, M, C>(layer, tile, values, x.stride, y, begin, end);
-  if (x.isa == AVX2) return tile_avx2<BITS, M>(layer, tile, values, x.stride, y, begin, end);
+    return tile_bfloat16<BITS, M>(layer, tile, x.pairs + m * x.stride, x.stride, x.sums + m * layer.segments, y);
+  if (x.isa == AVX512) return tile_avx512<BITS, M>(layer, tile, x.values + m * x.stride, x.stride, y);
+  if (x.isa == AVX2) return tile_avx2<BITS, M>(layer, tile, x.values + m * x.stride, x.stride, y);
 #endif
-  tile_plain<BITS, M>(layer, tile, values, x.stride, y, begin, end);
+  tile_plain<BITS, M>(layer, tile, x.values + m * x.stride, x.stride, y);
 }
 
 template <int BITS>
 void multiply_rows(const GptqLayer& layer, int64_t tile, int64_t m, int count, const Gathered& x, float* y) {
-  if (count == 4) return multiply<BITS, 4, ALL>(layer, tile, m, x, y, 0, ALL);
-  if (count == 3) return multiply<BITS, 3, ALL>(layer, tile, m, x, y, 0, ALL);
-  if (count == 2) return multiply<BITS, 2, ALL>(layer, tile, m, x, y, 0, ALL);
-  multiply<BITS, 1, ALL>(layer, tile, m, x, y, 0, ALL);
-}
-
-// Row by row: with several rows, halves are rare.
-template <int BITS>
-void multiply_half_rows(const GptqLayer& layer, int64_t tile, int half, int64_t m, int count, const Gathered& x, float* y) {
-  for (int row = 0; row < count; row++)
-    multiply<BITS, 1, ALL / 2>(layer, tile, m + row, x, y + row * COLUMNS, half * ALL / 2, (half + 1) * ALL / 2);
+  if (count == 4) return multiply<BITS, 4>(layer, tile, m, x, y);
+  if (count == 3) return multiply<BITS, 3>(layer, tile, m, x, y);
+  if (count == 2) return multiply<BITS, 2>(layer, tile, m, x, y);
+  multiply<BITS, 1>(layer, tile, m, x, y);
 }
 
 }  // namespace
@@ -423,15 +408,6 @@ void multiply_bits(const GptqLayer& layer, int64_t tile, int64_t m, int count, c
     case 3: return multiply_rows<3>(layer, tile, m, count, x, y);
     case 4: return multiply_rows<4>(layer, tile, m, count, x, y);
     default: return multiply_rows<8>(layer, tile, m, count, x, y);
-  }
-}
-
-void multiply_half(const GptqLayer& layer, int64_t tile, int half, int64_t m, int count, const Gathered& x, float* y) {
-  switch (layer.bits) {
-    case 2: return multiply_half_rows<2>(layer, tile, half, m, count, x, y);
-    case 3: return multiply_half_rows<3>(layer, tile, half, m, count, x, y);
-    case 4: return multiply_half_rows<4>(layer, tile, half, m, count, x, y);
-    default: return multiply_half_rows<8>(layer, tile, half, m, count, x, y);
   }
 }
 

@@ -114,7 +114,4 @@ void gather_row(const GptqLayer& layer, const void* x, int type, int64_t m, cons
 // Multiply `count` (1 to ROWS) gathered rows from row `m` on by one tile: y [count][COLUMNS].
 void multiply_bits(const GptqLayer& layer, int64_t tile, int64_t m, int count, const Gathered& x, float* y);
 
-// The same by the first or second half of a tile's columns: only those of y are written.
-void multiply_half(const GptqLayer& layer, int64_t tile, int half, int64_t m, int count, const Gathered& x, float* y);
-
 }  // namespace gptq

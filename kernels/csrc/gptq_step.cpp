@@ -160,23 +160,10 @@ BF16_TARGET void dense_bfloat16(const uint16_t* weight, int64_t k, int64_t first
 }
 #endif
 
-constexpr int HALF = COLUMNS / 2;  // what threads share out: tiles are too few for even shares
+int64_t tiles_of(const GptqProjection& p) { return (p.out_features + COLUMNS - 1) / COLUMNS; }
 
-int64_t halves_of(const GptqProjection& p) { return (p.out_features + HALF - 1) / HALF; }
-
-// Columns of a tile: half of them, or all.
-struct Part {
-  int64_t tile;
-  int half, begin, end;
-  bool whole;
-};
-
-// The part that begins at one half of a tile, of those before `end`.
-Part part_at(const GptqProjection& p, int64_t at, int64_t end) {
-  const int64_t tile = at / 2, left = p.out_features - tile * COLUMNS;
-  const int half = at % 2, begin = half * HALF;
-  const bool whole = half == 0 && at + 1 < end;
-  return {tile, half, begin, int(std::min<int64_t>(begin + (whole ? COLUMNS : HALF), left)), whole};
+int columns_of(const GptqProjection& p, int64_t tile) {
+  return int(std::min<int64_t>(COLUMNS, p.out_features - tile * COLUMNS));
 }
 
 // What a thread has made ready for a projection.
@@ -205,33 +192,30 @@ Input make_ready(const GptqModel& model, const GptqProjection& p, const float* x
   return in;
 }
 
-// Some columns of a projection, where they stand in their tile: y [m][COLUMNS].
-void project(const GptqModel& model, const GptqProjection& p, const Part& part, int64_t m, const Input& in, float* y) {
-  const int64_t first = part.tile * COLUMNS;
+// One tile of a projection: y [m][COLUMNS]; gives the columns that count.
+int project(const GptqModel& model, const GptqProjection& p, int64_t tile, int64_t m, const Input& in, float* y) {
+  const int64_t first = tile * COLUMNS;
+  const int count = columns_of(p, tile);
   const float* bias = p.packed ? p.packed->bias : p.bias;
   if (p.packed) {
-    for (int64_t row = 0; row < m; row += ROWS) {
-      const int count = int(std::min<int64_t>(ROWS, m - row));
-      if (part.whole) multiply_bits(*p.packed, part.tile, row, count, in.gathered, y + row * COLUMNS);
-      else multiply_half(*p.packed, part.tile, part.half, row, count, in.gathered, y + row * COLUMNS);
-    }
+    for (int64_t row = 0; row < m; row += ROWS)
+      multiply_bits(*p.packed, tile, row, int(std::min<int64_t>(ROWS, m - row)), in.gathered, y + row * COLUMNS);
   } else {
-    const int count = part.end - part.begin;
     for (int64_t row = 0; row < m; row++) {
-      float* to = y + row * COLUMNS + part.begin;
 #ifdef X86
       if (in.rounded) {
-        dense_bfloat16(static_cast<const uint16_t*>(p.weight), p.in_features, first + part.begin, count,
-                       in.rounded + row * p.in_features, to);
+        dense_bfloat16(static_cast<const uint16_t*>(p.weight), p.in_features, first, count,
+                       in.rounded + row * p.in_features, y + row * COLUMNS);
         continue;
       }
 #endif
-      BEST(dense, model.isa, p.weight, p.in_features, first + part.begin, count, in.x + row * p.in_features, model.type, to);
+      BEST(dense, model.isa, p.weight, p.in_features, first, count, in.x + row * p.in_features, model.type, y + row * COLUMNS);
     }
   }
   if (bias)
     for (int64_t row = 0; row < m; row++)
-      for (int c = part.begin; c < part.end; c++) y[row * COLUMNS + c] += bias[first + c];
+      for (int c = 0; c < count; c++) y[row * COLUMNS + c] += bias[first + c];
+  return count;
 }
 
 // Rotate a head by halves: x [head_dim], cos and sin [head_dim].
@@ -280,15 +264,6 @@ struct Worker : Own {
   int64_t from(int64_t count) const { return count * thread / threads; }
   int64_t to(int64_t count) const { return count * (thread + 1) / threads; }
 
-  template <typename Use>
-  void each_part(const GptqProjection& p, int64_t begin, int64_t end, Use use) const {
-    for (int64_t at = begin; at < end;) {
-      const Part part = part_at(p, at, end);
-      use(part);
-      at += part.whole ? 2 : 1;
-    }
-  }
-
   void norm(const float* weight) {
     for (int64_t row = 0; row < m; row++)
       BEST(norm, model.isa, shared.x + row * model.hidden, weight, model.hidden, model.eps, normed + row * model.hidden);
@@ -297,23 +272,22 @@ struct Worker : Own {
   void attend(const GptqBlock& block) {
     const GptqProjection* parts[] = {&block.q, &block.k, &block.v};
     float* outs[] = {shared.q, shared.k, shared.v};
-    const int64_t all = halves_of(block.q) + halves_of(block.k) + halves_of(block.v);
+    const int64_t all = tiles_of(block.q) + tiles_of(block.k) + tiles_of(block.v);
     int64_t before = 0;
     Input in{};
     bool ready = false;
     for (int i = 0; i < 3; i++) {
       const GptqProjection& p = *parts[i];
-      const int64_t count = halves_of(p);
+      const int64_t count = tiles_of(p);
       if (!p.same_rows) ready = false;
       const int64_t begin = std::max(from(all) - before, int64_t(0)), end = std::min(to(all) - before, count);
       if (begin < end && !ready) in = make_ready(model, p, normed, m, input);
       ready = ready || begin < end;
-      each_part(p, begin, end, [&](const Part& part) {
-        project(model, p, part, m, in, tile);
-        const int64_t at = part.tile * COLUMNS + part.begin;
+      for (int64_t at = begin; at < end; at++) {
+        const int columns = project(model, p, at, m, in, tile);
         for (int64_t row = 0; row < m; row++)
-          memcpy(outs[i] + row * p.out_features + at, tile + row * COLUMNS + part.begin, sizeof(float) * (part.end - part.begin));
-      });
+          memcpy(outs[i] + row * p.out_features + at * COLUMNS, tile + row * COLUMNS, sizeof(float) * columns);
+      }
       before += count;
     }
     team.meet();
@@ -401,22 +375,21 @@ struct Worker : Own {
 
   void feed(const GptqBlock& block) {
     norm(block.inner_norm);
-    const int64_t count = halves_of(block.gate);
+    const int64_t count = tiles_of(block.gate);
     const size_t apart = (input_bytes(model, block.gate, m) + 63) / 64 * 64;
     if (from(count) < to(count)) {
       const Input gate = make_ready(model, block.gate, normed, m, input);
       const Input up = block.up.same_rows ? gate : make_ready(model, block.up, normed, m, input + apart);
       float* other = tile + m * COLUMNS;
-      each_part(block.gate, from(count), to(count), [&](const Part& part) {
-        project(model, block.gate, part, m, gate, tile);
-        project(model, block.up, part, m, up, other);
-        const int columns = part.end - part.begin;
+      for (int64_t at = from(count); at < to(count); at++) {
+        const int columns = project(model, block.gate, at, m, gate, tile);
+        project(model, block.up, at, m, up, other);
         for (int64_t row = 0; row < m; row++) {
-          float* values = tile + row * COLUMNS + part.begin;
-          BEST(silu, model.isa, values, other + row * COLUMNS + part.begin, columns, values);
-          memcpy(shared.inner + row * model.inner + part.tile * COLUMNS + part.begin, values, sizeof(float) * columns);
+          float* values = tile + row * COLUMNS;
+          BEST(silu, model.isa, values, other + row * COLUMNS, COLUMNS, values);
+          memcpy(shared.inner + row * model.inner + at * COLUMNS, values, sizeof(float) * columns);
         }
-      });
+      }
     }
     team.meet();
     add(block.down, shared.inner);
@@ -424,16 +397,16 @@ struct Worker : Own {
 
   // x += projection of `of`.
   void add(const GptqProjection& p, const float* of) {
-    const int64_t count = halves_of(p);
+    const int64_t count = tiles_of(p);
     if (from(count) < to(count)) {
       const Input in = make_ready(model, p, of, m, input);
-      each_part(p, from(count), to(count), [&](const Part& part) {
-        project(model, p, part, m, in, tile);
+      for (int64_t at = from(count); at < to(count); at++) {
+        const int columns = project(model, p, at, m, in, tile);
         for (int64_t row = 0; row < m; row++) {
-          float* x = shared.x + row * model.hidden + part.tile * COLUMNS;
-          for (int c = part.begin; c < part.end; c++) x[c] += tile[row * COLUMNS + c];
+          float* x = shared.x + row * model.hidden + at * COLUMNS;
+          for (int c = 0; c < columns; c++) x[c] += tile[row * COLUMNS + c];
         }
-      });
+      }
     }
     team.meet();
   }
@@ -546,12 +519,11 @@ int gptq_rows(const void* weight, const void* x, void* y, int64_t m, int64_t k, 
   const Input in = make_ready(model, p, values, m, values + m * k);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t tile = 0; tile < (n + COLUMNS - 1) / COLUMNS; tile++) {
-    const Part part{tile, 0, 0, int(std::min<int64_t>(COLUMNS, n - tile * COLUMNS)), true};
     float sums[COLUMNS];
     for (int64_t row = 0; row < m; row++) {
       const Input one{in.x + row * k, in.rounded ? in.rounded + row * k : nullptr, {}};
-      project(model, p, part, 1, one, sums);
-      keep(y, row * n + tile * COLUMNS, sums, part.end, type);
+      const int count = project(model, p, tile, 1, one, sums);
+      keep(y, row * n + tile * COLUMNS, sums, count, type);
     }
   }
   return 0;
