@@ -39,7 +39,7 @@ setup(
         Extension(
             NAME,
             sorted(glob("kernels/csrc/*.cpp")),
-            depends=["kernels/csrc/gptq_cpu.h"],
+            depends=sorted(glob("kernels/csrc/*.h")),
             language="c++",
             extra_compile_args=[*ARGUMENTS, *OPENMP],
             extra_link_args=OPENMP,

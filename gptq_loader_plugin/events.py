@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["LoadRequest", "Progress"]
+__all__ = ["Head", "LoadRequest", "Progress"]
+
+Head = Literal["stored", "int8"]  # what a load does with the model's output head
 
 
 @dataclass(frozen=True, slots=True)

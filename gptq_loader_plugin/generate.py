@@ -1,7 +1,7 @@
 """Generate tokens one at a time and give them out as text, as soon as the text is certain.
 
-Sampling is transformers' own processors, in its order. A piece of text is held back while it
-could still be the beginning of a stop text or of an unfinished character.
+A piece of text is held back while it could still be the beginning of a stop text or of an
+unfinished character.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from gptq_loader_plugin.kv_cache import KeptCache
+from gptq_loader_plugin.sampling import Sampler
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Iterator, Sequence
 
-    from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from gptq_loader_plugin.options import GenerateOptions
 
@@ -94,14 +95,7 @@ def generate_pieces(
         kept: the cache of the reply before this one; tokens it holds are not read again.
     """
     text = TextStream(tokenizer, stop, hidden_ids)
-    processors = _processors(options, never_ids, model.device)
-    generator = None
-    if options.temperature > 0:
-        generator = torch.Generator(device=model.device)
-        if options.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(options.seed)
+    sampler = Sampler(options, never_ids, model.device)
     kept = kept or KeptCache()
     cache, held = kept.take(model, ids)
     read = list(ids)  # whose keys and values the cache has, or will have once it is used
@@ -113,8 +107,7 @@ def generate_pieces(
             if cancel is not None and cancel.is_set():
                 yield Piece(text.rest(), count - 1, "cancelled")
                 return
-            scores = processors(sequence, logits.to(torch.float32))  # type: ignore[arg-type]
-            token = int(_pick(scores, generator))
+            token = sampler.pick(sequence, logits)
             if token in stop_ids:
                 yield Piece(text.rest(), count, "stop")
                 return
@@ -224,35 +217,3 @@ def _prefill(
     assert output is not None
     logits: torch.Tensor = output.logits[:, -1]
     return logits
-
-
-def _processors(
-    options: GenerateOptions, never_ids: Sequence[int], device: torch.device
-) -> LogitsProcessorList:
-    """Line up transformers' processors in the order its `generate` has them."""
-    from transformers import LogitsProcessorList
-    from transformers.generation import logits_process as process
-
-    processors = LogitsProcessorList()
-    if options.repetition_penalty != 1.0:
-        processors.append(process.RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
-    if never_ids:
-        processors.append(
-            process.SuppressTokensLogitsProcessor(list(never_ids), device=str(device))
-        )
-    if options.temperature > 0:
-        if options.temperature != 1.0:
-            processors.append(process.TemperatureLogitsWarper(options.temperature))
-        if options.top_k:
-            processors.append(process.TopKLogitsWarper(options.top_k))
-        if options.top_p < 1:
-            processors.append(process.TopPLogitsWarper(options.top_p))
-        if options.min_p > 0:
-            processors.append(process.MinPLogitsWarper(options.min_p))
-    return processors
-
-
-def _pick(scores: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    if generator is None:
-        return scores.argmax(dim=-1)
-    return torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)

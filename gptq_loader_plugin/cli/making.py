@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from gptq_loader_plugin.cli.output import ProgressBars, print_json, reported, say
+from gptq_loader_plugin.events import Head  # noqa: TC001 - typer reads the annotations
 
 __all__ = ["add_to"]
 
@@ -121,6 +122,9 @@ def perplexity(
     window_tokens: Annotated[int, typer.Option("--window-tokens", help="Tokens of each.")] = 1024,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...")] = None,
     backend: Annotated[str | None, typer.Option("--backend", help="Use this kernel.")] = None,
+    head: Annotated[
+        Head | None, typer.Option("--head", help="int8 makes the head 8-bit at load.")
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Measure how well a checkpoint predicts a text; lower is better."""
@@ -132,7 +136,9 @@ def perplexity(
     bars = ProgressBars()
     try:
         listening = Plugins(bars, installed=True)
-        with gptq.load(reference, device=device, backend=backend, plugins=listening) as model:
+        with gptq.load(
+            reference, device=device, backend=backend, head=head, plugins=listening
+        ) as model:
             say(model.plan.headline())
             measured = measure_perplexity(
                 model,

@@ -16,6 +16,7 @@ from gptq_loader_plugin.cli.output import (
     reported,
     say,
 )
+from gptq_loader_plugin.events import Head as HeadName
 from gptq_loader_plugin.placement import read_limits
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ TopK = Annotated[int, typer.Option("--top-k", help="Keep this many tokens; 0 kee
 MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens less likely than this.")]
 Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: repeat less.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Make sampling repeatable.")]
+Head = Annotated[
+    HeadName | None, typer.Option("--head", help="int8 makes the head 8-bit: faster, less exact.")
+]
 Check = Annotated[
     bool, typer.Option("--check/--no-check", help="Check kernels and logits once loaded.")
 ]
@@ -119,6 +123,7 @@ def generate(  # noqa: PLR0913 - each is an option a user may want
     backend: Backend = None,
     template: Template = None,
     revision: Revision = None,
+    head: Head = None,
     check: Check = True,
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
@@ -143,6 +148,7 @@ def generate(  # noqa: PLR0913 - each is an option a user may want
         backend=backend,
         template=template,
         revision=revision,
+        head=head,
         check=check,
         device_map=device_map,
         max_memory=read_limits(max_memory),
@@ -183,6 +189,7 @@ def chat(  # noqa: PLR0913 - each is an option a user may want
     backend: Backend = None,
     template: Template = None,
     revision: Revision = None,
+    head: Head = None,
     check: Check = True,
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
@@ -205,6 +212,7 @@ def chat(  # noqa: PLR0913 - each is an option a user may want
         backend=backend,
         template=template,
         revision=revision,
+        head=head,
         check=check,
         device_map=device_map,
         max_memory=read_limits(max_memory),

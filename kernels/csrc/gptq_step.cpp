@@ -8,13 +8,13 @@
 //   x += o(softmax(scale * q @ keys.T, causal, within the window) @ values)
 //   h = rms_norm(x);  x += down(silu(gate(h)) * up(h))
 //
-// A thread gathers what a projection reads by itself: it costs less than meeting once more.
+// A thread gathers what a projection reads by itself: it costs less than meeting once more. Positions
+// are shared out evenly, in the order of the heads of keys and values; a thread's piece of a head may
+// be only some of its positions, and who reads what was seen merges the pieces for itself.
 
-#include "gptq_cpu.h"
+#include "gptq_attention.h"
 
-#include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <sched.h>
 
 #ifdef _OPENMP
@@ -84,149 +84,6 @@ class Team {
   const int threads_;
 };
 
-template <int TYPE>
-INLINE void load(const void* from, int64_t at, floats& to) {
-  if constexpr (TYPE == FLOAT32) {
-    memcpy(&to, static_cast<const float*>(from) + at, sizeof to);
-  } else {
-    halves raw;
-    memcpy(&raw, static_cast<const uint16_t*>(from) + at, sizeof raw);
-    const uints wide = __builtin_convertvector(raw, uints) << 16;
-    memcpy(&to, &wide, sizeof to);
-  }
-}
-
-INLINE float total(const floats& of) {
-  float sum = 0;
-  for (int i = 0; i < LANES; i++) sum += of[i];
-  return sum;
-}
-
-// e**x to a few units in the last place, after Cephes; x at most 88.
-INLINE void exponential(floats& x) {
-  const floats least = floats{} - 87.0f;
-  x = x < least ? least : x;
-  const floats shifted = x * 1.44269504088896341f + 12582912.0f;  // rounds to an integer
-  const floats n = shifted - 12582912.0f;
-  const floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  ints power, bits;
-  memcpy(&power, &shifted, sizeof power);
-  memcpy(&bits, &p, sizeof bits);
-  bits += (power - 0x4b400000) << 23;
-  memcpy(&x, &bits, sizeof x);
-}
-
-INLINE void norm_body(const float* x, const float* weight, int64_t count, float eps, float* y) {
-  floats squares{};
-  for (int64_t i = 0; i < count; i += LANES) {
-    floats value;
-    load<FLOAT32>(x, i, value);
-    squares += value * value;
-  }
-  const float factor = 1.0f / sqrtf(total(squares) / float(count) + eps);
-  for (int64_t i = 0; i < count; i += LANES) {
-    floats value, scale;
-    load<FLOAT32>(x, i, value);
-    load<FLOAT32>(weight, i, scale);
-    value *= scale * factor;
-    memcpy(y + i, &value, sizeof value);
-  }
-}
-
-INLINE void silu_body(const float* gate, const float* up, int count, float* y) {
-  for (int i = 0; i < count; i += LANES) {
-    floats g, u;
-    load<FLOAT32>(gate, i, g);
-    load<FLOAT32>(up, i, u);
-    floats e = -g;
-    e = e > 88.0f ? floats{} + 88.0f : e;
-    exponential(e);
-    g = g / (1.0f + e) * u;
-    memcpy(y + i, &g, sizeof g);
-  }
-}
-
-// One head's attention for one token.
-struct Sight {
-  const float* q;        // [head_dim], scaled
-  const void* keys;      // [..][head_dim] of the cache, of this head
-  const void* values;
-  const float* new_keys;  // [..][head_dim], those of this step
-  const float* new_values;
-  int64_t start, past, end;  // positions start..past are in the cache, past..end new
-  int head_dim;
-  float* scores;  // [end - start + LANES]
-  float* y;       // [head_dim]
-};
-
-template <int TYPE, int V>
-INLINE void see(const Sight& s, int vectors) {
-  const int count = V ? V : vectors;
-  const int dim = s.head_dim;
-  floats q[V ? V : 16];
-  for (int v = 0; v < count; v++) load<FLOAT32>(s.q, v * LANES, q[v]);
-  float* score = s.scores;
-  for (int64_t p = s.start; p < s.end; p++) {
-    floats sum{};
-    for (int v = 0; v < count; v++) {
-      floats key;
-      if (p < s.past) load<TYPE>(s.keys, p * dim + v * LANES, key);
-      else load<FLOAT32>(s.new_keys, (p - s.past) * dim + v * LANES, key);
-      sum += q[v] * key;
-    }
-    *score++ = total(sum);
-  }
-  const int64_t seen = s.end - s.start;
-  float most = s.scores[0];
-  for (int64_t i = 1; i < seen; i++) most = std::max(most, s.scores[i]);
-  for (int64_t i = seen; i % LANES; i++) s.scores[i] = -INFINITY;
-  floats weights{};
-  for (int64_t i = 0; i < seen; i += LANES) {
-    floats e;
-    load<FLOAT32>(s.scores, i, e);
-    e -= most;
-    exponential(e);
-    if (i + LANES > seen)
-      for (int64_t j = seen - i; j < LANES; j++) e[j] = 0;
-    weights += e;
-    memcpy(s.scores + i, &e, sizeof e);
-  }
-  const float scale = 1.0f / total(weights);
-  floats y[V ? V : 16];
-  for (int v = 0; v < count; v++) y[v] = floats{};
-  for (int64_t p = s.start; p < s.end; p++) {
-    const float weight = s.scores[p - s.start];
-    for (int v = 0; v < count; v++) {
-      floats value;
-      if (p < s.past) load<TYPE>(s.values, p * dim + v * LANES, value);
-      else load<FLOAT32>(s.new_values, (p - s.past) * dim + v * LANES, value);
-      y[v] += weight * value;
-    }
-  }
-  for (int v = 0; v < count; v++) {
-    y[v] *= scale;
-    memcpy(s.y + v * LANES, &y[v], sizeof y[v]);
-  }
-}
-
-INLINE void see_body(const Sight& s, int type) {
-  const int vectors = s.head_dim / LANES;
-  if (type == FLOAT32) {
-    if (vectors == 4) return see<FLOAT32, 4>(s, vectors);
-    if (vectors == 8) return see<FLOAT32, 8>(s, vectors);
-    return see<FLOAT32, 0>(s, vectors);
-  }
-  if (vectors == 4) return see<BFLOAT16, 4>(s, vectors);
-  if (vectors == 8) return see<BFLOAT16, 8>(s, vectors);
-  see<BFLOAT16, 0>(s, vectors);
-}
-
 // Some columns of a weight that is not packed, by one row of x.
 template <int TYPE>
 INLINE void dense(const void* weight, int64_t k, int64_t first, int count, const float* x, float* y) {
@@ -253,20 +110,20 @@ INLINE void dense_body(const void* weight, int64_t k, int64_t first, int count, 
   dense<BFLOAT16>(weight, k, first, count, x, y);
 }
 
-#define COMPILED(NAME, TARGET)                                                                          \
+#define COMPILED(NAME, TARGET, R, V)                                                                    \
   TARGET void norm_##NAME(const float* x, const float* w, int64_t n, float eps, float* y) {             \
     norm_body(x, w, n, eps, y);                                                                         \
   }                                                                                                     \
   TARGET void silu_##NAME(const float* g, const float* u, int n, float* y) { silu_body(g, u, n, y); }   \
-  TARGET void see_##NAME(const Sight& s, int type) { see_body(s, type); }                               \
+  TARGET void see_##NAME(const Sight& s, int type) { see_body<R, V>(s, type); }                         \
   TARGET void dense_##NAME(const void* w, int64_t k, int64_t first, int n, const float* x, int type, float* y) { \
     dense_body(w, k, first, n, x, type, y);                                                             \
   }
 
-COMPILED(plain, )
+COMPILED(plain, , 2, 2)
 #ifdef X86
-COMPILED(avx2, AVX2_TARGET)
-COMPILED(avx512, AVX512_TARGET)
+COMPILED(avx2, AVX2_TARGET, 2, 2)
+COMPILED(avx512, AVX512_TARGET, 4, 4)
 #define BEST(NAME, ISA, ...)                               \
   ((ISA) >= AVX512 ? NAME##_avx512(__VA_ARGS__)            \
    : (ISA) == AVX2 ? NAME##_avx2(__VA_ARGS__)              \
@@ -305,6 +162,10 @@ BF16_TARGET void dense_bfloat16(const uint16_t* weight, int64_t k, int64_t first
 
 int64_t tiles_of(const GptqProjection& p) { return (p.out_features + COLUMNS - 1) / COLUMNS; }
 
+int columns_of(const GptqProjection& p, int64_t tile) {
+  return int(std::min<int64_t>(COLUMNS, p.out_features - tile * COLUMNS));
+}
+
 // What a thread has made ready for a projection.
 struct Input {
   const float* x;  // [m][in_features]
@@ -334,7 +195,7 @@ Input make_ready(const GptqModel& model, const GptqProjection& p, const float* x
 // One tile of a projection: y [m][COLUMNS]; gives the columns that count.
 int project(const GptqModel& model, const GptqProjection& p, int64_t tile, int64_t m, const Input& in, float* y) {
   const int64_t first = tile * COLUMNS;
-  const int count = int(std::min<int64_t>(COLUMNS, p.out_features - first));
+  const int count = columns_of(p, tile);
   const float* bias = p.packed ? p.packed->bias : p.bias;
   if (p.packed) {
     for (int64_t row = 0; row < m; row += ROWS)
@@ -376,22 +237,30 @@ void keep(void* cache, int64_t at, const float* from, int count, int type) {
 
 // What the threads share, all float32.
 struct Shared {
-  float *x, *q, *k, *v, *seen, *inner;
+  float *x, *q, *k, *v, *inner;
+  float *most, *weight, *seen;  // of each piece: [rows], [rows] and [rows][head_dim]
 };
 
-struct Worker {
+struct Own {
+  float *normed;  // [m][hidden]
+  float *tile;    // [m][COLUMNS], twice
+  float *merged;  // [m][heads][head_dim], what was seen
+  float *q;       // [rows][head_dim], of one head of keys and values
+  uint16_t* rounded;
+  int64_t *starts, *ends;  // [rows]
+  float* scores;           // [rows][BLOCK]
+  char* input;             // for make_ready
+};
+
+struct Worker : Own {
   const GptqModel& model;
   const Shared& shared;
   Team& team;
   const float *cos, *sin;
   int64_t past, m;
   int thread, threads;
-  float* normed;       // [m][hidden]
-  float* tile;         // [m][COLUMNS], twice
-  float* key;          // [m][head_dim], and as many values
-  float* scores;
-  void* input;         // for make_ready
 
+  // A thread's share of what is to be done.
   int64_t from(int64_t count) const { return count * thread / threads; }
   int64_t to(int64_t count) const { return count * (thread + 1) / threads; }
 
@@ -407,58 +276,101 @@ struct Worker {
     int64_t before = 0;
     Input in{};
     bool ready = false;
-    for (int part = 0; part < 3; part++) {
-      const GptqProjection& p = *parts[part];
+    for (int i = 0; i < 3; i++) {
+      const GptqProjection& p = *parts[i];
       const int64_t count = tiles_of(p);
       if (!p.same_rows) ready = false;
-      for (int64_t i = std::max(from(all) - before, int64_t(0)); i < std::min(to(all) - before, count); i++) {
-        if (!ready) in = make_ready(model, p, normed, m, input);
-        ready = true;
-        const int columns = project(model, p, i, m, in, tile);
+      const int64_t begin = std::max(from(all) - before, int64_t(0)), end = std::min(to(all) - before, count);
+      if (begin < end && !ready) in = make_ready(model, p, normed, m, input);
+      ready = ready || begin < end;
+      for (int64_t at = begin; at < end; at++) {
+        const int columns = project(model, p, at, m, in, tile);
         for (int64_t row = 0; row < m; row++)
-          memcpy(outs[part] + row * p.out_features + i * COLUMNS, tile + row * COLUMNS, sizeof(float) * columns);
+          memcpy(outs[i] + row * p.out_features + at * COLUMNS, tile + row * COLUMNS, sizeof(float) * columns);
       }
       before += count;
     }
     team.meet();
-    const int dim = model.head_dim, each = model.heads / model.kv_heads;
-    const int64_t q_stride = int64_t(model.heads) * dim, kv_stride = int64_t(model.kv_heads) * dim;
-    float* value = key + m * dim;
-    int made = -1;
-    for (int64_t head = from(model.heads); head < to(model.heads); head++) {
-      const int kv = int(head / each);
-      if (kv != made) {
-        for (int64_t row = 0; row < m; row++) {
-          float* k = key + row * dim;
-          memcpy(k, shared.k + row * kv_stride + kv * dim, sizeof(float) * dim);
-          if (block.k_norm) BEST(norm, model.isa, k, block.k_norm, dim, model.eps, k);
-          rotate(k, cos + row * dim, sin + row * dim, dim);
-          memcpy(value + row * dim, shared.v + row * kv_stride + kv * dim, sizeof(float) * dim);
-        }
-        made = kv;
-      }
-      if (head % each == 0)  // whoever has the first head of a group keeps its keys and values
-        for (int64_t row = 0; row < m; row++) {
-          const int64_t at = (kv * block.capacity + past + row) * dim;
-          keep(block.keys, at, key + row * dim, dim, model.type);
-          keep(block.values, at, value + row * dim, dim, model.type);
-        }
-      for (int64_t row = 0; row < m; row++) {
-        float* q = shared.q + row * q_stride + head * dim;
-        if (block.q_norm) BEST(norm, model.isa, q, block.q_norm, dim, model.eps, q);
-        rotate(q, cos + row * dim, sin + row * dim, dim);
-        for (int i = 0; i < dim; i++) q[i] *= model.scale;
-        const int64_t end = past + row + 1;
-        const int64_t start = block.window ? std::max<int64_t>(0, end - block.window) : 0;
-        const int64_t size = model.type == FLOAT32 ? 4 : 2, head_at = kv * block.capacity * dim * size;
-        const Sight sight{q, static_cast<const char*>(block.keys) + head_at,
-                          static_cast<const char*>(block.values) + head_at, key, value, start, past, end,
-                          dim, scores, shared.seen + row * q_stride + head * dim};
-        BEST(see, model.isa, sight, model.type);
-      }
+    const int64_t first = block.window ? std::max<int64_t>(0, past + 1 - block.window) : 0;
+    const int64_t length = past + m - first, begin = cut(thread, length), end = cut(thread + 1, length);
+    for (int64_t at = begin; at < end;) {
+      const int head = int(at / length);
+      const int64_t next = std::min((head + 1) * length, end);
+      look(block, head, first + at - head * length, first + next - head * length);
+      at = next;
     }
     team.meet();
-    add(block.o, shared.seen);
+    merge(length);
+    add(block.o, merged);
+  }
+
+  // Where a thread's share of all heads' positions begins; new positions of a head stay together.
+  int64_t cut(int of, int64_t length) const {
+    const int64_t at = model.kv_heads * length * of / threads;
+    return at % length > length - m ? at / length * length + length - m : at;
+  }
+
+  // Attention over some positions of one head of keys and values.
+  void look(const GptqBlock& block, int head, int64_t begin, int64_t end) {
+    const int dim = model.head_dim, each = model.heads / model.kv_heads;
+    const int64_t q_stride = int64_t(model.heads) * dim, kv_stride = int64_t(model.kv_heads) * dim;
+    const int64_t head_at = head * block.capacity * dim;
+    if (end == past + m) {  // whoever sees the last position keeps the new keys and values
+      for (int64_t row = 0; row < m; row++) {
+        float* k = shared.k + row * kv_stride + head * dim;
+        if (block.k_norm) BEST(norm, model.isa, k, block.k_norm, dim, model.eps, k);
+        rotate(k, cos + row * dim, sin + row * dim, dim);
+        keep(block.keys, head_at + (past + row) * dim, k, dim, model.type);
+        keep(block.values, head_at + (past + row) * dim, shared.v + row * kv_stride + head * dim, dim, model.type);
+      }
+    }
+    const bool rounds = model.isa == BF16 && model.type == BFLOAT16;
+    for (int i = 0; i < each * m; i++) {
+      const int64_t row = i % m;
+      float* to = q + i * dim;
+      memcpy(to, shared.q + row * q_stride + (head * each + i / m) * dim, sizeof(float) * dim);
+      if (block.q_norm) BEST(norm, model.isa, to, block.q_norm, dim, model.eps, to);
+      rotate(to, cos + row * dim, sin + row * dim, dim);
+      for (int d = 0; d < dim; d++) to[d] *= model.scale;
+      if (rounds) keep(rounded, i * dim, to, dim, BFLOAT16);
+      ends[i] = past + row + 1;
+      starts[i] = block.window ? std::max<int64_t>(0, ends[i] - block.window) : 0;
+    }
+    const int64_t size = model.type == FLOAT32 ? 4 : 2, rows = each * m, piece = thread + head;
+    const Sight sight{q, rounded, static_cast<const char*>(block.keys) + head_at * size,
+                      static_cast<const char*>(block.values) + head_at * size, begin, end, starts, ends, int(rows), dim,
+                      scores, shared.most + piece * rows, shared.weight + piece * rows, shared.seen + piece * rows * dim};
+#ifdef X86
+    if (rounds) return see_bfloat16(sight);
+#endif
+    BEST(see, model.isa, sight, model.type);
+  }
+
+  // Put the pieces of each head together: merged [m][heads][head_dim].
+  void merge(int64_t length) {
+    const int dim = model.head_dim, each = model.heads / model.kv_heads;
+    const int64_t rows = each * m;
+    int first = 0;  // the thread that has a head's first piece
+    for (int head = 0; head < model.kv_heads; head++) {
+      while (cut(first + 1, length) <= head * length) first++;
+      int last = first;
+      while (cut(last + 1, length) < (head + 1) * length) last++;
+      for (int64_t row = 0; row < rows; row++) {
+        float* to = merged + ((row % m) * model.heads + head * each + row / m) * dim;
+        float most = -INFINITY, sum = 0;
+        for (int of = first; of <= last; of++)
+          if (cut(of, length) < cut(of + 1, length)) most = std::max(most, shared.most[(of + head) * rows + row]);
+        for (int of = first; of <= last; of++) {
+          if (cut(of, length) == cut(of + 1, length)) continue;  // more threads than positions
+          const int64_t at = (of + head) * rows + row;
+          const float factor = expf(shared.most[at] - most), *seen = shared.seen + at * dim;
+          sum += shared.weight[at] * factor;
+          for (int d = 0; d < dim; d++) to[d] = (of == first ? 0 : to[d]) + factor * seen[d];
+        }
+        for (int d = 0; d < dim; d++) to[d] /= sum;
+      }
+      first = last;
+    }
   }
 
   void feed(const GptqBlock& block) {
@@ -467,14 +379,15 @@ struct Worker {
     const size_t apart = (input_bytes(model, block.gate, m) + 63) / 64 * 64;
     if (from(count) < to(count)) {
       const Input gate = make_ready(model, block.gate, normed, m, input);
-      const Input up = block.up.same_rows ? gate : make_ready(model, block.up, normed, m, static_cast<char*>(input) + apart);
+      const Input up = block.up.same_rows ? gate : make_ready(model, block.up, normed, m, input + apart);
       float* other = tile + m * COLUMNS;
-      for (int64_t i = from(count); i < to(count); i++) {
-        const int columns = project(model, block.gate, i, m, gate, tile);
-        project(model, block.up, i, m, up, other);
+      for (int64_t at = from(count); at < to(count); at++) {
+        const int columns = project(model, block.gate, at, m, gate, tile);
+        project(model, block.up, at, m, up, other);
         for (int64_t row = 0; row < m; row++) {
-          BEST(silu, model.isa, tile + row * COLUMNS, other + row * COLUMNS, COLUMNS, tile + row * COLUMNS);
-          memcpy(shared.inner + row * model.inner + i * COLUMNS, tile + row * COLUMNS, sizeof(float) * columns);
+          float* values = tile + row * COLUMNS;
+          BEST(silu, model.isa, values, other + row * COLUMNS, COLUMNS, values);
+          memcpy(shared.inner + row * model.inner + at * COLUMNS, values, sizeof(float) * columns);
         }
       }
     }
@@ -487,10 +400,10 @@ struct Worker {
     const int64_t count = tiles_of(p);
     if (from(count) < to(count)) {
       const Input in = make_ready(model, p, of, m, input);
-      for (int64_t i = from(count); i < to(count); i++) {
-        const int columns = project(model, p, i, m, in, tile);
+      for (int64_t at = from(count); at < to(count); at++) {
+        const int columns = project(model, p, at, m, in, tile);
         for (int64_t row = 0; row < m; row++) {
-          float* x = shared.x + row * model.hidden + i * COLUMNS;
+          float* x = shared.x + row * model.hidden + at * COLUMNS;
           for (int c = 0; c < columns; c++) x[c] += tile[row * COLUMNS + c];
         }
       }
@@ -531,44 +444,45 @@ extern "C" {
 int gptq_step(const GptqModel* model, const void* x, const float* cos, const float* sin, int64_t past, int64_t m,
               void* y, int threads) {
   const GptqModel& it = *model;
+  Shared shared;
   size_t input = 0;
   for (int i = 0; i < it.blocks; i++) {
     const GptqBlock& block = it.block[i];
     for (const GptqProjection* p : {&block.q, &block.k, &block.v, &block.o, &block.gate, &block.down})
       input = std::max(input, input_bytes(it, *p, m) + 64 + (p == &block.gate ? input_bytes(it, block.up, m) : 0));
   }
+  constexpr int MOST = 256;
+  threads = std::min(threads, MOST);
   const size_t q_size = size_t(it.heads) * it.head_dim, kv_size = size_t(it.kv_heads) * it.head_dim;
-  auto lay_out = [&](Parts& parts, Shared& shared, auto each) {
+  const size_t rows = it.heads / it.kv_heads * m, pieces = it.kv_heads + threads;
+  Own own[MOST];
+  const auto lay_out = [&](char* memory) {
+    Parts parts{memory, 0};
     shared.x = parts.take(m * it.hidden);
     shared.q = parts.take(m * q_size);
     shared.k = parts.take(m * kv_size);
     shared.v = parts.take(m * kv_size);
-    shared.seen = parts.take(m * q_size);
     shared.inner = parts.take(m * it.inner);
+    shared.most = parts.take(pieces * rows);
+    shared.weight = parts.take(pieces * rows);
+    shared.seen = parts.take(pieces * rows * it.head_dim);
     for (int thread = 0; thread < threads; thread++) {
-      float* normed = parts.take(m * it.hidden);
-      float* tile = parts.take(2 * m * COLUMNS);
-      float* key = parts.take(2 * m * it.head_dim);
-      float* scores = parts.take(past + m + LANES);
-      each(thread, normed, tile, key, scores, parts.take<char>(input));
+      Own& mine = own[thread];
+      mine.normed = parts.take(m * it.hidden);
+      mine.tile = parts.take(2 * m * COLUMNS);
+      mine.merged = parts.take(m * q_size);
+      mine.q = parts.take(rows * it.head_dim);
+      mine.rounded = parts.take<uint16_t>(rows * it.head_dim);
+      mine.starts = parts.take<int64_t>(rows);
+      mine.ends = parts.take<int64_t>(rows);
+      mine.scores = parts.take(rows * BLOCK);
+      mine.input = parts.take<char>(input);
     }
+    return parts.used;
   };
-  Shared shared;
-  Parts counted{nullptr, 0};
-  lay_out(counted, shared, [](int, float*, float*, float*, float*, char*) {});
-  void* memory = step_scratch.get(counted.used);
+  void* memory = step_scratch.get(lay_out(nullptr));
   if (!memory) return 1;
-  Parts parts{static_cast<char*>(memory), 0};
-  struct Own {
-    float *normed, *tile, *key, *scores;
-    char* input;
-  };
-  constexpr int MOST = 256;
-  threads = std::min(threads, MOST);
-  Own own[MOST];
-  lay_out(parts, shared, [&](int thread, float* normed, float* tile, float* key, float* scores, char* memory) {
-    own[thread] = {normed, tile, key, scores, memory};
-  });
+  lay_out(static_cast<char*>(memory));
   for (int64_t i = 0; i < m * it.hidden; i++)
     shared.x[i] = it.type == FLOAT32 ? static_cast<const float*>(x)[i] : from_bfloat16(static_cast<const uint16_t*>(x)[i]);
   Team* team = nullptr;
@@ -581,8 +495,7 @@ int gptq_step(const GptqModel* model, const void* x, const float* cos, const flo
 #endif
 #pragma omp single
     team = new Team(count);
-    const Own& mine = own[thread];
-    Worker{it, shared, *team, cos, sin, past, m, thread, count, mine.normed, mine.tile, mine.key, mine.scores, mine.input}.run();
+    Worker{own[thread], it, shared, *team, cos, sin, past, m, thread, count}.run();
   }
   delete team;
   for (int64_t row = 0; row < m; row++) {

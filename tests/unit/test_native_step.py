@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gptq_loader_kernels._native import find_library
+from gptq_loader_kernels._native import Isa, find_library, load_library
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.generate import generate_pieces
@@ -188,20 +188,21 @@ def test_a_step_that_differs_is_undone() -> None:
     plain, head = model.model.forward, model.lm_head
     reason = _native_step.install(model)
     assert reason is not None
-    assert "differs" in reason
+    assert "differ" in reason
     assert model.model.forward == plain
     assert model.lm_head is head
 
 
-def test_transformers_generate_takes_steps_and_answers_the_same() -> None:
-    model = build("llama")
-    ids = torch.arange(3, 12)[None]
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_transformers_generate_takes_steps_and_answers_the_same(family: str) -> None:
+    model = build(family)
+    ids = torch.arange(3, 23)[None]
     options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     expected = model.generate(ids, **options)
     step = install(model)
     taken = step.steps
     assert torch.equal(model.generate(ids, **options), expected)
-    assert step.steps > taken
+    assert step.steps == taken + 11
 
 
 class Letters:
@@ -254,3 +255,77 @@ def test_a_cache_grows_and_is_cut_short() -> None:
     assert torch.equal(layer.keys, keys[:, :, :600])
     layer.reset()
     assert layer.get_seq_length() == 0
+
+
+def test_a_step_in_bfloat16_that_differs_is_undone() -> None:
+    from gptq_loader_kernels import _native_step
+
+    model = build("llama", dtype=torch.bfloat16)
+    model.model.layers[0].self_attn.scaling = 0.5  # less than what rounding may do
+    reason = _native_step.install(model)
+    assert reason is not None
+    assert "float32" in reason
+
+
+@pytest.mark.parametrize("threads", [2, 5, 16])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_threads_share_the_positions_of_a_head(family: str, threads: int) -> None:
+    model = build(family)
+    ids = torch.randint(0, 300, (1, 400), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = model(input_ids=ids).logits[:, 350:]
+    install(model)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = by_steps(model, ids, 350, (1, 8, 1, 3, 1, 8, 7, 8, 8, 5))
+        short = by_steps(model, ids[:, :8], 1, (1, 1, 5))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(
+        short, by_steps(model, ids[:, :8], 1, (1, 1, 5)), rtol=2e-4, atol=2e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isa", list(Isa))
+def test_the_code_for_every_processor_answers_alike(isa: Isa, dtype: torch.dtype) -> None:
+    from gptq_loader_kernels._native_step import NativeStep
+
+    if isa > load_library().gptq_isa():
+        pytest.skip(f"this processor does not run {isa.name}")
+    ids = torch.randint(0, 300, (1, 200), generator=torch.Generator().manual_seed(1))
+    sizes = (1, 8, 1, 4, 1, 3, 2)
+    with torch.inference_mode():
+        exact = build("mistral")(input_ids=ids).logits[:, 180:]
+        model = build("mistral", dtype=dtype)
+        plain = by_steps(model, ids, 180, sizes).float()
+    step = NativeStep(model.model, isa=isa)
+    model.model.forward = step.forward
+    got = by_steps(model, ids, 180, sizes).float()
+    assert step.steps == len(sizes)
+    if dtype == torch.float32:
+        torch.testing.assert_close(got, exact, rtol=2e-4, atol=2e-4)
+    else:
+        assert (got - exact).norm() < 1.2 * (plain - exact).norm()
+
+
+def test_guessed_tokens_are_stepped_and_change_nothing() -> None:
+    model, assistant = build("llama"), build("llama", bits=3)
+    install(assistant)
+    ids = torch.arange(3, 12).repeat(3)[None]
+    options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **options)
+    step = install(model)
+    for more in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": assistant}):
+        taken = step.steps
+        assert torch.equal(model.generate(ids, **options, **more), expected)
+        assert step.steps > taken
+
+
+def test_a_float16_model_says_why_it_does_not_step() -> None:
+    from gptq_loader_kernels import _native_step
+
+    reason = _native_step.install(build("llama", dtype=torch.float16))
+    assert reason == "it is in torch.float16; the step takes bfloat16 and float32"

@@ -1,0 +1,116 @@
+"""Make a model's output head narrower at load: 8 bits, for any kernel that takes them.
+
+A head is read whole for every token, and in a small model it is half of all that is read. It is
+quantised as a layer of a checkpoint would be, by rounding; an embedding that shares its weight
+keeps the weight as it is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gptq_loader_plugin.choose import choose
+from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.kernel import LayerSpec, PackedLinear
+from gptq_loader_plugin.plan import write_size
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+    from gptq_loader_plugin.kernel import Device, Kernel
+
+__all__ = ["narrow_head", "quantize_rows"]
+
+GROUP_SIZE = 64
+ZERO, MOST = 128, 127  # codes 1 to 255
+LEAST_FLOAT16 = 2.0**-14  # below, float16 has fewer than 11 bits
+
+
+def narrow_head(
+    model: PreTrainedModel, device: Device, kernels: Sequence[Kernel], *, only: str | None = None
+) -> tuple[str, int]:
+    """Put an 8-bit head in the place of `model`'s.
+
+    Args:
+        model: a filled model.
+        device: where it runs.
+        kernels: the kernels to ask.
+        only: take this kernel, or fail.
+
+    Returns:
+        What was done, in words, and by how many bytes the weights grew; fewer than 0 where no
+        embedding shares the head's weight.
+
+    Raises:
+        OptionInvalid: the head is not a plain linear layer of a width that can be packed.
+        NoBackend: no kernel, or not the one named, takes it.
+    """
+    head: Any = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or head.in_features % 4:
+        raise OptionInvalid(
+            "this model's head cannot be made 8-bit: it is not a plain linear layer",
+            hint="leave the head as it is stored",
+        )
+    packed = quantize_rows(head.weight.detach(), head.bias)
+    layer = _spec(head, packed)
+    choice = choose(layer, device, kernels, only=only)
+    module = choice.kernel.prepare(layer, packed, device).to(head.weight.device).eval()
+    before = head.weight.numel() * head.weight.element_size()
+    embedding: Any = model.get_input_embeddings()
+    freed = 0 if embedding.weight is head.weight else before
+    model.set_output_embeddings(module)
+    note = (
+        f"the head is 8-bit, groups of {GROUP_SIZE}, made at load, by the kernel "
+        f"{choice.kernel.name}: {write_size(choice.chosen.prepared_bytes)} instead of "
+        f"{write_size(before)}"
+    )
+    return note, choice.chosen.prepared_bytes - freed
+
+
+def quantize_rows(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
+    """Round a weight [N, K] to 8 bits, symmetric, a scale for each row and group of columns."""
+    columns, rows = weight.shape
+    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    scales = torch.empty(-(-rows // GROUP_SIZE), columns)
+    parts = weight.cpu().split(GROUP_SIZE, dim=1)
+    for group, part in enumerate(parts):
+        scales[group] = part.float().abs().amax(dim=1) / MOST
+    scales.clamp_(min=torch.finfo(torch.float32).tiny)
+    if float(scales.min()) >= LEAST_FLOAT16:
+        scales = scales.half()
+    for group, part in enumerate(parts):
+        rounded = (part.float() / scales[group].float()[:, None]).round_().clamp_(-MOST, MOST)
+        codes[group * GROUP_SIZE :][: part.shape[1]] = (rounded + ZERO).to(torch.uint8).t()
+    return PackedLinear(
+        qweight=codes.view(rows // 4, 4, columns).mT.contiguous().view(torch.int32)[..., 0],
+        zeros=torch.full(scales.shape, ZERO, dtype=torch.uint8),
+        scales=scales,
+        g_idx=torch.arange(rows, dtype=torch.int32) // GROUP_SIZE,
+        bits=8,
+        bias=None if bias is None else bias.detach().cpu(),
+    )
+
+
+def _spec(head: torch.nn.Linear, packed: PackedLinear) -> LayerSpec:
+    last = head.in_features % GROUP_SIZE or GROUP_SIZE
+    whole = min(GROUP_SIZE, head.in_features)
+    unit = next(it for it in (64, 32, 16, 8, 4) if last % it == 0 and whole % it == 0)
+    return LayerSpec(
+        name="lm_head",
+        in_features=head.in_features,
+        out_features=head.out_features,
+        bits=8,
+        group_size=GROUP_SIZE,
+        desc_act=False,
+        sym=True,
+        groups=packed.scales.shape[0],
+        group_rows=(last, whole),
+        group_unit=unit,
+        zero_range=(ZERO, ZERO),
+        scales_dtype=str(packed.scales.dtype).removeprefix("torch."),
+        bias=head.bias is not None,
+    )

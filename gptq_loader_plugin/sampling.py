@@ -1,0 +1,118 @@
+"""Pick the next token: transformers' own processors, on as few tokens as can be picked.
+
+With top_k, which the defaults have, only the likeliest tokens are sorted, scaled and summed: over a
+vocabulary of 49,152 that took a third as long as SmolLM2-135M takes for all else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import LogitsProcessorList
+
+    from gptq_loader_plugin.options import GenerateOptions
+
+__all__ = ["Sampler"]
+
+TIES = 8  # tokens past top_k that are looked at: those as likely as the last one count too
+
+
+class Sampler:
+    """Pick tokens as `options` say.
+
+    Args:
+        options: how to sample.
+        never_ids: tokens that are never picked: the embedding's padding.
+        device: where the logits are.
+    """
+
+    def __init__(
+        self, options: GenerateOptions, never_ids: Sequence[int], device: torch.device
+    ) -> None:
+        self._greedy = options.temperature == 0
+        self._top_k = 0 if self._greedy else options.top_k
+        self._whole = _of_the_vocabulary(options, never_ids, device)
+        self._some = _of_candidates(options)
+        self._generator = None if self._greedy else torch.Generator(device=device)
+        if self._generator is None:
+            return
+        if options.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(options.seed)
+
+    def pick(self, sequence: torch.Tensor, logits: torch.Tensor) -> int:
+        """Pick a token to follow `sequence` [1, n] by its logits [1, vocabulary]."""
+        if self._greedy:
+            scores = self._scores(sequence, logits)
+            return int(scores.max(dim=-1).indices)  # faster than argmax, and the first one too
+        probabilities, ids = self.candidates(sequence, logits)
+        at = torch.multinomial(probabilities, 1, generator=self._generator)
+        return int(at if ids is None else ids[0, at[0]])
+
+    def candidates(
+        self, sequence: torch.Tensor, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Give the probabilities [1, n] of the tokens that may be picked, and which those are.
+
+        No ids stand for the whole vocabulary.
+        """
+        scores = self._scores(sequence, logits)
+        ids = None
+        if 0 < self._top_k < scores.shape[-1]:
+            scores, ids = _likeliest(scores, self._top_k)
+        scores = self._some(sequence, scores.to(torch.float32))  # type: ignore[arg-type]
+        return scores.softmax(dim=-1), ids
+
+    def _scores(self, sequence: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if not self._whole:
+            return logits
+        return self._whole(sequence, logits.to(torch.float32))  # type: ignore[arg-type]
+
+
+def _likeliest(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take the `top_k` greatest scores, and what ties with the last of them."""
+    best, ids = scores.topk(min(top_k + TIES, scores.shape[-1]))
+    least = best[0, top_k - 1]
+    if best[0, -1] == least:
+        ids = (scores[0] >= least).nonzero().T
+        return scores[:, ids[0]], ids
+    count = int((best[0] >= least).sum())
+    return best[:, :count], ids[:, :count]
+
+
+def _of_the_vocabulary(
+    options: GenerateOptions, never_ids: Sequence[int], device: torch.device
+) -> LogitsProcessorList:
+    """Line up the processors that go by token, in the order transformers' `generate` has them."""
+    from transformers import LogitsProcessorList
+    from transformers.generation import logits_process as process
+
+    processors = LogitsProcessorList()
+    if options.repetition_penalty != 1.0:
+        processors.append(process.RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
+    if never_ids:
+        processors.append(
+            process.SuppressTokensLogitsProcessor(list(never_ids), device=str(device))
+        )
+    return processors
+
+
+def _of_candidates(options: GenerateOptions) -> LogitsProcessorList:
+    """Line up those that go by score; top_k itself is `_likeliest`."""
+    from transformers import LogitsProcessorList
+    from transformers.generation import logits_process as process
+
+    processors = LogitsProcessorList()
+    if options.temperature not in (0, 1):
+        processors.append(process.TemperatureLogitsWarper(options.temperature))
+    if options.temperature > 0 and options.top_p < 1:
+        processors.append(process.TopPLogitsWarper(options.top_p))
+    if options.temperature > 0 and options.min_p > 0:
+        processors.append(process.MinPLogitsWarper(options.min_p))
+    return processors

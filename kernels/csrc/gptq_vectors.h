@@ -1,0 +1,87 @@
+// Arithmetic on vectors of 16 floats: loading, sums, e**x, norms and gates of a decoding step.
+
+#pragma once
+
+#include "gptq_cpu.h"
+
+#include <cmath>
+
+namespace gptq {
+
+template <int TYPE>
+INLINE void load(const void* from, int64_t at, floats& to) {
+  if constexpr (TYPE == FLOAT32) {
+    memcpy(&to, static_cast<const float*>(from) + at, sizeof to);
+  } else {
+    halves raw;
+    memcpy(&raw, static_cast<const uint16_t*>(from) + at, sizeof raw);
+    const uints wide = __builtin_convertvector(raw, uints) << 16;
+    memcpy(&to, &wide, sizeof to);
+  }
+}
+
+INLINE float total(const floats& of) {
+  typedef float eight __attribute__((vector_size(32)));
+  typedef float four __attribute__((vector_size(16)));
+  eight low, high;
+  memcpy(&low, &of, sizeof low);
+  memcpy(&high, reinterpret_cast<const char*>(&of) + sizeof low, sizeof high);
+  low += high;
+  four a, b;
+  memcpy(&a, &low, sizeof a);
+  memcpy(&b, reinterpret_cast<const char*>(&low) + sizeof a, sizeof b);
+  a += b;
+  return (a[0] + a[2]) + (a[1] + a[3]);
+}
+
+// e**x to a few units in the last place, after Cephes; x at most 88.
+INLINE void exponential(floats& x) {
+  const floats least = floats{} - 87.0f;
+  x = x < least ? least : x;
+  const floats shifted = x * 1.44269504088896341f + 12582912.0f;  // rounds to an integer
+  const floats n = shifted - 12582912.0f;
+  const floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  ints power, bits;
+  memcpy(&power, &shifted, sizeof power);
+  memcpy(&bits, &p, sizeof bits);
+  bits += (power - 0x4b400000) << 23;
+  memcpy(&x, &bits, sizeof x);
+}
+
+INLINE void norm_body(const float* x, const float* weight, int64_t count, float eps, float* y) {
+  floats squares{};
+  for (int64_t i = 0; i < count; i += LANES) {
+    floats value;
+    load<FLOAT32>(x, i, value);
+    squares += value * value;
+  }
+  const float factor = 1.0f / sqrtf(total(squares) / float(count) + eps);
+  for (int64_t i = 0; i < count; i += LANES) {
+    floats value, scale;
+    load<FLOAT32>(x, i, value);
+    load<FLOAT32>(weight, i, scale);
+    value *= scale * factor;
+    memcpy(y + i, &value, sizeof value);
+  }
+}
+
+INLINE void silu_body(const float* gate, const float* up, int count, float* y) {
+  for (int i = 0; i < count; i += LANES) {
+    floats g, u;
+    load<FLOAT32>(gate, i, g);
+    load<FLOAT32>(up, i, u);
+    floats e = -g;
+    e = e > 88.0f ? floats{} + 88.0f : e;
+    exponential(e);
+    g = g / (1.0f + e) * u;
+    memcpy(y + i, &g, sizeof g);
+  }
+}
+
+}  // namespace gptq
