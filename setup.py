@@ -37,7 +37,11 @@ setup(
     else [
         Extension(
             NAME,
-            ["kernels/csrc/gptq_cpu.cpp", "kernels/csrc/gptq_step.cpp"],
+            [
+                "kernels/csrc/gptq_bandwidth.cpp",
+                "kernels/csrc/gptq_cpu.cpp",
+                "kernels/csrc/gptq_step.cpp",
+            ],
             depends=["kernels/csrc/gptq_cpu.h"],
             language="c++",
             extra_compile_args=[*ARGUMENTS, *OPENMP],

@@ -25,6 +25,7 @@ __all__ = [
     "Finisher",
     "Kernel",
     "LayerSpec",
+    "Meter",
     "PackedLinear",
     "Verdict",
 ]
@@ -224,4 +225,13 @@ class Finisher(Protocol):
 
         The model must answer as before, to rounding.
         """
+        ...
+
+
+@runtime_checkable
+class Meter(Protocol):
+    """A kernel that can measure how fast its device's memory is read."""
+
+    def read_bandwidth(self, size: int, device: Device) -> float | None:
+        """Read `size` bytes of the device's memory; give bytes a second, None where it cannot."""
         ...

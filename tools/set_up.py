@@ -76,6 +76,7 @@ def fingerprint(target):
         for path in (
             ("pyproject.toml",),
             ("setup.py",),
+            ("kernels", "csrc", "gptq_bandwidth.cpp"),
             ("kernels", "csrc", "gptq_cpu.cpp"),
             ("kernels", "csrc", "gptq_cpu.h"),
             ("kernels", "csrc", "gptq_step.cpp"),

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gptq_loader_plugin.cli import checkpoints, making, talking
+from gptq_loader_plugin.cli import benching, checkpoints, making, talking
 
 __all__ = ["app", "main"]
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for commands in (talking, checkpoints, making):
+for commands in (talking, checkpoints, making, benching):
     commands.add_to(app)
 
 
