@@ -25,12 +25,17 @@ check: ## format, lint, types, layers
 	$(BIN)/pyright
 	PYTHONPATH=.:kernels:extensions $(BIN)/lint-imports
 
-bench: ## measure: exactness of every checkpoint, memory of a load, speed of decoding, CPU kernels
+bench: ## measure: exactness, memory, the demo's speed, CPU kernels, and other programs by PEERS="--peer ..."
 	@$(PYTHON) tools/set_up.py test
+	@mkdir -p build
 	@$(BIN)/python bench/exactness.py
 	@$(BIN)/python bench/memory.py
 	@$(BIN)/python bench/decode.py
-	@$(BIN)/python bench/cpu.py
+	@$(BIN)/gptq-loader bench demo
+	@$(BIN)/python bench/kernels.py --json build/kernels.json
+	@for shape in SmolLM2-135M TinyLlama-1.1B; do \
+		$(BIN)/python bench/peers.py $$shape --data build/bench $(PEERS) --json build/peers-$$shape.json; \
+	done
 
 clean: ## forget .venv and everything built
 	rm -rf .venv build dist *.egg-info
