@@ -13,6 +13,7 @@ least.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import importlib.util
 import json
@@ -179,7 +180,8 @@ def make_int4(packed: PackedLinear, wanted: float) -> Candidate:
 
 def make_gptqmodel(packed: PackedLinear, wanted: float) -> Candidate:
     """Make GPTQModel's kernel for AVX512-BF16, as it is."""
-    from gptqmodel.extension import op
+    with contextlib.redirect_stdout(sys.stderr):  # it greets
+        from gptqmodel.extension import op
 
     name = "int4_qzero_group_scaled_cpu"
     multiply, pack = (
