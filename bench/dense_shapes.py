@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,9 +93,7 @@ def _tensors(shape: Shape) -> list[tuple[str, tuple[int, ...]]]:
 
 def _write_config(folder: Path, shape: Shape) -> None:
     """Take config.json and the tokenizer from a quantised checkpoint of one block."""
-    import dataclasses
-
-    small = make_checkpoint(folder / "quantised", dataclasses.replace(shape, layers=1))
+    small = make_checkpoint(folder / "quantised", replace(shape, layers=1))
     config = json.loads((small / "config.json").read_text())
     del config["quantization_config"]
     config |= {"num_hidden_layers": shape.layers, "dtype": "bfloat16"}
