@@ -32,12 +32,17 @@ conformance: ## hold every kernel that runs here against float64, over the whole
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m gptq_loader_plugin.conformance \
 		--device cpu --jobs 2 --kernel triton --cells cover $(ARGS)
 
-bench: ## measure: exactness of every checkpoint, memory of a load, speed of decoding, CPU kernels
+bench: ## measure: exactness, memory, the demo's speed, CPU kernels, and other programs by PEERS="--peer ..."
 	@$(PYTHON) tools/set_up.py test
+	@mkdir -p build
 	@$(BIN)/python bench/exactness.py
 	@$(BIN)/python bench/memory.py
 	@$(BIN)/python bench/decode.py
-	@$(BIN)/python bench/cpu.py
+	@$(BIN)/gptq-loader bench demo
+	@$(BIN)/python bench/kernels.py --json build/kernels.json
+	@for shape in SmolLM2-135M TinyLlama-1.1B; do \
+		$(BIN)/python bench/peers.py $$shape --data build/bench $(PEERS) --json build/peers-$$shape.json; \
+	done
 
 aot: ## compile every Triton tile for every GPU, and gate the machine code
 	@$(PYTHON) tools/set_up.py test

@@ -29,6 +29,7 @@ __all__ = [
     "Finisher",
     "Kernel",
     "LayerSpec",
+    "Meter",
     "PackedLinear",
     "Tunable",
     "Verdict",
@@ -259,4 +260,13 @@ class Tunable(Protocol):
         progress: Callable[[Progress], None],
     ) -> str:
         """Measure on layers of these shapes, which it accepts; say what was found and is kept."""
+        ...
+
+
+@runtime_checkable
+class Meter(Protocol):
+    """A kernel that can measure how fast its device's memory is read."""
+
+    def read_bandwidth(self, size: int, device: Device) -> float | None:
+        """Read `size` bytes of the device's memory; give bytes a second, None where it cannot."""
         ...

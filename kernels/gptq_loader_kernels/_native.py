@@ -186,4 +186,6 @@ def load_library() -> ctypes.CDLL:
     library.gptq_step.restype = number
     library.gptq_rows.argtypes = (pointer,) * 3 + (count,) * 3 + (number,) * 3
     library.gptq_rows.restype = number
+    library.gptq_read_bandwidth.argtypes = (count, number, number)
+    library.gptq_read_bandwidth.restype = ctypes.c_double
     return library

