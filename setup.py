@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 NAME = "gptq_loader_kernels._gptq_cpu"
+SOURCES = Path("kernels", "csrc")
 
 
 class Library(build_ext):
@@ -38,8 +39,8 @@ setup(
     else [
         Extension(
             NAME,
-            sorted(glob("kernels/csrc/*.cpp")),
-            depends=sorted(glob("kernels/csrc/*.h")),
+            sorted(str(it) for it in SOURCES.glob("*.cpp")),
+            depends=sorted(str(it) for it in SOURCES.glob("*.h")),
             language="c++",
             extra_compile_args=[*ARGUMENTS, *OPENMP],
             extra_link_args=OPENMP,

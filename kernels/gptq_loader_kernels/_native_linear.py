@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["NativeLinear"]
 
 SEGMENT_ROWS = 256  # of a group, summed before they are scaled: bounds what cancels
-# Rows of x from which a float32 weight is unpacked for torch's matmul (docs/decisions/native-cpu.md).
+# Rows of x from which a float32 weight is unpacked for torch's matmul (decisions/native-cpu.md).
 UNPACK_FROM = {Isa.PLAIN: 16, Isa.AVX2: 32, Isa.AVX512: 192}
-# Rows of bfloat16 from which panels of the weight are unpacked: with the matrix unit, one row's tile of
-# it costs what packed products of 5 rows do, of 3 at 8 bits, for 576x576 to 4096x4096; without, decoding
-# a panel pays from some 32 rows on (the same page).
+# Rows of bfloat16 from which panels of the weight are unpacked. With the matrix unit any few rows
+# cost what packed products of 5 rows do, of 3 at 8 bits, from 576x576 to 4096x4096; without it,
+# unpacking a panel pays from some 32 rows on (the same page).
 PANELS_FROM_AMX = {2: 5, 3: 5, 4: 5, 8: 3}
 PANELS_FROM = 32
 UNPACKED_BYTES = 16 << 20  # of weights unpacked at a time: they stay in a large cache
