@@ -107,9 +107,9 @@ class CpuInt8Kernel:
         if (reason := why_not()) is not None:
             return Declined(self.name, reason)
         if "avx512_vnni" not in device.features:
-            return Declined(self.name, "needs a CPU with AVX512-VNNI, and this one has none")
+            return Declined(self.name, "needs AVX512-VNNI; this CPU has none")
         if "amx_bf16" in device.features:
-            return Declined(self.name, "this CPU has AMX: cpu is faster there, and more exact")
+            return Declined(self.name, "exact products are faster; this CPU has AMX")
         return Accepted(
             self.name,
             INT8_RANK,

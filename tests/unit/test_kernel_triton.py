@@ -23,7 +23,7 @@ from gptq_loader_plugin.kernel import Accepted, Declined, Tunable
 
 AMPERE = Device("cuda", capability=(8, 6), present=False)
 RDNA = Device("rocm", arch="gfx1100", present=False)
-TURING = "sm75; Triton needs sm80 or newer, it has no tensor-core path before"
+TURING = "needs sm80 or newer: Triton has no tensor-core path on older GPUs; this is cuda sm75"
 CASES = [
     *(
         (Case(bits=bits, group_size=group), AMPERE, None)
@@ -35,8 +35,8 @@ CASES = [
     (Case(), Device("cuda", capability=(9, 0), present=False), None),
     (Case(), Device("cuda", capability=(12, 0), present=False), None),
     (Case(), Device("cuda", capability=(7, 5), present=False), TURING),
-    (Case(), RDNA, "rocm gfx1100; Triton is tried on CUDA only, not yet on AMD GPUs"),
-    (Case(), Device("cpu"), "cpu; Triton needs a CUDA GPU"),
+    (Case(), RDNA, "is tried on CUDA only, not yet on AMD GPUs; this is rocm gfx1100"),
+    (Case(), Device("cpu"), "needs a CUDA GPU; this is cpu"),
     (Case(bits=7, layout="planar"), AMPERE, "7-bit; Triton decodes 2, 3, 4 and 8 bits"),
     (Case(group_size=8), AMPERE, "groups of 8 rows; Triton takes multiples of 16"),
     (Case(rows=40, group_size=-1), AMPERE, "40 inputs; Triton takes multiples of 32"),

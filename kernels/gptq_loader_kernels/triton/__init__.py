@@ -84,12 +84,13 @@ def _interpreted(device: Device) -> bool:
 
 def _device_reason(device: Device) -> str | None:
     if device.type == "rocm":
-        return f"{device}; Triton is tried on CUDA only, not yet on AMD GPUs"
+        return f"is tried on CUDA only, not yet on AMD GPUs; this is {device}"
     if device.type != "cuda":
-        return f"{device}; Triton needs a CUDA GPU"
+        return f"needs a CUDA GPU; this is {device}"
     if device.capability is not None and device.capability < OLDEST:
-        major, minor = device.capability
-        return f"sm{major}{minor}; Triton needs sm80 or newer, it has no tensor-core path before"
+        return (
+            f"needs sm80 or newer: Triton has no tensor-core path on older GPUs; this is {device}"
+        )
     return None
 
 
