@@ -206,7 +206,7 @@ def _run(tool: str, *arguments: str) -> str:
 def table(made: list[Made]) -> str:
     """Write a row for each GPU and tile: the range over widths, group sizes and dtypes."""
     lines = [
-        "| GPU | tile | warps, stages | codes | registers | shared | cores | loads | steps |",
+        "| GPU | tile | warps, stages | made | registers | KiB | cores | loads | instructions |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     kinds: dict[tuple[int, Tile], list[Made]] = {}
