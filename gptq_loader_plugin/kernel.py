@@ -108,6 +108,7 @@ class Accepted:
         dtype: the dtype it computes in, as torch names it.
         prepared_bytes: what the layer takes in memory once prepared.
         note: what a user should know about this choice, or "".
+        activations: what x is rounded to before it is multiplied, "int8", or "" for `dtype`.
     """
 
     kernel: str
@@ -115,6 +116,12 @@ class Accepted:
     dtype: str
     prepared_bytes: int
     note: str = ""
+    activations: str = ""
+
+    @property
+    def exactness(self) -> str:
+        """The narrower of `activations` and `dtype`: what tolerances go by."""
+        return self.activations or self.dtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,7 @@ def run(kernels: Sequence[Kernel], device: Device, work: Iterable[Work]) -> list
                 report.failed += [(str(cell), _why(error)) for cell in cells]
                 continue
             for cell in cells:
-                _hold(module, cell, oracle, device, verdict.dtype, report)
+                _hold(module, cell, oracle, device, verdict.exactness, report)
     return reports
 
 

@@ -66,7 +66,7 @@ def layers(kernel: Kernel, device: Device) -> list[Layer]:
             reason = reason or verdict.reason
             continue
         spec, packed, weight = make_layer(cell.case)
-        found.append(Layer(cell, spec, packed, Oracle.of(weight, packed.bias), verdict.dtype))
+        found.append(Layer(cell, spec, packed, Oracle.of(weight, packed.bias), verdict.exactness))
         if len(found) == LAYERS:
             return found
     if not found:

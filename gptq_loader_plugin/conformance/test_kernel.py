@@ -25,6 +25,6 @@ def test_product_is_right_or_declined(kernel: Kernel, device: Device, cell: Cell
     module = kernel.prepare(spec, packed, device)
     oracle = Oracle.of(weight, packed.bias)
     error, spike = measure(module, cell, oracle, device.torch_name)
-    allowed = most_off(verdict.dtype, cell.dtype)
+    allowed = most_off(verdict.exactness, cell.dtype)
     assert error <= allowed, f"off by {error:.1e}"
     assert spike <= SPIKE * allowed, f"one value is off by {spike:.1e}"

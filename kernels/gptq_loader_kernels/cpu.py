@@ -116,6 +116,7 @@ class CpuInt8Kernel:
             dtype="bfloat16",
             prepared_bytes=_prepared_bytes(layer),
             note="weights stay packed; activations rounded to 8 bits, integer products",
+            activations="int8",
         )
 
     def prepare(self, layer: LayerSpec, packed: PackedLinear, device: Device) -> torch.nn.Module:

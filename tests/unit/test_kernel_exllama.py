@@ -57,7 +57,7 @@ CASES = [
     (Case(bits=8), BUILT, "8-bit; ExLlama takes 4-bit only"),
     (Case(rows=192, group_size=96), BUILT, "groups of 96; ExLlama takes powers of two from 32 up"),
     (Case(group_size=16), BUILT, "groups of 16; ExLlama takes powers of two from 32 up"),
-    (Case(group_size=0), BUILT, "groups of 23 to 39 rows; ExLlama takes groups of one size"),
+    (Case(group_size=0), BUILT, "groups of 28 to 40 rows; ExLlama takes groups of one size"),
     (Case(rows=576), BUILT, "groups of 64 to 128 rows; ExLlama takes groups of one size"),
     (
         Case(sym=False, extreme_zeros=True),

@@ -6,7 +6,7 @@ import pytest
 
 from gptq_loader_plugin import PluginError, Plugins, hookimpl
 
-OURS = ["cpu", "cpu-int4", "dense", "exllama", "reference", "triton"]
+OURS = ["cpu", "cpu-int4", "cpu-int8", "dense", "exllama", "reference", "triton"]
 
 
 def test_our_kernels_come_through_the_entry_points() -> None:
