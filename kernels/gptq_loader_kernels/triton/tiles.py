@@ -53,6 +53,7 @@ FEW = {
 }
 MANY = (Tile(64, 128, 128, 8, 3), Tile(64, 64, 128, 4, 3), Tile(32, 64, 128, 4, 4, 2))
 LARGE = Tile(128, 128, 64, 8, 3)
+SPILLING = (8, 0), 8  # the first of MANY at 8 bits of bfloat16 in groups of 32, by 8 bytes
 ASYNCHRONOUS = ((9, 0), (10, 0), (10, 3))  # capabilities with wgmma or tcgen05
 
 
@@ -66,6 +67,8 @@ def candidates(capability: tuple[int, int], bits: int, most: int) -> tuple[Tile,
     if most in FEW:
         return FEW[most]
     middle, last = MANY[:2], MANY[2:]
+    if (capability, bits) == SPILLING:
+        return (*middle[1:], *last)
     if most == 64:
         return (MANY[1], MANY[0], *last)
     large = capability in ASYNCHRONOUS and bits != 3  # whose units are too deep for it
