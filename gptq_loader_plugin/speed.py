@@ -49,6 +49,7 @@ class Speed:
         prompt: tokens a second of reading a prompt.
         reply: tokens a second of a greedy reply, its first token left out.
         token_bytes: the weights read for each token of a reply.
+        peak_bytes: the most that was held up to then, a prompt and a reply included, where known.
         memory: bytes a second of reading the device's memory, or None where no kernel measures it.
         again: the same of reading `token_bytes` again and again, which a cache may serve.
     """
@@ -56,6 +57,7 @@ class Speed:
     prompt: Rates
     reply: Rates
     token_bytes: int
+    peak_bytes: int | None
     memory: Rates | None
     again: Rates | None
 
@@ -96,6 +98,7 @@ def measure_speed(
     size = bytes_read_a_token(model)
     prompt_seconds(model, prompt)
     reply_seconds(model, min(tokens, 8))
+    peak = peak_memory(model.plan.device)  # before memory is measured, which takes some
     found: dict[str, list[float]] = {"prompt": [], "reply": [], "memory": [], "again": []}
     for count in range(1, rounds + 1):
         progress(f"round {count} of {rounds}: memory")
@@ -109,6 +112,7 @@ def measure_speed(
         prompt=Rates.of(found["prompt"]),
         reply=Rates.of(found["reply"]),
         token_bytes=size,
+        peak_bytes=peak,
         memory=Rates.of(found["memory"]) if found["memory"] else None,
         again=Rates.of(found["again"]) if found["again"] else None,
     )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections import Counter
 from importlib.metadata import version
 
 import torch
 from generating import prompt_seconds, reply_seconds
-from gptqmodel import GPTQModel
 from turns import Loaded, serve
+
+with contextlib.redirect_stdout(sys.stderr):  # it greets
+    from gptqmodel import GPTQModel
 
 
 def load(folder: str) -> Loaded:

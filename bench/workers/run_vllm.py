@@ -43,4 +43,6 @@ def load(folder: str) -> Loaded:
 
 
 if __name__ == "__main__":
+    import vllm  # noqa: F401 - so that its import is no part of the load
+
     serve(load)

@@ -84,7 +84,6 @@ def bench(
         "prompt_tokens": prompt,
         "reply_tokens": tokens,
         "rounds": rounds,
-        "peak_bytes": peak_memory(where),
         "peak_bytes_before": before if where.type == "cpu" else None,
         **asdict(speed),
         "weight_bytes_per_second": speed.weight_rate,
