@@ -38,7 +38,6 @@ struct Unit {
   static constexpr int rows = BITS == 3 ? 32 : 32 / BITS;
 };
 
-int unit_rows(int bits) { return bits == 3 ? 32 : 32 / bits; }
 
 }  // namespace
 
@@ -59,32 +58,6 @@ int gptq_isa() {
 }  // extern "C"
 
 namespace {
-
-INLINE void load_zeros(const GptqLayer& layer, int64_t at, floats& zeros) {
-  bytes raw;
-  memcpy(&raw, layer.zeros + at, sizeof raw);
-  zeros = __builtin_convertvector(raw, floats);
-}
-
-INLINE void load_scales(const GptqLayer& layer, int64_t at, floats& scales) {
-  if (layer.float_scales) {
-    memcpy(&scales, static_cast<const float*>(layer.scales) + at, sizeof scales);
-    return;
-  }
-  // A float16's exponent and mantissa, read as a float32's, are 2**112 too small; exact below normal.
-  halves raw;
-  memcpy(&raw, static_cast<const uint16_t*>(layer.scales) + at, sizeof raw);
-  const uints half = __builtin_convertvector(raw, uints);
-  const uints magnitude = (half & 0x7fff) << 13;
-  const uints sign = (half & 0x8000) << 16;
-  floats value;
-  memcpy(&value, &magnitude, sizeof value);
-  value *= 0x1p112f;
-  uints bits;
-  memcpy(&bits, &value, sizeof bits);
-  bits |= sign;
-  memcpy(&scales, &bits, sizeof scales);
-}
 
 // One row's codes of 16 columns, from the words of their unit.
 template <int BITS>

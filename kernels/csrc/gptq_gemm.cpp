@@ -156,7 +156,7 @@ BF16_TARGET void gather(const GptqLayer& layer, const uint16_t* x, int rows, uin
   const __m256i* feature = reinterpret_cast<const __m256i*>(turned);
   const int half = layer.bits == 3 ? 8 : 16 / layer.bits;
   const Runs runs(layer);
-  const int64_t last = int64_t(layer.units) * (layer.bits == 3 ? 32 : 32 / layer.bits);
+  const int64_t last = int64_t(layer.units) * unit_rows(layer.bits);
   for (int i = 0; i < 16; i++) order[2 * i] = uint16_t(i), order[2 * i + 1] = uint16_t(16 + i);
   const __m512i interleave = _mm512_load_si512(order);
   int64_t run = 0;
@@ -193,17 +193,15 @@ BF16_TARGET void unpack(const Part& part, int64_t vector, int64_t from, int64_t 
   alignas(64) uint16_t order[32];
   for (int i = 0; i < 16; i++) order[2 * i] = uint16_t(i), order[2 * i + 1] = uint16_t(16 + i);
   const __m512i interleave = _mm512_load_si512(order);
-  __m512 scales{}, zeros{};
+  floats scales{}, zeros{};
   bool fresh = true;
   for (int64_t unit = from * step; unit < last; unit++, left--) {
     while (left == 0) left = layer.segment_units[++segment], fresh = true;
     if (fresh) {
       const int64_t at = (tile * layer.groups + layer.segment_group[segment]) * COLUMNS + column;
-      zeros = _mm512_add_ps(_mm512_set1_ps(0x1p23f), _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(
-                                                         reinterpret_cast<const __m128i*>(layer.zeros + at)))));
-      scales = layer.float_scales ? _mm512_loadu_ps(static_cast<const float*>(layer.scales) + at)
-                                  : _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(
-                                        static_cast<const uint16_t*>(layer.scales) + at)));
+      load_zeros(layer, at, zeros);
+      load_scales(layer, at, scales);
+      zeros += 0x1p23f;
       fresh = false;
     }
     _mm_prefetch(reinterpret_cast<const char*>(word + 16 * per_word * COLUMNS), _MM_HINT_T0);
@@ -222,8 +220,8 @@ BF16_TARGET void unpack(const Part& part, int64_t vector, int64_t from, int64_t 
         low = _mm512_ternarylogic_epi32(_mm512_srli_epi32(v[0], BITS * pair), mask, base, 0xEA);
         high = _mm512_ternarylogic_epi32(_mm512_srli_epi32(v[0], BITS * pair + 16), mask, base, 0xEA);
       }
-      const __m512 l = _mm512_mul_ps(_mm512_sub_ps(_mm512_castsi512_ps(low), zeros), scales);
-      const __m512 h = _mm512_mul_ps(_mm512_sub_ps(_mm512_castsi512_ps(high), zeros), scales);
+      const __m512 l = (__m512)(((floats)low - zeros) * scales);
+      const __m512 h = (__m512)(((floats)high - zeros) * scales);
       const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(h, l);
       _mm512_store_si512(panel, _mm512_permutexvar_epi16(interleave, both));
       panel += LANES;

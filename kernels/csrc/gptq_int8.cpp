@@ -32,15 +32,13 @@ struct Rounded {
   int64_t stride;
 };
 
-int rows_of_unit(int bits) { return bits == 3 ? 32 : 32 / bits; }
-
 size_t bytes_of(const GptqLayer& layer, int64_t m) {
-  return size_t(m) * (size_t(layer.units) * rows_of_unit(layer.bits) + 8 * size_t(layer.segments));
+  return size_t(m) * (size_t(layer.units) * unit_rows(layer.bits) + 8 * size_t(layer.segments));
 }
 
 // Round row `m` of x; in the order the words are taken apart.
 VNNI_TARGET void round_row(const GptqLayer& layer, const uint16_t* x, int64_t m, const Rounded& to) {
-  const int rows = rows_of_unit(layer.bits), whole = layer.bits == 3 ? 16 : rows, quarter = whole / 4;
+  const int rows = unit_rows(layer.bits), whole = layer.bits == 3 ? 16 : rows, quarter = whole / 4;
   int8_t* out = reinterpret_cast<int8_t*>(to.fours + m * to.stride);
   const int32_t* row = layer.rows;
   x += m * layer.in_features;
@@ -115,16 +113,13 @@ VNNI_TARGET void multiply(const GptqLayer& layer, int64_t tile, int64_t m, const
     }
     const int64_t at = (tile * layer.groups + layer.segment_group[segment]) * COLUMNS;
     for (int c = 0; c < C; c++) {
-      const __m512 zeros = _mm512_cvtepi32_ps(
-          _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(layer.zeros + at + c * LANES))));
-      const __m512 scales = layer.float_scales
-                                ? _mm512_loadu_ps(static_cast<const float*>(layer.scales) + at + c * LANES)
-                                : _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(
-                                      static_cast<const uint16_t*>(layer.scales) + at + c * LANES)));
+      floats zeros, scales;
+      load_zeros(layer, at + c * LANES, zeros);
+      load_scales(layer, at + c * LANES, scales);
       for (int i = 0; i < M; i++) {
         const int64_t which = (m + i) * layer.segments + segment;
-        const __m512 exact = _mm512_fnmadd_ps(zeros, _mm512_set1_ps(from.sums[which]), _mm512_cvtepi32_ps(sum[i][c]));
-        total[i][c] = _mm512_fmadd_ps(_mm512_mul_ps(scales, _mm512_set1_ps(from.steps[which])), exact, total[i][c]);
+        const __m512 exact = _mm512_fnmadd_ps((__m512)zeros, _mm512_set1_ps(from.sums[which]), _mm512_cvtepi32_ps(sum[i][c]));
+        total[i][c] = _mm512_fmadd_ps(_mm512_mul_ps((__m512)scales, _mm512_set1_ps(from.steps[which])), exact, total[i][c]);
       }
     }
   }
@@ -164,7 +159,7 @@ int gptq_int8(const GptqLayer* layer, const void* x, void* y, int64_t m, int thr
   const int64_t tiles = (layer->out_features + COLUMNS - 1) / COLUMNS, chunks = (m + CHUNK - 1) / CHUNK;
   char* memory = static_cast<char*>(scratch.get(bytes_of(*layer, m)));
   if (!memory) return m != 0;
-  const int64_t stride = int64_t(layer->units) * rows_of_unit(layer->bits) / 4;
+  const int64_t stride = int64_t(layer->units) * unit_rows(layer->bits) / 4;
   float* steps = reinterpret_cast<float*>(memory + m * stride * 4);
   const Rounded rounded{reinterpret_cast<int32_t*>(memory), steps, steps + m * layer->segments, stride};
 #pragma omp parallel for num_threads(threads) schedule(static)
