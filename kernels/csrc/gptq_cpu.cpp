@@ -10,6 +10,8 @@
 // of x each row multiplies, -1 for what fills up. A segment is at most 256 rows of one group: sums are
 // scaled once a segment.
 //
+// Whole numbers. On processors with AMX, few rows of bfloat16 are taken in two bytes: gptq_bytes.cpp.
+//
 // bfloat16. A code q under the bits 0x4300 is the bfloat16 number 128 + q, so one shift and one vpternlog
 // make pairs of weights of a word, and vdpbf16ps multiplies pairs: (j, j + half a word) at once. The
 // segment's sum is then s * (sum - (128 + z) * sum(a)). An 8-bit code is taken as two nibbles, the
@@ -17,7 +19,7 @@
 //
 // float32. Codes become floats, zeros are subtracted, and the sum is in float32: no cancellation.
 //
-// Many rows of x. Where another library multiplies faster than this one (bfloat16 with AMX),
+// Many rows of x: in bfloat16, gptq_gemm.cpp. In float32 another library multiplies faster than this one;
 // gptq_unpack writes the weight of some tiles, in x's own order, for it.
 
 #include "gptq_cpu.h"
@@ -49,7 +51,9 @@ int gptq_isa() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return __builtin_cpu_supports("avx512bf16") ? BF16 : AVX512;
+    return !__builtin_cpu_supports("avx512bf16")                      ? AVX512
+           : gptq_amx() && __builtin_cpu_supports("avx512vnni") ? TWO_BYTES
+                                                                      : BF16;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif
   return PLAIN;
@@ -246,9 +250,8 @@ BF16_TARGET void tile_bfloat16(const GptqLayer& layer, int64_t tile, const uint3
     }
     const int64_t at = (tile * layer.groups + layer.segment_group[segment]) * COLUMNS;
     for (int c = 0; c < C; c++) {
-      floats scales, zeros;
-      load_scales(layer, at + c * LANES, scales);
-      load_zeros(layer, at + c * LANES, zeros);
+      __m512 scales, zeros;
+      load_tables(layer, at + c * LANES, scales, zeros);
       zeros += offset;
       for (int m = 0; m < M; m++) {
         floats products = (floats)sum[0][m][c];
@@ -276,19 +279,27 @@ INLINE uint16_t rounded(const void* x, int type, int64_t at) {
 
 namespace gptq {
 
-size_t gathered_bytes(const GptqLayer& layer, int isa, int64_t m) {
+// The words of one gathered row.
+static int64_t stride_of(const GptqLayer& layer, int isa) {
   const int64_t padded = int64_t(layer.units) * unit_rows(layer.bits);
-  return size_t(m) * 4 * ((isa == BF16 ? padded / 2 : padded) + layer.segments);
+  return isa == ONE_BYTE ? padded / 4 : isa >= BF16 ? padded / 2 : padded;
+}
+
+size_t gathered_bytes(const GptqLayer& layer, int isa, int64_t m) {
+  return size_t(m) * 4 * (stride_of(layer, isa) + 2 * layer.segments);
 }
 
 Gathered gathered_at(const GptqLayer& layer, int isa, int64_t m, void* memory) {
-  const int64_t padded = int64_t(layer.units) * unit_rows(layer.bits);
-  const int64_t stride = isa == BF16 ? padded / 2 : padded;
+  const int64_t stride = stride_of(layer, isa);
   float* values = static_cast<float*>(memory);
-  return {values, static_cast<uint32_t*>(memory), values + m * stride, stride, isa};
+  float* sums = values + m * stride;
+  return {values, static_cast<uint32_t*>(memory), sums, sums + m * layer.segments, stride, isa};
 }
 
 void gather_row(const GptqLayer& layer, const void* x, int type, int64_t m, const Gathered& to) {
+#ifdef X86
+  if (to.isa > BF16) return split_row(layer, x, type, m, to);
+#endif
   const int rows = unit_rows(layer.bits), half = layer.bits == 3 ? 8 : rows / 2;
   const int64_t from = m * layer.in_features;
   if (to.isa != BF16) {
@@ -342,6 +353,9 @@ void multiply_rows(const GptqLayer& layer, int64_t tile, int64_t m, int count, c
 namespace gptq {
 
 void multiply_bits(const GptqLayer& layer, int64_t tile, int64_t m, int count, const Gathered& x, float* y) {
+#ifdef X86
+  if (x.isa > BF16) return multiply_bytes(layer, tile, m, count, x, y);
+#endif
   switch (layer.bits) {
     case 2: return multiply_rows<2>(layer, tile, m, count, x, y);
     case 3: return multiply_rows<3>(layer, tile, m, count, x, y);

@@ -42,6 +42,8 @@ struct GptqLayer {
   const float* bias;             // [out_features], or null
 };
 
+int gptq_amx();
+
 }  // extern "C"
 
 namespace gptq {
@@ -56,7 +58,8 @@ typedef uint32_t uints __attribute__((vector_size(64)));
 typedef uint16_t halves __attribute__((vector_size(32)));
 typedef uint8_t bytes __attribute__((vector_size(16)));
 
-enum Isa { PLAIN = 0, AVX2 = 1, AVX512 = 2, BF16 = 3 };
+// TWO_BYTES is BF16 with x in whole numbers where that is faster, ONE_BYTE what `cpu-int8` asks for.
+enum Isa { PLAIN = 0, AVX2 = 1, AVX512 = 2, BF16 = 3, TWO_BYTES = 4, ONE_BYTE = 5 };
 enum Type { FLOAT32 = 0, BFLOAT16 = 1 };
 
 INLINE float as_float(uint32_t bits) {
@@ -101,6 +104,18 @@ INLINE void load_scales(const GptqLayer& layer, int64_t at, floats& scales) {
   memcpy(&scales, &bits, sizeof scales);
 }
 
+#ifdef X86
+// The same by AVX-512's own conversions, where gcc 12 takes the other ones apart.
+AVX512_TARGET INLINE void load_tables(const GptqLayer& layer, int64_t at, __m512& scales, __m512& zeros) {
+  zeros = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(layer.zeros + at))));
+  if (layer.float_scales)
+    scales = _mm512_loadu_ps(static_cast<const float*>(layer.scales) + at);
+  else
+    scales = _mm512_cvtph_ps(_mm256_loadu_si256(
+        reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(layer.scales) + at)));
+}
+#endif
+
 // Round to nearest, ties to even; not-a-number stays one.
 INLINE uint16_t to_bfloat16(float value) {
   const uint32_t bits = as_bits(value);
@@ -125,11 +140,13 @@ struct Scratch {
   }
 };
 
-// x as the tiles read it: in the order of `rows`, as float32 or as pairs of bfloat16 with their sums.
+// x as the tiles read it: in the order of `rows`, as float32, as pairs of bfloat16 with their sums, or as
+// bytes with their steps and sums.
 struct Gathered {
   float* values;
   uint32_t* pairs;
   float* sums;
+  float* steps;
   int64_t stride;
   int isa;
 };
@@ -140,6 +157,12 @@ Gathered gathered_at(const GptqLayer& layer, int isa, int64_t m, void* memory);
 
 // Gather row `m` of x.
 void gather_row(const GptqLayer& layer, const void* x, int type, int64_t m, const Gathered& to);
+
+#ifdef X86
+// The same of x in bytes, gptq_bytes.cpp.
+void split_row(const GptqLayer& layer, const void* x, int type, int64_t m, const Gathered& to);
+void multiply_bytes(const GptqLayer& layer, int64_t tile, int64_t m, int count, const Gathered& x, float* y);
+#endif
 
 // Write a tile's sums [COLUMNS] as row `m` of y, with the bias.
 void store(const GptqLayer& layer, int64_t tile, int64_t m, const float* from, void* y, int type);

@@ -193,15 +193,14 @@ BF16_TARGET void unpack(const Part& part, int64_t vector, int64_t from, int64_t 
   alignas(64) uint16_t order[32];
   for (int i = 0; i < 16; i++) order[2 * i] = uint16_t(i), order[2 * i + 1] = uint16_t(16 + i);
   const __m512i interleave = _mm512_load_si512(order);
-  floats scales{}, zeros{};
+  __m512 scales{}, zeros{};
   bool fresh = true;
   for (int64_t unit = from * step; unit < last; unit++, left--) {
     while (left == 0) left = layer.segment_units[++segment], fresh = true;
     if (fresh) {
       const int64_t at = (tile * layer.groups + layer.segment_group[segment]) * COLUMNS + column;
-      load_zeros(layer, at, zeros);
-      load_scales(layer, at, scales);
-      zeros += 0x1p23f;
+      load_tables(layer, at, scales, zeros);
+      zeros = _mm512_add_ps(zeros, _mm512_set1_ps(0x1p23f));
       fresh = false;
     }
     _mm_prefetch(reinterpret_cast<const char*>(word + 16 * per_word * COLUMNS), _MM_HINT_T0);
@@ -220,8 +219,8 @@ BF16_TARGET void unpack(const Part& part, int64_t vector, int64_t from, int64_t 
         low = _mm512_ternarylogic_epi32(_mm512_srli_epi32(v[0], BITS * pair), mask, base, 0xEA);
         high = _mm512_ternarylogic_epi32(_mm512_srli_epi32(v[0], BITS * pair + 16), mask, base, 0xEA);
       }
-      const __m512 l = (__m512)(((floats)low - zeros) * scales);
-      const __m512 h = (__m512)(((floats)high - zeros) * scales);
+      const __m512 l = _mm512_mul_ps(_mm512_sub_ps(_mm512_castsi512_ps(low), zeros), scales);
+      const __m512 h = _mm512_mul_ps(_mm512_sub_ps(_mm512_castsi512_ps(high), zeros), scales);
       const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(h, l);
       _mm512_store_si512(panel, _mm512_permutexvar_epi16(interleave, both));
       panel += LANES;

@@ -185,7 +185,7 @@ Input make_ready(const GptqModel& model, const GptqProjection& p, const float* x
   if (p.packed) {
     in.gathered = gathered_at(*p.packed, gather_isa(model), m, memory);
     for (int64_t row = 0; row < m; row++) gather_row(*p.packed, x, FLOAT32, row, in.gathered);
-  } else if (model.isa == BF16 && model.type == BFLOAT16) {
+  } else if (model.isa >= BF16 && model.type == BFLOAT16) {
     in.rounded = static_cast<uint16_t*>(memory);
     for (int64_t i = 0; i < m * p.in_features; i++) in.rounded[i] = to_bfloat16(x[i]);
   }
@@ -324,7 +324,7 @@ struct Worker : Own {
         keep(block.values, head_at + (past + row) * dim, shared.v + row * kv_stride + head * dim, dim, model.type);
       }
     }
-    const bool rounds = model.isa == BF16 && model.type == BFLOAT16;
+    const bool rounds = model.isa >= BF16 && model.type == BFLOAT16;
     for (int i = 0; i < each * m; i++) {
       const int64_t row = i % m;
       float* to = q + i * dim;

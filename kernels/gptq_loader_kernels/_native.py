@@ -34,6 +34,8 @@ class Isa(IntEnum):
     AVX2 = 1
     AVX512 = 2
     BF16 = 3
+    TWO_BYTES = 4  # of x, in BF16's place where that is faster
+    ONE_BYTE = 5  # of x, which rounds it
 
 
 class Layer(ctypes.Structure):
@@ -180,8 +182,6 @@ def load_library() -> ctypes.CDLL:
     library.gptq_amx.restype = number
     library.gptq_gemm.argtypes = (pointer, pointer, number, pointer, count, number, number)
     library.gptq_gemm.restype = number
-    library.gptq_int8.argtypes = (pointer, pointer, pointer, count, number)
-    library.gptq_int8.restype = number
     library.gptq_step.argtypes = (pointer, pointer, pointer, pointer, count, count, pointer, number)
     library.gptq_step.restype = number
     library.gptq_rows.argtypes = (pointer,) * 3 + (count,) * 3 + (number,) * 3
