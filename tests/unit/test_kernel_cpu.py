@@ -58,7 +58,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @native
-@pytest.mark.parametrize("isa", list(Isa), ids=lambda it: it.name)
+@pytest.mark.parametrize("isa", list(Isa)[:-1], ids=lambda it: it.name)
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 def test_every_code_path_is_right(isa: Isa, bits: int) -> None:
     if isa > load_library().gptq_isa():

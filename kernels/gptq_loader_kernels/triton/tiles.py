@@ -44,7 +44,7 @@ class Tile:
 
 # Few rows: the weight's bytes are all the time there is, so K is split until every multiprocessor
 # has several programs with loads in flight. Many rows: the tensor cores are, and tiles grow until
-# registers run out. On Hopper and data-centre Blackwell sums and products are asynchronous and a
+# registers run out. On Hopper sums and products are asynchronous and a
 # tile of 128 x 128 fits; elsewhere it spills. Not measured: no GPU was at hand.
 FEW = {
     8: (Tile(8, 64, 128, 4, 4, 4), Tile(8, 32, 128, 2, 4, 8)),
@@ -53,8 +53,10 @@ FEW = {
 }
 MANY = (Tile(64, 128, 128, 8, 3), Tile(64, 64, 128, 4, 3), Tile(32, 64, 128, 4, 4, 2))
 LARGE = Tile(128, 128, 64, 8, 3)
-SPILLING = (8, 0), 8  # the first of MANY at 8 bits of bfloat16 in groups of 32, by 8 bytes
-ASYNCHRONOUS = ((9, 0), (10, 0), (10, 3))  # capabilities with wgmma or tcgen05
+ASYNCHRONOUS = ((9, 0),)  # with wgmma; on sm100, groups of 16 rows leave LARGE without tensor cores
+# What spills (bench/triton_aot.py): the first of MANY on sm80, at 8 bits of bfloat16 in groups of 32;
+# the second on sm120, at 3 bits and in groups of 32.
+SPILLING = {(8, 0): {8: MANY[0]}, (12, 0): dict.fromkeys((2, 3, 4, 8), MANY[1])}
 
 
 def bucket(rows: int) -> int:
@@ -66,11 +68,10 @@ def candidates(capability: tuple[int, int], bits: int, most: int) -> tuple[Tile,
     """List the tiles for one width and bucket on one kind of GPU, the default first."""
     if most in FEW:
         return FEW[most]
-    middle, last = MANY[:2], MANY[2:]
-    if (capability, bits) == SPILLING:
-        return (*middle[1:], *last)
+    spilling = SPILLING.get(capability, {}).get(bits)
+    middle, last = tuple(it for it in MANY[:2] if it != spilling), MANY[2:]
     if most == 64:
-        return (MANY[1], MANY[0], *last)
+        return (*reversed(middle), *last)
     large = capability in ASYNCHRONOUS and bits != 3  # whose units are too deep for it
     return (LARGE, *middle) if large else middle
 
