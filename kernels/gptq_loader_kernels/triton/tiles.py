@@ -54,8 +54,8 @@ FEW = {
 MANY = (Tile(64, 128, 128, 8, 3), Tile(64, 64, 128, 4, 3), Tile(32, 64, 128, 4, 4, 2))
 LARGE = Tile(128, 128, 64, 8, 3)
 ASYNCHRONOUS = ((9, 0),)  # with wgmma; on sm100, groups of 16 rows leave LARGE without tensor cores
-# What spills (bench/triton_aot.py): the first of MANY on sm80, at 8 bits of bfloat16 in groups of 32;
-# the second on sm120, at 3 bits and in groups of 32.
+# What spills (bench/triton_aot.py): the first of MANY on sm80, at 8 bits of bfloat16 in groups of
+# 32; the second on sm120, at 3 bits and in groups of 32.
 SPILLING = {(8, 0): {8: MANY[0]}, (12, 0): dict.fromkeys((2, 3, 4, 8), MANY[1])}
 
 
