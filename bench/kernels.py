@@ -167,7 +167,7 @@ def make_int4(packed: PackedLinear, wanted: float) -> Candidate:
     inputs, outputs = packed.g_idx.shape[0], packed.qweight.shape[1]
     case = Case(bits=4, group_size=GROUP, rows=inputs, columns=outputs, act_order=False)
     module: Any = Int4Kernel().prepare(make_layer(case)[0], packed, find_device("cpu"))
-    words, table = module.words, module.table
+    words, table = module.words, module.table.view(torch.bfloat16)
     size = words.nbytes + table.nbytes
     copies = [(words.clone(), table.clone()) for _ in range(int(wanted // size) + 1)]
     operator = torch.ops.aten._weight_int4pack_mm_for_cpu  # noqa: SLF001 - it has no public name

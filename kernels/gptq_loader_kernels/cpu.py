@@ -93,7 +93,7 @@ class CpuKernel:
 
 @dataclass(frozen=True, slots=True)
 class CpuInt8Kernel:
-    """Multiply by the packed weight, activations rounded to 8 bits (kernels/csrc/gptq_int8.cpp).
+    """Multiply by the packed weight, activations rounded to 8 bits (kernels/csrc/gptq_bytes.cpp).
 
     Never chosen by itself: its answers are less exact (docs/decisions/int8.md).
     """
