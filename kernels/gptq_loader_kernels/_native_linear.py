@@ -26,10 +26,10 @@ __all__ = ["NativeLinear"]
 SEGMENT_ROWS = 256  # of a group, summed before they are scaled: bounds what cancels
 # Rows of x from which a float32 weight is unpacked for torch's matmul (decisions/native-cpu.md).
 UNPACK_FROM = {Isa.PLAIN: 16, Isa.AVX2: 32, Isa.AVX512: 192}
-# Rows of bfloat16 from which panels of the weight are unpacked. With the matrix unit any few rows
-# cost what packed products of 5 rows do, of 3 at 8 bits, from 576x576 to 4096x4096; without it,
-# unpacking a panel pays from some 32 rows on (the same page).
-PANELS_FROM_AMX = {2: 5, 3: 5, 4: 5, 8: 3}
+# Rows of bfloat16 from which panels of the weight are unpacked: with the matrix unit 12 rows cost as
+# much either way, at every width, for 4096x4096, 576x1536 and 1536x576 (one thread of a Xeon);
+# without it, unpacking a panel pays from some 32 rows on (the same page).
+PANELS_FROM_AMX = 13
 PANELS_FROM = 32
 UNPACKED_BYTES = 16 << 20  # of weights unpacked at a time: they stay in a large cache
 _kept = threading.local()
@@ -70,7 +70,7 @@ class NativeLinear(torch.nn.Module):
         self._amx = bool(self._library.gptq_amx()) if amx is None else amx
         self._int8 = int8
         self.unpack_from = UNPACK_FROM[min(self._isa, Isa.AVX512)]
-        self.panels_from = PANELS_FROM_AMX[self.bits] if self._amx else PANELS_FROM
+        self.panels_from = PANELS_FROM_AMX if self._amx else PANELS_FROM
         self._layer: Layer | None = None
         rows, segment_units, segment_group = _lay_out(packed.g_idx, self.bits)
         # Numbers are kept as raw bits: a model's .to(dtype) must not change them.
