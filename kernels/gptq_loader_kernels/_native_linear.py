@@ -26,8 +26,8 @@ __all__ = ["NativeLinear"]
 SEGMENT_ROWS = 256  # of a group, summed before they are scaled: bounds what cancels
 # Rows of x from which a float32 weight is unpacked for torch's matmul (decisions/native-cpu.md).
 UNPACK_FROM = {Isa.PLAIN: 16, Isa.AVX2: 32, Isa.AVX512: 192}
-# Rows of bfloat16 from which panels of the weight are unpacked: with the matrix unit 12 rows cost as
-# much either way, at every width, for 4096x4096, 576x1536 and 1536x576 (one thread of a Xeon);
+# Rows of bfloat16 from which panels of the weight are unpacked: with the matrix unit 12 rows cost
+# as much either way, at every width, for 4096x4096, 576x1536 and 1536x576 (one thread of a Xeon);
 # without it, unpacking a panel pays from some 32 rows on (the same page).
 PANELS_FROM_AMX = 13
 PANELS_FROM = 32

@@ -190,7 +190,7 @@ layers = [make_layer(Case(bits=bits, columns=32))[0] for bits in (4, 3, 4)]
 print(tune(layers, cpu, heard.append, measure=narrow))
 assert (heard[0].stage, heard[0].total, heard[-1].done) == ("tune", 10, 10)
 assert [it.block_n for it in chosen_tiles(cpu, 3)] == [32, 32, 64, 64, 64]
-assert [it.block_n for it in chosen_tiles(cpu, 8)] == [64, 64, 64, 64, 128]
+assert [it.block_n for it in chosen_tiles(cpu, 8)] == [64, 64, 64, 64, 64]
 """
 
 
