@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptq_loader_plugin.cli.output import ProgressBars, print_json, reported, say
+from gptq_loader_plugin.events import Head  # noqa: TC001 - typer reads it
 from gptq_loader_plugin.plan import write_size
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ def bench(
     revision: Annotated[
         str | None, typer.Option("--revision", help="A branch, tag or commit on the hub.")
     ] = None,
+    head: Annotated[
+        Head | None, typer.Option("--head", help="int8 makes the head 8-bit at load.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write the result as JSON.")] = False,
 ) -> None:
     """Measure a load, a prompt, a reply and the memory they take, and say which kernels run."""
@@ -58,6 +62,7 @@ def bench(
             device=device,
             backend=backend,
             revision=revision,
+            head=head,
             plugins=Plugins(bars, installed=True),
         )
     finally:

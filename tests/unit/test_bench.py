@@ -63,6 +63,12 @@ def test_bench_in_words() -> None:
     assert "of memory's speed" not in done.stdout  # this kernel does not measure memory
 
 
+def test_bench_with_an_8_bit_head() -> None:
+    done = bench(str(DATA / ONE), *FEW, "--head", "int8")
+    assert done.exit_code == 0, done.stderr
+    assert "the head is 8-bit" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
