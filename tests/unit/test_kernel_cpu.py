@@ -121,6 +121,22 @@ def test_an_unpacked_weight_is_rounded_once() -> None:
 
 
 @native
+@pytest.mark.parametrize("greatest", [1e3, 1e30, 1e-30])
+def test_a_feature_far_above_the_others_costs_them_nothing(greatest: float) -> None:
+    """Models have such features; a row in whole numbers shares its step with them."""
+    layer, weight, bias = module(Case(bits=4, group_size=64, rows=256, columns=200, bias=True))
+    x = random(3, 256, dtype=torch.bfloat16)
+    x[:, 7] = greatest
+    assert error(layer, weight, bias, x) < TOLERANCE[torch.bfloat16]
+    rest = x.clone()
+    rest[:, 7] = 0
+    others = layer(x).double() - x[:, 7:8].double() * weight[:, 7]
+    if greatest == 1e3:  # what the others add is within y's own rounding
+        off = (others - layer(rest).double()).norm() / layer(x).double().norm()
+        assert off < TOLERANCE[torch.bfloat16]
+
+
+@native
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 def test_activations_in_8_bits(bits: int) -> None:
     if "avx512_vnni" not in find_device("cpu").features:
