@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
 import io
 import pickle
@@ -103,6 +104,28 @@ def test_panels_are_right(bits: int, amx: bool) -> None:
             assert error(layer, weight, bias, x) < TOLERANCE[torch.bfloat16], (features, rows)
             alone = layer(x[-1:])  # by the code of another number of rows
             assert torch.allclose(layer(x)[-1:], alone, rtol=1e-2, atol=1e-2)
+
+
+@native
+def test_layers_that_read_x_alike_are_multiplied_in_one_call() -> None:
+    if load_library().gptq_isa() < Isa.BF16:
+        pytest.skip("this processor has no AVX512-BF16")
+    # order of rows and groups are the first one's: queries, keys and values of one checkpoint
+    made = [
+        module(Case(group_size=64, columns=columns, act_order=False)) for columns in (96, 33, 64)
+    ]
+    x = random(70, 256, dtype=torch.bfloat16)
+    answers = [torch.empty(70, layer.out_features, dtype=torch.bfloat16) for layer, _, _ in made]
+    layers = (ctypes.c_void_p * 3)(*(ctypes.addressof(layer.filled()) for layer, _, _ in made))
+    outs = (ctypes.c_void_p * 3)(*(it.data_ptr() for it in answers))
+    library = load_library()
+    failed = library.gptq_gemm(
+        ctypes.addressof(layers), ctypes.addressof(outs), 3, x.data_ptr(), 70, library.gptq_amx(), 2
+    )
+    assert not failed
+    for (layer, _, _), answer in zip(made, answers, strict=True):
+        layer.panels_from = 1
+        assert torch.equal(answer, layer(x))
 
 
 @native
