@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import gptq_loader_plugin as gptq
+from gptq_loader_kernels._native import Isa
 from gptq_loader_kernels._native_linear import NativeLinear
 from gptq_loader_kernels.cpu import CpuInt8Kernel
 from gptq_loader_plugin import hookimpl
@@ -86,7 +87,7 @@ def compare_layers() -> None:
     _, packed, weight = make_layer(Case(rows=FEATURES, columns=FEATURES))
     size = {"in_features": FEATURES, "out_features": FEATURES}
     layers = {
-        "cpu": NativeLinear(packed, amx=False, **size),
+        "cpu": NativeLinear(packed, isa=Isa.BF16, amx=False, **size),
         "int8": NativeLinear(packed, int8=True, **size),
     }
     print("| rows | error cpu | error int8 | ms cpu | ms int8 | ratio |\n|---|---|---|---|---|---|")
