@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["HubReference", "models_folders", "parse_hub_reference", "resolve"]
 
-HUB = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<branch>[\w][\w./-]*))?")
+# no name of git's or the hub's holds two dots; some are made into paths
+HUB = re.compile(r"(?!.*\.\.)(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<branch>[\w][\w./-]*))?")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -38,6 +39,16 @@ class HubReference:
 
     repo: str
     branch: str = "main"
+
+    def __str__(self) -> str:
+        """Write it as a user does."""
+        return f"{self.repo}:{self.branch}"
+
+    @property
+    def folder_name(self) -> str:
+        """The name of its folder in a models directory, as text-generation-webui names it."""
+        name = self.repo if self.branch == "main" else str(self)
+        return re.sub(r"[/:]", "_", name)
 
 
 def parse_hub_reference(reference: str, *, revision: str | None = None) -> HubReference | None:

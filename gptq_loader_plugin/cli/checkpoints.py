@@ -1,4 +1,4 @@
-"""Commands that report: inspect, explain, download, plugins."""
+"""Commands that report: inspect, explain, plugins."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import typer
 from gptq_loader_plugin.cli.output import (
     DeviceMap,
     MaxMemory,
-    ProgressBars,
     print_json,
     reported,
     say,
@@ -43,7 +42,6 @@ def add_to(app: typer.Typer) -> None:
     """Add these commands to the application."""
     app.command()(reported(inspect))
     app.command()(reported(explain))
-    app.command()(reported(download))
     app.command()(reported(plugins))
 
 
@@ -98,28 +96,6 @@ def explain(
         print_json(plan.to_json())
     else:
         typer.echo(plan.explain())
-
-
-def download(
-    reference: Annotated[str, typer.Argument(metavar="REPO[:BRANCH]", help="On the hub.")],
-    *,
-    revision: Revision = None,
-    as_json: JSON = False,
-) -> None:
-    """Fetch a branch from the hub into the cache; an interrupted download goes on."""
-    from gptq_loader_plugin.plugins import Plugins
-    from gptq_loader_plugin.reference import resolve
-
-    bars = ProgressBars()
-    try:
-        found = Plugins(bars, installed=True)
-        folder = resolve(reference, plugins=found, revision=revision)
-    finally:
-        bars.close()
-    if as_json:
-        print_json({"reference": reference, "path": str(folder)})
-    else:
-        typer.echo(folder)
 
 
 def plugins(*, as_json: JSON = False) -> None:

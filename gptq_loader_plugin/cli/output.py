@@ -52,8 +52,8 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
-        except KeyboardInterrupt:
-            say("\nstopped")
+        except KeyboardInterrupt as stop:
+            say("\n" + "; ".join(("stopped", *getattr(stop, "__notes__", ()))))
             raise typer.Exit(CTRL_C) from None
         except BrokenPipeError:  # the reader of stdout has gone, as head does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -111,7 +111,7 @@ class ProgressBars:
             return
         if self._stage != progress.stage:
             self.close()
-            self._open(progress.stage)
+            self._open(progress)
         self._bar.update(
             self._task, completed=progress.done, total=progress.total, detail=progress.detail[-48:]
         )
@@ -124,20 +124,27 @@ class ProgressBars:
             self._bar.stop()
         self._bar, self._stage = None, ""
 
-    def _open(self, stage: str) -> None:
+    def _open(self, first: Progress) -> None:
+        from rich import progress as rich
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-        self._bar = Progress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(bar_width=30),
-            TaskProgressColumn(),
-            TextColumn("[dim]{task.fields[detail]}"),
+        bytes_here = (
+            (rich.DownloadColumn(), rich.TransferSpeedColumn(), rich.TimeRemainingColumn())
+            if first.stage == "download"
+            else ()
+        )
+        self._bar = rich.Progress(
+            rich.TextColumn("{task.description:<12}"),
+            rich.BarColumn(bar_width=30),
+            rich.TaskProgressColumn(),
+            *bytes_here,
+            rich.TextColumn("[dim]{task.fields[detail]}"),
             console=Console(stderr=True),
             transient=True,
         )
-        self._stage = stage
-        self._task = self._bar.add_task(stage, total=None, detail="")
+        self._stage = first.stage
+        # what was there before this run says nothing of its speed
+        self._task = self._bar.add_task(first.stage, total=None, completed=first.done, detail="")
         self._bar.start()
 
     def _line(self, progress: Progress) -> None:
