@@ -111,13 +111,16 @@ def resolve(
     path = Path(text).expanduser()
     if path.exists():
         return _checked(path)
+    hub = parse_hub_reference(text, revision=revision)
+    # a folder that is named without its branch is not the one for another
+    names = [text, re.sub(r"[/:]", "_", text)] if hub is None or revision is None else []
+    names += [hub.folder_name, re.sub(r"[/:]", "_", str(hub))] if hub else []
     tried = [str(path)]
     for folder in models_folders(environ):
-        for name in dict.fromkeys((text, re.sub(r"[/:]", "_", text))):
+        for name in dict.fromkeys(names):
             tried.append(str(folder / name))
             if (folder / name).is_dir():
                 return folder / name
-    hub = parse_hub_reference(text, revision=revision)
     if hub is None or path.is_absolute():
         raise _not_found(text, tried)
     from gptq_loader_plugin.hub import cached_folder, download_folder

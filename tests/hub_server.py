@@ -11,13 +11,13 @@ By hand, for a browser or a host program (it prints the environment, and runs un
 
     python tests/hub_server.py --folder owner/name=DIR --folder owner/name:branch=DIR [--port N]
 
-There, `POST /-/misbehave` with the arguments of `misbehave` as JSON breaks it, `POST /-/behave` mends
-it, and `GET /-/requests` tells what was asked.
+There, `POST /-/misbehave` with the arguments of `misbehave` as JSON breaks it, `POST /-/behave`
+mends it, and `GET /-/requests` tells what was asked.
 
-Ways to misbehave: `status` (with `error` as the hub's error code and `headers`), `stall` (seconds of
-silence before the answer), `slow` (bytes a second), `cut` (the connection is closed after so many
-bytes), `reset` (torn, after so many bytes), `no_range` (a range is answered with everything), `flip`
-(the byte at this place is changed), `body` (another body is sent instead).
+Ways to misbehave: `status` (with `error` as the hub's error code and `headers`), `stall` (seconds
+of silence before the answer), `slow` (bytes a second), `cut` (the connection is closed after so
+many bytes), `reset` (torn, after so many bytes), `no_range` (a range is answered with everything),
+`flip` (the byte at this place is changed), `body` (another body is sent instead).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 LARGE = (".safetensors", ".bin", ".pt", ".gguf", ".model")  # kept by git-lfs, as on the hub
@@ -104,7 +104,7 @@ class HubServer:
         self.port = self._server.server_port
         self.url = f"http://127.0.0.1:{self.port}"
 
-    def __enter__(self) -> HubServer:
+    def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
@@ -206,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
 
-    def _answer(self, sent: bytes) -> None:
+    def _answer(self, sent: bytes) -> None:  # noqa: PLR0911 - one for each kind of page
         hub = self.server.hub
         path = urlsplit(self.path).path
         if path.startswith("/-/"):
@@ -390,9 +390,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         if torn:
             time.sleep(0.1)  # until the client has read what was sent
-            self.connection.setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-            )
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
             return
         with suppress(OSError):

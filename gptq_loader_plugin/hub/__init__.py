@@ -9,5 +9,14 @@ from __future__ import annotations
 
 from gptq_loader_plugin.hub.cache import cached_folder
 from gptq_loader_plugin.hub.fetch import Downloading, download, download_folder
+from gptq_loader_plugin.hub.listing import BranchReport, RepoReport, list_branches
 
-__all__ = ["Downloading", "cached_folder", "download", "download_folder"]
+__all__ = [
+    "BranchReport",
+    "Downloading",
+    "RepoReport",
+    "cached_folder",
+    "download",
+    "download_folder",
+    "list_branches",
+]

@@ -1,9 +1,9 @@
 """Where things lie in the Hugging Face cache, so that every library finds what we put there.
 
 A repository's folder holds `blobs/HASH`, `snapshots/COMMIT/NAME`, which are links to blobs, and
-`refs/BRANCH`, which holds a commit
-(https://huggingface.co/docs/huggingface_hub/guides/manage-cache). A blob gets its name once its hash
-is right, a snapshot its links once every blob is there, and a branch its commit last.
+`refs/BRANCH`, which holds a commit: https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
+A blob gets its name once its hash is right, a snapshot its links once every blob is there, and a
+branch its commit last.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def held(lock: Path, stop: Stop, waiting: Callable[[], None]) -> Iterator[None]:
         waiting: told again and again that another process has it.
     """
     from filelock import Timeout
-    from huggingface_hub.utils import WeakFileLock
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
     lock.parent.mkdir(parents=True, exist_ok=True)
     while True:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptq_loader_plugin.errors import DownloadCancelled, HubError, OptionInvalid
+from gptq_loader_plugin.errors import CheckpointNotFound, DownloadCancelled, HubError, OptionInvalid
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.hub.cache import RepoCache, cached_folder, held, lock_of
 from gptq_loader_plugin.hub.remote import look_up
@@ -69,7 +69,7 @@ def download(
         hub: the repository and the branch.
         to: a folder for its files; None puts them into the Hugging Face cache.
         progress: told how many bytes are here, ten times a second, on this thread.
-        cancelled: asked all the time, an `Event`'s `is_set` say; once it says yes the download ends.
+        cancelled: asked all the time, such as an `Event`'s `is_set`; a yes ends the download.
         announced: told what is about to be fetched, before it is.
         waits: the seconds before each further try where nothing new came.
 
@@ -83,10 +83,9 @@ def download(
         looked = run_jobs(
             [partial(look_up, hub)], workers=1, cancelled=cancelled, limit=LOOK_UP_LIMIT
         )
-        place = _InFolder(looked[0], to) if to is not None else _InCache(looked[0])
         return _fetch(
             looked[0],
-            place,
+            _InFolder(looked[0], to) if to is not None else _InCache(looked[0]),
             progress=progress,
             cancelled=cancelled,
             announced=announced,
@@ -239,7 +238,7 @@ class _InFolder:
         return self.staging / f"{file.digest}.incomplete"
 
 
-def _fetch(  # noqa: PLR0913 - those of `download`
+def _fetch(
     branch: RemoteBranch,
     place: _InCache | _InFolder,
     *,
@@ -248,6 +247,13 @@ def _fetch(  # noqa: PLR0913 - those of `download`
     announced: Callable[[Downloading], None] | None,
     waits: Sequence[float],
 ) -> Path:
+    if not branch.weight_files:
+        raise CheckpointNotFound(
+            f"{branch.hub} holds no .safetensors, .pt or .bin file",
+            reference=str(branch.hub),
+            tried=[str(branch.hub)],
+            hint=f"list the branches: gptq-loader branches {branch.hub.repo}",
+        )
     contents = {it.digest: it for it in branch.files}  # two names may hold the same
     tally = _Tally(
         total=sum(it.size for it in contents.values()),

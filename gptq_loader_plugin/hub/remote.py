@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from gptq_loader_plugin.errors import CheckpointNotFound, HubError
+from gptq_loader_plugin.errors import HubError
 from gptq_loader_plugin.hub.words import is_passing, wait_asked
 
 if TYPE_CHECKING:
@@ -46,6 +47,13 @@ class RemoteFile:
     kind: Literal["sha256", "git"]
     url: str
 
+    def hasher(self) -> hashlib._Hash:
+        """Begin to hash its content."""
+        if self.kind == "sha256":
+            return hashlib.sha256()
+        # git names a content so; it is no secret that this protects
+        return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
+
 
 @dataclass(frozen=True, slots=True)
 class RemoteBranch:
@@ -82,7 +90,7 @@ class RemoteBranch:
 
 def headers() -> dict[str, str]:
     """Make the headers of every request: the token where there is one, and no compression."""
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     return {**build_hf_headers(library_name="gptq-loader"), "accept-encoding": "identity"}
 
@@ -115,7 +123,6 @@ def look_up(hub: HubReference, stop: Stop) -> RemoteBranch:
     """Find a branch's commit, files and licence.
 
     Raises:
-        CheckpointNotFound: it has no weights.
         HubError: the hub does not say what the files hold, or says what cannot be.
     """
     from huggingface_hub import HfApi, constants
@@ -134,13 +141,6 @@ def look_up(hub: HubReference, stop: Stop) -> RemoteBranch:
     safe = any(_matches(name, WEIGHT_FILES) for name in listed)
     weights = WEIGHT_FILES if safe else PICKLE_FILES
     chosen = sorted(name for name in listed if _matches(name, (*SMALL_FILES, *weights)))
-    if not any(_matches(name, weights) for name in chosen):
-        raise CheckpointNotFound(
-            f"{hub} holds no .safetensors, .pt or .bin file",
-            reference=str(hub),
-            tried=[str(hub)],
-            hint=f"list its branches: gptq-loader branches {hub.repo}",
-        )
     return RemoteBranch(
         hub=hub,
         commit=commit,
@@ -158,9 +158,12 @@ def read(file: RemoteFile, stop: Stop, *, begin: int = 0, count: int | None = No
         stop: ends it.
         begin: the first byte.
         count: how many; None reads to the end.
+
+    Raises:
+        HubError: they came cut short, or the whole file came damaged.
     """
     from huggingface_hub import constants, get_session
-    from huggingface_hub.utils import hf_raise_for_status
+    from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
     count = file.size - begin if count is None else min(count, file.size - begin)
     span = {"range": f"bytes={begin}-{begin + count - 1}"}
@@ -186,7 +189,13 @@ def read(file: RemoteFile, stop: Stop, *, begin: int = 0, count: int | None = No
             raise HubError(f"{file.name} came cut short", hint="run the same command again")
         return bytes(found[skip : skip + count])
 
-    return ask(fetch, stop) if count > 0 else b""
+    content = ask(fetch, stop) if count > 0 else b""
+    if count == file.size:
+        hasher = file.hasher()
+        hasher.update(content)
+        if hasher.hexdigest() != file.digest:
+            raise HubError(f"{file.name} came damaged", hint="run the same command again")
+    return content
 
 
 def _file(hub: HubReference, commit: str, listed: Any) -> RemoteFile:  # noqa: ANN401 - hub's type

@@ -7,10 +7,9 @@ one the hub gives for it; what arrived damaged is fetched once more from the sta
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from gptq_loader_plugin.errors import HubError
 from gptq_loader_plugin.hub.remote import headers
@@ -74,13 +73,11 @@ def fetch_file(
                 )
 
 
-def has_content(
-    file: RemoteFile, path: Path, stop: Stop, *, told: Callable[[int], None]
-) -> bool:
+def has_content(file: RemoteFile, path: Path, stop: Stop, *, told: Callable[[int], None]) -> bool:
     """Say whether the file at `path` has this content; reads all of it."""
     if not path.is_file() or path.stat().st_size != file.size:
         return False
-    hasher, length = _hasher(file), 0
+    hasher, length = file.hasher(), 0
     for block in _blocks(path):
         stop.check()
         hasher.update(block)
@@ -110,7 +107,7 @@ def _fill(part: _Partial, stop: Stop, waits: Sequence[float]) -> None:
 def _append(part: _Partial, stop: Stop) -> None:
     """Ask once for what is missing, and keep what comes."""
     from huggingface_hub import constants, get_session
-    from huggingface_hub.utils import hf_raise_for_status
+    from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
     span = {"range": f"bytes={part.length}-"} if part.length else {}
     with get_session().stream(
@@ -164,9 +161,9 @@ class _Partial:
         self._path = path
         self._stop = stop
         self._told = told
-        self._hasher = _hasher(file)
+        self._hasher = file.hasher()
 
-    def __enter__(self) -> _Partial:
+    def __enter__(self) -> Self:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # unbuffered, so that what was written is there when the process is killed
         self._stream = self._path.open("ab", buffering=0)
@@ -194,7 +191,7 @@ class _Partial:
     def restart(self) -> None:
         """Forget what is there."""
         self._stream.truncate(0)
-        self.length, self._hasher = 0, _hasher(self.file)
+        self.length, self._hasher = 0, self.file.hasher()
         self._told(0)
 
     def is_right(self) -> bool:
@@ -210,13 +207,6 @@ class _Partial:
         self._hasher.update(chunk)
         self.length += len(chunk)
         self._told(self.length)
-
-
-def _hasher(file: RemoteFile) -> hashlib._Hash:
-    if file.kind == "sha256":
-        return hashlib.sha256()
-    # git names a content so; it is no secret that this protects
-    return hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

@@ -65,7 +65,7 @@ def explained(hub: HubReference, error: BaseException) -> GPTQLoaderError:
         return error
     if isinstance(error, errors.OfflineModeIsEnabled):
         return HubError(
-            f"{hub} is not on this machine, and HF_HUB_OFFLINE keeps the hub from being asked",
+            f"HF_HUB_OFFLINE keeps the hub from being asked about {hub}",
             hint="unset HF_HUB_OFFLINE, or download it where there is a network and copy the "
             "folder here",
         )

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -99,56 +99,76 @@ def run_jobs(
         TimeoutError: the limit was reached.
     """
     stop = Stop()
-    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    ended: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
-    for number in range(len(jobs)):
-        waiting.put(number)
-
-    def work() -> None:
-        while True:
-            try:
-                number = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                stop.check()
-                ended.put((number, jobs[number](stop), None))
-            except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
-                ended.put((number, None, error))
-
-    # daemons: a process that ends does not wait for the network either
-    threads = [
-        threading.Thread(target=work, name=f"hub {number}", daemon=True)
-        for number in range(min(workers, len(jobs)))
-    ]
+    crew = _Crew(jobs, stop)
     until = None if limit is None else time.monotonic() + limit
-    results: dict[int, Result] = {}
     try:
-        for thread in threads:
-            thread.start()
-        while len(results) < len(jobs):
+        crew.start(workers)
+        while not crew.has_all():
             if cancelled is not None and cancelled():
                 raise Cancelled
             if until is not None and time.monotonic() > until:
                 raise TimeoutError(f"no answer in {limit:.0f} seconds")
             if look is not None:
                 look()
-            with suppress(queue.Empty):
-                number, result, error = ended.get(timeout=LOOK)
-                if error is not None:
-                    raise error
-                results[number] = result
+            crew.take(LOOK)
     finally:
         stop.set()
-        if len(results) < len(jobs):
-            _wait(threads)
+        crew.leave()
     if look is not None:
         look()
-    return [results[number] for number in range(len(jobs))]
+    return crew.results()
 
 
-def _wait(threads: Sequence[threading.Thread]) -> None:
-    until = time.monotonic() + LEAVE
-    for thread in threads:
-        if thread.ident is not None:
+class _Crew(Generic[Result]):
+    """Threads that take one job after another, and what came of them."""
+
+    def __init__(self, jobs: Sequence[Callable[[Stop], Result]], stop: Stop) -> None:
+        self._jobs = jobs
+        self._stop = stop
+        self._waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._ended: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+        self._results: dict[int, Result] = {}
+        self._threads: list[threading.Thread] = []
+
+    def start(self, workers: int) -> None:
+        for number in range(len(self._jobs)):
+            self._waiting.put(number)
+        for number in range(min(workers, len(self._jobs))):
+            # a daemon: a process that ends does not wait for the network either
+            thread = threading.Thread(target=self._work, name=f"hub {number}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def has_all(self) -> bool:
+        return len(self._results) == len(self._jobs)
+
+    def take(self, seconds: float) -> None:
+        """Wait for the next job to end, and raise its error."""
+        try:
+            number, result, error = self._ended.get(timeout=seconds)
+        except queue.Empty:
+            return
+        if error is not None:
+            raise error
+        self._results[number] = result
+
+    def leave(self) -> None:
+        """Give threads a moment to let go of their locks."""
+        until = time.monotonic() + LEAVE
+        for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
+
+    def results(self) -> list[Result]:
+        return [self._results[number] for number in range(len(self._jobs))]
+
+    def _work(self) -> None:
+        while True:
+            try:
+                number = self._waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                self._stop.check()
+                self._ended.put((number, self._jobs[number](self._stop), None))
+            except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
+                self._ended.put((number, None, error))
