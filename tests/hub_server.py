@@ -373,7 +373,7 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _stream(self, path: Path, begin: int, end: int, fault: Fault) -> None:
-        step = max(1, fault.slow // 20) if fault.slow else STEP
+        step = max(1, fault.slow // 100) if fault.slow else STEP
         with path.open("rb") as stream:
             stream.seek(begin)
             while begin < end:
@@ -383,7 +383,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(chunk)
                 begin += len(chunk)
                 if fault.slow:
-                    time.sleep(0.05)
+                    time.sleep(0.01)
 
     def _break_off(self, *, torn: bool) -> None:
         self.close_connection = True
