@@ -187,7 +187,7 @@ def list_branches(
         raise DownloadCancelled(f"the list of {hub.repo} was stopped", hint="ask again") from None
     except Exception as error:
         raise explained(hub, error) from error
-    order = {name: at for at, name in enumerate(("main", *card))}
+    order = {name: at for at, name in enumerate(dict.fromkeys(("main", *card)))}
     reports = [_report(replace(hub, branch=it), names[it], seen[it], card.get(it)) for it in names]
     reports.sort(key=lambda it: (order.get(it.branch, len(order)), it.branch))
     return RepoReport(

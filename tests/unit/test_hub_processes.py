@@ -12,12 +12,13 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from hub_server import HubServer
 from test_hub_download import MODEL, REPO, WANTED, assert_whole, make_branch, partials
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from hub_server import HubServer
 
 SIZE = 3_000_000
 # as the command does it, without the seconds that its other imports take
