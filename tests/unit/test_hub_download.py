@@ -249,7 +249,9 @@ def test_a_disk_that_is_too_small_is_known_before_anything_is_fetched(
     assert "goes on" in error.hint
 
 
-def test_what_is_to_come_is_announced_with_its_licence(source: Path, tmp_path: Path) -> None:
+def test_what_is_to_come_is_announced_with_its_licence(
+    hub: HubServer, source: Path, tmp_path: Path
+) -> None:
     told: list[Downloading] = []
     seen: list[gptq.Progress] = []
     folder = download(HERE, announced=told.append, progress=seen.append)
@@ -262,6 +264,14 @@ def test_what_is_to_come_is_announced_with_its_licence(source: Path, tmp_path: P
     assert "licence llama2" in seen[-1].detail
     download(HERE, announced=told.append, progress=lambda it: pytest.fail(f"fetched {it}"))
     assert told[1].missing == 0
+    bare = make_branch(tmp_path / "bare", seed=1)
+    (bare / "README.md").unlink()
+    hub.add(REPO, bare, branch="bare")
+    download(HubReference(REPO, "bare"), announced=told.append)
+    assert told[2].branch.license == "llama2", "as the card of main says"
+    (source / "README.md").unlink()
+    download(HERE, announced=told.append)
+    assert told[3].branch.license == ""
 
 
 def test_a_caller_may_cancel_while_nothing_comes(
