@@ -84,7 +84,7 @@ def test_the_cards_table_comes_from_the_branches_and_the_card(repository: HubSer
 def test_of_the_weights_only_the_headers_are_fetched(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptq_loader_plugin.hub.listing.FIRST", 1000)
+    monkeypatch.setattr("gptq_loader_plugin.hub.branch.FIRST", 1000)
     file = DATA / ONE / "model.safetensors"
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     hub.add(REPO.repo, DATA / ONE)
