@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FACTS", "Asker", "Seen", "see"]
 
-FIRST = 100_000  # bytes asked for first: the header of a model of 10 billion parameters
+FIRST = 100_000  # bytes asked for first: the whole header of a model of 30 blocks
 FACTS = ("bits", "group_size", "desc_act", "damp_percent", "dataset", "seq_len")
 
 
