@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.options import GenerateOptions
 
-__all__ = ["Finish", "Piece", "Reply", "generate_pieces"]
+__all__ = ["Finish", "Piece", "Reply", "cache_name", "generate_pieces"]
 
 Finish = Literal["stop", "length", "cancelled"]
 UNFINISHED = "\ufffd"  # what a tokenizer gives for the first bytes of a character
@@ -106,7 +106,7 @@ def generate_pieces(  # noqa: PLR0913 - each is something a caller may need
     read = list(ids)  # whose keys and values the cache has, or will have once it is used
     try:
         sequence = torch.tensor([read], device=model.device)
-        cached = {_cache_name(model): cache, "use_cache": True}
+        cached = {cache_name(model): cache, "use_cache": True}
         logits = _prefill(model, sequence[:, held:], cached)
         for count in range(1, max_new_tokens + 1):
             if cancel is not None and cancel.is_set():
@@ -207,7 +207,7 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
-def _cache_name(model: PreTrainedModel) -> str:
+def cache_name(model: PreTrainedModel) -> str:
     """Name the argument that takes the cache: transformers 5.24 renamed `past_key_values`."""
     return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
