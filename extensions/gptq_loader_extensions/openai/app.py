@@ -89,7 +89,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     async def api_error(request: Request, error: Exception) -> Response:
         told = as_api_error(error)
-        if told.status == 500:
+        if told.status == 500 and told is not error:
             logger.error("a request failed", exc_info=error)
         body = told.body()
         if request.url.path.startswith("/api/"):  # where Kobold's clients look for it

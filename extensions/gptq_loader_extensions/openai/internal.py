@@ -94,4 +94,4 @@ def _likeliest(body: InternalLogits, model: LoadedModel) -> dict[str, float]:
     best = next_logits(model, model.encode(body.prompt)).softmax(dim=-1).topk(body.top_logits)
     words = TokenWords(model.tokenizer)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return {words.text(token): probability for token, probability in pairs if token >= 0}
+    return {words.name(token): probability for token, probability in pairs}

@@ -117,6 +117,9 @@ def kobold_routes(server: Server) -> APIRouter:  # noqa: C901 - one small functi
     @router.get("/api/extra/true_max_context_length")
     async def max_context_length(request: Request) -> dict[str, Any]:
         """Say how long a prompt and its reply may be together."""
+        loaded = server.shelf.loaded
+        if loaded is not None:
+            return {"value": loaded[1].context}
         return {"value": await server.ask(request, lambda model: model.context)}
 
     @router.get("/api/v1/config/max_length")

@@ -85,10 +85,10 @@ class Shelf:
             GPTQLoaderError: it cannot be loaded.
         """
         if model is None and reference is not None:
-            named = next((it.target for it in self.entries() if it.name == reference), reference)
-            model = self._load(named)
+            self._own = next((it for it in self.entries() if it.name == reference), None)
+            model = self._load(reference if self._own is None else self._own.target)
         if model is not None:
-            self._own = _own_entry(model, reference)
+            self._own = self._own or _own_entry(model, reference)
             self._put(self._own.name, model)
 
     @property

@@ -14,7 +14,7 @@ from gptq_loader_extensions.openai.errors import invalid
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from pydantic import BaseModel
+    from gptq_loader_extensions.openai.schemas import Message, Sampling
 
 __all__ = ["check_extra", "check_message"]
 
@@ -135,7 +135,7 @@ BARE = frozenset(
 TOLD = frozenset({"quiet", "sampler_order", "sampler_priority", "samplers", "temperature_last"})
 
 
-def check_extra(request: BaseModel) -> tuple[str, ...]:
+def check_extra(request: Sampling) -> tuple[str, ...]:
     """Refuse options that would have no effect; name those whose effect nobody depends on.
 
     Raises:
@@ -144,12 +144,14 @@ def check_extra(request: BaseModel) -> tuple[str, ...]:
     return _check(request.model_extra or {})
 
 
-def check_message(message: BaseModel, index: int) -> None:
-    """Refuse what a message has beyond its text, unless it is empty.
+def check_message(message: Message, index: int) -> None:
+    """Refuse a message without content, and what it has beyond its text, unless that is empty.
 
     Raises:
-        ApiError: there is something, and it would be lost.
+        ApiError: there is nothing, or something that would be lost.
     """
+    if message.content is None and message.role != "assistant":
+        raise invalid(f"message {index} has no content", param=f"messages.{index}.content")
     for name, value in (message.model_extra or {}).items():
         if value not in EMPTY:
             raise invalid(
