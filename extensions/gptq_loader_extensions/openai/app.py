@@ -15,6 +15,8 @@ from gptq_loader_extensions.openai.chat import chat_routes
 from gptq_loader_extensions.openai.completions import completion_routes
 from gptq_loader_extensions.openai.errors import ApiError, as_api_error, invalid
 from gptq_loader_extensions.openai.guard import Guard
+from gptq_loader_extensions.openai.internal import internal_routes
+from gptq_loader_extensions.openai.kobold import kobold_routes
 from gptq_loader_extensions.openai.traffic import ANSWERED_BY_NOBODY, Traffic
 from gptq_loader_extensions.openai.waiting import ClientGone
 
@@ -44,7 +46,7 @@ def create_app(server: Server, *, page: Callable[[FastAPI], object] | None = Non
         docs_url=None,  # their pages fetch scripts from elsewhere
         redoc_url=None,
     )
-    for routes in (about_routes, chat_routes, completion_routes):
+    for routes in (about_routes, chat_routes, completion_routes, internal_routes, kobold_routes):
         app.include_router(routes(server))
     if page is None:
         app.add_api_route("/", _front(server), methods=["GET"], include_in_schema=False)
@@ -86,11 +88,13 @@ def _handle_errors(app: FastAPI) -> None:
     """Answer every error in OpenAI's shape."""
 
     async def api_error(request: Request, error: Exception) -> Response:
-        del request
         told = as_api_error(error)
-        if told.status == 500:
+        if told.status == 500 and told is not error:
             logger.error("a request failed", exc_info=error)
-        return JSONResponse(told.body(), told.status, headers=told.headers)
+        body = told.body()
+        if request.url.path.startswith("/api/"):  # where Kobold's clients look for it
+            body["detail"] = {"msg": told.message, "type": told.kind}
+        return JSONResponse(body, told.status, headers=told.headers)
 
     async def malformed(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)

@@ -109,9 +109,9 @@ class Choice:
         if top is None:
             return None
         steps, self._steps = self._steps, []
-        scored = completion_logprobs(self._prepared.words, steps, begin=self._said, top=top)
-        self._said += sum(len(it) for it in scored["tokens"])
-        return scored
+        words, begin = self._prepared.words, self._said
+        self._said += sum(len(words.text(it.token)) for it in steps)
+        return completion_logprobs(words, steps, begin=begin, top=top)
 
     def to_json(self, text: str) -> dict[str, Any]:
         """Give a choice with this text."""

@@ -75,17 +75,16 @@ def completion_logprobs(
     words: TokenWords, steps: Sequence[Step], *, begin: int, top: int
 ) -> dict[str, Any]:
     """Write tokens' probabilities as /v1/completions does; `begin` is where the text begins."""
-    texts = [words.text(it.token) for it in steps]
     offsets = []
-    for text in texts:
+    for it in steps:
         offsets.append(begin)
-        begin += len(text)
+        begin += len(words.text(it.token))
     rivals = [
-        {words.text(token): _finite(logprob) for token, logprob in it.top} if it.top else None
+        {words.name(token): _finite(logprob) for token, logprob in it.top} if it.top else None
         for it in steps
     ]
     return {
-        "tokens": texts,
+        "tokens": [words.name(it.token) for it in steps],
         "token_logprobs": [None if it.logprob is None else _finite(it.logprob) for it in steps],
         "top_logprobs": rivals if top else None,
         "text_offset": offsets,

@@ -53,10 +53,12 @@ class RecentPenalty:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Give the logits [1, vocabulary] after the penalty."""
+        import torch
+
         recent = input_ids[0, -self._length :].unique()
         scores = scores.clone()
         found = scores[0, recent]
-        scores[0, recent] = (found < 0).where(found * self._penalty, found / self._penalty)
+        scores[0, recent] = torch.where(found < 0, found * self._penalty, found / self._penalty)
         return scores
 
 

@@ -7,12 +7,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gptq_loader_extensions.openai.aliases import one_name_each
 
 __all__ = [
     "ChatRequest",
     "CompletionRequest",
+    "InternalLoad",
+    "InternalLogits",
+    "InternalText",
+    "InternalTokens",
     "JsonSchema",
+    "KoboldKey",
+    "KoboldModel",
+    "KoboldPrompt",
+    "KoboldRequest",
     "Message",
     "ResponseFormat",
     "Sampling",
@@ -50,6 +60,11 @@ class Sampling(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=1000)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name_each(cls, fields: object) -> object:
+        return one_name_each(fields)
 
 
 class StreamOptions(BaseModel):
@@ -169,3 +184,73 @@ class CompletionRequest(Sampling):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
     truncation_length: Annotated[int, Field(ge=2, lt=2**31)] | None = None
+
+
+class KoboldRequest(Sampling):
+    """POST /api/v1/generate and /api/extra/generate/stream."""
+
+    prompt: Text
+    memory: Text | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    truncation_length: Annotated[int, Field(ge=2, lt=2**31)] | None = None
+    genkey: Annotated[str, Field(max_length=200)] | None = None
+
+
+class KoboldKey(BaseModel):
+    """Which reply is meant."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    genkey: Annotated[str, Field(max_length=200)] | None = None
+
+
+class KoboldModel(BaseModel):
+    """PUT /api/v1/model."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: Annotated[str, Field(min_length=1, max_length=500)]
+
+
+class KoboldPrompt(BaseModel):
+    """POST /api/extra/tokencount."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    prompt: Text
+
+
+class InternalText(BaseModel):
+    """POST /v1/internal/encode and /v1/internal/token-count."""
+
+    model_config = ConfigDict(strict=True)
+
+    text: Text
+
+
+class InternalTokens(BaseModel):
+    """POST /v1/internal/decode."""
+
+    model_config = ConfigDict(strict=True)
+
+    tokens: Annotated[list[TokenId], Field(max_length=1_000_000)]
+
+
+class InternalLoad(BaseModel):
+    """POST /v1/internal/model/load."""
+
+    model_config = ConfigDict(strict=True)
+
+    model_name: Annotated[str, Field(min_length=1, max_length=500)]
+    args: dict[str, Any] | None = None
+    settings: dict[str, Any] | None = None
+
+
+class InternalLogits(BaseModel):
+    """POST /v1/internal/logits."""
+
+    model_config = ConfigDict(strict=True)
+
+    prompt: Text
+    top_logits: Annotated[int, Field(ge=1, le=200)] = 50
+    use_samplers: bool = False

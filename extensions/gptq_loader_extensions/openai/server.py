@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fastapi import Request
+    from transformers import PreTrainedTokenizerBase
 
     from gptq_loader_extensions.openai.engine import Engine, Run
     from gptq_loader_extensions.openai.settings import Settings
@@ -86,6 +87,16 @@ class Server:
         ready, _ = await whole(reply, request)
         answer: T = ready.value
         return answer
+
+    async def tokenize(self, request: Request, use: Callable[[PreTrainedTokenizerBase], T]) -> T:
+        """Use the model's tokenizer without waiting for the replies under way.
+
+        Raises:
+            ApiError: there is no model, or it cannot be loaded.
+        """
+        if self.shelf.loaded is None:
+            await self.ask(request, lambda _: None)
+        return await asyncio.to_thread(self.shelf.with_tokenizer, use)
 
     def most_tokens(self, asked: int | None, model: LoadedModel) -> int:
         """Say how many tokens a reply may have: what was asked for, within the server's limit."""

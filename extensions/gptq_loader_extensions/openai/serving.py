@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 import sys
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -51,31 +52,30 @@ def serve(
         import gptq_loader_plugin as gptq
 
         load = gptq.load
-    listening = bind(settings.host, settings.port)
-    shelf = Shelf(settings, load=load)
-    shelf.start(reference, model)
-    if not shelf.entries() and not settings.downloads:
-        raise OptionInvalid(
-            "there is no model to serve",
-            hint="name one: gptq-loader serve REF; or a folder of models: --models-dir FOLDER",
-        )
-    engine = SerialEngine(shelf, max_queue=settings.max_queue)
-    server = Server(settings, shelf, engine)
-    _log_requests()
-    try:
+    with closing(bind(settings.host, settings.port)) as listening:
+        shelf = Shelf(settings, load=load)
+        shelf.start(reference, model)
+        if not shelf.entries() and not settings.downloads:
+            raise OptionInvalid(
+                "there is no model to serve",
+                hint="name one: gptq-loader serve REF; or a folder of models: --models-dir FOLDER",
+            )
+        engine = SerialEngine(shelf, max_queue=settings.max_queue)
+        server = Server(settings, shelf, engine)
+        _log_requests()
         _announce(server, listening)
-        config = uvicorn.Config(
-            create_app(server),
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            server_header=False,
-            timeout_graceful_shutdown=settings.grace,
-        )
-        uvicorn.Server(config).run(sockets=[listening])
-    finally:
-        engine.close()
-        listening.close()
+        try:
+            config = uvicorn.Config(
+                create_app(server),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                server_header=False,
+                timeout_graceful_shutdown=settings.grace,
+            )
+            uvicorn.Server(config).run(sockets=[listening])
+        finally:
+            engine.close()
 
 
 def bind(host: str, port: int) -> socket.socket:

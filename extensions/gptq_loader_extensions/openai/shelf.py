@@ -5,12 +5,14 @@ A name is looked up in a list and never used as a path: whatever is not in the l
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import Lock
+from typing import TYPE_CHECKING, TypeVar
 
 from gptq_loader_extensions.openai.errors import ApiError
 from gptq_loader_plugin.local import local_models
@@ -19,11 +21,15 @@ from gptq_loader_plugin.reference import models_folders, parse_hub_reference
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from transformers import PreTrainedTokenizerBase
+
     from gptq_loader_extensions.openai.settings import Settings
     from gptq_loader_plugin.loaded import LoadedModel
     from gptq_loader_plugin.reference import HubReference
 
 __all__ = ["Entry", "Shelf"]
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +75,8 @@ class Shelf:
         self._own: Entry | None = None
         self._loaded: tuple[str, LoadedModel] | None = None
         self._last: str | None = None
+        self._spare: PreTrainedTokenizerBase | None = None
+        self._spare_lock = Lock()
 
     def start(self, reference: str | None, model: LoadedModel | None) -> None:
         """Put the first model up: one that is loaded already, or the one a user named.
@@ -77,12 +85,11 @@ class Shelf:
             GPTQLoaderError: it cannot be loaded.
         """
         if model is None and reference is not None:
-            named = next((it.target for it in self.entries() if it.name == reference), reference)
-            model = self._load(named)
+            self._own = next((it for it in self.entries() if it.name == reference), None)
+            model = self._load(reference if self._own is None else self._own.target)
         if model is not None:
-            self._own = _own_entry(model, reference)
-            self._last = self._own.name
-            self._loaded = self._own.name, model
+            self._own = self._own or _own_entry(model, reference)
+            self._put(self._own.name, model)
 
     @property
     def loaded(self) -> tuple[str, LoadedModel] | None:
@@ -125,9 +132,17 @@ class Shelf:
             return self._loaded
         self.unload()
         self._check_memory(entry)
-        self._loaded = entry.name, self._load(entry.target)
-        self._last = entry.name
-        return self._loaded
+        return self._put(entry.name, self._load(entry.target))
+
+    def with_tokenizer(self, use: Callable[[PreTrainedTokenizerBase], T]) -> T:
+        """Have a function called with a tokenizer that is the model's, and not in use elsewhere.
+
+        Tokenizers keep the options of a call inside them: two threads cannot share one.
+        """
+        with self._spare_lock:
+            if self._spare is None:
+                raise ApiError(503, "no model is loaded", kind="server_error")
+            return use(self._spare)
 
     def unload(self) -> None:
         """Free the memory of the model that is loaded."""
@@ -150,6 +165,13 @@ class Shelf:
     def close(self) -> None:
         """Free everything."""
         self.unload()
+
+    def _put(self, name: str, model: LoadedModel) -> tuple[str, LoadedModel]:
+        spare = copy.deepcopy(model.tokenizer)
+        with self._spare_lock:
+            self._spare = spare
+        self._loaded, self._last = (name, model), name
+        return self._loaded
 
     def _find(self, name: str | None) -> Entry | HubReference:
         """Look a name up; what is not listed may be on the hub, where downloads are allowed."""

@@ -106,6 +106,7 @@ class Traffic:
         if record.ready is not None:
             self._metrics.count("gptq_prompt_tokens_total", record.prompt_tokens)
             self._metrics.count("gptq_generated_tokens_total", tokens)
+            self._metrics.count("gptq_replies_total", len(record.tokens))
             self._metrics.observe("gptq_queue_seconds", record.ready - record.began)
         if record.first is not None:
             self._metrics.observe("gptq_first_token_seconds", record.first - record.began)

@@ -14,7 +14,7 @@ from gptq_loader_extensions.openai.errors import invalid
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from pydantic import BaseModel
+    from gptq_loader_extensions.openai.schemas import Message, Sampling
 
 __all__ = ["check_extra", "check_message"]
 
@@ -38,7 +38,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "web_search_options": EMPTY,
     # local servers'
     "add_bos_token": (None, True),
-    "adaptive_target": (None, -1),
+    "adaptive_target": (None, 0, -1, -0.01),
     "ban_eos_token": EMPTY,
     "banned_strings": EMPTY,
     "banned_tokens": EMPTY,
@@ -63,7 +63,8 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "json_schema": EMPTY,
     "length_penalty": (None, 1),
     "logits_bias": EMPTY,
-    "memory": EMPTY,
+    "max_tokens_second": EMPTY,
+    "min_keep": (None, 0, 1),
     "min_length": EMPTY,
     "min_tokens": EMPTY,
     "mirostat": EMPTY,
@@ -75,16 +76,21 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "penalty_alpha": EMPTY,
     "replacement": EMPTY,
     "rep_pen_slope": (None, 0, 1),
+    "singleline": EMPTY,
     "skew": EMPTY,
     "skip_special_tokens": (None, True),
     "smoothing_factor": EMPTY,
-    "temperature_last": EMPTY,
+    "speculative_ngram": EMPTY,
     "tfs": (None, 0, 1),
     "tfs_z": (None, 0, 1),
     "top_a": EMPTY,
     "top_n_sigma": (None, 0, -1),
     "typical": (None, 0, 1),
     "typical_p": (None, 0, 1),
+    "use_authors_note": EMPTY,
+    "use_memory": EMPTY,
+    "use_story": EMPTY,
+    "use_world_info": EMPTY,
     "xtc_probability": EMPTY,
 }
 # What belongs to an option above, or to another server's ways, and has no effect by itself.
@@ -92,6 +98,9 @@ BARE = frozenset(
     {
         "adaptive_decay",
         "api_server",
+        "can_abort",
+        "include_reasoning",
+        "n_probs",
         "api_type",
         "auto_max_new_tokens",
         "chat_id",
@@ -123,10 +132,10 @@ BARE = frozenset(
     }
 )
 # How it is done elsewhere: ours is fixed, and the client is told that it had no say.
-TOLD = frozenset({"quiet", "sampler_order", "sampler_priority", "samplers", "sampler_seed_mode"})
+TOLD = frozenset({"quiet", "sampler_order", "sampler_priority", "samplers", "temperature_last"})
 
 
-def check_extra(request: BaseModel) -> tuple[str, ...]:
+def check_extra(request: Sampling) -> tuple[str, ...]:
     """Refuse options that would have no effect; name those whose effect nobody depends on.
 
     Raises:
@@ -135,12 +144,14 @@ def check_extra(request: BaseModel) -> tuple[str, ...]:
     return _check(request.model_extra or {})
 
 
-def check_message(message: BaseModel, index: int) -> None:
-    """Refuse what a message has beyond its text, unless it is empty.
+def check_message(message: Message, index: int) -> None:
+    """Refuse a message without content, and what it has beyond its text, unless that is empty.
 
     Raises:
-        ApiError: there is something, and it would be lost.
+        ApiError: there is nothing, or something that would be lost.
     """
+    if message.content is None and message.role != "assistant":
+        raise invalid(f"message {index} has no content", param=f"messages.{index}.content")
     for name, value in (message.model_extra or {}).items():
         if value not in EMPTY:
             raise invalid(

@@ -60,6 +60,7 @@ class Reply:
         self._work = Work(model, prepare, send)
         self.ready: Ready | None = None
         self.text = ""
+        self.ended = False
 
     async def start(self, request: Request) -> Said | Ended:
         """Queue the work and wait for its first piece.
@@ -98,6 +99,7 @@ class Reply:
 
     def cancel(self) -> None:
         """End the work within a token."""
+        self.ended = True
         self._engine.cancel(self._work)
 
     async def _first(self) -> Said | Ended:
@@ -123,6 +125,8 @@ class Reply:
             ) from error
         if isinstance(event, Failed):
             raise as_api_error(event.error) from event.error
+        if isinstance(event, Ended):
+            self.ended = True
         if isinstance(event, Said):
             self._record.said(event)
             self.text += event.piece.text

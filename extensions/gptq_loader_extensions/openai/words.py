@@ -44,6 +44,14 @@ class TokenWords:
         """Give a token's text; half characters are shown as such."""
         return self.bytes(token).decode(errors="replace")
 
+    def name(self, token: int) -> str:
+        """Give what tells a token from others: its text, or as OpenAI does the bytes of a half."""
+        raw = self.bytes(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{it:02x}" for it in raw)
+
 
 def _byte_letters() -> dict[str, bytes]:
     """List the letters that byte-level vocabularies write bytes with: GPT-2's table."""
