@@ -13,6 +13,7 @@
 // be only some of its positions, and who reads what was seen merges the pieces for itself.
 
 #include "gptq_attention.h"
+#include "gptq_model.h"
 
 #include <atomic>
 #include <sched.h>
@@ -22,41 +23,6 @@
 #endif
 
 using namespace gptq;
-
-extern "C" {
-
-// y = x @ W.T + bias: a packed layer, or rows [out_features][in_features] of the model's dtype.
-struct GptqProjection {
-  const GptqLayer* packed;  // or null
-  const void* weight;       // where it is not packed
-  const float* bias;        // of what is not packed, or null
-  int32_t in_features;
-  int32_t out_features;
-  int32_t same_rows;  // as the projection before it: what was gathered for that one serves
-};
-
-struct GptqBlock {
-  GptqProjection q, k, v, o, gate, up, down;
-  const float* input_norm;  // [hidden]
-  const float* inner_norm;  // [hidden]
-  const float* q_norm;      // [head_dim], or null
-  const float* k_norm;
-  void* keys;  // [kv_heads][capacity][head_dim]
-  void* values;
-  int64_t capacity;
-  int64_t window;  // positions a token sees, or 0 for all
-};
-
-struct GptqModel {
-  int32_t blocks, hidden, heads, kv_heads, head_dim, inner;
-  int32_t type;  // of weights, keys and values
-  int32_t isa;
-  float eps, scale;
-  const float* norm;  // [hidden]
-  const GptqBlock* block;
-};
-
-}  // extern "C"
 
 namespace {
 
@@ -216,23 +182,6 @@ int project(const GptqModel& model, const GptqProjection& p, int64_t tile, int64
     for (int64_t row = 0; row < m; row++)
       for (int c = 0; c < count; c++) y[row * COLUMNS + c] += bias[first + c];
   return count;
-}
-
-// Rotate a head by halves: x [head_dim], cos and sin [head_dim].
-void rotate(float* x, const float* cos, const float* sin, int dim) {
-  for (int i = 0; i < dim / 2; i++) {
-    const float low = x[i], high = x[i + dim / 2];
-    x[i] = low * cos[i] - high * sin[i];
-    x[i + dim / 2] = high * cos[i + dim / 2] + low * sin[i + dim / 2];
-  }
-}
-
-void keep(void* cache, int64_t at, const float* from, int count, int type) {
-  if (type == FLOAT32) {
-    memcpy(static_cast<float*>(cache) + at, from, sizeof(float) * count);
-    return;
-  }
-  for (int i = 0; i < count; i++) static_cast<uint16_t*>(cache)[at + i] = to_bfloat16(from[i]);
 }
 
 // What the threads share, all float32.

@@ -39,7 +39,7 @@ class Isa(IntEnum):
 
 
 class Layer(ctypes.Structure):
-    """`GptqLayer` of gptq_cpu.cpp, field by field."""
+    """`GptqLayer` of gptq_cpu.h, field by field."""
 
     _fields_ = (
         ("bits", ctypes.c_int32),
@@ -60,7 +60,7 @@ class Layer(ctypes.Structure):
 
 
 class Projection(ctypes.Structure):
-    """`GptqProjection` of gptq_step.cpp."""
+    """`GptqProjection` of gptq_model.h."""
 
     _fields_ = (
         ("packed", ctypes.POINTER(Layer)),
@@ -90,7 +90,7 @@ NORMS = {
 
 
 class Block(ctypes.Structure):
-    """`GptqBlock` of gptq_step.cpp."""
+    """`GptqBlock` of gptq_model.h."""
 
     _fields_ = (
         *((name, Projection) for name in PARTS),
@@ -103,7 +103,7 @@ class Block(ctypes.Structure):
 
 
 class Model(ctypes.Structure):
-    """`GptqModel` of gptq_step.cpp."""
+    """`GptqModel` of gptq_model.h."""
 
     _fields_ = (
         *(
@@ -184,6 +184,8 @@ def load_library() -> ctypes.CDLL:
     library.gptq_gemm.restype = number
     library.gptq_step.argtypes = (pointer, pointer, pointer, pointer, count, count, pointer, number)
     library.gptq_step.restype = number
+    library.gptq_prompt.argtypes = (pointer,) * 4 + (count, count, pointer, number, number)
+    library.gptq_prompt.restype = number
     library.gptq_rows.argtypes = (pointer,) * 3 + (count,) * 3 + (number,) * 3
     library.gptq_rows.restype = number
     library.gptq_read_bandwidth.argtypes = (count, number, number)

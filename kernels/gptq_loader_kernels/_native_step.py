@@ -1,7 +1,7 @@
-"""A decoding step of Llama-like models in one call of the native library.
+"""Llama-like models through the native library: a decoding step in one call, and so a prompt.
 
-The model stays transformers' own: the decoder's `forward` is asked first whether this call is a
-few new tokens of one sequence, and everything else goes to transformers. Imports torch.
+The model stays transformers' own: the decoder's `forward` is asked first whether this call is new
+tokens of one sequence, and everything else goes to transformers. Imports torch.
 """
 
 from __future__ import annotations
@@ -29,65 +29,40 @@ from gptq_loader_kernels._watch import Watch, modules_inside
 from gptq_loader_plugin.kv_cache import RoomyLayer, make_cache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-__all__ = ["NativeStep", "RowsLinear", "install"]
+__all__ = ["CACHE", "MOST_TOKENS", "NativeStep", "all_packed", "why_not"]
 
 FAMILIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
-MOST_TOKENS = 8  # at a time; more are multiplied faster by transformers' way
+MOST_TOKENS = 8  # of a step; more are a prompt
 LANES = 16
-PROBE_TOKENS = 6
-# A step in float32 differs from transformers' by the order of its sums: 1e-6 to 1e-5 measured. In
-# bfloat16 some tokens' states are 0.4 off whoever computes them (SmolLM2-135M, tokens 3 to 8), so a
-# step may be as far from float32 as transformers itself is, and half as far again.
-TOLERANCE, ROUNDING, SPREAD = 1e-3, 8e-2, 1.5
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-class RowsLinear(nn.Linear):
-    """A linear that is not packed, multiplying a few rows at the speed its weight is read."""
-
-    isa = Isa.PLAIN
-
-    @classmethod
-    def of(cls, linear: nn.Linear, isa: Isa) -> RowsLinear:
-        """Take over a linear's weight, which is shared and not copied."""
-        made = cls(linear.in_features, linear.out_features, bias=False, device="meta")
-        made.weight, made.isa = linear.weight, isa
-        return made
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name
-        """Multiply: x [..., in_features] -> [..., out_features]."""
-        x, weight = input, self.weight
-        rows = x.numel() // self.in_features
-        plain = weight.is_contiguous() and weight.device.type == x.device.type == "cpu"
-        same = weight.dtype == x.dtype and x.dtype in TYPES
-        if not 0 < rows <= MOST_TOKENS or not plain or not same or torch.is_grad_enabled():
-            return super().forward(x)
-        x = x.contiguous()
-        out = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
-        failed = load_library().gptq_rows(
-            weight.data_ptr(), x.data_ptr(), out.data_ptr(), rows, self.in_features,
-            self.out_features, TYPES[x.dtype], self.isa, torch.get_num_threads(),
-        )  # fmt: skip
-        if failed:
-            return super().forward(x)
-        return out
-
-
 class NativeStep:
-    """The forward of a decoder: its own, or for a few new tokens the native library's.
+    """The forward of a decoder: its own, or for new tokens of one sequence the native library's.
+
+    A few tokens are a step, of which some layers may be unpacked and which may be in float32. More
+    are a prompt, which wants bfloat16, every layer packed, and a processor with its products.
 
     Args:
         decoder: the model without its head, of one of FAMILIES and as `why_not` wants it.
         isa: the code to run, by default the best the processor has.
+        amx: whether prompts are multiplied by its matrix unit, by default where it has one.
     """
 
-    def __init__(self, decoder: Any, *, isa: Isa | None = None) -> None:  # noqa: ANN401 - any of FAMILIES
+    def __init__(
+        self,
+        decoder: Any,  # noqa: ANN401 - any of FAMILIES
+        *,
+        isa: Isa | None = None,
+        amx: bool | None = None,
+    ) -> None:
         self.decoder = decoder
         self.isa = Isa(load_library().gptq_isa()) if isa is None else isa
+        self.amx = bool(load_library().gptq_amx()) if amx is None else amx
         self.otherwise: Callable[..., Any] = decoder.forward
-        self.steps = 0  # taken natively
+        self.steps = self.prompts = 0  # taken natively
         self._built: tuple[Model, Any, list[Any], Watch, torch.dtype] | None = None
         self._lock = threading.Lock()  # the library is told of one cache at a time
 
@@ -102,21 +77,24 @@ class NativeStep:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - transformers' forward
-        """Run a step natively where it is one, else the decoder's own forward."""
+        """Run a step or a prompt natively where it is one, else the decoder's own forward."""
         with self._lock:
             fit = None if args else self._fit(kwargs)
             if fit is not None:
-                y = self._run(*fit)
-                self.steps += 1
-                return BaseModelOutputWithPast(last_hidden_state=y, **{CACHE: fit[1]})
+                kept = None if kwargs.get("use_cache") is False else fit[1]
+                return BaseModelOutputWithPast(last_hidden_state=self._run(*fit), **{CACHE: kept})
         return self.otherwise(*args, **kwargs)
 
     def _fit(self, given: dict[str, Any]) -> tuple[torch.Tensor, Any, int] | None:  # noqa: PLR0911 - one for each reason
-        """Give embeddings [1, m, hidden], the cache and its length, where this is a native step."""
+        """Give embeddings [1, m, hidden], the cache and its length, where this is ours."""
         if torch.is_grad_enabled():
             return None
         given = dict(given)
-        cache, ids = given.pop(CACHE, None), given.pop("input_ids", None)
+        ids = given.pop("input_ids", None)
+        before, after = given.pop("past_key_values", None), given.pop("cache", None)
+        cache: Any = (
+            after if before is None else before
+        )  # the name until transformers 5.23, and since
         embedded, mask = given.pop("inputs_embeds", None), given.pop("attention_mask", None)
         positions = given.pop("position_ids", None)
         given.pop("use_cache", None)
@@ -125,23 +103,33 @@ class NativeStep:
         if any(value is not None and value is not False for value in given.values()):
             return None
         shape = (ids if embedded is None else embedded).shape
-        if shape[0] != 1:
+        if shape[0] != 1 or shape[1] == 0:
             return None
         _give_room(cache)
-        if not 0 < shape[1] <= MOST_TOKENS:
+        prompt = shape[1] > MOST_TOKENS
+        if prompt and not self.takes_prompts():
             return None
+        if prompt and cache is None:
+            cache = make_cache(self.decoder)
         x = self.decoder.embed_tokens(ids) if embedded is None else embedded
         if x.dtype not in TYPES or x.device.type != "cpu":
+            return None
+        if prompt and x.dtype != torch.bfloat16:
             return None
         if not _is_roomy(cache, len(self.decoder.layers), x.dtype):
             return None
         past: int = cache.layers[0].length
-        end = past + shape[1]
-        if mask is not None and (mask.shape != (1, end) or not bool(mask.all())):
+        if not _in_order(mask, positions, past, past + shape[1]) or not self._build(x.dtype):
             return None
-        if positions is not None and positions.flatten().tolist() != list(range(past, end)):
-            return None
-        return (x.contiguous(), cache, past) if self._build(x.dtype) else None
+        return x.contiguous(), cache, past
+
+    def takes_prompts(self) -> bool:
+        """Say whether more than a few tokens are taken natively."""
+        return (
+            self.isa >= Isa.BF16
+            and self.decoder.norm.weight.dtype == torch.bfloat16
+            and all(isinstance(it, NativeLinear) and not it.int8 for it in _linears(self.decoder))
+        )
 
     def _run(self, x: torch.Tensor, cache: Any, past: int) -> torch.Tensor:  # noqa: ANN401
         built = self._built
@@ -160,12 +148,19 @@ class NativeStep:
         cos, sin = self.decoder.rotary_emb(x.float(), positions)
         cos, sin = cos.contiguous(), sin.contiguous()
         y = torch.empty_like(x)
-        failed = load_library().gptq_step(
+        given = (
             ctypes.addressof(model), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), past, tokens,
-            y.data_ptr(), torch.get_num_threads(),
+            y.data_ptr(),
         )  # fmt: skip
+        threads, library = torch.get_num_threads(), load_library()
+        if tokens > MOST_TOKENS:
+            failed = library.gptq_prompt(*given, self.amx, threads)
+            self.prompts += 1
+        else:
+            failed = library.gptq_step(*given, threads)
+            self.steps += 1
         if failed:
-            raise RuntimeError(f"no memory for a step of {tokens} tokens")
+            raise RuntimeError(f"no memory for {tokens} tokens")
         for layer in cache.layers:
             layer.length = past + tokens
         return y
@@ -177,7 +172,7 @@ class NativeStep:
         self._built = None
         if why_not(self.decoder) is not None:
             return False
-        if self.decoder.norm.weight.dtype != dtype and not _all_packed(self.decoder):
+        if self.decoder.norm.weight.dtype != dtype and not all_packed(self.decoder):
             return False
         decoder = self.decoder
         kept: list[Any] = []
@@ -225,25 +220,6 @@ class NativeStep:
         return True
 
 
-def install(model: Any) -> str | None:  # noqa: ANN401 - a transformers model
-    """Have a model decode natively; say why not where it cannot, None where it does.
-
-    First steps are compared with transformers' own: a difference beyond rounding undoes it all.
-    """
-    decoder: Any = getattr(model, "model", None)
-    if (reason := why_not(decoder)) is not None:
-        return reason
-    step = NativeStep(decoder)
-    decoder.forward = step.forward
-    if (reason := _difference(step)) is not None:
-        decoder.forward = step.otherwise
-        return reason
-    head = model.get_output_embeddings()
-    if type(head) is nn.Linear and head.bias is None:
-        model.set_output_embeddings(RowsLinear.of(head, Isa(load_library().gptq_isa())))
-    return None
-
-
 def why_not(decoder: Any) -> str | None:  # noqa: ANN401 - one for each limit
     """Say what keeps a decoder from stepping natively, in words."""
     kind = type(decoder).__name__
@@ -275,54 +251,12 @@ def _changed(decoder: Any) -> str | None:  # noqa: ANN401
     return None
 
 
-def _difference(step: NativeStep) -> str | None:
-    """Compare steps after a short prompt with transformers' own forward; say what differs.
-
-    Where every layer is packed, both compute in float32 too, which tells a mistake from rounding.
-    """
-    decoder = step.decoder
-    ids = torch.arange(3, 3 + PROBE_TOKENS)[None] % decoder.config.vocab_size
-    with torch.inference_mode():
-        x = decoder.embed_tokens(ids)
-        theirs = exact = _answer(step.otherwise, x)
-        if x.dtype != torch.float32 and _all_packed(decoder):
-            exact = _answer(step.otherwise, x.float())
-            if not _apart(_steps(step, x.float()), exact) <= TOLERANCE:
-                return "in float32, its first steps differ from transformers'"
-        allowed = TOLERANCE if x.dtype == torch.float32 else ROUNDING
-        allowed = max(allowed, SPREAD * _apart(theirs, exact))
-        error = _apart(_steps(step, x), exact)
-    if not error <= allowed:
-        return f"its first steps differ from transformers' by {error:.1%}"
-    return None
+def all_packed(decoder: Any) -> bool:  # noqa: ANN401
+    return all(isinstance(it, NativeLinear) for it in _linears(decoder))
 
 
-def _answer(forward: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
-    states: torch.Tensor = forward(inputs_embeds=x, use_cache=False).last_hidden_state
-    return states.float()
-
-
-def _steps(step: NativeStep, x: torch.Tensor) -> torch.Tensor:
-    """Give the states after two native steps, or not a number where one was not native."""
-    cache, taken = make_cache(step.decoder), step.steps
-    parts = [
-        step.forward(inputs_embeds=part, use_cache=True, **{CACHE: cache}).last_hidden_state
-        for part in x.split((PROBE_TOKENS - 1, 1), dim=1)
-    ]
-    states = torch.cat(parts, dim=1).float()
-    return states if step.steps == taken + len(parts) else states * torch.nan
-
-
-def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).norm() / other.norm().clamp_min(1e-12))
-
-
-def _all_packed(decoder: Any) -> bool:  # noqa: ANN401
-    return all(
-        isinstance(_find(layer, path), NativeLinear)
-        for layer in decoder.layers
-        for path in PARTS.values()
-    )
+def _linears(decoder: Any) -> Iterator[Any]:  # noqa: ANN401
+    return (_find(layer, path) for layer in decoder.layers for path in PARTS.values())
 
 
 def _describe(to: Projection, module: Any, dtype: torch.dtype, kept: list[Any]) -> None:  # noqa: ANN401
@@ -354,6 +288,15 @@ def _find(owner: Any, path: str) -> Any:  # noqa: ANN401
     for name in path.split("."):
         owner = getattr(owner, name, None)
     return owner
+
+
+def _in_order(
+    mask: torch.Tensor | None, positions: torch.Tensor | None, past: int, end: int
+) -> bool:
+    """Say whether tokens follow what is in the cache, none of it masked."""
+    if mask is not None and (mask.shape != (1, end) or not bool(mask.all())):
+        return False
+    return positions is None or positions.flatten().tolist() == list(range(past, end))
 
 
 def _is_roomy(cache: Any, layers: int, dtype: torch.dtype) -> bool:  # noqa: ANN401 - transformers' caches
