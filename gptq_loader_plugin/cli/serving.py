@@ -90,6 +90,9 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", help="The most tokens of any reply.")
     ] = None,
+    grace: Annotated[
+        int, typer.Option("--grace", help="Seconds that running replies get after Ctrl-C.")
+    ] = 5,
     device: Device = None,
     backend: Backend = None,
     template: Template = None,
@@ -139,6 +142,7 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
         timeout=timeout,
         max_body=max_body,
         max_new_tokens=max_new_tokens,
+        grace=grace,
         as_json=as_json,
     )
 

@@ -38,8 +38,6 @@ __all__ = [
     "Work",
 ]
 
-STOPPED = ApiError(503, "stopped before it began", kind="server_error", code="stopped")
-
 logger = logging.getLogger(__name__)
 
 
@@ -170,7 +168,7 @@ class SerialEngine:
         """
         with self._changed:
             if self._closed:
-                raise ApiError(503, "the server is stopping", kind="server_error")
+                raise _stopping()
             if len(self._waiting) >= self._max_queue:
                 raise ApiError(
                     429,
@@ -189,20 +187,24 @@ class SerialEngine:
             if work not in self._waiting:
                 return
             self._waiting.remove(work)
-        work.send(Failed(STOPPED))
+        work.send(Failed(_stopped()))
 
     def counts(self) -> tuple[int, int]:
         """Count the works that run, and those that wait."""
         with self._changed:
             return int(self._running is not None), len(self._waiting)
 
-    def close(self) -> None:
-        """End all work and the thread, and close the model."""
+    def stop(self) -> None:
+        """Take no more work, and end all there is within a token."""
         with self._changed:
             self._closed = True
             for work in (*self._waiting, *filter(None, (self._running,))):
                 work.cancel.set()
             self._changed.notify_all()
+
+    def close(self) -> None:
+        """Stop, wait for the thread to end, and close the model."""
+        self.stop()
         self._thread.join()
         self._shelf.close()
 
@@ -221,14 +223,14 @@ class SerialEngine:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
                 for work in self._waiting:
-                    work.send(Failed(ApiError(503, "the server is stopping", kind="server_error")))
+                    work.send(Failed(_stopping()))
                 return None
             self._running = self._waiting.popleft()
             return self._running
 
     def _do(self, work: Work) -> None:
         if work.cancel.is_set():
-            raise STOPPED
+            raise _stopped()
         name, model = self._shelf.take(work.model)
         value, runs = work.prepare(model)
         work.send(Ready(name, value, runs))
@@ -252,6 +254,8 @@ class SerialEngine:
             watch=None if scores is None else scores.watch,
         )
         for piece in pieces:
+            if piece.finish == "cancelled" and self._closed:
+                raise _stopping()
             work.send(Said(index, piece, () if scores is None else scores.taken()))
 
     def _failed(self, work: Work, error: Exception) -> None:
@@ -260,3 +264,11 @@ class SerialEngine:
         elif as_api_error(error).status == 500:
             logger.error("a request failed", exc_info=error)
         work.send(Failed(error))
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "the server is stopping", kind="server_error", code="stopping")
+
+
+def _stopped() -> ApiError:
+    return ApiError(503, "stopped before it began", kind="server_error", code="stopped")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import logging
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.loaded import LoadedModel
 
 __all__ = ["bind", "serve"]
+
+CUT_SECONDS = 5  # for replies that were told to end; a large model's token may take one
 
 
 def serve(
@@ -64,18 +67,30 @@ def serve(
         server = Server(settings, shelf, engine)
         _log_requests()
         _announce(server, listening)
+        config = uvicorn.Config(
+            create_app(server),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=settings.grace + CUT_SECONDS,
+        )
         try:
-            config = uvicorn.Config(
-                create_app(server),
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                server_header=False,
-                timeout_graceful_shutdown=settings.grace,
-            )
-            uvicorn.Server(config).run(sockets=[listening])
+            asyncio.run(_run(uvicorn.Server(config), engine, listening, grace=settings.grace))
         finally:
             engine.close()
+
+
+async def _run(
+    host: uvicorn.Server, engine: SerialEngine, listening: socket.socket, *, grace: float
+) -> None:
+    """Serve until a signal; then wait for the replies under way, and cut those that go on."""
+    serving = asyncio.ensure_future(host.serve(sockets=[listening]))
+    while not (host.should_exit or serving.done()):  # noqa: ASYNC110 - uvicorn has no event for it
+        await asyncio.sleep(0.1)
+    await asyncio.wait({serving}, timeout=grace)
+    engine.stop()
+    await serving
 
 
 def bind(host: str, port: int) -> socket.socket:
