@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from gptq_loader_extensions.openai.asked import make_runs
-from gptq_loader_extensions.openai.documented import ERRORS
+from gptq_loader_extensions.openai.documented import ERRORS, EVENTS
 from gptq_loader_extensions.openai.engine import Run, Said
 from gptq_loader_extensions.openai.errors import invalid
 from gptq_loader_extensions.openai.probabilities import Aligned, chat_logprobs
@@ -121,7 +121,7 @@ def chat_routes(server: Server) -> APIRouter:
     """Make the route."""
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", responses=ERRORS, response_model=None)
+    @router.post("/v1/chat/completions", responses=ERRORS | EVENTS, response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         record = record_of(request)

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 
 from gptq_loader_extensions.openai.asked import make_runs
 from gptq_loader_extensions.openai.chat import FINISH, usage
-from gptq_loader_extensions.openai.documented import ERRORS
+from gptq_loader_extensions.openai.documented import ERRORS, EVENTS
 from gptq_loader_extensions.openai.engine import Run, Said
 from gptq_loader_extensions.openai.errors import invalid
 from gptq_loader_extensions.openai.probabilities import Aligned, completion_logprobs
@@ -127,7 +127,7 @@ def completion_routes(server: Server) -> APIRouter:
     """Make the route."""
     router = APIRouter()
 
-    @router.post("/v1/completions", responses=ERRORS, response_model=None)
+    @router.post("/v1/completions", responses=ERRORS | EVENTS, response_model=None)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Complete prompts."""
         record = record_of(request)

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from gptq_loader_extensions.openai.asked import make_runs
 from gptq_loader_extensions.openai.chat import FINISH
 from gptq_loader_extensions.openai.completions import cut_prompt
-from gptq_loader_extensions.openai.documented import ERRORS
+from gptq_loader_extensions.openai.documented import ERRORS, EVENTS
 from gptq_loader_extensions.openai.engine import Run, Said
 from gptq_loader_extensions.openai.errors import invalid
 from gptq_loader_extensions.openai.schemas import (
@@ -59,7 +59,7 @@ def kobold_routes(server: Server) -> APIRouter:  # noqa: C901 - one small functi
         ]
         return JSONResponse({"results": results}, headers=told(record_of(request)))
 
-    @router.post("/api/extra/generate/stream", response_model=None)
+    @router.post("/api/extra/generate/stream", responses=EVENTS, response_model=None)
     async def generate_stream(body: KoboldRequest, request: Request) -> Response:
         """Complete a prompt, and send the text as it comes."""
         if (body.n or 1) > 1:
