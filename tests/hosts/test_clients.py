@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -368,3 +369,16 @@ def test_sillytaverns_chat(
     assert lines[-1] == "[DONE]"
     deltas = [json.loads(it)["choices"][0]["delta"] for it in lines[:-1]]
     assert "".join(it.get("content", "") for it in deltas) == right
+
+
+@pytest.mark.host("openai")
+@needs_python_of("clients")
+def test_the_python_of_the_docs_runs(open_server: ServerProcess) -> None:
+    text = (ROOT / "docs" / "hosts" / "server.md").read_text(encoding="utf-8")
+    found = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert found
+    for code in found:
+        here = code.replace("http://127.0.0.1:8000", open_server.url).replace('"demo"', repr(ONE))
+        done = in_clients("-c", here)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
