@@ -82,6 +82,10 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
         bool, typer.Option("--allow-pickle", help="Load .bin and .pt files that are named.")
     ] = False,
     max_queue: Annotated[int, typer.Option("--max-queue", help="How many requests may wait.")] = 64,
+    most_at_once: Annotated[
+        int,
+        typer.Option("--most-at-once", min=1, help="How many replies are written side by side."),
+    ] = 16,
     timeout: Annotated[
         float, typer.Option("--timeout", help="Seconds a request may take, its wait included.")
     ] = 600.0,
@@ -139,6 +143,7 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
         downloads=downloads,
         pickles=pickles,
         max_queue=max_queue,
+        most_at_once=most_at_once,
         timeout=timeout,
         max_body=max_body,
         max_new_tokens=max_new_tokens,

@@ -15,7 +15,7 @@ from altered import DATA, ONE, plugins
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.openai.app import create_app
-from gptq_loader_extensions.openai.engine import SerialEngine
+from gptq_loader_extensions.openai.batching import BatchEngine
 from gptq_loader_extensions.openai.server import Server
 from gptq_loader_extensions.openai.serving import bind
 from gptq_loader_extensions.openai.settings import Settings
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from gptq_loader_plugin.generate import Piece
+    import torch
+
+    from gptq_loader_plugin.generate import Generation, Piece
 
 OTHER = "gptq-3bit-128g-act-sym"
 CHAT = "/v1/chat/completions"
@@ -34,11 +36,11 @@ COMPLETE = "/v1/completions"
 
 
 def load(target: str | Path) -> gptq.LoadedModel:
-    return gptq.load(target, device="cpu", plugins=plugins())
+    return gptq.load(target, device="cpu", dtype="float32", plugins=plugins())  # to the bit
 
 
 class Brake:
-    """A load whose models wait for leave before each piece of text."""
+    """A load whose models wait for leave after each piece of text."""
 
     def __init__(self) -> None:
         self.leave = threading.Semaphore(0)
@@ -47,18 +49,33 @@ class Brake:
 
     def __call__(self, target: str | Path) -> gptq.LoadedModel:
         model = load(target)
-        freely = model.stream_ids
+        begin = model.begin
 
-        def braked(*args: Any, **options: Any) -> Iterator[Piece]:
+        def braked(*args: Any, **options: Any) -> Generation:
+            generation = begin(*args, **options)
             self.began.release()
-            for piece in freely(*args, **options):
-                yield piece
-                if piece.finish == "cancelled":
-                    self.cancelled += 1
-                if piece.finish is None:
-                    assert self.leave.acquire(timeout=60)
+            take, cancelled = generation.take, generation.cancelled
+            given = 0
 
-        model.stream_ids = braked  # type: ignore[method-assign]
+            def counted(logits: torch.Tensor) -> Piece | None:
+                nonlocal given
+                piece = take(logits)
+                given += piece is not None and piece.finish is None
+                return piece
+
+            def held() -> Piece | None:
+                nonlocal given
+                if given:
+                    given -= 1
+                    assert self.leave.acquire(timeout=60)
+                piece = cancelled()
+                self.cancelled += piece is not None
+                return piece
+
+            generation.take, generation.cancelled = counted, held  # type: ignore[method-assign]
+            return generation
+
+        model.begin = braked  # type: ignore[method-assign]
         return model
 
     def wait(self) -> None:
@@ -114,6 +131,7 @@ def running(
     start: str | None = ONE,
     loads: Callable[[str | Path], gptq.LoadedModel] = load,
     headers: dict[str, str] | None = None,
+    most_at_once: int = 1,
     **settings: Any,
 ) -> Iterator[Running]:
     """Serve the checkpoints of `names`, put into a models folder."""
@@ -123,10 +141,10 @@ def running(
     for name in names:
         if not (models / name).exists():
             shutil.copytree(DATA / name, models / name)
-    chosen = Settings(port=0, models_dir=models, **settings)
+    chosen = Settings(port=0, models_dir=models, most_at_once=most_at_once, **settings)
     shelf = Shelf(chosen, load=loads)
     shelf.start(start, None)
-    engine = SerialEngine(shelf, max_queue=chosen.max_queue)
+    engine = BatchEngine(shelf, max_queue=chosen.max_queue, most=chosen.most_at_once)
     server = Server(chosen, shelf, engine)
     listening = bind(chosen.host, 0)
     host = uvicorn.Server(

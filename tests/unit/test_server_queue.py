@@ -30,16 +30,19 @@ def until(served: Running, *, running: int | None = None, waiting: int | None = 
 
 
 def test_everyone_gets_the_text_they_would_get_alone(tmp_path: Path) -> None:
-    prompts = [f"Tell me about number {i}" for i in range(12)]
-    with running(tmp_path, names=(ONE,)) as served, load(tmp_path / "models" / ONE) as model:
-        options = gptq.GenerateOptions(max_new_tokens=15, temperature=0)
+    prompts = [f"Tell me about number {i}" * (1 + i % 4) for i in range(20)]
+    with (
+        running(tmp_path, names=(ONE,), most_at_once=8) as served,
+        load(tmp_path / "models" / ONE) as model,
+    ):
+        options = gptq.GenerateOptions(max_new_tokens=40, temperature=0)
         alone = [model.generate(it, options).text for it in prompts]
 
         def ask(prompt: str) -> str:
-            answer = served.post(COMPLETE, prompt=prompt, max_tokens=15, temperature=0)
+            answer = served.post(COMPLETE, prompt=prompt, max_tokens=40, temperature=0)
             return str(answer.json()["choices"][0]["text"])
 
-        with ThreadPoolExecutor(12) as pool:
+        with ThreadPoolExecutor(20) as pool:
             assert list(pool.map(ask, prompts)) == alone
 
 
@@ -177,14 +180,14 @@ def test_running_out_of_memory_ends_one_request(tmp_path: Path, error: Exception
 
     def loads(target: str | Path) -> gptq.LoadedModel:
         model = load(target)
-        freely = model.stream_ids
+        freely = model.begin
 
         def failing(*args: Any, **options: Any) -> Any:
             if fail.is_set():
                 raise error
             return freely(*args, **options)
 
-        model.stream_ids = failing  # type: ignore[method-assign]
+        model.begin = failing  # type: ignore[method-assign]
         return model
 
     with running(tmp_path, names=(ONE,), loads=loads) as served:

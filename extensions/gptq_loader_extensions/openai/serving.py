@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from gptq_loader_extensions.openai.app import create_app
-from gptq_loader_extensions.openai.engine import SerialEngine
+from gptq_loader_extensions.openai.batching import BatchEngine
 from gptq_loader_extensions.openai.server import Server
 from gptq_loader_extensions.openai.shelf import Shelf
 from gptq_loader_extensions.openai.traffic import LOG
@@ -63,7 +63,7 @@ def serve(
                 "there is no model to serve",
                 hint="name one: gptq-loader serve REF; or a folder of models: --models-dir FOLDER",
             )
-        engine = SerialEngine(shelf, max_queue=settings.max_queue)
+        engine = BatchEngine(shelf, max_queue=settings.max_queue, most=settings.most_at_once)
         server = Server(settings, shelf, engine)
         _log_requests()
         _announce(server, listening)
@@ -82,7 +82,7 @@ def serve(
 
 
 async def _run(
-    host: uvicorn.Server, engine: SerialEngine, listening: socket.socket, *, grace: float
+    host: uvicorn.Server, engine: BatchEngine, listening: socket.socket, *, grace: float
 ) -> None:
     """Serve until a signal; then wait for the replies under way, and cut those that go on."""
     serving = asyncio.ensure_future(host.serve(sockets=[listening]))
