@@ -26,8 +26,11 @@ from gptq_loader_extensions.openai.words import TokenWords
 from gptq_loader_plugin.generate import Piece
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
+
+    import gptq_loader_plugin as gptq
+    from gptq_loader_plugin.generate import Generation
 
 CALL = '<tool_call>\n{"name": "now", "arguments": {"zone": "UTC"}}\n</tool_call>'
 # As Hermes and Qwen write it, shortened.
@@ -125,20 +128,29 @@ def test_tools_reach_a_template_that_takes_them(tmp_path: Path) -> None:
 
 
 class Scripted:
-    """A model that says what it is told to, and is real in everything else."""
+    """A load whose models say what they are told to, and are real in everything else."""
 
     def __init__(self, text: str) -> None:
         self.text = text
 
-    def __call__(self, target: str | Path) -> Any:
+    def __call__(self, target: str | Path) -> gptq.LoadedModel:
         model = load(target)
+        begin = model.begin
 
-        def scripted(*args: Any, **options: Any) -> Iterator[Piece]:
-            for i, letter in enumerate(self.text):
-                yield Piece(letter, i + 1)
-            yield Piece("", len(self.text), "stop")
+        def scripted(*args: Any, **options: Any) -> Generation:
+            generation = begin(*args, **options)
+            pieces = iter([*self.text, None])
 
-        model.stream_ids = scripted  # type: ignore[method-assign,assignment]
+            def take(logits: torch.Tensor) -> Piece:
+                letter = next(pieces)
+                generation.unread = [1]
+                generation.finished = letter is None
+                return Piece(letter or "", 1, "stop" if letter is None else None)
+
+            generation.take = take  # type: ignore[method-assign]
+            return generation
+
+        model.begin = scripted  # type: ignore[method-assign]
         return model
 
 
