@@ -78,7 +78,7 @@ def kobold_routes(server: Server) -> APIRouter:  # noqa: C901 - one small functi
 
     @router.post("/api/extra/abort")
     async def abort(body: KoboldKey | None = None) -> dict[str, Any]:
-        """End the replies that have this key; it need not be given for those without one."""
+        """End the reply that has this key; without one, the only reply of a Kobold client."""
         found = _named(server, body)
         for reply in found:
             reply.cancel()
@@ -178,6 +178,10 @@ def _finish(said: list[Said], index: int) -> str | None:
 
 
 def _named(server: Server, body: KoboldKey | None) -> list[Reply]:
-    """Find the replies under way that a client means by a key."""
+    """Find the replies under way that a client means by a key.
+
+    One that names none means its own, which can be told only where it is the only one.
+    """
     key = "" if body is None else body.genkey or ""
-    return [reply for reply, its in server.replies.items() if its == key and not reply.ended]
+    found = [reply for reply, its in server.replies.items() if its == key and not reply.ended]
+    return found if key or len(found) == 1 else []
