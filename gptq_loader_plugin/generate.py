@@ -17,9 +17,9 @@ from gptq_loader_plugin.sampling import Sampler
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
     from gptq_loader_plugin.options import GenerateOptions
 
@@ -65,7 +65,7 @@ class Reply:
 
 
 @torch.inference_mode()
-def generate_pieces(
+def generate_pieces(  # noqa: PLR0913 - each is something a caller may need
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: Sequence[int],
@@ -78,6 +78,8 @@ def generate_pieces(
     never_ids: Sequence[int] = (),
     cancel: threading.Event | None = None,
     kept: KeptCache | None = None,
+    processors: Sequence[LogitsProcessor] = (),
+    watch: Callable[[int, torch.Tensor], object] | None = None,
 ) -> Iterator[Piece]:
     """Generate until a stop token, a stop text, the length or a cancellation.
 
@@ -93,9 +95,12 @@ def generate_pieces(
         never_ids: tokens that are never sampled: the embedding's padding.
         cancel: ends the reply once it is set.
         kept: the cache of the reply before this one; tokens it holds are not read again.
+        processors: change the logits before a token is picked, after those that `options` ask for.
+        watch: told each token once it is picked, an end token too, and the model's own logits for
+            it [1, vocabulary].
     """
     text = TextStream(tokenizer, stop, hidden_ids)
-    sampler = Sampler(options, never_ids, model.device)
+    sampler = Sampler(options, never_ids, model.device, processors)
     kept = kept or KeptCache()
     cache, held = kept.take(model, ids)
     read = list(ids)  # whose keys and values the cache has, or will have once it is used
@@ -108,6 +113,8 @@ def generate_pieces(
                 yield Piece(text.rest(), count - 1, "cancelled")
                 return
             token = sampler.pick(sequence, logits)
+            if watch is not None:
+                watch(token, logits)
             if token in stop_ids:
                 yield Piece(text.rest(), count, "stop")
                 return

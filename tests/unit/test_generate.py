@@ -216,7 +216,7 @@ def test_the_oldest_turns_are_left_out_where_asked_and_said(model: gptq.LoadedMo
 
 def test_chat_stops_at_the_end_token(model: gptq.LoadedModel) -> None:
     assert model.template.stop == ("<|im_end|>",)
-    assert 381 in model._stop_ids(model.template.stop)
+    assert 381 in model.end_ids(model.template.stop)
 
 
 def test_a_pipeline_works_too(model: gptq.LoadedModel) -> None:
