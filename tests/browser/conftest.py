@@ -71,7 +71,7 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
     """The page with a model, with a console that must stay free of errors."""
     with opened(browser, server) as (fresh, errors):
         yield fresh
-    assert errors == []
+    assert errors == [], errors
 
 
 @pytest.fixture
@@ -79,4 +79,4 @@ def empty(browser: Browser, shelf: Server) -> Iterator[Page]:
     """The page that began without a model, with a console that must stay free of errors."""
     with opened(browser, shelf) as (fresh, errors):
         yield fresh
-    assert errors == []
+    assert errors == [], errors

@@ -129,7 +129,7 @@ class ChatTab:
         choose = "(_, key) => [gptqPage.open(key), key]"
         forget = "(_, key) => [gptqPage.forget(key), key]"
         kept.change(events.listed, [kept], [picker], js=keep, **AT_ONCE)
-        picker.input(events.opened, [kept, picker], outputs, js=choose, **AT_ONCE)
+        picker.select(events.opened, [kept, picker], outputs, js=choose, **AT_ONCE)
         parts["delete"].click(events.forgotten, [kept, picker], outputs, js=forget, **AT_ONCE)
         page.load(events.opened, [kept], outputs, js=begin, **AT_ONCE)
         self._export.wire(conversation, panel.parts[0], message)

@@ -152,7 +152,8 @@ class ModelTab:
             *panel.parts,
             panel.card,
         ]
-        self.model.input(choose, [self.model], outputs, **LOADS)
+        # not `input`, which gradio 6.31 fires twice for one choice
+        self.model.select(choose, [self.model], outputs, **LOADS)
         self._reload.click(reload, [self.model, *self._how], outputs, **LOADS)
         self._unload.click(unload, None, outputs, **LOADS)
         self._save.click(save, [self.model, *self._how, *panel.parts], [self._progress], **AT_ONCE)

@@ -84,7 +84,7 @@ class SettingsPanel:
             return (loaded.model.card.system or "") if loaded else ""
 
         numbers = [temperature, top_p, top_k, min_p, penalty]
-        preset.input(take, preset, numbers, queue=False, show_progress="hidden", **PRIVATE)
+        preset.select(take, preset, numbers, queue=False, show_progress="hidden", **PRIVATE)
         self.card.click(take_card, None, system, queue=False, **PRIVATE)
 
     def filled(self, models: Models, settings: ModelSettings | None) -> dict[Any, Any]:
