@@ -16,6 +16,7 @@
   + TemplateError ............. there is no chat template, or it cannot render these messages
   + PluginError ............... a plugin broke its side of a hook, or is not installed
   + HubError .................. the model hub could not be reached, or refused
+    - DownloadCancelled ....... a caller ended a download; what was fetched is kept
   + QuantizeError ............. a model cannot be quantised as asked
 """
 
@@ -36,6 +37,7 @@ __all__ = [
     "CheckpointNotFound",
     "ConfigInvalid",
     "CorruptCheckpoint",
+    "DownloadCancelled",
     "GPTQLoaderError",
     "HubError",
     "NoBackend",
@@ -178,7 +180,19 @@ class PluginError(GPTQLoaderError):
 
 
 class HubError(GPTQLoaderError):
-    """The model hub could not be reached, or refused."""
+    """The model hub could not be reached, or refused.
+
+    Attributes:
+        status: the HTTP status it answered with, where it answered.
+    """
+
+    def __init__(self, message: str, *, hint: str, status: int | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
+
+
+class DownloadCancelled(HubError):
+    """A caller ended a download; what was fetched is kept for the next."""
 
 
 class QuantizeError(GPTQLoaderError):

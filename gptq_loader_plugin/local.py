@@ -1,25 +1,30 @@
 """List the GPTQ checkpoints of this machine: those of the models directories and the hub's cache.
 
-Only names, config files and headers are looked at, so that a list of hundreds takes a moment. A
-checkpoint may be in the list and still turn out to be damaged: `inspect` says what it is.
+Only names, config files and headers are looked at, so that a list of hundreds takes a moment. What
+headers cannot tell, such as whether act-order is what the config says, `inspect` does.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from gptq_loader_plugin.checkpoint.config import read_stored_config
 from gptq_loader_plugin.checkpoint.headers import find_weight_files, read_headers
+from gptq_loader_plugin.checkpoint.outline import outline
 from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.fitting import Fit, check_fit
 from gptq_loader_plugin.reference import WEIGHT_SUFFIXES, models_folders
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["LocalModel", "local_models"]
+    from gptq_loader_plugin.device import Device
+    from gptq_loader_plugin.kernel import Kernel
+
+__all__ = ["LocalModel", "LocalReport", "local_models", "report_model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,77 @@ class LocalModel:
     path: Path
     source: Literal["models directory", "Hugging Face cache"]
     size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LocalReport:
+    """What the config and the headers of a checkpoint on this machine tell; None where nothing.
+
+    Attributes:
+        model: the checkpoint.
+        bits: the width of most layers' codes.
+        group_size: input rows that share a scale, or -1.
+        desc_act: act-order.
+        layers: how many layers are quantised.
+        fit: whether it fits this machine.
+        error: what is wrong with it, in words.
+        hint: what to do about it.
+    """
+
+    model: LocalModel
+    bits: int | None = None
+    group_size: int | None = None
+    desc_act: bool | None = None
+    layers: int | None = None
+    fit: Fit = field(default_factory=lambda: Fit(fits=None, reason="it cannot be read"))
+    error: str = ""
+    hint: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the report as plain data, for `models --json`."""
+        data = asdict(self)
+        about = data.pop("model")
+        return {**about, "path": str(about["path"]), **data}
+
+
+def report_model(
+    model: LocalModel, device: Device, kernels: Sequence[Kernel], *, context: int = 4096
+) -> LocalReport:
+    """Read a checkpoint's config and headers; one that is damaged has its error in the report.
+
+    Args:
+        model: one of `local_models`.
+        device: where it would run.
+        kernels: the kernels to ask.
+        context: the tokens of context to keep room for.
+    """
+    try:
+        stored, _ = read_stored_config(model.path)
+        files = find_weight_files(model.path, base_name=stored.model_file_base_name)
+        if any(it.suffix != ".safetensors" for it in files):
+            return LocalReport(
+                model,
+                bits=stored.bits,
+                group_size=stored.group_size,
+                desc_act=stored.desc_act,
+                fit=Fit(fits=None, reason="a pickle (.pt, .bin) is not opened for a list"),
+            )
+        headers = read_headers(files)
+        found = outline(headers, stored, folder=model.path, size_bytes=model.size_bytes)
+        fit = check_fit(found, device, kernels, context=context)
+    except GPTQLoaderError as error:
+        return LocalReport(model, error=error.message, hint=error.hint)
+    except OSError as error:
+        why = f"{model.path}: {error.strerror or error}"
+        return LocalReport(model, error=why, hint="check that folder and its permissions")
+    return LocalReport(
+        model,
+        bits=found.config.bits,
+        group_size=found.config.group_size,
+        desc_act=found.config.desc_act,
+        layers=len(found.layers),
+        fit=fit,
+    )
 
 
 def local_models(

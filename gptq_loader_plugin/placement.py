@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
     from gptq_loader_plugin.kernel import Device, Kernel
 
-__all__ = ["Place", "place", "place_of", "read_limits"]
+__all__ = ["LEFT_FREE", "Place", "place", "place_of", "read_limits"]
 
 DISK = "disk"
 BLOCK = re.compile(r"(.*?\.\d+)\.")

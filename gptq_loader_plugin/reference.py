@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["HubReference", "models_folders", "parse_hub_reference", "resolve"]
 
-HUB = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<branch>[\w][\w./-]*))?")
+# no name of git's or the hub's holds two dots; some are made into paths
+HUB = re.compile(r"(?!.*\.\.)(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<branch>[\w][\w./-]*))?")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -38,6 +39,16 @@ class HubReference:
 
     repo: str
     branch: str = "main"
+
+    def __str__(self) -> str:
+        """Write it as a user does."""
+        return f"{self.repo}:{self.branch}"
+
+    @property
+    def folder_name(self) -> str:
+        """The name of its folder in a models directory, as text-generation-webui names it."""
+        name = self.repo if self.branch == "main" else str(self)
+        return re.sub(r"[/:]", "_", name)
 
 
 def parse_hub_reference(reference: str, *, revision: str | None = None) -> HubReference | None:
@@ -100,13 +111,16 @@ def resolve(
     path = Path(text).expanduser()
     if path.exists():
         return _checked(path)
+    hub = parse_hub_reference(text, revision=revision)
+    # a folder that is named without its branch is not the one for another
+    names = [text, re.sub(r"[/:]", "_", text)] if hub is None or revision is None else []
+    names += [hub.folder_name, re.sub(r"[/:]", "_", str(hub))] if hub else []
     tried = [str(path)]
     for folder in models_folders(environ):
-        for name in dict.fromkeys((text, re.sub(r"[/:]", "_", text))):
+        for name in dict.fromkeys(names):
             tried.append(str(folder / name))
             if (folder / name).is_dir():
                 return folder / name
-    hub = parse_hub_reference(text, revision=revision)
     if hub is None or path.is_absolute():
         raise _not_found(text, tried)
     from gptq_loader_plugin.hub import cached_folder, download_folder

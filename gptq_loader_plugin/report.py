@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_plugin.device import Device
-from gptq_loader_plugin.kernel import Declined
+from gptq_loader_plugin.exllama import ExllamaReport, ask_exllama
 from gptq_loader_plugin.template_source import find_template
 
 if TYPE_CHECKING:
@@ -17,16 +16,6 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.kernel import Kernel
 
 __all__ = ["CheckpointReport", "ExllamaReport", "TemplateReport", "make_report"]
-
-AMPERE = Device("cuda", capability=(8, 6), present=False, assume_built=True)
-
-
-@dataclass(frozen=True, slots=True)
-class ExllamaReport:
-    """Whether ExLlama's kernels could run every layer of the checkpoint, and why not."""
-
-    compatible: bool
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,24 +107,10 @@ def make_report(
         zeros=config.zeros,
         size_bytes=checkpoint.size_bytes,
         quantized_layers=len(checkpoint.layers),
-        exllama=_exllama(checkpoint, kernels),
+        exllama=ask_exllama(checkpoint, kernels),
         template=TemplateReport(template.name, template.source, tuple(template.stop)),
         dataset=dataset if isinstance(dataset, str) else None,
         seq_len=seq_len if isinstance(seq_len, int) else None,
         sources=config.sources,
         warnings=warnings,
     )
-
-
-def _exllama(checkpoint: Checkpoint, kernels: Sequence[Kernel]) -> ExllamaReport:
-    exllama = next((kernel for kernel in kernels if kernel.name == "exllama"), None)
-    if exllama is None:
-        return ExllamaReport(compatible=False, reason="the exllama plugin is not installed")
-    verdicts = [exllama.consider(layer, AMPERE) for layer in checkpoint.layers.values()]
-    reasons = [it.reason for it in verdicts if isinstance(it, Declined)]
-    if not reasons:
-        return ExllamaReport(compatible=True, reason=f"runs all {len(verdicts)} layers")
-    part = (
-        "" if len(reasons) == len(verdicts) else f"{len(reasons)} of {len(verdicts)} layers have "
-    )
-    return ExllamaReport(compatible=False, reason=f"{part}{reasons[0]}")

@@ -23,10 +23,16 @@ from gptq_loader_plugin.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
-__all__ = ["DAMAGED", "TensorInfo", "find_weight_files", "read_headers"]
+__all__ = [
+    "DAMAGED",
+    "TensorInfo",
+    "find_weight_files",
+    "read_headers",
+    "read_safetensors_header",
+]
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2,
@@ -149,23 +155,39 @@ def _read_file(file: Path) -> Iterable[TensorInfo]:
 
 
 def _read_safetensors(file: Path, size: int) -> list[TensorInfo]:
+    with file.open("rb") as stream:
+        return read_safetensors_header(stream.read, file=file, size=size)
+
+
+def read_safetensors_header(
+    read: Callable[[int], bytes], *, file: Path, size: int
+) -> list[TensorInfo]:
+    """Read the header of a safetensors file that need not be on this machine.
+
+    Args:
+        read: gives the next bytes of the file, from its start on.
+        file: the file, for messages and for what is made of it.
+        size: the file's bytes.
+
+    Raises:
+        CorruptCheckpoint: it is no safetensors file, is cut short, or its header lies.
+    """
     again = "download the file again; its size or its hash is not what was published"
     if size < 8:  # the length of the header
         raise CorruptCheckpoint(f"only {size} bytes long", path=file, hint=again)
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > min(size - 8, HEADER_LIMIT):
-            raise CorruptCheckpoint(
-                f"its header claims {length:,} bytes, and the file has {size:,}",
-                path=file,
-                hint=again,
-            )
-        try:
-            entries = json.loads(stream.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise CorruptCheckpoint(
-                f"its header is not JSON ({error})", path=file, hint=again
-            ) from error
+    length = int.from_bytes(read(8), "little")
+    if length > min(size - 8, HEADER_LIMIT):
+        raise CorruptCheckpoint(
+            f"its header claims {length:,} bytes, and the file has {size:,}",
+            path=file,
+            hint=again,
+        )
+    try:
+        entries = json.loads(read(length))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CorruptCheckpoint(
+            f"its header is not JSON ({error})", path=file, hint=again
+        ) from error
     if not isinstance(entries, dict):
         raise CorruptCheckpoint("its header is not a table", path=file, hint=again)
     return [

@@ -37,7 +37,16 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.tensors import TensorFiles
     from gptq_loader_plugin.checkpoint.zeros import ZerosFormat
 
-__all__ = ["FLOAT_DTYPES", "Inferred", "infer"]
+__all__ = [
+    "FLOAT_DTYPES",
+    "Inferred",
+    "check_codes",
+    "infer",
+    "layout_of",
+    "power_of_two",
+    "read_layer",
+    "row_groups",
+]
 
 FLOAT_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
@@ -67,9 +76,9 @@ def infer(tensors: TensorFiles, stored: StoredConfig, *, path: Path) -> Inferred
     """
     headers = tensors.headers
     names = [name.removesuffix(".qweight") for name in headers if name.endswith(".qweight")]
-    _check_codes(headers, path)
-    found = [_read_layer(name, headers, stored, path) for name in names]
-    seen = [survey(it, _layout(it.bits, stored), tensors, path) for it in found]
+    check_codes(headers, path)
+    found = [read_layer(name, headers, stored, path) for name in names]
+    seen = [survey(it, layout_of(it.bits, stored), tensors, path) for it in found]
     planar_zeros = stored.checkpoint_format == "gptq_p"
     zeros_format, warning = decide_format(
         [] if planar_zeros else [it.zeros for it in seen if it.zeros.bits in CONTINUOUS_BITS],
@@ -108,7 +117,7 @@ def row_groups(
     return sequential.clip(max=groups - 1)
 
 
-def _check_codes(headers: dict[str, TensorInfo], path: Path) -> None:
+def check_codes(headers: dict[str, TensorInfo], path: Path) -> None:
     """Refuse scales without the codes that they scale."""
     for name in headers:
         codes = f"{name.removesuffix('.scales')}.qweight"
@@ -116,9 +125,16 @@ def _check_codes(headers: dict[str, TensorInfo], path: Path) -> None:
             raise TensorMismatch(f"{codes} is missing", path=path, tensor=codes, hint=DAMAGED)
 
 
-def _read_layer(
+def read_layer(
     name: str, headers: dict[str, TensorInfo], stored: StoredConfig, path: Path
 ) -> LayerHeaders:
+    """Read what a layer's headers say by themselves.
+
+    Raises:
+        TensorMismatch: one of its tensors is missing, or they do not fit each other.
+        UnsupportedFormat: its codes lie as AWQ packs them.
+    """
+
     def need(part: str, dtypes: Sequence[str], dimensions: int) -> TensorInfo:
         tensor = f"{name}.{part}"
         if tensor not in headers:
@@ -198,7 +214,8 @@ def _bits(
     return fitting[0] if fitting else None
 
 
-def _layout(bits: int, stored: StoredConfig) -> Layout:
+def layout_of(bits: int, stored: StoredConfig) -> Layout:
+    """Say how codes of this width lie in words."""
     planar = bits not in CONTINUOUS_BITS or stored.checkpoint_format == "gptq_p"
     return "planar" if planar else "continuous"
 
@@ -221,7 +238,7 @@ def _common_group_size(
     whole = {it.rows // it.groups for it in grouped if it.rows % it.groups == 0}
     if len(whole) == 1 and all(it.fits(min(whole)) for it in plain):
         return whole.pop()
-    return _power_of_two(max(-(-it.rows // it.groups) for it in grouped))
+    return power_of_two(max(-(-it.rows // it.groups) for it in grouped))
 
 
 def _group_size(layer: LayerHeaders, most_rows: int | None, told: object, guess: int) -> int:
@@ -234,10 +251,11 @@ def _group_size(layer: LayerHeaders, most_rows: int | None, told: object, guess:
             return size
     if layer.rows % layer.groups == 0:
         return layer.rows // layer.groups
-    return _power_of_two(-(-layer.rows // layer.groups))
+    return power_of_two(-(-layer.rows // layer.groups))
 
 
-def _power_of_two(least: int) -> int:
+def power_of_two(least: int) -> int:
+    """Give the least power of two that is no less."""
     return 1 << (least - 1).bit_length()
 
 

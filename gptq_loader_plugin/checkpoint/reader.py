@@ -29,7 +29,14 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.config import QuantConfig
     from gptq_loader_plugin.checkpoint.headers import TensorInfo
 
-__all__ = ["Checkpoint", "GPTQReader", "Reader", "open_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "GPTQReader",
+    "Reader",
+    "model_dtype",
+    "not_gptq",
+    "open_checkpoint",
+]
 
 PACKED_PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
 OTHER_FORMATS = (  # how other methods name their tensors
@@ -208,13 +215,13 @@ class GPTQReader:
         )
         tensors = TensorFiles(read_headers(files))
         if not any(name.endswith(".qweight") for name in tensors.headers):
-            raise _not_gptq(tensors.headers, path)
+            raise not_gptq(tensors.headers, path)
         inferred = infer(tensors, stored, path=path)
-        model_dtype = _model_dtype(tensors.headers)
+        dtype = model_dtype(tensors.headers)
         return Checkpoint(
             path,
             config=inferred.config,
-            layers=tuple(replace(it, model_dtype=model_dtype) for it in inferred.layers),
+            layers=tuple(replace(it, model_dtype=dtype) for it in inferred.layers),
             warnings=(*warnings, *inferred.warnings),
             tensors=tensors,
         )
@@ -230,7 +237,7 @@ def open_checkpoint(path: Path, readers: tuple[Reader, ...] = ()) -> Checkpoint:
     return ours.open(path)
 
 
-def _model_dtype(headers: dict[str, TensorInfo]) -> str:
+def model_dtype(headers: dict[str, TensorInfo]) -> str:
     """Find the dtype of most plain weights: embeddings, norms, what was not quantised."""
     elements: Counter[str] = Counter({"F16": 0})
     for name, info in headers.items():
@@ -239,7 +246,8 @@ def _model_dtype(headers: dict[str, TensorInfo]) -> str:
     return FLOAT_DTYPES[elements.most_common(1)[0][0]]
 
 
-def _not_gptq(headers: dict[str, TensorInfo], path: Path) -> UnsupportedFormat:
+def not_gptq(headers: dict[str, TensorInfo], path: Path) -> UnsupportedFormat:
+    """Say which other kind of checkpoint this is."""
     for suffix, method, hint in OTHER_FORMATS:
         if any(name.endswith(suffix) for name in headers):
             return UnsupportedFormat(

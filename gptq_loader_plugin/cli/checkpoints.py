@@ -1,4 +1,4 @@
-"""Commands that report: inspect, explain, download, plugins."""
+"""Commands that report: inspect, explain, plugins."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import typer
 from gptq_loader_plugin.cli.output import (
     DeviceMap,
     MaxMemory,
-    ProgressBars,
+    group_text,
     print_json,
+    print_table,
     reported,
     say,
+    text_of,
+    yes_no,
 )
 from gptq_loader_plugin.placement import read_limits
 from gptq_loader_plugin.plan import write_size
@@ -43,7 +46,6 @@ def add_to(app: typer.Typer) -> None:
     """Add these commands to the application."""
     app.command()(reported(inspect))
     app.command()(reported(explain))
-    app.command()(reported(download))
     app.command()(reported(plugins))
 
 
@@ -100,28 +102,6 @@ def explain(
         typer.echo(plan.explain())
 
 
-def download(
-    reference: Annotated[str, typer.Argument(metavar="REPO[:BRANCH]", help="On the hub.")],
-    *,
-    revision: Revision = None,
-    as_json: JSON = False,
-) -> None:
-    """Fetch a branch from the hub into the cache; an interrupted download goes on."""
-    from gptq_loader_plugin.plugins import Plugins
-    from gptq_loader_plugin.reference import resolve
-
-    bars = ProgressBars()
-    try:
-        found = Plugins(bars, installed=True)
-        folder = resolve(reference, plugins=found, revision=revision)
-    finally:
-        bars.close()
-    if as_json:
-        print_json({"reference": reference, "path": str(folder)})
-    else:
-        typer.echo(folder)
-
-
 def plugins(*, as_json: JSON = False) -> None:
     """List the plugins in force, and the kernels, templates, readers and hosts they offer."""
     from gptq_loader_plugin.plugins import Plugins
@@ -143,16 +123,15 @@ def plugins(*, as_json: JSON = False) -> None:
 
 
 def _show(report: CheckpointReport) -> None:
-    group = "none" if report.group_size < 0 else str(report.group_size)
     exllama = "yes" if report.exllama.compatible else f"no: {report.exllama.reason}"
     stop = ", ".join(report.template.stop)
     damp = "not recorded" if report.damp_percent is None else str(report.damp_percent)
     rows = [
         ("model", report.model_type, ""),
         ("bits", str(report.bits), "bits"),
-        ("group size", group, "group_size"),
-        ("act-order", "yes" if report.desc_act else "no", "desc_act"),
-        ("symmetric", "yes" if report.sym else "no", "sym"),
+        ("group size", group_text(report.group_size), "group_size"),
+        ("act-order", yes_no(report.desc_act), "desc_act"),
+        ("symmetric", yes_no(report.sym), "sym"),
         ("damp", damp, "damp_percent"),
         *_calibration(report),
         ("format", f"{report.checkpoint_format}, zeros {report.zeros}", "checkpoint_format"),
@@ -182,20 +161,17 @@ def _table(reports: list[CheckpointReport]) -> None:
         (
             report.reference.rstrip("/").rpartition("/")[2].rpartition(":")[2],
             str(report.bits),
-            "none" if report.group_size < 0 else str(report.group_size),
-            "yes" if report.desc_act else "no",
-            "-" if report.damp_percent is None else str(report.damp_percent),
+            group_text(report.group_size),
+            yes_no(report.desc_act),
+            text_of(report.damp_percent),
             write_size(report.size_bytes),
             str(report.quantized_layers),
-            "yes" if report.exllama.compatible else "no",
+            yes_no(report.exllama.compatible),
             report.template.name,
         )
         for report in reports
     ]
-    widths = [max(len(row[i]) for row in (COLUMNS, *rows)) for i in range(len(COLUMNS))]
-    for row in (COLUMNS, tuple("-" * width for width in widths), *rows):
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        typer.echo(f"| {' | '.join(cells)} |")
+    print_table(COLUMNS, rows)
     for report in reports:
         for warning in report.warnings:
             say(f"warning: {report.reference}: {warning}")

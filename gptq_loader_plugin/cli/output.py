@@ -14,11 +14,22 @@ from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gptq_loader_plugin.events import Progress
 
-__all__ = ["DeviceMap", "MaxMemory", "ProgressBars", "print_json", "reported", "say"]
+__all__ = [
+    "DeviceMap",
+    "MaxMemory",
+    "ProgressBars",
+    "group_text",
+    "print_json",
+    "print_table",
+    "reported",
+    "say",
+    "text_of",
+    "yes_no",
+]
 
 DeviceMap = Annotated[
     str | None, typer.Option("--device-map", help="auto: over several devices, block by block.")
@@ -42,6 +53,29 @@ def print_json(data: object) -> None:
     print(json.dumps(data, indent=2, ensure_ascii=False))  # noqa: T201 - the command's own output
 
 
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write a table to stdout, as Markdown writes one."""
+    widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
+    for row in (columns, tuple("-" * width for width in widths), *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        typer.echo(f"| {' | '.join(cells)} |")
+
+
+def yes_no(value: bool | None, *, unknown: str = "-") -> str:  # noqa: FBT001 - the thing to write
+    """Write a yes, a no, or a mark where neither is known."""
+    return unknown if value is None else "yes" if value else "no"
+
+
+def text_of(value: object) -> str:
+    """Write a value, or a mark where there is none."""
+    return "-" if value is None else str(value)
+
+
+def group_text(group_size: int | None) -> str:
+    """Write a group size; the whole layer in one group is none."""
+    return "none" if group_size is not None and group_size < 0 else text_of(group_size)
+
+
 def reported(command: Callable[P, None]) -> Callable[P, None]:
     """Turn what a command raises into `error:` and `hint:` on stderr and an exit code.
 
@@ -52,8 +86,8 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
-        except KeyboardInterrupt:
-            say("\nstopped")
+        except KeyboardInterrupt as stop:
+            say("\n" + "; ".join(("stopped", *getattr(stop, "__notes__", ()))))
             raise typer.Exit(CTRL_C) from None
         except BrokenPipeError:  # the reader of stdout has gone, as head does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -111,7 +145,7 @@ class ProgressBars:
             return
         if self._stage != progress.stage:
             self.close()
-            self._open(progress.stage)
+            self._open(progress)
         self._bar.update(
             self._task, completed=progress.done, total=progress.total, detail=progress.detail[-48:]
         )
@@ -124,25 +158,38 @@ class ProgressBars:
             self._bar.stop()
         self._bar, self._stage = None, ""
 
-    def _open(self, stage: str) -> None:
+    def _open(self, first: Progress) -> None:
+        from rich import progress as rich
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+        from rich.table import Column
 
-        self._bar = Progress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(bar_width=30),
-            TaskProgressColumn(),
-            TextColumn("[dim]{task.fields[detail]}"),
+        whole = Column(no_wrap=True)  # a narrow terminal cuts the detail, and nothing else
+        rest = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        fetched: tuple[rich.ProgressColumn, ...] = ()
+        if first.stage == "download":
+            fetched = (
+                rich.DownloadColumn(table_column=whole),
+                rich.TransferSpeedColumn(table_column=whole),
+                rich.TimeRemainingColumn(compact=True, table_column=whole),
+            )
+        self._bar = rich.Progress(
+            rich.TextColumn("{task.description:<12}", table_column=whole),
+            rich.BarColumn(bar_width=12 if fetched else 30, table_column=whole),
+            rich.TaskProgressColumn(table_column=whole),
+            *fetched,
+            rich.TextColumn("[dim]{task.fields[detail]}", table_column=rest),
             console=Console(stderr=True),
             transient=True,
+            expand=True,
         )
-        self._stage = stage
-        self._task = self._bar.add_task(stage, total=None, detail="")
+        self._stage = first.stage
+        # what was there before this run says nothing of its speed
+        self._task = self._bar.add_task(first.stage, total=None, completed=first.done, detail="")
         self._bar.start()
 
     def _line(self, progress: Progress) -> None:
         """Say every tenth of a long work, so that a log shows it is alive."""
-        if progress.stage in ("weights", "self-check"):
+        if progress.stage in ("weights", "self-check", "branches"):
             return
         tenth = 10 * progress.done // progress.total
         if progress.stage != self._stage or tenth != self._tenth:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from altered import ONE, copy, plugins
+from altered import DATA, NAMES, ONE, PLUGINS, copy, plugins
+from typer.testing import CliRunner
 
-from gptq_loader_plugin.local import local_models
+import gptq_loader_plugin as gptq
+from gptq_loader_plugin.checkpoint.config import read_stored_config
+from gptq_loader_plugin.checkpoint.headers import read_headers
+from gptq_loader_plugin.checkpoint.outline import outline
+from gptq_loader_plugin.checkpoint.reader import open_checkpoint
+from gptq_loader_plugin.cli.app import app
+from gptq_loader_plugin.device import find_device
+from gptq_loader_plugin.local import local_models, report_model
 from gptq_loader_plugin.reference import resolve
 
 if TYPE_CHECKING:
@@ -21,6 +30,74 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("GPTQ_LOADER_MODELS", str(tmp_path / "models"))
     return tmp_path / "models"
+
+
+def test_what_the_headers_tell(models: Path) -> None:
+    """As the whole checkpoint tells it, for every kind of checkpoint there is."""
+    device, offered = find_device("cpu"), plugins().kernels()
+    for name in NAMES:
+        copy(name, models / name)
+    for it in local_models():
+        report = report_model(it, device, offered, context=100)
+        plan = gptq.explain(it.path, device="cpu", plugins=plugins())
+        config = plan.config
+        assert (report.bits, report.group_size) == (config.bits, config.group_size), it.name
+        assert (report.desc_act, report.layers) == (config.desc_act, 14), it.name
+        assert report.fit.fits, it.name
+        assert report.fit.weight_bytes == plan.weight_bytes, it.name
+        assert report.fit.kv_bytes == (plan.kv_bytes_per_token or 0) * 100
+
+
+def test_the_outline_has_the_layers_that_reading_them_has(models: Path) -> None:
+    for name in NAMES:
+        folder = DATA / name
+        stored, _ = read_stored_config(folder)
+        headers = read_headers([folder / "model.safetensors"])
+        found = outline(headers, stored, folder=folder, size_bytes=0)
+        read = open_checkpoint(folder)
+        blind = {"zero_range": (0, 0)} if not read.config.sym else {}  # it takes reading zeros
+        assert [replace(it, **blind) for it in found.layers.values()] == [
+            replace(it, **blind) for it in read.layers.values()
+        ], name
+
+
+def test_the_list_as_a_user_sees_it(models: Path) -> None:
+    copy(ONE, models / "tiny")
+    cut = copy(ONE, models / "cut") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:200_000])
+    (copy(ONE, models / "typo") / "quantize_config.json").write_text('{"bits": "four"}')
+    (models / "old").mkdir()
+    (models / "old" / "llama-4bit-128g.pt").write_bytes(b"never opened")
+    done = CliRunner().invoke(app, ["models", "--device", "cpu"], env=PLUGINS)
+    assert done.exit_code == 0, done.stderr
+    rows = [
+        [cell.strip() for cell in it.strip("|").split("|")]
+        for it in done.stdout.splitlines()
+        if it[0] == "|"
+    ]
+    assert [(row[0], row[6]) for row in rows[2:]] == [
+        ("cut", "damaged"), ("old", "?"), ("tiny", "yes"), ("typo", "damaged"),
+    ]  # fmt: skip
+    assert rows[4] == ["tiny", "4", "32", "yes", "14", "354 kB", "yes", "models directory"]
+    assert "cut is damaged: " in done.stderr
+    assert "cut short: " in done.stderr
+    assert "typo is damaged: " in done.stderr
+    assert "bits is 'four' in quantize_config.json" in done.stderr
+    assert "  old: ?: a pickle (.pt, .bin) is not opened" in done.stdout
+    done = CliRunner().invoke(app, ["models", "--json"], env=PLUGINS)
+    data = {it["name"]: it for it in json.loads(done.stdout)}
+    assert data["tiny"]["path"] == str(models / "tiny")
+    assert data["tiny"]["fit"]["fits"] is True
+    assert "four" in data["typo"]["error"]
+    assert data["typo"]["hint"]
+
+
+def test_an_empty_machine_is_told_where_to_begin(models: Path) -> None:
+    done = CliRunner().invoke(app, ["models"], env=PLUGINS)
+    assert done.exit_code == 0
+    assert not done.stdout
+    assert str(models) in done.stderr
+    assert "gptq-loader download" in done.stderr
 
 
 def test_a_machine_without_models(models: Path) -> None:

@@ -1,0 +1,126 @@
+"""Describe a checkpoint by its headers alone, believing its config where only data could tell.
+
+Enough to say what it would take and which kernels would run it: for a list of many, and for one
+that is on the hub. `infer` reads g_idx and qzeros too, and then the tensors win.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+from gptq_loader_plugin.checkpoint.config import QuantConfig
+from gptq_loader_plugin.checkpoint.infer import (
+    check_codes,
+    layout_of,
+    power_of_two,
+    read_layer,
+)
+from gptq_loader_plugin.checkpoint.reader import Checkpoint, model_dtype, not_gptq
+from gptq_loader_plugin.checkpoint.tensors import TensorFiles
+from gptq_loader_plugin.kernel import LayerSpec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gptq_loader_plugin.checkpoint.config import StoredConfig
+    from gptq_loader_plugin.checkpoint.headers import TensorInfo
+    from gptq_loader_plugin.checkpoint.packing import Bits
+    from gptq_loader_plugin.checkpoint.survey import LayerHeaders
+
+__all__ = ["outline"]
+
+
+def outline(
+    headers: dict[str, TensorInfo], stored: StoredConfig, *, folder: Path, size_bytes: int
+) -> Checkpoint:
+    """Describe a checkpoint whose tensors will not be read.
+
+    Args:
+        headers: every tensor's header.
+        stored: what its config files say.
+        folder: where its `config.json` is.
+        size_bytes: its weight files' bytes.
+
+    Raises:
+        CheckpointError: the tensors are not GPTQ's, or do not fit each other.
+    """
+    names = [name.removesuffix(".qweight") for name in headers if name.endswith(".qweight")]
+    if not names:
+        raise not_gptq(headers, folder)
+    check_codes(headers, folder)
+    dtype = model_dtype(headers)
+    layers = tuple(
+        replace(_layer(read_layer(name, headers, stored, folder), stored), model_dtype=dtype)
+        for name in names
+    )
+    checkpoint = Checkpoint(
+        folder,
+        config=_config(layers, stored),
+        layers=layers,
+        warnings=(),
+        tensors=TensorFiles(headers),
+    )
+    checkpoint.size_bytes = size_bytes
+    return checkpoint
+
+
+def _layer(found: LayerHeaders, stored: StoredConfig) -> LayerSpec:
+    override = stored.override(found.name) or {}
+    size = _group_size(found, override.get("group_size", stored.group_size))
+    last = found.rows - size * (found.groups - 1) if size > 0 else found.rows
+    whole = size if size > 0 else found.rows
+    sym = override.get("sym", stored.sym) is not False
+    middle, most = 1 << (found.bits - 1), (1 << found.bits) - 1
+    return LayerSpec(
+        name=found.name,
+        in_features=found.rows,
+        out_features=found.columns,
+        bits=cast("Bits", found.bits),
+        group_size=size,
+        desc_act=bool(override.get("desc_act", stored.desc_act)),
+        sym=sym,
+        groups=found.groups,
+        group_rows=(last, whole),
+        group_unit=math.gcd(last, whole),
+        zero_range=(middle, middle) if sym else (0, most),
+        layout=layout_of(found.bits, stored),
+        scales_dtype=found.scales_dtype,
+        bias=found.bias,
+    )
+
+
+def _group_size(found: LayerHeaders, told: object) -> int:
+    if found.groups == 1:
+        return -1
+    if isinstance(told, int) and told > 0 and found.fits(told):
+        return told
+    if found.rows % found.groups == 0:
+        return found.rows // found.groups
+    return power_of_two(-(-found.rows // found.groups))
+
+
+def _config(layers: tuple[LayerSpec, ...], stored: StoredConfig) -> QuantConfig:
+    """Say how most layers were quantised; widths and groups are the tensors', as they win."""
+    grouped = [it.group_size for it in layers if it.groups > 1]
+    bits = Counter(it.bits for it in layers).most_common(1)[0][0]
+    group_size = Counter(grouped).most_common(1)[0][0] if grouped else -1
+    sources = {
+        **stored.sources,
+        **({"bits": "tensors"} if stored.bits != bits else {}),
+        **({"group_size": "tensors"} if stored.group_size != group_size else {}),
+    }
+    named = stored.checkpoint_format or "gptq"
+    own = {"sources", "bits", "group_size", "desc_act", "sym"}
+    return QuantConfig(
+        **stored.model_dump(exclude={*own, "checkpoint_format"}, exclude_none=True),
+        bits=bits,
+        group_size=group_size,
+        desc_act=bool(stored.desc_act),
+        sym=stored.sym is not False,
+        checkpoint_format=cast("Any", named),  # read_stored_config has checked it
+        zeros="v1" if named == "gptq" else "v2",
+        sources=sources,
+    )
