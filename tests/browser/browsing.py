@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 pytest.importorskip("gradio", reason="gradio is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
+expect.set_options(timeout=15_000)  # a machine that runs other tests beside these is slow
 
 CHECKPOINTS = Path(__file__).parents[1] / "data" / "checkpoints"
 CHECKPOINT = CHECKPOINTS / "gptq-4bit-32g-act-sym"
@@ -37,6 +38,16 @@ ENVIRON = {
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 ENDED = re.compile(r"cut off|stopped")
 RUNS = re.compile(r"\d tokens, [\d.]+ a second")
+# The branches of a 2023 repository; tiny, or the real ones that bench/branches.py makes.
+REPO = "owner/model-GPTQ"
+BRANCHES = {
+    "main": "gptq-4bit-noneg-act-sym",
+    "gptq-4bit-32g-actorder_True": "gptq-4bit-32g-act-sym",
+    "gptq-4bit-64g-actorder_True": "gptq-4bit-64g-act-sym",
+    "gptq-4bit-128g-actorder_True": "gptq-4bit-128g-act-sym",
+    "gptq-3bit--1g-actorder_True": "gptq-3bit-noneg-act-sym",
+    "gptq-3bit-128g-actorder_True": "gptq-3bit-128g-act-sym",
+}
 MARKS = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium; apt-get install chromium"),
@@ -152,3 +163,17 @@ def replies(page: Page) -> list[str]:
 def questions(page: Page) -> list[str]:
     found: list[str] = page.locator("#chat [data-testid=user]").all_inner_texts()
     return [it.strip() for it in found]
+
+
+def choose(page: Page, name: str) -> None:
+    """Choose a model in the list, as a person does."""
+    page.get_by_role("tab", name="Model").click()
+    page.locator("#model input").click()
+    page.get_by_role("option", name=re.compile(rf"^{re.escape(name)} ")).click()
+
+
+def load(page: Page, name: str) -> None:
+    """Choose a model, and see it loaded."""
+    choose(page, name)
+    expect(page.locator("#about h1")).to_have_text(name, timeout=30_000)
+    expect(page.locator("#loading")).to_contain_text("Loaded in", timeout=30_000)

@@ -14,8 +14,10 @@ from browsing import (
     PHONE,
     TOO_WIDE,
     ask,
+    choose,
     expect,
     finish,
+    load,
     opened,
     replies,
     started,
@@ -30,20 +32,6 @@ if TYPE_CHECKING:
 pytestmark = MARKS
 
 FIRST, SECOND = "gptq-4bit-32g-act-sym", "gptq-3bit-128g-act-sym"
-
-
-def choose(page: Page, name: str) -> None:
-    """Choose a model in the list, as a person does."""
-    page.get_by_role("tab", name="Model").click()
-    page.locator("#model input").click()
-    page.get_by_role("option", name=re.compile(rf"^{re.escape(name)} ")).click()
-
-
-def load(page: Page, name: str) -> None:
-    """Choose a model, and see it loaded."""
-    choose(page, name)
-    expect(page.locator("#about h1")).to_have_text(name, timeout=30_000)
-    expect(page.locator("#loading")).to_contain_text("Loaded in", timeout=30_000)
 
 
 def test_without_a_model_it_opens_where_one_is_chosen(browser: Browser, shelf: Server) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.models import Loaded
     from gptq_loader_plugin.loaded import LoadedModel
 
-__all__ = ["NO_MODEL", "entry_name", "head", "title"]
+__all__ = ["NO_MODEL", "entry_name", "facts_of", "head", "title"]
 
 NO_MODEL = "No model is loaded"
 
@@ -31,6 +31,19 @@ def title(loaded: Loaded | None) -> str:
     return loaded.model.plan.path.resolve().name if loaded.name == "demo" else loaded.name
 
 
+def facts_of(model: LoadedModel) -> list[str]:
+    """Say in a few words each how a model was quantised and what it takes."""
+    config = model.config
+    return [
+        f"{config.bits}-bit",
+        "no groups" if config.group_size < 0 else f"groups of {config.group_size}",
+        "act-order" if config.desc_act else "no act-order",
+        "symmetric" if config.sym else "asymmetric",
+        f"{write_size(model.plan.weight_bytes)} in memory",
+        f"context {model.context:,}",
+    ]
+
+
 def head(loaded: Loaded | None) -> str:
     """Say the name, what the checkpoint is, how it runs, and what to be warned of."""
     if loaded is None:
@@ -39,16 +52,7 @@ def head(loaded: Loaded | None) -> str:
             "<p>Choose one in the Model tab; it is loaded at once.</p>"
         )
     model = loaded.model
-    config = model.config
-    facts = [
-        f"{config.bits}-bit",
-        "no groups" if config.group_size < 0 else f"groups of {config.group_size}",
-        "act-order" if config.desc_act else "no act-order",
-        "symmetric" if config.sym else "asymmetric",
-        f"{write_size(model.plan.weight_bytes)} in memory",
-        f"context {model.context:,}",
-    ]
-    chips = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
+    chips = "".join(f"<li>{escape(fact)}</li>" for fact in facts_of(model))
     warnings = dict.fromkeys((*model.warnings, *model.plan.warnings))
     noted = "".join(f"<p role='note'>{escape(it)}</p>" for it in warnings)
     template = f"{model.template.name} ({model.template.source})"

@@ -70,6 +70,10 @@ class Catalog:
         """Give the folders whose folders are models."""
         return models_folders(self._environ)
 
+    def place_for(self, name: str) -> Path | None:
+        """Say where a download goes to be listed: a folder, or None for the hub's cache."""
+        return None if self._cache else self.folders()[0] / name
+
     def entries(self) -> list[Entry]:
         """List the models: those of the models directories, of the cache, and the demo."""
         roots = [it.resolve() for it in self.folders()]

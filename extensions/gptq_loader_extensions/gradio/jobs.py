@@ -25,6 +25,7 @@ STAGES = {
     "weights": "Loading the weights",
     "self-check": "Checking the kernels",
     "quantize": "Quantising",
+    "branches": "Asking the hub",
     "download": "Downloading",
     "waiting": "Waiting",
 }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from gptq_loader_extensions.gradio.about import head
+from gptq_loader_extensions.gradio.download_box import DownloadBox
 from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS
 from gptq_loader_extensions.gradio.loading import LoadView, describe_loaded, load_watched
 from gptq_loader_extensions.gradio.machine import resident_bytes
@@ -39,10 +40,17 @@ class ModelTab:
         catalog: what may be loaded.
         settings: what is saved for each model.
         about: the page's head.
+        downloads: whether models may be downloaded.
     """
 
     def __init__(
-        self, models: Models, catalog: Catalog, settings: SettingsFile, about: gr.HTML
+        self,
+        models: Models,
+        catalog: Catalog,
+        settings: SettingsFile,
+        about: gr.HTML,
+        *,
+        downloads: bool,
     ) -> None:
         self._models, self._catalog, self._settings = models, catalog, settings
         self._about = about
@@ -57,6 +65,7 @@ class ModelTab:
             )
             self.refresh = gr.Button("Refresh", elem_id="refresh", scale=0, min_width=90)
         self._progress = gr.HTML("", elem_id="loading", elem_classes="work")
+        self._download = DownloadBox(catalog) if downloads else None
         with gr.Accordion("How to load it", open=False, elem_id="how"):
             with gr.Row():
                 self._device = _choice("Device", "device", _devices())
@@ -158,6 +167,8 @@ class ModelTab:
         self._unload.click(unload, None, outputs, **LOADS)
         self._save.click(save, [self.model, *self._how, *panel.parts], [self._progress], **AT_ONCE)
         self.refresh.click(self.listed, [self.model], [self.model], **AT_ONCE)
+        if self._download is not None:
+            self._download.wire(self.model, self.listed)
         page.load(lambda: self._opened(panel), None, outputs, **AT_ONCE)
 
     def listed(self, chosen: str | None) -> Any:  # noqa: ANN401 - a change of a component

@@ -12,6 +12,7 @@ from gradio.themes import Base
 from gptq_loader_extensions.gradio.about import head, title
 from gptq_loader_extensions.gradio.catalog import Catalog
 from gptq_loader_extensions.gradio.chat_tab import ChatTab
+from gptq_loader_extensions.gradio.compare_tab import CompareTab
 from gptq_loader_extensions.gradio.events import AT_ONCE
 from gptq_loader_extensions.gradio.model_tab import ModelTab
 from gptq_loader_extensions.gradio.raw_tab import RawTab
@@ -44,11 +45,13 @@ class Parts:
         models: holds the model and answers.
         catalog: what may be loaded.
         settings: what is saved for each model.
+        downloads: whether models may be downloaded.
     """
 
     models: Models
     catalog: Catalog = field(default_factory=Catalog)
     settings: SettingsFile = field(default_factory=lambda: SettingsFile(config_folder()))
+    downloads: bool = True
 
 
 def build_page(parts: Parts) -> gr.Blocks:
@@ -73,13 +76,22 @@ def build_page(parts: Parts) -> gr.Blocks:
                     chat = ChatTab(models, about)
                 with _tab("Raw", "raw-tab"):
                     raw = RawTab(models)
+                with _tab("Compare", "compare-tab") as compare_tab:
+                    compare = CompareTab(models, parts.catalog)
                 with _tab("Model", MODEL):
-                    model = ModelTab(models, parts.catalog, parts.settings, about)
+                    model = ModelTab(
+                        models,
+                        parts.catalog,
+                        parts.settings,
+                        about,
+                        downloads=parts.downloads,
+                    )
             with gr.Column(scale=1, min_width=280):
                 panel = SettingsPanel(models)
         model.wire(page, panel)
         chat.wire(page, panel)
         raw.wire(panel)
+        compare.wire(page, compare_tab, panel)
         page.load(lambda: gr.update(selected=_first_tab(models)), None, tabs, **AT_ONCE)
     return page
 
