@@ -36,10 +36,10 @@ class Progress:
 
     Attributes:
         stage: what is being done: "weights", "download", "quantize", "perplexity", "self-check",
-            "tune".
+            "tune", "branches".
         done: how much of it is done.
         total: how much there is, in the same unit.
-        unit: "bytes", "layers", "windows", "shapes".
+        unit: "bytes", "layers", "windows", "shapes", "branches".
         detail: what is being worked on now, or "".
     """
 

@@ -11,10 +11,10 @@ from gptq_loader_plugin.placement import LEFT_FREE
 from gptq_loader_plugin.plan import make_plan, write_size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
-    from gptq_loader_plugin.kernel import Device, Kernel
+    from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec, Verdict
 
 __all__ = ["Fit", "check_fit"]
 
@@ -59,7 +59,13 @@ def check_fit(
         ConfigInvalid: its config.json does not parse, or names no model type.
     """
     try:
-        plan = make_plan(checkpoint, device, kernels, reference=str(checkpoint.path))
+        kinds = {name: replace(it, name="") for name, it in checkpoint.layers.items()}
+        plan = make_plan(
+            checkpoint,
+            device,
+            [_Remembering(it, kinds) for it in kernels],
+            reference=str(checkpoint.path),
+        )
     except NoBackend as error:
         return Fit(fits=False, reason=error.message.partition(":")[0])
     known = (checkpoint.folder / "config.json").is_file()
@@ -73,6 +79,23 @@ def check_fit(
         context=context,
     )
     return _judged(fit, plan.weight_bytes + kv_bytes, device, disk)
+
+
+class _Remembering:
+    """A kernel that is asked once about each kind of layer: a model has few kinds, a list many."""
+
+    def __init__(self, kernel: Kernel, kinds: Mapping[str, LayerSpec]) -> None:
+        self.name = kernel.name
+        self.prepare = kernel.prepare
+        self._kernel = kernel
+        self._kinds = kinds
+        self._answers: dict[LayerSpec, Verdict] = {}
+
+    def consider(self, layer: LayerSpec, device: Device) -> Verdict:
+        kind = self._kinds[layer.name]
+        if kind not in self._answers:
+            self._answers[kind] = self._kernel.consider(layer, device)
+        return self._answers[kind]
 
 
 def _judged(fit: Fit, taken: int, device: Device, disk: tuple[int, int] | None) -> Fit:

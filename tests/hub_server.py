@@ -215,6 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(fault.stall)
         if fault.status:
             return self._refuse(fault.status, fault.error, "made to fail", fault.headers)
+        if fault.body is not None:
+            return self._send(200, fault.body.encode(), {"Content-Type": "text/html"})
         if signed := SIGNED.fullmatch(path):
             folder = hub.repos[signed["repo"]].branches[unquote(signed["revision"])]
             return self._send_file(folder / unquote(signed["path"]), {}, fault)
@@ -351,8 +353,6 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(302, b"", {**headers, "Location": elsewhere})
 
     def _send_file(self, path: Path, headers: dict[str, str], fault: Fault) -> None:
-        if fault.body is not None:
-            return self._send(200, fault.body.encode(), {**headers, "Content-Type": "text/html"})
         size = path.stat().st_size
         begin, end, status = 0, size, 200
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")

@@ -9,11 +9,10 @@ an integer tensor can be mapped as a numpy array. Pickles (`.pt`, `.bin`) need t
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from gptq_loader_plugin.errors import (
     AmbiguousReference,
@@ -69,7 +68,7 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Its bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * DTYPE_BYTES[self.dtype]
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 def find_weight_files(folder: Path, *, base_name: str | None = None) -> list[Path]:

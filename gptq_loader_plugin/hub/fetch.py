@@ -6,7 +6,7 @@ import logging
 import shutil
 import threading
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,7 +81,7 @@ def download(
     """
     try:
         looked = run_jobs(
-            [partial(look_up, hub)], workers=1, cancelled=cancelled, limit=LOOK_UP_LIMIT
+            [partial(_licensed, hub)], workers=1, cancelled=cancelled, limit=LOOK_UP_LIMIT
         )
         return _fetch(
             looked[0],
@@ -115,6 +115,20 @@ def download_folder(hub: HubReference, *, progress: Callable[[Progress], None]) 
             raise
         logger.warning("%s; using the copy of %s that is here", error.message, hub)
         return folder
+
+
+def _licensed(hub: HubReference, stop: Stop) -> RemoteBranch:
+    """Look a branch up; where its own card gives no licence, main's does."""
+    branch = look_up(hub, stop)
+    if branch.license or hub.branch == "main":
+        return branch
+    try:
+        main = look_up(replace(hub, branch="main"), stop)
+    except Cancelled:
+        raise
+    except Exception:  # noqa: BLE001 - it has no main, or not for us: then nothing tells
+        return branch
+    return replace(branch, license=main.license)
 
 
 @dataclass(slots=True)
@@ -257,7 +271,7 @@ def _fetch(
     contents = {it.digest: it for it in branch.files}  # two names may hold the same
     tally = _Tally(
         total=sum(it.size for it in contents.values()),
-        name=f"{branch.hub}, licence {branch.license or 'not given'}",
+        name=f"{branch.hub}, licence {branch.license}" if branch.license else str(branch.hub),
         done={it.digest: min(place.here(it), it.size) for it in contents.values()},
     )
     missing = tally.total - sum(tally.done.values())

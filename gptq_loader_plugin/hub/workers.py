@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Cancelled", "Stop", "run_jobs"]
 
-LOOK = 0.04  # seconds between two looks: a cancel must be heard within a tenth of a second
-LEAVE = 0.05  # seconds that threads are given to let go of their locks once they are stopped
+LOOK = 0.02  # seconds between two looks: a cancel must be heard within a tenth of a second
+LEAVE = 0.03  # seconds that threads are given to let go of their locks once they are stopped
 
 Result = TypeVar("Result")
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
 import random
+import re
 import shutil
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hub_server import GOOD_TOKEN, STRANGER, HubServer
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import close_session, snapshot_download, try_to_load_from_cache
 
 import gptq_loader_plugin as gptq
 from gptq_loader_plugin.hub import Downloading, cached_folder, download
@@ -20,7 +23,6 @@ from gptq_loader_plugin.reference import HubReference, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 REPO = "owner/tiny-GPTQ"
 HERE = HubReference(REPO)
@@ -249,7 +251,9 @@ def test_a_disk_that_is_too_small_is_known_before_anything_is_fetched(
     assert "goes on" in error.hint
 
 
-def test_what_is_to_come_is_announced_with_its_licence(source: Path, tmp_path: Path) -> None:
+def test_what_is_to_come_is_announced_with_its_licence(
+    hub: HubServer, source: Path, tmp_path: Path
+) -> None:
     told: list[Downloading] = []
     seen: list[gptq.Progress] = []
     folder = download(HERE, announced=told.append, progress=seen.append)
@@ -262,6 +266,14 @@ def test_what_is_to_come_is_announced_with_its_licence(source: Path, tmp_path: P
     assert "licence llama2" in seen[-1].detail
     download(HERE, announced=told.append, progress=lambda it: pytest.fail(f"fetched {it}"))
     assert told[1].missing == 0
+    bare = make_branch(tmp_path / "bare", seed=1)
+    (bare / "README.md").unlink()
+    hub.add(REPO, bare, branch="bare")
+    download(HubReference(REPO, "bare"), announced=told.append)
+    assert told[2].branch.license == "llama2", "as the card of main says"
+    (source / "README.md").unlink()
+    download(HERE, announced=told.append)
+    assert told[3].branch.license == ""
 
 
 def test_a_caller_may_cancel_while_nothing_comes(
@@ -339,6 +351,23 @@ def test_a_branch_that_moved_on_is_fetched_and_the_old_one_kept(
     assert cached_folder(HERE) == new
 
 
+def test_a_hub_or_a_proxy_that_is_not_there(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    close_session()
+    monkeypatch.setenv("HTTP_PROXY", "http://me:secret@127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(gptq.HubError, match="the proxy named by HTTP_PROXY") as caught:
+        download(HERE)
+    assert "NO_PROXY" in caught.value.hint
+    assert "secret" not in caught.value.message
+    close_session()
+    monkeypatch.delenv("HTTP_PROXY")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://me:secret@127.0.0.1:9")
+    with pytest.raises(gptq.HubError, match=r"http://127\.0\.0\.1:9 \(HF_ENDPOINT\) cannot be"):
+        download(HERE)
+    close_session()
+
+
 @pytest.mark.parametrize("branch", ["../../x", "a/../../../x", "/etc", "."])
 def test_no_branch_leads_out_of_the_cache(source: Path, branch: str) -> None:
     with pytest.raises(gptq.OptionInvalid, match="no branch is called"):
@@ -350,3 +379,36 @@ def test_no_file_leads_out_of_the_cache(hub: HubServer, source: Path, tmp_path: 
     with pytest.raises(gptq.HubError, match="gives a file called"):
         download(HERE)
     assert not hub.bodies()
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"sha": "../../x"},
+        {"siblings": [{"rfilename": MODEL, "size": 5}]},
+        {"siblings": [{"rfilename": MODEL, "size": 5, "blobId": "../../x"}]},
+        {"siblings": [{"rfilename": MODEL, "blobId": "a" * 40}]},
+    ],
+    ids=str,
+)
+def test_a_mirror_whose_answers_could_not_be_checked(
+    hub: HubServer, source: Path, lie: dict[str, Any]
+) -> None:
+    answer = {"id": REPO, "sha": "b" * 40, "siblings": []} | lie
+    hub.misbehave("/api/models/*", body=json.dumps(answer))
+    with pytest.raises(gptq.HubError, match="so nothing it sends could be checked") as caught:
+        download(HERE)
+    assert "HF_ENDPOINT" in caught.value.hint
+    assert not hub.bodies()
+
+
+def test_the_documented_call_runs(
+    hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.add("owner/repo", make_branch(tmp_path / "documented"), branch="branch")
+    page = (Path(__file__).parents[2] / "docs" / "hub.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert_whole(found["folder"], tmp_path / "documented")
+    assert capsys.readouterr().out.endswith("305067 of 305067\n")
