@@ -169,7 +169,7 @@ def choose(page: Page, name: str) -> None:
     """Choose a model in the list, as a person does."""
     page.get_by_role("tab", name="Model").click()
     page.locator("#model input").click()
-    page.get_by_role("option", name=re.compile(rf"^{re.escape(name)} ")).click()
+    page.get_by_role("option", name=f"{name} (").click()
 
 
 def load(page: Page, name: str) -> None:

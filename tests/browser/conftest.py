@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from browsing import CHECKPOINT, CHECKPOINTS, CHROMIUM, opened, playwright, started
+from browsing import BRANCHES, CHECKPOINT, CHECKPOINTS, CHROMIUM, REPO, opened, playwright, started
+from hub_server import HubServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from browsing import Server
     from playwright.sync_api import Browser, Page
@@ -46,15 +48,28 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shelf(models: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A page without a model, which loads those of the models directory."""
-    record = tmp_path_factory.mktemp("shelf") / "steps"
+def hub() -> Iterator[HubServer]:
+    """A model hub with a repository of six branches."""
+    real = os.environ.get("GPTQ_LOADER_BRANCHES")
+    with HubServer() as server:
+        for branch, name in BRANCHES.items():
+            folder = Path(real) / branch if real else CHECKPOINTS / name
+            server.add(REPO, folder, branch=branch)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shelf(
+    models: Path, config: Path, hub: HubServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A page without a model, which loads those of the models directory and of the hub."""
+    folder = tmp_path_factory.mktemp("shelf")
     environ = {
         "GPTQ_LOADER_CONFIG": str(config),
         "GPTQ_LOADER_MODELS": str(models),
-        "HF_HUB_CACHE": str(config / "no-cache"),
+        **hub.environment(folder / "hf"),
     }
-    with started(record=record, environ=environ) as served:
+    with started(record=folder / "steps", environ=environ) as served:
         yield served
 
 
