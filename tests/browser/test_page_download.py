@@ -51,7 +51,7 @@ def test_the_nine_steps_of_a_model_card(
     expect(table).to_be_visible(timeout=30_000)
     names = table.locator("tbody th").all_inner_texts()
     assert sorted(names) == sorted(BRANCHES)
-    row = table.locator("tbody tr").nth(names.index(WANTED))
+    row = table.locator("tbody").nth(names.index(WANTED))
     cells = row.locator("td").all_inner_texts()
     assert cells[:3] == ["4", "128", "yes"]
     assert cells[8] == "yes"

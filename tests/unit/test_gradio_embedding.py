@@ -79,11 +79,13 @@ def test_gr_load_embeds_a_chat_that_programs_can_call(model: gptq.LoadedModel) -
     try:
         client = Client(url, verbose=False)
         try:
-            got = client.predict("Hello", "", 6, 0, api_name="/chat")
-            assert got == reply(model, {"role": "user", "content": "Hello"})
-            system = {"role": "system", "content": "Be brief."}
+            hello = {"role": "user", "content": "Hello"}
+            first = client.predict("Hello", "", 6, 0, api_name="/chat")
+            assert first == reply(model, hello)
             whole = client.submit("Hello", "Be brief.", 6, 0, api_name="/chat")
-            assert whole.result() == reply(model, system, {"role": "user", "content": "Hello"})
+            talk = [hello, {"role": "assistant", "content": first}, hello]
+            system = {"role": "system", "content": "Be brief."}
+            assert whole.result() == reply(model, system, *talk), "the turns before go along"
             assert len(whole.outputs()) > 1, "it streams"
             with pytest.raises(Exception, match="The option max_new_tokens"):
                 client.predict("Hello", "", 0, 0, api_name="/chat")

@@ -23,7 +23,6 @@ COLUMNS = (
     "Size",
     "ExLlama",
     "Fits",
-    "Why",
 )
 
 
@@ -37,11 +36,12 @@ def branches_html(report: RepoReport) -> str:
         "<div class='scrolls'><table>"
         f"<caption>{escape(report.repo)}, licence {escape(report.license or 'not given')}{gated}; "
         f"{write_size(report.free_bytes)} of disk free</caption>"
-        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{notes}"
+        f"<thead><tr>{head}</tr></thead>{rows}</table></div>{notes}"
     )
 
 
 def _row(it: BranchReport) -> str:
+    """Draw a branch: a line of facts, and below it why it fits or does not."""
     groups = "-" if it.group_size is None else "none" if it.group_size < 0 else str(it.group_size)
     size = "-" if it.size_bytes is None else write_size(it.size_bytes)
     exllama = None if it.exllama is None else it.exllama.compatible
@@ -60,10 +60,11 @@ def _row(it: BranchReport) -> str:
         size,
         _yes(exllama),
         _yes(None if it.error else it.fit.fits),
-        escape(why),
     ]
     name = f"<th scope='row'>{escape(it.branch)}</th>"
-    return f"<tr>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    first = f"<tr>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    second = f"<tr class='why'><td colspan='{len(COLUMNS)}'>{escape(why)}</td></tr>"
+    return f"<tbody>{first}{second}</tbody>"
 
 
 def _text(value: object) -> str:

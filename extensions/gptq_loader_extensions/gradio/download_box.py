@@ -50,7 +50,7 @@ class DownloadBox:
                     scale=1,
                 )
                 self._list = gr.Button(
-                    "List branches", elem_id="list-branches", scale=0, min_width=120
+                    "List branches", elem_id="list-branches", scale=0, min_width=140
                 )
             self._table = gr.HTML("", elem_id="branches", elem_classes="sheet")
             self._branch = gr.Dropdown(

@@ -160,6 +160,7 @@ class ModelTab:
             *self._how,
             *panel.parts,
             panel.card,
+            panel.preset,
         ]
         # not `input`, which gradio 6.31 fires twice for one choice
         self.model.select(choose, [self.model], outputs, **LOADS)

@@ -9,7 +9,7 @@ from gptq_loader_plugin.options import GenerateOptions
 if TYPE_CHECKING:
     from gptq_loader_plugin.loaded import LoadedModel
 
-__all__ = ["OWN", "PRESETS", "SAMPLING", "own_sampling"]
+__all__ = ["OWN", "PRESETS", "SAMPLING", "own_sampling", "preset_of"]
 
 # What a preset sets, in the page's order; the most new tokens and the seed stay as they are.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -29,3 +29,12 @@ def own_sampling(model: LoadedModel) -> GenerateOptions:
     if told.get("do_sample") is False:
         return PRESETS["Deterministic"]
     return GenerateOptions.parse({it: told[it] for it in SAMPLING if told.get(it) is not None})
+
+
+def preset_of(sampling: GenerateOptions) -> str | None:
+    """Find the preset that samples like this; None where none does."""
+    wanted = [getattr(sampling, it) for it in SAMPLING]
+    for name, preset in PRESETS.items():
+        if [getattr(preset, it) for it in SAMPLING] == wanted:
+            return name
+    return None

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from gptq_loader_extensions.gradio.events import PRIVATE
-from gptq_loader_extensions.gradio.presets import OWN, PRESETS, SAMPLING, own_sampling
+from gptq_loader_extensions.gradio.presets import (
+    OWN,
+    PRESETS,
+    SAMPLING,
+    own_sampling,
+    preset_of,
+)
 from gptq_loader_plugin.options import GenerateOptions
 
 if TYPE_CHECKING:
@@ -41,6 +47,7 @@ class SettingsPanel:
     Attributes:
         parts: the components, in the order of a reply's inputs.
         card: the button that takes the model card's system message.
+        preset: the list of ways to sample.
     """
 
     def __init__(self, models: Models) -> None:
@@ -52,7 +59,7 @@ class SettingsPanel:
                 "Take the model card's", size="sm", elem_id="card-system", visible=False
             )
             most = _number("Max new tokens", "max_new_tokens")
-            preset = gr.Dropdown(
+            self.preset = gr.Dropdown(
                 [*PRESETS, OWN], value="Balanced", label="Sampling", elem_id="preset"
             )
             temperature = _slider("Temperature", "temperature", 0, 2, 0.05, "0: deterministic")
@@ -84,7 +91,9 @@ class SettingsPanel:
             return (loaded.model.card.system or "") if loaded else ""
 
         numbers = [temperature, top_p, top_k, min_p, penalty]
-        preset.select(take, preset, numbers, queue=False, show_progress="hidden", **PRIVATE)
+        self.preset.select(
+            take, self.preset, numbers, queue=False, show_progress="hidden", **PRIVATE
+        )
         self.card.click(take_card, None, system, queue=False, **PRIVATE)
 
     def filled(self, models: Models, settings: ModelSettings | None) -> dict[Any, Any]:
@@ -95,6 +104,7 @@ class SettingsPanel:
         if settings is not None:
             values = [settings.system, *(getattr(settings.sampling, it) for it in OPTIONS)]
             changes |= dict(zip(self.parts, values, strict=True))
+            changes[self.preset] = gr.update(value=preset_of(settings.sampling))
         return changes
 
 
