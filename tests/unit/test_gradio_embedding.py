@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import socket
 import threading
 import time
@@ -14,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import gptq_loader_plugin as gptq
-from gptq_loader_extensions.gradio import registry
 from gptq_loader_extensions.gradio.serving import mount, parts_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CHECKPOINT = Path(__file__).parents[1] / "data" / "checkpoints" / "gptq-4bit-32g-act-sym"
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "tests" / "data" / "checkpoints" / "gptq-4bit-32g-act-sym"
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # event loops of gradio's
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # gradio 6.31 with pandas 3
@@ -40,6 +41,15 @@ def _gradio() -> Iterator[None]:
 def model() -> Iterator[gptq.LoadedModel]:
     with gptq.load(CHECKPOINT, device="cpu") as loaded:
         yield loaded
+
+
+def documented(number: int) -> dict[str, Any]:
+    """Run a block of code of docs/page.md; give its names."""
+    text = (ROOT / "docs" / "page.md").read_text(encoding="utf-8")
+    code = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[number]
+    names: dict[str, Any] = {}
+    exec(code.replace('"demo"', repr(str(CHECKPOINT))), names)
+    return names
 
 
 def reply(model: gptq.LoadedModel, *messages: dict[str, str]) -> str:
@@ -69,12 +79,9 @@ def served(app: Any) -> Iterator[str]:
 
 
 def test_gr_load_embeds_a_chat_that_programs_can_call(model: gptq.LoadedModel) -> None:
-    import gradio as gr
     from gradio_client import Client
 
-    with gr.Blocks(analytics_enabled=False) as page:
-        gr.Markdown("Somebody's own application")
-        gr.load(str(CHECKPOINT), src=registry, device="cpu", system="Be brief.")
+    page = documented(0)["page"]
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
     try:
         client = Client(url, verbose=False)
@@ -82,17 +89,28 @@ def test_gr_load_embeds_a_chat_that_programs_can_call(model: gptq.LoadedModel) -
             hello = {"role": "user", "content": "Hello"}
             first = client.predict("Hello", "", 6, 0, api_name="/chat")
             assert first == reply(model, hello)
-            whole = client.submit("Hello", "Be brief.", 6, 0, api_name="/chat")
+            second = client.predict("Hello", "Be brief.", 6, 0, api_name="/chat")
             talk = [hello, {"role": "assistant", "content": first}, hello]
             system = {"role": "system", "content": "Be brief."}
-            assert whole.result() == reply(model, system, *talk), "the turns before go along"
-            assert len(whole.outputs()) > 1, "it streams"
+            assert second == reply(model, system, *talk), "the turns before go along"
+            long = client.submit("Hello", "", 300, 0, api_name="/chat")
+            assert long.result()
+            assert len(long.outputs()) > 1, "it streams"
             with pytest.raises(Exception, match="The option max_new_tokens"):
                 client.predict("Hello", "", 0, 0, api_name="/chat")
         finally:
             client.close()
     finally:
         page.close(verbose=False)
+
+
+def test_the_documented_way_to_mount_the_page_works() -> None:
+    import httpx
+
+    with served(documented(1)["app"]) as url:
+        page = httpx.get(url)
+    assert page.status_code == 200
+    assert "No model is loaded" in page.text
 
 
 def test_the_page_is_mounted_behind_the_routes_of_an_application(

@@ -97,9 +97,16 @@ class SettingsFile:
         except OSError as error:
             return _Stored(), f"the settings cannot be read: {error.strerror} ({self.path})"
         except ValidationError:
-            aside = _free_name(self.path)
+            return _Stored(), self._put_aside()
+
+    def _put_aside(self) -> str:
+        """Give a damaged file another name; say what became of it."""
+        aside = _free_name(self.path)
+        try:
             self.path.replace(aside)
-            return _Stored(), f"the file of settings was damaged; it was put aside as {aside.name}"
+        except OSError as error:
+            return f"the file of settings is damaged: {self.path} ({error.strerror})"
+        return f"the file of settings was damaged; it was put aside as {aside.name}"
 
     def _write(self, text: str) -> None:
         """Write beside the file, then put that in its place: a crash leaves one or the other."""
