@@ -1,4 +1,4 @@
-"""Serve the chat page with a tiny checkpoint, slowed, and keep a record: page_server.py REF RECORD.
+"""Serve the page with tiny checkpoints, slowed, and keep a record: page_server.py RECORD [REF].
 
 The record gets one byte for each step of the model, so its size tells whether a reply still runs.
 Every attempt to reach another machine is told on stderr.
@@ -23,23 +23,29 @@ def tell_outside(event: str, args: tuple[Any, ...]) -> None:
         sys.stderr.write(f"OUTSIDE {args[1]}\n")
 
 
-def main(reference: str, record: str) -> None:
+def main(record: str, reference: str | None = None) -> None:
     sys.addaudithook(tell_outside)
     # A shell's background job ignores Ctrl-C, and so would what the tests start from one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import gptq_loader_plugin as gptq
 
     file = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    load = gptq.load
 
     def slowed(*_: object) -> None:
         os.write(file, b".")
         time.sleep(STEP_SECONDS)
 
+    def load_slowed(reference: Any, **options: Any) -> gptq.LoadedModel:
+        model = load(reference, **options)
+        model.model.register_forward_pre_hook(slowed)
+        return model
+
+    gptq.load = load_slowed
     plugins = gptq.Plugins(installed=True)
-    model = gptq.load(reference, device="cpu", plugins=plugins)
-    model.model.register_forward_pre_hook(slowed)
+    model = gptq.load(reference, device="cpu", plugins=plugins) if reference else None
     plugins.host("gradio").install(model=model, port=0, open_browser=False)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])

@@ -2,173 +2,34 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import signal
-import subprocess
-import sys
-import threading
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
+from browsing import (
+    CHECKPOINT,
+    ENVIRON,
+    MARKS,
+    PHONE,
+    RUNS,
+    TOO_WIDE,
+    ask,
+    expect,
+    finish,
+    opened,
+    questions,
+    replies,
+    send,
+)
 
 import gptq_loader_plugin as gptq
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
+    from browsing import Server
     from playwright.sync_api import Browser, Page
 
-pytest.importorskip("gradio", reason="gradio is not installed")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-expect = playwright.expect
-
-CHECKPOINT = Path(__file__).parents[1] / "data" / "checkpoints" / "gptq-4bit-32g-act-sym"
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-# The same kernels whatever else is installed.
-ENVIRON = {
-    "GPTQ_LOADER_PLUGINS": "core,host-gradio,kernel-cpu,kernel-dense,kernel-reference",
-    "OMP_NUM_THREADS": "1",
-}
-DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
-ENDED = re.compile(r"cut off|stopped")
-RUNS = re.compile(r"\d tokens, [\d.]+ a second")
-# What ends right of the window, other than inside what scrolls by itself.
-TOO_WIDE = """[...document.querySelectorAll('main *')].filter(it => {
-  if (it.getBoundingClientRect().right <= innerWidth + 1) return false
-  for (let up = it.parentElement; up; up = up.parentElement)
-    if (up.matches('#why pre, .bubble-wrap')) return false
-  return true
-}).map(it => it.outerHTML.slice(0, 200))"""
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium; apt-get install chromium"),
-]
-
-
-@dataclass
-class Server:
-    process: subprocess.Popen[str]
-    record: Path
-    url: str = ""
-    lines: list[str] = field(default_factory=list)
-
-    def steps(self) -> int:
-        return self.record.stat().st_size if self.record.exists() else 0
-
-    def log(self) -> str:
-        return "".join(self.lines)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    record = tmp_path_factory.mktemp("page") / "steps"
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("page_server.py")), CHECKPOINT, record],
-        env=os.environ | ENVIRON,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    served = Server(process, record)
-    assert process.stderr is not None
-    with process, process.stderr:
-        reader = threading.Thread(target=lambda: served.lines.extend(process.stderr or ()))
-        reader.start()
-        try:
-            wait(lambda: "Open http" in served.log() or process.poll() is not None, seconds=120)
-            found = re.search(r"Open (\S+)", served.log())
-            assert found, served.log()
-            served.url = found[1]
-            yield served
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
-            reader.join(5)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with playwright.sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def page(browser: Browser, server: Server) -> Iterator[Page]:
-    """The page, with a console that must stay free of errors."""
-    with opened(browser, server) as (fresh, errors):
-        yield fresh
-    assert errors == []
-
-
-class opened:  # noqa: N801 - a context manager
-    """One browser with the page in it, and what its console complains of."""
-
-    def __init__(self, browser: Browser, server: Server, **options: Any) -> None:
-        self.context = browser.new_context(**{"viewport": DESKTOP, **options})
-        self.url = server.url
-
-    def __enter__(self) -> tuple[Page, list[str]]:
-        errors: list[str] = []
-        fresh = self.context.new_page()
-        fresh.on("console", lambda it: errors.append(it.text) if it.type == "error" else None)
-        fresh.on("pageerror", lambda it: errors.append(str(it)))
-        fresh.goto(self.url, wait_until="domcontentloaded")
-        expect(fresh.locator("#send")).to_be_visible(timeout=30_000)
-        return fresh, errors
-
-    def __exit__(self, *_: object) -> None:
-        self.context.close()
-
-
-def wait(until: Callable[[], bool], *, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not until() and time.monotonic() < end:
-        time.sleep(0.05)
-
-
-def send(page: Page, text: str, *, tokens: int = 8) -> None:
-    """Send a message, with settings under which this model talks on to the limit."""
-    for name, value in (("temperature", 0), ("max_new_tokens", tokens)):
-        setting = page.locator(f"#{name} input[type=number]")
-        setting.fill(str(value))
-        setting.blur()
-    page.locator("#message textarea").fill(text)
-    page.locator("#message textarea").press("Enter")
-
-
-def ask(page: Page, text: str, *, tokens: int = 8) -> None:
-    """Send a message, and see its reply begin."""
-    before = len(questions(page))
-    send(page, text, tokens=tokens)
-    expect(page.locator("#chat [data-testid=user]")).to_have_count(before + 1)
-
-
-def finish(page: Page) -> None:
-    """See the reply end."""
-    expect(page.locator("#status")).to_contain_text(ENDED, timeout=30_000)
-    expect(page.locator("#send")).to_be_visible()
-
-
-def replies(page: Page) -> list[str]:
-    found: list[str] = page.locator("#chat [data-testid=bot]").all_inner_texts()
-    return found
-
-
-def questions(page: Page) -> list[str]:
-    found: list[str] = page.locator("#chat [data-testid=user]").all_inner_texts()
-    return [it.strip() for it in found]
+pytestmark = MARKS
 
 
 def test_it_says_what_runs_and_why(page: Page) -> None:
@@ -200,7 +61,9 @@ def test_a_reply_streams_and_says_how_fast(page: Page) -> None:
     assert questions(page) == ["Hello"]
     assert len(set(lengths)) > 4, "it grew in several steps"
     expect(page.locator("#status")).to_contain_text(
-        re.compile(r"100 tokens, [\d.]+ a second; the first after [\d.]+ s; cut off")
+        re.compile(
+            r"100 tokens, [\d.]+ a second; the first after [\d.]+ s; 1\d\d of 512 .*; cut off"
+        )
     )
 
 
@@ -223,8 +86,8 @@ def test_stop_stops_and_keeps_what_there_is(page: Page, server: Server) -> None:
     assert replies(page)[0] == kept[0], "the partial reply is part of the conversation"
 
 
-def test_retry_undo_and_clear(page: Page) -> None:
-    for button in ("#retry", "#undo", "#clear"):
+def test_retry_undo_and_a_new_conversation(page: Page) -> None:
+    for button in ("#retry", "#undo", "#delete"):
         expect(page.locator(f"{button}")).to_be_disabled()
     ask(page, "One", tokens=12)
     finish(page)
@@ -241,7 +104,7 @@ def test_retry_undo_and_clear(page: Page) -> None:
     expect(page.locator("#message textarea")).to_have_value("Two")
     assert questions(page) == ["One"]
     assert replies(page) == first
-    page.locator("#clear").click()
+    page.locator("#new").click()
     expect(page.locator("#chat [data-testid=user]")).to_have_count(0)
     expect(page.locator("#undo")).to_be_disabled()
 

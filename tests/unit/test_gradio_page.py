@@ -16,27 +16,32 @@ import pytest
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.gradio import GradioHost, gptq_hosts
-from gptq_loader_extensions.gradio.about import head, model_name
+from gptq_loader_extensions.gradio.about import entry_name, head, title
 from gptq_loader_extensions.gradio.conversation import Moment, answer, take_back
+from gptq_loader_extensions.gradio.models import Loaded, Ready
 from gptq_loader_extensions.gradio.versions import known, to_pairs
-from gptq_loader_plugin.checkpoint.card import Card
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid, PluginError, PromptTooLong
 from gptq_loader_plugin.generate import Piece
 from gptq_loader_plugin.options import GenerateOptions
 from gptq_loader_plugin.template import ChatML
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    from gptq_loader_extensions.gradio.models import Prompt
 
 ENVIRON = {"GPTQ_LOADER_PLUGINS": "core,kernel-dense,kernel-reference"}
 CHECKPOINT = Path(__file__).parents[1] / "data" / "checkpoints" / "gptq-4bit-32g-act-sym"
 OPTIONS = GenerateOptions()
 DEFAULTS = ["", 512, 0.7, 0.95, 40, 0.0, 1.0, None]  # the settings as the page hands them over
+KEY = "0123456789abcdef"
 QUESTION = {"role": "user", "content": "Hello?"}
 
 
-class FakeModel:
-    """Gives one word after the other, or raises."""
+class FakeModels:
+    """Give one word after the other, or raise."""
+
+    loaded = None
 
     def __init__(self, words: Sequence[str] = ("One", " two"), *, finish: Any = "stop") -> None:
         self.words, self.finish = words, finish
@@ -46,30 +51,32 @@ class FakeModel:
         self.given: GenerateOptions | None = None
         self.ended = False
 
-    def chat(
+    def ask(
         self,
-        messages: Sequence[dict[str, str]],
+        prepare: Callable[[Any], Prompt],
         options: GenerateOptions,
-        *,
-        when_too_long: str,
         cancel: threading.Event,
-    ) -> Iterator[Piece]:
-        self.asked, self.given = list(messages), options
-        assert when_too_long == "drop-oldest"
+    ) -> Iterator[Ready | Piece]:
+        self.given = options
         if self.error:
             raise self.error
-        return self._pieces(cancel)
-
-    def _pieces(self, cancel: threading.Event) -> Iterator[Piece]:
+        prompt = prepare(SimpleNamespace(encode_chat=self._encode, template=ChatML()))
+        assert prompt.stop == ChatML().stop
+        yield Ready("fake", len(prompt.ids), 512, prompt.warning)
         try:
             for i, word in enumerate(self.words):
                 if cancel.is_set():
                     yield Piece("", i, "cancelled")
                     return
-                yield Piece(word, i + 1, warning="" if i else self.warning)
+                yield Piece(word, i + 1)
             yield Piece("", len(self.words), self.finish)
         finally:
             self.ended = True
+
+    def _encode(self, messages: Any, *, when_too_long: str) -> tuple[list[int], str]:
+        assert when_too_long == "drop-oldest"
+        self.asked = list(messages)
+        return [1, 2, 3], self.warning
 
 
 class Clock:
@@ -94,38 +101,41 @@ def reply(moment: Moment) -> str:
 
 
 def test_a_reply_grows_to_its_end() -> None:
-    first, *growing, last = moments(FakeModel(["One", " two", " three"]))
+    first, turn, *growing, last = moments(FakeModels(["One", " two", " three"]))
     assert first == Moment((QUESTION,), "Reading the prompt …", running=True)
+    assert turn == Moment((QUESTION,), "Reading the prompt …", running=True, model="fake")
     assert [reply(it) for it in growing] == ["One", "One two", "One two three"]
     assert all(it.running for it in growing)
     assert not last.running
     assert reply(last) == "One two three"
-    assert last.status == "3 tokens, 1.3 a second; the first after 0.50 s"
+    assert last.status == (
+        "3 tokens, 1.3 a second; the first after 0.50 s; 6 of 512 of the context used"
+    )
 
 
 def test_a_fast_reply_is_not_redrawn_for_every_token() -> None:
-    model = FakeModel(["w"] * 100)
+    model = FakeModels(["w"] * 100)
     times = iter(i * 0.001 for i in range(1000))
     cancel = threading.Event()
     seen = list(
         answer(model, [QUESTION], OPTIONS, system="", cancel=cancel, clock=lambda: next(times))  # type: ignore[arg-type]
     )
-    assert len(seen) <= 5
+    assert len(seen) <= 6
     assert reply(seen[-1]) == "w" * 100
 
 
 def test_a_cancelled_reply_keeps_its_text() -> None:
     cancel = threading.Event()
     running = answer(
-        FakeModel(["One", " two", " three"]),  # type: ignore[arg-type]
+        FakeModels(["One", " two", " three"]),  # type: ignore[arg-type]
         [QUESTION],
         OPTIONS,
         system="",
         cancel=cancel,
         clock=Clock(),
     )
-    next(running)
-    next(running)
+    for _ in range(3):
+        next(running)
     cancel.set()
     (last,) = running
     assert reply(last) == "One"
@@ -136,9 +146,9 @@ def test_a_cancelled_reply_keeps_its_text() -> None:
 def test_a_reply_cancelled_before_its_first_word_gives_the_question_back() -> None:
     cancel = threading.Event()
     cancel.set()
-    model: Any = FakeModel()
+    model: Any = FakeModels()
     *_, last = answer(model, [QUESTION], OPTIONS, system="", cancel=cancel)
-    assert last == Moment((), "Stopped.", draft="Hello?")
+    assert last == Moment((), "Stopped.", draft="Hello?", model="fake")
 
 
 @pytest.mark.parametrize(
@@ -147,11 +157,11 @@ def test_a_reply_cancelled_before_its_first_word_gives_the_question_back() -> No
 )
 def test_a_reply_that_was_cut_off_says_where(limit: int, words: str) -> None:
     options = GenerateOptions(max_new_tokens=limit)
-    assert moments(FakeModel(finish="length"), options=options)[-1].status.endswith(words)
+    assert moments(FakeModels(finish="length"), options=options)[-1].status.endswith(words)
 
 
 def test_a_system_message_comes_first_and_is_not_shown() -> None:
-    model = FakeModel()
+    model = FakeModels()
     last = moments(model, system="Be brief.")[-1]
     assert model.asked == [{"role": "system", "content": "Be brief."}, QUESTION]
     assert last.messages[0] == QUESTION
@@ -178,8 +188,8 @@ def test_the_head_says_what_runs_and_escapes_it() -> None:
         warnings=("a label lies", "a label lies"),
         explain=plan.explain,
     )
-    html = head(model)
-    assert model_name(model) == CHECKPOINT.name
+    html = head(Loaded(entry_name(model), model))
+    assert entry_name(model) == CHECKPOINT.name
     assert "<script>" not in html
     text = unescape(html)
     for words in (plan.headline(), plan.explain(), "context 4,096", "act-order", "chatml"):
@@ -189,7 +199,17 @@ def test_the_head_says_what_runs_and_escapes_it() -> None:
 
 def test_a_hub_reference_is_its_own_name() -> None:
     plan = SimpleNamespace(reference="owner/repo:branch", path=Path("/cache/1a2b"))
-    assert model_name(SimpleNamespace(plan=plan)) == "owner/repo:branch"  # type: ignore[arg-type]
+    assert entry_name(SimpleNamespace(plan=plan)) == "owner/repo:branch"  # type: ignore[arg-type]
+
+
+def test_the_demo_goes_by_its_real_name() -> None:
+    model: Any = SimpleNamespace(
+        plan=SimpleNamespace(reference="demo", path=Path("/cache/SmolLM2"))
+    )
+    assert entry_name(model) == "demo"
+    assert title(Loaded("demo", model)) == "SmolLM2"
+    assert title(None) == "No model is loaded"
+    assert "Choose one" in head(None)
 
 
 def test_options_that_a_version_does_not_know_are_left_out() -> None:
@@ -215,7 +235,7 @@ def test_a_taken_port_is_said_to_be_taken() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(OptionInvalid, match=f"^port {port} is taken$") as caught:
-            GradioHost().install(model=FakeModel(), port=port, open_browser=False)
+            GradioHost().install(model=FakeModels(), port=port, open_browser=False)
     assert "--port" in caught.value.hint
 
 
@@ -229,19 +249,14 @@ def test_a_taken_port_is_said_to_be_taken() -> None:
 )
 def test_an_address_that_cannot_be_is_an_error_in_words(where: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionInvalid, match=words):
-        GradioHost().install(model=FakeModel(), open_browser=False, **where)
+        GradioHost().install(model=FakeModels(), open_browser=False, **where)
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(PluginError, match="needs gradio") as caught:
-        GradioHost().install(model=FakeModel(), open_browser=False)
+        GradioHost().install(model=FakeModels(), open_browser=False)
     assert caught.value.hint == "pip install 'gptq-loader-plugin[gradio]'"
-
-
-def test_without_a_model_it_says_so() -> None:
-    with pytest.raises(PluginError, match="needs a loaded model"):
-        GradioHost().install()
 
 
 # What is drawn
@@ -259,12 +274,14 @@ def drawing() -> Iterator[Any]:
     return drawing
 
 
-def stream(drawing: Any, model: FakeModel, values: Sequence[Any] = DEFAULTS) -> list[Any]:
-    return list(drawing.stream_reply(model, (QUESTION,), values, before=(), draft="Hello?"))
+def stream(drawing: Any, model: FakeModels, values: Sequence[Any] = DEFAULTS) -> list[Any]:
+    return list(
+        drawing.stream_reply(model, (QUESTION,), values, key=KEY, before=(), draft="Hello?")
+    )
 
 
 def test_the_settings_reach_the_model(drawing: Any) -> None:
-    model = FakeModel()
+    model = FakeModels()
     stream(drawing, model, ["Be brief.", 7, 0, 0.5, 3, 0.1, 1.2, 42])
     assert model.given == GenerateOptions(
         max_new_tokens=7,
@@ -279,29 +296,37 @@ def test_the_settings_reach_the_model(drawing: Any) -> None:
 
 
 def test_the_defaults_are_those_of_the_options(drawing: Any) -> None:
-    model = FakeModel()
+    model = FakeModels()
     stream(drawing, model)
     assert model.given == OPTIONS
 
 
 def test_a_reply_hands_out_what_stops_it(drawing: Any) -> None:
-    model = FakeModel(["w"] * 1000)
-    running = drawing.stream_reply(model, (QUESTION,), DEFAULTS, before=(), draft="Hello?")
-    conversation, cancel, problem, _, message, *_ = next(running)
-    assert (conversation, problem) == ((QUESTION,), "")
-    assert message["value"] == "", "what was sent leaves the message box"
-    assert not cancel.is_set()
-    cancel.set()
+    model = FakeModels(["w"] * 1000)
+    running = drawing.stream_reply(model, (QUESTION,), DEFAULTS, key=KEY, before=(), draft="Hello?")
+    first = next(running)
+    assert (first["conversation"], first["problem"]) == ((QUESTION,), "")
+    assert first["message"]["value"] == "", "what was sent leaves the message box"
+    assert "Hello?" in first["kept"], "the browser keeps a question before it is answered"
+    assert not first["new"]["interactive"]
+    first["cancel"].set()
     *_, last = running
-    assert last[0] == ()
-    assert last[4]["value"] == "Hello?"
+    assert last["conversation"] == ()
+    assert last["message"]["value"] == "Hello?"
+    assert last["new"]["interactive"]
     assert model.ended
 
 
+def test_the_buttons_are_not_redrawn_while_a_reply_grows(drawing: Any) -> None:
+    _, growing, *_, last = stream(drawing, FakeModels())
+    assert set(growing) == {"conversation", "cancel", "problem", "chat", "status"}
+    assert '"role":"assistant","content":"One two"' in last["kept"]
+
+
 def test_a_page_that_goes_away_ends_its_reply(drawing: Any) -> None:
-    model = FakeModel(["w"] * 1000)
-    running = drawing.stream_reply(model, (QUESTION,), DEFAULTS, before=(), draft=None)
-    _, cancel, *_ = next(running)
+    model = FakeModels(["w"] * 1000)
+    running = drawing.stream_reply(model, (QUESTION,), DEFAULTS, key=KEY, before=())
+    cancel = next(running)["cancel"]
     running.close()
     assert cancel.is_set()
 
@@ -315,27 +340,27 @@ LONG = PromptTooLong("the prompt has 9 tokens", tokens=9, context=5, hint="drop-
         (LONG, "The prompt has 9 tokens. Shorten the message, or the system message."),
         (GPTQLoaderError("no template", hint="name one"), "No template. Name one."),
         (RuntimeError("out of memory\nat line 3"), "The model failed: out of memory. Shorten the"),
+        (MemoryError(), "Out of memory. Choose a smaller model"),
     ],
 )
 def test_an_error_puts_everything_back(drawing: Any, error: Exception, words: str) -> None:
-    model = FakeModel()
+    model = FakeModels()
     model.error = error
     *_, last = stream(drawing, model)
-    conversation, _, problem, _, message, *_ = last
-    assert problem.startswith(words)
-    assert conversation == ()
-    assert message["value"] == "Hello?"
+    assert last["problem"].startswith(words)
+    assert last["conversation"] == ()
+    assert last["message"]["value"] == "Hello?"
 
 
 def test_a_setting_out_of_range_is_named(drawing: Any) -> None:
-    *_, last = stream(drawing, FakeModel(), ["", 0, *DEFAULTS[2:]])
-    assert last[2].startswith("The option max_new_tokens: ")
+    *_, last = stream(drawing, FakeModels(), ["", 0, *DEFAULTS[2:]])
+    assert last["problem"].startswith("The option max_new_tokens: ")
 
 
 def test_a_warning_is_told(drawing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(drawing.gr, "Warning", told.append)
-    model = FakeModel()
+    model = FakeModels()
     model.warning = "its oldest 2 messages were left out"
     stream(drawing, model)
     assert told == [model.warning]
@@ -348,31 +373,15 @@ def test_a_warning_is_told(drawing: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         ("1 < 2 and `<b>`", "1 < 2 and `<b>`"),
         ("```html\n<b>\n```\n<i>", "```html\n<b>\n```\n&lt;i>"),
         ("```html\n<b>", "```html\n<b>"),
-        ("", "*(a reply without text)*"),
+        ("written &lt;b and `&lt;b`", "written &amp;lt;b and `&lt;b`"),
     ],
 )
 def test_tags_outside_code_are_shown_and_not_obeyed(drawing: Any, text: str, shown: str) -> None:
     moment = Moment(({"role": "assistant", "content": text},))
-    assert drawing.drawn(moment)[3][0]["content"] == shown
+    assert drawing.drawn(moment)["chat"][0]["content"] == shown
+    assert drawing.from_markdown(shown) == text, "and editing it where it is shown changes nothing"
 
 
-def test_the_page_offers_the_cards_system_message(drawing: Any) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        from gptq_loader_extensions.gradio.page import build_page
-
-        plan = gptq.explain(
-            CHECKPOINT, device="cpu", plugins=gptq.Plugins(installed=True, environ=ENVIRON)
-        )
-        model: Any = SimpleNamespace(
-            plan=plan,
-            config=plan.config,
-            context=512,
-            template=ChatML(),
-            warnings=(),
-            card=Card(system="You are kind."),
-            explain=plan.explain,
-        )
-        ids = {getattr(it, "elem_id", None) for it in build_page(model).blocks.values()}
-        gc.collect()
-    assert {"about", "chat", "message", "send", "stop", "card-system", "seed"} <= ids
+def test_a_reply_without_text_says_so(drawing: Any) -> None:
+    moment = Moment(({"role": "assistant", "content": ""},))
+    assert drawing.drawn(moment)["chat"][0]["content"] == "*(a reply without text)*"

@@ -1,24 +1,26 @@
-"""The host "gradio": open a chat page with a loaded model."""
+"""The host "gradio": a page that loads models and talks to them, whole or as a part of another."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_plugin.errors import OptionInvalid, PluginError
+from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    import gradio
+
     from gptq_loader_plugin.host import Host
 
-__all__ = ["GradioHost", "gptq_hosts"]
+__all__ = ["GradioHost", "gptq_hosts", "registry"]
 
-OPTIONS = ("model", "host", "port", "open_browser")
+OPTIONS = ("model", "host", "port", "open_browser", "models_dir")
 
 
 @dataclass(frozen=True, slots=True)
 class GradioHost:
-    """Open a chat page in the browser."""
+    """Open a page in the browser that loads models and talks to them."""
 
     name: str = "gradio"
 
@@ -26,35 +28,64 @@ class GradioHost:
         """Open the page and serve it until Ctrl-C.
 
         Args:
-            **options: `model`, a LoadedModel; `host`, the address to serve on, "127.0.0.1" unless
-                told; `port`, None for the first free one from 7860 on, 0 for any; `open_browser`,
-                whether to open the page in this machine's browser, True unless told.
+            **options: `model`, a LoadedModel, or None to choose one in the page; `host`, the
+                address to serve on, "127.0.0.1" unless told; `port`, None for the first free one
+                from 7860 on, 0 for any; `open_browser`, whether to open the page in this machine's
+                browser, True unless told; `models_dir`, the folder whose folders are models.
 
         Raises:
-            PluginError: gradio is not installed, or no model was given.
+            PluginError: gradio is not installed.
             OptionInvalid: an option is unknown, or the page cannot be served there.
         """
         if unknown := sorted(set(options) - set(OPTIONS)):
             raise OptionInvalid(
-                f"the chat page has no option {', '.join(unknown)}",
+                f"the page has no option {', '.join(unknown)}",
                 hint=f"the options are {', '.join(OPTIONS)}",
-            )
-        if options.get("model") is None:
-            raise PluginError(
-                "the chat page needs a loaded model",
-                hint='load one, then hand it over: install(model=load("demo"))',
             )
         from gptq_loader_extensions.gradio.serving import serve
 
         serve(
-            options["model"],
+            options.get("model"),
             host=options.get("host") or "127.0.0.1",
             port=options.get("port"),
             open_browser=options.get("open_browser", True),
+            models_dir=options.get("models_dir"),
         )
+
+
+def registry(
+    name: str,
+    token: str | None = None,
+    *,
+    device: str | None = None,
+    backend: str | None = None,
+    template: str | None = None,
+    context: int | None = None,
+    system: str = "",
+) -> gradio.Blocks:
+    """Build a chat with a model, for `gr.load(name, src=registry)` in anyone's own application.
+
+    Args:
+        name: a folder, a file, `owner/repo:branch`, or "demo".
+        token: gradio's; a private repository's comes from `HF_TOKEN`.
+        device: as for `gptq_loader_plugin.load`.
+        backend: as for `load`.
+        template: as for `load`.
+        context: as for `load`.
+        system: the system message to begin with.
+
+    Raises:
+        GPTQLoaderError: the model cannot be loaded.
+    """
+    del token
+    import gptq_loader_plugin as gptq
+    from gptq_loader_extensions.gradio.embedding import chat_interface
+
+    model = gptq.load(name, device=device, backend=backend, template=template, context=context)
+    return chat_interface(model, system=system)
 
 
 @hookimpl
 def gptq_hosts() -> list[Host]:
-    """Offer the chat page."""
+    """Offer the page."""
     return [GradioHost()]

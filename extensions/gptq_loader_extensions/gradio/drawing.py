@@ -1,8 +1,7 @@
-"""Draw a reply: turn its moments into changes of the page's parts."""
+"""Draw a reply of the chat: turn its moments into changes of the page's parts, by name."""
 
 from __future__ import annotations
 
-import logging
 import re
 import threading
 from dataclasses import replace
@@ -12,105 +11,103 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from gptq_loader_extensions.gradio.conversation import Message, Moment, answer
+from gptq_loader_extensions.gradio.keeping import write_kept
+from gptq_loader_extensions.gradio.settings_panel import read_options
 from gptq_loader_extensions.gradio.versions import takes_messages, to_pairs
-from gptq_loader_plugin.errors import GPTQLoaderError, PromptTooLong
-from gptq_loader_plugin.options import GenerateOptions
+from gptq_loader_extensions.gradio.words import as_words
+from gptq_loader_plugin.errors import GPTQLoaderError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_extensions.gradio.models import Models
 
-__all__ = ["Conversation", "Drawing", "drawn", "stream_reply"]
+__all__ = ["Conversation", "Drawing", "drawn", "from_markdown", "stream_reply"]
 
 Conversation = tuple[Message, ...]
-Drawing = tuple[Any, ...]
+Drawing = dict[str, Any]
 
-# In the order in which the page hands them to a reply.
-OPTIONS = (
-    "max_new_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-)
 # Fenced code, to the end while its end is not yet written, and code within a line.
 CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 TAG = re.compile(r"<(?=[A-Za-z/!?])")
-
-logger = logging.getLogger(__name__)
+WRITTEN = re.compile(r"&amp;lt;|&lt;")
+UNWRITTEN = {"&amp;lt;": "&lt;", "&lt;": "<"}
+# What a person may do between two replies, and not during one.
+IDLE_ONLY = ("retry", "undo", "new", "delete", "picker", "prompt")
 
 
 def stream_reply(
-    model: LoadedModel,
+    models: Models,
     asked: Conversation,
     values: Sequence[Any],
     *,
+    key: str,
     before: Conversation,
     draft: str | None = None,
 ) -> Iterator[Drawing]:
     """Stream a reply as changes of the page; on an error, put things back and say what is wrong.
 
     Args:
-        model: answers.
+        models: answers.
         asked: the conversation, the question last.
         values: the settings' values, in their order.
+        key: the conversation's key in the browser.
         before: the conversation to go back to on an error.
         draft: the text to put back into the message box on an error.
     """
     cancel = threading.Event()
-    system, *chosen = values
     back = Moment(before, draft=draft)
     try:
-        options = GenerateOptions.parse(dict(zip(OPTIONS, chosen, strict=True)))
-        moments = answer(model, asked, options, system=system or "", cancel=cancel)
+        system, options = read_options(values)
+        moments = answer(models, asked, options, system=system, cancel=cancel)
         for i, moment in enumerate(moments):
             if moment.warning:
                 gr.Warning(escape(moment.warning))
             emptied = "" if i == 0 and draft is not None else moment.draft
-            yield drawn(replace(moment, draft=emptied), cancel, steady=moment.running and i > 0)
-    except PromptTooLong as error:
-        hint = "shorten the message, or the system message"
-        yield drawn(replace(back, problem=_sentences(error.message, hint)))
-    except GPTQLoaderError as error:
-        yield drawn(replace(back, problem=_sentences(error.message, error.hint)))
-    except RuntimeError as error:  # torch's own: out of memory, a device that went away
-        logger.exception("a reply failed")
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        hint = "shorten the conversation; the terminal says more"
-        yield drawn(replace(back, problem=_sentences(f"the model failed: {first}", hint)))
+            steady = moment.running and i > 0
+            yield drawn(replace(moment, draft=emptied), cancel, key=key, steady=steady)
+    except (GPTQLoaderError, MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
+        words = as_words(error, hint="shorten the conversation; the terminal says more")
+        yield drawn(replace(back, problem=words), key=key)
     finally:
         cancel.set()
 
 
 def drawn(
-    moment: Moment, cancel: threading.Event | None = None, *, steady: bool = False
+    moment: Moment,
+    cancel: threading.Event | None = None,
+    *,
+    key: str = "",
+    steady: bool = False,
 ) -> Drawing:
-    """Turn a moment into a change of each of the chat's parts, in their order.
+    """Turn a moment into changes of the chat's parts; those that are not named stay.
 
     Args:
         moment: what to show.
         cancel: what ends the reply.
+        key: the conversation's key in the browser, or "" for one that has none yet.
         steady: whether the buttons are as they were; what is not changed is not redrawn.
     """
-    same = gr.update()
+    change: Drawing = {
+        "conversation": moment.messages,
+        "cancel": cancel,
+        "problem": moment.problem,
+        "chat": _for_chatbot(moment.messages),
+        "status": moment.status,
+    }
+    if moment.draft is not None:
+        change["message"] = gr.update(value=moment.draft)
+    if steady:
+        return change
     idle = not moment.running
-    buttons = [
-        gr.update(visible=idle),
-        gr.update(visible=not idle),
-        *[gr.update(interactive=idle and bool(moment.messages))] * 3,
-    ]
-    return (
-        moment.messages,
-        cancel,
-        moment.problem,
-        _for_chatbot(moment.messages),
-        same if moment.draft is None else gr.update(value=moment.draft),
-        moment.status,
-        *([same] * 5 if steady else buttons),
-    )
+    change["key"] = key
+    change["kept"] = write_kept(key, moment.messages) if key else ""
+    change["send"], change["stop"] = gr.update(visible=idle), gr.update(visible=not idle)
+    for name in IDLE_ONLY:
+        change[name] = gr.update(interactive=idle)
+    for name in ("retry", "undo", "delete"):
+        change[name] = gr.update(interactive=idle and bool(moment.messages))
+    return change
 
 
 def _for_chatbot(messages: Conversation) -> list[Any]:
@@ -124,10 +121,12 @@ def _as_markdown(text: str) -> str:
     if not text:
         return "*(a reply without text)*"
     parts = CODE.split(text)  # every second part is code
-    parts[::2] = [TAG.sub("&lt;", part) for part in parts[::2]]
+    parts[::2] = [TAG.sub("&lt;", it.replace("&lt;", "&amp;lt;")) for it in parts[::2]]
     return "".join(parts)
 
 
-def _sentences(message: str, hint: str) -> str:
-    """Write an error as a person reads it: what is wrong, then what to do."""
-    return ". ".join(f"{it[:1].upper()}{it[1:]}" for it in (message, hint)) + "."
+def from_markdown(text: str) -> str:
+    """Turn a message that was edited where it is shown back into what the model reads."""
+    parts = CODE.split(text)
+    parts[::2] = [WRITTEN.sub(lambda it: UNWRITTEN[it[0]], part) for part in parts[::2]]
+    return "".join(parts)

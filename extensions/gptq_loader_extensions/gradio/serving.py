@@ -1,4 +1,4 @@
-"""Serve a page on this machine: find a port, say where, wait for Ctrl-C."""
+"""Serve a page on this machine, and say where until Ctrl-C; or put it into another server."""
 
 from __future__ import annotations
 
@@ -9,17 +9,25 @@ import socket
 import sys
 import time
 import webbrowser
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.errors import OptionInvalid, PluginError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     import gradio
+    from fastapi import FastAPI
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from gptq_loader_extensions.gradio.page import Parts
     from gptq_loader_plugin.loaded import LoadedModel
 
-__all__ = ["open_page", "serve"]
+__all__ = ["mount", "open_page", "parts_for", "serve"]
+
+WAITING = 64  # events of all browsers together that may wait for their turn
+UPLOADS = 1  # the most bytes of a file that a browser may send: the page takes none
 
 # What a page may fetch: itself, and nothing else. Without this a picture in a reply, which is
 # Markdown, would have the browser ask whatever address the model writes.
@@ -28,14 +36,21 @@ CONTENT_POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 logger = logging.getLogger(__name__)
 
 
-def serve(model: LoadedModel, *, host: str, port: int | None, open_browser: bool) -> None:
+def serve(
+    model: LoadedModel | None,
+    *,
+    host: str,
+    port: int | None,
+    open_browser: bool,
+    models_dir: Path | None = None,
+) -> None:
     """Open the page, say its address on stderr, and serve it until Ctrl-C.
 
     Raises:
         PluginError: gradio is not installed, or cannot serve.
         OptionInvalid: the page cannot be served on that address and port.
     """
-    page, url = open_page(model, host=host, port=port)
+    page, url = open_page(model, host=host, port=port, models_dir=models_dir)
     try:
         sys.stderr.write(f"Open {url}\nCtrl-C ends it.\n")
         sys.stderr.flush()
@@ -48,7 +63,11 @@ def serve(model: LoadedModel, *, host: str, port: int | None, open_browser: bool
 
 
 def open_page(
-    model: LoadedModel, *, host: str = "127.0.0.1", port: int | None = None
+    model: LoadedModel | None,
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    models_dir: Path | None = None,
 ) -> tuple[gradio.Blocks, str]:
     """Serve the page from a thread of its own; give it and its address.
 
@@ -57,19 +76,11 @@ def open_page(
         OptionInvalid: the page cannot be served on that address and port.
     """
     free = _bound_port(host, port)
-    try:
-        import gradio  # noqa: F401 - only whether it is there
-    except ImportError as error:
-        raise PluginError(
-            f"the chat page needs gradio, which cannot be imported: {error}",
-            hint="pip install 'gptq-loader-plugin[gradio]'",
-        ) from error
-    from starlette.middleware import Middleware
-
-    from gptq_loader_extensions.gradio.page import build_page, launch_style
+    _check_gradio()
+    from gptq_loader_extensions.gradio.page import build_page
     from gptq_loader_extensions.gradio.versions import known
 
-    page = build_page(model)
+    page = build_page(parts_for(model, models_dir=models_dir))
     options = known(
         type(page).launch,
         server_name=host,
@@ -78,16 +89,11 @@ def open_page(
         quiet=True,
         inbrowser=False,
         share=False,
-        ssr_mode=False,
-        enable_monitoring=False,
-        run_history=False,
-        footer_links=[],
         show_api=False,
-        app_kwargs={"middleware": [Middleware(PageOnly)]},
-        **launch_style(),
+        **_quiet(),
     )
     try:
-        page.queue(max_size=64).launch(**options)
+        page.queue(max_size=WAITING).launch(**options)
     except OSError as error:
         raise OptionInvalid(
             f"the page cannot be served on {host}: {error}",
@@ -95,6 +101,78 @@ def open_page(
         ) from error
     shown = "127.0.0.1" if host in ("0.0.0.0", "") else host  # noqa: S104 - compared, not bound
     return page, f"http://{f'[{shown}]' if ':' in shown else shown}:{page.server_port}"
+
+
+def mount(
+    app: FastAPI,
+    parts: Parts,
+    *,
+    path: str = "/",
+    allowed: Callable[[str, str], bool] | None = None,
+) -> None:
+    """Put the page into an application, behind the routes it has already.
+
+    Args:
+        app: the application.
+        parts: what the page stands on; its models are those of the application.
+        path: where the page is.
+        allowed: says whether a user and a password open the page; None lets everyone in.
+
+    Raises:
+        PluginError: gradio is not installed.
+    """
+    _check_gradio()
+    import gradio as gr
+
+    from gptq_loader_extensions.gradio.page import build_page
+    from gptq_loader_extensions.gradio.versions import known
+
+    page = build_page(parts).queue(max_size=WAITING)
+    options = known(gr.mount_gradio_app, auth=allowed, show_error=False, **_quiet())
+    gr.mount_gradio_app(app, page, path=path, **options)
+
+
+def parts_for(model: LoadedModel | None, *, models_dir: Path | None = None) -> Parts:
+    """Put together what a page of this process alone stands on."""
+    from gptq_loader_extensions.gradio.about import entry_name
+    from gptq_loader_extensions.gradio.catalog import Catalog
+    from gptq_loader_extensions.gradio.models import Loaded, OneModel
+    from gptq_loader_extensions.gradio.page import Parts
+
+    catalog = Catalog(models_dir=models_dir)
+    if model is None:
+        return Parts(OneModel(), catalog)
+    name = entry_name(model)
+    plan = model.plan
+    catalog.add(name, "demo" if name == "demo" else plan.path)
+    return Parts(OneModel(Loaded(name, model)), catalog)
+
+
+def _check_gradio() -> None:
+    try:
+        import gradio  # noqa: F401 - only whether it is there
+    except ImportError as error:
+        raise PluginError(
+            f"the page needs gradio, which cannot be imported: {error}",
+            hint="pip install 'gptq-loader-plugin[gradio]'",
+        ) from error
+
+
+def _quiet() -> dict[str, Any]:
+    """Give the options that keep gradio from telling, keeping or taking more than it must."""
+    from starlette.middleware import Middleware
+
+    from gptq_loader_extensions.gradio.page import launch_style
+
+    return {
+        "ssr_mode": False,
+        "enable_monitoring": False,
+        "run_history": False,
+        "footer_links": [],
+        "max_file_size": UPLOADS,
+        "app_kwargs": {"middleware": [Middleware(PageOnly)]},
+        **launch_style(),
+    }
 
 
 class PageOnly:

@@ -1,0 +1,141 @@
+"""Lay out the Chat tab, and wire it to what happens there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from gptq_loader_extensions.gradio.chat_events import ChatEvents, stop
+from gptq_loader_extensions.gradio.events import AT_ONCE, PRIVATE, REPLIES, tell
+from gptq_loader_extensions.gradio.export_box import ExportBox
+from gptq_loader_extensions.gradio.versions import known
+
+if TYPE_CHECKING:
+    from gptq_loader_extensions.gradio.models import Models
+    from gptq_loader_extensions.gradio.settings_panel import SettingsPanel
+
+__all__ = ["ChatTab"]
+
+WELCOME = "### What would you like to know?\nThe model runs on this machine."
+
+
+class ChatTab:
+    """The tab; made inside the page's layout, then wired.
+
+    Args:
+        models: answers.
+        about: the page's head, which says what answers.
+    """
+
+    def __init__(self, models: Models, about: gr.HTML) -> None:
+        self._parts: dict[str, Any] = {
+            "about": about,
+            "conversation": gr.State(()),
+            "cancel": gr.State(None),
+            "problem": gr.State(""),
+            "key": gr.State(""),
+        }
+        self._lay_out_talk()
+        self._lay_out_message()
+        self._export = ExportBox(models)
+        self._parts["prompt"] = self._export.prompt
+        # A carrier between the server and page.js; hidden by the style sheet, because what is not
+        # drawn at all does not change in the browser.
+        self._parts["kept"] = gr.Textbox("", elem_id="kept", elem_classes="carrier", label="Kept")
+        self._events = ChatEvents(models, self._parts)
+
+    def _lay_out_talk(self) -> None:
+        parts = self._parts
+        with gr.Row(elem_id="talks"):
+            parts["picker"] = gr.Dropdown(
+                [],
+                value=None,
+                label="Conversation",
+                show_label=False,
+                container=False,
+                elem_id="picker",
+                scale=1,
+                min_width=120,
+                interactive=True,
+            )
+            parts["new"] = _small("New", interactive=True)
+            parts["delete"] = _small("Delete")
+        options = known(
+            gr.Chatbot,
+            type="messages",
+            editable="all",
+            buttons=["copy"],
+            show_copy_button=True,
+            show_label=False,
+            layout="bubble",
+            allow_tags=False,
+            feedback_options=None,
+            allow_file_downloads=False,
+        )
+        parts["chat"] = gr.Chatbot(elem_id="chat", label="Chat", placeholder=WELCOME, **options)
+
+    def _lay_out_message(self) -> None:
+        parts = self._parts
+        with gr.Row(elem_id="ask"):
+            parts["message"] = gr.Textbox(
+                elem_id="message",
+                label="Message",
+                show_label=False,
+                container=False,
+                placeholder="Write a message",
+                lines=1,
+                max_lines=6,
+                autofocus=True,
+                scale=1,
+                min_width=160,
+            )
+            parts["send"] = gr.Button("Send", elem_id="send", variant="primary", scale=0)
+            parts["stop"] = gr.Button(
+                "Stop",
+                elem_id="stop",
+                elem_classes="stops",
+                variant="stop",
+                scale=0,
+                visible=False,
+            )
+        with gr.Row(elem_id="below"):
+            parts["status"] = gr.Markdown("", elem_id="status")
+            parts["retry"] = _small("Retry")
+            parts["undo"] = _small("Undo")
+
+    def wire(self, page: gr.Blocks, panel: SettingsPanel) -> None:
+        """Connect what a person does with what happens."""
+        parts, events = self._parts, self._events
+        conversation, key, message = parts["conversation"], parts["key"], parts["message"]
+        kept, picker = parts["kept"], parts["picker"]
+        outputs = list(parts.values())
+        asked = [conversation, key, *panel.parts]
+        sending = [message.submit, parts["send"].click]
+        streams = [
+            gr.on(sending, events.send, [message, *asked], outputs, **REPLIES),
+            parts["retry"].click(events.retry, asked, outputs, **REPLIES),
+        ]
+        if hasattr(parts["chat"], "edit"):  # since gradio 5
+            streams.append(parts["chat"].edit(events.edit, asked, outputs, **REPLIES))
+        for reply in streams:
+            reply.then(tell, [parts["problem"]], None, concurrency_limit=None, **PRIVATE)
+        parts["stop"].click(stop, [parts["cancel"]], None, **AT_ONCE)
+        parts["undo"].click(events.undo, [conversation, key], outputs, **AT_ONCE)
+        parts["new"].click(events.empty, None, outputs, **AT_ONCE)
+
+        # What page.js gives back goes to the function in place of the inputs.
+        keep, begin = "(text) => gptqPage.keep(text)", "() => gptqPage.open()"
+        choose = "(_, key) => [gptqPage.open(key), key]"
+        forget = "(_, key) => [gptqPage.forget(key), key]"
+        kept.change(events.listed, [kept], [picker], js=keep, **AT_ONCE)
+        picker.select(events.opened, [kept, picker], outputs, js=choose, **AT_ONCE)
+        parts["delete"].click(events.forgotten, [kept, picker], outputs, js=forget, **AT_ONCE)
+        page.load(events.opened, [kept], outputs, js=begin, **AT_ONCE)
+        self._export.wire(conversation, panel.parts[0], message)
+
+
+def _small(name: str, *, interactive: bool = False) -> gr.Button:
+    return gr.Button(
+        name, elem_id=name.lower(), size="sm", scale=0, min_width=64, interactive=interactive
+    )

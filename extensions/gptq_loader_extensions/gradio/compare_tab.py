@@ -1,0 +1,160 @@
+"""Lay out the Compare tab: one prompt, two models side by side."""
+
+from __future__ import annotations
+
+# Before version 6 gradio reads the types of what it calls, so these are imported for real.
+import threading
+from collections.abc import Iterator  # noqa: TC003
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from gptq_loader_extensions.gradio.about import facts_of, title
+from gptq_loader_extensions.gradio.chat_events import stop as halt
+from gptq_loader_extensions.gradio.comparing import by_turns, where_they_part
+from gptq_loader_extensions.gradio.conversation import with_system
+from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, REPLIES
+from gptq_loader_extensions.gradio.loading import load_watched
+from gptq_loader_extensions.gradio.models import LoadOptions, OneModel
+from gptq_loader_extensions.gradio.reply import chat_prompt
+from gptq_loader_extensions.gradio.settings_panel import read_options
+from gptq_loader_extensions.gradio.words import alert, as_words
+from gptq_loader_plugin.errors import GPTQLoaderError
+
+if TYPE_CHECKING:
+    from gptq_loader_extensions.gradio.catalog import Catalog
+    from gptq_loader_extensions.gradio.models import Loaded, Models
+    from gptq_loader_extensions.gradio.settings_panel import SettingsPanel
+
+__all__ = ["CompareTab"]
+
+
+class CompareTab:
+    """The tab; made inside the page's layout, then wired.
+
+    Args:
+        models: the page's own model, which is the left one.
+        catalog: the models that may be the right one.
+    """
+
+    def __init__(self, models: Models, catalog: Catalog) -> None:
+        self._sides: tuple[Models, Models] = (models, OneModel())
+        self._catalog = catalog
+        self._cancel = gr.State(None)
+        self._other = gr.Dropdown(
+            [],
+            value=None,
+            label="Beside the model that is loaded",
+            info="Choosing one loads it as a second model.",
+            elem_id="other",
+        )
+        self._progress = gr.HTML("", elem_id="other-loading", elem_classes="work")
+        self._question = gr.Textbox(
+            label="Message",
+            info="Both get it by their template, with the settings beside; Deterministic is fair.",
+            lines=2,
+            max_lines=6,
+            elem_id="compare-message",
+        )
+        with gr.Row():
+            self._start = gr.Button("Ask both", variant="primary", elem_id="compare")
+            self._stop = gr.Button(
+                "Stop",
+                variant="stop",
+                elem_id="compare-stop",
+                elem_classes="stops",
+                visible=False,
+            )
+            self._unload = gr.Button("Unload the second", elem_id="compare-unload")
+        with gr.Row():
+            self._columns = [_column("one"), _column("two")]
+        self._words = gr.HTML("", elem_id="compare-words")
+
+    def wire(self, page: gr.Blocks, tab: gr.Tab, panel: SettingsPanel) -> None:
+        """Connect what a person does with what the models do."""
+        names = [name for name, _, _ in self._columns]
+
+        def choose(name: str) -> Iterator[dict[Any, Any]]:
+            try:
+                entry = self._catalog.find(name)
+            except GPTQLoaderError as error:
+                yield {self._progress: alert(as_words(error))}
+                return
+            for view in load_watched(self._sides[1], entry, LoadOptions()):
+                yield {
+                    self._progress: view.progress,
+                    self._start: gr.update(interactive=not view.running),
+                }
+            yield self._named()
+
+        def unload() -> dict[Any, Any]:
+            self._sides[1].drop()
+            return {self._progress: "", self._other: gr.update(value=None), **self._named()}
+
+        def shown() -> dict[Any, Any]:
+            second = self._sides[1].loaded
+            choices = [(it.label, it.name) for it in self._catalog.entries()]
+            value = second.name if second else None
+            return {self._other: gr.update(choices=choices, value=value), **self._named()}
+
+        outputs = [self._other, self._progress, self._start, *names]
+        self._other.select(choose, [self._other], outputs, **LOADS)
+        self._unload.click(unload, None, outputs, **LOADS)
+        for opened in (page.load, tab.select):
+            opened(shown, None, outputs, **AT_ONCE)
+        running = [self._cancel, self._start, self._stop, self._words, *names]
+        running += [it for _, text, status in self._columns for it in (text, status)]
+        self._start.click(self._run, [self._question, *panel.parts], running, **REPLIES)
+        self._stop.click(halt, [self._cancel], None, **AT_ONCE)
+
+    def _run(self, question: str, *values: Any) -> Iterator[dict[Any, Any]]:  # noqa: ANN401
+        """Ask both."""
+        cancel = threading.Event()
+        yield {
+            self._cancel: cancel,
+            self._start: gr.update(visible=False),
+            self._stop: gr.update(visible=True),
+            self._words: "",
+            **self._named(),
+        }
+        texts = ["", ""]
+        try:
+            system, options = read_options(values)
+            prepare = chat_prompt(with_system([{"role": "user", "content": question}], system))
+            for at, moment in by_turns(self._sides, prepare, options, cancel=cancel):
+                _, text, status = self._columns[at]
+                texts[at] = moment.text
+                yield {text: moment.text, status: escape(moment.status)}
+            words = f"<p>{escape(where_they_part(*texts))}</p>"
+        except (GPTQLoaderError, MemoryError, RuntimeError) as error:
+            words = alert(as_words(error))
+        finally:
+            cancel.set()
+        yield {
+            self._words: words,
+            self._start: gr.update(visible=True),
+            self._stop: gr.update(visible=False),
+        }
+
+    def _named(self) -> dict[Any, Any]:
+        """Say which models stand side by side."""
+        return {
+            name: _heading(side.loaded)
+            for (name, _, _), side in zip(self._columns, self._sides, strict=True)
+        }
+
+
+def _heading(loaded: Loaded | None) -> str:
+    facts = ", ".join(facts_of(loaded.model)) if loaded else "choose one"
+    return f"<h3>{escape(title(loaded))}</h3><p>{escape(facts)}</p>"
+
+
+def _column(side: str) -> tuple[gr.HTML, gr.Textbox, gr.Markdown]:
+    with gr.Column(min_width=260):
+        name = gr.HTML(_heading(None), elem_id=f"name-{side}", elem_classes="named")
+        text = gr.Textbox(
+            label="Reply", lines=10, max_lines=18, interactive=False, elem_id=f"reply-{side}"
+        )
+        status = gr.Markdown("", elem_id=f"status-{side}", elem_classes="status")
+    return name, text, status

@@ -1,0 +1,95 @@
+"""Write a reply of each of several models by turns, each timed alone."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from gptq_loader_extensions.gradio.reply import write_reply
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable, Iterator, Sequence
+
+    from gptq_loader_extensions.gradio.models import Models, Prompt
+    from gptq_loader_extensions.gradio.reply import Shown
+    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.options import GenerateOptions
+
+__all__ = ["by_turns", "where_they_part"]
+
+QUOTED = 40  # characters of where two replies part that are shown
+
+
+def by_turns(
+    sides: Sequence[Models],
+    prepare: Callable[[LoadedModel], Prompt],
+    options: GenerateOptions,
+    *,
+    cancel: threading.Event,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[tuple[int, Shown]]:
+    """Write a reply of each side; give which side's it is, and the reply at that moment.
+
+    They take turns, so that one does not slow the other down; the clock of a side stands still
+    while another writes.
+
+    Args:
+        sides: each holds one model.
+        prepare: makes the prompt.
+        options: how to sample.
+        cancel: ends all replies once it is set.
+        clock: tells seconds.
+
+    Raises:
+        GPTQLoaderError: a side has no model, or the prompt does not fit it.
+    """
+    watches = [_Stopwatch(clock) for _ in sides]
+    running = {
+        at: write_reply(side, prepare, options, cancel=cancel, clock=watches[at].seconds)
+        for at, side in enumerate(sides)
+    }
+    while running:
+        for at, reply in list(running.items()):
+            with watches[at].running():
+                shown = next(reply, None)
+            if shown is None:
+                del running[at]
+            else:
+                yield at, shown
+
+
+def where_they_part(one: str, other: str) -> str:
+    """Say from where two replies differ."""
+    if one == other:
+        return "Both replies are the same."
+    pairs = zip(one, other, strict=False)
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    if not same:
+        return "The replies differ from the first character."
+    last = " ".join(one[max(0, same - QUOTED) : same].split())
+    return f"The replies are the same for {same:,} characters, up to “{last}”."
+
+
+class _Stopwatch:
+    """Seconds that count only while it runs."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._before = 0.0
+        self._began: float | None = None
+
+    def seconds(self) -> float:
+        """Tell the seconds it has run."""
+        now = 0.0 if self._began is None else self._clock() - self._began
+        return self._before + now
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run for a while."""
+        self._began = self._clock()
+        try:
+            yield
+        finally:
+            self._before, self._began = self.seconds(), None

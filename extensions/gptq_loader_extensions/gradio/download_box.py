@@ -1,0 +1,170 @@
+"""Lay out what lists a repository's branches and downloads one."""
+
+from __future__ import annotations
+
+import threading
+
+# Before version 6 gradio reads the types of what it calls, so these are imported for real.
+from collections.abc import Iterator  # noqa: TC003
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from gptq_loader_extensions.gradio.branches_view import branches_html
+from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS
+from gptq_loader_extensions.gradio.jobs import Done, progress_bar, watched
+from gptq_loader_extensions.gradio.words import alert, as_words
+from gptq_loader_plugin.errors import DownloadCancelled, GPTQLoaderError, OptionInvalid
+from gptq_loader_plugin.events import Progress
+from gptq_loader_plugin.reference import parse_hub_reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from gptq_loader_extensions.gradio.catalog import Catalog
+    from gptq_loader_plugin.hub import RepoReport
+    from gptq_loader_plugin.reference import HubReference
+
+__all__ = ["DownloadBox"]
+
+
+class DownloadBox:
+    """The box; made inside the Model tab, then wired.
+
+    Args:
+        catalog: lists what is downloaded.
+    """
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._running: set[tuple[str, threading.Event]] = set()
+        with gr.Accordion("Download from the hub", open=False, elem_id="download"):
+            with gr.Row(elem_id="repository"):
+                self._repo = gr.Textbox(
+                    label="Repository",
+                    placeholder="owner/repo or owner/repo:branch",
+                    max_lines=1,
+                    elem_id="repo",
+                    scale=1,
+                )
+                self._list = gr.Button(
+                    "List branches", elem_id="list-branches", scale=0, min_width=140
+                )
+            self._table = gr.HTML("", elem_id="branches", elem_classes="sheet")
+            self._branch = gr.Dropdown(
+                [], value=None, label="Branch", elem_id="branch", visible=False
+            )
+            with gr.Row(elem_id="download-buttons"):
+                self._download = gr.Button("Download", elem_id="start", variant="primary")
+                self._cancel = gr.Button(
+                    "Cancel", elem_id="cancel", elem_classes="stops", interactive=False
+                )
+            self._progress = gr.HTML("", elem_id="downloading", elem_classes="work")
+
+    def wire(self, model: gr.Dropdown, listed: Callable[[str | None], Any]) -> None:
+        """Connect the box; a model that has arrived is put into the list of models."""
+
+        def download(text: str, chosen: str | None) -> Iterator[dict[Any, Any]]:
+            for progress, ended in self._fetch(text):
+                yield {
+                    self._progress: progress,
+                    self._download: gr.update(interactive=ended),
+                    self._cancel: gr.update(interactive=not ended),
+                    **({model: listed(chosen)} if ended else {}),
+                }
+
+        branches = [self._table, self._branch, self._progress, self._list]
+        gr.on([self._list.click, self._repo.submit], self._look, [self._repo], branches, **LOADS)
+        self._branch.select(_with_branch, [self._repo, self._branch], [self._repo], **AT_ONCE)
+        outputs = [self._progress, self._download, self._cancel, model]
+        self._download.click(download, [self._repo, model], outputs, **LOADS)
+        self._cancel.click(self._stop, [self._repo], None, **AT_ONCE)
+
+    def _look(self, text: str) -> Iterator[dict[Any, Any]]:
+        """List a repository's branches."""
+        yield {
+            self._progress: progress_bar(Progress("branches", 0, 0, "branches")),
+            self._list: gr.update(interactive=False),
+        }
+        change: dict[Any, Any] = {self._progress: ""}
+        try:
+            hub = _read(text)
+            for event in watched(lambda tell: _branches(hub, tell)):
+                if isinstance(event, Done):
+                    names = [it.branch for it in event.value.branches]
+                    change[self._table] = branches_html(event.value)
+                    change[self._branch] = gr.update(
+                        choices=names,
+                        value=hub.branch if hub.branch in names else None,
+                        visible=True,
+                    )
+                else:
+                    yield {self._progress: progress_bar(event)}
+        except (GPTQLoaderError, OSError) as error:
+            change = {self._progress: alert(as_words(error))}
+        yield {**change, self._list: gr.update(interactive=True)}
+
+    def _fetch(self, text: str) -> Iterator[tuple[str, bool]]:
+        """Download a branch; give what to show, and whether it has ended."""
+        yield progress_bar(Progress("download", 0, 0, detail="asking the hub")), False
+        cancel = threading.Event()
+        mine = (text.strip(), cancel)
+        self._running.add(mine)
+        try:
+            hub = _read(text)
+            for event in watched(lambda tell: self._arrive(hub, tell, cancel)):
+                if isinstance(event, Done):
+                    yield f"<p class='done'>Done: {escape(str(hub))}. Choose it above.</p>", True
+                else:
+                    yield progress_bar(event), False
+        except DownloadCancelled:
+            yield "<p class='done'>Stopped. Download goes on from here.</p>", True
+        except (GPTQLoaderError, OSError) as error:
+            yield alert(as_words(error)), True
+        finally:
+            self._running.discard(mine)
+
+    def _arrive(
+        self, hub: HubReference, tell: Callable[[Progress], None], cancel: threading.Event
+    ) -> Path:
+        from gptq_loader_plugin.hub import download
+
+        to = self._catalog.place_for(hub.folder_name)
+        return download(hub, to=to, progress=tell, cancelled=cancel.is_set)
+
+    def _stop(self, text: str) -> None:
+        """End the download of what is named, whoever began it."""
+        for name, cancel in list(self._running):
+            if name == text.strip():
+                cancel.set()
+
+
+def _read(text: str) -> HubReference:
+    """Read what a person typed: a repository, never a path.
+
+    Raises:
+        OptionInvalid: it is none.
+    """
+    hub = parse_hub_reference(text.strip())
+    if hub is None or ".." in text:
+        raise OptionInvalid(
+            f"{text.strip()[:100]!r} is no repository",
+            hint="write owner/repo, or owner/repo:branch",
+        )
+    return hub
+
+
+def _branches(hub: HubReference, tell: Callable[[Progress], None]) -> RepoReport:
+    from gptq_loader_plugin.device import find_device
+    from gptq_loader_plugin.hub import list_branches
+    from gptq_loader_plugin.plugins import Plugins
+
+    kernels = Plugins(installed=True).kernels()
+    return list_branches(hub, device=find_device(), kernels=kernels, progress=tell)
+
+
+def _with_branch(text: str, branch: str) -> str:
+    """Write the branch that was chosen into the box that is downloaded from."""
+    return f"{text.strip().partition(':')[0]}:{branch}"

@@ -1,0 +1,35 @@
+"""Name how the page's events run: none is an interface for programs."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from gptq_loader_extensions.gradio.versions import known
+
+__all__ = ["AT_ONCE", "LOADS", "PRIVATE", "REPLIES", "tell"]
+
+# Replies written at once; each has its own cache, and they share the machine. More wait.
+REPLIES_AT_ONCE = 4
+
+PRIVATE: dict[str, Any] = known(gr.Button.click, api_visibility="private") or {"api_name": False}
+AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
+REPLIES: dict[str, Any] = {
+    "show_progress": "hidden",
+    "concurrency_limit": REPLIES_AT_ONCE,
+    "concurrency_id": "replies",
+    **PRIVATE,
+}
+LOADS: dict[str, Any] = {
+    "show_progress": "hidden",
+    "concurrency_limit": None,  # a load that waits for another says so in the page
+    **PRIVATE,
+}
+
+
+def tell(problem: str) -> None:
+    """Show an error; in an event of its own, for one that fails has its outputs covered."""
+    if problem:
+        raise gr.Error(escape(problem), **known(gr.Error, duration=None, print_exception=False))

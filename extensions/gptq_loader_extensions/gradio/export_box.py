@@ -1,0 +1,90 @@
+"""Lay out what shows the exact prompt and takes a conversation away."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import gradio as gr
+
+from gptq_loader_extensions.gradio.conversation import with_system
+from gptq_loader_extensions.gradio.drawing import Conversation  # noqa: TC001 - gradio reads it
+from gptq_loader_extensions.gradio.events import AT_ONCE, PRIVATE
+from gptq_loader_extensions.gradio.export import as_json, as_markdown, file_name
+from gptq_loader_extensions.gradio.prompt_view import prompt_html
+from gptq_loader_extensions.gradio.words import alert, as_words
+from gptq_loader_plugin.errors import GPTQLoaderError
+
+if TYPE_CHECKING:
+    from gptq_loader_extensions.gradio.models import Models
+
+__all__ = ["ExportBox"]
+
+NOBODY = "No model is loaded. Choose one in the Model tab."
+
+
+class ExportBox:
+    """The box; made inside the Chat tab, then wired.
+
+    Args:
+        models: says whose prompt it is.
+
+    Attributes:
+        prompt: the button that shows the prompt.
+    """
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+        with gr.Accordion("Prompt and export", open=False, elem_id="more"):
+            with gr.Row():
+                self.prompt = _button("Show the prompt", "show-prompt")
+                self._json = _button("Export as JSON", "export-json")
+                self._markdown = _button("Export as Markdown", "export-markdown")
+            self._shown = gr.HTML("", elem_id="prompt-view")
+        self._file = gr.Textbox("", elem_id="file", elem_classes="carrier", label="File")
+
+    def wire(self, conversation: gr.State, system: gr.Textbox, message: gr.Textbox) -> None:
+        """Connect the buttons; page.js saves what is exported."""
+        self.prompt.click(self._prompt, [conversation, system, message], [self._shown], **AT_ONCE)
+        for button, write in ((self._json, self._as_json), (self._markdown, self._as_markdown)):
+            written = button.click(write, [conversation, system], [self._file], **AT_ONCE)
+            save = "(text) => gptqPage.download(text)"
+            written.then(None, [self._file], None, js=save, **PRIVATE)
+
+    def _prompt(self, talk: Conversation, system: str | None, draft: str) -> str:
+        """Draw the prompt of the message being written, or else of the last reply."""
+        loaded = self._models.loaded
+        if loaded is None:
+            return alert(NOBODY)
+        messages = with_system(talk, system or "")
+        if draft.strip():
+            messages.append({"role": "user", "content": draft})
+        elif talk and talk[-1]["role"] == "assistant":
+            messages.pop()
+        try:
+            ids, _ = loaded.model.encode_chat(messages, when_too_long="drop-oldest")
+        except GPTQLoaderError as error:
+            return alert(as_words(error))
+        return prompt_html(ids, loaded.model.tokenizer, context=loaded.model.context)
+
+    def _as_json(self, talk: Conversation, system: str | None) -> str:
+        messages = with_system(talk, system or "")
+        text = as_json(messages, model=self._name())
+        return _file(file_name(talk, ".json"), "application/json", text)
+
+    def _as_markdown(self, talk: Conversation, system: str | None) -> str:
+        messages = with_system(talk, system or "")
+        text = as_markdown(messages, model=self._name())
+        return _file(file_name(talk, ".md"), "text/markdown", text)
+
+    def _name(self) -> str:
+        loaded = self._models.loaded
+        return loaded.name if loaded else ""
+
+
+def _file(name: str, kind: str, text: str) -> str:
+    return json.dumps({"name": name, "type": kind, "text": text})
+
+
+def _button(name: str, elem_id: str) -> gr.Button:
+    return gr.Button(name, elem_id=elem_id, size="sm", scale=0, min_width=64)

@@ -1,0 +1,102 @@
+"""Load a model for a page: say what it is, what will run, how far the load is, and how it ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gptq_loader_extensions.gradio.facts import facts_html
+from gptq_loader_extensions.gradio.jobs import Done, progress_bar, watched
+from gptq_loader_extensions.gradio.models import Listener
+from gptq_loader_extensions.gradio.plan_view import memory_html, memory_of, plan_html
+from gptq_loader_extensions.gradio.words import alert, as_words
+from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.events import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from gptq_loader_extensions.gradio.catalog import Entry
+    from gptq_loader_extensions.gradio.models import Loaded, LoadOptions, Models
+    from gptq_loader_plugin.plan import Plan
+    from gptq_loader_plugin.report import CheckpointReport
+
+__all__ = ["LoadView", "describe", "describe_loaded", "load_watched"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadView:
+    """What a page shows of a load at one moment; None leaves a part as it was.
+
+    Attributes:
+        progress: how far it is, or how it ended.
+        facts: the checkpoint's parameters.
+        plan: the kernels and the memory.
+        running: whether it goes on.
+    """
+
+    progress: str
+    facts: str | None = None
+    plan: str | None = None
+    running: bool = True
+
+
+def load_watched(models: Models, entry: Entry, options: LoadOptions) -> Iterator[LoadView]:
+    """Load a model in place of the one before; every error ends in words."""
+    yield LoadView(progress_bar(Progress("checkpoint", 0, 0, detail=entry.name)))
+    try:
+        for looked in watched(lambda tell: describe(entry, options, tell)):
+            if isinstance(looked, Done):
+                waiting = progress_bar(Progress("weights", 0, 0, detail=entry.name))
+                yield LoadView(waiting, *looked.value)
+            else:
+                yield LoadView(progress_bar(looked))
+        for event in watched(lambda tell: models.put(entry, options, tell)):
+            if isinstance(event, Done):
+                said = f"<p class='done'>Loaded in {event.seconds:.1f} s.</p>"
+                yield LoadView(said, plan=_loaded_plan(event.value), running=False)
+            else:
+                yield LoadView(progress_bar(event))
+    except (GPTQLoaderError, MemoryError, RuntimeError, OSError) as error:
+        yield LoadView(alert(as_words(error)), running=False)
+
+
+def describe(
+    entry: Entry, options: LoadOptions, tell: Callable[[Progress], None]
+) -> tuple[str, str]:
+    """Say what a checkpoint is, and what would run it; reads no weights.
+
+    Raises:
+        GPTQLoaderError: it cannot be loaded.
+    """
+    import gptq_loader_plugin as gptq
+
+    plugins = gptq.Plugins(Listener(tell), installed=True)
+    report = gptq.inspect(entry.target, plugins=plugins)
+    plan = gptq.explain(
+        entry.target, device=options.device, backend=options.backend, plugins=plugins
+    )
+    return facts_html(report), _planned(plan, context=options.context)
+
+
+def describe_loaded(loaded: Loaded) -> tuple[str, str]:
+    """Say what the loaded model's checkpoint is, and what runs it.
+
+    Raises:
+        GPTQLoaderError: the checkpoint is not there any more.
+    """
+    import gptq_loader_plugin as gptq
+
+    report: CheckpointReport = gptq.inspect(loaded.model.plan.path)
+    return facts_html(report), _loaded_plan(loaded)
+
+
+def _loaded_plan(loaded: Loaded) -> str:
+    """Draw the plan of a loaded model, with the memory it took."""
+    plan = loaded.model.plan
+    memory = memory_of(plan, context=loaded.model.context)
+    return memory_html(memory, before=loaded.before, after=loaded.after) + plan_html(plan)
+
+
+def _planned(plan: Plan, *, context: int | None) -> str:
+    return memory_html(memory_of(plan, context=context)) + plan_html(plan)

@@ -1,0 +1,275 @@
+"""Lay out the Model tab: choose, load, see what runs and why, save settings, unload."""
+
+from __future__ import annotations
+
+# Before version 6 gradio reads the types of what it calls, so these are imported for real.
+from collections.abc import Iterator  # noqa: TC003
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from gptq_loader_extensions.gradio.about import head
+from gptq_loader_extensions.gradio.download_box import DownloadBox
+from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS
+from gptq_loader_extensions.gradio.loading import LoadView, describe_loaded, load_watched
+from gptq_loader_extensions.gradio.machine import resident_bytes
+from gptq_loader_extensions.gradio.models import LoadOptions
+from gptq_loader_extensions.gradio.settings_file import ModelSettings
+from gptq_loader_extensions.gradio.settings_panel import SettingsPanel, read_options
+from gptq_loader_extensions.gradio.words import alert, as_words
+from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.plan import write_size
+
+if TYPE_CHECKING:
+    from gptq_loader_extensions.gradio.catalog import Catalog, Entry
+    from gptq_loader_extensions.gradio.models import Loaded, Models
+    from gptq_loader_extensions.gradio.settings_file import SettingsFile
+
+__all__ = ["ModelTab"]
+
+AUTOMATIC = ("Automatic", "")
+TEMPLATES = [("The checkpoint's own", "checkpoint"), ("The model card's", "card")]
+
+
+class ModelTab:
+    """The tab; made inside the page's layout, then wired.
+
+    Args:
+        models: holds the model.
+        catalog: what may be loaded.
+        settings: what is saved for each model.
+        about: the page's head.
+        downloads: whether models may be downloaded.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        catalog: Catalog,
+        settings: SettingsFile,
+        about: gr.HTML,
+        *,
+        downloads: bool,
+    ) -> None:
+        self._models, self._catalog, self._settings = models, catalog, settings
+        self._about = about
+        with gr.Row(elem_id="choose"):
+            self.model = gr.Dropdown(
+                [],
+                value=None,
+                label="Model",
+                info="Choosing one loads it, in place of the one before.",
+                elem_id="model",
+                scale=1,
+            )
+            self.refresh = gr.Button("Refresh", elem_id="refresh", scale=0, min_width=90)
+        self._progress = gr.HTML("", elem_id="loading", elem_classes="work")
+        self._download = DownloadBox(catalog) if downloads else None
+        with gr.Accordion("How to load it", open=False, elem_id="how"):
+            with gr.Row():
+                self._device = _choice("Device", "device", _devices())
+                self._backend = _choice("Kernel", "backend", _kernels())
+            with gr.Row():
+                self._template = _choice("Template", "load-template", _templates())
+                self._context = gr.Number(
+                    None,
+                    label="Context",
+                    info="tokens; empty: as long as the model allows",
+                    precision=0,
+                    elem_id="context",
+                )
+        with gr.Row(elem_id="model-buttons"):
+            self._save = gr.Button("Save settings for this model", elem_id="save")
+            self._reload = gr.Button("Reload the model", elem_id="reload")
+            self._unload = gr.Button("Unload", elem_id="unload")
+        self._plan = gr.HTML("", elem_id="plan", elem_classes="sheet")
+        self._facts = gr.HTML("", elem_id="facts", elem_classes="sheet")
+
+    @property
+    def _how(self) -> list[Any]:
+        return [self._device, self._backend, self._context, self._template]
+
+    def wire(self, page: gr.Blocks, panel: SettingsPanel) -> None:
+        """Connect what a person does with what is loaded."""
+
+        def choose(name: str) -> Iterator[dict[Any, Any]]:
+            try:
+                entry = self._catalog.find(name)
+            except GPTQLoaderError as error:
+                yield {self._progress: alert(as_words(error))}
+                return
+            saved, note = self._settings.read(name)
+            chosen = saved or ModelSettings()
+            yield {**self._filled(chosen), **panel.filled(self._models, chosen)}
+            yield from self._load(entry, _options(chosen), panel, note)
+
+        def reload(name: str | None, *how: Any) -> Iterator[dict[Any, Any]]:  # noqa: ANN401
+            try:
+                entry = self._catalog.find(_named(name))
+            except GPTQLoaderError as error:
+                yield {self._progress: alert(as_words(error))}
+                return
+            yield from self._load(entry, _load_options(how), panel, "")
+
+        def save(name: str | None, *values: Any) -> str:  # noqa: ANN401
+            how, chosen = values[:4], values[4:]
+            try:
+                named = _named(name)
+                system, sampling = read_options(chosen)
+                options = _load_options(how)
+                settings = ModelSettings(
+                    device=options.device,
+                    backend=options.backend,
+                    context=options.context,
+                    template=options.template,
+                    system=system,
+                    sampling=sampling,
+                )
+                note = self._settings.save(named, settings)
+            except GPTQLoaderError as error:
+                return alert(as_words(error))
+            return f"<p class='done'>Saved for {escape(named)}.</p>{_noted(note)}"
+
+        def unload() -> dict[Any, Any]:
+            before = resident_bytes()
+            self._models.drop()
+            after = resident_bytes()
+            sizes = (
+                f" The process held {write_size(before)}, and holds {write_size(after)} now."
+                if before is not None and after is not None
+                else ""
+            )
+            return {
+                self._progress: f"<p class='done'>Unloaded.{sizes}</p>",
+                self._about: head(None),
+                self.model: gr.update(value=None),
+                self._plan: "",
+                self._facts: "",
+            }
+
+        outputs = [
+            self.model,
+            self._progress,
+            self._save,
+            self._reload,
+            self._unload,
+            self._plan,
+            self._facts,
+            self._about,
+            *self._how,
+            *panel.parts,
+            panel.card,
+            panel.preset,
+        ]
+        # not `input`, which gradio 6.31 fires twice for one choice
+        self.model.select(choose, [self.model], outputs, **LOADS)
+        self._reload.click(reload, [self.model, *self._how], outputs, **LOADS)
+        self._unload.click(unload, None, outputs, **LOADS)
+        self._save.click(save, [self.model, *self._how, *panel.parts], [self._progress], **AT_ONCE)
+        self.refresh.click(self.listed, [self.model], [self.model], **AT_ONCE)
+        if self._download is not None:
+            self._download.wire(self.model, self.listed)
+        page.load(lambda: self._opened(panel), None, outputs, **AT_ONCE)
+
+    def listed(self, chosen: str | None) -> Any:  # noqa: ANN401 - a change of a component
+        """Look again which models there are."""
+        entries = self._catalog.entries()
+        value = chosen if chosen in [it.name for it in entries] else None
+        return gr.update(choices=[(it.label, it.name) for it in entries], value=value)
+
+    def _opened(self, panel: SettingsPanel) -> dict[Any, Any]:
+        """Show what is loaded, and what is saved for it, to a page that opens."""
+        loaded = self._models.loaded
+        changes: dict[Any, Any] = {self.model: self.listed(loaded.name if loaded else None)}
+        changes[self._about] = head(loaded)
+        if loaded is None:
+            return {**changes, **panel.filled(self._models, None)}
+        saved, note = self._settings.read(loaded.name)
+        changes |= panel.filled(self._models, saved)
+        changes |= dict(zip(self._how, _how_values(loaded.options), strict=True))
+        changes[self._progress] = _noted(note)
+        return changes | self._described(loaded)
+
+    def _described(self, loaded: Loaded) -> dict[Any, Any]:
+        try:
+            facts, plan = describe_loaded(loaded)
+        except GPTQLoaderError as error:
+            return {self._facts: alert(as_words(error))}
+        return {self._facts: facts, self._plan: plan}
+
+    def _load(
+        self, entry: Entry, options: LoadOptions, panel: SettingsPanel, note: str
+    ) -> Iterator[dict[Any, Any]]:
+        for view in load_watched(self._models, entry, options):
+            yield {**self._shown(view, note)}
+        changes = {self._about: head(self._models.loaded)}
+        yield {**changes, **panel.filled(self._models, None)}
+
+    def _shown(self, view: LoadView, note: str) -> dict[Any, Any]:
+        changes: dict[Any, Any] = {self._progress: view.progress + _noted(note)}
+        if view.facts is not None:
+            changes[self._facts] = view.facts
+        if view.plan is not None:
+            changes[self._plan] = view.plan
+        for button in (self._save, self._reload, self._unload, self.model):
+            changes[button] = gr.update(interactive=not view.running)
+        return changes
+
+    def _filled(self, settings: ModelSettings) -> dict[Any, Any]:
+        values = _how_values(_options(settings))
+        return dict(zip(self._how, values, strict=True))
+
+
+def _options(settings: ModelSettings) -> LoadOptions:
+    return LoadOptions(settings.device, settings.backend, settings.context, settings.template)
+
+
+def _how_values(options: LoadOptions) -> list[Any]:
+    return [
+        options.device or "",
+        options.backend or "",
+        options.context,
+        options.template or "",
+    ]
+
+
+def _load_options(how: Any) -> LoadOptions:  # noqa: ANN401 - the components' values
+    device, backend, context, template = how
+    return LoadOptions(device or None, backend or None, context or None, template or None)
+
+
+def _named(name: str | None) -> str:
+    if not name:
+        raise GPTQLoaderError("no model is chosen", hint="choose one in the list")
+    return name
+
+
+def _noted(note: str) -> str:
+    return f"<p role='note'>{escape(note[:1].upper() + note[1:])}.</p>" if note else ""
+
+
+def _choice(label: str, elem_id: str, choices: list[tuple[str, str]]) -> gr.Dropdown:
+    return gr.Dropdown([AUTOMATIC, *choices], value="", label=label, elem_id=elem_id)
+
+
+def _devices() -> list[tuple[str, str]]:
+    from gptq_loader_plugin.device import find_devices
+
+    return [
+        (f"{it.torch_name} ({it.name})" if it.name else it.torch_name, it.torch_name)
+        for it in find_devices()
+    ]
+
+
+def _kernels() -> list[tuple[str, str]]:
+    from gptq_loader_plugin.plugins import Plugins
+
+    return [(it.name, it.name) for it in Plugins(installed=True).kernels()]
+
+
+def _templates() -> list[tuple[str, str]]:
+    from gptq_loader_plugin.plugins import Plugins
+
+    offered = [it.name for it in Plugins(installed=True).templates()]
+    return [*TEMPLATES, *((it, it) for it in offered)]

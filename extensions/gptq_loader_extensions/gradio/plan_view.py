@@ -1,0 +1,123 @@
+"""Show a plan: which kernel runs which layers and why, and what it all takes in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_plugin.checkpoint.config import read_json
+from gptq_loader_plugin.plan import write_size
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gptq_loader_plugin.choose import Choice
+    from gptq_loader_plugin.plan import Plan
+
+__all__ = ["Memory", "memory_html", "memory_of", "plan_html"]
+
+PROMPT_PART = 2048  # tokens of a prompt that are read at once (generate.py)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a model takes in memory, by part.
+
+    Attributes:
+        weights: the weights.
+        kv: keys and values of a full context.
+        scratch: about what reading a part of a prompt takes besides.
+        context: the longest sequence.
+        total: all the memory of the device, where known.
+    """
+
+    weights: int
+    kv: int
+    scratch: int
+    context: int
+    total: int | None
+
+
+def memory_of(plan: Plan, *, context: int | None = None) -> Memory:
+    """Add up what a plan takes; config.json says how long the context is where nobody chose."""
+    config = _text_config(plan.path)
+    longest = context or _number(config, "max_position_embeddings", "n_positions") or 0
+    size = 4 if plan.dtype == "float32" else 2
+    hidden = _number(config, "hidden_size", "n_embd") or 0
+    inner = _number(config, "intermediate_size", "n_inner") or 4 * hidden
+    rows = min(PROMPT_PART, longest or PROMPT_PART)
+    scratch = rows * (4 * hidden + 2 * inner) * size + 4 * (_number(config, "vocab_size") or 0)
+    return Memory(
+        weights=plan.weight_bytes,
+        kv=(plan.kv_bytes_per_token or 0) * longest,
+        scratch=scratch,
+        context=longest,
+        total=plan.device.memory_bytes,
+    )
+
+
+def plan_html(plan: Plan) -> str:
+    """Draw the table of kernels: a block of rows for each kind of layer, the chosen one first."""
+    kinds: dict[tuple[tuple[str, str], ...], list[Choice]] = {}
+    for choice in plan.choices:
+        kinds.setdefault(choice.reasons(), []).append(choice)
+    bodies = []
+    for reasons, choices in kinds.items():
+        shapes = dict.fromkeys(f"{it.layer.in_features}x{it.layer.out_features}" for it in choices)
+        widths = ", ".join(dict.fromkeys(f"{it.layer.bits}-bit" for it in choices))
+        title = f"{len(choices)} layers, {widths}: {', '.join([*shapes][:4])}"
+        rows = "".join(
+            f"<tr{' class=chosen' if i == 0 else ''}><th scope='row'>{escape(name)}</th>"
+            f"<td>{escape(words)}</td></tr>"
+            for i, (name, words) in enumerate(reasons)
+        )
+        heading = f"<tr><th colspan='2' scope='rowgroup'>{escape(title)}</th></tr>"
+        bodies.append(f"<tbody>{heading}{rows}</tbody>")
+    name = f" ({escape(plan.device.name)})" if plan.device.name else ""
+    return (
+        f"<p id='plan-headline'>{escape(plan.headline())}{name}</p>"
+        f"<table><caption>Kernels, and why</caption>{''.join(bodies)}</table>"
+    )
+
+
+def memory_html(memory: Memory, *, before: int | None = None, after: int | None = None) -> str:
+    """Draw the bar of memory by part, and what the process held before and after the load."""
+    context = f"{memory.context:,} tokens of context" if memory.context else "context"
+    parts = [
+        ("weights", "Weights", memory.weights),
+        ("kv", f"Keys and values of {context}", memory.kv),
+        ("scratch", "Scratch, about", memory.scratch),
+    ]
+    taken = sum(size for _, _, size in parts)
+    whole = max(taken, 1)
+    bars = "".join(
+        f"<i class='{kind}' style='flex-grow:{max(size / whole, 0.004):.4f}' "
+        f"title='{escape(name)}: {write_size(size)}'></i>"
+        for kind, name, size in parts
+        if size
+    )
+    legend = "".join(
+        f"<li class='{kind}'>{escape(name)} <b>{write_size(size)}</b></li>"
+        for kind, name, size in parts
+        if size
+    )
+    of = f" of {write_size(memory.total)}" if memory.total else ""
+    said = f"Up to {write_size(taken)}{of} on this device"
+    if before is not None and after is not None:
+        said += f"; the process held {write_size(before)} before, and {write_size(after)} after"
+    return (
+        f"<figure class='memory'><figcaption>{said}</figcaption>"
+        f"<div role='img' aria-label='{escape(said)}'>{bars}</div><ul>{legend}</ul></figure>"
+    )
+
+
+def _text_config(path: Path) -> dict[str, Any]:
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    text = config.get("text_config", config)
+    return text if isinstance(text, dict) else {}
+
+
+def _number(config: dict[str, Any], *names: str) -> int | None:
+    return next((it for name in names if isinstance(it := config.get(name), int)), None)

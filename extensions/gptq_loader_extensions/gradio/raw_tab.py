@@ -1,0 +1,91 @@
+"""Lay out the Raw tab: complete a prompt exactly as it was typed."""
+
+from __future__ import annotations
+
+# Before version 6 gradio reads the types of what it calls, so these are imported for real.
+import threading
+from collections.abc import Iterator  # noqa: TC003
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from gptq_loader_extensions.gradio.chat_events import stop as halt
+from gptq_loader_extensions.gradio.events import AT_ONCE, REPLIES
+from gptq_loader_extensions.gradio.reply import raw_prompt, write_reply
+from gptq_loader_extensions.gradio.settings_panel import read_options
+from gptq_loader_extensions.gradio.words import alert, as_words
+from gptq_loader_plugin.errors import GPTQLoaderError
+
+if TYPE_CHECKING:
+    from gptq_loader_extensions.gradio.models import Models
+    from gptq_loader_extensions.gradio.settings_panel import SettingsPanel
+
+__all__ = ["RawTab"]
+
+
+class RawTab:
+    """The tab; made inside the page's layout, then wired.
+
+    Args:
+        models: answers.
+    """
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+        self._cancel = gr.State(None)
+        self._prompt = gr.Textbox(
+            label="Prompt",
+            info="No template is put around it; special tokens in it count.",
+            placeholder="The capital of France is",
+            lines=8,
+            max_lines=16,
+            elem_id="raw-prompt",
+        )
+        with gr.Row():
+            self._complete = gr.Button("Complete", variant="primary", elem_id="raw-complete")
+            self._stop = gr.Button(
+                "Stop", variant="stop", elem_id="raw-stop", elem_classes="stops", visible=False
+            )
+            self._take = gr.Button("Append to the prompt", elem_id="raw-append")
+        self._problem = gr.HTML("", elem_id="raw-problem")
+        self._reply = gr.Textbox(
+            label="Completion", lines=8, max_lines=16, interactive=False, elem_id="raw-reply"
+        )
+        self._status = gr.Markdown("", elem_id="raw-status", elem_classes="status")
+
+    def wire(self, panel: SettingsPanel) -> None:
+        """Connect what a person does with what the model does."""
+        stop, complete = self._stop, self._complete
+
+        def idle() -> dict[Any, Any]:
+            return {complete: gr.update(visible=True), stop: gr.update(visible=False)}
+
+        def run(text: str, *values: Any) -> Iterator[dict[Any, Any]]:  # noqa: ANN401
+            cancel = threading.Event()
+            yield {
+                self._cancel: cancel,
+                complete: gr.update(visible=False),
+                stop: gr.update(visible=True),
+                self._problem: "",
+            }
+            try:
+                _, options = read_options(values)
+                shown = write_reply(self._models, raw_prompt(text), options, cancel=cancel)
+                for moment in shown:
+                    yield {self._reply: moment.text, self._status: escape(moment.status)}
+            except (GPTQLoaderError, MemoryError, RuntimeError) as error:
+                yield {self._problem: alert(as_words(error)), self._status: ""}
+            finally:
+                cancel.set()
+            yield idle()
+
+        outputs = [self._cancel, complete, stop, self._problem, self._reply, self._status]
+        complete.click(run, [self._prompt, *panel.parts], outputs, **REPLIES)
+        stop.click(halt, [self._cancel], None, **AT_ONCE)
+        self._take.click(
+            lambda prompt, reply: (prompt + reply, ""),
+            [self._prompt, self._reply],
+            [self._prompt, self._reply],
+            **AT_ONCE,
+        )

@@ -1,0 +1,141 @@
+"""Keep a person's settings for each model in one JSON file, which is never half written."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.options import GenerateOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["ModelSettings", "SettingsFile", "config_folder"]
+
+FILE = "page-settings.json"
+
+
+class ModelSettings(BaseModel):
+    """What a person chose for one model; None leaves the choice to the loader.
+
+    Attributes:
+        device: where it runs.
+        backend: the kernel, or fail.
+        context: the longest sequence.
+        template: the chat template's name.
+        system: the system message.
+        sampling: how to sample.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    device: str | None = None
+    backend: str | None = None
+    context: int | None = None
+    template: str | None = None
+    system: str = ""
+    sampling: GenerateOptions = GenerateOptions()
+
+
+class _Stored(BaseModel):
+    """The file."""
+
+    models: dict[str, ModelSettings] = Field(default_factory=dict)
+
+
+class SettingsFile:
+    """The settings of every model, in one file.
+
+    Args:
+        folder: where it is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+        self._writing = threading.Lock()
+
+    def read(self, name: str) -> tuple[ModelSettings | None, str]:
+        """Read a model's settings, None where none are saved; and what a user should know, or "".
+
+        A damaged file is put aside under another name, and the next one begins empty.
+        """
+        with self._writing:
+            stored, note = self._read()
+        return stored.models.get(name), note
+
+    def save(self, name: str, settings: ModelSettings) -> str:
+        """Save a model's settings; give what a user should know, or "".
+
+        Raises:
+            GPTQLoaderError: the file cannot be written.
+        """
+        with self._writing:
+            stored, note = self._read()
+            stored.models[name] = settings
+            try:
+                self._write(stored.model_dump_json(indent=2))
+            except OSError as error:
+                raise GPTQLoaderError(
+                    f"the settings cannot be saved: {error.strerror} ({self.path})",
+                    hint="free some disk space, or let that folder be written to; "
+                    "GPTQ_LOADER_CONFIG names another",
+                ) from error
+        return note
+
+    def _read(self) -> tuple[_Stored, str]:
+        try:
+            return _Stored.model_validate_json(self.path.read_bytes()), ""
+        except FileNotFoundError:
+            return _Stored(), ""
+        except OSError as error:
+            return _Stored(), f"the settings cannot be read: {error.strerror} ({self.path})"
+        except ValidationError:
+            return _Stored(), self._put_aside()
+
+    def _put_aside(self) -> str:
+        """Give a damaged file another name; say what became of it."""
+        aside = _free_name(self.path)
+        try:
+            self.path.replace(aside)
+        except OSError as error:
+            return f"the file of settings is damaged: {self.path} ({error.strerror})"
+        return f"the file of settings was damaged; it was put aside as {aside.name}"
+
+    def _write(self, text: str) -> None:
+        """Write beside the file, then put that in its place: a crash leaves one or the other."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{FILE}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).replace(self.path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def config_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Give the folder for a person's settings: `GPTQ_LOADER_CONFIG`, else the system's usual."""
+    if named := environ.get("GPTQ_LOADER_CONFIG"):
+        return Path(named).expanduser()
+    if sys.platform == "win32" and (roaming := environ.get("APPDATA")):
+        return Path(roaming) / "gptq-loader"
+    base = environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    return Path(base) / "gptq-loader"
+
+
+def _free_name(path: Path) -> Path:
+    """Find a name that no file has, for a damaged file."""
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.damaged-{number}{path.suffix}")).exists():
+        number += 1
+    return aside

@@ -1,0 +1,120 @@
+"""Lay out how to sample: the panel beside every tab."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from gptq_loader_extensions.gradio.events import PRIVATE
+from gptq_loader_extensions.gradio.presets import (
+    OWN,
+    PRESETS,
+    SAMPLING,
+    own_sampling,
+    preset_of,
+)
+from gptq_loader_plugin.options import GenerateOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gptq_loader_extensions.gradio.models import Models
+    from gptq_loader_extensions.gradio.settings_file import ModelSettings
+
+__all__ = ["OPTIONS", "SettingsPanel", "read_options"]
+
+DEFAULTS = GenerateOptions()
+# In the order in which the page hands them to a reply, after the system message.
+OPTIONS = ("max_new_tokens", *SAMPLING, "seed")
+
+
+def read_options(values: Sequence[Any]) -> tuple[str, GenerateOptions]:
+    """Read the panel's values: the system message, and how to sample.
+
+    Raises:
+        OptionInvalid: a value is out of range.
+    """
+    system, *chosen = values
+    return system or "", GenerateOptions.parse(dict(zip(OPTIONS, chosen, strict=True)))
+
+
+class SettingsPanel:
+    """The panel; made inside the page's layout.
+
+    Numbers have no bounds here: GenerateOptions has them, and says which option is out of them.
+
+    Attributes:
+        parts: the components, in the order of a reply's inputs.
+        card: the button that takes the model card's system message.
+        preset: the list of ways to sample.
+    """
+
+    def __init__(self, models: Models) -> None:
+        with gr.Accordion("Settings", open=True, elem_id="settings"):
+            system = gr.Textbox(
+                label="System message", placeholder="None", lines=2, max_lines=6, elem_id="system"
+            )
+            self.card = gr.Button(
+                "Take the model card's", size="sm", elem_id="card-system", visible=False
+            )
+            most = _number("Max new tokens", "max_new_tokens")
+            self.preset = gr.Dropdown(
+                [*PRESETS, OWN], value="Balanced", label="Sampling", elem_id="preset"
+            )
+            temperature = _slider("Temperature", "temperature", 0, 2, 0.05, "0: deterministic")
+        with gr.Accordion("More numbers", open=False, elem_id="sampling"):
+            top_p = _slider("Top p", "top_p", 0.01, 1, 0.01)
+            top_k = _number("Top k", "top_k", "0 keeps every token")
+            min_p = _slider("Min p", "min_p", 0, 1, 0.01)
+            penalty = _slider("Repetition penalty", "repetition_penalty", 1, 2, 0.05)
+            seed = _number("Seed", "seed", "empty: another reply each time")
+        self.parts: list[Any] = [
+            system,
+            most,
+            temperature,
+            top_p,
+            top_k,
+            min_p,
+            penalty,
+            seed,
+        ]
+
+        def take(name: str) -> list[Any]:
+            loaded = models.loaded
+            own = loaded is not None and name == OWN
+            chosen = own_sampling(loaded.model) if loaded and own else PRESETS.get(name, DEFAULTS)
+            return [getattr(chosen, it) for it in SAMPLING]
+
+        def take_card() -> str:
+            loaded = models.loaded
+            return (loaded.model.card.system or "") if loaded else ""
+
+        numbers = [temperature, top_p, top_k, min_p, penalty]
+        self.preset.select(
+            take, self.preset, numbers, queue=False, show_progress="hidden", **PRIVATE
+        )
+        self.card.click(take_card, None, system, queue=False, **PRIVATE)
+
+    def filled(self, models: Models, settings: ModelSettings | None) -> dict[Any, Any]:
+        """Give the changes that show settings; None leaves what a person put in."""
+        loaded = models.loaded
+        offered = loaded is not None and bool(loaded.model.card.system)
+        changes: dict[Any, Any] = {self.card: gr.update(visible=offered)}
+        if settings is not None:
+            values = [settings.system, *(getattr(settings.sampling, it) for it in OPTIONS)]
+            changes |= dict(zip(self.parts, values, strict=True))
+            changes[self.preset] = gr.update(value=preset_of(settings.sampling))
+        return changes
+
+
+def _number(label: str, name: str, info: str | None = None) -> gr.Number:
+    value = getattr(DEFAULTS, name)
+    return gr.Number(value, label=label, info=info, precision=0, elem_id=name)
+
+
+def _slider(
+    label: str, name: str, least: float, most: float, step: float, info: str | None = None
+) -> gr.Slider:
+    value = getattr(DEFAULTS, name)
+    return gr.Slider(least, most, value, step=step, label=label, info=info, elem_id=name)

@@ -1,0 +1,179 @@
+"""Drive the page in a real browser: start a server, open the page, send a message."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from playwright.sync_api import Browser, Page
+
+pytest.importorskip("gradio", reason="gradio is not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+expect = playwright.expect
+expect.set_options(timeout=15_000)  # a machine that runs other tests beside these is slow
+
+CHECKPOINTS = Path(__file__).parents[1] / "data" / "checkpoints"
+CHECKPOINT = CHECKPOINTS / "gptq-4bit-32g-act-sym"
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+# The same kernels whatever else is installed.
+ENVIRON = {
+    "GPTQ_LOADER_PLUGINS": "core,host-gradio,kernel-cpu,kernel-dense,kernel-reference",
+    "OMP_NUM_THREADS": "1",
+}
+DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+ENDED = re.compile(r"cut off|stopped")
+RUNS = re.compile(r"\d tokens, [\d.]+ a second")
+# The branches of a 2023 repository; tiny, or the real ones that bench/branches.py makes.
+REPO = "owner/model-GPTQ"
+BRANCHES = {
+    "main": "gptq-4bit-noneg-act-sym",
+    "gptq-4bit-32g-actorder_True": "gptq-4bit-32g-act-sym",
+    "gptq-4bit-64g-actorder_True": "gptq-4bit-64g-act-sym",
+    "gptq-4bit-128g-actorder_True": "gptq-4bit-128g-act-sym",
+    "gptq-3bit--1g-actorder_True": "gptq-3bit-noneg-act-sym",
+    "gptq-3bit-128g-actorder_True": "gptq-3bit-128g-act-sym",
+}
+MARKS = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium; apt-get install chromium"),
+]
+# What ends right of the window, other than inside what scrolls by itself.
+TOO_WIDE = """[...document.querySelectorAll('main *')].filter(it => {
+  if (it.getBoundingClientRect().right <= innerWidth + 1) return false
+  for (let up = it.parentElement; up; up = up.parentElement)
+    if (up.matches('#why pre, .bubble-wrap, .scrolls, .tab-container, .carrier')) return false
+  return true
+}).map(it => it.outerHTML.slice(0, 200))"""
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[str]
+    record: Path
+    url: str = ""
+    lines: list[str] = field(default_factory=list)
+
+    def steps(self) -> int:
+        return self.record.stat().st_size if self.record.exists() else 0
+
+    def log(self) -> str:
+        return "".join(self.lines)
+
+
+@contextmanager
+def started(*arguments: object, record: Path, environ: Mapping[str, str]) -> Iterator[Server]:
+    """Start page_server.py, and end it as Ctrl-C does."""
+    process = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("page_server.py"), record, *arguments],
+        env={**os.environ, **ENVIRON, **environ},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    served = Server(process, record)
+    assert process.stderr is not None
+    with process, process.stderr:
+        reader = threading.Thread(target=lambda: served.lines.extend(process.stderr or ()))
+        reader.start()
+        try:
+            wait(lambda: "Open http" in served.log() or process.poll() is not None, seconds=120)
+            found = re.search(r"Open (\S+)", served.log())
+            assert found, served.log()
+            served.url = found[1]
+            yield served
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+            reader.join(5)
+
+
+class opened:  # noqa: N801 - a context manager
+    """One browser with the page in it, and what its console complains of."""
+
+    def __init__(self, browser: Browser, server: Server, **options: Any) -> None:
+        self.context = browser.new_context(**{"viewport": DESKTOP, **options})
+        self.url = server.url
+
+    def __enter__(self) -> tuple[Page, list[str]]:
+        errors: list[str] = []
+        fresh = self.context.new_page()
+        fresh.on("console", lambda it: errors.append(it.text) if it.type == "error" else None)
+        fresh.on("pageerror", lambda it: errors.append(str(it)))
+        fresh.goto(self.url, wait_until="domcontentloaded")
+        expect(fresh.get_by_role("tab", name="Chat")).to_be_visible(timeout=30_000)
+        return fresh, errors
+
+    def __exit__(self, *_: object) -> None:
+        self.context.close()
+
+
+def wait(until: Callable[[], bool], *, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not until() and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def send(page: Page, text: str, *, tokens: int = 8) -> None:
+    """Send a message, with settings under which this model talks on to the limit."""
+    for name, value in (("temperature", 0), ("max_new_tokens", tokens)):
+        setting = page.locator(f"#{name} input[type=number]")
+        setting.fill(str(value))
+        setting.blur()
+    page.locator("#message textarea").fill(text)
+    page.locator("#message textarea").press("Enter")
+
+
+def ask(page: Page, text: str, *, tokens: int = 8) -> None:
+    """Send a message, and see its reply begin."""
+    before = len(questions(page))
+    send(page, text, tokens=tokens)
+    expect(page.locator("#chat [data-testid=user]")).to_have_count(before + 1)
+
+
+def finish(page: Page) -> None:
+    """See the reply end."""
+    expect(page.locator("#status")).to_contain_text(ENDED, timeout=30_000)
+    expect(page.locator("#send")).to_be_visible()
+
+
+def replies(page: Page) -> list[str]:
+    found: list[str] = page.locator("#chat [data-testid=bot]").all_inner_texts()
+    return found
+
+
+def questions(page: Page) -> list[str]:
+    found: list[str] = page.locator("#chat [data-testid=user]").all_inner_texts()
+    return [it.strip() for it in found]
+
+
+def choose(page: Page, name: str) -> None:
+    """Choose a model in the list, as a person does."""
+    page.get_by_role("tab", name="Model").click()
+    page.locator("#model input").click()
+    page.get_by_role("option", name=f"{name} (").click()
+
+
+def load(page: Page, name: str) -> None:
+    """Choose a model, and see it loaded."""
+    choose(page, name)
+    expect(page.locator("#about h1")).to_have_text(name, timeout=30_000)
+    expect(page.locator("#loading")).to_contain_text("Loaded in", timeout=30_000)

@@ -1,0 +1,211 @@
+"""What the Chat and Raw tabs do besides streaming, in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from browsing import CHECKPOINT, MARKS, RUNS, ask, expect, finish, opened, questions, replies
+
+if TYPE_CHECKING:
+    from browsing import Server
+    from playwright.sync_api import Browser, Page
+
+pytestmark = MARKS
+
+PICKED = "#picker input"
+
+
+def exported(page: Page, button: str) -> tuple[str, str]:
+    with page.expect_download() as waiting:
+        page.locator(button).click()
+    file = Path(waiting.value.path())
+    return waiting.value.suggested_filename, file.read_text(encoding="utf-8")
+
+
+def test_conversations_are_kept_and_survive_a_reload(page: Page) -> None:
+    ask(page, "The first question", tokens=6)
+    finish(page)
+    first = replies(page)
+    page.locator("#new").click()
+    expect(page.locator("#chat [data-testid=user]")).to_have_count(0)
+    ask(page, "Another one", tokens=6)
+    finish(page)
+    expect(page.locator(PICKED)).to_have_value("Another one")
+    page.reload(wait_until="domcontentloaded")
+    expect(page.locator("#chat [data-testid=user]")).to_have_count(1)
+    assert questions(page) == ["Another one"]
+    page.locator(PICKED).click()
+    page.get_by_role("option", name="The first question").click()
+    expect(page.locator("#chat [data-testid=user]")).to_have_text("The first question")
+    assert replies(page) == first
+    ask(page, "And more", tokens=6)
+    finish(page)
+    page.locator("#delete").click()
+    expect(page.locator("#chat [data-testid=user]")).to_have_count(0)
+    page.locator(PICKED).click()
+    assert page.get_by_role("option").all_inner_texts() == ["Another one"]
+
+
+def test_one_browsers_conversations_are_not_anothers(browser: Browser, server: Server) -> None:
+    with opened(browser, server) as (one, _), opened(browser, server) as (two, _):
+        ask(one, "A secret", tokens=4)
+        finish(one)
+        second = one.context.new_page()  # another tab of the same browser
+        second.goto(server.url, wait_until="domcontentloaded")
+        second.locator(PICKED).click()
+        expect(second.get_by_role("option", name="A secret")).to_be_visible()
+        assert questions(second) == []
+        ask(second, "Of the second tab", tokens=4)
+        finish(second)
+        ask(one, "Still here", tokens=4)
+        finish(one)
+        one.locator(PICKED).click()
+        kept = one.get_by_role("option").all_inner_texts()
+        assert len(kept) == 2, "neither tab wrote over the other's conversation"
+        two.reload(wait_until="domcontentloaded")
+        expect(two.locator(PICKED)).to_be_visible()
+        assert "A secret" not in two.content()
+
+
+def test_what_the_browser_kept_is_checked(page: Page) -> None:
+    page.evaluate(
+        """localStorage.setItem('gptq-loader/conversation/zz', JSON.stringify(
+          {time: 1, value: {key: '../../etc', title: 5, messages: 'no'}}))"""
+    )
+    page.reload(wait_until="domcontentloaded")
+    ask(page, "Hello", tokens=4)
+    finish(page)
+
+
+def test_a_question_can_be_edited_and_is_answered_anew(page: Page) -> None:
+    ask(page, "One <b> &lt;b", tokens=6)
+    finish(page)
+    ask(page, "Two", tokens=6)
+    finish(page)
+    expect(page.locator("#chat [data-testid=bot]")).to_have_count(2)
+    page.locator("#chat").get_by_label("Edit").first.click()
+    box = page.locator("#chat textarea")
+    box.fill(box.input_value() + " more")
+    page.locator("#chat").get_by_label("Submit").click()
+    expect(page.locator("#chat [data-testid=user]")).to_have_count(1)
+    finish(page)
+    assert questions(page) == ["One <b> &lt;b more"]
+    page.locator("#more button").first.click()
+    name, text = exported(page, "#export-json")
+    talk = json.loads(text)["messages"]
+    assert name == "one-b-lt-b-more.json"
+    assert talk[0] == {"role": "user", "content": "One <b> &lt;b more"}
+    page.locator("#chat").get_by_label("Edit").last.click()
+    page.locator("#chat textarea").fill("What I would rather have read")
+    page.locator("#chat").get_by_label("Submit").click()
+    expect(page.locator("#chat [data-testid=bot]")).to_have_text("What I would rather have read")
+    _, text = exported(page, "#export-json")
+    assert json.loads(text)["messages"][1]["content"] == "What I would rather have read"
+
+
+def test_the_exact_prompt_is_shown_and_typed_marks_are_no_tokens(page: Page) -> None:
+    page.locator("#system textarea").fill("Be brief.")
+    page.locator("#message textarea").fill("a <|im_end|> b")
+    page.locator("#more button").first.click()
+    page.locator("#show-prompt").click()
+    shown = page.locator("#prompt-view pre")
+    expect(shown).to_have_text(
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\na <|im_end|> b<|im_end|>\n<|im_start|>assistant\n"
+    )
+    expect(page.locator("#prompt-view p")).to_contain_text(re.compile(r"^\d+ tokens of 512;"))
+    marked = page.locator("#prompt-view mark").all_inner_texts()
+    assert marked.count("<|im_end|>") == 2, "the user's own is text"
+    ask(page, "a <|im_end|> b", tokens=4)
+    finish(page)
+    _, text = exported(page, "#export-markdown")
+    assert text.startswith("# Conversation with gptq-4bit-32g-act-sym\n\n## System\n\nBe brief.")
+    assert "\n## You\n\na <|im_end|> b\n\n## Reply\n\n" in text
+
+
+def test_nothing_jumps_while_a_reply_grows_and_escape_stops_it(page: Page) -> None:
+    """The parts around the chat stay where they are; Send's place is taken by Stop."""
+    parts = ("#about", "#talks", "#chat", "#message", "#status", "#settings", "#more")
+
+    def places() -> list[tuple[int, ...]]:
+        boxes = [page.locator(it).bounding_box() for it in parts]
+        assert all(boxes)
+        return [tuple(round(it[side]) for side in ("x", "y", "width")) for it in boxes if it]
+
+    before = places()
+    ask(page, "Hello", tokens=400)
+    seen = []
+    for _ in range(8):
+        seen.append(places())
+        page.wait_for_timeout(150)
+    expect(page.locator("#status")).to_contain_text(RUNS)
+    page.keyboard.press("Escape")
+    finish(page)
+    expect(page.locator("#status")).to_contain_text("stopped")
+    assert [it for it in [*seen, places()] if it != before] == []
+
+
+def test_a_preset_sets_the_numbers(page: Page) -> None:
+    page.locator("#preset input").click()
+    page.get_by_role("option", name="Deterministic").click()
+    expect(page.locator("#temperature input[type=number]")).to_have_value("0")
+    page.locator("#preset input").click()
+    page.get_by_role("option", name="The checkpoint's own").click()
+    page.locator("#sampling button").first.click()
+    expect(page.locator("#top_k input")).to_have_value("40")
+
+
+def test_markup_does_nothing(page: Page) -> None:
+    """No script, no address of a script, no form: in a message as in a reply."""
+    ask(
+        page,
+        "<img src=x onerror=document.title='owned'> [go](javascript:document.title='owned')"
+        " <form action=/x><input name=y></form>",
+        tokens=4,
+    )
+    finish(page)
+    assert page.locator("#chat form, #chat .message img").count() == 0
+    links = page.locator("#chat .message a").evaluate_all("them => them.map(it => it.href)")
+    assert not [it for it in links if it.startswith("javascript:")]
+    expect(page).to_have_title(CHECKPOINT.name)
+
+
+def test_raw_completes_a_prompt_as_it_was_typed(page: Page) -> None:
+    setting = page.locator("#max_new_tokens input")
+    setting.fill("12")
+    setting.blur()
+    page.locator("#temperature input[type=number]").fill("0")
+    page.locator("#temperature input[type=number]").blur()
+    page.get_by_role("tab", name="Raw").click()
+    prompt = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    page.locator("#raw-prompt textarea").fill(prompt)
+    page.locator("#raw-complete").click()
+    expect(page.locator("#raw-status")).to_contain_text("cut off", timeout=30_000)
+    completed = page.locator("#raw-reply textarea").input_value()
+    page.get_by_role("tab", name="Chat").click()
+    ask(page, "Hello", tokens=12)
+    finish(page)
+    page.locator("#more button").first.click()
+    _, text = exported(page, "#export-json")
+    assert json.loads(text)["messages"][1]["content"] == completed, "the same tokens, typed"
+    status = re.search(r"\d+ of 512", page.locator("#status").inner_text())
+    assert status
+    page.get_by_role("tab", name="Raw").click()
+    expect(page.locator("#raw-status")).to_contain_text(f"{status[0]} of the context used")
+    page.locator("#raw-append").click()
+    expect(page.locator("#raw-prompt textarea")).to_have_value(prompt + completed)
+    setting.fill("400")
+    setting.blur()
+    page.locator("#raw-complete").click()
+    expect(page.locator("#raw-status")).to_contain_text(RUNS)
+    page.locator("#raw-stop").click()
+    expect(page.locator("#raw-status")).to_contain_text("stopped")
+    expect(page.locator("#raw-complete")).to_be_visible()
+    page.locator("#raw-prompt textarea").fill("word " * 900)
+    page.locator("#raw-complete").click()
+    expect(page.locator("#raw-problem [role=alert]")).to_contain_text(
+        re.compile(r"The prompt has [\d,]+ tokens, and the context is 512\. Shorten")
+    )

@@ -1,0 +1,129 @@
+"""The nine steps of a 2023 model card in a real browser, against a hub on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from browsing import BRANCHES, MARKS, REPO, ask, expect, finish, load, replies
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from browsing import Server
+    from hub_server import HubServer
+    from playwright.sync_api import Page
+
+pytestmark = MARKS
+
+WANTED = "gptq-4bit-128g-actorder_True"
+WEIGHTS = "*/resolve/*/*.safetensors"
+
+
+@pytest.fixture
+def mended(hub: HubServer) -> Iterator[HubServer]:
+    """The hub, which behaves again afterwards."""
+    yield hub
+    hub.behave()
+
+
+def weight_bytes(hub: HubServer, branch: str) -> int:
+    return sum(it.stat().st_size for it in hub.repos[REPO].branches[branch].glob("*.safetensors"))
+
+
+def open_box(page: Page, text: str) -> None:
+    page.get_by_role("tab", name="Model").click()
+    page.locator("#download button").first.click()
+    page.locator("#repo textarea, #repo input").fill(text)
+
+
+def test_the_nine_steps_of_a_model_card(
+    empty: Page, mended: HubServer, shelf: Server, tmp_path: Path
+) -> None:
+    """Download slowly, cancel, go on, choose, load, save, reload, chat."""
+    mended.misbehave(WEIGHTS, slow=weight_bytes(mended, WANTED) // 4)
+    open_box(empty, REPO)
+    empty.locator("#list-branches").click()
+    table = empty.locator("#branches table")
+    expect(table).to_be_visible(timeout=30_000)
+    names = table.locator("tbody th").all_inner_texts()
+    assert sorted(names) == sorted(BRANCHES)
+    row = table.locator("tbody").nth(names.index(WANTED))
+    cells = row.locator("td").all_inner_texts()
+    assert cells[:3] == ["4", "128", "yes"]
+    assert cells[8] == "yes"
+    assert re.match(r"needs .* of weights, .* for .* tokens\); cpu has .* GB", cells[9])
+    empty.locator("#branch input").click()
+    empty.get_by_role("option", name=WANTED).click()
+    box = empty.locator("#repo textarea, #repo input")
+    expect(box).to_have_value(f"{REPO}:{WANTED}")
+
+    empty.locator("#start").click()
+    bar = empty.locator("#downloading progress")
+    expect(bar).to_have_attribute("value", re.compile(r"0\.[1-9]"))
+    expect(empty.locator("#downloading")).to_contain_text(re.compile(r"\d+% .* of .*", re.DOTALL))
+    empty.locator("#cancel").click()
+    expect(empty.locator("#downloading")).to_contain_text("Stopped. Download goes on from here.")
+    mended.behave()
+    before = len(mended.requests)
+    empty.locator("#start").click()
+    expect(empty.locator("#downloading")).to_contain_text("Done: ", timeout=60_000)
+    ranges = [it.range for it in mended.requests[before:] if it.path.endswith(".safetensors")]
+    assert [it for it in ranges if it and not it.startswith("bytes=0-")], "it went on"
+
+    empty.locator("#refresh").click()
+    load(empty, f"{REPO}:{WANTED}")
+    expect(empty.locator("#facts")).to_contain_text("128 rows")
+    empty.locator("#temperature input[type=number]").fill("0")
+    empty.locator("#temperature input[type=number]").blur()
+    empty.locator("#save").click()
+    expect(empty.locator("#loading")).to_contain_text("Saved for")
+    empty.locator("#reload").click()
+    expect(empty.locator("#loading")).to_contain_text("Loaded in", timeout=30_000)
+    empty.get_by_role("tab", name="Chat").click()
+    ask(empty, "What is the capital of France?", tokens=8)
+    if os.environ.get("GPTQ_LOADER_BRANCHES"):
+        expect(empty.locator("#chat [data-testid=bot]")).to_contain_text("Paris")
+    else:
+        finish(empty)
+    assert len(replies(empty)) == 1
+    assert "Traceback" not in shelf.log()
+    assert "OUTSIDE" not in shelf.log()
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"status": 403, "error": "GatedRepo"}, "gated"),
+        ({"flip": 50_000}, "hash"),
+    ],
+)
+def test_a_hub_that_fails_is_told_in_words(
+    empty: Page, mended: HubServer, shelf: Server, how: dict[str, Any], words: str
+) -> None:
+    branch = "gptq-3bit-128g-actorder_True"
+    mended.misbehave(WEIGHTS, **how)
+    open_box(empty, f"{REPO}:{branch}")
+    empty.locator("#start").click()
+    alert = empty.locator("#downloading [role=alert]")
+    expect(alert).to_contain_text(words, timeout=60_000)
+    expect(empty.locator("#start")).to_be_enabled()
+    assert "Traceback" not in shelf.log()
+
+
+def test_what_is_no_repository_is_not_asked_for(empty: Page, mended: HubServer) -> None:
+    for text in ("../../etc/passwd", "/etc", "owner/../x", "nothing", "a/b:../c", "a/b\x00c"):
+        open_first = empty.locator("#repo").is_visible()
+        if not open_first:
+            open_box(empty, text)
+        empty.locator("#repo textarea, #repo input").fill(text)
+        before = len(mended.requests)
+        empty.locator("#start").click()
+        expect(empty.locator("#downloading [role=alert]")).to_contain_text("is no repository")
+        assert len(mended.requests) == before
+    empty.locator("#repo textarea, #repo input").fill("owner/nothing-here")
+    empty.locator("#list-branches").click()
+    expect(empty.locator("#downloading [role=alert]")).to_contain_text("owner/nothing-here")

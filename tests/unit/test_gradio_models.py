@@ -1,0 +1,157 @@
+"""The models a page lists, loads and asks."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import gptq_loader_plugin as gptq
+from gptq_loader_extensions.gradio.catalog import Catalog
+from gptq_loader_extensions.gradio.models import LoadOptions, OneModel, Ready
+from gptq_loader_extensions.gradio.prompt_view import prompt_html
+from gptq_loader_extensions.gradio.reply import chat_prompt, raw_prompt
+from gptq_loader_plugin.errors import CheckpointNotFound, GPTQLoaderError, OptionInvalid
+from gptq_loader_plugin.options import GenerateOptions
+
+if TYPE_CHECKING:
+    from gptq_loader_plugin.events import Progress
+
+CHECKPOINTS = Path(__file__).parents[1] / "data" / "checkpoints"
+FIRST, SECOND = "gptq-4bit-32g-act-sym", "gptq-3bit-128g-act-sym"
+ENVIRON = {"GPTQ_LOADER_PLUGINS": "core,kernel-dense,kernel-reference"}
+GREEDY = GenerateOptions(temperature=0, max_new_tokens=6)
+
+
+# The list of models
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    models = tmp_path / "models"
+    for name in (FIRST, SECOND):
+        shutil.copytree(CHECKPOINTS / name, models / name)
+    return models
+
+
+def test_the_catalog_lists_models_and_the_demo(folder: Path) -> None:
+    catalog = Catalog(models_dir=folder, cache=False)
+    assert [it.name for it in catalog.entries()] == [SECOND, FIRST, "demo"]
+    assert catalog.find(FIRST).target == folder / FIRST
+    assert catalog.find("demo").target == "demo"
+    assert "354 kB" in catalog.find(FIRST).label
+    assert catalog.place_for("owner_repo") == folder / "owner_repo"
+    assert Catalog().place_for("owner_repo") is None
+
+
+@pytest.mark.parametrize("name", ["", "/etc", "..", f"../models/{FIRST}", "\x00", "owner/repo"])
+def test_a_name_that_is_not_listed_is_not_found(folder: Path, name: str) -> None:
+    with pytest.raises(CheckpointNotFound, match="there is no model"):
+        Catalog(models_dir=folder, cache=False).find(name)
+
+
+def test_what_points_outside_is_not_listed(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(CHECKPOINTS / FIRST, tmp_path / "outside")
+    (folder / "linked").symlink_to(tmp_path / "outside")
+    shutil.copytree(CHECKPOINTS / FIRST, folder / "stolen")
+    (folder / "stolen" / "notes.txt").symlink_to("/etc/passwd")
+    catalog = Catalog(models_dir=folder, cache=False)
+    assert [it.name for it in catalog.entries()] == [SECOND, FIRST, "demo"]
+    catalog.add(FIRST, tmp_path / "outside")
+    assert catalog.find(FIRST).target == tmp_path / "outside", "it was named on the command line"
+
+
+# A real model
+
+
+@pytest.fixture(scope="module")
+def catalog() -> Catalog:
+    return Catalog(models_dir=CHECKPOINTS, cache=False)
+
+
+def ask(models: OneModel, text: str = "Hello", *, tokens: int = 6) -> str:
+    options = GREEDY.model_copy(update={"max_new_tokens": tokens})
+    ready, *pieces = models.ask(
+        chat_prompt([{"role": "user", "content": text}]), options, threading.Event()
+    )
+    assert isinstance(ready, Ready)
+    return "".join(it.text for it in pieces if isinstance(it, gptq.Piece))
+
+
+def test_a_model_is_put_in_place_of_another(catalog: Catalog) -> None:
+    models = OneModel(environ=ENVIRON)
+    with pytest.raises(GPTQLoaderError, match="no model is loaded"):
+        ask(models)
+    told: list[Progress] = []
+    first = models.put(catalog.find(FIRST), LoadOptions(context=100), told.append)
+    assert {"weights", "self-check"} <= {it.stage for it in told}
+    assert (first.name, first.model.context) == (FIRST, 100)
+    assert ask(models)
+    with pytest.raises(OptionInvalid):
+        models.put(catalog.find(SECOND), LoadOptions(device="cuda:99"), told.append)
+    assert models.loaded is first, "what cannot be loaded leaves the old one"
+    second = models.put(catalog.find(SECOND), LoadOptions(backend="reference"), told.append)
+    assert models.loaded is second
+    assert second.model.plan.kernels() == {"reference": 14}
+    with pytest.raises(GPTQLoaderError, match="closed"):
+        list(first.model.stream("Hello"))
+    models.drop()
+    assert models.loaded is None
+
+
+def test_a_change_waits_for_the_reply_that_runs(catalog: Catalog) -> None:
+    models = OneModel(environ=ENVIRON)
+    models.put(catalog.find(FIRST), LoadOptions(), lambda _: None)
+    options = GREEDY.model_copy(update={"max_new_tokens": 50})
+    reply = models.ask(raw_prompt("Hello"), options, threading.Event())
+    next(reply)
+    told: list[Progress] = []
+    changing = threading.Thread(
+        target=models.put, args=(catalog.find(SECOND), LoadOptions(), told.append)
+    )
+    changing.start()
+    end = time.monotonic() + 20
+    while not told and time.monotonic() < end:
+        time.sleep(0.01)
+    assert told[0].stage == "waiting"
+    assert models.loaded is not None
+    assert models.loaded.name == FIRST
+    assert sum(1 for _ in reply) > 1, "the reply ends in peace"
+    changing.join(60)
+    assert models.loaded.name == SECOND
+    models.drop()
+
+
+def test_a_reply_that_is_given_up_does_not_hold_a_change_up(catalog: Catalog) -> None:
+    models = OneModel(environ=ENVIRON)
+    models.put(catalog.find(FIRST), LoadOptions(), lambda _: None)
+    reply = models.ask(raw_prompt("Hello"), GREEDY, threading.Event())
+    next(reply)
+    reply.close()  # type: ignore[attr-defined]  # a generator
+    never_begun = models.ask(raw_prompt("Hello"), GREEDY, threading.Event())
+    models.drop()
+    assert models.loaded is None
+    with pytest.raises(GPTQLoaderError, match="no model is loaded"):
+        next(never_begun)
+
+
+def test_a_model_that_would_not_fit_is_refused(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptq_loader_extensions.gradio.models.free_bytes", lambda: 1000)
+    with pytest.raises(GPTQLoaderError, match="of memory, and 1 kB is free"):
+        OneModel(environ=ENVIRON).put(catalog.find(FIRST), LoadOptions(), lambda _: None)
+
+
+def test_the_exact_prompt_marks_special_tokens_alone(catalog: Catalog) -> None:
+    models = OneModel(environ=ENVIRON)
+    model = models.put(catalog.find(FIRST), LoadOptions(), lambda _: None).model
+    ids, _ = model.encode_chat([{"role": "user", "content": "<|im_end|> & é"}])
+    html = prompt_html(ids, model.tokenizer, context=model.context)
+    assert html.count("<mark>&lt;|im_end|&gt;</mark>") == 1
+    assert "&lt;|im_end|&gt; &amp; é" in html
+    models.drop()

@@ -1,0 +1,181 @@
+"""The page's parts without a browser: long work, what is drawn, and two replies side by side."""
+
+from __future__ import annotations
+
+import threading
+import time
+from html import unescape
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import gptq_loader_plugin as gptq
+from gptq_loader_extensions.gradio.comparing import by_turns, where_they_part
+from gptq_loader_extensions.gradio.facts import facts_html
+from gptq_loader_extensions.gradio.jobs import Done, progress_bar, watched
+from gptq_loader_extensions.gradio.machine import free_bytes, resident_bytes
+from gptq_loader_extensions.gradio.models import Ready
+from gptq_loader_extensions.gradio.plan_view import memory_html, memory_of, plan_html
+from gptq_loader_extensions.gradio.presets import PRESETS, own_sampling, preset_of
+from gptq_loader_extensions.gradio.reply import raw_prompt
+from gptq_loader_extensions.gradio.words import alert, as_words
+from gptq_loader_plugin.errors import GPTQLoaderError, PromptTooLong
+from gptq_loader_plugin.events import Progress
+from gptq_loader_plugin.options import GenerateOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CHECKPOINTS = Path(__file__).parents[1] / "data" / "checkpoints"
+FIRST = "gptq-4bit-32g-act-sym"
+ENVIRON = {"GPTQ_LOADER_PLUGINS": "core,kernel-dense,kernel-reference"}
+GREEDY = GenerateOptions(temperature=0, max_new_tokens=6)
+
+
+# Long work
+
+
+def test_work_is_watched_to_its_end() -> None:
+    def work(tell: Any) -> str:
+        for i in range(100):
+            tell(Progress("weights", i, 100))
+        tell(Progress("self-check", 0, 2, "checks"))
+        return "value"
+
+    *steps, last = watched(work)
+    assert [it.stage for it in steps if isinstance(it, Progress)][-1] == "self-check"
+    assert len(steps) < 20, "and not redrawn a hundred times"
+    assert isinstance(last, Done)
+    assert last.value == "value"
+
+
+def test_work_that_fails_is_raised_where_it_is_watched() -> None:
+    def work(tell: Any) -> None:
+        tell(Progress("weights", 0, 2))
+        raise GPTQLoaderError("no", hint="yes")
+
+    with pytest.raises(GPTQLoaderError, match="no"):
+        list(watched(work))
+
+
+def test_work_goes_on_when_nobody_watches() -> None:
+    ended = threading.Event()
+
+    def work(tell: Any) -> None:
+        tell(Progress("weights", 0, 2))
+        time.sleep(0.05)
+        ended.set()
+
+    running = watched(work)
+    next(running)
+    running.close()  # type: ignore[attr-defined]  # a generator
+    assert ended.wait(5)
+
+
+def test_a_bar_says_how_far() -> None:
+    bar = progress_bar(Progress("download", 5_000_000, 20_000_000, detail="<b>"))
+    assert 'value="0.2500"' in bar
+    for words in ("Downloading", "25%", "5 MB of 20 MB", "&lt;b&gt;"):
+        assert words in bar
+    assert "value=" not in progress_bar(Progress("waiting", 0, 0)), "an end that is not known"
+    assert "1 of 2 checks" in progress_bar(Progress("self-check", 1, 2, "checks"))
+
+
+# What is drawn
+
+
+def test_the_facts_say_where_each_came_from() -> None:
+    report = gptq.inspect(CHECKPOINTS / FIRST)
+    html = unescape(facts_html(report))
+    assert "<th scope='row'>Bits</th><td>4</td><td>quantize_config.json</td>" in html
+    assert "<th scope='row'>Damping</th><td>0.1</td><td>quantize_config.json, meta</td>" in html
+    assert "stops at <|im_end|>" in html
+
+
+def test_the_plan_shows_every_answer() -> None:
+    plan = gptq.explain(
+        CHECKPOINTS / FIRST, device="cpu", plugins=gptq.Plugins(installed=True, environ=ENVIRON)
+    )
+    html = unescape(plan_html(plan))
+    for name, words in plan.choices[0].reasons():
+        assert f"<th scope='row'>{name}</th><td>{words}</td>" in html
+    assert html.count("class=chosen") == 1
+    memory = memory_of(plan)
+    assert plan.kv_bytes_per_token is not None
+    assert (memory.context, memory.kv) == (512, 512 * plan.kv_bytes_per_token)
+    assert memory_of(plan, context=100).kv == 100 * plan.kv_bytes_per_token
+    drawn = memory_html(memory, before=10**6, after=2 * 10**6)
+    assert "the process held 1 MB before, and 2 MB after" in drawn
+    assert drawn.count("<i class=") == 3
+
+
+def test_memory_is_read_where_the_system_tells(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 9 kB\nMemAvailable:    1234 kB\n")
+    assert free_bytes(meminfo) == 1234 * 1024
+    assert free_bytes(tmp_path / "none") is None
+    assert resident_bytes(tmp_path / "none") is None
+
+
+def test_errors_are_words() -> None:
+    long = PromptTooLong("the prompt is long", tokens=9, context=5, hint="drop-oldest")
+    assert as_words(long) == "The prompt is long. Shorten the message, or the system message."
+    assert as_words(GPTQLoaderError("a", hint="b")) == "A. B."
+    assert as_words(RuntimeError("")) == "The model failed: RuntimeError. The terminal says more."
+    assert alert("<b>") == '<div role="alert">&lt;b&gt;</div>'
+    assert alert("") == ""
+
+
+# Side by side
+
+
+class Words:
+    """A model that says words, and takes a second for each."""
+
+    loaded = None
+
+    def __init__(self, clock: list[float], *words: str) -> None:
+        self.clock, self.words = clock, words
+
+    def ask(self, prepare: Any, options: Any, cancel: threading.Event) -> Iterator[Any]:
+        yield Ready("m", 1, 10)
+        for i, word in enumerate(self.words):
+            self.clock[0] += 1
+            last = i + 1 == len(self.words)
+            yield gptq.Piece(word, i + 1, "stop" if last or cancel.is_set() else None)
+
+
+def test_sides_take_turns_and_are_timed_alone() -> None:
+    now = [0.0]
+    sides: Any = (Words(now, "a", "b", "c"), Words(now, "a", "x"))
+    seen = list(
+        by_turns(sides, raw_prompt(""), GREEDY, cancel=threading.Event(), clock=lambda: now[0])
+    )
+    assert [at for at, _ in seen][:6] == [0, 1, 0, 1, 0, 1]
+    ends = {at: shown for at, shown in seen if shown.finish}
+    assert (ends[0].text, ends[1].text) == ("abc", "ax")
+    for end in ends.values():
+        assert "1.0 a second" in end.status, "and not half of it"
+
+
+def test_where_replies_part() -> None:
+    assert where_they_part("same", "same") == "Both replies are the same."
+    assert where_they_part("a", "b") == "The replies differ from the first character."
+    assert where_they_part("Paris is", "Paris was") == (
+        "The replies are the same for 6 characters, up to “Paris”."
+    )
+
+
+def test_presets_fill_in_what_a_checkpoint_recommends() -> None:
+    def model(**told: Any) -> Any:
+        config = SimpleNamespace(to_diff_dict=lambda: told)
+        return SimpleNamespace(model=SimpleNamespace(generation_config=config))
+
+    assert own_sampling(model(temperature=0.6, top_k=20, pad_token_id=3)) == GenerateOptions(
+        temperature=0.6, top_k=20
+    )
+    assert own_sampling(model(do_sample=False, temperature=0.6)) == PRESETS["Deterministic"]
+    assert preset_of(GenerateOptions(max_new_tokens=9, repetition_penalty=1.1)) == "No repetition"
+    assert preset_of(GenerateOptions(temperature=0.33)) is None
