@@ -277,6 +277,9 @@ class _Filling:
             self.model.config.tie_word_embeddings = False
         elif head.weight.is_meta:
             self.model.tie_weights()
+            # While another thread loads a model, transformers has taken tie_weights away.
+            if head.weight.is_meta and self.model.config.tie_word_embeddings:
+                head.weight = embedding.weight
         elif embedding.weight.is_meta and self.model.config.tie_word_embeddings:
             embedding.weight = head.weight  # some writers kept the head's name of the two
         for name, value in (*self.model.named_parameters(), *self.model.named_buffers()):
