@@ -272,6 +272,17 @@ class _Filling:
         for parent, packed in self.experts.items():
             if missing := packed.missing():
                 raise self._mismatch(f"{parent}.{missing[0]}", "is missing: an expert's weight")
+        self._tie()
+        for name, value in (*self.model.named_parameters(), *self.model.named_buffers()):
+            if value.is_meta:
+                raise self._mismatch(name, "is missing")
+        for path, module in self.model.named_modules():  # what is computed: rotary frequencies
+            where = self.plan.place(path).device.torch_name
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(where))
+        self.model.requires_grad_(False)  # noqa: FBT003 - torch's signature
+
+    def _tie(self) -> None:
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         if head is None or not isinstance(head, nn.Linear):  # a quantised head is tied to nothing
             self.model.config.tie_word_embeddings = False
@@ -282,14 +293,6 @@ class _Filling:
                 head.weight = embedding.weight
         elif embedding.weight.is_meta and self.model.config.tie_word_embeddings:
             embedding.weight = head.weight  # some writers kept the head's name of the two
-        for name, value in (*self.model.named_parameters(), *self.model.named_buffers()):
-            if value.is_meta:
-                raise self._mismatch(name, "is missing")
-        for path, module in self.model.named_modules():  # what is computed: rotary frequencies
-            where = self.plan.place(path).device.torch_name
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(where))
-        self.model.requires_grad_(False)  # noqa: FBT003 - torch's signature
 
     def _warnings(self) -> list[str]:
         if not self.foreign:
