@@ -79,19 +79,12 @@ def build_skeleton(
         ConfigInvalid: config.json is missing or broken.
         UnsupportedFormat: transformers does not know the model, or it needs code of its own.
     """
-    from transformers import AutoModelForCausalLM
-
     model_type = checkpoint.model_config["model_type"]
     path = checkpoint.folder / "config.json"
     config = read_config(checkpoint) if config is None else config
     try:
-        # dtype=None: given one, transformers would set the default of every thread
-        with Hollow(dtype):
-            model: PreTrainedModel = (
-                AutoModelForCausalLM.from_config(config, dtype=None, trust_remote_code=False)
-                if model_class is None
-                else model_class._from_config(config, dtype=None)  # noqa: SLF001 - what it calls
-            )
+        model = _build(config, dtype, model_class)
+        _settle_buffers(model, config, dtype, model_class)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise _unknown_model(model_type, path, error) from error
     empty_parameters(model)
@@ -100,6 +93,52 @@ def build_skeleton(
         part.dtype = dtype
     model.eval()
     return model
+
+
+def _build(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    model_class: type[PreTrainedModel] | None,
+    *,
+    default_dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Build the modules; a default dtype is set by transformers, meanwhile, for every thread."""
+    from transformers import AutoModelForCausalLM
+
+    built: PreTrainedModel
+    with Hollow(dtype):
+        if model_class is not None:
+            built = model_class._from_config(config, dtype=default_dtype)  # noqa: SLF001 - what it calls
+        else:
+            built = AutoModelForCausalLM.from_config(
+                config, dtype=default_dtype, trust_remote_code=False
+            )
+    return built
+
+
+def _settle_buffers(
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    model_class: type[PreTrainedModel] | None,
+) -> None:
+    """Give computed buffers the dtype they would have in a model that was made in `dtype`.
+
+    Rotary frequencies are float32 in every model, so few models need to be made once more for it.
+    """
+    import torch
+
+    unsettled = {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if dtype != buffer.dtype == torch.float32 and not name.endswith("inv_freq")
+    }
+    if not unsettled:
+        return
+    like = dict(_build(config, dtype, model_class, default_dtype=dtype).named_buffers())
+    for name, buffer in unsettled.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, buffer.to(like[name].dtype))
 
 
 def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
