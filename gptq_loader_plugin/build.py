@@ -34,6 +34,7 @@ class FilledModel:
 
     Attributes:
         model: the model, every weight in its place.
+        checkpoint: what it was loaded from; its files are closed, and opened where it is read.
         plan: which kernel runs which layer, and why.
         modules: the prepared module of every quantised layer, by the layer's name.
         warnings: what a user should know, one sentence each.
@@ -41,6 +42,7 @@ class FilledModel:
     """
 
     model: PreTrainedModel
+    checkpoint: Checkpoint
     plan: Plan
     modules: dict[str, torch.nn.Module]
     warnings: tuple[str, ...]
@@ -98,7 +100,7 @@ def build_model(
     else:
         used = {choice.kernel.name: choice.kernel for choice in plan.choices}
         notes = [it.finish(model) for it in used.values() if isinstance(it, Finisher)]
-    return FilledModel(model, plan, filled.modules, warnings, tuple(notes))
+    return FilledModel(model, checkpoint, plan, filled.modules, warnings, tuple(notes))
 
 
 def _generation_config(folder: Path) -> Any:  # noqa: ANN401 - transformers' own

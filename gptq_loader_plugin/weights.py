@@ -283,7 +283,7 @@ class _Filling:
         self.model.requires_grad_(False)  # noqa: FBT003 - torch's signature
 
     def _tie(self) -> None:
-        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        head, embedding = self.model.get_output_embeddings(), self._embedding()
         if head is None or not isinstance(head, nn.Linear):  # a quantised head is tied to nothing
             self.model.config.tie_word_embeddings = False
         elif head.weight.is_meta:
@@ -293,6 +293,9 @@ class _Filling:
                 head.weight = embedding.weight
         elif embedding.weight.is_meta and self.model.config.tie_word_embeddings:
             embedding.weight = head.weight  # some writers kept the head's name of the two
+
+    def _embedding(self) -> Any:  # noqa: ANN401 - a module with a weight
+        return self.model.get_input_embeddings()
 
     def _warnings(self) -> list[str]:
         if not self.foreign:

@@ -63,8 +63,12 @@ class _Product(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # noqa: ANN401
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator's doing
+        ctx: Any,  # noqa: ANN401 - torch's context
+        *gradients: Any,  # noqa: ANN401
+    ) -> tuple[torch.Tensor, None, None]:
+        gradient: torch.Tensor = gradients[0]
         shape, dtype = ctx.like
         rows = gradient.reshape(-1, gradient.shape[-1]).float()
         back: torch.Tensor = ctx.input_gradient(ctx.module, rows)

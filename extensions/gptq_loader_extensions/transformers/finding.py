@@ -76,13 +76,12 @@ def fetch(found: Found) -> Path:
     """Give the checkpoint's folder, downloaded into the hub's cache where it is not here."""
     if found.folder is not None:
         return found.folder
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.utils import is_offline_mode
+    from huggingface_hub import HfApi, constants, snapshot_download
 
     options = {key: value for key, value in found.hub.items() if key != "proxies"}
     inside = f"{found.subfolder}/" if found.subfolder else ""
     patterns: list[str] | None = None
-    if not (options.get("local_files_only") or is_offline_mode()):
+    if not (options.get("local_files_only") or constants.HF_HUB_OFFLINE):
         api = HfApi(token=options.get("token"))
         names = api.list_repo_files(found.name, revision=options.get("revision"))
         safe = any(it.startswith(inside) and it.endswith(".safetensors") for it in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +113,7 @@ def _generating(cls: Any) -> Any:  # noqa: ANN401
     config_class = cls.config_class
     if config_class is None or config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
-    generating = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    generating: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     if issubclass(cls, generating):
         return generating
     return generating if cls is MODEL_MAPPING.get(config_class, None) else None
@@ -121,11 +122,17 @@ def _generating(cls: Any) -> Any:  # noqa: ANN401
 def _finished(filled: FilledModel) -> Any:  # noqa: ANN401
     """Make the model what transformers, PEFT and Trainer know for a quantised one."""
     model: Any = filled.model
-    for layer in filled.plan.choices:
-        present_as_linear(filled.modules[layer.layer.name], layer.layer)
-    stored = StoredConfig.of(filled.plan.config)
-    model.config.quantization_config = stored
-    _mark(model, Quantizer(stored, filled=filled))
+    quantizer = Quantizer(StoredConfig.of(filled.plan.config), filled=filled)
+    for choice in filled.plan.choices:
+        layer = choice.layer
+        present_as_linear(
+            filled.modules[layer.name],
+            (layer.out_features, layer.in_features),
+            model.dtype,
+            functools.partial(quantizer.read_weight, layer.name),
+        )
+    model.config.quantization_config = quantizer.quantization_config
+    _mark(model, quantizer)
     return model
 
 

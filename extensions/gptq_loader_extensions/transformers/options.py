@@ -102,7 +102,7 @@ def read_config(
     for key, value in implementations.items():
         setattr(config, f"_{key}", value)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # it is set anew, as the tensors say, once all is loaded
+        delattr(config, "quantization_config")  # set anew, as the tensors say, once all is loaded
     config.name_or_path = name
     return config
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import safetensors
 import torch
+from packaging.version import Version
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
-from gptq_loader_plugin.checkpoint.reader import open_checkpoint
-from gptq_loader_plugin.errors import CheckpointNotFound, CorruptCheckpoint
-from gptq_loader_plugin.plugins import Plugins
+from gptq_loader_plugin.errors import CheckpointError
 from gptq_loader_plugin.skeleton import Names
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Quantizer", "StoredConfig"]
 
+# Older ones write into a file that they replace, which may be the one the tensors are mapped from.
+RENAMES = Version("0.8")
+# Of the config as it is read: what is said of it, or of files that a save names anew.
 ABSENT = {"sources", "zeros", "model_file_base_name", "model_name_or_path", "format"}
 
 
@@ -55,36 +58,47 @@ class Quantizer(HfQuantizer):
         filled: the model as it was loaded.
 
     Attributes:
+        checkpoint: what was loaded.
         plan: which kernel runs which layer, and why: `plan.explain()`.
         warnings: what a user should know, one sentence each.
         notes: what kernels did for the model as a whole.
     """
 
     requires_calibration = True
-    is_trainable = True  # adapters on top: the quantised weights have no gradient
 
     def __init__(self, quantization_config: StoredConfig, *, filled: FilledModel) -> None:
         super().__init__(quantization_config, pre_quantized=True)
+        self.checkpoint: Checkpoint = filled.checkpoint
+        self._stamps = _stamps(filled.checkpoint)
         self.plan: Plan = filled.plan
         self.warnings, self.notes = filled.warnings, filled.notes
 
-    def is_serializable(self) -> bool:
+    def read_weight(self, layer: str) -> torch.Tensor:
+        """Read a layer's weight from the checkpoint, dequantised: float32 [N, K]."""
+        return self._opened().packed(layer).dequantize()
+
+    @property
+    def is_trainable(self) -> Any:  # noqa: ANN401 - it has no type in transformers
+        """Whether adapters can be trained on top: the quantised weights have no gradient."""
+        return True
+
+    def is_serializable(self, **_: object) -> Any:  # noqa: ANN401 - nor has it
         """Say that the model can be saved."""
         return True
 
     def get_state_dict_and_metadata(
         self,
         model: Any,  # noqa: ANN401 - transformers' own
-    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        **_: object,
+    ) -> Any:  # noqa: ANN401 - a state dict or None, and metadata
         """Give the tensors to save, by the names they have in the checkpoint.
 
         Raises:
-            CheckpointNotFound: the checkpoint is no longer where it was loaded from.
-            CorruptCheckpoint: another one is there now.
+            CheckpointError: the checkpoint's files are not those any more that were loaded.
         """
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved
-        checkpoint = self._reopened()
+        checkpoint = self._opened()
         names = Names(model)
         state: dict[str, torch.Tensor] = {}
         packed = {part for name in checkpoint.layers for part in checkpoint.parts(name)}
@@ -97,24 +111,34 @@ class Quantizer(HfQuantizer):
         for name in checkpoint.layers:
             # GPTQ-for-LLaMa left it out where rows are in order; others ask for it.
             state.setdefault(f"{name}.g_idx", checkpoint.packed(name).g_idx)
+        checkpoint.close()
+        if Version(safetensors.__version__) < RENAMES:
+            state = {name: tensor.clone() for name, tensor in state.items()}
         return state, {}
 
-    def _reopened(self) -> Checkpoint:
-        path = self.plan.path
-        hint = "put it back; or load the model from where it is now, and save that"
-        if not path.exists():
-            raise CheckpointNotFound(
-                f"the checkpoint is not at {path} any more, and its tensors are needed to save it",
-                reference=str(path),
-                tried=[str(path)],
-                hint=hint,
+    def _opened(self) -> Checkpoint:
+        """Give the checkpoint, if its files are those that were loaded."""
+        if _stamps(self.checkpoint) != self._stamps:
+            raise CheckpointError(
+                "the checkpoint's files are gone or were changed since it was loaded, and its "
+                "tensors are needed",
+                path=self.checkpoint.path,
+                hint="load the model again from where its files are now, then do this",
             )
-        checkpoint = open_checkpoint(path, Plugins(installed=True).readers())
-        if list(checkpoint.layers.values()) != [it.layer for it in self.plan.choices]:
-            raise CorruptCheckpoint(
-                "another checkpoint is here than the one that was loaded", path=path, hint=hint
-            )
-        return checkpoint
+        return self.checkpoint
+
+
+def _stamps(checkpoint: Checkpoint) -> dict[str, tuple[int, int, int] | None]:
+    """Tell the files of a checkpoint from others that may take their names."""
+    stamps: dict[str, tuple[int, int, int] | None] = {}
+    for file in {info.file for info in checkpoint.headers.values()}:
+        try:
+            found = file.stat()
+        except OSError:
+            stamps[str(file)] = None
+        else:
+            stamps[str(file)] = (found.st_ino, found.st_size, found.st_mtime_ns)
+    return stamps
 
 
 def _present(
