@@ -81,10 +81,10 @@ def by_unpacking(module: Any, gradient: torch.Tensor) -> torch.Tensor:  # noqa: 
     rows, columns = module.in_features, module.out_features
     tiles = -(-columns // COLUMNS)
     step = max(UNPACKED_BYTES // (4 * rows * COLUMNS), 1)
-    back = torch.zeros(len(gradient), rows)
+    back = gradient.new_zeros(len(gradient), rows)
     for first in range(0, tiles, step):
         count = min(step, tiles - first)
-        weight = torch.empty(rows, count * COLUMNS)
+        weight = gradient.new_empty(rows, count * COLUMNS)
         module._library.gptq_unpack(  # noqa: SLF001
             ctypes.addressof(layer),
             first,
@@ -100,12 +100,15 @@ def by_unpacking(module: Any, gradient: torch.Tensor) -> torch.Tensor:  # noqa: 
 
 
 def by_identity(module: Any, gradient: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - any layer
-    """Multiply by the weight as the layer's own product gives it away: rounded as it rounds."""
+    """Multiply by the weight that the layer's own product gives away: rounded as it rounds.
+
+    The layer must look its bias up wherever it multiplies.
+    """
     bare = _without_bias(module)
     parts = []
     for first in range(0, module.in_features, IDENTITY_ROWS):
         count = min(IDENTITY_ROWS, module.in_features - first)
-        one = torch.zeros(count, module.in_features, device=gradient.device)
+        one = gradient.new_zeros(count, module.in_features)
         one[:, first:].fill_diagonal_(1)
         parts.append(gradient @ bare.forward(one).float().t())
     return torch.cat(parts, dim=1)
