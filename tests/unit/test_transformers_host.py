@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,16 @@ def test_it_is_undone_exactly() -> None:
     assert all(now is then for now, then in zip(methods(), before, strict=True))
     gptq.disable_transformers(plugins=PLUGINS)
     assert all(now is then for now, then in zip(methods(), before, strict=True))
+
+
+def test_the_hosts_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (DATA.parents[2] / "docs" / "hosts" / "transformers.md").read_text()
+    before = methods()
+    for code in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        here = re.sub(r'"TheBloke/[^"]*"', repr(str(DATA / ONE)), code)
+        exec(here.replace("able_transformers()", "able_transformers(plugins=P)"), {"P": PLUGINS})
+    assert "kernels cpu" in capsys.readouterr().out
+    assert methods() == before
 
 
 def test_it_has_no_options() -> None:
