@@ -77,18 +77,25 @@ def fetch(found: Found) -> Path:
     if found.folder is not None:
         return found.folder
     from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     options = {key: value for key, value in found.hub.items() if key != "proxies"}
     inside = f"{found.subfolder}/" if found.subfolder else ""
     patterns: list[str] | None = None
     if not (options.get("local_files_only") or constants.HF_HUB_OFFLINE):
         api = HfApi(token=options.get("token"))
-        names = api.list_repo_files(found.name, revision=options.get("revision"))
+        try:
+            names = api.list_repo_files(found.name, revision=options.get("revision"))
+        except Exception as error:  # noqa: BLE001 - whatever a network raises
+            try:  # without a network, what is in the cache will do, as it does for transformers
+                folder = snapshot_download(found.name, **{**options, "local_files_only": True})
+            except LocalEntryNotFoundError:
+                raise error from None
+            return Path(folder) / found.subfolder
         safe = any(it.startswith(inside) and it.endswith(".safetensors") for it in names)
         kinds = (*SMALL_FILES, *(WEIGHT_FILES if safe else PICKLE_FILES))
         patterns = [f"{inside}{it}" for it in kinds]
-    folder = snapshot_download(found.name, allow_patterns=patterns, **options)
-    return Path(folder) / found.subfolder
+    return Path(snapshot_download(found.name, allow_patterns=patterns, **options), found.subfolder)
 
 
 def _method(stored: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ were given and call it: transformers 5.6 forgets that dtype before a model's own
 from __future__ import annotations
 
 import functools
+import threading
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["install", "remove"]
 
 METHOD = "from_pretrained"
+_changing = threading.Lock()
 
 
 class Handover(classmethod):  # type: ignore[type-arg]  # what it returns is the host's
@@ -50,27 +52,29 @@ def install() -> None:
     """
     asked: ContextVar[Any] = ContextVar("asked", default=None)
     models, *auto_classes = _owners()
-    for owner in (models, *auto_classes):
-        original = vars(owner).get(METHOD)
-        if isinstance(original, Handover):
-            asked = original.asked
-            continue
-        if not isinstance(original, classmethod):
-            raise PluginError(
-                f"this transformers has no {METHOD} in {owner.__name__}, which would be replaced",
-                hint="update gptq-loader-plugin, or use its own load() instead",
-            )
-        # One assignment: a thread meanwhile in from_pretrained goes on in the method it called.
-        function = (_for_models if owner is models else _for_auto_classes)(original, asked)
-        setattr(owner, METHOD, Handover(function, original=original, asked=asked))
+    with _changing:
+        for owner in (models, *auto_classes):
+            original = vars(owner).get(METHOD)
+            if isinstance(original, Handover):
+                asked = original.asked
+                continue
+            if not isinstance(original, classmethod):
+                raise PluginError(
+                    f"this transformers has no {METHOD} in {owner.__name__} to be replaced",
+                    hint="update gptq-loader-plugin, or use its own load() instead",
+                )
+            # One assignment: a thread inside from_pretrained goes on in the method it called.
+            function = (_for_models if owner is models else _for_auto_classes)(original, asked)
+            setattr(owner, METHOD, Handover(function, original=original, asked=asked))
 
 
 def remove() -> None:
     """Put back the methods that `install` found."""
-    for owner in _owners():
-        current = vars(owner).get(METHOD)
-        if isinstance(current, Handover):
-            setattr(owner, METHOD, current.original)
+    with _changing:
+        for owner in _owners():
+            current = vars(owner).get(METHOD)
+            if isinstance(current, Handover):
+                setattr(owner, METHOD, current.original)
 
 
 def _owners() -> tuple[Any, ...]:
@@ -89,7 +93,7 @@ def _for_models(original: Any, asked: ContextVar[Any]) -> Callable[..., Any]:  #
         if found is not None:
             from gptq_loader_extensions.transformers.loading import load_found, takes
 
-            if takes(cls, found, kwargs):
+            if takes(cls, found):
                 return load_found(cls, found, args, kwargs, asked_dtype=asked.get())
         return original.__get__(None, cls)(name, *args, **kwargs)
 

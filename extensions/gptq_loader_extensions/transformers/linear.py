@@ -8,7 +8,7 @@ its caller and keeps its weight packed, so its class is widened: it stays what i
 from __future__ import annotations
 
 import functools
-from itertools import chain
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +25,10 @@ __all__ = ["PackedWeight", "present_as_linear"]
 
 def present_as_linear(
     module: nn.Module,
+    *,
     shape: tuple[int, int],
     dtype: torch.dtype,
+    device: torch.device,
     read_weight: Callable[[], torch.Tensor],
 ) -> None:
     """Widen the class of a prepared layer by torch's Linear.
@@ -35,42 +37,47 @@ def present_as_linear(
         module: the layer; it multiplies as before.
         shape: of its weight, (out_features, in_features).
         dtype: the model's.
+        device: where the layer was prepared to be.
         read_weight: gives the dequantised weight.
     """
     if isinstance(module, nn.Linear):
         return
     module.out_features, module.in_features = shape  # type: ignore[assignment]  # torch's guess
-    if not hasattr(module, "weight"):  # a layer that was dequantised has its own
-        module.told_weight = (shape, dtype, read_weight)  # type: ignore[assignment]
+    module.told = Told(shape, dtype, device, read_weight)  # type: ignore[assignment]
     kind: Any = type(module)
-    module.__class__ = _widened(kind, packed=not hasattr(module, "weight"))
+    packed = not hasattr(module, "weight")  # a layer that was dequantised has its own
+    module.__class__ = _widened(kind, packed=packed)
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a prepared layer is told of itself: its weight's shape and dtype, its device, values."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    read_weight: Callable[[], torch.Tensor]
 
 
 class PackedWeight(torch.Tensor):
     """A weight [out_features, in_features] without values: what uses them reads them first.
 
     Args:
-        shape: its shape.
-        dtype: its dtype.
-        device: where the packed weight is.
-        read: gives the values.
+        told: what is known of it.
     """
 
-    read: Callable[[], torch.Tensor]
+    told: Told
 
     @staticmethod
     def __new__(  # noqa: PYI034 - torch has it static
         cls: type[PackedWeight],
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        device: torch.device,
-        read: Callable[[], torch.Tensor],
+        told: Told,
     ) -> PackedWeight:
         """Make a tensor that takes no memory."""
         made: PackedWeight = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001
-            cls, shape, dtype=dtype, device=device
+            cls, told.shape, dtype=told.dtype, device=told.device
         )
-        made.read = read
+        made.told = told
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch lets contents be passed
@@ -88,7 +95,7 @@ class PackedWeight(torch.Tensor):
         del types
 
         def values(it: Any) -> Any:  # noqa: ANN401
-            return it.read().to(it.device, it.dtype) if isinstance(it, cls) else it
+            return it.told.read_weight().to(it.device, it.dtype) if isinstance(it, cls) else it
 
         return func(*tree_map(values, args), **tree_map(values, kwargs or {}))
 
@@ -104,10 +111,11 @@ class _Prepared(nn.Module):
 
     kind: type[nn.Module]
     packed: bool
+    told: Told
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:  # noqa: ANN401, FBT001, FBT002 - torch's own
-        here = _device(self)
-        there = here if here.type == "meta" else fn(torch.empty(0, device=here)).device
+        here = self.told.device
+        there = fn(torch.empty(0, device=here)).device
         if there.type not in (here.type, "meta"):
             raise OptionInvalid(
                 f"this model was prepared for {here.type}, and cannot be moved to {there.type}",
@@ -120,18 +128,10 @@ class _Prepared(nn.Module):
 
 
 class _Packed(_Prepared):
-    told_weight: tuple[tuple[int, int], torch.dtype, Callable[[], torch.Tensor]]
-
     @property
     def weight(self) -> torch.Tensor:
         """The weight, of which only the shape is known until its values are used."""
-        shape, dtype, read = self.told_weight
-        return PackedWeight(shape, dtype, _device(self), read)
-
-
-def _device(module: nn.Module) -> torch.device:
-    first = next(chain(module.parameters(), module.buffers()), None)
-    return torch.device("cpu") if first is None else first.device
+        return PackedWeight(self.told)
 
 
 def _restored(kind: Any, packed: bool) -> nn.Module:  # noqa: ANN401, FBT001 - as pickle hands it

@@ -6,6 +6,8 @@ import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from gptq_loader_extensions.transformers.finding import fetch
 from gptq_loader_extensions.transformers.linear import present_as_linear
 from gptq_loader_extensions.transformers.options import (
@@ -25,13 +27,14 @@ if TYPE_CHECKING:
 
     from gptq_loader_extensions.transformers.finding import Found
     from gptq_loader_plugin.build import FilledModel
+    from gptq_loader_plugin.plan import Plan
 
 __all__ = ["load_found", "takes"]
 
 logger = logging.getLogger(__name__)
 
 
-def takes(cls: Any, found: Found, kwargs: Mapping[str, Any]) -> bool:  # noqa: ANN401 - a model's class
+def takes(cls: Any, found: Found) -> bool:  # noqa: ANN401 - a model's class
     """Say whether `cls` is a class whose GPTQ checkpoints are loaded here.
 
     That is one that generates text from text, or its body. Another one is left to transformers
@@ -42,7 +45,7 @@ def takes(cls: Any, found: Found, kwargs: Mapping[str, Any]) -> bool:  # noqa: A
     """
     if _generating(cls) is not None:
         return True
-    if found.known and not kwargs.get("adapter_kwargs"):
+    if found.known:
         return False
     raise OptionInvalid(
         f"{found.name} is a GPTQ checkpoint, and {cls.__name__} is no class for generating text",
@@ -87,10 +90,7 @@ def load_found(
         logger.warning("%s: %s", found.name, warning)
     model = _finished(filled)
     if kwargs.get("device_map") is not None:
-        places = {key: it.name for key, it in filled.plan.placed.items()}
-        one = set(places.values()) if len(set(places.values())) == 1 else set()
-        whole = {"": next(iter(one), filled.plan.device.torch_name)}
-        model.hf_device_map = whole if one or not places else places
+        model.hf_device_map = _places(filled.plan)
     if kwargs.get("generation_config") is not None:
         model.generation_config = kwargs["generation_config"]
     _add_adapter(model, kwargs)
@@ -104,6 +104,14 @@ def load_found(
         }
         return model, {**nothing, "error_msgs": []}
     return model
+
+
+def _places(plan: Plan) -> dict[str, str]:
+    """Say where the model's parts are, as transformers' device maps do."""
+    places = {key: it.name for key, it in plan.placed.items()}
+    if len(set(places.values())) > 1:
+        return places
+    return {"": next(iter(places.values()), plan.device.torch_name)}
 
 
 def _generating(cls: Any) -> Any:  # noqa: ANN401
@@ -127,9 +135,10 @@ def _finished(filled: FilledModel) -> Any:  # noqa: ANN401
         layer = choice.layer
         present_as_linear(
             filled.modules[layer.name],
-            (layer.out_features, layer.in_features),
-            model.dtype,
-            functools.partial(quantizer.read_weight, layer.name),
+            shape=(layer.out_features, layer.in_features),
+            dtype=model.dtype,
+            device=torch.device(filled.plan.place(layer.name).device.torch_name),
+            read_weight=functools.partial(quantizer.read_weight, layer.name),
         )
     model.config.quantization_config = quantizer.quantization_config
     _mark(model, quantizer)
