@@ -75,7 +75,7 @@ def quantize_rows(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Pac
     """Round a weight [N, K] to 8 bits, symmetric, a scale for each row and group of columns."""
     columns, rows = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8)
-    scales = torch.empty(-(-rows // GROUP_SIZE), columns)
+    scales = torch.empty(-(-rows // GROUP_SIZE), columns, dtype=torch.float32)
     parts = weight.cpu().split(GROUP_SIZE, dim=1)
     for group, part in enumerate(parts):
         scales[group] = part.float().abs().amax(dim=1) / MOST

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from gptq_loader_plugin.checkpoint.read_ahead import ReadAhead
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.device import find_device
-from gptq_loader_plugin.errors import CheckpointError, ConfigInvalid, OptionInvalid
-from gptq_loader_plugin.events import Head, LoadRequest, Progress
-from gptq_loader_plugin.kernel import Finisher
+from gptq_loader_plugin.errors import CheckpointError, OptionInvalid
+from gptq_loader_plugin.events import Head, LoadRequest
 from gptq_loader_plugin.placement import place
 from gptq_loader_plugin.plan import make_plan
 from gptq_loader_plugin.plugins import Plugins
@@ -23,10 +19,12 @@ from gptq_loader_plugin.template_source import find_template
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from gptq_loader_plugin.build import FilledModel
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
     from gptq_loader_plugin.kernel import Device
     from gptq_loader_plugin.loaded import LoadedModel
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.report import CheckpointReport
     from gptq_loader_plugin.template import Template
 
-__all__ = ["explain", "inspect", "load"]
+__all__ = ["explain", "inspect", "load", "load_model"]
 
 DTYPES = ("float32", "float16", "bfloat16")
 COPY_TOKENIZER = (
@@ -44,6 +42,16 @@ COPY_TOKENIZER = (
 UNKNOWN_CONTEXT = 2048  # a model that does not say how long its context is
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A load that was planned: when it began, what was asked, the checkpoint, and the plan."""
+
+    began: float
+    request: LoadRequest
+    checkpoint: Checkpoint
+    plan: Plan
 
 
 def load(  # noqa: PLR0913 - each is an option a user may want
@@ -90,39 +98,26 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     Raises:
         GPTQLoaderError: see `errors`; each says what to do next.
     """
-    began = time.monotonic()
     plugins = plugins or Plugins(installed=True)
     if kv_cache not in (None, "int8"):
         raise OptionInvalid(
             f"a context cannot be kept as {kv_cache!r}", hint='write "int8", or leave it out'
         )
-    where = _device(device, device_map, max_memory)
-    _check_present(where)
-    name = None if dtype is None else _dtype_name(dtype)
     if head is not None and head not in get_args(Head):
         raise OptionInvalid(f"no head is {head!r}", hint=f"name {' or '.join(get_args(Head))}")
-    path = resolve(reference, plugins=plugins, revision=revision)
-    request = LoadRequest(str(reference), path, str(where), backend)
-    plugins.hook.gptq_before_load(request=request)
-    checkpoint = open_checkpoint(path, plugins.readers())
-    plan = _plan(
-        checkpoint,
-        where,
+    opened = _open(
+        reference,
         plugins,
-        reference=str(reference),
+        device=device,
         backend=backend,
-        dtype=name,
+        dtype=dtype,
+        revision=revision,
         device_map=device_map,
         max_memory=max_memory,
+        offload_folder=offload_folder,
         int8_cache=kv_cache == "int8",
     )
-    for placed in plan.placed.values():
-        _check_present(placed.device)
-    if offload_folder is None and any(it.on_disk for it in plan.placed.values()):
-        raise OptionInvalid(
-            "a part of the model is to stay on the disk, and no folder is named for it",
-            hint="name one on a fast disk: offload_folder=FOLDER, or --offload-folder FOLDER",
-        )
+    checkpoint, plan = opened.checkpoint, opened.plan
     chosen = find_template(
         checkpoint.folder, card=checkpoint.card, named=template, offered=plugins.templates()
     )
@@ -132,18 +127,17 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         from gptq_loader_plugin.skeleton import read_config
 
         check_int8(read_config(checkpoint))
-    folder = None if offload_folder is None else Path(offload_folder)
-    model, warnings, notes = _model(checkpoint, plan, plugins, folder, check=check)
+    from gptq_loader_plugin.build import build_model
+
+    filled = build_model(checkpoint, plan, plugins, offload_folder, check=check)
+    model, notes = filled.model, filled.notes
     if head == "int8":
         from gptq_loader_plugin.head import narrow_head
 
-        note, grown = narrow_head(model, where, plugins.kernels(), only=backend)
+        note, grown = narrow_head(model, plan.device, plugins.kernels(), only=backend)
         plan = replace(plan, weight_bytes=plan.weight_bytes + grown)
         notes = (*notes, note)
-    checkpoint.close()
-    seconds = time.monotonic() - began
-    plugins.hook.gptq_after_load(request=request, seconds=seconds)
-    logger.info("loaded %s in %.1f s: %s", reference, seconds, plan.headline())
+    _tell_loaded(opened, plugins)
     from gptq_loader_plugin.loaded import LoadedModel
 
     loaded = LoadedModel(
@@ -153,12 +147,73 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         template=chosen,
         card=checkpoint.card,
         context=_context(model, context),
-        warnings=(*checkpoint.warnings, *warnings),
+        warnings=filled.warnings,
         notes=notes,
         kv_cache=kv_cache,
     )
     _never_sample_padding(loaded)
     return loaded
+
+
+def load_model(
+    path: Path,
+    *,
+    reference: str | None = None,
+    device: str | None = None,
+    backend: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | Mapping[str, str] | None = None,
+    max_memory: Mapping[str, str | int] | None = None,
+    offload_folder: str | Path | None = None,
+    config: PreTrainedConfig | None = None,
+    model_class: type[PreTrainedModel] | None = None,
+    check: bool = True,
+    plugins: Plugins | None = None,
+) -> FilledModel:
+    """Load the transformers model alone, without tokenizer or template: for a host.
+
+    Args:
+        path: the checkpoint's folder or file.
+        reference: what the user typed, where that is not the path.
+        device: as for `load`, and so are the options down to `offload_folder`.
+        backend: as for `load`.
+        dtype: as for `load`.
+        device_map: as for `load`.
+        max_memory: as for `load`.
+        offload_folder: as for `load`.
+        config: the model's config, where it is not what config.json says.
+        model_class: the class to build; None takes transformers' own for the config.
+        check: as for `load`.
+        plugins: as for `load`.
+
+    Raises:
+        GPTQLoaderError: see `errors`; each says what to do next.
+    """
+    plugins = plugins or Plugins(installed=True)
+    opened = _open(
+        path,
+        plugins,
+        named=reference,
+        device=device,
+        backend=backend,
+        dtype=dtype,
+        device_map=device_map,
+        max_memory=max_memory,
+        offload_folder=offload_folder,
+    )
+    from gptq_loader_plugin.build import build_model
+
+    filled = build_model(
+        opened.checkpoint,
+        opened.plan,
+        plugins,
+        offload_folder,
+        check=check,
+        config=config,
+        model_class=model_class,
+    )
+    _tell_loaded(opened, plugins)
+    return filled
 
 
 def explain(
@@ -251,6 +306,50 @@ def _check_present(device: Device) -> None:
         )
 
 
+def _open(
+    reference: str | Path,
+    plugins: Plugins,
+    *,
+    named: str | None = None,
+    device: str | None,
+    backend: str | None,
+    dtype: str | torch.dtype | None,
+    revision: str | None = None,
+    device_map: str | Mapping[str, str] | None,
+    max_memory: Mapping[str, str | int] | None,
+    offload_folder: str | Path | None,
+    int8_cache: bool = False,
+) -> _Opened:
+    """Find a checkpoint, open it and plan its load, on devices that are here."""
+    began = time.monotonic()
+    where = _device(device, device_map, max_memory)
+    _check_present(where)
+    dtype_name = None if dtype is None else _dtype_name(dtype)
+    path = resolve(reference, plugins=plugins, revision=revision)
+    request = LoadRequest(named or str(reference), path, str(where), backend)
+    plugins.hook.gptq_before_load(request=request)
+    checkpoint = open_checkpoint(path, plugins.readers())
+    plan = _plan(
+        checkpoint,
+        where,
+        plugins,
+        reference=request.reference,
+        backend=backend,
+        dtype=dtype_name,
+        device_map=device_map,
+        max_memory=max_memory,
+        int8_cache=int8_cache,
+    )
+    for placed in plan.placed.values():
+        _check_present(placed.device)
+    if offload_folder is None and any(it.on_disk for it in plan.placed.values()):
+        raise OptionInvalid(
+            "a part of the model is to stay on the disk, and no folder is named for it",
+            hint="name one on a fast disk: offload_folder=FOLDER, or --offload-folder FOLDER",
+        )
+    return _Opened(began, request, checkpoint, plan)
+
+
 def _plan(
     checkpoint: Checkpoint,
     where: Device,
@@ -284,56 +383,12 @@ def _plan(
     )
 
 
-def _model(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    plugins: Plugins,
-    offload_folder: Path | None,
-    *,
-    check: bool,
-) -> tuple[PreTrainedModel, tuple[str, ...], tuple[str, ...]]:
-    import torch
-
-    from gptq_loader_plugin.selfcheck import check_finite, check_layers
-    from gptq_loader_plugin.skeleton import build_skeleton
-    from gptq_loader_plugin.spread import follow_devices
-    from gptq_loader_plugin.weights import fill, reading_order
-
-    def progress(told: Progress) -> None:
-        ahead.used(told.done)
-        plugins.progress(told)
-
-    tensors = [info for _, parts in reading_order(checkpoint) for info in parts]
-    with ReadAhead(tensors) as ahead:
-        model = build_skeleton(checkpoint, getattr(torch, plan.dtype))
-        if (checkpoint.folder / "generation_config.json").is_file():
-            model.generation_config = _generation_config(checkpoint.folder)
-        filled = fill(model, checkpoint, plan, progress=progress, offload_folder=offload_folder)
-    several = follow_devices(model, plan)
-    if check:
-        plugins.progress(Progress("self-check", 0, 2, "checks"))
-        check_layers(filled.modules, checkpoint, plan)
-        plugins.progress(Progress("self-check", 1, 2, "checks"))
-        check_finite(model, checkpoint)
-        plugins.progress(Progress("self-check", 2, 2, "checks"))
-    if several:  # a kernel finishes a model whose every tensor is on its device
-        return model, filled.warnings, ("decodes layer by layer, over several devices",)
-    used = {choice.kernel.name: choice.kernel for choice in plan.choices}
-    notes = [it.finish(model) for it in used.values() if isinstance(it, Finisher)]
-    return model, filled.warnings, tuple(notes)
-
-
-def _generation_config(folder: Path) -> Any:  # noqa: ANN401 - transformers' own
-    from transformers import GenerationConfig
-
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, json.JSONDecodeError) as error:
-        raise ConfigInvalid(
-            f"generation_config.json cannot be read ({error})",
-            path=folder / "generation_config.json",
-            hint="correct it, or delete it",
-        ) from error
+def _tell_loaded(opened: _Opened, plugins: Plugins) -> None:
+    opened.checkpoint.close()
+    seconds = time.monotonic() - opened.began
+    plugins.hook.gptq_after_load(request=opened.request, seconds=seconds)
+    named, headline = opened.request.reference, opened.plan.headline()
+    logger.info("loaded %s in %.1f s: %s", named, seconds, headline)
 
 
 def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

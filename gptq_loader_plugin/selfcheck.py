@@ -96,7 +96,8 @@ def _check_layer(
     if len(columns) > 2 * SIDE_COLUMNS:
         columns = torch.cat((columns[:SIDE_COLUMNS], columns[-SIDE_COLUMNS:]))
     packed = checkpoint.packed(layer.name).take_columns(columns)
-    x = torch.randn(ROWS, layer.in_features, generator=torch.Generator().manual_seed(0))
+    seeded = torch.Generator().manual_seed(0)
+    x = torch.randn(ROWS, layer.in_features, generator=seeded, dtype=torch.float32)
     expected = x @ packed.dequantize().t()
     if packed.bias is not None:
         expected = expected + packed.bias.float()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.errors import TensorMismatch, UnsupportedFormat
+from gptq_loader_plugin.hollow import Hollow, empty_parameters
 
 if TYPE_CHECKING:
     import torch
@@ -59,33 +60,85 @@ Place = ModulePlace | ExpertPlace
 ROLES = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
-def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+def build_skeleton(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    *,
+    config: PreTrainedConfig | None = None,
+    model_class: type[PreTrainedModel] | None = None,
+) -> PreTrainedModel:
     """Build the checkpoint's model: parameters on the meta device, buffers computed.
 
     Args:
         checkpoint: its config.json says what to build.
         dtype: the dtype its parameters will have.
+        config: what to build instead of what config.json says.
+        model_class: the class to build; None takes transformers' own for the config.
 
     Raises:
         ConfigInvalid: config.json is missing or broken.
         UnsupportedFormat: transformers does not know the model, or it needs code of its own.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
     model_type = checkpoint.model_config["model_type"]
     path = checkpoint.folder / "config.json"
-    config = read_config(checkpoint)
+    config = read_config(checkpoint) if config is None else config
     try:
-        with init_empty_weights(include_buffers=False), no_init_weights():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=False
-            )
+        model = _build(config, dtype, model_class)
+        _settle_buffers(model, config, dtype, model_class)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise _unknown_model(model_type, path, error) from error
+    empty_parameters(model)
+    parts = [getattr(model.config, name) for name in model.config.sub_configs]
+    for part in (model.config, *(it for it in parts if it is not None)):
+        part.dtype = dtype
     model.eval()
     return model
+
+
+def _build(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    model_class: type[PreTrainedModel] | None,
+    *,
+    default_dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Build the modules; a default dtype is set by transformers, meanwhile, for every thread."""
+    from transformers import AutoModelForCausalLM
+
+    built: PreTrainedModel
+    with Hollow(dtype):
+        if model_class is not None:
+            built = model_class._from_config(config, dtype=default_dtype)  # noqa: SLF001 - what it calls
+        else:
+            built = AutoModelForCausalLM.from_config(
+                config, dtype=default_dtype, trust_remote_code=False
+            )
+    return built
+
+
+def _settle_buffers(
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    model_class: type[PreTrainedModel] | None,
+) -> None:
+    """Give computed buffers the dtype they would have in a model that was made in `dtype`.
+
+    Rotary frequencies are float32 in every model, so few models need to be made once more for it.
+    """
+    import torch
+
+    unsettled = {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if dtype != buffer.dtype == torch.float32 and not name.endswith("inv_freq")
+    }
+    if not unsettled:
+        return
+    like = dict(_build(config, dtype, model_class, default_dtype=dtype).named_buffers())
+    for name, buffer in unsettled.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, buffer.to(like[name].dtype))
 
 
 def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:

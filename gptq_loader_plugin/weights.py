@@ -272,13 +272,7 @@ class _Filling:
         for parent, packed in self.experts.items():
             if missing := packed.missing():
                 raise self._mismatch(f"{parent}.{missing[0]}", "is missing: an expert's weight")
-        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        if head is None or not isinstance(head, nn.Linear):  # a quantised head is tied to nothing
-            self.model.config.tie_word_embeddings = False
-        elif head.weight.is_meta:
-            self.model.tie_weights()
-        elif embedding.weight.is_meta and self.model.config.tie_word_embeddings:
-            embedding.weight = head.weight  # some writers kept the head's name of the two
+        self._tie()
         for name, value in (*self.model.named_parameters(), *self.model.named_buffers()):
             if value.is_meta:
                 raise self._mismatch(name, "is missing")
@@ -287,6 +281,21 @@ class _Filling:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(where))
         self.model.requires_grad_(False)  # noqa: FBT003 - torch's signature
+
+    def _tie(self) -> None:
+        head, embedding = self.model.get_output_embeddings(), self._embedding()
+        if head is None or not isinstance(head, nn.Linear):  # a quantised head is tied to nothing
+            self.model.config.tie_word_embeddings = False
+        elif head.weight.is_meta:
+            self.model.tie_weights()
+            # While another thread loads a model, transformers has taken tie_weights away.
+            if head.weight.is_meta and self.model.config.tie_word_embeddings:
+                head.weight = embedding.weight
+        elif embedding.weight.is_meta and self.model.config.tie_word_embeddings:
+            embedding.weight = head.weight  # some writers kept the head's name of the two
+
+    def _embedding(self) -> Any:  # noqa: ANN401 - a module with a weight
+        return self.model.get_input_embeddings()
 
     def _warnings(self) -> list[str]:
         if not self.foreign:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from gptq_loader_kernels._autograd import by_identity, needs_gradient, with_gradient
 from gptq_loader_kernels._exllama_extension import load_extension
 from gptq_loader_plugin.checkpoint.packing import pack_columns
 from gptq_loader_plugin.errors import GPTQLoaderError
@@ -144,6 +145,8 @@ class ExllamaLinear(torch.nn.Module):
         Raises:
             GPTQLoaderError: x is on another device, or the layer was closed.
         """
+        if needs_gradient(x):
+            return with_gradient(self, x, by_identity)
         if x.device != self._device:
             raise GPTQLoaderError(
                 f"x is on {x.device}; this layer was prepared for {self._device}, and stays there",

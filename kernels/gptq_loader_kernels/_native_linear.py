@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gptq_loader_kernels._autograd import by_unpacking, needs_gradient, with_gradient
 from gptq_loader_kernels._native import (
     COLUMNS,
     Isa,
@@ -92,6 +93,8 @@ class NativeLinear(torch.nn.Module):
         Raises:
             RuntimeError: x or the layer is not on the CPU, or memory is short.
         """
+        if needs_gradient(x):
+            return with_gradient(self, x, by_unpacking)
         if x.dtype not in TYPES:
             y: torch.Tensor = self(x.float())
             return y.to(x.dtype)

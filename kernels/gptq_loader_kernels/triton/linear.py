@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gptq_loader_kernels._autograd import by_identity, needs_gradient, with_gradient
 from gptq_loader_kernels.triton.layout import lay_out
 from gptq_loader_kernels.triton.operator import multiply_packed
 
@@ -65,6 +66,8 @@ class TritonLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply: x [..., in_features] -> [..., out_features]."""
+        if needs_gradient(x):
+            return with_gradient(self, x, by_identity)
         rows = x.reshape(-1, self.in_features)
         if x.dtype not in DTYPES:
             rows = rows.to(self.dtype)

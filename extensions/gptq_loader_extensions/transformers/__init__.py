@@ -1,0 +1,52 @@
+"""The host "transformers": `from_pretrained` loads GPTQ checkpoints through us, until removed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from gptq_loader_plugin.host import Host
+
+__all__ = ["TransformersHost", "gptq_hosts"]
+
+
+@dataclass(frozen=True, slots=True)
+class TransformersHost:
+    """Have transformers hand GPTQ checkpoints over to us."""
+
+    name: str = "transformers"
+
+    def install(self, **options: object) -> None:
+        """Take over `from_pretrained` for GPTQ checkpoints; a second time changes nothing.
+
+        Raises:
+            OptionInvalid: an option was given; there are none.
+            PluginError: this transformers has no `from_pretrained` where it is looked for.
+        """
+        if options:
+            raise OptionInvalid(
+                f"the transformers host has no option {', '.join(sorted(options))}",
+                hint="give each load its options: from_pretrained(...)",
+            )
+        from gptq_loader_extensions.transformers.handover import install
+
+        install()
+
+    def remove(self) -> None:
+        """Put back what `install` found, exactly; where nothing is installed, do nothing.
+
+        Models that were loaded meanwhile go on as they are.
+        """
+        from gptq_loader_extensions.transformers.handover import remove
+
+        remove()
+
+
+@hookimpl
+def gptq_hosts() -> list[Host]:
+    """Offer transformers."""
+    return [TransformersHost()]

@@ -1,0 +1,147 @@
+"""Say whether what `from_pretrained` was given is a GPTQ checkpoint, and fetch it.
+
+What is not one is left to transformers, and costs a look at files that it would read itself.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_plugin.checkpoint.headers import find_weight_files, read_headers
+from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.hub import PICKLE_FILES, SMALL_FILES, WEIGHT_FILES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Found", "fetch", "find_checkpoint"]
+
+METHODS = ("gptq", "gptq_v2")
+OTHER_SOURCES = ("gguf_file", "state_dict")
+STOCK_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A GPTQ checkpoint, on this machine or on the hub.
+
+    Attributes:
+        name: what the user typed.
+        subfolder: the folder in it, or "".
+        folder: where it is on this machine; None where it must be fetched first.
+        known: whether transformers too would know it for GPTQ.
+        hub: the options that say where on the hub it is, and how to get it.
+    """
+
+    name: str
+    subfolder: str
+    folder: Path | None
+    known: bool
+    hub: Mapping[str, Any]
+
+
+def find_checkpoint(name: object, kwargs: Mapping[str, Any]) -> Found | None:
+    """Find out whether `from_pretrained(name, **kwargs)` names a GPTQ checkpoint.
+
+    Raises:
+        OSError: what transformers raises where a file of the hub cannot be had.
+    """
+    if name is None or any(kwargs.get(it) is not None for it in OTHER_SOURCES):
+        return None
+    subfolder = kwargs.get("subfolder") or ""
+    hub = {it: kwargs[it] for it in HUB_OPTIONS if kwargs.get(it) is not None}
+    found = Found(str(name), subfolder, None, known=True, hub=hub)
+    folder = Path(str(name)) / subfolder
+    if Path(str(name)).is_dir():
+        found = replace(found, folder=folder)
+    config = _table(found, "config.json")
+    if config is None:
+        return None
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization:
+        return found if _method(quantization) in METHODS else None
+    found = replace(found, known=False)
+    for file in ("quantize_config.json", "quant_config.json"):
+        stored = _table(found, file)
+        if stored is not None and "bits" in stored:
+            return found if _method(stored) in METHODS else None
+    return found if found.folder is not None and _holds_codes(found.folder) else None
+
+
+def fetch(found: Found) -> Path:
+    """Give the checkpoint's folder, downloaded into the hub's cache where it is not here."""
+    if found.folder is not None:
+        return found.folder
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    options = {key: value for key, value in found.hub.items() if key != "proxies"}
+    inside = f"{found.subfolder}/" if found.subfolder else ""
+    patterns: list[str] | None = None
+    if not (options.get("local_files_only") or constants.HF_HUB_OFFLINE):
+        api = HfApi(token=options.get("token"))
+        try:
+            names = api.list_repo_files(found.name, revision=options.get("revision"))
+        except Exception as error:  # noqa: BLE001 - whatever a network raises
+            try:  # without a network, what is in the cache will do, as it does for transformers
+                folder = snapshot_download(found.name, **{**options, "local_files_only": True})
+            except LocalEntryNotFoundError:
+                raise error from None
+            return Path(folder) / found.subfolder
+        safe = any(it.startswith(inside) and it.endswith(".safetensors") for it in names)
+        kinds = (*SMALL_FILES, *(WEIGHT_FILES if safe else PICKLE_FILES))
+        patterns = [f"{inside}{it}" for it in kinds]
+    return Path(snapshot_download(found.name, allow_patterns=patterns, **options), found.subfolder)
+
+
+def _method(stored: Mapping[str, Any]) -> str:
+    return str(stored.get("quant_method") or "gptq").lower()
+
+
+def _table(found: Found, file: str) -> dict[str, Any] | None:
+    """Read a JSON file of the checkpoint; None where there is none, or it holds something else."""
+    if found.folder is not None:
+        path: Path | None = found.folder / file
+    else:
+        path = _from_hub(found, file)
+    if path is None or not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        return None  # transformers says what is wrong with it
+    return content if isinstance(content, dict) else None
+
+
+def _from_hub(found: Found, file: str) -> Path | None:
+    """Have transformers fetch a small file, or know from its cache that there is none."""
+    from transformers.utils.hub import cached_file
+
+    path = cached_file(
+        found.name,
+        file,
+        subfolder=found.subfolder,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+        **found.hub,
+    )
+    return None if path is None else Path(path)
+
+
+def _holds_codes(folder: Path) -> bool:
+    """Say whether the tensors are GPTQ's though no config says so, from headers alone."""
+    if not any(folder.glob("*.safetensors")) and any(
+        (folder / it).is_file() for it in STOCK_PICKLES
+    ):
+        return False
+    try:
+        names = set(read_headers(find_weight_files(folder)))
+    except GPTQLoaderError:
+        return False
+    layers = {it.removesuffix(".qweight") for it in names if it.endswith(".qweight")}
+    return any(f"{it}.qzeros" in names and f"{it}.scales" in names for it in layers)

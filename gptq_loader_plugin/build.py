@@ -1,0 +1,116 @@
+"""Build the model of a plan: skeleton, weights, self-check, and what kernels do for the whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gptq_loader_plugin.checkpoint.read_ahead import ReadAhead
+from gptq_loader_plugin.errors import ConfigInvalid
+from gptq_loader_plugin.events import Progress
+from gptq_loader_plugin.kernel import Finisher
+from gptq_loader_plugin.selfcheck import check_finite, check_layers
+from gptq_loader_plugin.skeleton import build_skeleton
+from gptq_loader_plugin.spread import follow_devices
+from gptq_loader_plugin.weights import fill, reading_order
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from gptq_loader_plugin.checkpoint.reader import Checkpoint
+    from gptq_loader_plugin.plan import Plan
+    from gptq_loader_plugin.plugins import Plugins
+
+__all__ = ["FilledModel", "build_model"]
+
+
+@dataclass(frozen=True, slots=True)
+class FilledModel:
+    """A transformers model, and what became of the checkpoint in it.
+
+    Attributes:
+        model: the model, every weight in its place.
+        checkpoint: what it was loaded from; its files are closed, and opened where it is read.
+        plan: which kernel runs which layer, and why.
+        modules: the prepared module of every quantised layer, by the layer's name.
+        warnings: what a user should know, one sentence each.
+        notes: what kernels did for the model as a whole.
+    """
+
+    model: PreTrainedModel
+    checkpoint: Checkpoint
+    plan: Plan
+    modules: dict[str, torch.nn.Module]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def build_model(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    plugins: Plugins,
+    offload_folder: str | Path | None,
+    *,
+    check: bool,
+    config: PreTrainedConfig | None = None,
+    model_class: type[PreTrainedModel] | None = None,
+) -> FilledModel:
+    """Build the checkpoint's model as planned, and check it.
+
+    Args:
+        checkpoint: where the tensors come from.
+        plan: which kernel runs which layer, where.
+        plugins: told the progress.
+        offload_folder: where the weights go whose place is the disk.
+        check: whether to check the kernels and the logits once loaded.
+        config: the model's config, where it is not what config.json says.
+        model_class: the class to build; None takes transformers' own for the config.
+
+    Raises:
+        GPTQLoaderError: see `errors`; each says what to do next.
+    """
+
+    def progress(told: Progress) -> None:
+        ahead.used(told.done)
+        plugins.progress(told)
+
+    tensors = [info for _, parts in reading_order(checkpoint) for info in parts]
+    folder = None if offload_folder is None else Path(offload_folder)
+    with ReadAhead(tensors) as ahead:
+        model = build_skeleton(
+            checkpoint, getattr(torch, plan.dtype), config=config, model_class=model_class
+        )
+        if (checkpoint.folder / "generation_config.json").is_file():
+            model.generation_config = _generation_config(checkpoint.folder)
+        filled = fill(model, checkpoint, plan, progress=progress, offload_folder=folder)
+    several = follow_devices(model, plan)
+    if check:
+        plugins.progress(Progress("self-check", 0, 2, "checks"))
+        check_layers(filled.modules, checkpoint, plan)
+        plugins.progress(Progress("self-check", 1, 2, "checks"))
+        check_finite(model, checkpoint)
+        plugins.progress(Progress("self-check", 2, 2, "checks"))
+    warnings = (*checkpoint.warnings, *filled.warnings)
+    if several:  # a kernel finishes a model whose every tensor is on its device
+        notes = ["decodes layer by layer, over several devices"]
+    else:
+        used = {choice.kernel.name: choice.kernel for choice in plan.choices}
+        notes = [it.finish(model) for it in used.values() if isinstance(it, Finisher)]
+    return FilledModel(model, checkpoint, plan, filled.modules, warnings, tuple(notes))
+
+
+def _generation_config(folder: Path) -> Any:  # noqa: ANN401 - transformers' own
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, json.JSONDecodeError) as error:
+        raise ConfigInvalid(
+            f"generation_config.json cannot be read ({error})",
+            path=folder / "generation_config.json",
+            hint="correct it, or delete it",
+        ) from error

@@ -1,0 +1,98 @@
+"""transformers itself, the newest and 5.6: the model card's Python on real checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from environments import branches, python_of
+
+DATA = Path(__file__).parents[1] / "data" / "checkpoints"
+ONE = DATA / "gptq-3bit-32g-noact-asym"
+PROGRAM = Path(__file__).parent / "transformers_program.py"
+REPOSITORY = "owner/SmolLM2-135M-GPTQ"
+REAL = branches()
+# Words that any English answer has some of.
+COMMON = re.compile(
+    r"\b(the|a|an|and|of|to|in|is|that|it|for|with|as|I|my|you|are|can|has|this|be|by|on)\b"
+)
+
+pytestmark = pytest.mark.host("transformers")
+
+
+@pytest.fixture(scope="module", params=["project", "transformers-5.6"])
+def python(request: pytest.FixtureRequest) -> Path:
+    """The Python of the project's environment, or of one with the oldest transformers."""
+    if request.param == "project":
+        return Path(sys.executable)
+    found = python_of(request.param)
+    if found is None:
+        pytest.skip(f"no environment {request.param}; make hosts sets it up")
+    return found
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the hub's with one repository, a branch for each checkpoint."""
+    folder = tmp_path_factory.mktemp("hub")
+    repository = folder / f"models--{REPOSITORY.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "snapshots").mkdir()
+    for number, checkpoint in enumerate([ONE, *REAL]):
+        commit = f"{number:040x}"
+        (repository / "snapshots" / commit).symlink_to(checkpoint)
+        (repository / "refs" / checkpoint.name).write_text(commit)
+        if checkpoint.name == "main" or (number == 0 and not REAL):
+            (repository / "refs" / "main").write_text(commit)
+    return folder
+
+
+def run(python: Path, *arguments: object, cache: Path | None = None) -> dict[str, Any]:
+    offline = {} if cache is None else {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [python, PROGRAM, *map(str, arguments)],
+        env={**os.environ, **offline},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("branch", [it.name for it in REAL] or [ONE.name])
+def test_the_model_cards_python(python: Path, cache: Path, branch: str) -> None:
+    found = run(python, "card", REPOSITORY, branch, cache=cache)
+    assert found["class"] == "LlamaForCausalLM"
+    assert found["kernels"]
+    assert found["greedy"] == found["loaded"]
+    if REAL:
+        text = "\n".join(found[it] for it in ("generated", "piped", "greedy"))
+        assert len(COMMON.findall(text)) >= 8, text
+
+
+@pytest.mark.parametrize("checkpoint", [ONE, *REAL[:1]], ids=lambda it: it.name)
+def test_a_saved_checkpoint_loads_again(python: Path, checkpoint: Path, tmp_path: Path) -> None:
+    assert run(python, "save", checkpoint, "main", tmp_path)["same"]
+
+
+@pytest.mark.parametrize("checkpoint", [ONE, *REAL[:1]], ids=lambda it: it.name)
+def test_an_adapter_is_trained_on_top(python: Path, checkpoint: Path, tmp_path: Path) -> None:
+    have = subprocess.run([python, "-c", "import peft"], capture_output=True, check=False)
+    if have.returncode:
+        pytest.skip("peft is not installed there")
+    found = run(python, "lora", checkpoint, "main", tmp_path)
+    assert found["trained"] == 2 * found["layers"]
+    assert found["losses"][-1] < found["losses"][0]
+    assert found["same"]
+    assert found["changed"]
+    assert found["restored"]
+    assert found["generates_the_same"]
+    assert found["by_name"] <= 2e-2  # its adapter's weights are in the model's dtype
