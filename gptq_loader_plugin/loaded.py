@@ -170,6 +170,10 @@ class LoadedModel:
         logger.warning("%s", warning)
         return ids, warning
 
+    def end_tokens(self, *, chat: bool = False) -> frozenset[int]:
+        """List the tokens that end a reply: the checkpoint's, and in a chat the template's."""
+        return self._stop_ids(self.template.stop if chat else ())
+
     def explain(self) -> str:
         """Say which kernel runs each kind of layer and why, and which template is used."""
         stops = ", ".join(self.template.stop) or "the tokenizer's end token"
