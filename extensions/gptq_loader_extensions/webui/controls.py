@@ -25,10 +25,10 @@ BACKEND_INFO = (
     "Which kernel multiplies by the packed weights. auto: the fastest that is right here."
 )
 TEMPLATE_INFO = (
-    "How messages become a prompt, from the next load on. auto: the checkpoint's own, else its "
-    "card's, else ChatML. Or the path of a .jinja file."
+    "How messages become a prompt. auto: the checkpoint's own, else the card's, else ChatML."
 )
 CONTEXT_INFO = "The longest conversation, in tokens. 0: as long as the model can."
+STYLE = "overflow-x: auto; margin: 0; font-size: 12px; line-height: 1.4"
 NO_MODEL = "Choose a GPTQ model above: this box says which kernel runs it, and why."
 
 
@@ -101,7 +101,9 @@ def _create(webui: Webui, plugins: Plugins) -> None:
 
 
 def _move_below(block: Any, other: Any) -> None:  # noqa: ANN401 - Gradio's
-    """Move a block from where it was created to right after another one."""
+    """Move a block from where it was created to right below another one, or below its form."""
+    if other.parent is not None and other.parent.get_block_name() == "form":
+        other = other.parent
     old, new = block.parent, other.parent
     if old is None or new is None or other not in new.children:
         return  # it stays where it is, at the end of the page
@@ -126,7 +128,7 @@ def _explain(webui: Webui, plugins: Plugins, model: str | None, backend: str | N
 
     shared = webui.shared
     ours = None if shared.model is None else generating_of(shared.model)
-    if ours is not None and model == shared.model_name:
+    if ours is not None and (model, backend) == (shared.model_name, shared.args.gptq_backend):
         return _shown(ours.loaded.explain())
     if not model or model == "None":
         return _shown(NO_MODEL)
@@ -146,7 +148,7 @@ def _explain(webui: Webui, plugins: Plugins, model: str | None, backend: str | N
 
 
 def _shown(text: str) -> str:
-    return f'<pre style="overflow-x: auto; margin: 0" tabindex="0">{escape(text)}</pre>'
+    return f'<pre style="{STYLE}" tabindex="0">{escape(text)}</pre>'
 
 
 def _say_why(theirs: Callable[..., Iterator[str]], loads: Loads) -> Callable[..., Iterator[str]]:
