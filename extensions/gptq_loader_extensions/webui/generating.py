@@ -1,21 +1,23 @@
 """What stands in for a model's `generate` in the host: counts tokens, stops, and can be waited for.
 
-The host samples through transformers' own `generate`, with some forty settings of its own; they
-pass through. Imports torch.
+It keeps what it has read of a conversation for the next turn, as `LoadedModel` does. The host
+samples through transformers' own `generate`, with some forty settings of its own; they pass
+through. Imports torch.
 """
 
 from __future__ import annotations
 
 import threading
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.kv_cache import KeptCache
 
 if TYPE_CHECKING:
-    import torch
-
     from gptq_loader_plugin.loaded import LoadedModel
 
 __all__ = ["Generating", "generating_of"]
@@ -31,16 +33,19 @@ class Generating:
 
     Attributes:
         loaded: the model.
-        answer: the tokens of the last reply, the end token among them, or None.
+        answer: the tokens of the last reply, the end token among them.
         cancel: ends the reply once it is set; the host's, for the request it is answering.
         chat: whether that request is a conversation, which the template's tokens end too.
+        keep: whether what is read may serve the next reply: not where the host changes the model.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
-        self.answer: torch.Tensor | None = None
+        self.answer = torch.empty(0, dtype=torch.long)
         self.cancel: threading.Event | None = None
         self.chat = False
+        self.keep = True
+        self._kept = KeptCache()
         self._generate: Any = loaded.model.generate
         self._running = threading.RLock()
         self._closed = False
@@ -60,12 +65,20 @@ class Generating:
             if prompt is not None:
                 options["inputs"] = prompt = prompt.to(model.device)
                 length = model.last_prompt_token_count = int(prompt.shape[-1])
-            self.answer = None if prompt is None else prompt[0, length:]
+            self.answer = self.answer[:0]
             options.update(self._ends(options.get("eos_token_id"), options.get("suppress_tokens")))
             criteria = options.get("stopping_criteria") or []
             watch = _Watch(self, length)
             options["stopping_criteria"] = StoppingCriteriaList([watch, *criteria])
-            return self._generate(**options)
+            if not self.keep or prompt is None or prompt.shape[0] != 1 or _has_own_cache(options):
+                self._kept.clear()
+                return self._generate(**options)
+            ids: list[int] = prompt[0].tolist()
+            cache, _ = self._kept.take(model, ids)
+            try:
+                return self._generate(**options, **{_cache_name(model): cache})
+            finally:
+                self._kept.put([*ids, *self.answer.tolist()], cache)
 
     def stop(self) -> None:
         """Wait for the reply that is being written to end, and allow no other."""
@@ -77,7 +90,8 @@ class Generating:
         """Give the model's memory back."""
         self.stop()
         model: Any = self.loaded.model
-        self.answer = self.cancel = self._generate = None
+        self.cancel = self._generate = None
+        self._kept.clear()
         del model.generate
         delattr(model, ATTRIBUTE)
         self.loaded.close()
@@ -116,6 +130,17 @@ class _Watch(StoppingCriteria):
         del scores, kwargs
         self._generating.answer = input_ids[0, self._prompt_tokens :]
         return self._generating.stopping
+
+
+def _has_own_cache(options: dict[str, Any]) -> bool:
+    """Say whether a call of `generate` brings a cache, or wants one of a kind that is not kept."""
+    names = ("cache_implementation", "prompt_lookup_num_tokens", "past_key_values", "cache")
+    return options.get("use_cache") is False or any(options.get(it) for it in names)
+
+
+def _cache_name(model: Any) -> str:  # noqa: ANN401 - a transformers model
+    """Name the argument that takes the cache: transformers 5.24 renamed `past_key_values`."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 def generating_of(model: object) -> Generating | None:

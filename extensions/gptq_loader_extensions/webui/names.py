@@ -20,6 +20,7 @@ MODULES = {
     "modules.shared": (
         "args", "original_args", "args_defaults", "settings", "fix_loader_name", "model",
         "tokenizer", "model_name", "stop_everything", "generation_lock", "user_config",
+        "lora_names", "model_dirty_from_training",
     ),
     "modules.loaders": (
         "loaders_and_params", "loaders_samplers", "transformers_samplers", "list_model_elements",

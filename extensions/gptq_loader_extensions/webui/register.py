@@ -168,7 +168,9 @@ def _listen_to_cancellation(webui: Webui) -> None:
 
         ours = generating_of(webui.shared.model)
         if ours is not None:
+            shared = webui.shared
             ours.cancel, ours.chat = state.get("stop_event"), bool(kwargs.get("is_chat"))
+            ours.keep = not (shared.lora_names or shared.model_dirty_from_training)
         return theirs(question, original_question, state, *args, **kwargs)
 
     webui.text_generation.generate_reply_HF = generate_reply_HF

@@ -89,7 +89,7 @@ class _Counted:
             for last in generate(*args, **kwargs):
                 yield last
             ours = generating_of(self._webui.shared.model)
-            if ours is not None and ours.answer is not None:
+            if ours is not None:
                 self._ended.reply = text_of(last), ours.answer
 
         return watch
