@@ -207,6 +207,8 @@ def test_a_load_that_fails_says_why_and_the_host_stays_up(host: Webui) -> None:
     assert "\nhint: download the" in why
     why = host.refused("/v1/internal/model/load", model_name=name, args={"gptq_context": "many"})
     assert "which is no number of tokens" in why
+    why = host.refused("/v1/internal/model/load", model_name="not-there", args={"loader": "gptq"})
+    assert "not-there names no checkpoint" in why
     assert host.load(name) == NAME
     assert host.complete(TINY_PROMPT, 4)[1]["completion_tokens"] == 4
 

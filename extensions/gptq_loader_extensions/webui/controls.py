@@ -127,12 +127,12 @@ def _explain(webui: Webui, plugins: Plugins, model: str | None, backend: str | N
     from gptq_loader_extensions.webui.generating import generating_of
 
     shared = webui.shared
-    ours = None if shared.model is None else generating_of(shared.model)
-    if ours is not None and (model, backend) == (shared.model_name, shared.args.gptq_backend):
-        return _shown(ours.loaded.explain())
     if not model or model == "None":
         return _shown(NO_MODEL)
-    folder = webui.utils.resolve_model_path(model)
+    folder = webui.utils.resolve_model_path(model).absolute()
+    ours = None if shared.model is None else generating_of(shared.model)
+    if ours is not None and (model, backend) == (shared.model_name, shared.args.gptq_backend):
+        return _shown(ours.loaded.explain().replace(str(folder), model, 1))
     if not is_gptq(folder):
         return _shown(f"{model} is no GPTQ checkpoint; choose another loader for it.")
     try:
@@ -143,8 +143,8 @@ def _explain(webui: Webui, plugins: Plugins, model: str | None, backend: str | N
             plugins=plugins,
         )
     except GPTQLoaderError as error:
-        return _shown(f"{error}\n\n{error.hint}")
-    return _shown(plan.explain())
+        return _shown(f"{error.message}\n\n{error.hint}")
+    return _shown(plan.explain().replace(str(folder), model, 1))
 
 
 def _shown(text: str) -> str:
@@ -177,7 +177,7 @@ def _save(webui: Webui, theirs: Callable[..., Iterator[str]]) -> Callable[..., I
     @functools.wraps(theirs)
     def save_model_settings(model: str, state: dict[str, Any]) -> Iterator[str]:
         saved = list(theirs(model, state))
-        if is_ours(state.get("loader")) and is_gptq(webui.utils.resolve_model_path(model)):
+        if is_ours(state.get("loader")) and webui.models_settings.infer_loader(model, {}) == NAME:
             _forget_loader(webui, model)
         yield from saved
 

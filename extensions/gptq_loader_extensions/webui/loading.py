@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_extensions.webui.names import NAME, TRANSFORMERS, is_ours
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
+from gptq_loader_plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from gptq_loader_extensions.webui.names import Webui
+    from gptq_loader_plugin.events import Progress
     from gptq_loader_plugin.loaded import LoadedModel
 
 __all__ = ["Loads", "option", "wrap_unload"]
 
 AUTO = "auto"
+SECONDS_OF_SILENCE = 5.0
 
 
 class Loads:
@@ -86,6 +90,25 @@ class Loads:
         return True
 
 
+class _Progress:
+    """Say now and then how far a long load has come.
+
+    Args:
+        logger: the host's.
+    """
+
+    def __init__(self, logger: Any) -> None:  # noqa: ANN401 - the host's
+        self._logger = logger
+        self._said = time.monotonic()
+
+    @hookimpl
+    def gptq_progress(self, progress: Progress) -> None:
+        """Hear how far it is."""
+        if progress.total and time.monotonic() - self._said > SECONDS_OF_SILENCE:
+            self._said = time.monotonic()
+            self._logger.info("%s: %d %%", progress.stage, 100 * progress.done // progress.total)
+
+
 def load(webui: Webui, folder: Path) -> tuple[LoadedModel, dict[str, object]]:
     """Load with the settings of the Model tab, the API or the saved ones.
 
@@ -99,7 +122,8 @@ def load(webui: Webui, folder: Path) -> tuple[LoadedModel, dict[str, object]]:
     from gptq_loader_extensions.webui.generating import Generating
     from gptq_loader_extensions.webui.templates import template_for
 
-    args, plugins = webui.shared.args, gptq.Plugins(installed=True)
+    folder = folder.absolute()  # a folder that is not there is no repository on the hub
+    args, plugins = webui.shared.args, gptq.Plugins(_Progress(webui.logger), installed=True)
     settings: dict[str, object] = {}
     named = option(args.gptq_template)
     if named is not None and (template := template_for(folder, plugins, named=named)):

@@ -113,7 +113,8 @@ def _recognise_checkpoints(webui: Webui, plugins: Plugins) -> None:
         named = option(found.get("gptq_template"))
         if named is not None:
             found.update(_template_settings(webui, folder, plugins, named=named))
-        if context := found.get("gptq_context"):
+        context = found.get("gptq_context")
+        if isinstance(context, int) and context > 0:
             found["truncation_length"] = found["truncation_length_info"] = context
         return found
 
