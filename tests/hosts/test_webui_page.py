@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -165,12 +166,11 @@ def test_a_restart_of_the_page_keeps_everything_once(host: Webui, page: Page) ->
     page.set("Model", ONE.name)
     load(page)
     page.press(page.find("Apply flags/extensions and restart", "button"))
-    again = None
-    for _ in range(50):
-        again = Page(host)
-        if again.started != page.started:
-            break
-    assert again is not None
+    end = time.monotonic() + 60
+    while host.log().count("Running on local URL") < 2:
+        assert time.monotonic() < end, host.log()
+        time.sleep(0.2)
+    again = Page(host)
     assert again.choices("Model loader") == [*OWN, NAME]
     assert sum(it["props"].get("label") == "gptq-backend" for it in again.components.values()) == 1
     again.set("Model", ONE.name)

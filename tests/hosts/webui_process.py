@@ -101,7 +101,7 @@ class Webui:
             )
         end = time.monotonic() + START_SECONDS
         while not self._answers():
-            assert self.process.poll() is None, self.log()
+            assert self.running(), self.log()
             assert time.monotonic() < end, self.log()
             time.sleep(0.1)
         return self
@@ -114,6 +114,9 @@ class Webui:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
 
     def log(self) -> str:
         """Give what it has written, on lines of any length."""
@@ -208,17 +211,14 @@ class Page:
         self.url = f"http://127.0.0.1:{host.page_port}"
         self.session = uuid.uuid4().hex[:10]
         end = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                config = json.loads(self._get("/config"))
-                break
-            except OSError:
-                assert time.monotonic() < end, host.log()
-                time.sleep(0.2)
+        while "Running on local URL" not in host.log():
+            assert host.running(), host.log()
+            assert time.monotonic() < end, host.log()
+            time.sleep(0.2)
+        config = json.loads(self._get("/config"))
         self.components = {it["id"]: it for it in config["components"]}
         self.events = config["dependencies"]
         self.layout = config["layout"]
-        self.started = config["app_id"]
         self.values = {
             key: None if it["type"] == "state" else it["props"].get("value")
             for key, it in self.components.items()
