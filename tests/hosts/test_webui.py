@@ -384,6 +384,22 @@ def test_as_an_extension_it_adds_the_loader(tmp_path: Path) -> None:
         assert usage["completion_tokens"] == TOKENS
 
 
+def test_an_extension_says_that_a_model_was_loaded_before_it(tmp_path: Path) -> None:
+    """As a dense model with random weights: text-generation-webui reads no quantize_config.json."""
+    made = Webui(
+        tmp_path,
+        ["--nowebui", "--model", "legacy-model.safetensors-True", "--extensions", "gptq_loader"],
+        ours=False,
+    )
+    installed(tmp_path)
+    name = legacy(made, "model.safetensors", config=True)
+    with made:
+        log = " ".join(made.log().split())
+        assert f"{name} was loaded at start-up, before the GPTQ loader was there" in log
+        assert "start with: gptq-loader webui run" in log
+        assert made.load(name) == NAME
+
+
 def test_an_extension_without_its_package_says_what_to_install(tmp_path: Path) -> None:
     absent = tmp_path / "absent" / "gptq_loader_extensions"
     absent.mkdir(parents=True)

@@ -62,13 +62,13 @@ class Loads:
         try:
             loaded = self._theirs(model_name, TRANSFORMERS)
         except GPTQLoaderError as error:
-            self.failed = error
+            self.failed = error.with_traceback(None)  # whose frames hold what was loaded so far
             self._webui.logger.error("Cannot load %s: %s\nhint: %s", model_name, error, error.hint)  # noqa: TRY400 - words, and no traceback
             if shared.generation_lock is None:  # at start-up: the program goes on without a model
                 shared.model_name = "None"
                 return None, None
             error.add_note(f"hint: {error.hint}")
-            raise error.with_traceback(None) from None
+            raise error from None
         finally:
             self._ours.loading = False
             shared.args.loader = NAME
@@ -161,9 +161,11 @@ def wrap_unload(webui: Webui) -> Callable[..., None]:
             return
         webui.shared.stop_everything = True
         ours.stop()
-        theirs(*args, **kwargs)
-        ours.close()
-        release_freed()
+        try:
+            theirs(*args, **kwargs)
+        finally:
+            ours.close()
+            release_freed()
 
     return unload_model
 

@@ -95,8 +95,10 @@ def _recognise_checkpoints(webui: Webui, plugins: Plugins) -> None:
     infer_theirs, metadata_theirs = settings.infer_loader, settings.get_model_metadata
 
     @functools.wraps(infer_theirs)
-    def infer_loader(model_name: str, model_settings: dict[str, Any], **kwargs: Any) -> Any:  # noqa: ANN401 - the host's
-        loader = infer_theirs(model_name, model_settings, **kwargs)
+    def infer_loader(
+        model_name: str, model_settings: dict[str, Any], hf_quant_method: str | None = None
+    ) -> str | None:
+        loader: str | None = infer_theirs(model_name, model_settings, hf_quant_method)
         folder = webui.utils.resolve_model_path(model_name)
         if loader != TRANSFORMERS or not is_gptq(folder):
             return loader
