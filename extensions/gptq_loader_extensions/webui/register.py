@@ -1,0 +1,210 @@
+"""Add our loader to a running text-generation-webui, once, without changing any file of it."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_extensions.webui.loading import Loads, option, wrap_unload
+from gptq_loader_extensions.webui.names import (
+    NAME,
+    TRANSFORMERS,
+    import_page,
+    import_webui,
+    is_ours,
+)
+from gptq_loader_extensions.webui.recognise import is_gptq
+from gptq_loader_plugin.errors import GPTQLoaderError, PluginError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from gptq_loader_extensions.webui.names import Webui
+    from gptq_loader_plugin.plugins import Plugins
+
+__all__ = ["add_loader", "register"]
+
+# What a user can set, saved by the host's "Save settings", and what each is unless it is set.
+SETTINGS = {"gptq_backend": "auto", "gptq_template": "auto", "gptq_context": 0}
+SHOWN = ["cpu", *SETTINGS, "gptq_explain"]  # of the Model tab's controls, with our loader
+CHATML = "ChatML"  # the host's own template of that name
+CUSTOM = "Custom (obtained from model metadata)"  # what the host calls a checkpoint's
+
+
+def add_loader() -> None:
+    """Register from the host's extension: what is wrong goes to its log, and it goes on."""
+    try:
+        register()
+    except PluginError as error:
+        logging.getLogger("textgen").error("%s\nhint: %s", error, error.hint)  # noqa: TRY400 - words, and no traceback
+
+
+def register() -> None:
+    """Add the loader to the text-generation-webui in this process; once is enough, twice is once.
+
+    Raises:
+        PluginError: it is not as we know it; nothing of it was changed.
+    """
+    webui = import_webui()
+    if webui.shared.args.portable or isinstance(
+        getattr(webui.models.load_model, "__self__", None), Loads
+    ):
+        return
+    page = None if webui.shared.args.nowebui else import_page()
+    if webui.shared.args.api or webui.shared.args.public_api:
+        importlib.import_module("modules.api.script")  # now, so that it is among what is changed
+    from gptq_loader_plugin.plugins import Plugins
+
+    plugins = Plugins(installed=True)
+    _list_loader(webui)
+    _add_settings(webui)
+    _recognise_checkpoints(webui, plugins)
+    loads = _take_over_loading(webui)
+    _listen_to_cancellation(webui)
+    _read_command_line(webui)
+    if page is not None:
+        from gptq_loader_extensions.webui.controls import add_controls
+
+        add_controls(webui, page, loads, plugins)
+    _warn_of_model_loaded_before(webui)
+
+
+def _list_loader(webui: Webui) -> None:
+    loaders = webui.loaders
+    loaders.loaders_and_params[NAME] = SHOWN
+    loaders.loaders_samplers[NAME] = loaders.transformers_samplers()
+    for cached in (loaders.list_all_samplers, loaders.get_all_params):
+        cached.cache_clear()
+
+
+def _add_settings(webui: Webui) -> None:
+    shared = webui.shared
+    for name, value in SETTINGS.items():
+        for arguments in (shared.args, shared.original_args, shared.args_defaults):
+            setattr(arguments, name, value)
+        webui.loaders.list_model_elements().append(name)  # cached: this is the one list
+
+
+def _recognise_checkpoints(webui: Webui, plugins: Plugins) -> None:
+    settings = webui.models_settings
+    infer_theirs, metadata_theirs = settings.infer_loader, settings.get_model_metadata
+
+    @functools.wraps(infer_theirs)
+    def infer_loader(
+        model_name: str, model_settings: dict[str, Any], hf_quant_method: str | None = None
+    ) -> str | None:
+        loader: str | None = infer_theirs(model_name, model_settings, hf_quant_method)
+        folder = webui.utils.resolve_model_path(model_name)
+        if loader != TRANSFORMERS or not is_gptq(folder):
+            return loader
+        # The host puts a template over this one where the checkpoint or the user brings one.
+        model_settings.update(_template_settings(webui, folder, plugins))
+        return NAME
+
+    @functools.wraps(metadata_theirs)
+    def get_model_metadata(model: str) -> Any:  # noqa: ANN401 - the host's
+        found = metadata_theirs(model)
+        if not is_ours(found.get("loader")):
+            return found
+        folder = webui.utils.resolve_model_path(model)
+        named = option(found.get("gptq_template"))
+        if named is not None:
+            found.update(_template_settings(webui, folder, plugins, named=named))
+        context = found.get("gptq_context")
+        if isinstance(context, int) and context > 0:
+            found["truncation_length"] = found["truncation_length_info"] = context
+        return found
+
+    settings.infer_loader = infer_loader
+    _rebind(metadata_theirs, get_model_metadata)
+
+
+def _template_settings(
+    webui: Webui, folder: Path, plugins: Plugins, *, named: str | None = None
+) -> dict[str, str]:
+    """Give the settings with which the host takes a checkpoint's template; none where none is."""
+    from gptq_loader_extensions.webui.templates import template_for
+
+    try:
+        found = template_for(folder, plugins, named=named)
+    except GPTQLoaderError as error:  # the load says it too, and then it counts
+        webui.logger.warning("%s: %s (hint: %s)", folder.name, error, error.hint)
+        return {}
+    if found is None:
+        return {}
+    if found.chatml and CHATML in webui.utils.get_available_instruction_templates():
+        return {"instruction_template": CHATML} | (
+            {} if named is None else {"instruction_template_str": found.jinja}
+        )
+    return {"instruction_template": CUSTOM, "instruction_template_str": found.jinja}
+
+
+def _take_over_loading(webui: Webui) -> Loads:
+    from gptq_loader_extensions.webui.usage import attach_to_api
+
+    theirs, unload_theirs = webui.models.load_model, webui.models.unload_model
+    attach_to_api(webui)
+    loads = Loads(webui, before=functools.partial(attach_to_api, webui))
+    _rebind(theirs, loads.load_model)
+    _rebind(unload_theirs, wrap_unload(webui))
+    return loads
+
+
+def _listen_to_cancellation(webui: Webui) -> None:
+    """Let a request that was given up end its reply at the next token."""
+    theirs = webui.text_generation.generate_reply_HF
+
+    @functools.wraps(theirs)
+    def generate_reply_HF(  # noqa: N802 - the host's name
+        question: Any,  # noqa: ANN401 - the host's
+        original_question: Any,  # noqa: ANN401 - the host's
+        state: dict[str, Any],
+        *args: Any,  # noqa: ANN401 - the host's
+        **kwargs: Any,  # noqa: ANN401 - the host's
+    ) -> Any:  # noqa: ANN401 - the host's
+        from gptq_loader_extensions.webui.generating import generating_of
+
+        ours = generating_of(webui.shared.model)
+        if ours is not None:
+            shared = webui.shared
+            ours.cancel, ours.chat = state.get("stop_event"), bool(kwargs.get("is_chat"))
+            ours.keep = not (shared.lora_names or shared.model_dirty_from_training)
+        return theirs(question, original_question, state, *args, **kwargs)
+
+    webui.text_generation.generate_reply_HF = generate_reply_HF
+
+
+def _read_command_line(webui: Webui) -> None:
+    """Read `--loader gptq` once more: the host has read it, and knew no such loader."""
+    shared, theirs = webui.shared, webui.shared.fix_loader_name
+    shared.fix_loader_name = lambda name: NAME if is_ours(name) else theirs(name)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--loader")
+    if is_ours(parser.parse_known_args(sys.argv[1:])[0].loader):
+        shared.args.loader = NAME
+
+
+def _warn_of_model_loaded_before(webui: Webui) -> None:
+    """Say so where the host has loaded a GPTQ checkpoint by itself: it may be random weights."""
+    name = webui.shared.model_name
+    if webui.shared.model is None or webui.shared.args.loader != TRANSFORMERS:
+        return
+    if is_gptq(webui.utils.resolve_model_path(name)):
+        webui.logger.warning(
+            "%s was loaded at start-up, before the GPTQ loader was there, and its weights may not "
+            "have been read. Load it again in the Model tab, or start with: gptq-loader webui run",
+            name,
+        )
+
+
+def _rebind(old: Callable[..., Any], new: Callable[..., Any]) -> None:
+    """Put `new` wherever a module of the host's has imported `old`, server.py among them."""
+    for module in list(sys.modules.values()):
+        names = getattr(module, "__dict__", None) or {}
+        for name in [name for name, value in list(names.items()) if value is old]:
+            names[name] = new

@@ -1,0 +1,103 @@
+"""Make the host's API say why a load failed, and count the tokens of a reply as they were made.
+
+The host tokenises a reply's text once more to count it, with a beginning-of-text token before it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_extensions.webui.generating import generating_of
+from gptq_loader_plugin.errors import GPTQLoaderError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from gptq_loader_extensions.webui.names import Webui
+
+__all__ = ["attach_to_api"]
+
+SCRIPT, COMPLETIONS = "modules.api.script", "modules.api.completions"
+
+
+def attach_to_api(webui: Webui) -> None:
+    """Do both where the API runs; the second time changes nothing."""
+    script, completions = sys.modules.get(SCRIPT), sys.modules.get(COMPLETIONS)
+    if script is not None and hasattr(script, "HTTPException"):
+        _explain_failures(script)
+    wanted = ("encode", "generate_reply", "generate_chat_reply")
+    if completions is not None and all(hasattr(completions, it) for it in wanted):
+        _count_replies(completions, webui)
+
+
+def _explain_failures(script: Any) -> None:  # noqa: ANN401 - a module of the host's
+    theirs = script.HTTPException
+    if isinstance(theirs, _Explained):
+        return
+    script.HTTPException = _Explained(theirs)
+
+
+class _Explained:
+    """Make the host's HTTP error, with our words where it answers an error of ours."""
+
+    def __init__(self, theirs: Callable[..., Exception]) -> None:
+        self._theirs = theirs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Exception:  # noqa: ANN401 - fastapi's own
+        error = sys.exc_info()[1]
+        if isinstance(error, GPTQLoaderError):
+            kwargs["detail"] = f"{error.message}\nhint: {error.hint}"
+        return self._theirs(*args, **kwargs)
+
+
+def _count_replies(completions: Any, webui: Webui) -> None:  # noqa: ANN401 - a module of the host's
+    if isinstance(completions.encode, _Counted):
+        return
+    counted = _Counted(completions.encode, webui)
+    completions.encode = counted
+    completions.generate_reply = counted.watched(completions.generate_reply, _text)
+    completions.generate_chat_reply = counted.watched(completions.generate_chat_reply, _last_turn)
+
+
+class _Counted:
+    """The API's `encode`: for the reply that has just ended, the tokens it was made of.
+
+    A reply ends and is counted on one thread, with nothing between.
+    """
+
+    def __init__(self, theirs: Callable[..., Any], webui: Webui) -> None:
+        self._theirs = theirs
+        self._webui = webui
+        self._ended = threading.local()
+
+    def __call__(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's
+        ended, self._ended.reply = getattr(self._ended, "reply", None), None
+        if ended is not None and ended[0] == prompt and not args and not kwargs:
+            return ended[1][None]
+        return self._theirs(prompt, *args, **kwargs)
+
+    def watched(
+        self, generate: Callable[..., Iterator[Any]], text_of: Callable[[Any], Any]
+    ) -> Callable[..., Iterator[Any]]:
+        """Remember what a reply was when it ends."""
+
+        def watch(*args: Any, **kwargs: Any) -> Iterator[Any]:  # noqa: ANN401 - the host's
+            self._ended.reply = None
+            last = None
+            for last in generate(*args, **kwargs):
+                yield last
+            ours = generating_of(self._webui.shared.model)
+            if ours is not None:
+                self._ended.reply = text_of(last), ours.answer
+
+        return watch
+
+
+def _text(said: Any) -> Any:  # noqa: ANN401 - the host's
+    return said
+
+
+def _last_turn(said: Any) -> Any:  # noqa: ANN401 - the host's
+    return said["internal"][-1][1] if said else None

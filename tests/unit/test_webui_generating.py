@@ -1,0 +1,136 @@
+"""What stands in for `generate` in text-generation-webui, with a real model behind it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from altered import DATA, ONE
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+import gptq_loader_plugin as gptq
+from gptq_loader_extensions.webui.generating import Generating, generating_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PROMPT = torch.tensor([[380, 11, 12, 13, 14, 15, 16, 17]])
+
+
+@pytest.fixture
+def ours() -> Iterator[Generating]:
+    with gptq.load(DATA / ONE, device="cpu", backend="reference") as loaded:
+        yield Generating(loaded)
+
+
+def greedy(ours: Generating, prompt: torch.Tensor = PROMPT, **options: Any) -> list[int]:
+    model: Any = ours.loaded.model
+    asked = {"max_new_tokens": 12, "do_sample": False} | options
+    out = model.generate(inputs=prompt, **asked)[0]
+    return [int(it) for it in out[prompt.shape[1] :]]
+
+
+def read_of(ours: Generating) -> list[int]:
+    """Count the tokens of every forward from here on."""
+    counts: list[int] = []
+    model: Any = ours.loaded.model.model
+    model.register_forward_pre_hook(
+        lambda _, __, given: counts.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    return counts
+
+
+def test_it_answers_as_the_model_itself_and_counts(ours: Generating) -> None:
+    model: Any = ours.loaded.model
+    told = greedy(ours)
+    assert model.last_prompt_token_count == PROMPT.shape[1]
+    assert ours.answer.tolist() == told
+    with gptq.load(DATA / ONE, device="cpu", backend="reference") as loaded:
+        other: Any = loaded.model
+        plain = other.generate(inputs=PROMPT, max_new_tokens=12, do_sample=False)[0]
+        assert plain[PROMPT.shape[1] :].tolist() == told
+
+
+def test_a_conversation_is_read_once(ours: Generating) -> None:
+    counts = read_of(ours)
+    first = greedy(ours)
+    assert counts[0] == PROMPT.shape[1]
+    turn = torch.cat((PROMPT, torch.tensor([[*first, 21, 22, 23]])), dim=1)
+    del counts[:]
+    second = greedy(ours, turn)
+    assert counts[0] == 4, "the last token of the reply, and three new ones"
+    ours.keep = False
+    del counts[:]
+    assert greedy(ours, turn) == second, "and says what it says when all is read again"
+    assert counts[0] == turn.shape[1]
+    ours.keep = True
+    greedy(ours, turn)
+    del counts[:]
+    assert greedy(ours, turn, use_cache=False) == second
+    assert counts[0] == turn.shape[1]
+
+
+class Gone(Exception):
+    pass
+
+
+class Leaving(StoppingCriteria):
+    """A reader that goes away after three tokens, as the host tells it: by raising."""
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        if input_ids.shape[1] == PROMPT.shape[1] + 3:
+            raise Gone
+        return False
+
+
+def test_a_reply_that_was_left_is_kept_as_far_as_it_came(ours: Generating) -> None:
+    whole = greedy(ours)
+    ours.keep = False
+    greedy(ours)  # forgets
+    ours.keep = True
+    with pytest.raises(Gone):
+        greedy(ours, stopping_criteria=StoppingCriteriaList([Leaving()]))
+    assert ours.answer.tolist() == whole[:3]
+    counts = read_of(ours)
+    assert greedy(ours) == whole
+    assert counts[0] == 1
+
+
+def test_it_ends_at_every_end_token_and_at_none_that_is_banned(ours: Generating) -> None:
+    end = ours.loaded.tokenizer.eos_token_id
+    told = greedy(ours)
+    assert end not in told
+    ours.loaded.model.generation_config.eos_token_id = [end, told[4]]  # type: ignore[union-attr]
+    assert greedy(ours, eos_token_id=[end]) == told[:5]
+    banned = greedy(ours, eos_token_id=[end], suppress_tokens=[end])
+    assert len(banned) == 12
+
+
+def test_who_cancels_is_heard_at_the_next_token(ours: Generating) -> None:
+    ours.cancel = threading.Event()
+    ours.cancel.set()
+    assert len(greedy(ours, max_new_tokens=400)) == 1
+    ours.cancel = None
+    assert len(greedy(ours)) == 12
+
+
+def test_closing_waits_for_the_reply_that_is_written(ours: Generating) -> None:
+    counts = read_of(ours)
+    told: list[int] = []
+    writing = threading.Thread(
+        target=lambda: told.extend(greedy(ours, max_new_tokens=450, suppress_tokens=[381]))
+    )
+    writing.start()
+    while len(counts) < 5:
+        time.sleep(0.001)
+    model: Any = ours.loaded.model
+    ours.close()
+    writing.join(30)
+    assert 4 <= len(told) < 450
+    assert generating_of(model) is None
+    assert next(model.parameters()).is_meta
+    with pytest.raises(gptq.GPTQLoaderError, match="is unloaded"):
+        ours(inputs=PROMPT, max_new_tokens=2)

@@ -1,0 +1,102 @@
+"""The extension goes into text-generation-webui's user data and comes out again, and no more."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gptq_loader_plugin as gptq
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def webui(tmp_path: Path) -> Path:
+    """What a checkout has, as far as it is looked at."""
+    folder = tmp_path / "text-generation-webui"
+    (folder / "modules").mkdir(parents=True)
+    (folder / "server.py").touch()
+    (folder / "modules" / "models.py").touch()
+    other = folder / "user_data" / "extensions" / "other"
+    other.mkdir(parents=True)
+    (other / "script.py").write_text("other")
+    return folder
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {str(it.relative_to(folder)): it.read_text() for it in folder.rglob("*") if it.is_file()}
+
+
+def command(*arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gptq_loader_plugin", "webui", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={"PATH": "", "PYTHONPATH": ":".join(sys.path)} | environ,
+    )
+
+
+def test_install_and_uninstall_are_idempotent_and_leave_no_trace(webui: Path) -> None:
+    before = content(webui)
+    host = gptq.Plugins(installed=True).host("webui")
+    where = host.install(folder=webui)
+    once = content(webui)
+    assert set(once) - set(before) == {"user_data/extensions/gptq_loader/script.py"}
+    (where / "script.py").write_text("an older version")
+    assert host.install(folder=webui) == where
+    assert content(webui) == once
+    assert host.uninstall(folder=webui) == where
+    assert content(webui) == before
+    assert not where.exists()
+    assert host.uninstall(folder=webui) is None
+    assert content(webui) == before
+
+
+def test_another_folder_is_refused(tmp_path: Path) -> None:
+    host = gptq.Plugins(installed=True).host("webui")
+    for refused in (
+        lambda: host.install(folder=tmp_path),
+        lambda: host.uninstall(folder=tmp_path),
+        lambda: host.command(folder=tmp_path, arguments=()),
+    ):
+        with pytest.raises(gptq.OptionInvalid, match="is not the folder of text-generation-webui"):
+            refused()
+    with pytest.raises(gptq.OptionInvalid, match="takes its folder, and nothing else"):
+        host.install()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_says_what_it_did_and_what_to_do_next(webui: Path) -> None:
+    done = command("install", webui)
+    assert done.returncode == 0
+    assert done.stdout == ""
+    assert f"installed into {webui}/user_data/extensions/gptq_loader\n" in done.stderr
+    assert "gptq-loader webui run" in done.stderr
+    done = command("uninstall", WEBUI_DIR=str(webui))
+    assert done.stderr == f"removed {webui}/user_data/extensions/gptq_loader\n"
+    assert command("uninstall", webui).stderr == "it is not installed there\n"
+    done = command("install", ROOT)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "\nhint: name the folder" in done.stderr
+
+
+def test_run_starts_it_with_its_own_arguments_and_settings(webui: Path) -> None:
+    """In that folder, as server.py; here one without the modules that are changed."""
+    done = command("run", "--dir", webui, "--", "--model", "x")
+    assert done.returncode == 1
+    assert "error: this text-generation-webui has no modules.shared" in done.stderr
+    assert "hint: update gptq-loader-plugin" in done.stderr
+    (webui / "modules" / "shared.py").write_text(
+        "import os, sys\nprint(sys.argv, os.getcwd(), os.environ.get('TQDM_DISABLE'))\n"
+    )
+    done = command("run", "--dir", webui, "--", "--model", "x", "--verbose")
+    assert done.stdout == f"['server.py', '--model', 'x', '--verbose'] {webui} None\n"
+    (webui / "modules" / "shared.py").write_text("import not_there_at_all\n")
+    done = command("run", "--dir", webui)
+    assert "error: this Python lacks not_there_at_all, which text-generation-webui" in done.stderr
