@@ -1,10 +1,16 @@
-"""What a host plugin offers: a way for another program to use loaded models."""
+"""What a host plugin offers: a way for another program to use loaded models.
+
+A host may also say whether its program is here (`Checkable`); `gptq-loader plugins` asks it.
+"""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol, runtime_checkable
 
-__all__ = ["Host"]
+__all__ = ["Checkable", "Host", "NotReady", "Readiness", "Ready", "check_package"]
 
 
 @runtime_checkable
@@ -19,3 +25,74 @@ class Host(Protocol):
     def install(self, **options: object) -> object:
         """Make the host able to use us: open its page, or register with it."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The host can be used here.
+
+    Attributes:
+        program: what was found, such as "llm 0.36".
+        note: what a user should know about it, or "".
+    """
+
+    program: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NotReady:
+    """The host cannot be used here, and why, in words for the user.
+
+    Attributes:
+        reason: what is missing or wrong.
+        hint: what to do about it, in the imperative.
+    """
+
+    reason: str
+    hint: str
+
+
+Readiness = Ready | NotReady
+
+
+@runtime_checkable
+class Checkable(Protocol):
+    """A host that can tell whether its program is here, is one it knows, and can be used."""
+
+    def check(self) -> Readiness:
+        """Look, without importing or starting the program."""
+        ...
+
+
+def check_package(
+    package: str, *, oldest: str, newest: str, install: str | None = None
+) -> Readiness:
+    """Look for a host that is a Python package, by its metadata: nothing is imported.
+
+    Args:
+        package: its name, as pip knows it.
+        oldest: the oldest version the host plugin was tried with; an older one is not ready.
+        newest: the newest version it was tried with; a newer one is ready, with a note.
+        install: what a user runs to get it; None is pip with the package's name.
+    """
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        return NotReady(f"{package} is not installed", install or f"pip install {package}")
+    if _numbers(found) < _numbers(oldest):
+        return NotReady(
+            f"{package} {found} is too old; {oldest} or newer is needed",
+            install or f"pip install --upgrade {package}",
+        )
+    newer = _numbers(found) > _numbers(newest)
+    return Ready(f"{package} {found}", f"newer than {newest}, the last one tried" if newer else "")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Read the numbers of a version, as far as they are numbers: 5.6.0.dev0 is (5, 6)."""
+    match = re.match(r"\d+(?:\.\d+)*", text)
+    numbers = [int(it) for it in match[0].split(".")] if match else []
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)

@@ -17,12 +17,13 @@ from gptq_loader_plugin.kernel import Kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from importlib.metadata import EntryPoint
 
     from gptq_loader_plugin.checkpoint.reader import Reader
     from gptq_loader_plugin.events import Progress
     from gptq_loader_plugin.template import Template
 
-__all__ = ["Plugins"]
+__all__ = ["GROUP", "Plugins", "import_plugin", "limited_to"]
 
 GROUP = "gptq_loader_plugin"
 
@@ -60,7 +61,7 @@ class Plugins:
         for plugin in plugins:
             self._register(plugin, getattr(plugin, "__name__", type(plugin).__name__), "given")
         if installed:
-            self._register_installed(environ.get("GPTQ_LOADER_PLUGINS"))
+            self._register_installed(environ)
         try:
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
@@ -140,25 +141,12 @@ class Plugins:
         more._register(plugin, type(plugin).__name__, "given")
         return more
 
-    def _register_installed(self, only: str | None) -> None:
-        wanted = None if only is None else {name.strip() for name in only.split(",")} - {""}
+    def _register_installed(self, environ: Mapping[str, str]) -> None:
         found = {it.name: it for it in entry_points(group=GROUP)}
-        if missing := (wanted or set()) - set(found):
-            raise PluginError(
-                f"GPTQ_LOADER_PLUGINS names {', '.join(sorted(missing))}, which is not installed",
-                hint=f"name some of: {', '.join(sorted(found))}",
-            )
+        wanted = limited_to(environ, set(found))
         for name in sorted(found if wanted is None else wanted):
             entry = found[name]
-            source = entry.dist.name if entry.dist else "unknown"
-            try:
-                plugin = entry.load()
-            except Exception as error:
-                raise PluginError(
-                    f"the plugin {name} of {source} cannot be imported: {error}",
-                    hint=f"update or uninstall {source}, or leave it out with GPTQ_LOADER_PLUGINS",
-                ) from error
-            self._register(plugin, name, source)
+            self._register(import_plugin(entry), name, _source(entry))
 
     def _register(self, plugin: object, name: str, source: str) -> None:
         unique = name
@@ -200,6 +188,45 @@ class Plugins:
                 )
             found[offer.name] = offer
         return tuple(found[name] for name in sorted(found))
+
+
+def limited_to(environ: Mapping[str, str], installed: set[str]) -> set[str] | None:
+    """Read which plugins `GPTQ_LOADER_PLUGINS` leaves in; None where it is not set: all.
+
+    Raises:
+        PluginError: it names one that is not installed.
+    """
+    named = environ.get("GPTQ_LOADER_PLUGINS")
+    if named is None:
+        return None
+    wanted = {name.strip() for name in named.split(",")} - {""}
+    if missing := wanted - installed:
+        raise PluginError(
+            f"GPTQ_LOADER_PLUGINS names {', '.join(sorted(missing))}, which is not installed",
+            hint=f"name some of: {', '.join(sorted(installed))}",
+        )
+    return wanted
+
+
+def import_plugin(entry: EntryPoint) -> object:
+    """Import the module that an entry point names.
+
+    Raises:
+        PluginError: it cannot be imported.
+    """
+    try:
+        plugin: object = entry.load()
+    except Exception as error:
+        source = _source(entry)
+        raise PluginError(
+            f"the plugin {entry.name} of {source} cannot be imported: {error}",
+            hint=f"update or uninstall {source}, or leave it out with GPTQ_LOADER_PLUGINS",
+        ) from error
+    return plugin
+
+
+def _source(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else "unknown"
 
 
 def _whence(offer: object) -> str:

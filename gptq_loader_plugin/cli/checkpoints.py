@@ -103,23 +103,21 @@ def explain(
 
 
 def plugins(*, as_json: JSON = False) -> None:
-    """List the plugins in force, and the kernels, templates, readers and hosts they offer."""
-    from gptq_loader_plugin.plugins import Plugins
+    """List kernels, templates, readers, hosts and plugins: what works here, and if not why."""
+    from gptq_loader_plugin.discovery import discover, to_json, write_plugins
 
-    found = Plugins(installed=True)
-    offers = {
-        "kernels": [it.name for it in found.kernels()],
-        "templates": [it.name for it in found.templates()],
-        "readers": [it.name for it in found.readers()],
-        "hosts": [it.name for it in found.hosts()],
-    }
+    found = discover()
     if as_json:
-        print_json({"plugins": found.names(), **offers})
-        return
-    for name, source in found.names().items():
-        typer.echo(f"{name:<20} {source}")
-    for kind, names in offers.items():
-        typer.echo(f"{kind + ':':<20} {', '.join(names) or 'none'}")
+        print_json(to_json(found))
+    else:
+        typer.echo(write_plugins(found))
+    broken = [it.name for it in found if it.state == "broken"]
+    if broken:
+        others = ",".join(it.name for it in found if it.state == "in force")
+        say(
+            f"warning: {', '.join(broken)} stands in the way of every load\n"
+            f"hint: update or uninstall it, or leave it out: GPTQ_LOADER_PLUGINS={others}"
+        )
 
 
 def _show(report: CheckpointReport) -> None:

@@ -244,11 +244,36 @@ def test_help_and_version() -> None:
     assert run("--version").stdout.strip().endswith(version("gptq-loader-plugin"))
 
 
-def test_plugins_lists_what_is_in_force() -> None:
+def test_plugins_lists_what_is_installed() -> None:
     listed = json.loads(run("plugins", "--json").stdout)
-    assert listed["kernels"] == ["cpu", "cpu-int4", "cpu-int8", "dense", "reference"]
-    assert "chatml" in listed["templates"]
-    assert "kernel-cpu" in run("plugins").stdout
+    names = [it["name"] for it in listed["kernels"]]
+    assert names == ["cpu", "cpu-int4", "cpu-int8", "dense", "reference"]
+    assert "chatml" in [it["name"] for it in listed["templates"]]
+    done = run("plugins")
+    assert re.search(
+        r"^reference +yes +kernel-reference +2 to 8 bits on", done.stdout, re.MULTILINE
+    )
+    left_out = r"^kernel-triton +no +gptq-loader-plugin [\d.]+ +left out by GPTQ_LOADER_PLUGINS$"
+    assert re.search(left_out, done.stdout, re.MULTILINE)
+    assert done.stderr == ""
+
+
+def test_plugins_says_how_to_leave_a_broken_one_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "broken_thing-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-thing\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[gptq_loader_plugin]\nbroken = no_such_module\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    done = run("plugins", env={})
+    assert done.exit_code == 0
+    assert re.search(r"^broken +no +broken-thing 1.0 +.*no_such_module", done.stdout, re.MULTILINE)
+    assert "cpu-int4" in done.stdout
+    assert "warning: broken stands in the way of every load" in done.stderr
+    named = re.search(r"GPTQ_LOADER_PLUGINS=(\S+)", done.stderr)
+    assert named is not None
+    assert "error" not in run("explain", DATA / ONE, env={"GPTQ_LOADER_PLUGINS": named[1]}).stderr
 
 
 def test_ctrl_c_ends_it_with_130() -> None:

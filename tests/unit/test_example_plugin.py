@@ -39,9 +39,11 @@ def run(*arguments: str, env: dict[str, str], cwd: Path) -> subprocess.Completed
 def test_it_is_listed(installed: dict[str, str], tmp_path: Path) -> None:
     done = run("-m", "gptq_loader_plugin", "plugins", "--json", env=installed, cwd=tmp_path)
     listed = json.loads(done.stdout)
-    assert listed["plugins"]["my-kernel"] == "my-gptq-kernel"
-    assert "int8rows" in listed["kernels"]
-    assert "plain" in listed["templates"]
+    kernels = {it["name"]: it for it in listed["kernels"]}
+    assert kernels["int8rows"]["distribution"] == "my-gptq-kernel"
+    assert kernels["int8rows"]["works"]
+    assert kernels["int8rows"]["detail"].startswith("8 bits on ")
+    assert "plain" in [it["name"] for it in listed["templates"]]
 
 
 def test_its_kernel_conforms(installed: dict[str, str], tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ MODULES = (
     "gptq_loader_kernels.triton",
     "gptq_loader_extensions.gradio",
     "gptq_loader_extensions.webui",
+    "gptq_loader_extensions.llm",
+    "gptq_loader_extensions.lm_eval",
 )
 
 
@@ -46,6 +48,12 @@ def test_the_wheel_is_complete_and_works_elsewhere(built: Path, tmp_path: Path) 
         path = module.replace(".", "/")
         assert {f"{path}.py", f"{path}/__init__.py"} & names, module
     assert "gptq_loader_plugin/py.typed" in names
+    for inner in ("llm/models", "llm/commands", "lm_eval/model", "lm_eval/__main__"):
+        assert f"gptq_loader_extensions/{inner}.py" in names
+    points = zipfile.ZipFile(wheel).read(
+        next(it for it in names if it.endswith("entry_points.txt"))
+    )
+    assert b"[llm]\ngptq-loader = gptq_loader_extensions.llm\n" in points
     assert not any(name.startswith(("kernels/", "extensions/", "tests/")) for name in names)
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)

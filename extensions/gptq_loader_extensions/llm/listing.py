@@ -1,0 +1,117 @@
+"""List the checkpoints that llm shows as gptq/NAME: those added by name, and those found.
+
+Added names are kept in llm's own folder, in `gptq-loader.json`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gptq_loader_plugin.demo import PACKAGE, demo_folder
+from gptq_loader_plugin.errors import CheckpointNotFound, ConfigInvalid
+from gptq_loader_plugin.local import local_models
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+__all__ = ["PREFIX", "Listed", "added", "find_listed", "list_models", "write_added"]
+
+PREFIX = "gptq/"
+FILE = "gptq-loader.json"
+Source = Literal["added", "models directory", "Hugging Face cache", "demo"]
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A checkpoint that llm can be asked for.
+
+    Attributes:
+        name: what follows gptq/.
+        reference: what loads it: a folder, or what the user typed when it was added.
+        source: why it is in the list.
+    """
+
+    name: str
+    reference: str
+    source: Source
+
+
+class _Added(BaseModel):
+    """The file: what was added, by name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    models: dict[str, str] = {}
+
+
+def list_models(
+    added: Mapping[str, str], *, environ: Mapping[str, str] = os.environ
+) -> list[Listed]:
+    """List what was added, then what is in the models directories and the hub's cache.
+
+    Of two with one name, the first is listed.
+    """
+    found = {name: Listed(name, reference, "added") for name, reference in added.items()}
+    for model in local_models(environ=environ):
+        found.setdefault(model.name, Listed(model.name, str(model.path), model.source))
+    if demo_is_here(environ):
+        found.setdefault("demo", Listed("demo", "demo", "demo"))
+    return list(found.values())
+
+
+def find_listed(name: str, models: list[Listed]) -> Listed:
+    """Find one by its name, with or without gptq/.
+
+    Raises:
+        CheckpointNotFound: there is none of that name.
+    """
+    wanted = name.removeprefix(PREFIX)
+    for model in models:
+        if model.name == wanted:
+            return model
+    raise CheckpointNotFound(
+        f"no model is called {PREFIX}{wanted}",
+        reference=name,
+        tried=[it.name for it in models],
+        hint="see llm gptq list, or add it: llm gptq add REF",
+    )
+
+
+def demo_is_here(environ: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether the demo model is prepared, or can be: its package is not installed for it."""
+    prepared = (demo_folder(environ) / "config.json").is_file()
+    return prepared or all(importlib.util.find_spec(it) for it in (PACKAGE, "gguf"))
+
+
+def added(folder: Path) -> dict[str, str]:
+    """Read what was added: references by name.
+
+    Raises:
+        ConfigInvalid: the file is not what this wrote.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return {}
+    try:
+        return dict(_Added.model_validate_json(file.read_bytes()).models)
+    except (ValidationError, OSError) as error:
+        raise ConfigInvalid(
+            "the list of added models cannot be read",
+            path=file,
+            hint="delete it, and add them again: llm gptq add REF",
+        ) from error
+
+
+def write_added(folder: Path, models: Mapping[str, str]) -> None:
+    """Keep what was added, whole or not at all."""
+    file = folder / FILE
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps({"models": dict(models)}, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(file)
