@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.hookspecs import hookimpl
+from gptq_loader_plugin.host import check_package
 
 if TYPE_CHECKING:
     import gradio
 
-    from gptq_loader_plugin.host import Host
+    from gptq_loader_plugin.host import Host, Readiness
 
 __all__ = ["GradioHost", "gptq_hosts", "registry"]
 
@@ -83,6 +84,15 @@ def registry(
 
     model = gptq.load(name, device=device, backend=backend, template=template, context=context)
     return chat_interface(model, system=system)
+
+    def check(self) -> Readiness:
+        """Look for Gradio."""
+        return check_package(
+            "gradio",
+            oldest="4.37",
+            newest="6.31",
+            install="pip install 'gptq-loader-plugin[gradio]'",
+        )
 
 
 @hookimpl

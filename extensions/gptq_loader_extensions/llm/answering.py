@@ -64,17 +64,17 @@ def answer(
         PromptTooLong: the last message alone does not fit the context.
     """
     if model.template.name != "none":
-        ids, _ = model.encode_chat(messages, when_too_long="drop-oldest")
-        pieces = model.chat(messages, options, when_too_long="drop-oldest", cancel=cancel)
-        return len(ids), pieces
+        ids, _ = model.encode_chat(messages, when_too_long="drop-oldest")  # which logs a warning
+        stop = model.template.stop
+        return len(ids), model.stream_ids(ids, options, stop=stop, cancel=cancel)
     if [it["role"] for it in messages] != ["user"]:
         raise TemplateError(
             "this checkpoint has no chat template, so it can complete one prompt and not chat",
             hint="leave out -c and -s, or name a template: -o template chatml",
         )
     logger.warning("this checkpoint has no chat template: it goes on where the prompt ends")
-    text = messages[0]["content"]
-    return len(model.tokenizer(text)["input_ids"]), model.stream(text, options, cancel=cancel)
+    ids = model.encode(messages[0]["content"])
+    return len(ids), model.stream_ids(ids, options, cancel=cancel)
 
 
 def _text(parts: Sequence[Any]) -> str:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.errors import OptionInvalid, PluginError
 from gptq_loader_plugin.hookspecs import hookimpl
+from gptq_loader_plugin.host import NotReady, check_package
 
 if TYPE_CHECKING:
-    from gptq_loader_plugin.host import Host
+    from gptq_loader_plugin.host import Host, Readiness
 
 __all__ = ["OpenAIHost", "gptq_hosts"]
 
@@ -58,6 +59,14 @@ class OpenAIHost:
         from gptq_loader_extensions.openai.serving import serve
 
         serve(settings, model=model, reference=reference, load=load)
+
+    def check(self) -> Readiness:
+        """Look for FastAPI, and for uvicorn, which serves it."""
+        for package, oldest, newest in (("uvicorn", "0.30", "0.54"), ("fastapi", "0.115", "0.165")):
+            found = check_package(package, oldest=oldest, newest=newest, install=EXTRA)
+            if isinstance(found, NotReady):
+                break
+        return found
 
 
 @hookimpl

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.hookspecs import hookimpl
+from gptq_loader_plugin.host import check_package
 
 if TYPE_CHECKING:
-    from gptq_loader_plugin.host import Host
+    from gptq_loader_plugin.host import Host, Readiness
 
 __all__ = ["TransformersHost", "gptq_hosts"]
 
@@ -44,6 +45,10 @@ class TransformersHost:
         from gptq_loader_extensions.transformers.handover import remove
 
         remove()
+
+    def check(self) -> Readiness:
+        """Look for transformers."""
+        return check_package("transformers", oldest="5.6", newest="5.24")
 
 
 @hookimpl

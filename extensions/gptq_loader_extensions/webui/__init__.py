@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.hookspecs import hookimpl
+from gptq_loader_plugin.host import Ready
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from gptq_loader_plugin.host import Host
+    from gptq_loader_plugin.host import Host, Readiness
 
 __all__ = ["WebuiHost", "gptq_hosts"]
 
@@ -65,6 +66,10 @@ class WebuiHost:
 
         launch = "gptq_loader_extensions.webui.launch"
         return [sys.executable, "-m", launch, str(checked(folder)), *arguments]
+
+    def check(self) -> Readiness:
+        """Say how it is put in; where text-generation-webui is, only its user knows."""
+        return Ready("text-generation-webui, in its folder", "gptq-loader webui install DIR")
 
 
 @hookimpl
