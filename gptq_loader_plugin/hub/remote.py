@@ -17,7 +17,18 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.hub.workers import Stop
     from gptq_loader_plugin.reference import HubReference
 
-__all__ = ["ASK_WAITS", "RemoteBranch", "RemoteFile", "headers", "list_names", "look_up", "read"]
+__all__ = [
+    "ASK_WAITS",
+    "PICKLE_FILES",
+    "SMALL_FILES",
+    "WEIGHT_FILES",
+    "RemoteBranch",
+    "RemoteFile",
+    "headers",
+    "list_names",
+    "look_up",
+    "read",
+]
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*")
 WEIGHT_FILES = ("*.safetensors",)

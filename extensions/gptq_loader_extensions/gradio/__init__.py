@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GradioHost", "gptq_hosts", "registry"]
 
+EXTRA = "pip install 'gptq-loader-plugin[gradio]'"
 OPTIONS = ("model", "host", "port", "open_browser", "models_dir")
 
 
@@ -53,6 +54,10 @@ class GradioHost:
             models_dir=options.get("models_dir"),
         )
 
+    def check(self) -> Readiness:
+        """Look for Gradio."""
+        return check_package("gradio", oldest="4.37", newest="6.31", install=EXTRA)
+
 
 def registry(
     name: str,
@@ -84,15 +89,6 @@ def registry(
 
     model = gptq.load(name, device=device, backend=backend, template=template, context=context)
     return chat_interface(model, system=system)
-
-    def check(self) -> Readiness:
-        """Look for Gradio."""
-        return check_package(
-            "gradio",
-            oldest="4.37",
-            newest="6.31",
-            install="pip install 'gptq-loader-plugin[gradio]'",
-        )
 
 
 @hookimpl

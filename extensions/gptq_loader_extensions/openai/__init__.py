@@ -62,11 +62,10 @@ class OpenAIHost:
 
     def check(self) -> Readiness:
         """Look for FastAPI, and for uvicorn, which serves it."""
-        for package, oldest, newest in (("uvicorn", "0.30", "0.54"), ("fastapi", "0.115", "0.165")):
-            found = check_package(package, oldest=oldest, newest=newest, install=EXTRA)
-            if isinstance(found, NotReady):
-                break
-        return found
+        served = check_package("uvicorn", oldest="0.30", newest="0.54", install=EXTRA)
+        if isinstance(served, NotReady):
+            return served
+        return check_package("fastapi", oldest="0.115", newest="0.165", install=EXTRA)
 
 
 @hookimpl

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.checkpoint.headers import find_weight_files, read_headers
 from gptq_loader_plugin.errors import GPTQLoaderError
-from gptq_loader_plugin.hub import PICKLE_FILES, SMALL_FILES, WEIGHT_FILES
+from gptq_loader_plugin.hub.remote import PICKLE_FILES, SMALL_FILES, WEIGHT_FILES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
