@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
-from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.errors import CheckpointError, OptionInvalid
-from gptq_loader_plugin.events import Head, LoadRequest
-from gptq_loader_plugin.placement import place
-from gptq_loader_plugin.plan import make_plan
+from gptq_loader_plugin.events import Head
+from gptq_loader_plugin.opening import find_first_device, open_planned, plan_load
 from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.reference import resolve
 from gptq_loader_plugin.template_source import find_template
@@ -26,15 +24,14 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.build import FilledModel
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
-    from gptq_loader_plugin.kernel import Device
     from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.opening import Opened
     from gptq_loader_plugin.plan import Plan
     from gptq_loader_plugin.report import CheckpointReport
     from gptq_loader_plugin.template import Template
 
 __all__ = ["explain", "inspect", "load", "load_model"]
 
-DTYPES = ("float32", "float16", "bfloat16")
 COPY_TOKENIZER = (
     "copy tokenizer.json (or tokenizer.model) and tokenizer_config.json from the model this was "
     "made of"
@@ -42,16 +39,6 @@ COPY_TOKENIZER = (
 UNKNOWN_CONTEXT = 2048  # a model that does not say how long its context is
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    """A load that was planned: when it began, what was asked, the checkpoint, and the plan."""
-
-    began: float
-    request: LoadRequest
-    checkpoint: Checkpoint
-    plan: Plan
 
 
 def load(  # noqa: PLR0913 - each is an option a user may want
@@ -105,7 +92,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         )
     if head is not None and head not in get_args(Head):
         raise OptionInvalid(f"no head is {head!r}", hint=f"name {' or '.join(get_args(Head))}")
-    opened = _open(
+    opened = open_planned(
         reference,
         plugins,
         device=device,
@@ -190,7 +177,7 @@ def load_model(
         GPTQLoaderError: see `errors`; each says what to do next.
     """
     plugins = plugins or Plugins(installed=True)
-    opened = _open(
+    opened = open_planned(
         path,
         plugins,
         named=reference,
@@ -241,9 +228,9 @@ def explain(
         GPTQLoaderError: see `errors`; each says what to do next.
     """
     plugins = plugins or Plugins(installed=True)
-    where = _device(device, device_map, max_memory)
+    where = find_first_device(device, device_map, max_memory)
     path = resolve(reference, plugins=plugins, revision=revision, download=False)
-    return _plan(
+    return plan_load(
         open_checkpoint(path, plugins.readers()),
         where,
         plugins,
@@ -275,115 +262,7 @@ def inspect(
     return make_report(checkpoint, plugins.kernels(), reference=str(reference))
 
 
-def _device(
-    device: str | None,
-    device_map: str | Mapping[str, str] | None,
-    max_memory: Mapping[str, str | int] | None,
-) -> Device:
-    """Find the one device, or the first of several: where a model's beginning and end are."""
-    if device_map is None:
-        if max_memory:
-            raise OptionInvalid(
-                "memory limits are for a model over several devices",
-                hint='ask for that: device_map="auto", or --device-map auto',
-            )
-        return find_device(device)
-    if device is not None:
-        raise OptionInvalid(
-            "a device and a device map were asked for",
-            hint="name one of them; a device map names its own devices",
-        )
-    first = next(iter(max_memory or {}), None)
-    if not isinstance(device_map, str):
-        first = device_map.get("", next(iter(device_map.values()), None))
-    return find_device("cpu" if first == "disk" else first)
-
-
-def _check_present(device: Device) -> None:
-    if not device.present:
-        raise OptionInvalid(
-            f"{device} is not on this machine", hint="load on one that is; explain takes any"
-        )
-
-
-def _open(
-    reference: str | Path,
-    plugins: Plugins,
-    *,
-    named: str | None = None,
-    device: str | None,
-    backend: str | None,
-    dtype: str | torch.dtype | None,
-    revision: str | None = None,
-    device_map: str | Mapping[str, str] | None,
-    max_memory: Mapping[str, str | int] | None,
-    offload_folder: str | Path | None,
-    int8_cache: bool = False,
-) -> _Opened:
-    """Find a checkpoint, open it and plan its load, on devices that are here."""
-    began = time.monotonic()
-    where = _device(device, device_map, max_memory)
-    _check_present(where)
-    dtype_name = None if dtype is None else _dtype_name(dtype)
-    path = resolve(reference, plugins=plugins, revision=revision)
-    request = LoadRequest(named or str(reference), path, str(where), backend)
-    plugins.hook.gptq_before_load(request=request)
-    checkpoint = open_checkpoint(path, plugins.readers())
-    plan = _plan(
-        checkpoint,
-        where,
-        plugins,
-        reference=request.reference,
-        backend=backend,
-        dtype=dtype_name,
-        device_map=device_map,
-        max_memory=max_memory,
-        int8_cache=int8_cache,
-    )
-    for placed in plan.placed.values():
-        _check_present(placed.device)
-    if offload_folder is None and any(it.on_disk for it in plan.placed.values()):
-        raise OptionInvalid(
-            "a part of the model is to stay on the disk, and no folder is named for it",
-            hint="name one on a fast disk: offload_folder=FOLDER, or --offload-folder FOLDER",
-        )
-    return _Opened(began, request, checkpoint, plan)
-
-
-def _plan(
-    checkpoint: Checkpoint,
-    where: Device,
-    plugins: Plugins,
-    *,
-    reference: str,
-    backend: str | None,
-    dtype: str | None = None,
-    device_map: str | Mapping[str, str] | None = None,
-    max_memory: Mapping[str, str | int] | None = None,
-    int8_cache: bool = False,
-) -> Plan:
-    placed = None
-    if device_map is not None:
-        placed = place(
-            checkpoint,
-            plugins.kernels(),
-            device_map=device_map,
-            max_memory=max_memory,
-            backend=backend,
-        )
-    return make_plan(
-        checkpoint,
-        where,
-        plugins.kernels(),
-        reference=reference,
-        backend=backend,
-        dtype=dtype,
-        placed=placed,
-        int8_cache=int8_cache,
-    )
-
-
-def _tell_loaded(opened: _Opened, plugins: Plugins) -> None:
+def _tell_loaded(opened: Opened, plugins: Plugins) -> None:
     opened.checkpoint.close()
     seconds = time.monotonic() - opened.began
     plugins.hook.gptq_after_load(request=opened.request, seconds=seconds)
@@ -439,10 +318,3 @@ def _never_sample_padding(loaded: LoadedModel) -> None:
     config: Any = loaded.model.generation_config
     if padding and config is not None:
         config.suppress_tokens = padding
-
-
-def _dtype_name(dtype: str | torch.dtype) -> str:
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise OptionInvalid(f"no model computes in {name}", hint=f"name one of {', '.join(DTYPES)}")
-    return name

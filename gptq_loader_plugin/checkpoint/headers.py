@@ -94,7 +94,7 @@ def find_weight_files(folder: Path, *, base_name: str | None = None) -> list[Pat
             if it.is_file() and it.suffix in suffixes and not NOT_WEIGHTS.fullmatch(it.name)
         )
         indexes = sorted(it for suffix in suffixes for it in folder.glob(f"*{suffix}.index.json"))
-        if len(indexes) == 1 and not _left_behind(files):
+        if len(indexes) == 1:
             return _indexed(indexes[0])
         if not files:
             continue
@@ -236,13 +236,6 @@ def _tensor(
             hint=again,
         )
     return info
-
-
-def _left_behind(files: Sequence[Path]) -> bool:
-    """Say whether an index is of shards that are gone: transformers leaves it in a later save."""
-    return any(it.stem == "model" for it in files) and not any(
-        SHARD.fullmatch(it.name) for it in files
-    )
 
 
 def _indexed(index: Path) -> list[Path]:

@@ -23,6 +23,7 @@ MODULES = (
     "gptq_loader_extensions.webui",
     "gptq_loader_extensions.llm",
     "gptq_loader_extensions.lm_eval",
+    "gptq_loader_extensions.transformers",
 )
 
 
