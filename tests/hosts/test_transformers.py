@@ -26,7 +26,7 @@ COMMON = re.compile(
 pytestmark = pytest.mark.host("transformers")
 
 
-@pytest.fixture(scope="module", params=["project", "transformers-5.6"])
+@pytest.fixture(scope="module", params=["project", "transformers-oldest"])
 def python(request: pytest.FixtureRequest) -> Path:
     """The Python of the project's environment, or of one with the oldest transformers."""
     if request.param == "project":
