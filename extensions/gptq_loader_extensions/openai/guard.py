@@ -7,7 +7,6 @@ import ipaddress
 import json
 import socket
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from gptq_loader_extensions.openai.errors import ApiError
 
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.openai.settings import Settings
 
 __all__ = ["Guard"]
+
+MOST_DIGITS = 15  # of a length in bytes
 
 
 class Guard:
@@ -55,8 +56,9 @@ class Guard:
         await self._app(scope, self._counted(receive), send)
 
     def _check(self, headers: dict[str, str]) -> None:
-        host = _host_name(headers.get("host", ""))
-        if host not in self._names and not _is_number(host):
+        addressed = headers.get("host", "")
+        host = _host_name(addressed)
+        if not host or (host not in self._names and not _is_number(host)):
             raise ApiError(
                 403,
                 "this server does not go by that name; address it by its number, or start it with "
@@ -64,8 +66,8 @@ class Guard:
                 code="wrong_host",
             )
         origin = headers.get("origin")
-        own = origin is not None and urlsplit(origin).netloc == headers.get("host")
-        if origin is not None and not own and not {origin, "*"} & self._origins:
+        own = {f"http://{addressed}", f"https://{addressed}"}
+        if origin is not None and origin not in own and not {origin, "*"} & self._origins:
             raise ApiError(
                 403,
                 "pages of that origin may not call this server; start it with --cors ORIGIN to let "
@@ -80,7 +82,7 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > self._max_body:
+        if not length.isdecimal() or len(length) > MOST_DIGITS or int(length) > self._max_body:
             raise self._too_large()
 
     def _has_key(self, headers: dict[str, str]) -> bool:
