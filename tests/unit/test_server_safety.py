@@ -64,6 +64,18 @@ def test_the_key_is_asked_for_everywhere(locked: Running, stranger: httpx.Client
     assert stranger.get("/health", headers={"authorization": f"bearer {KEY}"}).status_code == 200
 
 
+def test_a_browser_asks_a_person_for_the_key(locked: Running, stranger: httpx.Client) -> None:
+    answer = stranger.get("/", headers={"accept": "text/html,*/*"})
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"].startswith("Basic ")
+    assert stranger.get("/", auth=("anyone", KEY)).status_code == 200
+    assert stranger.get("/", auth=(KEY, "wrong")).status_code == 401
+    broken = [(b"authorization", "Basic ä=".encode("latin-1"))]
+    assert stranger.get("/", headers=broken).status_code == 401
+    page = {"origin": "http://evil.example"}
+    assert stranger.post(CHAT, auth=("a", KEY), headers=page, json={}).status_code == 403
+
+
 @pytest.mark.parametrize(
     ("host", "status"),
     [
