@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from environments import ROOT, needs_python_of, python_of
+from environments import needs_python_of, python_of
 from server_process import DATA, ONE, OTHER, ServerProcess, serving
 
 import gptq_loader_plugin as gptq
@@ -22,6 +22,7 @@ import gptq_loader_plugin as gptq
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+ROOT = Path(__file__).parents[2]
 KEY = "sk-for-the-tests"
 SILLYTAVERN = Path(
     os.environ.get("GPTQ_HOST_SILLYTAVERN")

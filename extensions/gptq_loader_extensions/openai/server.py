@@ -70,10 +70,10 @@ class Server:
         Raises:
             ApiError: there is no such model.
         """
-        await asyncio.to_thread(self.shelf.check, model or None)
+        name = await asyncio.to_thread(self.shelf.known, model or None)
         reply = Reply(
             self.engine,
-            model or None,
+            name if model else None,
             prepare,
             timeout=self.settings.timeout,
             record=record_of(request),
