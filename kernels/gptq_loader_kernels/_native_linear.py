@@ -91,7 +91,8 @@ class NativeLinear(torch.nn.Module):
         """Multiply: x [..., in_features] -> [..., out_features].
 
         Raises:
-            RuntimeError: x or the layer is not on the CPU, or memory is short.
+            RuntimeError: x or the layer is not on the CPU.
+            MemoryError: memory is short.
         """
         if needs_gradient(x):
             return with_gradient(self, x, by_unpacking)
@@ -123,7 +124,7 @@ class NativeLinear(torch.nn.Module):
                 layer, read, written, rows, TYPES[x.dtype], isa, threads
             )
         if failed:
-            raise RuntimeError(f"no memory for the activations of {rows} tokens")
+            raise MemoryError(f"no memory for the activations of {rows} tokens")
         return out.view(*x.shape[:-1], self.out_features)
 
     def _unpacked(self, x: torch.Tensor) -> torch.Tensor:
@@ -241,7 +242,7 @@ def _pack(
         torch.get_num_threads(),
     )
     if failed:
-        raise RuntimeError(f"no memory to pack a layer of {len(packed.g_idx)}x{columns}")
+        raise MemoryError(f"no memory to pack a layer of {len(packed.g_idx)}x{columns}")
     return words
 
 

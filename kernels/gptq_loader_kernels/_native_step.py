@@ -175,7 +175,7 @@ class NativeStep:
             failed = library.gptq_step(*given, len(caches), y.data_ptr(), threads)
             self.steps += 1
         if failed:
-            raise RuntimeError(f"no memory for {len(positions)} tokens")
+            raise MemoryError(f"no memory for {len(positions)} tokens")
         for cache, count in zip(caches, tokens, strict=True):
             for layer in cache.layers:
                 layer.length += count

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["ApiError", "as_api_error", "invalid", "is_out_of_memory"]
 
 # What torch and the native kernel say when an allocation fails, where there is no class for it.
-OUT_OF_MEMORY = ("can't allocate memory", "no memory for", "not enough memory", "out of memory")
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 class ApiError(Exception):
