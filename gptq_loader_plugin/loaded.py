@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from gptq_loader_plugin.errors import GPTQLoaderError, PromptTooLong
-from gptq_loader_plugin.generate import Piece, Reply, generate_pieces
+from gptq_loader_plugin.generate import Generation, Piece, Reply, generate_pieces
 from gptq_loader_plugin.kernel import Closable
 from gptq_loader_plugin.kv_cache import KeptCache
 from gptq_loader_plugin.options import GenerateOptions
@@ -15,10 +15,11 @@ from gptq_loader_plugin.template import CHATML_START
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
     from gptq_loader_plugin.checkpoint.card import Card
     from gptq_loader_plugin.checkpoint.config import QuantConfig
@@ -102,7 +103,7 @@ class LoadedModel:
         Raises:
             PromptTooLong: the prompt does not fit the context.
         """
-        ids = self._prompt_ids(prompt)
+        ids = self.encode(prompt)
         text, last = "", Piece("", 0)
         for last in self._pieces(ids, options, (), cancel):
             text += last.text
@@ -120,7 +121,51 @@ class LoadedModel:
         Raises:
             PromptTooLong: the prompt does not fit the context.
         """
-        return self._pieces(self._prompt_ids(prompt), options, (), cancel)
+        return self._pieces(self.encode(prompt), options, (), cancel)
+
+    def stream_ids(
+        self,
+        ids: Sequence[int],
+        options: GenerateOptions = DEFAULTS,
+        *,
+        stop: Sequence[str] = (),
+        cancel: threading.Event | None = None,
+        processors: Sequence[LogitsProcessor] = (),
+        watch: Callable[[int, torch.Tensor], object] | None = None,
+    ) -> Iterator[Piece]:
+        """Complete tokens piece by piece, for a host that tokenises, masks or scores.
+
+        Args:
+            ids: the prompt's tokens, of `encode` or `encode_chat`.
+            options: how to sample.
+            stop: the template's end texts, where the tokens are a chat.
+            cancel: ends the reply once it is set.
+            processors: change the logits before a token is picked.
+            watch: told each token once it is picked, and the model's own logits for it.
+
+        Raises:
+            PromptTooLong: the tokens do not fit the context.
+        """
+        self._check_fits(ids)
+        return self._pieces(ids, options, stop, cancel, processors=processors, watch=watch)
+
+    def begin(
+        self,
+        ids: Sequence[int],
+        options: GenerateOptions = DEFAULTS,
+        *,
+        stop: Sequence[str] = (),
+        cancel: threading.Event | None = None,
+        processors: Sequence[LogitsProcessor] = (),
+        watch: Callable[[int, torch.Tensor], object] | None = None,
+    ) -> Generation:
+        """Begin a reply for `Batch`, which writes several at a time; what `stream_ids` takes.
+
+        Raises:
+            PromptTooLong: the tokens do not fit the context.
+        """
+        self._check_fits(ids)
+        return self._begin(ids, options, stop, cancel, processors, watch)
 
     def chat(
         self,
@@ -146,6 +191,19 @@ class LoadedModel:
         ids, warning = self.encode_chat(messages, when_too_long=when_too_long)
         return self._pieces(ids, options, self.template.stop, cancel, warning)
 
+    def encode(self, prompt: str) -> list[int]:
+        """Tokenise a prompt; its special tokens count.
+
+        Raises:
+            PromptTooLong: the prompt does not fit the context, or is empty.
+        """
+        ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        beginning: Any = self.tokenizer.bos_token_id
+        if not ids and beginning is not None:
+            ids = [int(beginning)]
+        self._check_fits(ids)
+        return ids
+
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], *, when_too_long: WhenTooLong = "error"
     ) -> tuple[list[int], str]:
@@ -170,9 +228,22 @@ class LoadedModel:
         logger.warning("%s", warning)
         return ids, warning
 
-    def end_tokens(self, *, chat: bool = False) -> frozenset[int]:
-        """List the tokens that end a reply: the checkpoint's, and in a chat the template's."""
-        return self._stop_ids(self.template.stop if chat else ())
+    def end_ids(self, stop: Sequence[str] = ()) -> frozenset[int]:
+        """Collect the end tokens of the template, the generation config and the tokenizer."""
+        config: Any = self.model.generation_config
+        ends = config.eos_token_id if config is not None else None
+        found = set(ends if isinstance(ends, list) else [ends])
+        found.add(self.tokenizer.eos_token_id)
+        found.update(self._single(it) for it in stop)
+        return frozenset(it for it in found if it is not None)
+
+    def keep(self, sequences: int) -> None:
+        """Keep the keys and values of so many sequences for those that begin the same."""
+        self._cache.most = sequences
+
+    def forget(self) -> None:
+        """Give the memory of kept sequences back; the next ones are read from their beginnings."""
+        self._cache.clear()
 
     def explain(self) -> str:
         """Say which kernel runs each kind of layer and why, and which template is used."""
@@ -198,14 +269,6 @@ class LoadedModel:
 
             torch.cuda.empty_cache()
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        ids: list[int] = self.tokenizer(prompt)["input_ids"]
-        beginning: Any = self.tokenizer.bos_token_id
-        if not ids and beginning is not None:
-            ids = [int(beginning)]
-        self._check_fits(ids)
-        return ids
-
     def _check_fits(self, ids: Sequence[int]) -> None:
         if not ids:
             raise PromptTooLong(
@@ -226,34 +289,43 @@ class LoadedModel:
         stop: Sequence[str],
         cancel: threading.Event | None,
         warning: str = "",
+        processors: Sequence[LogitsProcessor] = (),
+        watch: Callable[[int, torch.Tensor], object] | None = None,
     ) -> Iterator[Piece]:
-        if self._closed:
-            raise GPTQLoaderError("this model is closed", hint="load it again")
-        stop_ids = self._stop_ids(stop)
-        texts = [it for it in (*stop, *options.stop) if self._single(it) not in stop_ids]
-        pieces = generate_pieces(
+        self._check_open()
+        pieces = generate_pieces(lambda: self._begin(ids, options, stop, cancel, processors, watch))
+        return _warned(pieces, warning) if warning else pieces
+
+    def _begin(
+        self,
+        ids: Sequence[int],
+        options: GenerateOptions,
+        stop: Sequence[str],
+        cancel: threading.Event | None,
+        processors: Sequence[LogitsProcessor],
+        watch: Callable[[int, torch.Tensor], object] | None,
+    ) -> Generation:
+        self._check_open()
+        stop_ids = self.end_ids(stop)
+        return Generation(
             self.model,
             self.tokenizer,
             ids,
             options,
             max_new_tokens=min(options.max_new_tokens, self.context - len(ids)),
-            stop=texts,
+            stop=[it for it in (*stop, *options.stop) if self._single(it) not in stop_ids],
             stop_ids=stop_ids,
             hidden_ids=self._hidden_ids(),
             never_ids=self._padding_ids(),
             cancel=cancel,
             kept=self._cache,
+            processors=processors,
+            watch=watch,
         )
-        return _warned(pieces, warning) if warning else pieces
 
-    def _stop_ids(self, stop: Sequence[str]) -> frozenset[int]:
-        """Collect the end tokens of the template, the generation config and the tokenizer."""
-        config: Any = self.model.generation_config
-        ends = config.eos_token_id if config is not None else None
-        found = set(ends if isinstance(ends, list) else [ends])
-        found.add(self.tokenizer.eos_token_id)
-        found.update(self._single(it) for it in stop)
-        return frozenset(it for it in found if it is not None)
+    def _check_open(self) -> None:
+        if self._closed:
+            raise GPTQLoaderError("this model is closed", hint="load it again")
 
     def _single(self, text: str) -> int | None:
         """Find the one token that is `text`; None where it takes several."""

@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import LogitsProcessorList
+    from transformers import LogitsProcessor, LogitsProcessorList
 
     from gptq_loader_plugin.options import GenerateOptions
 
@@ -29,14 +29,20 @@ class Sampler:
         options: how to sample.
         never_ids: tokens that are never picked: the embedding's padding.
         device: where the logits are.
+        processors: a caller's own, which see the whole vocabulary and come last of those that do.
     """
 
     def __init__(
-        self, options: GenerateOptions, never_ids: Sequence[int], device: torch.device
+        self,
+        options: GenerateOptions,
+        never_ids: Sequence[int],
+        device: torch.device,
+        processors: Sequence[LogitsProcessor] = (),
     ) -> None:
         self._greedy = options.temperature == 0
         self._top_k = 0 if self._greedy else options.top_k
         self._whole = _of_the_vocabulary(options, never_ids, device)
+        self._whole.extend(processors)
         self._some = _of_candidates(options)
         self._generator = None if self._greedy else torch.Generator(device=device)
         if self._generator is None:

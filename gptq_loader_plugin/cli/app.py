@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gptq_loader_plugin.cli import benching, checkpoints, hosting, making, talking, tuning
+from gptq_loader_plugin.cli import benching, checkpoints, hosting, making, serving, talking, tuning
 
 __all__ = ["app", "main"]
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for commands in (talking, checkpoints, making, benching, tuning, hosting):
+for commands in (talking, serving, checkpoints, making, benching, tuning, hosting):
     commands.add_to(app)
 
 

@@ -43,6 +43,7 @@ struct GptqLayer {
 };
 
 int gptq_amx();
+int gptq_gemm(const GptqLayer* const* layers, void* const* y, int count, const void* x, int64_t m, int amx, int threads);
 
 }  // extern "C"
 
@@ -51,6 +52,7 @@ namespace gptq {
 constexpr int COLUMNS = 64;  // of a tile
 constexpr int LANES = 16;    // of a vector: 64 bytes of int32 or float
 constexpr int ROWS = 4;      // of x, multiplied at once
+constexpr int64_t MOST_ROWS = 512;  // of a long x at a time: their sums stay in a core's cache
 
 typedef float floats __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));

@@ -12,10 +12,12 @@ __all__ = [
     "NORMS",
     "PARTS",
     "Block",
+    "Cache",
     "Isa",
     "Layer",
     "Model",
     "Projection",
+    "Sequence",
     "find_library",
     "held_bits",
     "load_library",
@@ -39,7 +41,7 @@ class Isa(IntEnum):
 
 
 class Layer(ctypes.Structure):
-    """`GptqLayer` of gptq_cpu.cpp, field by field."""
+    """`GptqLayer` of gptq_cpu.h, field by field."""
 
     _fields_ = (
         ("bits", ctypes.c_int32),
@@ -60,7 +62,7 @@ class Layer(ctypes.Structure):
 
 
 class Projection(ctypes.Structure):
-    """`GptqProjection` of gptq_step.cpp."""
+    """`GptqProjection` of gptq_model.h."""
 
     _fields_ = (
         ("packed", ctypes.POINTER(Layer)),
@@ -90,20 +92,37 @@ NORMS = {
 
 
 class Block(ctypes.Structure):
-    """`GptqBlock` of gptq_step.cpp."""
+    """`GptqBlock` of gptq_model.h."""
 
     _fields_ = (
         *((name, Projection) for name in PARTS),
         *((name, ctypes.c_void_p) for name in NORMS),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("capacity", ctypes.c_int64),
         ("window", ctypes.c_int64),
     )
 
 
+class Cache(ctypes.Structure):
+    """`GptqCache` of gptq_model.h."""
+
+    _fields_ = (
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("capacity", ctypes.c_int64),
+    )
+
+
+class Sequence(ctypes.Structure):
+    """`GptqSequence` of gptq_model.h."""
+
+    _fields_ = (
+        ("past", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("caches", ctypes.POINTER(Cache)),
+    )
+
+
 class Model(ctypes.Structure):
-    """`GptqModel` of gptq_step.cpp."""
+    """`GptqModel` of gptq_model.h."""
 
     _fields_ = (
         *(
@@ -182,8 +201,10 @@ def load_library() -> ctypes.CDLL:
     library.gptq_amx.restype = number
     library.gptq_gemm.argtypes = (pointer, pointer, number, pointer, count, number, number)
     library.gptq_gemm.restype = number
-    library.gptq_step.argtypes = (pointer, pointer, pointer, pointer, count, count, pointer, number)
+    library.gptq_step.argtypes = (pointer,) * 5 + (count, pointer, number)
     library.gptq_step.restype = number
+    library.gptq_prompt.argtypes = (pointer,) * 6 + (number, number)
+    library.gptq_prompt.restype = number
     library.gptq_rows.argtypes = (pointer,) * 3 + (count,) * 3 + (number,) * 3
     library.gptq_rows.restype = number
     library.gptq_read_bandwidth.argtypes = (count, number, number)

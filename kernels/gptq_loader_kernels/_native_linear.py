@@ -68,7 +68,7 @@ class NativeLinear(torch.nn.Module):
         self._library = load_library()
         self._isa = Isa(self._library.gptq_isa()) if isa is None else isa
         self._amx = bool(self._library.gptq_amx()) if amx is None else amx
-        self._int8 = int8
+        self.int8 = int8
         self.unpack_from = UNPACK_FROM[min(self._isa, Isa.AVX512)]
         self.panels_from = PANELS_FROM_AMX if self._amx else PANELS_FROM
         self._layer: Layer | None = None
@@ -95,7 +95,7 @@ class NativeLinear(torch.nn.Module):
         if x.dtype not in TYPES:
             y: torch.Tensor = self(x.float())
             return y.to(x.dtype)
-        if self._int8 and x.dtype != torch.bfloat16:
+        if self.int8 and x.dtype != torch.bfloat16:
             rounded: torch.Tensor = self(x.bfloat16())
             return rounded.to(x.dtype)
         flat = x.reshape(-1, self.in_features).contiguous()
@@ -103,19 +103,19 @@ class NativeLinear(torch.nn.Module):
             raise RuntimeError(f"this layer was prepared for the CPU; its input is on {x.device}")
         rows = flat.shape[0]
         panels = x.dtype == torch.bfloat16 and self._isa >= Isa.BF16
-        if not panels and not self._int8 and x.dtype == torch.float32 and rows >= self.unpack_from:
+        if not panels and not self.int8 and x.dtype == torch.float32 and rows >= self.unpack_from:
             return self._unpacked(flat).view(*x.shape[:-1], self.out_features)
         out = torch.empty(rows, self.out_features, dtype=x.dtype)
         layer, read, written = ctypes.addressof(self.filled()), flat.data_ptr(), out.data_ptr()
         threads = torch.get_num_threads()
-        if panels and not self._int8 and rows >= self.panels_from:
+        if panels and not self.int8 and rows >= self.panels_from:
             layers, outs = ctypes.c_void_p(layer), ctypes.c_void_p(written)
             failed = self._library.gptq_gemm(
                 ctypes.addressof(layers), ctypes.addressof(outs), 1, read, rows, self._amx, threads
             )
         else:
             isa = self._isa if panels else min(self._isa, Isa.AVX512)
-            isa = Isa.ONE_BYTE if self._int8 else isa
+            isa = Isa.ONE_BYTE if self.int8 else isa
             failed = self._library.gptq_matmul(
                 layer, read, written, rows, TYPES[x.dtype], isa, threads
             )
@@ -149,8 +149,8 @@ class NativeLinear(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """Say the shape when printed."""
-        isa = Isa.ONE_BYTE if self._int8 else self._isa
-        code = isa.name + (" with AMX" if self._amx and not self._int8 else "")
+        isa = Isa.ONE_BYTE if self.int8 else self._isa
+        code = isa.name + (" with AMX" if self._amx and not self.int8 else "")
         return f"{self.in_features}, {self.out_features}, {self.bits}-bit, {code}"
 
     def __getstate__(self) -> dict[str, Any]:

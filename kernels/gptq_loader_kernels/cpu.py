@@ -74,7 +74,7 @@ class CpuKernel:
 
     def finish(self, model: PreTrainedModel) -> str:
         """Have a Llama-like model decode in one native call a token; say so, or why not."""
-        from gptq_loader_kernels._native_step import install
+        from gptq_loader_kernels._native_install import install
 
         reason = install(model)
         if reason is None:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gptq_loader_kernels._native import Isa, find_library, load_library
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import find_device
-from gptq_loader_plugin.generate import generate_pieces
+from gptq_loader_plugin.generate import Generation, generate_pieces
 from gptq_loader_plugin.kv_cache import KeptCache, RoomyLayer, make_cache
 from gptq_loader_plugin.options import GenerateOptions
 
@@ -65,7 +65,7 @@ def build(family: str, *, dtype: torch.dtype = torch.float32, bits: int | None =
 
 def install(model: Any) -> Any:
     """Install the step and give it."""
-    from gptq_loader_kernels._native_step import install
+    from gptq_loader_kernels._native_install import install
 
     assert install(model) is None
     return model.model.forward.__self__
@@ -181,12 +181,12 @@ def test_two_replies_at_a_time_do_not_mix() -> None:
 
 
 def test_a_step_that_differs_is_undone() -> None:
-    from gptq_loader_kernels import _native_step
+    from gptq_loader_kernels import _native_install
 
     model = build("llama", bits=None)
     model.model.layers[0].self_attn.scaling = 0.5  # the step takes the first layer's for all
     plain, head = model.model.forward, model.lm_head
-    reason = _native_step.install(model)
+    reason = _native_install.install(model)
     assert reason is not None
     assert "differ" in reason
     assert model.model.forward == plain
@@ -224,8 +224,10 @@ def test_a_turn_reads_only_what_is_new() -> None:
     def reply(ids: list[int]) -> str:
         read.clear()
         pieces = generate_pieces(
-            model, Letters(), ids, GenerateOptions(temperature=0), max_new_tokens=4, stop=(),  # type: ignore[arg-type]
-            stop_ids=frozenset(), kept=kept,
+            lambda: Generation(
+                model, Letters(), ids, GenerateOptions(temperature=0), max_new_tokens=4, stop=(),  # type: ignore[arg-type]
+                stop_ids=frozenset(), kept=kept,
+            )
         )  # fmt: skip
         return "".join(it.text for it in pieces)
 
@@ -258,11 +260,11 @@ def test_a_cache_grows_and_is_cut_short() -> None:
 
 
 def test_a_step_in_bfloat16_that_differs_is_undone() -> None:
-    from gptq_loader_kernels import _native_step
+    from gptq_loader_kernels import _native_install
 
     model = build("llama", dtype=torch.bfloat16)
     model.model.layers[0].self_attn.scaling = 0.5  # less than what rounding may do
-    reason = _native_step.install(model)
+    reason = _native_install.install(model)
     assert reason is not None
     assert "float32" in reason
 
@@ -311,6 +313,103 @@ def test_the_code_for_every_processor_answers_alike(isa: Isa, dtype: torch.dtype
         assert (got - exact).norm() < 1.2 * (plain - exact).norm()
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_sequences_step_together_as_they_do_alone(
+    family: str, dtype: torch.dtype, threads: int
+) -> None:
+    model = build(family, dtype=dtype, bits=3)
+    step = install(model)
+    draw = torch.Generator().manual_seed(2)
+    lengths = (3, 40, 1, 130, 17, 64, 9, 250, 5)
+    prompts = [torch.randint(0, 300, (1, it), generator=draw) for it in lengths]
+    steps = [[[7 * i + j] * (1 + (i + j) % 3) for i in range(len(lengths))] for j in range(4)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            alone = [[] for _ in steps]
+            for i, prompt in enumerate(prompts):
+                cache = make_cache(model)
+                model.model(input_ids=prompt, use_cache=True, cache=cache)
+                for j, tokens in enumerate(steps):
+                    alone[j].append(step.step_many([tokens[i]], [cache]))
+            caches = [make_cache(model) for _ in prompts]
+            for prompt, cache in zip(prompts, caches, strict=True):
+                model.model(input_ids=prompt, use_cache=True, cache=cache)
+            together = [step.step_many(tokens, caches) for tokens in steps]
+    finally:
+        torch.set_num_threads(before)
+    for got, expected in zip(together, alone, strict=True):
+        wanted = torch.cat(expected)
+        assert got.shape == wanted.shape
+        if threads == 1:
+            assert torch.equal(got, wanted)  # a token's numbers do not depend on its neighbours
+        else:
+            torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
+    assert [it.get_seq_length() for it in caches] == [
+        length + sum(len(tokens[i]) for tokens in steps) for i, length in enumerate(lengths)
+    ]
+
+
+@pytest.mark.skipif(load_library().gptq_isa() < Isa.BF16, reason="no bfloat16 products here")
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_native_prompt_is_no_further_from_float32_than_transformers(
+    family: str, amx: bool
+) -> None:
+    from gptq_loader_kernels._native_step import NativeStep
+
+    if amx and not load_library().gptq_amx():
+        pytest.skip("this processor has no matrix unit")
+    ids = torch.randint(0, 300, (1, 480), generator=torch.Generator().manual_seed(1))
+    sizes = (9, 33, 16, 70, 1, 129, 31, 150, 41)  # prompts after prompts, one step among them
+    with torch.inference_mode():
+        exact = build(family, bits=3)(input_ids=ids).logits[:, 9:]
+        model = build(family, bits=3, dtype=torch.bfloat16)
+        plain = by_steps(model, ids, sizes[0], sizes[1:]).float()
+    step = NativeStep(model.model, amx=amx)
+    model.model.forward = step.forward
+    got = by_steps(model, ids, sizes[0], sizes[1:]).float()
+    assert (step.prompts, step.steps) == (len(sizes) - 1, 1)
+    error = (got - exact).norm(dim=-1)
+    assert error.norm() < 1.1 * (plain - exact).norm()
+    assert error.max() < 2 * (plain - exact).norm(dim=-1).max()  # no single token is wrong
+
+
+@pytest.mark.skipif(load_library().gptq_isa() < Isa.BF16, reason="no bfloat16 products here")
+@pytest.mark.parametrize("threads", [1, 3, 16])
+def test_a_prompt_longer_than_what_is_multiplied_at_once(threads: int) -> None:
+    model = build("qwen3", dtype=torch.bfloat16)
+    ids = torch.randint(0, 300, (1, 1100), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        exact = build("qwen3")(input_ids=ids).logits
+        plain = model(input_ids=ids).logits.float()
+    step = install(model)
+    taken, before = step.prompts, torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            got = model(input_ids=ids, use_cache=True).logits.float()
+    finally:
+        torch.set_num_threads(before)
+    assert step.prompts == taken + 1
+    error = (got - exact).norm(dim=-1)
+    assert error.norm() < 1.1 * (plain - exact).norm()
+    assert error.max() < 2 * (plain - exact).norm(dim=-1).max()
+
+
+def test_what_is_no_native_prompt_goes_to_transformers() -> None:
+    ids = torch.arange(20)[None]
+    for model in (build("llama"), build("llama", bits=None, dtype=torch.bfloat16)):
+        step = install(model)  # float32; layers that are not packed
+        taken = step.prompts
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=True)
+        assert step.prompts == taken
+
+
 def test_guessed_tokens_are_stepped_and_change_nothing() -> None:
     model, assistant = build("llama"), build("llama", bits=3)
     install(assistant)
@@ -325,7 +424,7 @@ def test_guessed_tokens_are_stepped_and_change_nothing() -> None:
 
 
 def test_a_float16_model_says_why_it_does_not_step() -> None:
-    from gptq_loader_kernels import _native_step
+    from gptq_loader_kernels import _native_install
 
-    reason = _native_step.install(build("llama", dtype=torch.float16))
+    reason = _native_install.install(build("llama", dtype=torch.float16))
     assert reason == "it is in torch.float16; the step takes bfloat16 and float32"

@@ -102,7 +102,7 @@ class Generating:
         """Add every end token the checkpoint has, unless the host bans the tokenizer's."""
         ends = {it for it in (given if isinstance(given, list) else [given]) if it is not None}
         if self.loaded.tokenizer.eos_token_id not in (banned or ()):
-            ends |= self.loaded.end_tokens(chat=self.chat)
+            ends |= self.loaded.end_ids(self.loaded.template.stop if self.chat else ())
         found = {"eos_token_id": sorted(ends)} if ends else {}
         if banned:
             config: Any = self.loaded.model.generation_config

@@ -1,0 +1,122 @@
+"""Have a Llama-like model decode natively, after its first tokens were compared with transformers'.
+
+Imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gptq_loader_kernels._native import Isa, load_library
+from gptq_loader_kernels._native_linear import TYPES
+from gptq_loader_kernels._native_model import all_packed, why_not
+from gptq_loader_kernels._native_step import CACHE, MOST_TOKENS, NativeStep
+from gptq_loader_plugin.kv_cache import make_cache
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["RowsLinear", "install"]
+
+PROBE = (9, 1)  # tokens: a prompt where there can be one, and a step
+FEW = (5, 5)  # the same as steps alone
+# A step in float32 differs from transformers' by the order of its sums: 1e-6 to 1e-5 measured. In
+# bfloat16 some tokens' states are 0.4 off whoever computes them (SmolLM2-135M, tokens 3 to 8), so a
+# step may be as far from float32 as transformers itself is, and half as far again.
+TOLERANCE, ROUNDING, SPREAD = 1e-3, 8e-2, 1.5
+
+
+def install(model: Any) -> str | None:  # noqa: ANN401 - a transformers model
+    """Have a model decode natively; say why not where it cannot, None where it does.
+
+    First steps are compared with transformers' own: a difference beyond rounding undoes it all.
+    """
+    decoder: Any = getattr(model, "model", None)
+    if (reason := why_not(decoder)) is not None:
+        return reason
+    step = NativeStep(decoder)
+    decoder.forward = step.forward
+    if (reason := _difference(step)) is not None:
+        decoder.forward = step.otherwise
+        return reason
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.bias is None:
+        model.set_output_embeddings(RowsLinear.of(head, Isa(load_library().gptq_isa())))
+    return None
+
+
+class RowsLinear(nn.Linear):
+    """A linear that is not packed, multiplying a few rows at the speed its weight is read."""
+
+    isa = Isa.PLAIN
+
+    @classmethod
+    def of(cls, linear: nn.Linear, isa: Isa) -> RowsLinear:
+        """Take over a linear's weight, which is shared and not copied."""
+        made = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        made.weight, made.isa = linear.weight, isa
+        return made
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name
+        """Multiply: x [..., in_features] -> [..., out_features]."""
+        x, weight = input, self.weight
+        rows = x.numel() // self.in_features
+        plain = weight.is_contiguous() and weight.device.type == x.device.type == "cpu"
+        same = weight.dtype == x.dtype and x.dtype in TYPES
+        if not 0 < rows <= MOST_TOKENS or not plain or not same or torch.is_grad_enabled():
+            return super().forward(x)
+        x = x.contiguous()
+        out = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
+        failed = load_library().gptq_rows(
+            weight.data_ptr(), x.data_ptr(), out.data_ptr(), rows, self.in_features,
+            self.out_features, TYPES[x.dtype], self.isa, torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            return super().forward(x)
+        return out
+
+
+def _difference(step: NativeStep) -> str | None:
+    """Compare a prompt and a step with transformers' own forward; say what differs.
+
+    Where every layer is packed, both compute in float32 too, which tells a mistake from rounding.
+    """
+    decoder = step.decoder
+    ids = torch.arange(3, 3 + sum(PROBE))[None] % decoder.config.vocab_size
+    with torch.inference_mode():
+        x = decoder.embed_tokens(ids)
+        theirs = exact = _answer(step.otherwise, x)
+        if x.dtype != torch.float32 and all_packed(decoder):
+            exact = _answer(step.otherwise, x.float())
+            if not _apart(_steps(step, x.float(), FEW), exact) <= TOLERANCE:
+                return "in float32, its first steps differ from transformers'"
+        allowed = TOLERANCE if x.dtype == torch.float32 else ROUNDING
+        allowed = max(allowed, SPREAD * _apart(theirs, exact))
+        error = _apart(_steps(step, x, PROBE if step.takes_prompts() else FEW), exact)
+    if not error <= allowed:
+        return f"its first steps differ from transformers' by {error:.1%}"
+    return None
+
+
+def _answer(forward: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+    states: torch.Tensor = forward(inputs_embeds=x, use_cache=False).last_hidden_state
+    return states.float()
+
+
+def _steps(step: NativeStep, x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+    """Give the states after so many tokens at a time, or not a number where one was not native."""
+    cache, taken = make_cache(step.decoder), step.steps + step.prompts
+    parts = [
+        step.forward(inputs_embeds=part, use_cache=True, **{CACHE: cache}).last_hidden_state
+        for part in x.split(sizes, dim=1)
+    ]
+    states = torch.cat(parts, dim=1).float()
+    native = step.steps + step.prompts == taken + len(parts)
+    return states if native else states * torch.nan
+
+
+def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm().clamp_min(1e-12))
