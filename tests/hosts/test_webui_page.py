@@ -172,7 +172,6 @@ def test_a_restart_of_the_page_keeps_everything_once(host: Webui, page: Page) ->
     while host.log().count("Running on local URL") < 2:
         assert time.monotonic() < end, host.log()
         time.sleep(0.2)
-    time.sleep(5)  # the old page's server closes its port a little later
     again = Page(host)
     assert again.choices("Model loader") == [*OWN, NAME]
     assert sum(it["props"].get("label") == "gptq-backend" for it in again.components.values()) == 1
