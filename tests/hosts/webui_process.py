@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["WEBUI", "Page", "Webui", "in_webui"]
 
 WEBUI = Path(os.environ.get("WEBUI_DIR") or "no-webui-dir")
-START_SECONDS, ANSWER_SECONDS = 180, 120
+START_SECONDS, ANSWER_SECONDS, SETTLE_SECONDS = 180, 120, 4
 
 
 def environ(**more: str) -> dict[str, str]:
@@ -215,6 +215,10 @@ class Page:
             assert host.running(), host.log()
             assert time.monotonic() < end, host.log()
             time.sleep(0.2)
+        # Gradio now asks for its own page, and gives up after 3 seconds: a request beside that one
+        # makes it late on a busy machine.
+        time.sleep(SETTLE_SECONDS)
+        assert host.running(), host.log()
         config = json.loads(self._get("/config"))
         self.components = {it["id"]: it for it in config["components"]}
         self.events = config["dependencies"]
