@@ -80,9 +80,8 @@ def test_what_is_planned_is_what_is_taken(name: str, backend: str) -> None:
     with gptq.load(DATA / name, device="cpu", backend=backend, plugins=plugins()) as loaded:
         assert plan.weight_bytes == pytest.approx(held(loaded.model), rel=0.03)
         loaded.generate("Hi", gptq.GenerateOptions(max_new_tokens=3))
-        kept = loaded._cache._kept
-        assert kept is not None
-        rooms = [layer.room for layer in kept[1].layers]
+        ((_, kept),) = loaded._cache._kept
+        rooms = [layer.room for layer in kept.layers]
         # what a position takes; the cache keeps room for a quarter more of them than it holds
         taken = sum(room.nbytes / room.shape[3] for room in rooms)
         assert plan.kv_bytes_per_token == taken
