@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.options import GenerateOptions
 
-__all__ = ["Finish", "Piece", "Reply", "generate_pieces"]
+__all__ = ["Finish", "Generation", "Piece", "Reply", "cache_name", "generate_pieces"]
 
 Finish = Literal["stop", "length", "cancelled"]
 UNFINISHED = "\ufffd"  # what a tokenizer gives for the first bytes of a character
@@ -65,23 +65,24 @@ class Reply:
 
 
 @torch.inference_mode()
-def generate_pieces(  # noqa: PLR0913 - each is something a caller may need
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: Sequence[int],
-    options: GenerateOptions,
-    *,
-    max_new_tokens: int,
-    stop: Sequence[str],
-    stop_ids: frozenset[int],
-    hidden_ids: frozenset[int] = frozenset(),
-    never_ids: Sequence[int] = (),
-    cancel: threading.Event | None = None,
-    kept: KeptCache | None = None,
-    processors: Sequence[LogitsProcessor] = (),
-    watch: Callable[[int, torch.Tensor], object] | None = None,
-) -> Iterator[Piece]:
-    """Generate until a stop token, a stop text, the length or a cancellation.
+def generate_pieces(begin: Callable[[], Generation]) -> Iterator[Piece]:
+    """Write the reply that `begin` begins to its end, piece by piece."""
+    generation = begin()
+    try:
+        while not generation.finished:
+            logits = generation.read()
+            piece = generation.cancelled() or generation.take(logits)
+            if piece is not None:
+                yield piece
+    finally:
+        generation.close()
+
+
+class Generation:
+    """One reply as it is written: until a stop token, a stop text, the length or a cancellation.
+
+    `read` reads what the model has not seen, and `take` picks the token that follows. Whoever
+    writes several replies at a time reads `unread` into `cache` itself.
 
     Args:
         model: a causal language model.
@@ -94,45 +95,97 @@ def generate_pieces(  # noqa: PLR0913 - each is something a caller may need
         hidden_ids: tokens that are never shown.
         never_ids: tokens that are never sampled: the embedding's padding.
         cancel: ends the reply once it is set.
-        kept: the cache of the reply before this one; tokens it holds are not read again.
+        kept: the caches of replies before this one; tokens one of them holds are not read again.
         processors: change the logits before a token is picked, after those that `options` ask for.
         watch: told each token once it is picked, an end token too, and the model's own logits for
             it [1, vocabulary].
+
+    Attributes:
+        cache: keys and values of what was read.
+        unread: the tokens to read next.
+        finished: whether the reply has ended.
     """
-    text = TextStream(tokenizer, stop, hidden_ids)
-    sampler = Sampler(options, never_ids, model.device, processors)
-    kept = kept or KeptCache()
-    cache, held = kept.take(model, ids)
-    read = list(ids)  # whose keys and values the cache has, or will have once it is used
-    try:
-        sequence = torch.tensor([read], device=model.device)
-        cached = {_cache_name(model): cache, "use_cache": True}
-        logits = _prefill(model, sequence[:, held:], cached)
-        for count in range(1, max_new_tokens + 1):
-            if cancel is not None and cancel.is_set():
-                yield Piece(text.rest(), count - 1, "cancelled")
-                return
-            token = sampler.pick(sequence, logits)
-            if watch is not None:
-                watch(token, logits)
-            if token in stop_ids:
-                yield Piece(text.rest(), count, "stop")
-                return
-            new = text.add(token)
-            if text.stopped:
-                yield Piece(new, count, "stop")
-                return
-            if count == max_new_tokens:
-                yield Piece(new + text.rest(), count, "length")
-                return
-            if new:
-                yield Piece(new, count)
-            read.append(token)
-            step = torch.tensor([[token]], device=model.device)
-            sequence = torch.cat((sequence, step), dim=1)
-            logits = model(input_ids=step, **cached).logits[:, -1]
-    finally:
-        kept.put(read, cache)
+
+    def __init__(  # noqa: PLR0913 - each is something a caller may need
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        ids: Sequence[int],
+        options: GenerateOptions,
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str],
+        stop_ids: frozenset[int],
+        hidden_ids: frozenset[int] = frozenset(),
+        never_ids: Sequence[int] = (),
+        cancel: threading.Event | None = None,
+        kept: KeptCache | None = None,
+        processors: Sequence[LogitsProcessor] = (),
+        watch: Callable[[int, torch.Tensor], object] | None = None,
+    ) -> None:
+        if not ids:
+            raise ValueError("an empty prompt")
+        self._model = model
+        self._text = TextStream(tokenizer, stop, hidden_ids)
+        self._sampler = Sampler(options, never_ids, model.device, processors)
+        self._most, self._stop_ids = max_new_tokens, stop_ids
+        self._cancel, self._watch = cancel, watch
+        self._kept = kept or KeptCache()
+        self._read = list(ids)  # whose keys and values the cache has, or will have once it is used
+        self._sequence = torch.tensor([self._read], device=model.device)
+        self._tokens = 0
+        self.cache, held = self._kept.take(model, ids)
+        self.unread = self._read[held:]
+        self.finished = False
+
+    def read(self, most: int = PREFILL_TOKENS) -> torch.Tensor:
+        """Read all that is unread, `most` tokens at a time; give the logits [1, vocabulary]."""
+        while True:
+            logits = self.read_part(most)
+            if not self.unread:
+                return logits
+
+    def read_part(self, most: int) -> torch.Tensor:
+        """Read at most `most` of the unread tokens; give the logits after them [1, vocabulary]."""
+        part, self.unread = self.unread[:most], self.unread[most:]
+        cached = {cache_name(self._model): self.cache, "use_cache": True, "logits_to_keep": 1}
+        ids = torch.tensor([part], device=self._model.device)
+        logits: torch.Tensor = self._model(input_ids=ids, **cached).logits[:, -1]
+        return logits
+
+    def cancelled(self) -> Piece | None:
+        """Give the last piece where the reply was cancelled."""
+        if self._cancel is None or not self._cancel.is_set():
+            return None
+        return self._end(self._text.rest(), "cancelled")
+
+    def take(self, logits: torch.Tensor) -> Piece | None:
+        """Pick the token that follows what was read; give the text that is certain with it."""
+        token = self._sampler.pick(self._sequence, logits)
+        self._tokens += 1
+        if self._watch is not None:
+            self._watch(token, logits)
+        if token in self._stop_ids:
+            return self._end(self._text.rest(), "stop")
+        new = self._text.add(token)
+        if self._text.stopped:
+            return self._end(new, "stop")
+        if self._tokens == self._most:
+            return self._end(new + self._text.rest(), "length")
+        self.unread = [token]
+        self._read.append(token)
+        step = torch.tensor([[token]], device=self._model.device)
+        self._sequence = torch.cat((self._sequence, step), dim=1)
+        return Piece(new, self._tokens) if new else None
+
+    def close(self) -> None:
+        """End the reply, where it has not ended, and keep its cache for the next one."""
+        self.finished = True
+        self._kept.put(self._read, self.cache)
+
+    def _end(self, text: str, finish: Finish) -> Piece:
+        self.finished = True
+        return Piece(text, self._tokens, finish)
 
 
 class TextStream:
@@ -207,20 +260,6 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
-def _cache_name(model: PreTrainedModel) -> str:
+def cache_name(model: PreTrainedModel) -> str:
     """Name the argument that takes the cache: transformers 5.24 renamed `past_key_values`."""
     return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
-
-
-def _prefill(
-    model: PreTrainedModel, sequence: torch.Tensor, cached: dict[str, Any]
-) -> torch.Tensor:
-    """Read what the cache lacks of a prompt, in parts; give the logits after its end."""
-    if not sequence.shape[1]:
-        raise ValueError("an empty prompt")
-    output = None
-    for part in sequence.split(PREFILL_TOKENS, dim=1):
-        output = model(input_ids=part, **cached, logits_to_keep=1)
-    assert output is not None
-    logits: torch.Tensor = output.logits[:, -1]
-    return logits

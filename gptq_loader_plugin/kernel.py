@@ -7,7 +7,7 @@ and explained for a checkpoint or a device that is not on this machine.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from gptq_loader_plugin.checkpoint.packing import pack_rows, unpack_rows
 from gptq_loader_plugin.device import Device
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Accepted",
+    "Batcher",
     "Closable",
     "Declined",
     "Device",
@@ -243,6 +244,29 @@ class Finisher(Protocol):
         """Look at a filled model once, every layer in place; say in words what was done.
 
         The model must answer as before, to rounding.
+        """
+        ...
+
+
+@runtime_checkable
+class Batcher(Protocol):
+    """What a kernel's `finish` may put behind a decoder's `forward`: it steps several sequences.
+
+    `Batch` finds it as the owner of that method.
+    """
+
+    def step_many(
+        self, tokens: Sequence[Sequence[int]], caches: Sequence[Any]
+    ) -> torch.Tensor | None:
+        """Read a few new tokens of each of some sequences, which need not be as long.
+
+        Args:
+            tokens: of each sequence, 1 to 8.
+            caches: one of each sequence; what is read is added to it.
+
+        Returns:
+            The decoder's states [tokens of all, hidden], or None where this cannot be done here
+            and nothing was read.
         """
         ...
 

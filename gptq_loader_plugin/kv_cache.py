@@ -162,16 +162,18 @@ def _head_dim(config: PreTrainedConfig) -> int:
 
 
 class KeptCache:
-    """The cache of the last sequence, for the next one that begins the same.
+    """The caches of the last sequences, for those that begin the same.
 
     Args:
         kind: "int8" keeps keys and values in 8 bits, and none of them for the next sequence.
+        most: how many sequences are kept.
     """
 
-    def __init__(self, kind: Literal["int8"] | None = None) -> None:
+    def __init__(self, kind: Literal["int8"] | None = None, *, most: int = 1) -> None:
         self._make = make_cache if kind is None else make_int8_cache
         self._lock = threading.Lock()
-        self._kept: tuple[list[int], Any] | None = None
+        self._kept: list[tuple[list[int], Any]] = []  # the newest last
+        self.most = most
 
     def take(self, model: PreTrainedModel, ids: Sequence[int]) -> tuple[Any, int]:
         """Give a cache for `ids`, and how many of them it holds: never the last one.
@@ -179,19 +181,17 @@ class KeptCache:
         A cache in use is nobody else's: two replies at a time have one each.
         """
         with self._lock:
-            kept, self._kept = self._kept, None
-        if kept is not None:
-            old, cache = kept
-            same = next(
-                (i for i, (a, b) in enumerate(zip(old, ids, strict=False)) if a != b),
-                min(len(old), len(ids)),
+            same, at = max(
+                ((_same(old, ids), i) for i, (old, _) in enumerate(self._kept)), default=(0, 0)
             )
-            same = min(same, len(ids) - 1)
-            if same > 0:
-                for layer in cache.layers:
-                    layer.crop(same - layer.length)
-                return cache, same
-        return self._make(model), 0
+            if same and len(self._kept) < self.most and same < len(self._kept[at][0]) // 2:
+                same = 0  # another conversation's: there is room for both
+            cache = self._kept.pop(at)[1] if same else None
+        if cache is None:
+            return self._make(model), 0
+        for layer in cache.layers:
+            layer.crop(same - layer.length)
+        return cache, same
 
     def put(self, ids: list[int], cache: Any) -> None:  # noqa: ANN401 - transformers' caches
         """Keep the cache of `ids`, where it can be cut short."""
@@ -199,9 +199,15 @@ class KeptCache:
             return
         held = min((layer.length for layer in cache.layers), default=0)
         with self._lock:
-            self._kept = ids[:held], cache
+            self._kept = [*self._kept, (ids[:held], cache)][-self.most :]
 
     def clear(self) -> None:
         """Give the memory back."""
         with self._lock:
-            self._kept = None
+            self._kept.clear()
+
+
+def _same(old: Sequence[int], ids: Sequence[int]) -> int:
+    """Count the first tokens that are the same, the last of `ids` left out."""
+    most = min(len(old), len(ids) - 1)
+    return next((i for i in range(most) if old[i] != ids[i]), most)

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from gptq_loader_plugin.errors import GPTQLoaderError, PromptTooLong
-from gptq_loader_plugin.generate import Piece, Reply, generate_pieces
+from gptq_loader_plugin.generate import Generation, Piece, Reply, generate_pieces
 from gptq_loader_plugin.kernel import Closable
 from gptq_loader_plugin.kv_cache import KeptCache
 from gptq_loader_plugin.options import GenerateOptions
@@ -149,6 +149,24 @@ class LoadedModel:
         self._check_fits(ids)
         return self._pieces(ids, options, stop, cancel, processors=processors, watch=watch)
 
+    def begin(
+        self,
+        ids: Sequence[int],
+        options: GenerateOptions = DEFAULTS,
+        *,
+        stop: Sequence[str] = (),
+        cancel: threading.Event | None = None,
+        processors: Sequence[LogitsProcessor] = (),
+        watch: Callable[[int, torch.Tensor], object] | None = None,
+    ) -> Generation:
+        """Begin a reply for `Batch`, which writes several at a time; what `stream_ids` takes.
+
+        Raises:
+            PromptTooLong: the tokens do not fit the context.
+        """
+        self._check_fits(ids)
+        return self._begin(ids, options, stop, cancel, processors, watch)
+
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -219,8 +237,12 @@ class LoadedModel:
         found.update(self._single(it) for it in stop)
         return frozenset(it for it in found if it is not None)
 
+    def keep(self, sequences: int) -> None:
+        """Keep the keys and values of so many sequences for those that begin the same."""
+        self._cache.most = sequences
+
     def forget(self) -> None:
-        """Give the memory of the last sequence back; the next one is read from its beginning."""
+        """Give the memory of kept sequences back; the next ones are read from their beginnings."""
         self._cache.clear()
 
     def explain(self) -> str:
@@ -270,17 +292,28 @@ class LoadedModel:
         processors: Sequence[LogitsProcessor] = (),
         watch: Callable[[int, torch.Tensor], object] | None = None,
     ) -> Iterator[Piece]:
-        if self._closed:
-            raise GPTQLoaderError("this model is closed", hint="load it again")
+        self._check_open()
+        pieces = generate_pieces(lambda: self._begin(ids, options, stop, cancel, processors, watch))
+        return _warned(pieces, warning) if warning else pieces
+
+    def _begin(
+        self,
+        ids: Sequence[int],
+        options: GenerateOptions,
+        stop: Sequence[str],
+        cancel: threading.Event | None,
+        processors: Sequence[LogitsProcessor],
+        watch: Callable[[int, torch.Tensor], object] | None,
+    ) -> Generation:
+        self._check_open()
         stop_ids = self.end_ids(stop)
-        texts = [it for it in (*stop, *options.stop) if self._single(it) not in stop_ids]
-        pieces = generate_pieces(
+        return Generation(
             self.model,
             self.tokenizer,
             ids,
             options,
             max_new_tokens=min(options.max_new_tokens, self.context - len(ids)),
-            stop=texts,
+            stop=[it for it in (*stop, *options.stop) if self._single(it) not in stop_ids],
             stop_ids=stop_ids,
             hidden_ids=self._hidden_ids(),
             never_ids=self._padding_ids(),
@@ -289,7 +322,10 @@ class LoadedModel:
             processors=processors,
             watch=watch,
         )
-        return _warned(pieces, warning) if warning else pieces
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise GPTQLoaderError("this model is closed", hint="load it again")
 
     def _single(self, text: str) -> int | None:
         """Find the one token that is `text`; None where it takes several."""

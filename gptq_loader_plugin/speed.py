@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.errors import OptionInvalid
-from gptq_loader_plugin.generate import generate_pieces
+from gptq_loader_plugin.generate import Generation, generate_pieces
 from gptq_loader_plugin.kernel import Meter
 from gptq_loader_plugin.options import GenerateOptions
 
@@ -180,14 +180,16 @@ def _run(model: LoadedModel, prompt: int, tokens: int) -> list[float]:
     clock = _Clock()
     vocabulary = len(model.tokenizer)
     pieces = generate_pieces(
-        model.model,
-        model.tokenizer,
-        [i % vocabulary for i in range(100, 100 + prompt)],
-        GenerateOptions(temperature=0),
-        max_new_tokens=tokens,
-        stop=(),
-        stop_ids=frozenset(),
-        cancel=clock,
+        lambda: Generation(
+            model.model,
+            model.tokenizer,
+            [i % vocabulary for i in range(100, 100 + prompt)],
+            GenerateOptions(temperature=0),
+            max_new_tokens=tokens,
+            stop=(),
+            stop_ids=frozenset(),
+            cancel=clock,
+        )
     )
     for _ in pieces:
         pass

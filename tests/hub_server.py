@@ -125,7 +125,10 @@ class HubServer:
             self._faults.append(Fault(pattern, **how))
 
     def behave(self) -> None:
+        """Forget every rule, and send what is being sent slowly at full speed."""
         with self._lock:
+            for it in self._faults:
+                it.slow = 0
             self._faults.clear()
 
     def environment(self, home: Path, *, token: str = "") -> dict[str, str]:
@@ -373,10 +376,10 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _stream(self, path: Path, begin: int, end: int, fault: Fault) -> None:
-        step = max(1, fault.slow // 100) if fault.slow else STEP
         with path.open("rb") as stream:
             stream.seek(begin)
             while begin < end:
+                step = max(1, fault.slow // 100) if fault.slow else STEP
                 chunk = bytearray(stream.read(min(step, end - begin)))
                 if fault.flip is not None and begin <= fault.flip < begin + len(chunk):
                     chunk[fault.flip - begin] ^= 0xFF

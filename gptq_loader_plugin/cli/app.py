@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gptq_loader_plugin.cli import benching, checkpoints, hub, making, talking, tuning
+from gptq_loader_plugin.cli import benching, checkpoints, hub, making, serving, talking, tuning
 
 __all__ = ["app", "main"]
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for commands in (talking, checkpoints, hub, making, benching, tuning):
+for commands in (talking, serving, checkpoints, hub, making, benching, tuning):
     commands.add_to(app)
 
 

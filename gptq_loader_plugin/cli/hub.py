@@ -20,7 +20,8 @@ from gptq_loader_plugin.cli.output import (
 from gptq_loader_plugin.plan import write_size
 
 if TYPE_CHECKING:
-    from gptq_loader_plugin.hub import BranchReport, Downloading, RepoReport
+    from gptq_loader_plugin.hub import Downloading
+    from gptq_loader_plugin.hub.listing import BranchReport, RepoReport
     from gptq_loader_plugin.local import LocalReport
     from gptq_loader_plugin.reference import HubReference
 
@@ -66,7 +67,7 @@ def branches(
 ) -> None:
     """List a repository's branches as its card does, and which fit this machine."""
     from gptq_loader_plugin.device import find_device
-    from gptq_loader_plugin.hub import list_branches
+    from gptq_loader_plugin.hub.listing import list_branches
     from gptq_loader_plugin.plugins import Plugins
 
     hub = _on_hub(reference)

@@ -133,7 +133,7 @@ class ProgressBars:
         self._bar: Any = None
         self._stage = ""
         self._task: Any = None
-        self._tenth = -1
+        self._said: tuple[str, int, str] = ("", -1, "")
 
     @hookimpl
     def gptq_progress(self, progress: Progress) -> None:
@@ -192,6 +192,8 @@ class ProgressBars:
         if progress.stage in ("weights", "self-check", "branches"):
             return
         tenth = 10 * progress.done // progress.total
-        if progress.stage != self._stage or tenth != self._tenth:
-            self._stage, self._tenth = progress.stage, tenth
+        # a download's detail says who is waited for
+        said = (progress.stage, tenth, progress.detail if progress.stage == "download" else "")
+        if said != self._said:
+            self._stage, self._said = progress.stage, said
             say(f"{progress.stage}: {10 * tenth} % {progress.detail}".rstrip())

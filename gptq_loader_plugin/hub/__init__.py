@@ -1,4 +1,4 @@
-"""The model hub: list a repository's branches, and download one so that it arrives whole.
+"""The model hub: download a branch so that it arrives whole; `listing` lists them.
 
 huggingface_hub knows the addresses, the token and the cache; the transfer is ours, because its own
 neither goes on where a killed process stopped nor compares hashes (huggingface_hub 2.4).
@@ -9,14 +9,5 @@ from __future__ import annotations
 
 from gptq_loader_plugin.hub.cache import cached_folder
 from gptq_loader_plugin.hub.fetch import Downloading, download, download_folder
-from gptq_loader_plugin.hub.listing import BranchReport, RepoReport, list_branches
 
-__all__ = [
-    "BranchReport",
-    "Downloading",
-    "RepoReport",
-    "cached_folder",
-    "download",
-    "download_folder",
-    "list_branches",
-]
+__all__ = ["Downloading", "cached_folder", "download", "download_folder"]

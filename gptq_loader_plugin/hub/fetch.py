@@ -5,13 +5,20 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
+import time
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptq_loader_plugin.errors import CheckpointNotFound, DownloadCancelled, HubError, OptionInvalid
+from gptq_loader_plugin.errors import (
+    CheckpointNotFound,
+    DownloadCancelled,
+    GPTQLoaderError,
+    HubError,
+    OptionInvalid,
+)
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.hub.cache import RepoCache, cached_folder, held, lock_of
 from gptq_loader_plugin.hub.remote import look_up
@@ -30,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["Downloading", "download", "download_folder", "free_bytes"]
 
 WORKERS = 4  # files at a time: a hub limits each connection, and a checkpoint has few large files
+TELL = 0.1  # seconds between two words about progress
 LOOK_UP_LIMIT = 60.0  # seconds; the hub's answer is one small page, asked for up to three times
 
 logger = logging.getLogger(__name__)
@@ -96,6 +104,8 @@ def download(
     except KeyboardInterrupt as error:
         error.add_note(f"{hub} is not all here yet; {GOES_ON}")
         raise
+    except GPTQLoaderError:
+        raise
     except Exception as error:
         raise explained(hub, error) from error
 
@@ -133,32 +143,35 @@ def _licensed(hub: HubReference, stop: Stop) -> RemoteBranch:
 
 @dataclass(slots=True)
 class _Tally:
-    """How many bytes of each content are here; written by workers, read by the caller."""
+    """How many bytes of each file are done; written by workers, read by the caller."""
 
     total: int
     name: str
     done: dict[str, int] = field(default_factory=dict)
     waits_for: str = ""
     told: tuple[int, str] = (-1, "")
+    told_at: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, file: RemoteFile, done: int) -> None:
         with self.lock:
-            self.done[file.digest] = done
+            self.done[file.name] = done
             self.waits_for = ""
 
     def wait(self, file: RemoteFile, done: int) -> None:
         with self.lock:
-            self.done[file.digest] = done
+            self.done[file.name] = done
             self.waits_for = file.name
 
     def tell(self, progress: Callable[[Progress], None]) -> None:
         with self.lock:
-            done, name = sum(self.done.values()), self.waits_for
+            done, name = min(sum(self.done.values()), self.total), self.waits_for
         detail = f"another process is downloading {name}" if name else self.name
-        if (done, detail) != self.told:
-            self.told = (done, detail)
-            progress(Progress("download", min(done, self.total), self.total, "bytes", detail))
+        often = time.monotonic() - self.told_at < TELL and done < self.total
+        if often or (done, detail) == self.told:
+            return
+        self.told, self.told_at = (done, detail), time.monotonic()
+        progress(Progress("download", done, self.total, "bytes", detail))
 
 
 class _InCache:
@@ -172,6 +185,10 @@ class _InCache:
         self.cache.ref(branch.hub.branch)
         self.folder = self.cache.snapshot(branch.commit)
 
+    def files(self) -> list[RemoteFile]:
+        """List the contents to have; two names may hold the same."""
+        return list({it.digest: it for it in self.branch.files}.values())
+
     def here(self, file: RemoteFile) -> int:
         if self.cache.has(file):
             return file.size
@@ -182,6 +199,8 @@ class _InCache:
         return nullcontext()
 
     def fetch(self, file: RemoteFile, stop: Stop, tally: _Tally, waits: Sequence[float]) -> None:
+        if self.cache.has(file):
+            return
         partial_file = self.cache.partial(file)
         with held(self.cache.lock(file), stop, lambda: tally.wait(file, self.here(file))):
             if not self.cache.has(file):
@@ -211,6 +230,9 @@ class _InFolder:
                     hint="name an empty folder, or one that is not there yet",
                 )
 
+    def files(self) -> list[RemoteFile]:
+        return list(self.branch.files)
+
     def here(self, file: RemoteFile) -> int:
         places = (self.folder / file.name, self.staging / file.name, self._partial(file))
         return max(_size(it) for it in places)
@@ -236,9 +258,7 @@ class _InFolder:
     def finish(self) -> Path:
         if not self.staging.is_dir():
             return self.folder
-        if not self.folder.is_dir() or not any(self.folder.iterdir()):
-            if self.folder.is_dir():
-                self.folder.rmdir()
+        if not self.folder.exists():
             self.staging.replace(self.folder)
             return self.folder
         # weights last: a folder without any is no checkpoint to anybody
@@ -249,7 +269,7 @@ class _InFolder:
         return self.folder
 
     def _partial(self, file: RemoteFile) -> Path:
-        return self.staging / f"{file.digest}.incomplete"
+        return self.staging / f"{file.name}.incomplete"
 
 
 def _fetch(
@@ -268,13 +288,14 @@ def _fetch(
             tried=[str(branch.hub)],
             hint=f"list the branches: gptq-loader branches {branch.hub.repo}",
         )
-    contents = {it.digest: it for it in branch.files}  # two names may hold the same
+    files = place.files()
+    here = {it.name: min(place.here(it), it.size) for it in files}
     tally = _Tally(
-        total=sum(it.size for it in contents.values()),
+        total=sum(it.size for it in files),
         name=f"{branch.hub}, licence {branch.license}" if branch.license else str(branch.hub),
-        done={it.digest: min(place.here(it), it.size) for it in contents.values()},
+        done={} if isinstance(place, _InFolder) else here,  # a folder's files are hashed again
     )
-    missing = tally.total - sum(tally.done.values())
+    missing = tally.total - sum(here.values())
     free = free_bytes(place.folder)
     if announced is not None:
         announced(Downloading(branch, place.folder, missing, free))
@@ -288,11 +309,12 @@ def _fetch(
 
     def whole(stop: Stop) -> Path:
         with place.guarded(stop, tally):
-            jobs = [partial(_one, place, it, tally, waits) for it in contents.values()]
+            jobs = [partial(_one, place, it, tally, waits) for it in files]
             run_jobs(jobs, workers=WORKERS, cancelled=stop.is_set)
             return place.finish()
 
-    look = None if progress is None or not missing else partial(tally.tell, progress)
+    done = sum(tally.done.values()) == tally.total
+    look = None if progress is None or done else partial(tally.tell, progress)
     return run_jobs([whole], workers=1, cancelled=cancelled, look=look)[0]
 
 

@@ -22,10 +22,21 @@ struct GptqBlock {
   const float* inner_norm;  // [hidden]
   const float* q_norm;      // [head_dim], or null
   const float* k_norm;
+  int64_t window;  // positions a token sees, or 0 for all
+};
+
+// What a sequence keeps of one block.
+struct GptqCache {
   void* keys;  // [kv_heads][capacity][head_dim]
   void* values;
   int64_t capacity;
-  int64_t window;  // positions a token sees, or 0 for all
+};
+
+// New tokens of one sequence.
+struct GptqSequence {
+  int64_t past;    // positions that its caches hold
+  int64_t tokens;  // that follow them
+  const GptqCache* caches;  // [blocks]
 };
 
 struct GptqModel {

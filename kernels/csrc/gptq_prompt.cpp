@@ -323,9 +323,9 @@ struct Prompt {
   }
 
   // Rotate queries and keys, keep keys and values, and lay them out for products.
-  void arrange(const GptqBlock& block) const {
+  void arrange(const GptqBlock& block, const GptqCache& cache) const {
     const int dim = model.head_dim;
-    uint16_t *keys = static_cast<uint16_t*>(block.keys), *values = static_cast<uint16_t*>(block.values);
+    uint16_t *keys = static_cast<uint16_t*>(cache.keys), *values = static_cast<uint16_t*>(cache.values);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < tokens; row++) {
       for (int head = 0; head < model.heads; head++) {
@@ -333,7 +333,7 @@ struct Prompt {
         turn_head(q, block.q_norm, model.eps, cos + row * dim, sin + row * dim, dim, q);
       }
       for (int head = 0; head < model.kv_heads; head++) {
-        const int64_t from = (row * model.kv_heads + head) * dim, to = (head * block.capacity + past + row) * dim;
+        const int64_t from = (row * model.kv_heads + head) * dim, to = (head * cache.capacity + past + row) * dim;
         turn_head(room.k + from, block.k_norm, model.eps, cos + row * dim, sin + row * dim, dim, keys + to);
         memcpy(values + to, room.v + from, size_t(dim) * 2);
       }
@@ -341,7 +341,7 @@ struct Prompt {
     const int64_t blocks = keys_held / 32, end = past + tokens;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < model.kv_heads * blocks; i++) {
-      const int64_t head = i / blocks, block_of = i % blocks, from = (head * block.capacity + block_of * 32) * dim;
+      const int64_t head = i / blocks, block_of = i % blocks, from = (head * cache.capacity + block_of * 32) * dim;
       const int count = int(std::clamp<int64_t>(end - block_of * 32, 0, 32));
       uint32_t* to = room.keys + (head * blocks + block_of) * 2 * (dim / 32) * BLOCK;
       lay_keys(keys + from, std::min(count, 16), dim, to);
@@ -376,12 +376,13 @@ struct Prompt {
     return failed;
   }
 
-  int run(const GptqBlock& block, bool first) const {
-    norm(first ? nullptr : room.made, block.input_norm, 0, tokens, room.normed);
+  int run(int index, const GptqCache& cache) const {
+    const GptqBlock& block = model.block[index];
+    norm(index == 0 ? nullptr : room.made, block.input_norm, 0, tokens, room.normed);
     const GptqProjection* reads[] = {&block.q, &block.k, &block.v};
     uint16_t* outs[] = {room.q, room.k, room.v};
     if (project(reads, outs, 3, room.normed, tokens, amx, threads)) return 1;
-    arrange(block);
+    arrange(block, cache);
     if (see(block)) return 1;
     const GptqProjection* o[] = {&block.o};
     uint16_t* made[] = {room.made};
@@ -410,11 +411,12 @@ BF16_TARGET void widen(const uint16_t* from, int64_t count, float* to) {
 
 extern "C" {
 
-// Run the blocks and the last norm on `m` tokens after `past` ones, as gptq_step does, for a model whose
+// Run the blocks and the last norm on the new tokens of one sequence, as gptq_step does, for a model whose
 // layers are all packed, in bfloat16, on a processor with AVX512-BF16. Returns 0, or 1 where memory is short.
-int gptq_prompt(const GptqModel* model, const void* x, const float* cos, const float* sin, int64_t past, int64_t m, void* y, int amx,
-                int threads) {
+int gptq_prompt(const GptqModel* model, const void* x, const float* cos, const float* sin, const GptqSequence* sequence, void* y,
+                int amx, int threads) {
 #ifdef X86
+  const int64_t past = sequence->past, m = sequence->tokens;
   const int64_t keys_held = up_to(past + m, NO_KEY);
   Room room;
   Scratch scratch;  // given back at the end: it may be large
@@ -424,11 +426,11 @@ int gptq_prompt(const GptqModel* model, const void* x, const float* cos, const f
   widen(static_cast<const uint16_t*>(x), m * model->hidden, room.x);
   const Prompt prompt{*model, room, cos, sin, past, m, keys_held, amx, threads};
   for (int i = 0; i < model->blocks; i++)
-    if (prompt.run(model->block[i], i == 0)) return 1;
+    if (prompt.run(i, sequence->caches[i])) return 1;
   prompt.norm(room.made, model->norm, 0, m, static_cast<uint16_t*>(y));
   return 0;
 #else
-  (void)model, (void)x, (void)cos, (void)sin, (void)past, (void)m, (void)y, (void)amx, (void)threads;
+  (void)model, (void)x, (void)cos, (void)sin, (void)sequence, (void)y, (void)amx, (void)threads;
   return 1;
 #endif
 }

@@ -1,4 +1,4 @@
-// One step of decoding a Llama-like model: its blocks and last norm, for a few new tokens of one sequence.
+// One step of decoding a Llama-like model: its blocks and last norm, for a few new tokens of some sequences.
 //
 // What transformers does in some 20 operations a block is done here in one team of threads, which meet
 // five times a block. Activations are float32 between products; keys and values are kept in the model's
@@ -9,14 +9,16 @@
 //   h = rms_norm(x);  x += down(silu(gate(h)) * up(h))
 //
 // A thread gathers what a projection reads by itself: it costs less than meeting once more. Positions
-// are shared out evenly, in the order of the heads of keys and values; a thread's piece of a head may
-// be only some of its positions, and who reads what was seen merges the pieces for itself.
+// are shared out evenly, in the order of the sequences and their heads of keys and values; a thread's
+// piece of a head may be only some of its positions, and who reads what was seen merges the pieces for
+// itself. A token's numbers are the same whatever other tokens are in the step, but for that merging.
 
 #include "gptq_attention.h"
 #include "gptq_model.h"
 
 #include <atomic>
 #include <sched.h>
+#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -201,24 +203,37 @@ struct Own {
   char* input;             // for make_ready
 };
 
+// The positions that new tokens of one sequence see, in one head of keys and values.
+struct Unit {
+  const GptqSequence* sequence;
+  int head;
+  int64_t row;     // of the sequence's first token
+  int64_t first;   // position
+  int64_t offset;  // of its positions among those of all units
+  int64_t length() const { return sequence->past + sequence->tokens - first; }
+};
+
 struct Worker : Own {
   const GptqModel& model;
   const Shared& shared;
   Team& team;
   const float *cos, *sin;
-  int64_t past, m;
+  const GptqSequence* sequences;
+  int64_t count, m, most_rows;  // sequences, tokens, and rows of a unit
   int thread, threads;
+  std::vector<Unit> units;
 
   // A thread's share of what is to be done.
-  int64_t from(int64_t count) const { return count * thread / threads; }
-  int64_t to(int64_t count) const { return count * (thread + 1) / threads; }
+  int64_t from(int64_t all) const { return all * thread / threads; }
+  int64_t to(int64_t all) const { return all * (thread + 1) / threads; }
 
   void norm(const float* weight) {
     for (int64_t row = 0; row < m; row++)
       BEST(norm, model.isa, shared.x + row * model.hidden, weight, model.hidden, model.eps, normed + row * model.hidden);
   }
 
-  void attend(const GptqBlock& block) {
+  void attend(int index) {
+    const GptqBlock& block = model.block[index];
     const GptqProjection* parts[] = {&block.q, &block.k, &block.v};
     float* outs[] = {shared.q, shared.k, shared.v};
     const int64_t all = tiles_of(block.q) + tiles_of(block.k) + tiles_of(block.v);
@@ -227,9 +242,9 @@ struct Worker : Own {
     bool ready = false;
     for (int i = 0; i < 3; i++) {
       const GptqProjection& p = *parts[i];
-      const int64_t count = tiles_of(p);
+      const int64_t tiles = tiles_of(p);
       if (!p.same_rows) ready = false;
-      const int64_t begin = std::max(from(all) - before, int64_t(0)), end = std::min(to(all) - before, count);
+      const int64_t begin = std::max(from(all) - before, int64_t(0)), end = std::min(to(all) - before, tiles);
       if (begin < end && !ready) in = make_ready(model, p, normed, m, input);
       ready = ready || begin < end;
       for (int64_t at = begin; at < end; at++) {
@@ -237,83 +252,104 @@ struct Worker : Own {
         for (int64_t row = 0; row < m; row++)
           memcpy(outs[i] + row * p.out_features + at * COLUMNS, tile + row * COLUMNS, sizeof(float) * columns);
       }
-      before += count;
+      before += tiles;
     }
     team.meet();
-    const int64_t first = block.window ? std::max<int64_t>(0, past + 1 - block.window) : 0;
-    const int64_t length = past + m - first, begin = cut(thread, length), end = cut(thread + 1, length);
-    for (int64_t at = begin; at < end;) {
-      const int head = int(at / length);
-      const int64_t next = std::min((head + 1) * length, end);
-      look(block, head, first + at - head * length, first + next - head * length);
-      at = next;
+    list_units(block);
+    const int64_t begin = cut(thread), end = cut(thread + 1);
+    for (size_t i = 0; i < units.size(); i++) {
+      const Unit& unit = units[i];
+      const int64_t low = std::max(begin - unit.offset, int64_t(0)), high = std::min(end - unit.offset, unit.length());
+      if (low < high) look(block, unit, unit.sequence->caches[index], int64_t(i), unit.first + low, unit.first + high);
     }
     team.meet();
-    merge(length);
+    merge();
     add(block.o, merged);
   }
 
-  // Where a thread's share of all heads' positions begins; new positions of a head stay together.
-  int64_t cut(int of, int64_t length) const {
-    const int64_t at = model.kv_heads * length * of / threads;
-    return at % length > length - m ? at / length * length + length - m : at;
+  void list_units(const GptqBlock& block) {
+    units.clear();
+    int64_t row = 0, offset = 0;
+    for (int64_t i = 0; i < count; i++) {
+      const GptqSequence& it = sequences[i];
+      const int64_t first = block.window ? std::max<int64_t>(0, it.past + 1 - block.window) : 0;
+      for (int head = 0; head < model.kv_heads; head++) {
+        units.push_back({&it, head, row, first, offset});
+        offset += units.back().length();
+      }
+      row += it.tokens;
+    }
   }
 
-  // Attention over some positions of one head of keys and values.
-  void look(const GptqBlock& block, int head, int64_t begin, int64_t end) {
+  // Where a thread's share of all units' positions begins; new positions of a unit stay together.
+  int64_t cut(int of) const {
+    const int64_t all = units.back().offset + units.back().length(), at = all * of / threads;
+    if (at == all) return all;
+    const auto after = std::upper_bound(units.begin(), units.end(), at, [](int64_t value, const Unit& it) { return value < it.offset; });
+    const Unit& unit = *(after - 1);
+    return std::min(at, unit.offset + unit.length() - unit.sequence->tokens);
+  }
+
+  // Attention over some positions of one unit.
+  void look(const GptqBlock& block, const Unit& unit, const GptqCache& cache, int64_t number, int64_t begin, int64_t end) {
     const int dim = model.head_dim, each = model.heads / model.kv_heads;
     const int64_t q_stride = int64_t(model.heads) * dim, kv_stride = int64_t(model.kv_heads) * dim;
-    const int64_t head_at = head * block.capacity * dim;
-    if (end == past + m) {  // whoever sees the last position keeps the new keys and values
-      for (int64_t row = 0; row < m; row++) {
-        float* k = shared.k + row * kv_stride + head * dim;
+    const int64_t head_at = unit.head * cache.capacity * dim, past = unit.sequence->past, tokens = unit.sequence->tokens;
+    if (end == past + tokens) {  // whoever sees the last position keeps the new keys and values
+      for (int64_t i = 0; i < tokens; i++) {
+        const int64_t row = unit.row + i;
+        float* k = shared.k + row * kv_stride + unit.head * dim;
         if (block.k_norm) BEST(norm, model.isa, k, block.k_norm, dim, model.eps, k);
         rotate(k, cos + row * dim, sin + row * dim, dim);
-        keep(block.keys, head_at + (past + row) * dim, k, dim, model.type);
-        keep(block.values, head_at + (past + row) * dim, shared.v + row * kv_stride + head * dim, dim, model.type);
+        keep(cache.keys, head_at + (past + i) * dim, k, dim, model.type);
+        keep(cache.values, head_at + (past + i) * dim, shared.v + row * kv_stride + unit.head * dim, dim, model.type);
       }
     }
     const bool rounds = model.isa >= BF16 && model.type == BFLOAT16;
-    for (int i = 0; i < each * m; i++) {
-      const int64_t row = i % m;
+    const int64_t rows = each * tokens;
+    for (int64_t i = 0; i < rows; i++) {
+      const int64_t row = unit.row + i % tokens;
       float* to = q + i * dim;
-      memcpy(to, shared.q + row * q_stride + (head * each + i / m) * dim, sizeof(float) * dim);
+      memcpy(to, shared.q + row * q_stride + (unit.head * each + i / tokens) * dim, sizeof(float) * dim);
       if (block.q_norm) BEST(norm, model.isa, to, block.q_norm, dim, model.eps, to);
       rotate(to, cos + row * dim, sin + row * dim, dim);
       for (int d = 0; d < dim; d++) to[d] *= model.scale;
       if (rounds) keep(rounded, i * dim, to, dim, BFLOAT16);
-      ends[i] = past + row + 1;
+      ends[i] = past + i % tokens + 1;
       starts[i] = block.window ? std::max<int64_t>(0, ends[i] - block.window) : 0;
     }
-    const int64_t size = model.type == FLOAT32 ? 4 : 2, rows = each * m, piece = thread + head;
-    const Sight sight{q, rounded, static_cast<const char*>(block.keys) + head_at * size,
-                      static_cast<const char*>(block.values) + head_at * size, begin, end, starts, ends, int(rows), dim,
-                      scores, shared.most + piece * rows, shared.weight + piece * rows, shared.seen + piece * rows * dim};
+    const int64_t size = model.type == FLOAT32 ? 4 : 2, piece = (thread + number) * most_rows;
+    const Sight sight{q, rounded, static_cast<const char*>(cache.keys) + head_at * size,
+                      static_cast<const char*>(cache.values) + head_at * size, begin, end, starts, ends, int(rows), dim,
+                      scores, shared.most + piece, shared.weight + piece, shared.seen + piece * dim};
 #ifdef X86
     if (rounds) return see_bfloat16(sight);
 #endif
     BEST(see, model.isa, sight, model.type);
   }
 
-  // Put the pieces of each head together: merged [m][heads][head_dim].
-  void merge(int64_t length) {
+  // Put the pieces of each unit together: merged [m][heads][head_dim].
+  void merge() {
     const int dim = model.head_dim, each = model.heads / model.kv_heads;
-    const int64_t rows = each * m;
-    int first = 0;  // the thread that has a head's first piece
-    for (int head = 0; head < model.kv_heads; head++) {
-      while (cut(first + 1, length) <= head * length) first++;
+    std::vector<int64_t> cuts(threads + 1);
+    for (int of = 0; of <= threads; of++) cuts[of] = cut(of);
+    int first = 0;  // the thread that has a unit's first piece
+    for (size_t number = 0; number < units.size(); number++) {
+      const Unit& unit = units[number];
+      const int64_t tokens = unit.sequence->tokens;
+      while (cuts[first + 1] <= unit.offset) first++;
       int last = first;
-      while (cut(last + 1, length) < (head + 1) * length) last++;
-      for (int64_t row = 0; row < rows; row++) {
-        float* to = merged + ((row % m) * model.heads + head * each + row / m) * dim;
+      while (cuts[last + 1] < unit.offset + unit.length()) last++;
+      for (int64_t i = 0; i < each * tokens; i++) {
+        float* to = merged + ((unit.row + i % tokens) * model.heads + unit.head * each + i / tokens) * dim;
+        const auto at = [&](int of) { return (of + int64_t(number)) * most_rows + i; };
         float most = -INFINITY, sum = 0;
         for (int of = first; of <= last; of++)
-          if (cut(of, length) < cut(of + 1, length)) most = std::max(most, shared.most[(of + head) * rows + row]);
+          if (cuts[of] < cuts[of + 1]) most = std::max(most, shared.most[at(of)]);
         for (int of = first; of <= last; of++) {
-          if (cut(of, length) == cut(of + 1, length)) continue;  // more threads than positions
-          const int64_t at = (of + head) * rows + row;
-          const float factor = expf(shared.most[at] - most), *seen = shared.seen + at * dim;
-          sum += shared.weight[at] * factor;
+          if (cuts[of] == cuts[of + 1]) continue;  // more threads than positions
+          const float factor = expf(shared.most[at(of)] - most), *seen = shared.seen + at(of) * dim;
+          sum += shared.weight[at(of)] * factor;
           for (int d = 0; d < dim; d++) to[d] = (of == first ? 0 : to[d]) + factor * seen[d];
         }
         for (int d = 0; d < dim; d++) to[d] /= sum;
@@ -363,7 +399,7 @@ struct Worker : Own {
   void run() {
     for (int i = 0; i < model.blocks; i++) {
       norm(model.block[i].input_norm);
-      attend(model.block[i]);
+      attend(i);
       feed(model.block[i]);
     }
   }
@@ -387,12 +423,14 @@ thread_local Scratch step_scratch;
 
 extern "C" {
 
-// Run the blocks and the last norm on `m` tokens after `past` ones: x and y [m][hidden] of the model's
-// dtype; cos and sin [m][head_dim]. Keys and values are added to each block's. Returns 0, or 1 where
-// memory is short.
-int gptq_step(const GptqModel* model, const void* x, const float* cos, const float* sin, int64_t past, int64_t m,
-              void* y, int threads) {
+// Run the blocks and the last norm on the new tokens of `count` sequences, one after the other: x and y
+// [tokens][hidden] of the model's dtype; cos and sin [tokens][head_dim]. Keys and values are added to the
+// sequences'. Returns 0, or 1 where memory is short.
+int gptq_step(const GptqModel* model, const void* x, const float* cos, const float* sin, const GptqSequence* sequences,
+              int64_t count, void* y, int threads) {
   const GptqModel& it = *model;
+  int64_t m = 0, most = 0;
+  for (int64_t i = 0; i < count; i++) m += sequences[i].tokens, most = std::max(most, sequences[i].tokens);
   Shared shared;
   size_t input = 0;
   for (int i = 0; i < it.blocks; i++) {
@@ -403,7 +441,7 @@ int gptq_step(const GptqModel* model, const void* x, const float* cos, const flo
   constexpr int MOST = 256;
   threads = std::min(threads, MOST);
   const size_t q_size = size_t(it.heads) * it.head_dim, kv_size = size_t(it.kv_heads) * it.head_dim;
-  const size_t rows = it.heads / it.kv_heads * m, pieces = it.kv_heads + threads;
+  const size_t rows = it.heads / it.kv_heads * most, pieces = it.kv_heads * count + threads;
   Own own[MOST];
   const auto lay_out = [&](char* memory) {
     Parts parts{memory, 0};
@@ -438,13 +476,13 @@ int gptq_step(const GptqModel* model, const void* x, const float* cos, const flo
 #pragma omp parallel num_threads(threads)
   {
 #ifdef _OPENMP
-    const int thread = omp_get_thread_num(), count = omp_get_num_threads();
+    const int thread = omp_get_thread_num(), together = omp_get_num_threads();
 #else
-    const int thread = 0, count = 1;
+    const int thread = 0, together = 1;
 #endif
 #pragma omp single
-    team = new Team(count);
-    Worker{own[thread], it, shared, *team, cos, sin, past, m, thread, count}.run();
+    team = new Team(together);
+    Worker{own[thread], it, shared, *team, cos, sin, sequences, count, m, int64_t(rows), thread, together, {}}.run();
   }
   delete team;
   for (int64_t row = 0; row < m; row++) {

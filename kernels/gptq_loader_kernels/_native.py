@@ -12,10 +12,12 @@ __all__ = [
     "NORMS",
     "PARTS",
     "Block",
+    "Cache",
     "Isa",
     "Layer",
     "Model",
     "Projection",
+    "Sequence",
     "find_library",
     "held_bits",
     "load_library",
@@ -95,10 +97,27 @@ class Block(ctypes.Structure):
     _fields_ = (
         *((name, Projection) for name in PARTS),
         *((name, ctypes.c_void_p) for name in NORMS),
+        ("window", ctypes.c_int64),
+    )
+
+
+class Cache(ctypes.Structure):
+    """`GptqCache` of gptq_model.h."""
+
+    _fields_ = (
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
         ("capacity", ctypes.c_int64),
-        ("window", ctypes.c_int64),
+    )
+
+
+class Sequence(ctypes.Structure):
+    """`GptqSequence` of gptq_model.h."""
+
+    _fields_ = (
+        ("past", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("caches", ctypes.POINTER(Cache)),
     )
 
 
@@ -182,9 +201,9 @@ def load_library() -> ctypes.CDLL:
     library.gptq_amx.restype = number
     library.gptq_gemm.argtypes = (pointer, pointer, number, pointer, count, number, number)
     library.gptq_gemm.restype = number
-    library.gptq_step.argtypes = (pointer, pointer, pointer, pointer, count, count, pointer, number)
+    library.gptq_step.argtypes = (pointer,) * 5 + (count, pointer, number)
     library.gptq_step.restype = number
-    library.gptq_prompt.argtypes = (pointer,) * 4 + (count, count, pointer, number, number)
+    library.gptq_prompt.argtypes = (pointer,) * 6 + (number, number)
     library.gptq_prompt.restype = number
     library.gptq_rows.argtypes = (pointer,) * 3 + (count,) * 3 + (number,) * 3
     library.gptq_rows.restype = number

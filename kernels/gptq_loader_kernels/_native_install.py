@@ -12,7 +12,8 @@ from torch import nn
 
 from gptq_loader_kernels._native import Isa, load_library
 from gptq_loader_kernels._native_linear import TYPES
-from gptq_loader_kernels._native_step import CACHE, MOST_TOKENS, NativeStep, all_packed, why_not
+from gptq_loader_kernels._native_model import all_packed, why_not
+from gptq_loader_kernels._native_step import CACHE, MOST_TOKENS, NativeStep
 from gptq_loader_plugin.kv_cache import make_cache
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import pipeline
 
 import gptq_loader_plugin as gptq
-from gptq_loader_plugin.generate import TextStream, generate_pieces
+from gptq_loader_plugin.generate import Generation, TextStream, generate_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +63,11 @@ def say(model: gptq.LoadedModel, text: str, **more: Any) -> list[gptq.Piece]:
     arguments: dict[str, Any] = {
         "max_new_tokens": 1000, "stop": (), "stop_ids": frozenset({end}), **more,
     }  # fmt: skip
-    return list(generate_pieces(scripted, model.tokenizer, [1], options(), **arguments))
+    return list(
+        generate_pieces(
+            lambda: Generation(scripted, model.tokenizer, [1], options(), **arguments)  # type: ignore[arg-type]
+        )
+    )
 
 
 @given(text=st.text(min_size=1, max_size=30))

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gptq_loader_kernels._native import Isa, find_library, load_library
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import find_device
-from gptq_loader_plugin.generate import generate_pieces
+from gptq_loader_plugin.generate import Generation, generate_pieces
 from gptq_loader_plugin.kv_cache import KeptCache, RoomyLayer, make_cache
 from gptq_loader_plugin.options import GenerateOptions
 
@@ -224,8 +224,10 @@ def test_a_turn_reads_only_what_is_new() -> None:
     def reply(ids: list[int]) -> str:
         read.clear()
         pieces = generate_pieces(
-            model, Letters(), ids, GenerateOptions(temperature=0), max_new_tokens=4, stop=(),  # type: ignore[arg-type]
-            stop_ids=frozenset(), kept=kept,
+            lambda: Generation(
+                model, Letters(), ids, GenerateOptions(temperature=0), max_new_tokens=4, stop=(),  # type: ignore[arg-type]
+                stop_ids=frozenset(), kept=kept,
+            )
         )  # fmt: skip
         return "".join(it.text for it in pieces)
 
@@ -309,6 +311,46 @@ def test_the_code_for_every_processor_answers_alike(isa: Isa, dtype: torch.dtype
         torch.testing.assert_close(got, exact, rtol=2e-4, atol=2e-4)
     else:
         assert (got - exact).norm() < 1.2 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_sequences_step_together_as_they_do_alone(
+    family: str, dtype: torch.dtype, threads: int
+) -> None:
+    model = build(family, dtype=dtype, bits=3)
+    step = install(model)
+    draw = torch.Generator().manual_seed(2)
+    lengths = (3, 40, 1, 130, 17, 64, 9, 250, 5)
+    prompts = [torch.randint(0, 300, (1, it), generator=draw) for it in lengths]
+    steps = [[[7 * i + j] * (1 + (i + j) % 3) for i in range(len(lengths))] for j in range(4)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            alone = [[] for _ in steps]
+            for i, prompt in enumerate(prompts):
+                cache = make_cache(model)
+                model.model(input_ids=prompt, use_cache=True, cache=cache)
+                for j, tokens in enumerate(steps):
+                    alone[j].append(step.step_many([tokens[i]], [cache]))
+            caches = [make_cache(model) for _ in prompts]
+            for prompt, cache in zip(prompts, caches, strict=True):
+                model.model(input_ids=prompt, use_cache=True, cache=cache)
+            together = [step.step_many(tokens, caches) for tokens in steps]
+    finally:
+        torch.set_num_threads(before)
+    for got, expected in zip(together, alone, strict=True):
+        wanted = torch.cat(expected)
+        assert got.shape == wanted.shape
+        if threads == 1:
+            assert torch.equal(got, wanted)  # a token's numbers do not depend on its neighbours
+        else:
+            torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
+    assert [it.get_seq_length() for it in caches] == [
+        length + sum(len(tokens[i]) for tokens in steps) for i, length in enumerate(lengths)
+    ]
 
 
 @pytest.mark.skipif(load_library().gptq_isa() < Isa.BF16, reason="no bfloat16 products here")

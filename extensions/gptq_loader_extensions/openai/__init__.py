@@ -1,0 +1,66 @@
+"""The host "openai": serve a loaded model to the clients that speak OpenAI's API, or Kobold's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_plugin.errors import OptionInvalid, PluginError
+from gptq_loader_plugin.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from gptq_loader_plugin.host import Host
+
+__all__ = ["OpenAIHost", "gptq_hosts"]
+
+EXTRA = "pip install 'gptq-loader-plugin[server]'"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAIHost:
+    """Serve OpenAI's API, and the routes of Kobold and text-generation-webui clients."""
+
+    name: str = "openai"
+
+    def install(self, **options: Any) -> None:  # noqa: ANN401 - Host's signature; checked here
+        """Serve until Ctrl-C.
+
+        Args:
+            **options: `reference`, what to load, or None to load the first model that is asked
+                for; `model`, a LoadedModel where it is loaded already; `load`, a function that
+                loads a reference or a folder; and the fields of `settings.Settings`.
+
+        Raises:
+            PluginError: fastapi or uvicorn is not installed.
+            OptionInvalid: an option is unknown, the address cannot be served on, or it can be
+                reached from other machines and nothing keeps them out.
+        """
+        from gptq_loader_extensions.openai.settings import Settings
+
+        model, load = options.pop("model", None), options.pop("load", None)
+        reference = options.pop("reference", None)
+        names = {it.name for it in fields(Settings)}
+        if unknown := sorted(set(options) - names):
+            raise OptionInvalid(
+                f"the server has no option {', '.join(unknown)}",
+                hint=f"the options are {', '.join(sorted({'model', 'load', 'reference', *names}))}",
+            )
+        settings = Settings(**options)
+        settings.check()
+        try:
+            import fastapi  # noqa: F401 - only whether they are there
+            import psutil  # noqa: F401
+            import uvicorn  # noqa: F401
+        except ImportError as error:
+            raise PluginError(
+                f"the server needs {error.name}, which is not installed", hint=EXTRA
+            ) from error
+        from gptq_loader_extensions.openai.serving import serve
+
+        serve(settings, model=model, reference=reference, load=load)
+
+
+@hookimpl
+def gptq_hosts() -> list[Host]:
+    """Offer the server."""
+    return [OpenAIHost()]

@@ -1,0 +1,108 @@
+"""The routes that say what is here: models, health, metrics; and what is not."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse
+
+from gptq_loader_extensions.openai.documented import ERRORS
+from gptq_loader_extensions.openai.errors import ApiError
+
+if TYPE_CHECKING:
+    from gptq_loader_extensions.openai.server import Server
+    from gptq_loader_extensions.openai.shelf import Entry
+
+__all__ = ["about_routes"]
+
+
+def about_routes(server: Server) -> APIRouter:
+    """Make the routes."""
+    router = APIRouter(responses=ERRORS)
+
+    @router.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """List the models that may be named."""
+        entries = await asyncio.to_thread(server.shelf.entries)
+        return {"object": "list", "data": [_model(it) for it in entries]}
+
+    @router.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """Say what one model is."""
+        for entry in await asyncio.to_thread(server.shelf.entries):
+            if entry.name == name:
+                return _model(entry)
+        raise ApiError(
+            404,
+            f"the model {name[:200]!r} does not exist here; GET /v1/models lists those that do",
+            param="model",
+            code="model_not_found",
+        )
+
+    @router.post("/v1/embeddings")
+    async def embeddings(request: Request) -> None:
+        """Refuse: a model that writes text gives no embeddings worth having."""
+        del request
+        raise ApiError(
+            501,
+            "this server makes no embeddings: its models write text; ask a server of an embedding "
+            "model",
+            code="not_supported",
+        )
+
+    @router.get("/health")
+    async def health() -> dict[str, Any]:
+        """Say that the server runs, and what it has loaded."""
+        loaded = server.shelf.loaded
+        running, waiting = server.engine.counts()
+        return {
+            "status": "ok",
+            "model": None if loaded is None else loaded[0],
+            "running": running,
+            "waiting": waiting,
+        }
+
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> PlainTextResponse:
+        """Count what was done, in Prometheus' text format."""
+        text = server.metrics.render(_gauges(server), _info(server))
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    return router
+
+
+def _model(entry: Entry) -> dict[str, Any]:
+    return {
+        "id": entry.name,
+        "object": "model",
+        "created": entry.created,
+        "owned_by": "gptq-loader",
+    }
+
+
+def _gauges(server: Server) -> dict[str, float]:
+    import psutil
+
+    running, waiting = server.engine.counts()
+    loaded = server.shelf.loaded
+    weights = 0 if loaded is None else loaded[1].plan.weight_bytes
+    return {
+        "gptq_requests_running": running,
+        "gptq_requests_waiting": waiting,
+        "gptq_model_weight_bytes": weights,
+        "process_resident_memory_bytes": psutil.Process().memory_info().rss,
+    }
+
+
+def _info(server: Server) -> dict[str, str]:
+    if server.shelf.loaded is None:
+        return {}
+    name, model = server.shelf.loaded
+    return {
+        "model": name,
+        "kernels": ",".join(model.plan.kernels()),
+        "device": str(model.plan.device),
+        "dtype": model.plan.dtype,
+    }

@@ -1,0 +1,104 @@
+"""Turn what a request asks for into the runs that an engine takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_extensions.openai.engine import Run
+from gptq_loader_extensions.openai.errors import invalid
+from gptq_loader_extensions.openai.processors import Bias, RecentPenalty, SaidPenalty, read_bias
+from gptq_loader_plugin.options import GenerateOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from gptq_loader_extensions.openai.schemas import Sampling
+    from gptq_loader_plugin.loaded import LoadedModel
+
+__all__ = ["make_options", "make_runs", "stop_texts"]
+
+# The least probability mass that a client can mean by top_p 0, which keeps one token.
+LEAST_TOP_P = 1e-6
+
+
+def make_options(request: Sampling, *, max_tokens: int) -> GenerateOptions:
+    """Make generate's options; what a client leaves out is as in every other way to use a model.
+
+    Raises:
+        OptionInvalid: a value is out of range.
+    """
+    fields: dict[str, Any] = {
+        "max_new_tokens": max_tokens,
+        "stop": stop_texts(request.stop),
+        "seed": request.seed,
+        "temperature": request.temperature,
+        "min_p": request.min_p,
+        "top_p": None if request.top_p is None else max(request.top_p, LEAST_TOP_P),
+        "top_k": None if request.top_k is None else max(request.top_k, 0),
+    }
+    if not request.repetition_penalty_range:
+        fields["repetition_penalty"] = request.repetition_penalty
+    return GenerateOptions.parse({name: it for name, it in fields.items() if it is not None})
+
+
+def stop_texts(stop: str | list[str] | None) -> tuple[str, ...]:
+    """Give the stop texts as they may be sent: one, several, or none."""
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())
+
+
+def make_runs(
+    request: Sampling,
+    model: LoadedModel,
+    ids: Sequence[int],
+    *,
+    max_tokens: int,
+    stop: Sequence[str] = (),
+    top: int | None = None,
+    grammar: Callable[[], Any] | None = None,
+) -> list[Run]:
+    """Make the `n` runs that complete one prompt; each has its own seed, where there is one.
+
+    Args:
+        request: what was asked for.
+        model: what will answer.
+        ids: the prompt's tokens.
+        max_tokens: the most tokens of each reply.
+        stop: the template's end texts.
+        top: how many of the likeliest tokens to report; None reports nothing.
+        grammar: makes the processor that keeps one reply to a grammar.
+
+    Raises:
+        ApiError: an option names a token that this model does not have.
+        OptionInvalid: a value is out of range.
+    """
+    options = make_options(request, max_tokens=max_tokens)
+    if options.seed is not None and options.seed + (request.n or 1) > 2**63:
+        raise invalid("seed is too large for that many replies; choose a smaller one", param="seed")
+    runs = []
+    for i in range(request.n or 1):
+        processors = _processors(request, model, len(ids))
+        if grammar is not None:
+            processors.append(grammar())
+        seed = None if options.seed is None else options.seed + i
+        chosen = options if i == 0 else options.model_copy(update={"seed": seed})
+        runs.append(Run(ids, chosen, tuple(stop), processors, top))
+    return runs
+
+
+def _processors(request: Sampling, model: LoadedModel, begin: int) -> list[Any]:
+    processors: list[Any] = []
+    if request.repetition_penalty_range and request.repetition_penalty not in (None, 1):
+        processors.append(
+            RecentPenalty(float(request.repetition_penalty), request.repetition_penalty_range)
+        )
+    if request.presence_penalty or request.frequency_penalty:
+        processors.append(
+            SaidPenalty(
+                begin,
+                presence=request.presence_penalty or 0.0,
+                frequency=request.frequency_penalty or 0.0,
+            )
+        )
+    if request.logit_bias:
+        processors.append(Bias(read_bias(request.logit_bias, len(model.tokenizer))))
+    return processors

@@ -1,0 +1,110 @@
+"""Refusals and failures in the shape OpenAI's clients read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_plugin.errors import (
+    CheckpointError,
+    GPTQLoaderError,
+    OptionInvalid,
+    PromptTooLong,
+    TemplateError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["ApiError", "as_api_error", "invalid", "is_out_of_memory"]
+
+# What torch says when an allocation fails, where it raises no class of its own for it.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: the HTTP status.
+        message: what is wrong and what to do, in words.
+        kind: OpenAI's `type`.
+        code: OpenAI's `code`, for programs.
+        param: the field of the request that is wrong.
+        headers: more headers of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind
+        self.code = code
+        self.param = param
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """Give the answer's content."""
+        error = {
+            "message": self.message,
+            "type": self.kind,
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": error}
+
+
+def invalid(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
+    """Make the refusal of a malformed request."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def as_api_error(error: Exception) -> ApiError:  # noqa: PLR0911 - one for each kind
+    """Turn what a request's work raised into an answer."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, PromptTooLong):
+        if not error.tokens:
+            return invalid("the prompt is empty; write something")
+        return invalid(
+            f"this model's maximum context length is {error.context:,} tokens, and the prompt has "
+            f"{error.tokens:,}; shorten it, or leave the oldest turns out",
+            code="context_length_exceeded",
+            param="messages",
+        )
+    if isinstance(error, OptionInvalid | TemplateError):
+        return invalid(f"{error.message}; {error.hint}")
+    if is_out_of_memory(error):
+        return ApiError(
+            503,
+            "there was not enough memory for this request; send a shorter prompt, ask for fewer "
+            "tokens, or serve a smaller model",
+            kind="server_error",
+            code="out_of_memory",
+        )
+    if isinstance(error, GPTQLoaderError):
+        message = error.message
+        if isinstance(error, CheckpointError):
+            message = message.replace(str(error.path), error.path.name)
+        return ApiError(503, f"{message}; {error.hint}", kind="server_error", code="model_unusable")
+    return ApiError(
+        500,
+        "the server failed on this request; its log says why",
+        kind="server_error",
+        code="internal_error",
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: Python's, or torch's on any device."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(it in str(error) for it in OUT_OF_MEMORY)

@@ -1,0 +1,144 @@
+"""Let in who may come in: a key, the right Host and Origin, and no more bytes than allowed."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import json
+import socket
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from gptq_loader_extensions.openai.errors import ApiError
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from gptq_loader_extensions.openai.settings import Settings
+
+__all__ = ["Guard"]
+
+
+class Guard:
+    """Refuse requests before anything reads them.
+
+    A page on the web can have a browser send requests here, and with a name that it makes point
+    here (DNS rebinding) it could read the answers. So a request must be addressed to this machine
+    by a number or by a name of its own, and come from no other origin.
+
+    Args:
+        app: what answers.
+        settings: whom to let in.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._key = None if settings.api_key is None else settings.api_key.encode()
+        self._origins = frozenset(settings.cors)
+        self._max_body = settings.max_body
+        here = socket.gethostname().casefold()
+        self._names = frozenset(
+            {"localhost", here, f"{here}.local", settings.host.casefold()}
+            | {it.casefold() for it in settings.allowed_hosts}
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._check(_headers(scope))
+        except ApiError as error:
+            await _refuse(error, scope, send)
+            return
+        await self._app(scope, self._counted(receive), send)
+
+    def _check(self, headers: dict[str, str]) -> None:
+        host = _host_name(headers.get("host", ""))
+        if host not in self._names and not _is_number(host):
+            raise ApiError(
+                403,
+                "this server does not go by that name; address it by its number, or start it with "
+                "--allow-host NAME",
+                code="wrong_host",
+            )
+        origin = headers.get("origin")
+        own = origin is not None and urlsplit(origin).netloc == headers.get("host")
+        if origin is not None and not own and not {origin, "*"} & self._origins:
+            raise ApiError(
+                403,
+                "pages of that origin may not call this server; start it with --cors ORIGIN to let "
+                "them",
+                code="wrong_origin",
+            )
+        if self._key is not None and not self._has_key(headers):
+            raise ApiError(
+                401,
+                "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > self._max_body:
+            raise self._too_large()
+
+    def _has_key(self, headers: dict[str, str]) -> bool:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        given = given.strip() if scheme.casefold() == "bearer" else headers.get("x-api-key", "")
+        return hmac.compare_digest(given.encode("latin-1"), self._key or b"")
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413,
+            f"a request may have {self._max_body:,} bytes here; send less, or start the server "
+            "with a larger --max-body",
+            code="request_too_large",
+        )
+
+    def _counted(self, receive: Receive) -> Receive:
+        """Count a body that comes in parts and does not say its length."""
+        total = 0
+
+        async def receive_counted() -> Message:
+            nonlocal total
+            message = await receive()
+            total += len(message.get("body", b""))
+            if total > self._max_body:
+                raise self._too_large()
+            return message
+
+        return receive_counted
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def _host_name(host: str) -> str:
+    """Take the port off a Host header."""
+    if host.startswith("["):
+        return host.partition("]")[0].removeprefix("[").casefold()
+    return host.partition(":")[0].casefold()
+
+
+def _is_number(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+async def _refuse(error: ApiError, scope: Scope, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    body = json.dumps(error.body()).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        *((name.lower().encode(), value.encode()) for name, value in error.headers.items()),
+    ]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

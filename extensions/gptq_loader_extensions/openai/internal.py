@@ -1,0 +1,97 @@
+"""The routes that clients of text-generation-webui's API call besides OpenAI's."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request
+
+from gptq_loader_extensions.openai.documented import ERRORS
+from gptq_loader_extensions.openai.errors import invalid
+from gptq_loader_extensions.openai.prompts import next_logits
+from gptq_loader_extensions.openai.schemas import (
+    InternalLoad,
+    InternalLogits,
+    InternalText,
+    InternalTokens,
+)
+from gptq_loader_extensions.openai.words import TokenWords
+
+if TYPE_CHECKING:
+    from gptq_loader_extensions.openai.server import Server
+    from gptq_loader_plugin.loaded import LoadedModel
+
+__all__ = ["internal_routes"]
+
+
+def internal_routes(server: Server) -> APIRouter:  # noqa: C901 - one small function for each route
+    """Make the routes."""
+    router = APIRouter(prefix="/v1/internal", responses=ERRORS)
+
+    @router.get("/model/info")
+    async def info() -> dict[str, Any]:
+        """Name the model that is loaded."""
+        loaded = server.shelf.loaded
+        name = None if loaded is None else loaded[0]
+        return {"model_name": name, "lora_names": [], "loader": "gptq_loader_plugin"}
+
+    @router.get("/model/list")
+    async def names() -> dict[str, Any]:
+        """List the models that may be loaded."""
+        entries = await asyncio.to_thread(server.shelf.entries)
+        return {"model_names": [it.name for it in entries]}
+
+    @router.post("/model/load")
+    async def load(body: InternalLoad, request: Request) -> str:
+        """Load a model by its name; how it is loaded, the server was told when it started."""
+        for name, value in (("args", body.args), ("settings", body.settings)):
+            if value:
+                raise invalid(
+                    f"{name} are given when the server starts; leave them out here", param=name
+                )
+        await server.ask(request, lambda _: None, model=body.model_name)
+        return "OK"
+
+    @router.post("/stop-generation")
+    async def stop() -> str:
+        """End every reply that is under way."""
+        for reply in list(server.replies):
+            reply.cancel()
+        return "OK"
+
+    @router.post("/encode")
+    async def encode(body: InternalText, request: Request) -> dict[str, Any]:
+        """Tokenise a text."""
+        ids = await server.tokenize(request, lambda it: it(body.text, verbose=False)["input_ids"])
+        return {"tokens": ids, "length": len(ids)}
+
+    @router.post("/decode")
+    async def decode(body: InternalTokens, request: Request) -> dict[str, Any]:
+        """Give the text of tokens."""
+        known = await server.tokenize(request, len)
+        if body.tokens and max(body.tokens) >= known:
+            raise invalid(f"this model's tokens are 0 to {known - 1}", param="tokens")
+        return {"text": await server.tokenize(request, lambda it: it.decode(body.tokens))}
+
+    @router.post("/token-count")
+    async def count(body: InternalText, request: Request) -> dict[str, Any]:
+        """Count a text's tokens."""
+        ids = await server.tokenize(request, lambda it: it(body.text, verbose=False)["input_ids"])
+        return {"length": len(ids)}
+
+    @router.post("/logits")
+    async def logits(body: InternalLogits, request: Request) -> dict[str, float]:
+        """Give the likeliest tokens after a prompt, with their probabilities."""
+        if body.use_samplers:
+            raise invalid("use_samplers is not supported here; leave it out", param="use_samplers")
+        return await server.ask(request, lambda model: _likeliest(body, model))
+
+    return router
+
+
+def _likeliest(body: InternalLogits, model: LoadedModel) -> dict[str, float]:
+    best = next_logits(model, model.encode(body.prompt)).softmax(dim=-1).topk(body.top_logits)
+    words = TokenWords(model.tokenizer)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return {words.name(token): probability for token, probability in pairs}

@@ -1,0 +1,183 @@
+"""The routes of KoboldAI and KoboldCpp, for their clients: Kobold Lite, SillyTavern and others."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from gptq_loader_extensions.openai.asked import make_runs
+from gptq_loader_extensions.openai.chat import FINISH
+from gptq_loader_extensions.openai.completions import cut_prompt
+from gptq_loader_extensions.openai.documented import ERRORS
+from gptq_loader_extensions.openai.engine import Run, Said
+from gptq_loader_extensions.openai.errors import invalid
+from gptq_loader_extensions.openai.schemas import (
+    KoboldKey,
+    KoboldModel,
+    KoboldPrompt,
+    KoboldRequest,
+)
+from gptq_loader_extensions.openai.sse import event, stream, told
+from gptq_loader_extensions.openai.traffic import record_of
+from gptq_loader_extensions.openai.unsupported import check_extra
+from gptq_loader_extensions.openai.waiting import whole
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from gptq_loader_extensions.openai.server import Server
+    from gptq_loader_extensions.openai.waiting import Reply
+    from gptq_loader_plugin.loaded import LoadedModel
+
+__all__ = ["kobold_routes"]
+
+API = "1.2.5"  # of KoboldAI's API: the last one there is
+KOBOLDCPP = "1.79"  # whose routes these are; clients ask whether it is new enough to stream
+MAX_LENGTH = 180  # KoboldCpp's, where a client names none
+
+
+def kobold_routes(server: Server) -> APIRouter:  # noqa: C901 - one small function for each route
+    """Make the routes."""
+    router = APIRouter(responses=ERRORS)
+    began = time.monotonic()
+
+    @router.post("/api/v1/generate", response_model=None)
+    @router.post("/api/latest/generate", response_model=None, include_in_schema=False)
+    async def generate(body: KoboldRequest, request: Request) -> Response:
+        """Complete a prompt."""
+        reply = await _reply(server, body, request)
+        ready, said = await whole(reply, request)
+        results = [
+            {
+                "text": "".join(it.piece.text for it in said if it.index == i),
+                "finish_reason": _finish(said, i),
+            }
+            for i in range(len(ready.runs))
+        ]
+        return JSONResponse({"results": results}, headers=told(record_of(request)))
+
+    @router.post("/api/extra/generate/stream", response_model=None)
+    async def generate_stream(body: KoboldRequest, request: Request) -> Response:
+        """Complete a prompt, and send the text as it comes."""
+        if (body.n or 1) > 1:
+            raise invalid("a stream has one reply; leave n out", param="n")
+        reply = await _reply(server, body, request)
+        first = await reply.start(request)
+        assert isinstance(first, Said), "there is at least one reply"
+        return stream(_tokens(reply, first), reply, record_of(request), done="")
+
+    @router.post("/api/extra/generate/check")
+    @router.get("/api/extra/generate/check", include_in_schema=False)
+    async def check(body: KoboldKey | None = None) -> dict[str, Any]:
+        """Give the text so far of the reply that has this key."""
+        texts = [it.text for it in _named(server, body)]
+        return {"results": [{"text": texts[-1] if texts else ""}]}
+
+    @router.post("/api/extra/abort")
+    async def abort(body: KoboldKey | None = None) -> dict[str, Any]:
+        """End the replies that have this key; it need not be given for those without one."""
+        found = _named(server, body)
+        for reply in found:
+            reply.cancel()
+        return {"success": "true" if found else "false", "done": "true" if found else "false"}
+
+    @router.get("/api/v1/model")
+    async def model() -> dict[str, Any]:
+        """Name the model that is loaded."""
+        loaded = server.shelf.loaded
+        return {"result": "ReadOnly" if loaded is None else loaded[0]}
+
+    @router.put("/api/v1/model")
+    async def put_model(body: KoboldModel, request: Request) -> dict[str, Any]:
+        """Load a model by its name."""
+        await server.ask(request, lambda _: None, model=body.model)
+        return {}
+
+    @router.get("/api/v1/info/version")
+    async def version() -> dict[str, Any]:
+        """Say which of KoboldAI's APIs this is."""
+        return {"result": API}
+
+    @router.get("/api/extra/version")
+    async def extra_version() -> dict[str, Any]:
+        """Say which of KoboldCpp's APIs this is."""
+        return {
+            "result": "KoboldCpp",
+            "version": KOBOLDCPP,
+            "protected": server.settings.api_key is not None,
+            "txt2img": False,
+            "vision": False,
+            "transcribe": False,
+        }
+
+    @router.get("/api/v1/config/max_context_length")
+    @router.get("/api/extra/true_max_context_length")
+    async def max_context_length(request: Request) -> dict[str, Any]:
+        """Say how long a prompt and its reply may be together."""
+        loaded = server.shelf.loaded
+        if loaded is not None:
+            return {"value": loaded[1].context}
+        return {"value": await server.ask(request, lambda model: model.context)}
+
+    @router.get("/api/v1/config/max_length")
+    async def max_length() -> dict[str, Any]:
+        """Say how long a reply is where a client does not."""
+        return {"value": min(MAX_LENGTH, server.settings.max_new_tokens or MAX_LENGTH)}
+
+    @router.post("/api/extra/tokencount")
+    async def tokencount(body: KoboldPrompt, request: Request) -> dict[str, Any]:
+        """Count a prompt's tokens."""
+        ids = await server.tokenize(request, lambda it: it(body.prompt, verbose=False)["input_ids"])
+        return {"value": len(ids), "ids": ids}
+
+    @router.get("/api/extra/perf")
+    async def perf() -> dict[str, Any]:
+        """Say how it goes."""
+        running, waiting = server.engine.counts()
+        replies = server.metrics.total("gptq_replies_total")
+        return {
+            "total_gens": int(replies),
+            "queue": waiting,
+            "idle": int(not running),
+            "uptime": round(time.monotonic() - began, 1),
+        }
+
+    return router
+
+
+async def _reply(server: Server, body: KoboldRequest, request: Request) -> Reply:
+    record_of(request).ignored = check_extra(body)
+    return await server.reply(
+        request, None, lambda model: (None, _prepare(server, body, model)), key=body.genkey or ""
+    )
+
+
+def _prepare(server: Server, body: KoboldRequest, model: LoadedModel) -> list[Run]:
+    """Tokenise the memory and the prompt; where both are too long, the prompt's beginning goes."""
+    most = server.most_tokens(body.max_tokens or MAX_LENGTH, model)
+    memory = model.tokenizer(body.memory, verbose=False)["input_ids"] if body.memory else []
+    special = not memory
+    ids = model.tokenizer(body.prompt, add_special_tokens=special, verbose=False)["input_ids"]
+    length = min(body.truncation_length or model.context, model.context)
+    ids = [*memory, *cut_prompt(ids, model, length=length - len(memory), reply=most)]
+    return make_runs(body, model, ids or model.encode(""), max_tokens=most)
+
+
+async def _tokens(reply: Reply, first: Said) -> AsyncIterator[str]:
+    async for said in reply.after(first):
+        finish = None if said.piece.finish is None else FINISH[said.piece.finish]
+        yield event({"token": said.piece.text, "finish_reason": finish}, name="message")
+
+
+def _finish(said: list[Said], index: int) -> str | None:
+    ends = [it.piece.finish for it in said if it.index == index and it.piece.finish is not None]
+    return FINISH[ends[-1]] if ends else None
+
+
+def _named(server: Server, body: KoboldKey | None) -> list[Reply]:
+    """Find the replies under way that a client means by a key."""
+    key = "" if body is None else body.genkey or ""
+    return [reply for reply, its in server.replies.items() if its == key and not reply.ended]

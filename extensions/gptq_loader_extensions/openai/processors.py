@@ -1,0 +1,96 @@
+"""Change logits as clients ask: penalties for what was said, and a bias for single tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_extensions.openai.errors import invalid
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+__all__ = ["Bias", "RecentPenalty", "SaidPenalty", "read_bias"]
+
+
+class SaidPenalty:
+    """Make tokens less likely that the reply has already: OpenAI's two penalties.
+
+    Args:
+        begin: where the reply begins in the sequence.
+        presence: taken once from a token that is there.
+        frequency: taken as often as it is there.
+    """
+
+    def __init__(self, begin: int, *, presence: float, frequency: float) -> None:
+        self._begin = begin
+        self._presence = presence
+        self._frequency = frequency
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Give the logits [1, vocabulary] after the penalties."""
+        said, counts = input_ids[0, self._begin :].unique(return_counts=True)
+        if not len(said):
+            return scores
+        scores = scores.clone()
+        scores[0, said] -= self._presence + self._frequency * counts.to(scores.dtype)
+        return scores
+
+
+class RecentPenalty:
+    """Make tokens less likely that are among the last ones, the prompt's too.
+
+    Args:
+        penalty: as transformers' repetition penalty: logits are divided by it, or multiplied where
+            they are negative.
+        length: how many of the last tokens count.
+    """
+
+    def __init__(self, penalty: float, length: int) -> None:
+        self._penalty = penalty
+        self._length = length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Give the logits [1, vocabulary] after the penalty."""
+        import torch
+
+        recent = input_ids[0, -self._length :].unique()
+        scores = scores.clone()
+        found = scores[0, recent]
+        scores[0, recent] = torch.where(found < 0, found * self._penalty, found / self._penalty)
+        return scores
+
+
+class Bias:
+    """Add to the logits of single tokens.
+
+    Args:
+        bias: what to add, by token.
+    """
+
+    def __init__(self, bias: Mapping[int, float]) -> None:
+        self._tokens = list(bias)
+        self._values = list(bias.values())
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Give the logits [1, vocabulary] with the bias."""
+        del input_ids
+        scores = scores.clone()
+        scores[0, self._tokens] += scores.new_tensor(self._values)
+        return scores
+
+
+def read_bias(bias: Mapping[str, Any], vocabulary: int) -> dict[int, float]:
+    """Read OpenAI's `logit_bias`: token ids as texts, each with a number.
+
+    Raises:
+        ApiError: a key is no token of the vocabulary.
+    """
+    for key in bias:
+        if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocabulary):
+            raise invalid(
+                f"logit_bias: {key[:50]!r} is no token of this model, which has {vocabulary:,}",
+                param="logit_bias",
+            )
+    return {int(key): float(value) for key, value in bias.items()}

@@ -1,0 +1,256 @@
+"""What clients may send, as OpenAI's API has it, and the options of local servers besides.
+
+Types are strict: true is no number. A field that is not here is looked up in `unsupported.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gptq_loader_extensions.openai.aliases import one_name_each
+
+__all__ = [
+    "ChatRequest",
+    "CompletionRequest",
+    "InternalLoad",
+    "InternalLogits",
+    "InternalText",
+    "InternalTokens",
+    "JsonSchema",
+    "KoboldKey",
+    "KoboldModel",
+    "KoboldPrompt",
+    "KoboldRequest",
+    "Message",
+    "ResponseFormat",
+    "Sampling",
+    "Tool",
+    "ToolCall",
+]
+
+Text = Annotated[str, Field(max_length=4_000_000)]
+StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class Sampling(BaseModel):
+    """What every way to ask for text has in common."""
+
+    model_config = STRICT
+
+    model: Annotated[str, Field(max_length=500)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=10)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty_range: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
+        | None
+    ) = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=64)] | None = None
+    n: Annotated[int, Field(ge=1, le=16)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, Field(max_length=1000)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name_each(cls, fields: object) -> object:
+        return one_name_each(fields)
+
+
+class StreamOptions(BaseModel):
+    """How a stream ends."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    include_usage: bool | None = None
+
+
+class Function(BaseModel):
+    """A function that a model may ask to be called."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(BaseModel):
+    """A tool: a function is the only kind there is."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: Literal["function"]
+    function: Function
+
+
+class CalledFunction(BaseModel):
+    """A function that a model asked to be called, with its arguments as JSON."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call of a tool, in an assistant's message."""
+
+    model_config = ConfigDict(strict=True)
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(BaseModel):
+    """A message of a conversation; its content's parts are checked where it is rendered."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: Text | None = None
+
+
+class JsonSchema(BaseModel):
+    """A schema that a reply must follow."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", populate_by_name=True)
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    content: dict[str, Any] | None = Field(default=None, alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """The form of a reply."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class NamedTool(BaseModel):
+    """A choice of one function by its name."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["function"]
+    function: dict[Literal["name"], str]
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions."""
+
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=64)]
+        | Annotated[list[TokenId], Field(min_length=1, max_length=1_000_000)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1, max_length=1_000_000)]],
+            Field(min_length=1, max_length=64),
+        ]
+    )
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    truncation_length: Annotated[int, Field(ge=2, lt=2**31)] | None = None
+
+
+class KoboldRequest(Sampling):
+    """POST /api/v1/generate and /api/extra/generate/stream."""
+
+    prompt: Text
+    memory: Text | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    truncation_length: Annotated[int, Field(ge=2, lt=2**31)] | None = None
+    genkey: Annotated[str, Field(max_length=200)] | None = None
+
+
+class KoboldKey(BaseModel):
+    """Which reply is meant."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    genkey: Annotated[str, Field(max_length=200)] | None = None
+
+
+class KoboldModel(BaseModel):
+    """PUT /api/v1/model."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: Annotated[str, Field(min_length=1, max_length=500)]
+
+
+class KoboldPrompt(BaseModel):
+    """POST /api/extra/tokencount."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    prompt: Text
+
+
+class InternalText(BaseModel):
+    """POST /v1/internal/encode and /v1/internal/token-count."""
+
+    model_config = ConfigDict(strict=True)
+
+    text: Text
+
+
+class InternalTokens(BaseModel):
+    """POST /v1/internal/decode."""
+
+    model_config = ConfigDict(strict=True)
+
+    tokens: Annotated[list[TokenId], Field(max_length=1_000_000)]
+
+
+class InternalLoad(BaseModel):
+    """POST /v1/internal/model/load."""
+
+    model_config = ConfigDict(strict=True)
+
+    model_name: Annotated[str, Field(min_length=1, max_length=500)]
+    args: dict[str, Any] | None = None
+    settings: dict[str, Any] | None = None
+
+
+class InternalLogits(BaseModel):
+    """POST /v1/internal/logits."""
+
+    model_config = ConfigDict(strict=True)
+
+    prompt: Text
+    top_logits: Annotated[int, Field(ge=1, le=200)] = 50
+    use_samplers: bool = False

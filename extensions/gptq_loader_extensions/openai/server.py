@@ -1,0 +1,104 @@
+"""What every route needs: the settings, the models, the engine, and the counters."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from gptq_loader_extensions.openai.metrics import Metrics
+from gptq_loader_extensions.openai.traffic import record_of
+from gptq_loader_extensions.openai.waiting import Reply, whole
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from fastapi import Request
+    from transformers import PreTrainedTokenizerBase
+
+    from gptq_loader_extensions.openai.engine import Engine, Run
+    from gptq_loader_extensions.openai.settings import Settings
+    from gptq_loader_extensions.openai.shelf import Shelf
+    from gptq_loader_plugin.loaded import LoadedModel
+
+__all__ = ["Server"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """What the routes share.
+
+    Attributes:
+        settings: how to serve.
+        shelf: the models by name.
+        engine: does the work.
+        metrics: counts.
+        replies: those under way, by the name their client gave them; "" where it gave none.
+    """
+
+    settings: Settings
+    shelf: Shelf
+    engine: Engine
+    metrics: Metrics = field(default_factory=Metrics)
+    replies: WeakKeyDictionary[Reply, str] = field(default_factory=WeakKeyDictionary)
+
+    async def reply(
+        self,
+        request: Request,
+        model: str | None,
+        prepare: Callable[[LoadedModel], tuple[Any, Sequence[Run]]],
+        *,
+        key: str = "",
+    ) -> Reply:
+        """Make a reply to a request; it is queued when it is started.
+
+        Args:
+            request: the request.
+            model: the model's name; None, or nothing, takes the one that is loaded.
+            prepare: called with the model, on the engine's thread.
+            key: what the client calls this reply when it wants to stop it.
+
+        Raises:
+            ApiError: there is no such model.
+        """
+        await asyncio.to_thread(self.shelf.check, model or None)
+        reply = Reply(
+            self.engine,
+            model or None,
+            prepare,
+            timeout=self.settings.timeout,
+            record=record_of(request),
+        )
+        self.replies[reply] = key
+        return reply
+
+    async def ask(
+        self, request: Request, question: Callable[[LoadedModel], T], *, model: str | None = None
+    ) -> T:
+        """Have a function called with the model, in its turn.
+
+        Raises:
+            ApiError: it was refused, failed, or took too long.
+        """
+        reply = await self.reply(request, model, lambda loaded: (question(loaded), ()))
+        ready, _ = await whole(reply, request)
+        answer: T = ready.value
+        return answer
+
+    async def tokenize(self, request: Request, use: Callable[[PreTrainedTokenizerBase], T]) -> T:
+        """Use the model's tokenizer without waiting for the replies under way.
+
+        Raises:
+            ApiError: there is no model, or it cannot be loaded.
+        """
+        if self.shelf.loaded is None:
+            await self.ask(request, lambda _: None)
+        return await asyncio.to_thread(self.shelf.with_tokenizer, use)
+
+    def most_tokens(self, asked: int | None, model: LoadedModel) -> int:
+        """Say how many tokens a reply may have: what was asked for, within the server's limit."""
+        limits = (asked, self.settings.max_new_tokens, model.context)
+        return min(it for it in limits if it is not None)

@@ -1,0 +1,167 @@
+"""Listen: bind the address, say where and how to use it, serve until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import logging
+import socket
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from gptq_loader_extensions.openai.app import create_app
+from gptq_loader_extensions.openai.batching import BatchEngine
+from gptq_loader_extensions.openai.server import Server
+from gptq_loader_extensions.openai.shelf import Shelf
+from gptq_loader_extensions.openai.traffic import LOG
+from gptq_loader_plugin.errors import OptionInvalid
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from gptq_loader_extensions.openai.settings import Settings
+    from gptq_loader_plugin.loaded import LoadedModel
+
+__all__ = ["bind", "serve"]
+
+CUT_SECONDS = 5  # for replies that were told to end; a large model's token may take one
+
+
+def serve(
+    settings: Settings,
+    *,
+    model: LoadedModel | None,
+    reference: str | None,
+    load: Callable[[str | Path], LoadedModel] | None,
+) -> None:
+    """Serve until Ctrl-C; running replies get a few seconds to end.
+
+    Args:
+        settings: how to serve.
+        model: the model that is loaded already.
+        reference: what it was loaded by, or what to load now; None loads the first one that is
+            asked for.
+        load: loads others; None loads them as `gptq_loader_plugin.load` does by itself.
+
+    Raises:
+        OptionInvalid: the address cannot be served on, or there is no model to serve.
+    """
+    if load is None:
+        import gptq_loader_plugin as gptq
+
+        load = gptq.load
+    with closing(bind(settings.host, settings.port)) as listening:
+        shelf = Shelf(settings, load=load)
+        shelf.start(reference, model)
+        if not shelf.entries() and not settings.downloads:
+            raise OptionInvalid(
+                "there is no model to serve",
+                hint="name one: gptq-loader serve REF; or a folder of models: --models-dir FOLDER",
+            )
+        engine = BatchEngine(shelf, max_queue=settings.max_queue, most=settings.most_at_once)
+        server = Server(settings, shelf, engine)
+        _log_requests()
+        _announce(server, listening)
+        config = uvicorn.Config(
+            create_app(server),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=settings.grace + CUT_SECONDS,
+        )
+        try:
+            asyncio.run(_run(uvicorn.Server(config), engine, listening, grace=settings.grace))
+        finally:
+            engine.close()
+
+
+async def _run(
+    host: uvicorn.Server, engine: BatchEngine, listening: socket.socket, *, grace: float
+) -> None:
+    """Serve until a signal; then wait for the replies under way, and cut those that go on."""
+    serving = asyncio.ensure_future(host.serve(sockets=[listening]))
+    while not (host.should_exit or serving.done()):  # noqa: ASYNC110 - uvicorn has no event for it
+        await asyncio.sleep(0.1)
+    await asyncio.wait({serving}, timeout=grace)
+    engine.stop()
+    await serving
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take an address, or say in words why it cannot be had.
+
+    Raises:
+        OptionInvalid: the port is taken or not allowed, or the host is not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
+    except OSError as error:
+        raise OptionInvalid(
+            f"{host} is not an address of this machine: {error.strerror or error}",
+            hint="serve on 127.0.0.1 for this machine alone, or 0.0.0.0 for its whole network",
+        ) from error
+    listening = socket.socket(family, kind, protocol)
+    try:
+        if sys.platform != "win32":  # where it would let two servers share a port
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(1024)
+    except OSError as error:
+        listening.close()
+        taken = error.errno == errno.EADDRINUSE
+        words = f"port {port} is taken" if taken else f"cannot listen on {host}, port {port}"
+        raise OptionInvalid(
+            words if taken else f"{words}: {error.strerror or error}",
+            hint="choose another with --port"
+            if taken
+            else "serve on 127.0.0.1 and a port above 1023",
+        ) from error
+    return listening
+
+
+def _announce(server: Server, listening: socket.socket) -> None:
+    """Say what is served, where, and how to point a client at it."""
+    settings, loaded = server.settings, server.shelf.loaded
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host  # noqa: S104 - compared, not bound
+    url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+    names = [it.name for it in server.shelf.entries()]
+    key = "your key" if settings.api_key else "anything"
+    lines = [
+        f"serving {loaded[0]}: {loaded[1].plan.headline()}"
+        if loaded
+        else "serving no model yet: the first request loads the one it names",
+        f"  the API is at {url}/v1, for any client of OpenAI's (API key: {key})",
+        f"  Kobold clients take {url}",
+        f"  models: {', '.join(names)}",
+        *(
+            ["  anyone who can reach this address may use it: there is no key"]
+            if settings.no_auth and settings.api_key is None
+            else []
+        ),
+        "  Ctrl-C ends it",
+    ]
+    sys.stderr.write("\n".join(lines) + "\n")
+    sys.stderr.flush()
+    if settings.as_json:
+        kernels = {} if loaded is None else loaded[1].plan.kernels()
+        told = {"url": url, "model": loaded[0] if loaded else None, "kernels": kernels}
+        sys.stdout.write(json.dumps({**told, "models": names}) + "\n")
+        sys.stdout.flush()
+
+
+def _log_requests() -> None:
+    """Write a line for each request to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    requests = logging.getLogger(LOG)
+    requests.setLevel(logging.INFO)
+    requests.addHandler(handler)
+    requests.propagate = False

@@ -1,0 +1,102 @@
+"""What a server is told when it starts: where to listen, whom to let in, how much to take."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gptq_loader_plugin.errors import OptionInvalid
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["Settings", "is_loopback"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to serve.
+
+    Attributes:
+        host: the address to listen on.
+        port: the port; 0 takes any that is free.
+        api_key: what every request must bring; None asks for none.
+        no_auth: whether others on the network may use a server without a key.
+        allowed_hosts: names, besides this machine's own, that requests may be addressed to.
+        cors: the origins whose pages may call the API from a browser.
+        models_dir: the folder whose models may be loaded by name; None takes the usual ones.
+        cached_models: whether models of the Hugging Face cache may be loaded by name.
+        downloads: whether a name may make the server download a model.
+        pickles: whether a name may make the server read .bin and .pt files.
+        max_queue: how many requests may wait; the next one is refused.
+        most_at_once: how many replies are written side by side.
+        timeout: the seconds a request may take, its wait included.
+        max_body: the most bytes of a request.
+        max_new_tokens: the most tokens of a reply; None leaves it to the context.
+        grace: the seconds that running replies get to end when the server stops.
+        as_json: whether to say on stdout, as JSON, where the server listens.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = field(default=None, repr=False)
+    no_auth: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    cors: tuple[str, ...] = ()
+    models_dir: Path | None = None
+    cached_models: bool = False
+    downloads: bool = False
+    pickles: bool = False
+    max_queue: int = 64
+    most_at_once: int = 16
+    timeout: float = 600.0
+    max_body: int = 4 * 2**20
+    max_new_tokens: int | None = None
+    grace: int = 5
+    as_json: bool = False
+
+    def check(self) -> None:
+        """Refuse settings that make no sense, or that let strangers in unasked.
+
+        Raises:
+            OptionInvalid: says which, and what to do.
+        """
+        if not 0 <= self.port < 2**16:
+            raise OptionInvalid(
+                f"{self.port} is no port: ports are 1 to 65535", hint="choose another with --port"
+            )
+        if self.api_key is not None and (not self.api_key.isascii() or not self.api_key.strip()):
+            raise OptionInvalid(
+                "a key is letters, digits and signs of ASCII, and not empty",
+                hint="choose another with --api-key or GPTQ_LOADER_API_KEY",
+            )
+        if not is_loopback(self.host) and self.api_key is None and not self.no_auth:
+            raise OptionInvalid(
+                f"everyone who can reach {self.host} could use this server",
+                hint="set a key with --api-key or GPTQ_LOADER_API_KEY; or say --no-auth where the "
+                "network itself keeps others out",
+            )
+        for name, value, least in (
+            ("--max-queue", self.max_queue, 1),
+            ("--timeout", self.timeout, 1),
+            ("--max-body", self.max_body, 1024),
+            ("--max-new-tokens", self.max_new_tokens or 1, 1),
+        ):
+            if value < least:
+                raise OptionInvalid(f"{name} is {value}", hint=f"choose at least {least}")
+        for origin in self.cors:
+            if origin != "*" and not origin.startswith(("http://", "https://")):
+                raise OptionInvalid(
+                    f"{origin!r} is no origin", hint="write it as http://localhost:3000, or *"
+                )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    if host.casefold() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,263 @@
+"""Hold one model, and put another in its place when a request names it.
+
+A name is looked up in a list and never used as a path: whatever is not in the list, does not exist.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, TypeVar
+
+from gptq_loader_extensions.openai.errors import ApiError
+from gptq_loader_plugin.local import local_models
+from gptq_loader_plugin.reference import models_folders, parse_hub_reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from transformers import PreTrainedTokenizerBase
+
+    from gptq_loader_extensions.openai.settings import Settings
+    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.reference import HubReference
+
+__all__ = ["Entry", "Shelf"]
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+SPARE = 1.1  # of a model's weights: what a prompt's activations and the load itself take besides
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A model that may be served.
+
+    Attributes:
+        name: what clients call it.
+        target: what loads it: a folder, or what the server was started with.
+        created: when its folder last changed, in seconds since 1970.
+    """
+
+    name: str
+    target: str | Path
+    created: int
+
+
+class Shelf:
+    """The models that may be served by name, and the one that is loaded.
+
+    Args:
+        settings: which folders, and whether the cache, downloads and pickles are allowed.
+        load: loads what an entry points at.
+        environ: where `GPTQ_LOADER_MODELS` is looked up.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        load: Callable[[str | Path], LoadedModel],
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        self._settings = settings
+        self._load = load
+        self._environ = dict(environ)
+        if settings.models_dir is not None:
+            self._environ["GPTQ_LOADER_MODELS"] = str(settings.models_dir)
+        self._own: Entry | None = None
+        self._loaded: tuple[str, LoadedModel] | None = None
+        self._last: str | None = None
+        self._spare: PreTrainedTokenizerBase | None = None
+        self._spare_lock = Lock()
+
+    def start(self, reference: str | None, model: LoadedModel | None) -> None:
+        """Put the first model up: one that is loaded already, or the one a user named.
+
+        Raises:
+            GPTQLoaderError: it cannot be loaded.
+        """
+        if model is None and reference is not None:
+            self._own = next((it for it in self.entries() if it.name == reference), None)
+            model = self._load(reference if self._own is None else self._own.target)
+        if model is not None:
+            self._own = self._own or _own_entry(model, reference)
+            self._put(self._own.name, model)
+
+    @property
+    def loaded(self) -> tuple[str, LoadedModel] | None:
+        """The model in memory, and its name."""
+        return self._loaded
+
+    def entries(self) -> list[Entry]:
+        """List the models that may be served: the one the server was started with comes first."""
+        found = {} if self._own is None else {self._own.name: self._own}
+        roots = [it.resolve() for it in models_folders(self._environ)]
+        cache = _cache_root()
+        for local in local_models(cache=self._settings.cached_models, environ=self._environ):
+            if _stays_inside(local.path, [*roots, cache]) and self._readable(local.path):
+                entry = Entry(local.name, local.path, int(local.path.stat().st_mtime))
+                found.setdefault(local.name, entry)
+        return list(found.values())
+
+    def check(self, name: str | None) -> None:
+        """Refuse a name that no model has.
+
+        Raises:
+            ApiError: there is no such model, or none at all is loaded.
+        """
+        if self._loaded is not None and name in (None, self._loaded[0]):
+            return
+        self._find(name)
+
+    def take(self, name: str | None) -> tuple[str, LoadedModel]:
+        """Give a model, loading it where another one is loaded; call it from one thread alone.
+
+        Raises:
+            ApiError: there is no such model, or not enough memory for it.
+            GPTQLoaderError: it cannot be loaded.
+        """
+        if self._loaded is not None and name in (None, self._loaded[0]):
+            return self._loaded
+        found = self._find(name)
+        entry = found if isinstance(found, Entry) else self._download(found)
+        if self._loaded is not None and entry.name == self._loaded[0]:
+            return self._loaded
+        self.unload()
+        self._check_memory(entry)
+        return self._put(entry.name, self._load(entry.target))
+
+    def with_tokenizer(self, use: Callable[[PreTrainedTokenizerBase], T]) -> T:
+        """Have a function called with a tokenizer that is the model's, and not in use elsewhere.
+
+        Tokenizers keep the options of a call inside them: two threads cannot share one.
+        """
+        with self._spare_lock:
+            if self._spare is None:
+                raise ApiError(503, "no model is loaded", kind="server_error")
+            return use(self._spare)
+
+    def unload(self) -> None:
+        """Free the memory of the model that is loaded."""
+        if self._loaded is None:
+            return
+        from gptq_loader_plugin.memory import release_freed
+
+        (_, model), self._loaded = self._loaded, None
+        model.close()
+        del model
+        gc.collect()
+        release_freed()
+
+    def forget(self) -> None:
+        """Free what a failed request left in memory."""
+        if self._loaded is not None:
+            self._loaded[1].forget()
+        gc.collect()
+
+    def close(self) -> None:
+        """Free everything."""
+        self.unload()
+
+    def _put(self, name: str, model: LoadedModel) -> tuple[str, LoadedModel]:
+        spare = copy.deepcopy(model.tokenizer)
+        with self._spare_lock:
+            self._spare = spare
+        self._loaded, self._last = (name, model), name
+        return self._loaded
+
+    def _find(self, name: str | None) -> Entry | HubReference:
+        """Look a name up; what is not listed may be on the hub, where downloads are allowed."""
+        wanted = self._last if name is None else name
+        entries = self.entries()
+        if wanted is None:
+            names = ", ".join(it.name for it in entries) or "there is none on this machine"
+            raise ApiError(400, f"name a model: {names}", param="model", code="model_required")
+        for entry in entries:
+            if entry.name == wanted:
+                return entry
+        hub = parse_hub_reference(wanted) if self._settings.downloads else None
+        if hub is None:
+            raise ApiError(
+                404,
+                f"the model {wanted[:200]!r} does not exist here; GET /v1/models lists those that "
+                "do",
+                param="model",
+                code="model_not_found",
+            )
+        return hub
+
+    def _download(self, hub: HubReference) -> Entry:
+        from gptq_loader_plugin.hub import download_folder
+
+        name = hub.repo if hub.branch == "main" else f"{hub.repo}:{hub.branch}"
+        folder = download_folder(hub, progress=lambda _: None)
+        if not self._readable(folder):
+            raise ApiError(
+                403,
+                f"the weights of {name} are pickles, which this server does not open; start it "
+                "with --allow-pickle, or name a model of .safetensors files",
+                param="model",
+                code="model_refused",
+            )
+        return Entry(name, folder, int(folder.stat().st_mtime))
+
+    def _readable(self, folder: Path) -> bool:
+        return self._settings.pickles or any(it.suffix == ".safetensors" for it in folder.iterdir())
+
+    def _check_memory(self, entry: Entry) -> None:
+        """Refuse a model that would not fit, before the system ends this process for it."""
+        import psutil
+
+        import gptq_loader_plugin as gptq
+
+        plan = gptq.explain(entry.target)
+        free = psutil.virtual_memory().available
+        if plan.device.type == "cpu" and plan.weight_bytes * SPARE > free:
+            from gptq_loader_plugin.plan import write_size
+
+            raise ApiError(
+                503,
+                f"{entry.name} needs {write_size(int(plan.weight_bytes * SPARE))} of memory, and "
+                f"{write_size(free)} is free",
+                kind="server_error",
+                code="out_of_memory",
+            )
+
+
+def _own_entry(model: LoadedModel, reference: str | None) -> Entry:
+    """Name the model the server was started with: never by a path."""
+    plan = model.plan
+    typed = reference or plan.reference
+    is_path = Path(typed).expanduser().exists()
+    name = plan.path.resolve().name if is_path else typed
+    target = plan.path if is_path else typed
+    return Entry(name, target, int(plan.path.stat().st_mtime))
+
+
+def _cache_root() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).resolve()
+
+
+def _stays_inside(folder: Path, roots: list[Path]) -> bool:
+    """Whether a model's folder and all of its files lie in the folders that may be read."""
+    for path in _with_files(folder):
+        real = path.resolve()
+        if not any(real.is_relative_to(root) for root in roots):
+            logger.warning("%s points outside the models folders and is not served", path)
+            return False
+    return True
+
+
+def _with_files(folder: Path) -> Iterator[Path]:
+    yield folder
+    yield from folder.iterdir()

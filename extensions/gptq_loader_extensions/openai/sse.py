@@ -1,0 +1,69 @@
+"""Send a reply as server-sent events."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from fastapi.responses import StreamingResponse
+
+from gptq_loader_extensions.openai.errors import ApiError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+
+    from starlette.types import Receive, Scope, Send
+
+    from gptq_loader_extensions.openai.traffic import Record
+    from gptq_loader_extensions.openai.waiting import Reply
+
+__all__ = ["DONE", "EventStream", "event", "stream", "told"]
+
+DONE = "data: [DONE]\n\n"
+# Proxies must pass each event on as it comes.
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def event(data: Any, *, name: str | None = None) -> str:  # noqa: ANN401 - anything JSON can write
+    """Write one event."""
+    first = "" if name is None else f"event: {name}\n"
+    return f"{first}data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+class EventStream(StreamingResponse):
+    """A stream of events; when it ends, in whatever way, its reply ends too."""
+
+    def __init__(
+        self, events: AsyncIterator[str], reply: Reply, headers: Mapping[str, str]
+    ) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._reply.cancel()
+
+
+def stream(
+    events: AsyncIterator[str], reply: Reply, record: Record, *, done: str = DONE
+) -> EventStream:
+    """Answer with events; what fails on the way is told in one of its own."""
+
+    async def guarded() -> AsyncIterator[str]:
+        try:
+            async for it in events:
+                yield it
+        except ApiError as error:
+            record.finish = "error"
+            yield event(error.body())
+        yield done
+
+    return EventStream(guarded(), reply, HEADERS | told(record))
+
+
+def told(record: Record) -> dict[str, str]:
+    """Name the options that had no effect, in a header."""
+    return {"x-ignored-options": ", ".join(record.ignored)} if record.ignored else {}

@@ -1,0 +1,101 @@
+"""Keep a reply to JSON, or to a JSON schema, by masking the tokens that would leave it.
+
+llguidance (3 MB, no dependencies) keeps the grammar; without it the option is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_extensions.openai.errors import ApiError, invalid
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import torch
+
+    from gptq_loader_extensions.openai.schemas import ResponseFormat
+    from gptq_loader_plugin.loaded import LoadedModel
+
+__all__ = ["GrammarMask", "make_grammar"]
+
+
+class GrammarMask:
+    """Allow the tokens that go on within a grammar, for one reply.
+
+    Args:
+        matcher: llguidance's, at the beginning of its grammar.
+        begin: where the reply begins in the sequence.
+        vocabulary: how many tokens the grammar knows.
+    """
+
+    def __init__(self, matcher: Any, begin: int, vocabulary: int) -> None:  # noqa: ANN401
+        self._matcher = matcher
+        self._read = begin
+        self._vocabulary = vocabulary
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Give the logits [1, vocabulary] with every other token at minus infinity."""
+        import torch
+        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
+        for token in input_ids[0, self._read :].tolist():
+            self._matcher.consume_token(token)
+        self._read = input_ids.shape[1]
+        mask = allocate_token_bitmask(1, self._vocabulary)
+        fill_next_token_bitmask(self._matcher, mask)
+        if error := self._matcher.get_error():
+            raise ApiError(400, f"the schema cannot be followed: {error}", param="response_format")
+        words = torch.from_numpy(mask[0]).to(torch.int64) & 0xFFFFFFFF
+        bits = (words[:, None] >> torch.arange(32)) & 1
+        allowed = torch.zeros(scores.shape[-1], dtype=torch.bool)
+        known = min(self._vocabulary, scores.shape[-1])
+        allowed[:known] = bits.flatten()[:known].bool()
+        return scores.masked_fill(~allowed.to(scores.device), float("-inf"))
+
+
+def make_grammar(
+    asked: ResponseFormat | None, model: LoadedModel, *, ends: Iterable[int], begin: int
+) -> Callable[[], GrammarMask] | None:
+    """Make what makes a mask for each reply; None where any text will do.
+
+    Raises:
+        ApiError: the schema cannot be followed, or llguidance is not installed.
+    """
+    if asked is None or asked.type == "text":
+        return None
+    schema: dict[str, Any] = {"type": "object"}
+    if asked.type == "json_schema":
+        if asked.json_schema is None or asked.json_schema.content is None:
+            raise invalid(
+                "response_format json_schema needs a schema: json_schema.schema",
+                param="response_format",
+            )
+        schema = asked.json_schema.content
+    try:
+        import llguidance
+        import llguidance.hf
+    except ImportError as error:
+        raise invalid(
+            "this server cannot keep replies to JSON: it lacks the package llguidance; leave "
+            "response_format out, and ask for JSON in the prompt",
+            param="response_format",
+            code="unsupported_option",
+        ) from error
+    tokenizer: Any = model.tokenizer
+    if not tokenizer.is_fast:
+        raise invalid(
+            "this model's tokenizer cannot be kept to JSON; leave response_format out",
+            param="response_format",
+            code="unsupported_option",
+        )
+    known = llguidance.hf.from_tokenizer(tokenizer, eos_token=sorted(ends))
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+    if wrong := llguidance.LLMatcher.validate_grammar(grammar, known):
+        raise invalid(
+            f"the schema cannot be followed: {wrong.strip()[:500]}", param="response_format"
+        )
+    return lambda: GrammarMask(
+        llguidance.LLMatcher(known, grammar, log_level=0), begin, known.vocab_size
+    )

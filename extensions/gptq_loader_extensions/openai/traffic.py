@@ -1,0 +1,139 @@
+"""Take down one line for each request: what, how long, how many tokens; never what was said."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastapi import Request
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from gptq_loader_extensions.openai.engine import Ready, Said
+    from gptq_loader_extensions.openai.metrics import Metrics
+
+__all__ = ["LOG", "Record", "Traffic", "record_of"]
+
+LOG = "gptq_loader_plugin.requests"  # the logger whose every message is a JSON object
+ANSWERED_BY_NOBODY = 499  # what nginx logs when a client hangs up
+
+logger = logging.getLogger(LOG)
+
+
+@dataclass(slots=True)
+class Record:
+    """What is known of one request.
+
+    Attributes:
+        request_id: sent back in the header x-request-id.
+        began: when it came, by time.monotonic.
+        model: the name of the model that answered.
+        prompt_tokens: how many tokens its prompts have together.
+        tokens: how many were generated, by reply.
+        finish: why the last reply ended.
+        ready: when a model had it.
+        first: when the first piece of text was there.
+        ignored: options that had no effect.
+    """
+
+    request_id: str = field(default_factory=lambda: f"req-{uuid.uuid4().hex}")
+    began: float = field(default_factory=time.monotonic)
+    model: str | None = None
+    prompt_tokens: int = 0
+    tokens: dict[int, int] = field(default_factory=dict)
+    finish: str | None = None
+    ready: float | None = None
+    first: float | None = None
+    ignored: tuple[str, ...] = ()
+
+    def started(self, event: Ready) -> None:
+        """Take down that a model has the request."""
+        self.model = event.model
+        self.ready = time.monotonic()
+        self.prompt_tokens = sum(len(run.ids) for run in event.runs)
+
+    def said(self, event: Said) -> None:
+        """Take down a piece of text."""
+        self.first = self.first or time.monotonic()
+        self.tokens[event.index] = event.piece.tokens
+        self.finish = event.piece.finish or self.finish
+
+
+class Traffic:
+    """Log every request, count it, and tell the client its number.
+
+    Args:
+        app: what answers.
+        metrics: counts.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and take down how it ended."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = Record()
+        scope.setdefault("state", {})["record"] = record
+        status = ANSWERED_BY_NOBODY
+
+        async def send_with_number(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = int(message["status"])
+                number = (b"x-request-id", record.request_id.encode())
+                message = {**message, "headers": [*message.get("headers", []), number]}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_number)
+        finally:
+            self._note(scope, record, status)
+
+    def _note(self, scope: Scope, record: Record, status: int) -> None:
+        now = time.monotonic()
+        route = getattr(scope.get("route"), "path", None) or "other"
+        tokens = sum(record.tokens.values())
+        self._metrics.count("gptq_requests_total", route=route, status=str(status))
+        self._metrics.observe("gptq_request_seconds", now - record.began)
+        if record.ready is not None:
+            self._metrics.count("gptq_prompt_tokens_total", record.prompt_tokens)
+            self._metrics.count("gptq_generated_tokens_total", tokens)
+            self._metrics.count("gptq_replies_total", len(record.tokens))
+            self._metrics.observe("gptq_queue_seconds", record.ready - record.began)
+        if record.first is not None:
+            self._metrics.observe("gptq_first_token_seconds", record.first - record.began)
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "request": record.request_id,
+            "method": scope["method"],
+            "route": route,
+            "status": status,
+            "seconds": round(now - record.began, 4),
+        }
+        if record.ready is not None:
+            line |= {
+                "model": record.model,
+                "prompt_tokens": record.prompt_tokens,
+                "tokens": tokens,
+                "finish": record.finish,
+                "queue_seconds": round(record.ready - record.began, 4),
+            }
+        if record.first is not None:
+            line["first_token_seconds"] = round(record.first - record.began, 4)
+        if record.ignored:
+            line["ignored_options"] = record.ignored
+        logger.info("%s", json.dumps(line))
+
+
+def record_of(request: Request) -> Record:
+    """Find what is taken down of a request."""
+    record: Record = request.state.record
+    return record

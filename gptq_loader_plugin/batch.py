@@ -1,0 +1,137 @@
+"""Write several replies of one model at a time, a token of each in one step.
+
+Continuous batching: a reply joins whenever it comes and leaves when it ends. Where a kernel steps
+several sequences in one call (`Batcher`), the weights are read once for all of them; elsewhere each
+sequence takes its step in turn, so that replies still come side by side. A reply is the one it
+would be alone: sequences share no padding, no mask and no sum.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gptq_loader_plugin.kernel import Batcher
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gptq_loader_plugin.generate import Generation, Piece
+    from gptq_loader_plugin.loaded import LoadedModel
+
+__all__ = ["Batch"]
+
+FEW = 8  # tokens that are read beside other sequences' ones, in a step
+# Of prompts in a step while replies are being written, which wait for it: SmolLM2-135M reads so
+# many in the time of three steps of 16 sequences, larger models in less.
+PART = 256
+WHOLE = 2048  # in a step where none wait
+
+
+class Batch:
+    """Replies that are written side by side.
+
+    Args:
+        model: whose replies they are.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._model: Any = model.model
+        self._batcher = _batcher(self._model)
+        self._written: list[Generation] = []
+
+    def __len__(self) -> int:
+        """Count the replies that are being written."""
+        return len(self._written)
+
+    def add(self, generation: Generation) -> None:
+        """Take on a reply, of `LoadedModel.begin`."""
+        self._written.append(generation)
+
+    def close(self) -> None:
+        """End all replies where they are."""
+        for generation in self._written:
+            generation.close()
+        self._written.clear()
+
+    @torch.inference_mode()
+    def step(self) -> Iterator[tuple[Generation, Piece | Exception]]:
+        """Read some of the prompts, first come first, and a token of every reply whose prompt was.
+
+        Gives each reply's new piece, where it has one; or what went wrong with it, which ends it
+        and no other.
+        """
+        for generation in list(self._written):
+            if (piece := generation.cancelled()) is not None:
+                yield self._given(generation, piece)
+        long = [it for it in self._written if len(it.unread) > FEW]
+        few = [it for it in self._written if len(it.unread) <= FEW]
+        left = PART if few else WHOLE
+        for generation in long:
+            count = min(left, len(generation.unread))
+            if count > 0:
+                yield from self._read(generation, count)
+            left -= count
+        try:
+            states = self._step_many(few)
+        except Exception as error:  # noqa: BLE001 - the caller's to tell: memory may be short
+            for generation in few:
+                yield self._given(generation, error)
+            return
+        for i, generation in enumerate(few):
+            if states is None:
+                yield from self._read(generation, FEW)
+            else:
+                yield from self._take(generation, states[i])
+
+    def _step_many(self, few: list[Generation]) -> torch.Tensor | None:
+        """Read what is unread of some replies in one step: logits [replies, 1, vocabulary]."""
+        if self._batcher is None or len(few) < 2:
+            return None
+        tokens = [it.unread for it in few]
+        states = self._batcher.step_many(tokens, [it.cache for it in few])
+        if states is None:
+            return None
+        for generation in few:
+            generation.unread = []
+        last = torch.tensor([len(it) for it in tokens]).cumsum(0) - 1
+        logits: torch.Tensor = self._model.get_output_embeddings()(states[last])
+        return logits[:, None]
+
+    def _read(
+        self, generation: Generation, most: int
+    ) -> Iterator[tuple[Generation, Piece | Exception]]:
+        try:
+            logits = generation.read_part(most)
+        except Exception as error:  # noqa: BLE001 - the caller's to tell; the others go on
+            yield self._given(generation, error)
+            return
+        if not generation.unread:
+            yield from self._take(generation, logits)
+
+    def _take(
+        self, generation: Generation, logits: torch.Tensor
+    ) -> Iterator[tuple[Generation, Piece | Exception]]:
+        try:
+            piece = generation.take(logits)
+        except Exception as error:  # noqa: BLE001 - a caller's processor may fail
+            yield self._given(generation, error)
+            return
+        if piece is not None:
+            yield self._given(generation, piece)
+
+    def _given(
+        self, generation: Generation, what: Piece | Exception
+    ) -> tuple[Generation, Piece | Exception]:
+        if isinstance(what, Exception) or generation.finished:
+            self._written.remove(generation)
+            generation.close()
+        return generation, what
+
+
+def _batcher(model: Any) -> Batcher | None:  # noqa: ANN401 - a transformers model
+    """Find what a kernel put behind the decoder's forward, where its head is a plain one."""
+    decoder: Any = getattr(model, "model", None)
+    found = getattr(getattr(decoder, "forward", None), "__self__", None)
+    return found if found is not decoder and isinstance(found, Batcher) else None

@@ -1,0 +1,167 @@
+"""The command that serves a model to other programs: serve."""
+
+from __future__ import annotations
+
+from pathlib import Path  # noqa: TC003 - typer reads it
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gptq_loader_plugin.cli.output import DeviceMap, MaxMemory, ProgressBars, reported, say
+from gptq_loader_plugin.cli.talking import (
+    Backend,
+    Check,
+    Device,
+    Head,
+    KvCache,
+    OffloadFolder,
+    Template,
+)
+from gptq_loader_plugin.placement import read_limits
+
+if TYPE_CHECKING:
+    from gptq_loader_plugin.loaded import LoadedModel
+
+__all__ = ["add_to"]
+
+LOOPBACK = "127.0.0.1"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add this command to the application."""
+    app.command()(reported(serve))
+
+
+def serve(  # noqa: PLR0913 - each is an option a user may want
+    reference: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[REF]",
+            help="A folder, a file, owner/repo:branch, or demo; without it, the first request "
+            "loads the model it names.",
+        ),
+    ] = None,
+    *,
+    host: Annotated[
+        str, typer.Option("--host", help="The address; other machines reach 0.0.0.0.")
+    ] = LOOPBACK,
+    listen: Annotated[
+        bool, typer.Option("--listen", help="Serve the whole network: --host 0.0.0.0.")
+    ] = False,
+    port: Annotated[int, typer.Option("--port", help="The port; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            envvar="GPTQ_LOADER_API_KEY",
+            help="What every request must bring; others can see it in the list of processes, "
+            "but not in the environment.",
+        ),
+    ] = None,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Let others on the network in without a key.")
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", help="A name this server goes by; may be repeated."),
+    ] = None,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option("--cors", help="Let pages of this origin call the API; may be repeated."),
+    ] = None,
+    models_dir: Annotated[
+        Path | None, typer.Option("--models-dir", help="Models in this folder can be named.")
+    ] = None,
+    cached_models: Annotated[
+        bool, typer.Option("--allow-cache", help="Models of the Hugging Face cache, too.")
+    ] = False,
+    downloads: Annotated[
+        bool, typer.Option("--allow-downloads", help="Fetch a model that is named and not here.")
+    ] = False,
+    pickles: Annotated[
+        bool, typer.Option("--allow-pickle", help="Load .bin and .pt files that are named.")
+    ] = False,
+    max_queue: Annotated[int, typer.Option("--max-queue", help="How many requests may wait.")] = 64,
+    most_at_once: Annotated[
+        int,
+        typer.Option("--most-at-once", min=1, help="How many replies are written side by side."),
+    ] = 16,
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="Seconds a request may take, its wait included.")
+    ] = 600.0,
+    max_body: Annotated[int, typer.Option("--max-body", help="The most bytes of a request.")] = 4
+    * 2**20,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", help="The most tokens of any reply.")
+    ] = None,
+    grace: Annotated[
+        int, typer.Option("--grace", help="Seconds that running replies get after Ctrl-C.")
+    ] = 5,
+    device: Device = None,
+    backend: Backend = None,
+    template: Template = None,
+    context: Annotated[
+        int | None, typer.Option("--context", help="The longest sequence; shorter takes less.")
+    ] = None,
+    head: Head = None,
+    check: Check = True,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
+    kv_cache: KvCache = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Say on stdout, as JSON, where it listens.")
+    ] = False,
+) -> None:
+    """Serve OpenAI's API, and Kobold's, to the clients you already use."""
+    from gptq_loader_plugin.plugins import Plugins
+
+    host_plugin = Plugins(installed=True).host("openai")
+    how = {
+        "device": device,
+        "backend": backend,
+        "template": template,
+        "context": context,
+        "head": head,
+        "check": check,
+        "device_map": device_map,
+        "max_memory": read_limits(max_memory),
+        "offload_folder": offload_folder,
+        "kv_cache": kv_cache,
+    }
+    host_plugin.install(
+        reference=reference,
+        load=lambda target: _load(target, how),
+        host="0.0.0.0" if listen and host == LOOPBACK else host,  # noqa: S104 - as asked for
+        port=port,
+        api_key=api_key,
+        no_auth=no_auth,
+        allowed_hosts=tuple(allow_host or ()),
+        cors=tuple(cors or ()),
+        models_dir=models_dir,
+        cached_models=cached_models,
+        downloads=downloads,
+        pickles=pickles,
+        max_queue=max_queue,
+        most_at_once=most_at_once,
+        timeout=timeout,
+        max_body=max_body,
+        max_new_tokens=max_new_tokens,
+        grace=grace,
+        as_json=as_json,
+    )
+
+
+def _load(target: str | Path, how: dict[str, Any]) -> LoadedModel:
+    """Load with a progress bar; say on stderr what was chosen."""
+    import gptq_loader_plugin as gptq
+    from gptq_loader_plugin.plugins import Plugins
+
+    bars = ProgressBars()
+    try:
+        model = gptq.load(target, plugins=Plugins(bars, installed=True), **how)
+    finally:
+        bars.close()
+    for warning in model.warnings:
+        say(f"warning: {warning}")
+    return model

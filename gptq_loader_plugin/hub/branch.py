@@ -1,0 +1,158 @@
+"""Look into one branch without fetching it: its config files, and the headers of its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_plugin.checkpoint.config import CONFIG_FILES, read_stored_config
+from gptq_loader_plugin.checkpoint.headers import find_weight_files, read_safetensors_header
+from gptq_loader_plugin.checkpoint.outline import outline
+from gptq_loader_plugin.errors import CheckpointError, GPTQLoaderError, UnsupportedFormat
+from gptq_loader_plugin.exllama import ask_exllama
+from gptq_loader_plugin.fitting import Fit, check_fit
+from gptq_loader_plugin.hub.cache import RepoCache
+from gptq_loader_plugin.hub.fetch import free_bytes
+from gptq_loader_plugin.hub.remote import look_up, read
+from gptq_loader_plugin.hub.words import explained
+from gptq_loader_plugin.hub.workers import Cancelled
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gptq_loader_plugin.checkpoint.headers import TensorInfo
+    from gptq_loader_plugin.checkpoint.reader import Checkpoint
+    from gptq_loader_plugin.device import Device
+    from gptq_loader_plugin.exllama import ExllamaReport
+    from gptq_loader_plugin.hub.remote import RemoteBranch, RemoteFile
+    from gptq_loader_plugin.hub.workers import Stop
+    from gptq_loader_plugin.kernel import Kernel
+    from gptq_loader_plugin.reference import HubReference
+
+__all__ = ["FACTS", "Asker", "Seen", "see"]
+
+FIRST = 100_000  # bytes asked for first: the whole header of a model of 30 blocks
+FACTS = ("bits", "group_size", "desc_act", "damp_percent", "dataset", "seq_len")
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """What every branch is asked with."""
+
+    device: Device
+    kernels: Sequence[Kernel]
+    context: int
+    cache: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a branch itself tells."""
+
+    remote: RemoteBranch | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    exllama: ExllamaReport | None = None
+    fit: Fit | None = None
+    is_gptq: bool | None = None
+    error: str = ""
+
+
+def see(hub: HubReference, asker: Asker, stop: Stop) -> Seen:
+    """Read one branch; what it is not, or what failed, is in the answer."""
+    try:
+        remote = look_up(hub, stop)
+    except Cancelled:
+        raise
+    except Exception as error:  # noqa: BLE001 - one branch's failure is not the others'
+        return Seen(error=_words(hub, error))
+    if not remote.weight_files:
+        return Seen(remote, is_gptq=False, error="it holds no weights that this package reads")
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        try:
+            return _open(remote, folder, asker, stop)
+        except Cancelled:
+            raise
+        except UnsupportedFormat as error:
+            return Seen(remote, is_gptq=False, error=_words(hub, error))
+        except Exception as error:  # noqa: BLE001 - one branch's failure is not the others'
+            return Seen(remote, error=_words(hub, error))
+
+
+def _open(remote: RemoteBranch, folder: Path, asker: Asker, stop: Stop) -> Seen:
+    """Read a branch's config files and the headers of its weights."""
+    for file in remote.files:
+        if file.name in (*CONFIG_FILES, "config.json") or file.name.endswith(".index.json"):
+            (folder / file.name).write_bytes(read(file, stop))
+    for file in remote.weight_files:
+        (folder / file.name).touch()  # for its name: nothing reads it
+    stored, _ = read_stored_config(folder)
+    found = find_weight_files(folder, base_name=stored.model_file_base_name)
+    files = [it for it in remote.weight_files if it.name in {path.name for path in found}]
+    if any(not it.name.endswith(".safetensors") for it in files):
+        told = {name: value for name in FACTS if (value := getattr(stored, name, None)) is not None}
+        why = "a pickle (.pt, .bin) is not looked into before it is here"
+        return Seen(
+            remote,
+            facts=told,
+            sources=dict(stored.sources),
+            fit=Fit(fits=None, reason=why),
+            is_gptq=True if stored.bits is not None else None,
+        )
+    headers: dict[str, TensorInfo] = {}
+    for file in files:
+        headers |= {it.name: it for it in _headers(file, folder, stop)}
+    size = sum(it.size for it in files)
+    checkpoint = outline(headers, stored, folder=folder, size_bytes=size)
+    cache = RepoCache(asker.cache, remote.hub.repo)
+    missing = sum(it.size for it in remote.files if not cache.has(it))
+    fit = check_fit(
+        checkpoint,
+        asker.device,
+        asker.kernels,
+        context=asker.context,
+        disk=(missing, free_bytes(asker.cache)),
+    )
+    return Seen(
+        remote,
+        facts=_facts(checkpoint, told_order=stored.desc_act is not None),
+        sources=checkpoint.config.sources,
+        exllama=ask_exllama(checkpoint, asker.kernels),
+        fit=fit,
+        is_gptq=True,
+    )
+
+
+def _headers(file: RemoteFile, folder: Path, stop: Stop) -> list[TensorInfo]:
+    """Read the header of a safetensors file by range."""
+    first = read(file, stop, count=FIRST)
+    length = 8 + int.from_bytes(first[:8], "little")
+    if FIRST < length <= file.size:
+        first += read(file, stop, begin=len(first), count=length - len(first))
+    return read_safetensors_header(BytesIO(first).read, file=folder / file.name, size=file.size)
+
+
+def _facts(checkpoint: Checkpoint, *, told_order: bool) -> dict[str, Any]:
+    config = checkpoint.config
+    extra = config.model_extra or {}
+    facts = {
+        "bits": config.bits,
+        "group_size": config.group_size,
+        "desc_act": config.desc_act if told_order else None,
+        "damp_percent": config.damp_percent,
+        "dataset": extra.get("dataset"),
+        "seq_len": extra.get("model_seqlen") or extra.get("seq_len"),
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _words(hub: HubReference, error: Exception) -> str:
+    """Say what failed, without the folder that only this list knows."""
+    ours = error if isinstance(error, GPTQLoaderError) else explained(hub, error)
+    if isinstance(ours, CheckpointError):
+        return ours.message.removeprefix(f"{ours.path}: ")
+    return ours.message

@@ -1,0 +1,159 @@
+"""Describe a Llama-like decoder to the native library, as it stands; imports torch."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gptq_loader_kernels._native import NORMS, PARTS, Block, Isa, Model, Projection
+from gptq_loader_kernels._native_linear import TYPES, NativeLinear
+from gptq_loader_kernels._watch import Watch, modules_inside
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Described", "all_packed", "describe", "linears", "why_not"]
+
+FAMILIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+LANES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A decoder as the library reads it.
+
+    Attributes:
+        model: the description, which points into the decoder's tensors.
+        dtype: of its activations.
+        kept: what the description points to.
+        watch: tells whether the decoder has been changed since.
+    """
+
+    model: Model
+    dtype: torch.dtype
+    kept: list[Any]
+    watch: Watch
+
+
+def describe(decoder: Any, dtype: torch.dtype, isa: Isa) -> Described | None:  # noqa: ANN401
+    """Describe a decoder for activations of `dtype`; None where the library cannot run it."""
+    if why_not(decoder) is not None:
+        return None
+    if decoder.norm.weight.dtype != dtype and not all_packed(decoder):
+        return None
+    kept: list[Any] = []
+
+    def norm(owner: nn.Module, path: str) -> int | None:
+        module = _find(owner, path)
+        if module is None:
+            return None
+        kept.append(module.weight.detach().float().contiguous())
+        return int(kept[-1].data_ptr())
+
+    blocks = (Block * len(decoder.layers))()
+    for block, layer in zip(blocks, decoder.layers, strict=True):
+        before: Any = None
+        for name, path in PARTS.items():
+            module = layer.get_submodule(path)
+            _describe(getattr(block, name), module, dtype, kept)
+            follows = name in {"k", "v", "up"} and _same_rows(before, module)
+            getattr(block, name).same_rows = follows
+            before = module
+        for name, path in NORMS.items():
+            setattr(block, name, norm(layer, path))
+        block.window = getattr(layer.self_attn, "sliding_window", None) or (
+            decoder.config.sliding_window or 0 if type(decoder).__name__ == "MistralModel" else 0
+        )
+    config, attention = decoder.config, decoder.layers[0].self_attn
+    model = Model(
+        blocks=len(blocks),
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=attention.head_dim,
+        inner=config.intermediate_size,
+        type=TYPES[dtype],
+        isa=isa,
+        eps=config.rms_norm_eps,
+        scale=attention.scaling,
+        norm=norm(decoder, "norm"),
+        block=ctypes.cast(blocks, ctypes.POINTER(Block)),
+    )
+    kept.append(blocks)
+    return Described(model, dtype, kept, Watch(decoder))
+
+
+def why_not(decoder: Any) -> str | None:  # noqa: ANN401 - one for each limit
+    """Say what keeps a decoder from stepping natively, in words."""
+    kind = type(decoder).__name__
+    if kind not in FAMILIES or not type(decoder).__module__.startswith("transformers.models."):
+        return "it is not one of Llama, Mistral, Qwen2 and Qwen3"
+    config = decoder.config
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act}; the step has silu"
+    attention = decoder.layers[0].self_attn
+    if attention.head_dim % (2 * LANES) or attention.head_dim > 16 * LANES:
+        return f"its heads are {attention.head_dim} wide; the step takes multiples of 32 up to 256"
+    if config.hidden_size % LANES:
+        return f"its hidden size {config.hidden_size} is not a multiple of {LANES}"
+    if decoder.norm.weight.dtype not in TYPES:
+        return f"it is in {decoder.norm.weight.dtype}; the step takes bfloat16 and float32"
+    return _changed(decoder)
+
+
+def _changed(decoder: Any) -> str | None:  # noqa: ANN401
+    """Say which part of a decoder is not as transformers and the native kernel make it."""
+    for layer in decoder.layers:
+        for path in PARTS.values():
+            module = _find(layer, path)
+            if not isinstance(module, NativeLinear) and type(module) is not nn.Linear:
+                return f"{path} is multiplied by another kernel"
+    for module in modules_inside(decoder):
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:  # noqa: SLF001 - torch has no other way to tell
+            return f"something watches a {type(module).__name__} of it"
+    return None
+
+
+def all_packed(decoder: Any) -> bool:  # noqa: ANN401
+    """Say whether every layer of a decoder is packed."""
+    return all(isinstance(it, NativeLinear) for it in linears(decoder))
+
+
+def linears(decoder: Any) -> Iterator[Any]:  # noqa: ANN401
+    """Go through the linears of a decoder's blocks."""
+    return (_find(layer, path) for layer in decoder.layers for path in PARTS.values())
+
+
+def _describe(to: Projection, module: Any, dtype: torch.dtype, kept: list[Any]) -> None:  # noqa: ANN401
+    to.in_features, to.out_features = module.in_features, module.out_features
+    if isinstance(module, NativeLinear):
+        filled = module.filled()
+        kept.append((module, filled))
+        to.packed = ctypes.pointer(filled)
+        return
+    weight = module.weight.detach().to(dtype).contiguous()
+    kept.append(weight)
+    to.weight = weight.data_ptr()
+    if module.bias is not None:
+        kept.append(module.bias.detach().float().contiguous())
+        to.bias = kept[-1].data_ptr()
+
+
+def _same_rows(one: Any, other: Any) -> bool:  # noqa: ANN401 - modules of either kind
+    """Say whether two layers read x alike, so that it is gathered once for both."""
+    if not isinstance(one, NativeLinear) or not isinstance(other, NativeLinear):
+        return type(one) is type(other)
+    names = ("rows", "segment_units")
+    return one.bits == other.bits and all(
+        torch.equal(getattr(one, name), getattr(other, name)) for name in names
+    )
+
+
+def _find(owner: Any, path: str) -> Any:  # noqa: ANN401
+    for name in path.split("."):
+        owner = getattr(owner, name, None)
+    return owner
