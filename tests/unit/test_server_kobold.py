@@ -160,3 +160,31 @@ def test_abort_and_check_find_a_reply_by_its_key(tmp_path: Path) -> None:
         assert brake.cancelled == 1
         brake.let_go()
         assert served.post(COMPLETE, prompt="Hi", max_tokens=1).status_code == 200
+
+
+def test_nobody_reads_or_ends_what_another_client_is_told(tmp_path: Path) -> None:
+    brake = Brake()
+    with running(tmp_path, names=(ONE,), loads=brake, most_at_once=2) as served:
+        answers: list[dict[str, Any]] = []
+
+        def ask(route: str, **body: Any) -> None:
+            answers.append(served.post(route, prompt="Hello", temperature=0, **body).json())
+
+        chat = threading.Thread(target=ask, args=(COMPLETE,), kwargs={"max_tokens": 300})
+        chat.start()
+        brake.wait()
+        check, abort = "/api/extra/generate/check", "/api/extra/abort"
+        assert served.post(check).json() == {"results": [{"text": ""}]}
+        assert served.post(abort).json()["success"] == "false"
+        first = threading.Thread(target=ask, args=(GENERATE,), kwargs={"max_length": 300})
+        first.start()
+        while not brake.began.acquire(timeout=0.05):
+            brake.leave.release(1)  # it joins between two tokens of the other
+        assert served.post(abort).json()["success"] == "true", "the only one of its kind"
+        brake.let_go()
+        chat.join()
+        first.join()
+        (completed,) = [it for it in answers if "choices" in it]
+        assert completed["usage"]["completion_tokens"] == 300
+        (result,) = next(it for it in answers if "results" in it)["results"]
+        assert result["finish_reason"] == "stop"

@@ -173,6 +173,7 @@ def test_everything_can_be_stopped(tmp_path: Path) -> None:
         MemoryError(),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
         RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("no memory for 2048 tokens"),
     ],
 )
 def test_running_out_of_memory_ends_one_request(tmp_path: Path, error: Exception) -> None:
@@ -213,11 +214,15 @@ def test_a_model_too_large_for_this_machine_is_refused_before_it_is_loaded(
 
     with running(tmp_path, loads=loads) as served:
         real = psutil.virtual_memory()
-        monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=1000))
+        held = served.server.shelf.loaded
+        assert held is not None
+        missing = real._replace(available=1000 - held[1].plan.weight_bytes)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: missing)
         answer = served.chat(model=OTHER, max_tokens=1)
         assert answer.status_code == 503
         assert "of memory, and 1 kB is free" in answer.json()["error"]["message"]
         assert len(loaded) == 1
+        assert served.client.get("/health").json()["model"] == ONE, "the other one stays"
         monkeypatch.undo()
         assert served.chat(model=ONE, max_tokens=1).status_code == 200
 

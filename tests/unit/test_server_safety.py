@@ -64,6 +64,18 @@ def test_the_key_is_asked_for_everywhere(locked: Running, stranger: httpx.Client
     assert stranger.get("/health", headers={"authorization": f"bearer {KEY}"}).status_code == 200
 
 
+def test_a_browser_asks_a_person_for_the_key(locked: Running, stranger: httpx.Client) -> None:
+    answer = stranger.get("/", headers={"accept": "text/html,*/*"})
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"].startswith("Basic ")
+    assert stranger.get("/", auth=("anyone", KEY)).status_code == 200
+    assert stranger.get("/", auth=(KEY, "wrong")).status_code == 401
+    broken = [(b"authorization", "Basic ä=".encode("latin-1"))]
+    assert stranger.get("/", headers=broken).status_code == 401
+    page = {"origin": "http://evil.example"}
+    assert stranger.post(CHAT, auth=("a", KEY), headers=page, json={}).status_code == 403
+
+
 @pytest.mark.parametrize(
     ("host", "status"),
     [
@@ -86,7 +98,8 @@ def test_a_name_that_is_not_this_machines_is_refused(
 def test_other_origins_may_not_call_it(locked: Running) -> None:
     get = locked.client.get
     assert get("/health", headers={"origin": "http://evil.example"}).status_code == 403
-    assert get("/health", headers={"origin": "null"}).status_code == 403
+    for origin in ("null", "", "http://[", locked.url.replace("http", "ftp").rstrip("/")):
+        assert get("/health", headers={"origin": origin}).status_code == 403
     assert get("/health", headers={"origin": locked.url.rstrip("/")}).status_code == 200
     friend = get("/health", headers={"origin": "http://friend.example"})
     assert friend.status_code == 200

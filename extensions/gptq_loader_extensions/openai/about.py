@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 
-from gptq_loader_extensions.openai.documented import ERRORS
+from gptq_loader_extensions.openai.documented import ERRORS, NOT_DONE
 from gptq_loader_extensions.openai.errors import ApiError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def about_routes(server: Server) -> APIRouter:
             code="model_not_found",
         )
 
-    @router.post("/v1/embeddings")
+    @router.post("/v1/embeddings", responses=NOT_DONE)
     async def embeddings(request: Request) -> None:
         """Refuse: a model that writes text gives no embeddings worth having."""
         del request
@@ -50,6 +50,7 @@ def about_routes(server: Server) -> APIRouter:
             "this server makes no embeddings: its models write text; ask a server of an embedding "
             "model",
             code="not_supported",
+            headers={"x-should-retry": "false"},  # which OpenAI's own clients obey
         )
 
     @router.get("/health")

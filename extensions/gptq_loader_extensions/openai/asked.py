@@ -19,6 +19,8 @@ __all__ = ["make_options", "make_runs", "stop_texts"]
 
 # The least probability mass that a client can mean by top_p 0, which keeps one token.
 LEAST_TOP_P = 1e-6
+# Below it the likeliest token is as good as certain, and logits divided by it may be infinite.
+LEAST_TEMPERATURE = 1e-6
 
 
 def make_options(request: Sampling, *, max_tokens: int) -> GenerateOptions:
@@ -27,11 +29,12 @@ def make_options(request: Sampling, *, max_tokens: int) -> GenerateOptions:
     Raises:
         OptionInvalid: a value is out of range.
     """
+    temperature = request.temperature
     fields: dict[str, Any] = {
         "max_new_tokens": max_tokens,
         "stop": stop_texts(request.stop),
         "seed": request.seed,
-        "temperature": request.temperature,
+        "temperature": temperature if temperature is None or temperature > LEAST_TEMPERATURE else 0,
         "min_p": request.min_p,
         "top_p": None if request.top_p is None else max(request.top_p, LEAST_TOP_P),
         "top_k": None if request.top_k is None else max(request.top_k, 0),

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from gptq_loader_extensions.openai.asked import make_runs
-from gptq_loader_extensions.openai.documented import ERRORS
+from gptq_loader_extensions.openai.documented import ERRORS, EVENTS
 from gptq_loader_extensions.openai.engine import Run, Said
 from gptq_loader_extensions.openai.errors import invalid
 from gptq_loader_extensions.openai.probabilities import Aligned, chat_logprobs
@@ -22,7 +22,6 @@ from gptq_loader_extensions.openai.tools import offer_tools, to_template
 from gptq_loader_extensions.openai.traffic import record_of
 from gptq_loader_extensions.openai.unsupported import check_extra, check_message
 from gptq_loader_extensions.openai.waiting import whole
-from gptq_loader_extensions.openai.words import TokenWords
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.openai.server import Server
     from gptq_loader_extensions.openai.tools import Call, CallReader
     from gptq_loader_extensions.openai.waiting import Reply
+    from gptq_loader_extensions.openai.words import TokenWords
     from gptq_loader_plugin.loaded import LoadedModel
 
 __all__ = ["FINISH", "chat_routes", "usage"]
@@ -121,7 +121,7 @@ def chat_routes(server: Server) -> APIRouter:
     """Make the route."""
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", responses=ERRORS, response_model=None)
+    @router.post("/v1/chat/completions", responses=ERRORS | EVENTS, response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         record = record_of(request)
@@ -154,9 +154,11 @@ def _prepare(server: Server, body: ChatRequest, model: LoadedModel) -> tuple[Pre
         max_tokens=server.most_tokens(body.max_completion_tokens or body.max_tokens, model),
         stop=template.stop,
         top=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=make_grammar(body.response_format, model, ends=ends, begin=len(ids)),
+        grammar=make_grammar(
+            body.response_format, model, server.grammars, ends=ends, begin=len(ids)
+        ),
     )
-    words = TokenWords(model.tokenizer) if body.logprobs else None
+    words = server.words_of(model) if body.logprobs else None
     return Prepared(reader, ends, words), runs
 
 

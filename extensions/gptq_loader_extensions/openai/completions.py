@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 
 from gptq_loader_extensions.openai.asked import make_runs
 from gptq_loader_extensions.openai.chat import FINISH, usage
-from gptq_loader_extensions.openai.documented import ERRORS
+from gptq_loader_extensions.openai.documented import ERRORS, EVENTS
 from gptq_loader_extensions.openai.engine import Run, Said
 from gptq_loader_extensions.openai.errors import invalid
 from gptq_loader_extensions.openai.probabilities import Aligned, completion_logprobs
@@ -22,7 +22,6 @@ from gptq_loader_extensions.openai.sse import event, stream, told
 from gptq_loader_extensions.openai.traffic import record_of
 from gptq_loader_extensions.openai.unsupported import check_extra
 from gptq_loader_extensions.openai.waiting import whole
-from gptq_loader_extensions.openai.words import TokenWords
 from gptq_loader_plugin.errors import PromptTooLong
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.openai.scores import Step
     from gptq_loader_extensions.openai.server import Server
     from gptq_loader_extensions.openai.waiting import Reply
+    from gptq_loader_extensions.openai.words import TokenWords
     from gptq_loader_plugin.loaded import LoadedModel
 
 __all__ = ["check_ids", "completion_routes", "cut_prompt"]
@@ -62,14 +62,14 @@ class Prepared:
         prompts: in order.
         copies: how many replies each has.
         top: how many likeliest tokens to report; None reports nothing.
-        words: writes single tokens.
+        words: writes single tokens; None where no probabilities were asked for.
         ends: the tokens that end a reply.
     """
 
     prompts: Sequence[Prompt]
     copies: int
     top: int | None
-    words: TokenWords
+    words: TokenWords | None
     ends: frozenset[int]
 
 
@@ -84,9 +84,9 @@ class Choice:
     def __init__(self, prepared: Prepared, index: int) -> None:
         self._prepared = prepared
         self._prompt = prepared.prompts[index // prepared.copies]
-        self._aligned = Aligned(prepared.words, prepared.ends)
+        self._words = prepared.words
+        self._aligned = None if self._words is None else Aligned(self._words, prepared.ends)
         self._steps: list[Step] = list(self._prompt.steps)
-        self._new = 0
         self._said = 0  # characters whose tokens were reported
         self.index = index
         self.text = self._prompt.text
@@ -99,17 +99,17 @@ class Choice:
         self.tokens = said.piece.tokens
         if said.piece.finish is not None:
             self.finish = FINISH[said.piece.finish]
-        if self._prepared.top is not None:
+        if self._aligned is not None:
             self._steps += self._aligned.take(said)
         return said.piece.text
 
     def logprobs(self) -> dict[str, Any] | None:
         """Give the probabilities of the tokens since the last call."""
-        top = self._prepared.top
-        if top is None:
+        words, top = self._words, self._prepared.top
+        if words is None or top is None:
             return None
         steps, self._steps = self._steps, []
-        words, begin = self._prepared.words, self._said
+        begin = self._said
         self._said += sum(len(words.text(it.token)) for it in steps)
         return completion_logprobs(words, steps, begin=begin, top=top)
 
@@ -127,7 +127,7 @@ def completion_routes(server: Server) -> APIRouter:
     """Make the route."""
     router = APIRouter()
 
-    @router.post("/v1/completions", responses=ERRORS, response_model=None)
+    @router.post("/v1/completions", responses=ERRORS | EVENTS, response_model=None)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Complete prompts."""
         record = record_of(request)
@@ -201,7 +201,7 @@ def _prepare(
             runs += make_runs(body, model, ids, max_tokens=most, top=body.logprobs)
     ends = model.end_ids()
     copies = (body.n or 1) if most else 1
-    words = TokenWords(model.tokenizer)
+    words = None if body.logprobs is None else server.words_of(model)
     return Prepared(found, copies, body.logprobs, words, ends), runs
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-__all__ = ["ERRORS", "ErrorBody"]
+__all__ = ["ERRORS", "EVENTS", "NOT_DONE", "ErrorBody"]
 
 
 class Error(BaseModel):
@@ -34,6 +34,12 @@ REFUSALS = {
     503: "not enough memory, or a model that cannot be loaded",
     504: "it took longer than allowed",
 }
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "the whole reply, or events", "content": {"text/event-stream": {}}}
+}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": words, "model": ErrorBody} for status, words in REFUSALS.items()
+}
+NOT_DONE: dict[int | str, dict[str, Any]] = {
+    501: {"description": "this server does not do that", "model": ErrorBody}
 }

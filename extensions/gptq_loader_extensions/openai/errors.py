@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ApiError", "as_api_error", "invalid", "is_out_of_memory"]
 
-# What torch says when an allocation fails, where it raises no class of its own for it.
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+# What torch and the native kernel say when an allocation fails, where there is no class for it.
+OUT_OF_MEMORY = ("can't allocate memory", "no memory for", "not enough memory", "out of memory")
 
 
 class ApiError(Exception):

@@ -6,8 +6,8 @@ import hmac
 import ipaddress
 import json
 import socket
+from base64 import b64decode
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from gptq_loader_extensions.openai.errors import ApiError
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.openai.settings import Settings
 
 __all__ = ["Guard"]
+
+# Has a browser ask a person for a name, which may be any, and a password, which is the key.
+BROWSERS = 'Basic realm="gptq-loader: any name, and the API key as the password"'
+MOST_DIGITS = 15  # of a length in bytes
 
 
 class Guard:
@@ -55,8 +59,9 @@ class Guard:
         await self._app(scope, self._counted(receive), send)
 
     def _check(self, headers: dict[str, str]) -> None:
-        host = _host_name(headers.get("host", ""))
-        if host not in self._names and not _is_number(host):
+        addressed = headers.get("host", "")
+        host = _host_name(addressed)
+        if not host or (host not in self._names and not _is_number(host)):
             raise ApiError(
                 403,
                 "this server does not go by that name; address it by its number, or start it with "
@@ -64,8 +69,8 @@ class Guard:
                 code="wrong_host",
             )
         origin = headers.get("origin")
-        own = origin is not None and urlsplit(origin).netloc == headers.get("host")
-        if origin is not None and not own and not {origin, "*"} & self._origins:
+        own = {f"http://{addressed}", f"https://{addressed}"}
+        if origin is not None and origin not in own and not {origin, "*"} & self._origins:
             raise ApiError(
                 403,
                 "pages of that origin may not call this server; start it with --cors ORIGIN to let "
@@ -73,19 +78,26 @@ class Guard:
                 code="wrong_origin",
             )
         if self._key is not None and not self._has_key(headers):
+            browser = "text/html" in headers.get("accept", "")
             raise ApiError(
                 401,
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",
                 code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
+                headers={"WWW-Authenticate": BROWSERS if browser else "Bearer"},
             )
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > self._max_body:
+        if not length.isdecimal() or len(length) > MOST_DIGITS or int(length) > self._max_body:
             raise self._too_large()
 
     def _has_key(self, headers: dict[str, str]) -> bool:
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        given = given.strip() if scheme.casefold() == "bearer" else headers.get("x-api-key", "")
+        match scheme.casefold():
+            case "bearer":
+                given = given.strip()
+            case "basic":
+                given = _password(given)
+            case _:
+                given = headers.get("x-api-key", "")
         return hmac.compare_digest(given.encode("latin-1"), self._key or b"")
 
     def _too_large(self) -> ApiError:
@@ -109,6 +121,14 @@ class Guard:
             return message
 
         return receive_counted
+
+
+def _password(basic: str) -> str:
+    """Take the password out of what a browser sends; nothing, where it cannot be read."""
+    try:
+        return b64decode(basic, validate=True).decode("latin-1").partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def _headers(scope: Scope) -> dict[str, str]:

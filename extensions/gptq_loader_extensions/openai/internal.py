@@ -16,7 +16,6 @@ from gptq_loader_extensions.openai.schemas import (
     InternalText,
     InternalTokens,
 )
-from gptq_loader_extensions.openai.words import TokenWords
 
 if TYPE_CHECKING:
     from gptq_loader_extensions.openai.server import Server
@@ -85,13 +84,13 @@ def internal_routes(server: Server) -> APIRouter:  # noqa: C901 - one small func
         """Give the likeliest tokens after a prompt, with their probabilities."""
         if body.use_samplers:
             raise invalid("use_samplers is not supported here; leave it out", param="use_samplers")
-        return await server.ask(request, lambda model: _likeliest(body, model))
+        return await server.ask(request, lambda model: _likeliest(server, body, model))
 
     return router
 
 
-def _likeliest(body: InternalLogits, model: LoadedModel) -> dict[str, float]:
+def _likeliest(server: Server, body: InternalLogits, model: LoadedModel) -> dict[str, float]:
     best = next_logits(model, model.encode(body.prompt)).softmax(dim=-1).topk(body.top_logits)
-    words = TokenWords(model.tokenizer)
+    words = server.words_of(model)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return {words.name(token): probability for token, probability in pairs}

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from gptq_loader_extensions.openai.asked import make_runs
 from gptq_loader_extensions.openai.chat import FINISH
 from gptq_loader_extensions.openai.completions import cut_prompt
-from gptq_loader_extensions.openai.documented import ERRORS
+from gptq_loader_extensions.openai.documented import ERRORS, EVENTS
 from gptq_loader_extensions.openai.engine import Run, Said
 from gptq_loader_extensions.openai.errors import invalid
 from gptq_loader_extensions.openai.schemas import (
@@ -59,7 +59,7 @@ def kobold_routes(server: Server) -> APIRouter:  # noqa: C901 - one small functi
         ]
         return JSONResponse({"results": results}, headers=told(record_of(request)))
 
-    @router.post("/api/extra/generate/stream", response_model=None)
+    @router.post("/api/extra/generate/stream", responses=EVENTS, response_model=None)
     async def generate_stream(body: KoboldRequest, request: Request) -> Response:
         """Complete a prompt, and send the text as it comes."""
         if (body.n or 1) > 1:
@@ -78,7 +78,7 @@ def kobold_routes(server: Server) -> APIRouter:  # noqa: C901 - one small functi
 
     @router.post("/api/extra/abort")
     async def abort(body: KoboldKey | None = None) -> dict[str, Any]:
-        """End the replies that have this key; it need not be given for those without one."""
+        """End the reply that has this key; without one, the only reply of a Kobold client."""
         found = _named(server, body)
         for reply in found:
             reply.cancel()
@@ -178,6 +178,10 @@ def _finish(said: list[Said], index: int) -> str | None:
 
 
 def _named(server: Server, body: KoboldKey | None) -> list[Reply]:
-    """Find the replies under way that a client means by a key."""
+    """Find the replies under way that a client means by a key.
+
+    One that names none means its own, which can be told only where it is the only one.
+    """
     key = "" if body is None else body.genkey or ""
-    return [reply for reply, its in server.replies.items() if its == key and not reply.ended]
+    found = [reply for reply, its in server.replies.items() if its == key and not reply.ended]
+    return found if key or len(found) == 1 else []

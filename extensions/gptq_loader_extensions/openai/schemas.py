@@ -46,7 +46,7 @@ class Sampling(BaseModel):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     repetition_penalty_range: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -54,7 +54,7 @@ class Sampling(BaseModel):
         Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
         | None
     ) = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=64)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     stream: bool | None = None
@@ -207,7 +207,7 @@ class KoboldKey(BaseModel):
 class KoboldModel(BaseModel):
     """PUT /api/v1/model."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     model: Annotated[str, Field(min_length=1, max_length=500)]
 
@@ -223,7 +223,7 @@ class KoboldPrompt(BaseModel):
 class InternalText(BaseModel):
     """POST /v1/internal/encode and /v1/internal/token-count."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     text: Text
 
@@ -231,7 +231,7 @@ class InternalText(BaseModel):
 class InternalTokens(BaseModel):
     """POST /v1/internal/decode."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     tokens: Annotated[list[TokenId], Field(max_length=1_000_000)]
 
@@ -239,7 +239,7 @@ class InternalTokens(BaseModel):
 class InternalLoad(BaseModel):
     """POST /v1/internal/model/load."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     model_name: Annotated[str, Field(min_length=1, max_length=500)]
     args: dict[str, Any] | None = None
@@ -249,7 +249,7 @@ class InternalLoad(BaseModel):
 class InternalLogits(BaseModel):
     """POST /v1/internal/logits."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     prompt: Text
     top_logits: Annotated[int, Field(ge=1, le=200)] = 50

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from gptq_loader_extensions.openai.metrics import Metrics
 from gptq_loader_extensions.openai.traffic import record_of
 from gptq_loader_extensions.openai.waiting import Reply, whole
+from gptq_loader_extensions.openai.words import TokenWords
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,14 +37,19 @@ class Server:
         shelf: the models by name.
         engine: does the work.
         metrics: counts.
-        replies: those under way, by the name their client gave them; "" where it gave none.
+        replies: those under way, with the key their client has for them: "" is a Kobold client's
+            that names none, and None any other client's.
+        words: writes the tokens of each model that was asked to.
+        grammars: llguidance's tokenizer of each model that was asked to keep to a grammar.
     """
 
     settings: Settings
     shelf: Shelf
     engine: Engine
     metrics: Metrics = field(default_factory=Metrics)
-    replies: WeakKeyDictionary[Reply, str] = field(default_factory=WeakKeyDictionary)
+    replies: WeakKeyDictionary[Reply, str | None] = field(default_factory=WeakKeyDictionary)
+    words: WeakKeyDictionary[LoadedModel, TokenWords] = field(default_factory=WeakKeyDictionary)
+    grammars: WeakKeyDictionary[LoadedModel, Any] = field(default_factory=WeakKeyDictionary)
 
     async def reply(
         self,
@@ -51,7 +57,7 @@ class Server:
         model: str | None,
         prepare: Callable[[LoadedModel], tuple[Any, Sequence[Run]]],
         *,
-        key: str = "",
+        key: str | None = None,
     ) -> Reply:
         """Make a reply to a request; it is queued when it is started.
 
@@ -64,10 +70,10 @@ class Server:
         Raises:
             ApiError: there is no such model.
         """
-        await asyncio.to_thread(self.shelf.check, model or None)
+        name = await asyncio.to_thread(self.shelf.known, model or None)
         reply = Reply(
             self.engine,
-            model or None,
+            name if model else None,
             prepare,
             timeout=self.settings.timeout,
             record=record_of(request),
@@ -97,6 +103,12 @@ class Server:
         if self.shelf.loaded is None:
             await self.ask(request, lambda _: None)
         return await asyncio.to_thread(self.shelf.with_tokenizer, use)
+
+    def words_of(self, model: LoadedModel) -> TokenWords:
+        """Give what writes a model's single tokens; a vocabulary takes some time to list."""
+        if model not in self.words:
+            self.words[model] = TokenWords(model.tokenizer)
+        return self.words[model]
 
     def most_tokens(self, asked: int | None, model: LoadedModel) -> int:
         """Say how many tokens a reply may have: what was asked for, within the server's limit."""

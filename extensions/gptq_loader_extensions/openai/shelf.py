@@ -19,7 +19,7 @@ from gptq_loader_plugin.local import local_models
 from gptq_loader_plugin.reference import models_folders, parse_hub_reference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from transformers import PreTrainedTokenizerBase
 
@@ -77,6 +77,7 @@ class Shelf:
         self._last: str | None = None
         self._spare: PreTrainedTokenizerBase | None = None
         self._spare_lock = Lock()
+        self._warned: set[Path] = set()
 
     def start(self, reference: str | None, model: LoadedModel | None) -> None:
         """Put the first model up: one that is loaded already, or the one a user named.
@@ -102,20 +103,24 @@ class Shelf:
         roots = [it.resolve() for it in models_folders(self._environ)]
         cache = _cache_root()
         for local in local_models(cache=self._settings.cached_models, environ=self._environ):
-            if _stays_inside(local.path, [*roots, cache]) and self._readable(local.path):
+            if self._stays_inside(local.path, [*roots, cache]) and self._readable(local.path):
                 entry = Entry(local.name, local.path, int(local.path.stat().st_mtime))
                 found.setdefault(local.name, entry)
         return list(found.values())
 
-    def check(self, name: str | None) -> None:
-        """Refuse a name that no model has.
+    def known(self, name: str | None) -> str:
+        """Give the name that a model goes by.
+
+        Args:
+            name: what a client calls it; None means the model that is loaded, or was last.
 
         Raises:
-            ApiError: there is no such model, or none at all is loaded.
+            ApiError: there is no such model, or none was ever loaded.
         """
         if self._loaded is not None and name in (None, self._loaded[0]):
-            return
-        self._find(name)
+            return self._loaded[0]
+        found = self._find(name)
+        return found.name if isinstance(found, Entry) else _hub_name(found)
 
     def take(self, name: str | None) -> tuple[str, LoadedModel]:
         """Give a model, loading it where another one is loaded; call it from one thread alone.
@@ -128,10 +133,8 @@ class Shelf:
             return self._loaded
         found = self._find(name)
         entry = found if isinstance(found, Entry) else self._download(found)
-        if self._loaded is not None and entry.name == self._loaded[0]:
-            return self._loaded
-        self.unload()
         self._check_memory(entry)
+        self.unload()
         return self._put(entry.name, self._load(entry.target))
 
     def with_tokenizer(self, use: Callable[[PreTrainedTokenizerBase], T]) -> T:
@@ -197,7 +200,7 @@ class Shelf:
     def _download(self, hub: HubReference) -> Entry:
         from gptq_loader_plugin.hub import download_folder
 
-        name = hub.repo if hub.branch == "main" else f"{hub.repo}:{hub.branch}"
+        name = _hub_name(hub)
         folder = download_folder(hub, progress=lambda _: None)
         if not self._readable(folder):
             raise ApiError(
@@ -208,6 +211,18 @@ class Shelf:
                 code="model_refused",
             )
         return Entry(name, folder, int(folder.stat().st_mtime))
+
+    def _stays_inside(self, folder: Path, roots: list[Path]) -> bool:
+        """Whether a model's folder and all of its files lie in the folders that may be read."""
+        for path in (folder, *folder.iterdir()):
+            real = path.resolve()
+            if any(real.is_relative_to(root) for root in roots):
+                continue
+            if path not in self._warned:
+                logger.warning("%s points outside the models folders and is not served", path)
+                self._warned.add(path)
+            return False
+        return True
 
     def _readable(self, folder: Path) -> bool:
         return self._settings.pickles or any(it.suffix == ".safetensors" for it in folder.iterdir())
@@ -220,6 +235,8 @@ class Shelf:
 
         plan = gptq.explain(entry.target)
         free = psutil.virtual_memory().available
+        if self._loaded is not None:  # whose memory is free by then
+            free += self._loaded[1].plan.weight_bytes
         if plan.device.type == "cpu" and plan.weight_bytes * SPARE > free:
             from gptq_loader_plugin.plan import write_size
 
@@ -242,22 +259,11 @@ def _own_entry(model: LoadedModel, reference: str | None) -> Entry:
     return Entry(name, target, int(plan.path.stat().st_mtime))
 
 
+def _hub_name(hub: HubReference) -> str:
+    return hub.repo if hub.branch == "main" else f"{hub.repo}:{hub.branch}"
+
+
 def _cache_root() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE).resolve()
-
-
-def _stays_inside(folder: Path, roots: list[Path]) -> bool:
-    """Whether a model's folder and all of its files lie in the folders that may be read."""
-    for path in _with_files(folder):
-        real = path.resolve()
-        if not any(real.is_relative_to(root) for root in roots):
-            logger.warning("%s points outside the models folders and is not served", path)
-            return False
-    return True
-
-
-def _with_files(folder: Path) -> Iterator[Path]:
-    yield folder
-    yield from folder.iterdir()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gptq_loader_extensions.openai.errors import ApiError, invalid
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, MutableMapping
 
     import torch
 
@@ -56,9 +56,21 @@ class GrammarMask:
 
 
 def make_grammar(
-    asked: ResponseFormat | None, model: LoadedModel, *, ends: Iterable[int], begin: int
+    asked: ResponseFormat | None,
+    model: LoadedModel,
+    known: MutableMapping[LoadedModel, Any],
+    *,
+    ends: Iterable[int],
+    begin: int,
 ) -> Callable[[], GrammarMask] | None:
     """Make what makes a mask for each reply; None where any text will do.
+
+    Args:
+        asked: the form of the reply.
+        model: what will answer.
+        known: llguidance's tokenizers, which take a second to make, by model.
+        ends: the tokens that end a reply.
+        begin: where the reply begins in the sequence.
 
     Raises:
         ApiError: the schema cannot be followed, or llguidance is not installed.
@@ -90,12 +102,14 @@ def make_grammar(
             param="response_format",
             code="unsupported_option",
         )
-    known = llguidance.hf.from_tokenizer(tokenizer, eos_token=sorted(ends))
+    if model not in known:
+        known[model] = llguidance.hf.from_tokenizer(tokenizer, eos_token=sorted(ends))
+    vocabulary = known[model]
     grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
-    if wrong := llguidance.LLMatcher.validate_grammar(grammar, known):
+    if wrong := llguidance.LLMatcher.validate_grammar(grammar, vocabulary):
         raise invalid(
             f"the schema cannot be followed: {wrong.strip()[:500]}", param="response_format"
         )
     return lambda: GrammarMask(
-        llguidance.LLMatcher(known, grammar, log_level=0), begin, known.vocab_size
+        llguidance.LLMatcher(vocabulary, grammar, log_level=0), begin, vocabulary.vocab_size
     )

@@ -28,7 +28,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "function_call": (None, "none"),
     "functions": EMPTY,
     "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None, True, False),
+    "parallel_tool_calls": (None, True),
     "prediction": EMPTY,
     "reasoning_effort": (None, "none"),
     "service_tier": (None, "auto", "default"),

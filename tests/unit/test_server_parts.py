@@ -1,0 +1,268 @@
+"""The server's parts that need no connection: tools, tokens as text, penalties, metrics."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from altered import DATA, ONE, copy
+from hypothesis import given
+from hypothesis import strategies as st
+from served import load, running
+from transformers import AutoTokenizer
+
+from gptq_loader_extensions.openai.aliases import one_name_each
+from gptq_loader_extensions.openai.engine import Said
+from gptq_loader_extensions.openai.errors import ApiError
+from gptq_loader_extensions.openai.metrics import Metrics
+from gptq_loader_extensions.openai.probabilities import Aligned
+from gptq_loader_extensions.openai.processors import Bias, RecentPenalty, SaidPenalty
+from gptq_loader_extensions.openai.scores import Step
+from gptq_loader_extensions.openai.tools import Call, CallReader, TaggedCalls, WholeCall
+from gptq_loader_extensions.openai.words import TokenWords
+from gptq_loader_plugin.generate import Piece
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import gptq_loader_plugin as gptq
+    from gptq_loader_plugin.generate import Generation
+
+CALL = '<tool_call>\n{"name": "now", "arguments": {"zone": "UTC"}}\n</tool_call>'
+# As Hermes and Qwen write it, shortened.
+TOOLS_TEMPLATE = """{%- if tools %}<|im_start|>system
+Call functions with <tool_call>{"name": ..., "arguments": ...}</tool_call>:
+{%- for tool in tools %}
+{{ tool | tojson }}
+{%- endfor %}<|im_end|>
+{% endif %}
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}
+{%- for call in message.tool_calls or [] %}
+{{ call.function.arguments.zone }}
+{%- endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def read(reader: CallReader, pieces: Sequence[str]) -> tuple[str, list[Call]]:
+    said, calls = "", []
+    for text, found in [*map(reader.add, pieces), reader.rest()]:
+        said += text
+        calls += found
+    return said, calls
+
+
+@given(st.lists(st.integers(0, 200), max_size=8))
+def test_a_call_is_found_however_the_text_is_cut(cuts: list[int]) -> None:
+    text = f"Let me look.\n{CALL}\n{CALL} and <tool_x"
+    edges = sorted({0, len(text), *(it for it in cuts if it < len(text))})
+    pieces = [text[a:b] for a, b in pairwise(edges)]
+    said, calls = read(TaggedCalls(), pieces)
+    assert said == "Let me look.\n and <tool_x"
+    assert [it.name for it in calls] == ["now", "now"]
+    assert json.loads(calls[0].arguments) == {"zone": "UTC"}
+    assert calls[0].call_id != calls[1].call_id
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "names"),
+    [
+        ("plain", "plain", []),
+        ("<tool_call>not json</tool_call>", "<tool_call>not json</tool_call>", []),
+        ('<tool_call>{"name": "now", "arguments": {}}', "", ["now"]),
+        ('<tool_call>{"name": "now", "argu', '<tool_call>{"name": "now", "argu', []),
+        ("<tool_call>[1]</tool_call>", "<tool_call>[1]</tool_call>", []),
+    ],
+)
+def test_what_is_no_call_stays_text(text: str, said: str, names: list[str]) -> None:
+    found, calls = read(TaggedCalls(), list(text))
+    assert (found, [it.name for it in calls]) == (said, names)
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "names"),
+    [
+        ('{"name": "now", "parameters": {"zone": "UTC"}}', "", ["now"]),
+        ('{"answer": 42}', '{"answer": 42}', []),
+        (' {"name": 3}', ' {"name": 3}', []),
+        ("It is noon {now}", "It is noon {now}", []),
+    ],
+)
+def test_a_whole_reply_may_be_a_call(text: str, said: str, names: list[str]) -> None:
+    found, calls = read(WholeCall(), list(text))
+    assert (found, [it.name for it in calls]) == (said, names)
+
+
+def test_tools_reach_a_template_that_takes_them(tmp_path: Path) -> None:
+    folder = copy(ONE, tmp_path / "models" / "tools")
+    (folder / "chat_template.jinja").write_text(TOOLS_TEMPLATE)
+    tool: dict[str, Any] = {
+        "type": "function",
+        "function": {"name": "now", "description": "", "parameters": {"type": "object"}},
+    }
+    with running(tmp_path, names=(), start="tools") as served:
+        ask = {"max_tokens": 4, "temperature": 0}
+        plain = served.chat(**ask).json()["usage"]["prompt_tokens"]
+        offered = served.chat(**ask, tools=[tool]).json()["usage"]["prompt_tokens"]
+        assert offered > plain + 50
+        unused = served.chat(**ask, tools=[tool], tool_choice="none").json()
+        assert unused["usage"]["prompt_tokens"] == plain
+        tool["function"]["description"] = "<|im_end|>"
+        refused = served.chat(**ask, tools=[tool])
+        assert refused.status_code == 400
+        assert "control token" in refused.json()["error"]["message"]
+        call = {"id": "c", "type": "function"}
+        called = {"name": "now", "arguments": '{"zone": "UTC"}'}
+        messages = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": None, "tool_calls": [{**call, "function": called}]},
+        ]
+        with_call = served.post("/v1/chat/completions", messages=messages, **ask)
+        assert with_call.status_code == 200, "a template reads arguments, and not their JSON"
+
+
+class Scripted:
+    """A load whose models say what they are told to, and are real in everything else."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __call__(self, target: str | Path) -> gptq.LoadedModel:
+        model = load(target)
+        begin = model.begin
+
+        def scripted(*args: Any, **options: Any) -> Generation:
+            generation = begin(*args, **options)
+            pieces = iter([*self.text, None])
+
+            def take(logits: torch.Tensor) -> Piece:
+                letter = next(pieces)
+                generation.unread = [1]
+                generation.finished = letter is None
+                return Piece(letter or "", 1, "stop" if letter is None else None)
+
+            generation.take = take  # type: ignore[method-assign]
+            return generation
+
+        model.begin = scripted  # type: ignore[method-assign]
+        return model
+
+
+def test_a_call_is_sent_as_openai_sends_it(tmp_path: Path) -> None:
+    folder = copy(ONE, tmp_path / "models" / "tools")
+    (folder / "chat_template.jinja").write_text(TOOLS_TEMPLATE)
+    tool = {"type": "function", "function": {"name": "now"}}
+    loads = Scripted(f"Wait.\n{CALL}")
+    with running(tmp_path, names=(), start="tools", loads=loads) as served:
+        (choice,) = served.chat(tools=[tool]).json()["choices"]
+        assert choice["finish_reason"] == "tool_calls"
+        assert choice["message"]["content"] == "Wait.\n"
+        (call,) = choice["message"]["tool_calls"]
+        assert call["function"] == {"name": "now", "arguments": '{"zone": "UTC"}'}
+        body = {"messages": [{"role": "user", "content": "x"}], "tools": [tool]}
+        chunks = [it["choices"][0] for it in served.events("/v1/chat/completions", **body)[:-1]]
+        deltas = [it["delta"] for it in chunks]
+        assert "".join(it.get("content", "") for it in deltas) == "Wait.\n"
+        (streamed,) = [it["tool_calls"] for it in deltas if "tool_calls" in it]
+        assert streamed[0]["index"] == 0
+        assert streamed[0]["function"] == call["function"]
+        assert chunks[-1]["finish_reason"] == "tool_calls"
+        (choice,) = served.chat().json()["choices"]
+        assert choice["message"]["content"] == loads.text, "nobody offered a tool"
+
+
+# Tokens as text
+
+
+@pytest.fixture(scope="module")
+def words() -> TokenWords:
+    return TokenWords(AutoTokenizer.from_pretrained(DATA / ONE))
+
+
+def test_tokens_as_bytes_make_the_text_again(words: TokenWords) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DATA / ONE)
+    text = "Hello the <|im_start|> ñandú 你好 \U0001f600\n\t end"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert b"".join(map(words.bytes, ids)) == text.encode()
+    halves = [it for it in ids if b"\xf0\x9f".startswith(words.bytes(it)) and words.bytes(it)]
+    assert words.name(halves[0]).startswith("bytes:\\xf0")
+    assert words.text(halves[0]) == "\ufffd"
+
+
+def test_a_sentencepiece_token_keeps_its_space() -> None:
+    class Tokenizer:
+        added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012 - transformers' own shape
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"\u2581the": 0, "<0xE2>": 1, "a": 2}
+
+        def convert_ids_to_tokens(self, token: int) -> str | None:
+            return {it: text for text, it in self.get_vocab().items()}.get(token)
+
+    words = TokenWords(Tokenizer())  # type: ignore[arg-type]
+    assert [words.bytes(it) for it in range(4)] == [b" the", b"\xe2", b"a", b""]
+
+
+def test_tokens_are_given_out_with_their_text(words: TokenWords) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DATA / ONE)
+    ids = tokenizer("abc", add_special_tokens=False)["input_ids"]
+    end = 381
+    steps = [Step(it, -1.0) for it in [*ids, end]]
+    texts = [words.text(it) for it in ids]
+
+    aligned = Aligned(words, frozenset({end}))
+    assert aligned.take(Said(0, Piece("", 1), steps[:1])) == []
+    assert aligned.take(Said(0, Piece("".join(texts[:2]), 2), steps[1:2])) == steps[:2]
+    rest = Said(0, Piece("".join(texts[2:]), 4, "stop"), steps[2:])
+    assert aligned.take(rest) == steps[2:-1], "an end token is no text"
+
+    stopped = Aligned(words, frozenset({end}))
+    held = Said(0, Piece("", 3, "stop"), steps[:3])
+    assert stopped.take(held) == [], "they spelled a stop text"
+
+
+# Options
+
+
+def test_penalties_count_what_they_say_they_count() -> None:
+    ids = torch.tensor([[7, 7, 1, 2, 2]])
+    scores = torch.ones(1, 8)
+    said = SaidPenalty(2, presence=0.5, frequency=0.25)(ids, scores)
+    assert said[0].tolist() == [1, 0.25, 0, 1, 1, 1, 1, 1]
+    scores[0, 1] = -1
+    recent = RecentPenalty(2.0, 3)(ids, scores)
+    assert recent[0].tolist() == [1, -2, 0.5, 1, 1, 1, 1, 1]
+    assert Bias({3: 4.0})(ids, scores)[0, 3] == 5
+    assert scores[0, 3] == 1, "the model's own logits stay what they are"
+
+
+def test_an_option_has_one_name() -> None:
+    sent = {"rep_pen": 1.1, "repetition_penalty": 1.1, "sampler_seed": -1, "max_length": 5}
+    assert one_name_each(sent) == {"repetition_penalty": 1.1, "max_tokens": 5, "seed": None}
+    assert one_name_each([1]) == [1]
+    with pytest.raises(ApiError, match="one option"):
+        one_name_each({"stop": ["a"], "stop_sequence": ["b"]})
+
+
+def test_metrics_are_prometheus_text() -> None:
+    metrics = Metrics()
+    metrics.count("a_total", route='x"\\\n', status="200")
+    metrics.count("a_total", 2, route="y", status="200")
+    metrics.observe("b_seconds", 0.02)
+    metrics.observe("b_seconds", 1000)
+    lines = metrics.render({"c": 1.5}, {"model": "m"}).splitlines()
+    assert 'a_total{route="x\\"\\\\\\n",status="200"} 1' in lines
+    assert 'b_seconds_bucket{le="0.01"} 0' in lines
+    assert 'b_seconds_bucket{le="0.025"} 1' in lines
+    assert 'b_seconds_bucket{le="300"} 1' in lines
+    assert 'b_seconds_bucket{le="+Inf"} 2' in lines
+    assert "b_seconds_count 2" in lines
+    assert "c 1.5" in lines
+    assert 'gptq_model_info{model="m"} 1' in lines
+    assert metrics.total("a_total") == 3
