@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gptq_loader_plugin.plan import write_size
 
 if TYPE_CHECKING:
-    from gptq_loader_plugin.hub import BranchReport, RepoReport
+    from gptq_loader_plugin.hub.listing import BranchReport, RepoReport
 
 __all__ = ["branches_html"]
 

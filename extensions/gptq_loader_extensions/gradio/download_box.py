@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gptq_loader_extensions.gradio.catalog import Catalog
-    from gptq_loader_plugin.hub import RepoReport
+    from gptq_loader_plugin.hub.listing import RepoReport
     from gptq_loader_plugin.reference import HubReference
 
 __all__ = ["DownloadBox"]
@@ -158,7 +158,7 @@ def _read(text: str) -> HubReference:
 
 def _branches(hub: HubReference, tell: Callable[[Progress], None]) -> RepoReport:
     from gptq_loader_plugin.device import find_device
-    from gptq_loader_plugin.hub import list_branches
+    from gptq_loader_plugin.hub.listing import list_branches
     from gptq_loader_plugin.plugins import Plugins
 
     kernels = Plugins(installed=True).kernels()
