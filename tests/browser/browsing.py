@@ -67,12 +67,16 @@ class Server:
     record: Path
     url: str = ""
     lines: list[str] = field(default_factory=list)
+    forgotten: int = 0
 
     def steps(self) -> int:
         return self.record.stat().st_size if self.record.exists() else 0
 
     def log(self) -> str:
-        return "".join(self.lines)
+        return "".join(self.lines[self.forgotten :])
+
+    def forget_log(self) -> None:
+        self.forgotten = len(self.lines)
 
 
 @contextmanager
@@ -119,7 +123,7 @@ class opened:  # noqa: N801 - a context manager
         fresh.on("console", lambda it: errors.append(it.text) if it.type == "error" else None)
         fresh.on("pageerror", lambda it: errors.append(str(it)))
         fresh.goto(self.url, wait_until="domcontentloaded")
-        expect(fresh.get_by_role("tab", name="Chat")).to_be_visible(timeout=30_000)
+        expect(fresh.locator("#about h1")).to_be_visible(timeout=60_000)
         return fresh, errors
 
     def __exit__(self, *_: object) -> None:

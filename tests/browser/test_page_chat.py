@@ -135,6 +135,9 @@ def test_nothing_jumps_while_a_reply_grows_and_escape_stops_it(page: Page) -> No
         assert all(boxes)
         return [tuple(round(it[side]) for side in ("x", "y", "width")) for it in boxes if it]
 
+    ask(page, "Hello", tokens=4)
+    finish(page)
+    page.wait_for_timeout(500)
     before = places()
     ask(page, "Hello", tokens=400)
     seen = []
@@ -205,6 +208,7 @@ def test_raw_completes_a_prompt_as_it_was_typed(page: Page) -> None:
     expect(page.locator("#raw-status")).to_contain_text("stopped")
     expect(page.locator("#raw-complete")).to_be_visible()
     page.locator("#raw-prompt textarea").fill("word " * 900)
+    page.wait_for_timeout(1000)  # gradio drops a click until it has heard that the reply ended
     page.locator("#raw-complete").click()
     expect(page.locator("#raw-problem [role=alert]")).to_contain_text(
         re.compile(r"The prompt has [\d,]+ tokens, and the context is 512\. Shorten")

@@ -102,7 +102,6 @@ def test_a_reply_that_does_not_end_is_cut() -> None:
     ("args", "words"),
     [
         (("demo", "--listen"), "everyone who can reach 0.0.0.0 could use this server"),
-        (("--models-dir", "/nonexistent"), "there is no model to serve"),
         (("--port", "99999"), "99999 is no port"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from altered import DATA, ONE, copy
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from served import load, running
 from transformers import AutoTokenizer
@@ -59,6 +59,7 @@ def read(reader: CallReader, pieces: Sequence[str]) -> tuple[str, list[Call]]:
 
 
 @given(st.lists(st.integers(0, 200), max_size=8))
+@example([83])
 def test_a_call_is_found_however_the_text_is_cut(cuts: list[int]) -> None:
     text = f"Let me look.\n{CALL}\n{CALL} and <tool_x"
     edges = sorted({0, len(text), *(it for it in cuts if it < len(text))})

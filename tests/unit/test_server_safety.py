@@ -219,12 +219,13 @@ def test_a_name_downloads_nothing_unless_that_is_allowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gptq_loader_plugin import hub
+    from gptq_loader_plugin.errors import HubError
 
     asked: list[str] = []
 
     def download(reference: Any, *, progress: object) -> Path:
         asked.append(reference.repo)
-        raise hub.HubError("the hub cannot be reached", hint="try again")
+        raise HubError("the hub cannot be reached", hint="try again")
 
     monkeypatch.setattr(hub, "download_folder", download)
     with running(tmp_path, names=(ONE,)) as served:

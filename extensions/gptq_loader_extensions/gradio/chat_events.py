@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 # Before version 6 gradio reads the types of what it calls, so these are imported for real.
-import threading  # noqa: TC003
 from collections.abc import Iterator  # noqa: TC003
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.keeping import KeptTitle
     from gptq_loader_extensions.gradio.models import Models
 
-__all__ = ["ChatEvents", "stop"]
+__all__ = ["ChatEvents"]
 
 Changes = dict[Any, Any]  # the components that change, each with its new value
 
@@ -120,12 +119,6 @@ class ChatEvents:
 
     def _changes(self, drawing: Drawing) -> Changes:
         return {self._parts[name]: value for name, value in drawing.items()}
-
-
-def stop(cancel: threading.Event | None) -> None:
-    """End what is being written."""
-    if cancel is not None:
-        cancel.set()
 
 
 def _choices(listed: Sequence[KeptTitle], key: str) -> Any:  # noqa: ANN401 - a change of a component

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from gptq_loader_extensions.gradio.chat_events import ChatEvents, stop
-from gptq_loader_extensions.gradio.events import AT_ONCE, PRIVATE, REPLIES, tell
+from gptq_loader_extensions.gradio.chat_events import ChatEvents
+from gptq_loader_extensions.gradio.events import AT_ONCE, PRIVATE, REPLIES, stop, tell
 from gptq_loader_extensions.gradio.export_box import ExportBox
 from gptq_loader_extensions.gradio.versions import known
 

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from gptq_loader_extensions.gradio.about import facts_of, title
-from gptq_loader_extensions.gradio.chat_events import stop as halt
 from gptq_loader_extensions.gradio.comparing import by_turns, where_they_part
 from gptq_loader_extensions.gradio.conversation import with_system
-from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, REPLIES
+from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, REPLIES, stop
 from gptq_loader_extensions.gradio.loading import load_watched
 from gptq_loader_extensions.gradio.models import LoadOptions, OneModel
 from gptq_loader_extensions.gradio.reply import chat_prompt
@@ -106,7 +105,7 @@ class CompareTab:
         running = [self._cancel, self._start, self._stop, self._words, *names]
         running += [it for _, text, status in self._columns for it in (text, status)]
         self._start.click(self._run, [self._question, *panel.parts], running, **REPLIES)
-        self._stop.click(halt, [self._cancel], None, **AT_ONCE)
+        self._stop.click(stop, [self._cancel], None, **AT_ONCE)
 
     def _run(self, question: str, *values: Any) -> Iterator[dict[Any, Any]]:  # noqa: ANN401
         """Ask both."""

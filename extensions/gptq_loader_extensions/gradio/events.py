@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# Before version 6 gradio reads the types of what it calls, so these are imported for real.
+import threading  # noqa: TC003
 from html import escape
 from typing import Any
 
@@ -9,7 +11,7 @@ import gradio as gr
 
 from gptq_loader_extensions.gradio.versions import known
 
-__all__ = ["AT_ONCE", "LOADS", "PRIVATE", "REPLIES", "tell"]
+__all__ = ["AT_ONCE", "LOADS", "PRIVATE", "REPLIES", "stop", "tell"]
 
 # Replies written at once; each has its own cache, and they share the machine. More wait.
 REPLIES_AT_ONCE = 4
@@ -33,3 +35,9 @@ def tell(problem: str) -> None:
     """Show an error; in an event of its own, for one that fails has its outputs covered."""
     if problem:
         raise gr.Error(escape(problem), **known(gr.Error, duration=None, print_exception=False))
+
+
+def stop(cancel: threading.Event | None) -> None:
+    """End what is being written."""
+    if cancel is not None:
+        cancel.set()

@@ -23,7 +23,7 @@ from gptq_loader_plugin.plan import write_size
 
 if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.catalog import Catalog, Entry
-    from gptq_loader_extensions.gradio.models import Loaded, Models
+    from gptq_loader_extensions.gradio.models import Models
     from gptq_loader_extensions.gradio.settings_file import SettingsFile
 
 __all__ = ["ModelTab"]
@@ -170,7 +170,8 @@ class ModelTab:
         self.refresh.click(self.listed, [self.model], [self.model], **AT_ONCE)
         if self._download is not None:
             self._download.wire(self.model, self.listed)
-        page.load(lambda: self._opened(panel), None, outputs, **AT_ONCE)
+        opening = page.load(lambda: self._opened(panel), None, outputs, **AT_ONCE)
+        opening.then(self._described, None, [self._facts, self._plan], **AT_ONCE)
 
     def listed(self, chosen: str | None) -> Any:  # noqa: ANN401 - a change of a component
         """Look again which models there are."""
@@ -188,10 +189,13 @@ class ModelTab:
         saved, note = self._settings.read(loaded.name)
         changes |= panel.filled(self._models, saved)
         changes |= dict(zip(self._how, _how_values(loaded.options), strict=True))
-        changes[self._progress] = _noted(note)
-        return changes | self._described(loaded)
+        return {**changes, self._progress: _noted(note)} if note else changes
 
-    def _described(self, loaded: Loaded) -> dict[Any, Any]:
+    def _described(self) -> dict[Any, Any]:
+        """Show what the loaded model is to a page that opens: its files are looked at again."""
+        loaded = self._models.loaded
+        if loaded is None:
+            return {self._facts: "", self._plan: ""}
         try:
             facts, plan = describe_loaded(loaded)
         except GPTQLoaderError as error:

@@ -27,7 +27,18 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.options import GenerateOptions
     from gptq_loader_plugin.plan import Plan
 
-__all__ = ["Listener", "LoadOptions", "Loaded", "Models", "OneModel", "Prompt", "Ready"]
+__all__ = [
+    "Listener",
+    "LoadOptions",
+    "Loaded",
+    "Models",
+    "OneModel",
+    "Planned",
+    "Prompt",
+    "Ready",
+    "check_memory",
+    "planned",
+]
 
 
 SPARE = 1.1  # of a model's weights: what a prompt's activations and the load itself take besides
@@ -163,24 +174,12 @@ class OneModel:
         Raises:
             GPTQLoaderError: it cannot be loaded; what its headers show leaves the old one there.
         """
-        import gptq_loader_plugin as gptq
-
-        plugins = gptq.Plugins(Listener(tell), installed=True, environ=self._environ)
-        plan = gptq.explain(
-            entry.target, device=options.device, backend=options.backend, plugins=plugins
-        )
+        load = planned(entry, options, tell, environ=self._environ)
         with self._change(tell):
-            _check_memory(entry, plan, self._loaded)
+            check_memory(entry, load.plan, self._loaded)
             self._free()
             before = resident_bytes()
-            model = gptq.load(
-                entry.target,
-                device=options.device,
-                backend=options.backend,
-                context=options.context,
-                template=options.template,
-                plugins=plugins,
-            )
+            model = load.run()
             self._loaded = Loaded(entry.name, model, options, before, resident_bytes())
             return self._loaded
 
@@ -243,6 +242,51 @@ class OneModel:
         release_freed()
 
 
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A load that its headers allow.
+
+    Attributes:
+        plan: what will run.
+        run: loads it.
+    """
+
+    plan: Plan
+    run: Callable[[], LoadedModel]
+
+
+def planned(
+    entry: Entry,
+    options: LoadOptions,
+    tell: Callable[[Progress], None],
+    *,
+    environ: Mapping[str, str] = os.environ,
+) -> Planned:
+    """Plan a load before anything is unloaded for it.
+
+    Raises:
+        GPTQLoaderError: its headers show that it cannot be loaded so.
+    """
+    import gptq_loader_plugin as gptq
+
+    plugins = gptq.Plugins(Listener(tell), installed=True, environ=environ)
+    plan = gptq.explain(
+        entry.target, device=options.device, backend=options.backend, plugins=plugins
+    )
+
+    def run() -> LoadedModel:
+        return gptq.load(
+            entry.target,
+            device=options.device,
+            backend=options.backend,
+            context=options.context,
+            template=options.template,
+            plugins=plugins,
+        )
+
+    return Planned(plan, run)
+
+
 class Listener:
     """Pass on how far a load has come."""
 
@@ -255,7 +299,7 @@ class Listener:
         self._tell(progress)
 
 
-def _check_memory(entry: Entry, plan: Plan, loaded: Loaded | None) -> None:
+def check_memory(entry: Entry, plan: Plan, loaded: Loaded | None) -> None:
     """Refuse a model that would not fit, before the system ends this process for it.
 
     Raises:

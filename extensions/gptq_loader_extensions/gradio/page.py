@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from gradio.themes import Base
 
-from gptq_loader_extensions.gradio.about import head, title
+from gptq_loader_extensions.gradio.about import title
 from gptq_loader_extensions.gradio.catalog import Catalog
 from gptq_loader_extensions.gradio.chat_tab import ChatTab
 from gptq_loader_extensions.gradio.compare_tab import CompareTab
@@ -66,7 +66,7 @@ def build_page(parts: Parts) -> gr.Blocks:
     look = {name: value for name, value in style.items() if name not in at_launch}
     page: gr.Blocks
     with gr.Blocks(title=title(loaded), analytics_enabled=False, **look) as page:
-        about = gr.HTML(head(loaded), elem_id="about")
+        about = gr.HTML("", elem_id="about")  # filled for each page that opens
         with gr.Row():
             with (
                 gr.Column(scale=3, min_width=300),

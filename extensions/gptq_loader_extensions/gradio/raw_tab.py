@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from gptq_loader_extensions.gradio.chat_events import stop as halt
-from gptq_loader_extensions.gradio.events import AT_ONCE, REPLIES
+from gptq_loader_extensions.gradio.events import AT_ONCE, REPLIES, stop
 from gptq_loader_extensions.gradio.reply import raw_prompt, write_reply
 from gptq_loader_extensions.gradio.settings_panel import read_options
 from gptq_loader_extensions.gradio.words import alert, as_words
@@ -56,17 +55,17 @@ class RawTab:
 
     def wire(self, panel: SettingsPanel) -> None:
         """Connect what a person does with what the model does."""
-        stop, complete = self._stop, self._complete
+        running, complete = self._stop, self._complete
 
         def idle() -> dict[Any, Any]:
-            return {complete: gr.update(visible=True), stop: gr.update(visible=False)}
+            return {complete: gr.update(visible=True), running: gr.update(visible=False)}
 
         def run(text: str, *values: Any) -> Iterator[dict[Any, Any]]:  # noqa: ANN401
             cancel = threading.Event()
             yield {
                 self._cancel: cancel,
                 complete: gr.update(visible=False),
-                stop: gr.update(visible=True),
+                running: gr.update(visible=True),
                 self._problem: "",
             }
             try:
@@ -80,12 +79,12 @@ class RawTab:
                 cancel.set()
             yield idle()
 
-        outputs = [self._cancel, complete, stop, self._problem, self._reply, self._status]
+        outputs = [self._cancel, complete, running, self._problem, self._reply, self._status]
         complete.click(run, [self._prompt, *panel.parts], outputs, **REPLIES)
-        stop.click(halt, [self._cancel], None, **AT_ONCE)
+        running.click(stop, [self._cancel], None, **AT_ONCE)
         self._take.click(
-            lambda prompt, reply: (prompt + reply, ""),
+            lambda prompt, reply: (prompt + reply, "", ""),
             [self._prompt, self._reply],
-            [self._prompt, self._reply],
+            [self._prompt, self._reply, self._status],
             **AT_ONCE,
         )

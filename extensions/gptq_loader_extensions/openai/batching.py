@@ -13,6 +13,8 @@ from gptq_loader_extensions.openai.errors import ApiError, as_api_error, is_out_
 from gptq_loader_extensions.openai.scores import Scores
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gptq_loader_extensions.openai.shelf import Shelf
     from gptq_loader_plugin.batch import Batch
     from gptq_loader_plugin.generate import Generation, Piece
@@ -143,6 +145,7 @@ class BatchEngine:
                 return None
             loaded, wanted = self._shelf.loaded, self._waiting[0].model
             same = loaded is not None and wanted in (None, loaded[0])
+            same = same and self._waiting[0].alone is None
             if self._running and not same:
                 return None
             work = self._waiting.popleft()
@@ -153,6 +156,8 @@ class BatchEngine:
         """Have the model there, and what the work wants written."""
         if work.cancel.is_set():
             return self._failed(work, _stopped())
+        if work.alone is not None:
+            return self._do_alone(work, work.alone)
         try:
             name, model = self._shelf.take(work.model)
             self._use(model)
@@ -167,6 +172,15 @@ class BatchEngine:
             length = min(len(run.ids) + run.options.max_new_tokens, model.context)
             self._ready.append(Job(work, index, run, length * each))
         return None if runs else self._ended(work)
+
+    def _do_alone(self, work: Work, act: Callable[[], object]) -> None:
+        """Do what needs the models to itself: exchange them, or let one go."""
+        self._batch = None
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 - one request's fault must not end the others
+            return self._failed(work, error)
+        return self._ended(work)
 
     def _use(self, model: LoadedModel) -> None:
         from gptq_loader_plugin.batch import Batch

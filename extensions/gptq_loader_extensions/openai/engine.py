@@ -108,6 +108,7 @@ class Work:
         send: takes events, on the engine's thread; must not block.
         cancel: ends the work within a token once it is set.
         arrived: when it was handed in, by time.monotonic.
+        alone: called in place of all that, on the engine's thread, once nothing else runs.
     """
 
     model: str | None
@@ -115,6 +116,7 @@ class Work:
     send: Callable[[Event], object]
     cancel: threading.Event = field(default_factory=threading.Event)
     arrived: float = field(default_factory=time.monotonic)
+    alone: Callable[[], object] | None = None
 
 
 class Engine(Protocol):

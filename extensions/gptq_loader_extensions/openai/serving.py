@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import importlib.util
 import json
 import logging
 import socket
 import sys
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -58,7 +60,8 @@ def serve(
     with closing(bind(settings.host, settings.port)) as listening:
         shelf = Shelf(settings, load=load)
         shelf.start(reference, model)
-        if not shelf.entries() and not settings.downloads:
+        page = _page()
+        if not shelf.entries() and not settings.downloads and page is None:
             raise OptionInvalid(
                 "there is no model to serve",
                 hint="name one: gptq-loader serve REF; or a folder of models: --models-dir FOLDER",
@@ -68,10 +71,10 @@ def serve(
         _log_requests()
         _announce(server, listening)
         config = uvicorn.Config(
-            create_app(server),
+            create_app(server, page=None if page is None else partial(page, server=server)),
             log_config=None,
             access_log=False,
-            lifespan="off",
+            lifespan="on",
             server_header=False,
             timeout_graceful_shutdown=settings.grace + CUT_SECONDS,
         )
@@ -79,6 +82,15 @@ def serve(
             asyncio.run(_run(uvicorn.Server(config), engine, listening, grace=settings.grace))
         finally:
             engine.close()
+
+
+def _page() -> Callable[..., object] | None:
+    """Find the page, where gradio is installed."""
+    if importlib.util.find_spec("gradio") is None:
+        return None
+    from gptq_loader_extensions.gradio.served import mount_page
+
+    return mount_page
 
 
 async def _run(

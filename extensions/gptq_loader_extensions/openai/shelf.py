@@ -93,6 +93,11 @@ class Shelf:
             self._put(self._own.name, model)
 
     @property
+    def own(self) -> Entry | None:
+        """What the server was started with."""
+        return self._own
+
+    @property
     def loaded(self) -> tuple[str, LoadedModel] | None:
         """The model in memory, and its name."""
         return self._loaded
@@ -146,6 +151,15 @@ class Shelf:
             if self._spare is None:
                 raise ApiError(503, "no model is loaded", kind="server_error")
             return use(self._spare)
+
+    def exchange(self, name: str, load: Callable[[], LoadedModel]) -> LoadedModel:
+        """Put a model in place of the one that is loaded; call it from the engine's thread alone.
+
+        Raises:
+            GPTQLoaderError: it cannot be loaded; then none is.
+        """
+        self.unload()
+        return self._put(name, load())[1]
 
     def unload(self) -> None:
         """Free the memory of the model that is loaded."""

@@ -81,6 +81,7 @@ class TaggedCalls:
 
     def __init__(self) -> None:
         self._held = ""
+        self._after_call = False  # whose line's end is no text
 
     def add(self, text: str) -> tuple[str, list[Call]]:
         """Take a piece; hold back what may be the beginning of a call."""
@@ -88,6 +89,9 @@ class TaggedCalls:
         said = ""
         calls: list[Call] = []
         while True:
+            if self._after_call:
+                self._held = self._held.lstrip("\n")
+                self._after_call = not self._held
             at = self._held.find(OPEN)
             if at < 0:
                 keep = _overlap(self._held, OPEN)
@@ -103,7 +107,7 @@ class TaggedCalls:
                 said += OPEN + inside + CLOSE
             else:
                 calls.append(call)
-                after = after.lstrip("\n")
+                self._after_call = True
             self._held = after
 
     def rest(self) -> tuple[str, list[Call]]:

@@ -1,0 +1,90 @@
+"""The page and the API of one server: one model behind both, in a real browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from browsing import CHECKPOINTS, ENVIRON, MARKS, Server, ask, expect, finish, load, opened, replies
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from playwright.sync_api import Browser
+
+pytestmark = MARKS
+pytest.importorskip("uvicorn", reason="the server is not installed")
+
+FIRST, SECOND = "gptq-4bit-32g-act-sym", "gptq-3bit-128g-act-sym"
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    models = tmp_path / "models"
+    for name in (FIRST, SECOND):
+        shutil.copytree(CHECKPOINTS / name, models / name)
+    plugins = f"{ENVIRON['GPTQ_LOADER_PLUGINS']},host-openai"
+    environ = {
+        **os.environ,
+        **ENVIRON,
+        "GPTQ_LOADER_PLUGINS": plugins,
+        "GPTQ_LOADER_CONFIG": str(tmp_path),
+    }
+    command = [sys.executable, "-m", "gptq_loader_plugin", "serve", "--port", "0", "--json"]
+    process = subprocess.Popen(
+        [*command, "--models-dir", models], env=environ, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    with process, process.stdout:
+        try:
+            told = ""
+            while "}" not in told and process.poll() is None:
+                told += process.stdout.readline()
+            yield json.loads(told)["url"]
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(30)
+
+
+def call(address: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"content-type": "application/json"}
+    asked = urllib.request.Request(f"{address}{path}", data, headers)
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        return json.load(answer)
+
+
+def test_page_and_api_share_a_model(browser: Browser, address: str, tmp_path: Path) -> None:
+    served = Server(None, tmp_path, url=address)  # type: ignore[arg-type]  # the fixture's
+    with opened(browser, served) as (page, errors):
+        expect(page.locator("#about h1")).to_have_text("No model is loaded")
+        load(page, FIRST)
+        page.get_by_role("tab", name="Chat").click()
+        ask(page, "Hello", tokens=8)
+        finish(page)
+        body = {
+            "messages": [{"role": "user", "content": "Hello"}],
+            "max_tokens": 8,
+            "temperature": 0,
+        }
+        got = call(address, "/v1/chat/completions", {"model": FIRST, **body})
+        written = got["choices"][0]["message"]["content"]
+        assert " ".join(written.split()) == " ".join(replies(page)[0].split())
+        call(address, "/v1/chat/completions", {"model": SECOND, **body})
+        page.locator("#retry").click()
+        expect(page.locator("#about h1")).to_have_text(SECOND)
+        finish(page)
+        page.get_by_role("tab", name="Model").click()
+        page.locator("#unload").click()
+        expect(page.locator("#about h1")).to_have_text("No model is loaded")
+        assert errors == []
+    names = [it["id"] for it in call(address, "/v1/models")["data"]]
+    assert sorted(names) == sorted((FIRST, SECOND))
