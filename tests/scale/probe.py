@@ -1,0 +1,59 @@
+"""Run in vLLM's Python: load each model that is named, and print what it answers, as JSON.
+
+    python probe.py '{"models": [FOLDER...], "ids": [...], "options": {...}}'
+
+One line a model: `quantization`, the log-probability of each token of `ids` but the first, and the
+tokens that follow; or `error`, what vLLM said.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from typing import Any
+
+FOLLOWING = 8  # tokens to generate
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    for model in job["models"]:
+        try:
+            answer = ask(model, job["ids"], job["options"])
+        except Exception as error:  # noqa: BLE001 - whatever vLLM raises is the answer
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        gc.collect()
+        print("ANSWER " + json.dumps({"model": model, **answer}), flush=True)
+
+
+def ask(model: str, ids: list[int], options: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(model=model, max_model_len=256, seed=0, **options)
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=FOLLOWING, prompt_logprobs=0, ignore_eos=True
+    )
+    prompt = {"prompt_token_ids": ids}
+    output = llm.generate(prompt, sampling, use_tqdm=False)[0]
+    config = llm.llm_engine.model_config
+    probabilities = [
+        entry[token].logprob
+        for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+    ]
+    following = list(output.outputs[0].token_ids)
+    llm.llm_engine.engine_core.shutdown()
+    del llm, output
+    cleanup_dist_env_and_memory()
+    return {
+        "quantization": config.quantization,
+        "logprobs": probabilities,
+        "following": following,
+    }
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    main()
