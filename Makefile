@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PROMPT
 
-.PHONY: help demo test check conformance bench aot clean
+.PHONY: help demo test check hosts conformance bench aot clean
 
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -24,6 +24,10 @@ check: ## format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/pyright
 	PYTHONPATH=.:kernels:extensions $(BIN)/lint-imports
+
+hosts: ## drive the real host programs; WEBUI_DIR is a checkout of text-generation-webui
+	@$(PYTHON) tools/set_up.py hosts $(HOSTS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/hosts $(ARGS)
 
 conformance: ## hold every kernel that runs here against float64, over the whole grid
 	@$(PYTHON) tools/set_up.py test
@@ -48,5 +52,5 @@ aot: ## compile every Triton tile for every GPU, and gate the machine code
 	@$(PYTHON) tools/set_up.py test
 	@$(BIN)/python bench/triton_aot.py --table docs/kernels/triton.md
 
-clean: ## forget .venv and everything built
-	rm -rf .venv build dist *.egg-info
+clean: ## forget .venv, .venvs and everything built
+	rm -rf .venv .venvs build dist *.egg-info

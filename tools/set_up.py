@@ -1,6 +1,10 @@
 """Set up .venv for a make target, once; say what is going on; fail in one line with the next step.
 
     python3 tools/set_up.py demo|test|check
+    python3 tools/set_up.py hosts [NAME...]
+
+"hosts" sets up .venv as "test" does, and then the environments of tests/hosts/environments.toml in
+.venvs, all or those named.
 
 Needs nothing but Python and, the first time, a package index. What a target needs is in
 pyproject.toml; a stamp of it in .venv makes a second run take no time. The syntax here is old
@@ -15,6 +19,8 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
+HOSTS = os.path.join(ROOT, ".venvs")
+ENVIRONMENTS = os.path.join(ROOT, "tests", "hosts", "environments.toml")
 SOURCES = os.path.join(ROOT, "kernels", "csrc")
 LOG = os.path.join(VENV, "set_up.log")
 OLDEST = (3, 11)
@@ -45,8 +51,29 @@ def main():
             "install Python %d.%d, then: make %s PYTHON=python%d.%d"
             % (OLDEST + (target,) + OLDEST),
         )
-    stamp = os.path.join(VENV, ".set-up-" + target)
-    wanted = fingerprint(target)
+    if target != "hosts":
+        set_up(target, VENV, plan)
+        return
+    set_up("test", VENV, plan)
+    for name, environment in environments(sys.argv[2:]):
+        if os.environ.get("GPTQ_HOST_PYTHON_" + name.upper().replace("-", "_")):
+            continue  # the tests take that one
+        needed = environment.get("needs")
+        if needed and not os.environ.get(needed):
+            say("%s: left out, as %s is not set" % (name, needed))
+            continue
+        set_up(
+            "hosts",
+            os.path.join(HOSTS, name),
+            lambda _: plan_host(name, environment["requirements"]),
+            " ".join(environment["requirements"]),
+        )
+
+
+def set_up(target, venv, plan, more=""):
+    """Do what `plan` lists, unless `venv` has a stamp that says it is done."""
+    stamp = os.path.join(venv, ".set-up-" + target)
+    wanted = fingerprint(target + more)
     if os.path.exists(stamp) and read(stamp) == wanted.encode():
         return
     began = time.time()
@@ -57,6 +84,36 @@ def main():
     with open(stamp, "w") as file:
         file.write(wanted)
     say("set up in %.0f s" % (time.time() - began))
+
+
+def environments(names):
+    """List the hosts' environments, all or those named."""
+    import tomllib
+
+    with open(ENVIRONMENTS, "rb") as file:
+        known = tomllib.load(file)
+    for name in names:
+        if name not in known:
+            fail("there is no host environment %s" % name, "name some of: %s" % ", ".join(known))
+    return [(name, known[name]) for name in names or known]
+
+
+def plan_host(name, requirements):
+    """List (words, command) for the environment of one host."""
+    venv = os.path.join(HOSTS, name)
+    python = python_in(venv)
+    pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
+    steps = []
+    if not os.path.exists(python):
+        steps.append(("creating .venvs/" + name, [sys.executable, "-m", "venv", venv]))
+    steps.append((name + ": installing torch", pip + [TORCH]))
+    steps.append((name + ": installing the rest", pip + [TORCH, "-e", ".", *requirements]))
+    return steps
+
+
+def python_in(venv):
+    """Name the Python of a virtual environment."""
+    return os.path.join(venv, "Scripts" if os.name == "nt" else "bin", "python")
 
 
 def find_newer():
@@ -95,7 +152,7 @@ def plan(target):
 
     with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
         groups = tomllib.load(file)["dependency-groups"]
-    python = os.path.join(VENV, "Scripts" if os.name == "nt" else "bin", "python")
+    python = python_in(VENV)
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
     more = [it for group in GROUPS[target] for it in groups[group]]
     package = "-e", ".[%s]" % EXTRAS[target]

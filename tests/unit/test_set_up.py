@@ -95,9 +95,48 @@ def test_torch_comes_first_and_alone(set_up: Any) -> None:
     assert pips[2][-2] == "--no-deps"
 
 
+def test_a_host_gets_an_environment_of_its_own(
+    set_up: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = tmp_path / "environments.toml"
+    listed.write_text(
+        '[one]\nrequirements = ["transformers==5.6.*"]\n'
+        '[two]\nneeds = "TWO_IS_HERE"\nrequirements = []\n'
+    )
+    ran: list[list[str]] = []
+
+    def run(command: list[str], target: str) -> None:
+        ran.append(command)
+        if "venv" in command:
+            Path(command[-1]).mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(set_up, "ENVIRONMENTS", str(listed))
+    monkeypatch.setattr(set_up, "HOSTS", str(tmp_path / ".venvs"))
+    monkeypatch.setattr(set_up, "run", run)
+    monkeypatch.delenv("TWO_IS_HERE", raising=False)
+    monkeypatch.setattr(sys, "argv", ["set_up.py", "hosts"])
+    set_up.main()
+    made, torch, rest = (it for it in ran if str(tmp_path / ".venvs" / "one") in " ".join(it))
+    assert "venv" in made
+    assert torch[-1] == set_up.TORCH
+    assert set(rest) >= {set_up.TORCH, "-e", ".", "transformers==5.6.*"}
+    assert "two: left out, as TWO_IS_HERE is not set" in capsys.readouterr().err
+    monkeypatch.setenv("TWO_IS_HERE", "1")
+    monkeypatch.setattr(sys, "argv", ["set_up.py", "hosts", "two"])
+    count = len(ran)
+    set_up.main()
+    assert len(ran) == count + 3, "the one that was missing, and nothing again"
+    monkeypatch.setattr(sys, "argv", ["set_up.py", "hosts", "three"])
+    with pytest.raises(SystemExit):
+        set_up.main()
+    assert "there is no host environment three\nhint: name some of: one, two" in (
+        capsys.readouterr().err
+    )
+
+
 def test_make_says_what_there_is() -> None:
     done = subprocess.run(["make", "-C", ROOT, "help"], capture_output=True, text=True, check=True)
-    for target in ("demo", "test", "check", "bench", "clean"):
+    for target in ("demo", "test", "check", "hosts", "bench", "clean"):
         assert f"make {target}" in done.stdout
 
 
