@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["Batch"]
 
 FEW = 8  # tokens that are read beside other sequences' ones, in a step
-# Of a prompt while others are being written: they wait for it. SmolLM2-135M reads so many in the
-# time of three steps of 16 sequences, larger models in less.
+# Of prompts in a step while replies are being written, which wait for it: SmolLM2-135M reads so
+# many in the time of three steps of 16 sequences, larger models in less.
 PART = 256
-WHOLE = 2048
+WHOLE = 2048  # in a step where none wait
 
 
 class Batch:
@@ -57,7 +57,7 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> Iterator[tuple[Generation, Piece | Exception]]:
-        """Read a part of one prompt, and a token of every reply whose prompt was read.
+        """Read some of the prompts, first come first, and a token of every reply whose prompt was.
 
         Gives each reply's new piece, where it has one; or what went wrong with it, which ends it
         and no other.
@@ -65,10 +65,14 @@ class Batch:
         for generation in list(self._written):
             if (piece := generation.cancelled()) is not None:
                 yield self._given(generation, piece)
-        long = next((it for it in self._written if len(it.unread) > FEW), None)
+        long = [it for it in self._written if len(it.unread) > FEW]
         few = [it for it in self._written if len(it.unread) <= FEW]
-        if long is not None:
-            yield from self._read(long, PART if few else WHOLE)
+        left = PART if few else WHOLE
+        for generation in long:
+            count = min(left, len(generation.unread))
+            if count > 0:
+                yield from self._read(generation, count)
+            left -= count
         try:
             states = self._step_many(few)
         except Exception as error:  # noqa: BLE001 - the caller's to tell: memory may be short

@@ -6,12 +6,13 @@ field of a 32-bit word *at once*, with borrow: a true [0, 5] is stored as [15, 3
 constant to the word, modulo 2**32, restores it. With 3 bits each field wraps by itself.
 
 Labels lie: checkpoints say `gptq` and store v2, and the reverse. What the zeros say wins:
-symmetric zeros are all 2**(bits-1) true, and asymmetric ones are near it on average, so the mean
-of what is stored tells the two apart.
+symmetric zeros are all 2**(bits-1) true, and asymmetric ones half a step below on average, the
+middle of 0..2**bits-1, so the mean of what is stored tells the two apart.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -40,10 +41,14 @@ __all__ = [
 ZerosFormat = Literal["v1", "v2"]
 
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # one in every field of a word
-# Mean of stored zeros above the middle of v1's: 0 for v1 and 1 for v2 in a symmetric checkpoint.
-# A quarter separated 31 tiny checkpoints and a real model's weights at 2, 3, 4 and 8 bits.
-V2_ABOVE = 0.25
+V2_ABOVE = 0.5  # of the mean of stored zeros above v1's: 0 stands for v1 and 1 for v2
+CLEARLY = 0.25  # so far from that a label is overruled
 ENOUGH_ZEROS = 1_000  # fewer than this do not overrule a label
+# 8-bit zeros lie so far apart that those of a small layer may mean nothing: a label is overruled by
+# what is further off than chance may account for, in standard errors of the mean, and without one
+# v2 must be e**4.6, a hundred times, as likely, for whoever writes v2 says so.
+CHANCE = 2.5
+ODDS = 4.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,7 @@ class StoredZeros:
         bits: the width of a field.
         count: how many zeros there are.
         total: their sum, as stored.
+        squares: the sum of their squares.
         least: the smallest, as stored.
         greatest: the largest, as stored.
     """
@@ -61,6 +67,7 @@ class StoredZeros:
     bits: int
     count: int
     total: int
+    squares: int
     least: int
     greatest: int
 
@@ -88,9 +95,11 @@ def decide_format(
     elif all(it.least == it.greatest == middle[it.bits] - 1 for it in layers):
         seen = "v1"
     else:
-        above = sum(it.total - (middle[it.bits] - 1) * it.count for it in layers) / count
-        seen = "v2" if above > V2_ABOVE else "v1"
-        unsure = abs(above - V2_ABOVE) <= V2_ABOVE or count < ENOUGH_ZEROS
+        above = sum(it.total - _mean_v1(it) * it.count for it in layers) / count
+        error = _error(layers, count)
+        least = V2_ABOVE if labelled else V2_ABOVE + ODDS * error**2
+        seen = "v2" if above > least else "v1"
+        unsure = abs(above - V2_ABOVE) <= max(CLEARLY, CHANCE * error) or count < ENOUGH_ZEROS
         if labelled is not None and seen != labelled and unsure:
             return labelled, None
     if labelled is None or seen == labelled:
@@ -102,6 +111,18 @@ def decide_format(
     )
 
 
+def _mean_v1(zeros: StoredZeros) -> float:
+    """Give what a layer's zeros are on average where they are stored as v1."""
+    middle = 1 << (zeros.bits - 1)
+    return middle - 1 if zeros.least == zeros.greatest else middle - 1.5
+
+
+def _error(layers: Iterable[StoredZeros], count: int) -> float:
+    """Give the standard error of the mean of stored zeros, as far as each is drawn by itself."""
+    spread = sum(it.squares - it.total * it.total / it.count for it in layers) / count
+    return math.sqrt(max(spread, 0.0) / count)
+
+
 def stored_zeros(
     qzeros: NDArray[np.int32], *, bits: int, layout: Layout, columns: int
 ) -> StoredZeros:
@@ -109,8 +130,10 @@ def stored_zeros(
     kept = columns - lost_columns(qzeros.shape[1], bits=bits, columns=columns)
     different, times = _different_groups(qzeros)
     fields = unpack_columns(different, bits, layout, kept)
-    total = int(fields.sum(dtype=np.int64)) * times
-    return StoredZeros(bits, fields.size * times, total, int(fields.min()), int(fields.max()))
+    wide = fields.astype(np.int64)
+    total, squares = int(wide.sum()) * times, int((wide * wide).sum()) * times
+    least, greatest = int(fields.min()), int(fields.max())
+    return StoredZeros(bits, fields.size * times, total, squares, least, greatest)
 
 
 def true_zeros(
