@@ -19,6 +19,8 @@ FOLLOWING = 8  # tokens to generate
 
 def main() -> None:
     job = json.loads(sys.argv[1])
+    if job.get("withhold"):
+        withhold(job["withhold"])
     for model in job["models"]:
         try:
             answer = ask(model, job["ids"], job["options"])
@@ -26,6 +28,16 @@ def main() -> None:
             answer = {"error": f"{type(error).__name__}: {error}"}
         gc.collect()
         print("ANSWER " + json.dumps({"model": model, **answer}), flush=True)
+
+
+def withhold(suffix: str) -> None:
+    """Have vLLM's model drop tensors, as vLLM's own quantization methods have it drop g_idx."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from gptq_loader_extensions.vllm.config import GPTQLoaderConfig
+
+    dropping = staticmethod(lambda: WeightsMapper(orig_to_new_suffix={suffix: None}))
+    GPTQLoaderConfig.get_checkpoint_weight_mapper = dropping
 
 
 def ask(model: str, ids: list[int], options: dict[str, Any]) -> dict[str, Any]:

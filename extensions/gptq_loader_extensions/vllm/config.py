@@ -180,7 +180,13 @@ class GPTQLoaderConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not 
         level = logging.DEBUG if kind in opened.logged else logging.INFO
         opened.logged.add(kind)
         reasons = "; ".join(f"{name}: {words}" for name, words in choice.reasons())
-        logger.log(level, "gptq_loader: %s and layers like it (%s): %s", choice.layer.name, kind[0], reasons)
+        logger.log(
+            level,
+            "gptq_loader: %s and layers like it (%s): %s",
+            choice.layer.name,
+            kind[0],
+            reasons,
+        )
 
     def check_claimed(self, *, all_stages: bool) -> None:
         """Check once, before the first layer is prepared, that no quantised layer is left over.

@@ -8,6 +8,7 @@ error.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +127,7 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
         for part in PARTS:
             if part in dict(layer.named_parameters(recurse=False)):
                 delattr(layer, part)
+        self._arrived.clear()
         self._taken.clear()
         layer.prepared = torch.nn.ModuleList(self._modules)
         release_freed()
@@ -178,17 +180,19 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
             arrived[part] = loaded_weight.to("cpu", copy=True).contiguous()
             if self._missing(name):
                 return
-            packed = self._without_bias(layer, checkpoint.assemble(name, arrived), name)
+            packed = checkpoint.assemble(name, arrived)
+            if layer.bias is not None or (isinstance(layer, RowParallelLinear) and layer.tp_rank):
+                packed = replace(packed, bias=None)  # vLLM adds it, or the first worker does
             self._taken[name] = take(packed, piece)
-        arrived.clear()
 
     def _piece(self, shard: str | int | tuple[int, ...] | None) -> Piece:
+        """Find the layer of the checkpoint that vLLM's model means by a shard's id."""
         if shard is None:
-            parts = tuple(sorted(it for parts in self._pieces for it in parts))
+            parts = tuple(sorted(it for known in self._pieces for it in known))
+        elif isinstance(shard, tuple):
+            parts = shard
         else:
-            parts = (
-                shard if isinstance(shard, tuple) else (QKV.get(str(shard), shard),)  # type: ignore[assignment] # an int by now
-            )
+            parts = (QKV[shard] if isinstance(shard, str) else shard,)
         if parts not in self._pieces:
             raise self._mismatch(
                 f"{self._names[0]}.qweight", f"is handed over as part {shard} of {self._prefix}"
@@ -197,11 +201,9 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
 
     def _missing(self, name: str) -> list[str]:
         """Name the tensors of a layer that have not arrived."""
-        arrived = self._arrived.get(name, {})
-        parts = self._config.checkpoint.parts(name)
-        return [
-            it for it in parts if (part := it.removeprefix(f"{name}.")) in PARTS and part not in arrived
-        ]
+        headers, arrived = self._config.checkpoint.headers, self._arrived.get(name, {})
+        wanted = [part for part in PARTS if f"{name}.{part}" in headers]
+        return [f"{name}.{part}" for part in wanted if part not in arrived]
 
     def _check_arrived(self, layer: torch.nn.Module) -> None:
         for name in self._names:
@@ -211,16 +213,6 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
                 )
             if layer.bias is not None and f"{name}.bias" not in self._config.checkpoint.headers:
                 raise self._mismatch(f"{name}.bias", "is missing")
-
-    def _without_bias(
-        self, layer: torch.nn.Module, packed: PackedLinear, name: str
-    ) -> PackedLinear:
-        """Leave a bias out where vLLM adds it, or where another worker does."""
-        from dataclasses import replace
-
-        del name
-        elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
-        return replace(packed, bias=None) if layer.bias is not None or elsewhere else packed
 
     def _prepare(self, packed: PackedLinear, device: Device) -> torch.nn.Module:
         like = self._config.checkpoint.layers[self._names[0]]
