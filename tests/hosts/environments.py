@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["needs_python_of", "python_of"]
+__all__ = ["branches", "needs_python_of", "python_of"]
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,3 +26,9 @@ def needs_python_of(name: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(
         python_of(name) is None, reason=f"no environment {name}; make hosts sets it up"
     )
+
+
+def branches() -> list[Path]:
+    """List SmolLM2's six branches, where they are: GPTQ_BRANCHES, else build/branches."""
+    folder = Path(os.environ.get("GPTQ_BRANCHES") or ROOT / "build" / "branches")
+    return sorted(it for it in folder.glob("*") if (it / "quantize_config.json").is_file())

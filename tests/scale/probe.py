@@ -27,7 +27,8 @@ def main() -> None:
         except Exception as error:  # noqa: BLE001 - whatever vLLM raises is the answer
             answer = {"error": f"{type(error).__name__}: {error}"}
         gc.collect()
-        print("ANSWER " + json.dumps({"model": model, **answer}), flush=True)
+        sys.stdout.write(f"ANSWER {json.dumps({'model': model, **answer})}\n")
+        sys.stdout.flush()
 
 
 def withhold(suffix: str) -> None:

@@ -7,12 +7,15 @@ share one process of vLLM, which takes half a minute to start.
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import altering
 import pytest
 from environments import branches, needs_python_of
 from vllm_process import BY_NAME, CLOSE, FLOAT32, Answer, ask, ours
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = [pytest.mark.host("vllm"), needs_python_of("vllm")]
 

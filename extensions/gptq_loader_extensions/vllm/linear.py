@@ -138,7 +138,7 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
         """Multiply: x [..., in_features] -> [..., out_features]."""
         del layer
         if torch.compiler.is_compiling():
-            y = multiply_layer(x, self._key, self._outputs)
+            y: torch.Tensor = multiply_layer(x, self._key, self._outputs)
         else:
             y = self.multiply(x)
         return y if bias is None else y + bias

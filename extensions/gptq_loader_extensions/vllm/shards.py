@@ -17,7 +17,7 @@ from gptq_loader_plugin.checkpoint.packing import BLOCK
 from gptq_loader_plugin.errors import OptionInvalid, TensorMismatch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from gptq_loader_plugin.kernel import LayerSpec, PackedLinear
