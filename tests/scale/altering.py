@@ -120,6 +120,36 @@ def quantized_head(folder: Path) -> None:
     _edit(folder, edit)
 
 
+def mixture(folder: Path) -> None:
+    """Make a Mixtral of it, with four quantised experts in place of each MLP."""
+    experts = 4
+    _edit_json(
+        folder / "config.json",
+        lambda it: it.update(
+            model_type="mixtral",
+            architectures=["MixtralForCausalLM"],
+            num_local_experts=experts,
+            num_experts_per_tok=2,
+        ),
+    )
+
+    def edit(tensors: Tensors) -> None:
+        for layer in range(2):
+            mlp, mixed = (f"model.layers.{layer}.{it}" for it in ("mlp", "block_sparse_moe"))
+            hidden = tensors[f"{mlp}.down_proj.qweight"].shape[1]
+            generator = torch.Generator().manual_seed(layer)
+            router = torch.randn(experts, hidden, generator=generator).to(torch.bfloat16)
+            tensors[f"{mixed}.gate.weight"] = router
+            for number, name in enumerate(("gate_proj", "down_proj", "up_proj"), 1):
+                for expert in range(experts):
+                    weight = _random(tensors, f"{mlp}.{name}", 10 * expert + number)
+                    prefix = f"{mixed}.experts.{expert}.w{number}"
+                    _quantize(tensors, prefix, weight, seed=10 * expert + number)
+                _drop(tensors, f"{mlp}.{name}")
+
+    _edit(folder, edit)
+
+
 def _random(tensors: Tensors, prefix: str, seed: int) -> torch.Tensor:
     """Make a weight, [N, K], of a layer's shape."""
     rows = tensors[f"{prefix}.qweight"].shape[0] * 32 // BITS
@@ -181,6 +211,7 @@ ALTERED: dict[str, tuple[str, Callable[[Path], None]]] = {
     "biases the model lacks": (ACT_ORDER, biased),
     "an MLP left as it was": (ACT_ORDER, partly_plain),
     "a quantised head": (ACT_ORDER, quantized_head),
+    "a mixture of quantised experts": (ACT_ORDER, mixture),
 }
 # vLLM alone takes this one at its word, and answers wrong: taken without being asked.
 LIES = {"act-order labelled in order": (ACT_ORDER, labelled_in_order)}

@@ -108,7 +108,8 @@ def ask(
     for line in done.stdout.splitlines():
         if line.startswith("ANSWER "):
             content = json.loads(line.removeprefix("ANSWER "))
-            found[content.pop("model")] = content
+            model = content.pop("model")
+            found[model] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
     missing = {"error": f"vLLM ended with {done.returncode}"}
     return [Answer(**(found.get(str(it)) or missing), log=log) for it in models]
 

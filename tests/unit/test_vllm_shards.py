@@ -128,7 +128,6 @@ def test_names_follow_the_models_renaming_and_fusing() -> None:
     assert names.claim("language_model.model.layers.0.self_attn.qkv_proj", FUSED) == stored[:3]
     assert names.claim("language_model.model.layers.0.self_attn.o_proj", FUSED) == stored[3:]
     assert names.claim("language_model.model.layers.0.mlp.gate_up_proj", FUSED) == []
-    assert names.inside("language_model.model.layers.0") == stored
     assert names.check_claimed() == ["model.mtp.0.proj"]  # a part the model lacks
 
 

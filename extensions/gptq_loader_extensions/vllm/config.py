@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
@@ -26,12 +27,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.models.utils import WeightsMapper
 
 from gptq_loader_extensions.vllm import NAME
+from gptq_loader_extensions.vllm.experts import GPTQLoaderExpertsMethod, expert_names
 from gptq_loader_extensions.vllm.folder import find_folder
 from gptq_loader_extensions.vllm.linear import GPTQLoaderLinearMethod
 from gptq_loader_extensions.vllm.names import Names
 from gptq_loader_extensions.vllm.words import in_words
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
-from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid, UnsupportedFormat
+from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
 from gptq_loader_plugin.plugins import Plugins
 
 if TYPE_CHECKING:
@@ -188,14 +190,26 @@ class GPTQLoaderConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not 
             reasons,
         )
 
-    def check_claimed(self, *, all_stages: bool) -> None:
+    def log_experts(self, name: str, count: int) -> None:
+        """Say once what the experts of a mixture became."""
+        opened = self._open()
+        level = logging.DEBUG if "experts" in opened.logged else logging.INFO
+        opened.logged.add("experts")
+        logger.log(
+            level,
+            "gptq_loader: %s, %d layers, and mixtures like it: dequantised once, because vLLM runs "
+            "all experts of a layer in one kernel over plain weights",
+            name,
+            count,
+        )
+
+    def check_claimed(self) -> None:
         """Check once, before the first layer is prepared, that no quantised layer is left over.
 
-        Args:
-            all_stages: whether this process has all of the model's layers.
+        One stage of a pipeline has some of the layers, and is not checked.
         """
         opened = self._open()
-        if opened.checked or not all_stages:
+        if opened.checked or get_pp_group().world_size > 1:
             return
         opened.checked = True
         for warning in opened.checkpoint.warnings:
@@ -212,17 +226,14 @@ class GPTQLoaderConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not 
             self._opened = _Opened(find_folder(self._model, self._revision))
         return self._opened
 
-    def _experts(self, layer: Any, prefix: str) -> UnquantizedFusedMoEMethod:  # noqa: ANN401
-        opened = self._open()
-        if opened.names.inside(prefix):
-            with in_words():
-                raise UnsupportedFormat(
-                    f"the experts of {prefix} are quantised; vLLM runs all experts of a layer in "
-                    "one kernel, and gptq_loader has none of that form",
-                    path=opened.checkpoint.path,
-                    hint="load it with gptq-loader, or with transformers",
-                )
-        return UnquantizedFusedMoEMethod(layer.moe_config)
+    def _experts(self, layer: Any, prefix: str) -> UnquantizedFusedMoEMethod:  # noqa: ANN401 - vLLM's
+        with in_words():
+            wanted = expert_names(layer, prefix)
+            found = self._open().names.claim_all(list(wanted.values()))
+        if not found:
+            return UnquantizedFusedMoEMethod(layer.moe_config)
+        names = dict(zip(wanted, found, strict=True))
+        return GPTQLoaderExpertsMethod(self, names, layer.moe_config)
 
 
 class _Opened:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     QKVParallelLinear,
@@ -22,6 +21,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from gptq_loader_extensions.vllm.arrivals import PARTS, Arrivals, empty_parameter
 from gptq_loader_extensions.vllm.operator import multiply_layer
 from gptq_loader_extensions.vllm.shards import (
     Cut,
@@ -35,7 +35,6 @@ from gptq_loader_extensions.vllm.shards import (
 from gptq_loader_extensions.vllm.words import in_words
 from gptq_loader_plugin.choose import choose
 from gptq_loader_plugin.device import find_device
-from gptq_loader_plugin.errors import TensorMismatch
 from gptq_loader_plugin.memory import release_freed
 
 if TYPE_CHECKING:
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
 
 __all__ = ["GPTQLoaderLinearMethod"]
 
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
 QKV = {"q": 0, "k": 1, "v": 2}
 
 
@@ -66,7 +64,7 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
         self._names = names
         self._key = f"{prefix}.gptq_loader"
         self._pieces: dict[tuple[int, ...], Piece] = {}
-        self._arrived: dict[str, dict[str, torch.Tensor]] = {}
+        self._arrivals = Arrivals(config.checkpoint)
         self._taken: dict[str, PackedLinear] = {}
         self._modules: list[torch.nn.Module] = []
         self._outputs = 0  # columns of y, padding included
@@ -104,30 +102,21 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
         if self._key in context:
             raise ValueError(f"two layers of this model are called {self._prefix}")
         context[self._key] = self
-        scales: torch.dtype = getattr(torch, layers[0].scales_dtype)
         for part in PARTS:
-            if all(f"{name}.{part}" not in checkpoint.headers for name in self._names):
-                continue
-            dtype = scales if part == "scales" else torch.int32
-            empty = torch.nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-            given: Any = empty
-            given.weight_loader = partial(self._arrive, layer, part)
-            if part != "g_idx":
-                given.output_dim = 1  # what some models reorder columns by
-            layer.register_parameter(part, empty)
+            if self._arrivals.expects(part, self._names):
+                loader = partial(self._arrive, layer, part)
+                parameter = empty_parameter(part, layers[0].scales_dtype, loader)
+                layer.register_parameter(part, parameter)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Give what arrived to the kernels, and drop it."""
         with in_words():
-            self._config.check_claimed(all_stages=get_pp_group().world_size == 1)
-            self._check_arrived(layer)
+            self._config.check_claimed()
+            self._arrivals.check_complete(self._names)
+            self._check_biases(layer)
             device = find_device(str(next(layer.parameters(recurse=False)).device))
             taken = join([self._taken[name] for name in self._names])
             self._modules = [self._prepare(it, device) for it in taken]
-        for part in PARTS:
-            if part in dict(layer.named_parameters(recurse=False)):
-                delattr(layer, part)
-        self._arrived.clear()
         self._taken.clear()
         layer.prepared = torch.nn.ModuleList(self._modules)
         release_freed()
@@ -164,26 +153,14 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
     ) -> None:
         """Take a tensor that vLLM's model hands over; take the layer where it was the last."""
         del param
-        checkpoint = self._config.checkpoint
         with in_words():
             piece = self._piece(loaded_shard_id)
-            name = piece.layer.name
-            arrived = self._arrived.setdefault(name, {})
-            info = checkpoint.headers.get(f"{name}.{part}")
-            if info is None or tuple(info.shape) != tuple(loaded_weight.shape) or part in arrived:
-                raise self._mismatch(
-                    f"{name}.{part}",
-                    f"arrived as {list(loaded_weight.shape)}, "
-                    + ("twice" if part in arrived else "and is not that in the checkpoint"),
-                )
-            # a copy: some of vLLM's readers use the memory again
-            arrived[part] = loaded_weight.to("cpu", copy=True).contiguous()
-            if self._missing(name):
+            packed = self._arrivals.add(piece.layer.name, part, loaded_weight)
+            if packed is None:
                 return
-            packed = checkpoint.assemble(name, arrived)
             if layer.bias is not None or (isinstance(layer, RowParallelLinear) and layer.tp_rank):
                 packed = replace(packed, bias=None)  # vLLM adds it, or the first worker does
-            self._taken[name] = take(packed, piece)
+            self._taken[piece.layer.name] = take(packed, piece)
 
     def _piece(self, shard: str | int | tuple[int, ...] | None) -> Piece:
         """Find the layer of the checkpoint that vLLM's model means by a shard's id."""
@@ -194,25 +171,16 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
         else:
             parts = (QKV[shard] if isinstance(shard, str) else shard,)
         if parts not in self._pieces:
-            raise self._mismatch(
+            raise self._arrivals.mismatch(
                 f"{self._names[0]}.qweight", f"is handed over as part {shard} of {self._prefix}"
             )
         return self._pieces[parts]
 
-    def _missing(self, name: str) -> list[str]:
-        """Name the tensors of a layer that have not arrived."""
-        headers, arrived = self._config.checkpoint.headers, self._arrived.get(name, {})
-        wanted = [part for part in PARTS if f"{name}.{part}" in headers]
-        return [f"{name}.{part}" for part in wanted if part not in arrived]
-
-    def _check_arrived(self, layer: torch.nn.Module) -> None:
+    def _check_biases(self, layer: torch.nn.Module) -> None:
+        """Check that a bias that vLLM adds was there to be loaded."""
         for name in self._names:
-            if name not in self._taken:
-                raise self._mismatch(
-                    self._missing(name)[0], "did not arrive: vLLM's model did not hand it over"
-                )
             if layer.bias is not None and f"{name}.bias" not in self._config.checkpoint.headers:
-                raise self._mismatch(f"{name}.bias", "is missing")
+                raise self._arrivals.mismatch(f"{name}.bias", "is missing")
 
     def _prepare(self, packed: PackedLinear, device: Device) -> torch.nn.Module:
         like = self._config.checkpoint.layers[self._names[0]]
@@ -220,15 +188,6 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
         choice = choose(spec, device, self._config.kernels, only=self._backend)
         self._config.log(choice)
         return choice.kernel.prepare(spec, packed, device).to(device.torch_name).eval()
-
-    def _mismatch(self, tensor: str, what: str) -> TensorMismatch:
-        return TensorMismatch(
-            f"{tensor} {what}",
-            path=self._config.checkpoint.path,
-            tensor=tensor,
-            hint="load it with gptq-loader, or with transformers: this model of vLLM reads GPTQ "
-            "in a way that is not known here",
-        )
 
 
 def _cut(

@@ -51,6 +51,14 @@ class Names:
         wanted = [prefix]
         if prefix not in self._stored and last in fused:
             wanted = [f"{parent}.{it}" if parent else it for it in fused[last]]
+        return self.claim_all(wanted)
+
+    def claim_all(self, wanted: Sequence[str]) -> list[str]:
+        """Name the checkpoint's layers of these names of the model: all, or none.
+
+        Raises:
+            UnsupportedFormat: some are quantised, and some are not.
+        """
         found = [self._stored[it] for it in wanted if it in self._stored]
         if found and len(found) < len(wanted):
             plain = next(it for it in wanted if it not in self._stored)
@@ -61,10 +69,6 @@ class Names:
             )
         self._claimed.update(found)
         return found
-
-    def inside(self, prefix: str) -> list[str]:
-        """Name the checkpoint's layers that lie inside a module of the model."""
-        return [stored for name, stored in self._stored.items() if name.startswith(f"{prefix}.")]
 
     def check_claimed(self) -> list[str]:
         """List the layers of parts that the model lacks, such as one that guesses tokens ahead.

@@ -155,7 +155,8 @@ def join(layers: Sequence[PackedLinear]) -> list[PackedLinear]:
     if not others or not same:
         return list(layers)
     biases = [
-        torch.zeros(it.scales.shape[1]) if it.bias is None else it.bias.float() for it in layers
+        torch.zeros(it.scales.shape[1], dtype=torch.float32) if it.bias is None else it.bias.float()
+        for it in layers
     ]
     return [
         replace(
