@@ -6,6 +6,7 @@ import builtins
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.vllm import VllmHost, gptq_hosts, register
+from gptq_loader_extensions.vllm.arrivals import PARTS, Arrivals, empty_parameter
 from gptq_loader_extensions.vllm.names import Names
 from gptq_loader_extensions.vllm.shards import (
     Cut,
@@ -74,8 +76,6 @@ def test_workers_columns_are_those_of_the_whole_wherever_they_are_cut(name: str)
 def test_layers_with_the_same_groups_become_one_and_others_stay() -> None:
     checkpoint = GPTQReader().open(DATA / "gptq-4bit-32g-act-sym")
     q, k = (checkpoint.packed(f"{BLOCK}.self_attn.{it}_proj") for it in "qk")
-    from dataclasses import replace
-
     bias = torch.arange(k.scales.shape[1], dtype=torch.float16)
     (joined,) = join([q, replace(k, bias=bias)])
     assert torch.equal(joined.dequantize(), torch.cat([q.dequantize(), k.dequantize()]))
@@ -142,6 +142,41 @@ def test_layers_that_are_joined_must_all_be_quantised() -> None:
     names = Names([f"{BLOCK}.mlp.gate_proj"], DATA)
     with pytest.raises(UnsupportedFormat, match="up_proj is not; vLLM joins the two"):
         names.claim(f"{BLOCK}.mlp.gate_up_proj", FUSED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_is_complete_with_its_last_tensor_and_as_the_reader_reads_it(name: str) -> None:
+    checkpoint = GPTQReader().open(DATA / name)
+    layer = f"{BLOCK}.mlp.down_proj"
+    arrivals = Arrivals(checkpoint)
+    *first, last = [it for it in PARTS if arrivals.expects(it, [layer])]
+    for part in first:
+        assert arrivals.add(layer, part, checkpoint.tensor(f"{layer}.{part}")) is None
+    with pytest.raises(TensorMismatch, match=f"{last} did not arrive"):
+        arrivals.check_complete([layer])
+    packed = arrivals.add(layer, last, checkpoint.tensor(f"{layer}.{last}"))
+    assert packed is not None
+    assert torch.equal(packed.dequantize(), checkpoint.packed(layer).dequantize())
+    arrivals.check_complete([layer])
+    with pytest.raises(TensorMismatch, match=f"{last} arrived twice"):
+        arrivals.add(layer, last, checkpoint.tensor(f"{layer}.{last}"))
+
+
+def test_a_tensor_of_another_shape_is_an_error() -> None:
+    checkpoint = GPTQReader().open(DATA / "gptq-4bit-32g-act-sym")
+    layer = f"{BLOCK}.mlp.down_proj"
+    half = checkpoint.tensor(f"{layer}.scales")[:1]
+    with pytest.raises(TensorMismatch, match=r"scales arrived as \[1, 128\], and is not that"):
+        Arrivals(checkpoint).add(layer, "scales", half)
+
+
+def test_a_parameter_holds_nothing_and_hands_on_what_comes() -> None:
+    given: list[Any] = []
+    parameter: Any = empty_parameter("scales", "bfloat16", lambda *it: given.append(it))
+    parameter.weight_loader(parameter, torch.ones(2))
+    assert parameter.numel() == 0
+    assert parameter.dtype == torch.bfloat16
+    assert torch.equal(given[0][1], torch.ones(2))
 
 
 def test_errors_reach_vllms_users_with_the_next_step() -> None:
