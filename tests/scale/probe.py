@@ -35,7 +35,7 @@ def withhold(suffix: str) -> None:
     """Have vLLM's model drop tensors, as vLLM's own quantization methods have it drop g_idx."""
     from vllm.model_executor.models.utils import WeightsMapper
 
-    from gptq_loader_extensions.vllm.config import GPTQLoaderConfig
+    from gptq_loader_extensions.vllm.quantization import GPTQLoaderConfig
 
     dropping = staticmethod(lambda: WeightsMapper(orig_to_new_suffix={suffix: None}))
     GPTQLoaderConfig.get_checkpoint_weight_mapper = dropping

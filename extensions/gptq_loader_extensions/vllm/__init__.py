@@ -68,7 +68,7 @@ class VllmHost:
 def _register() -> None:
     from vllm.model_executor.layers import quantization
 
-    from gptq_loader_extensions.vllm.config import GPTQLoaderConfig
+    from gptq_loader_extensions.vllm.quantization import GPTQLoaderConfig
 
     if NAME not in quantization.QUANTIZATION_METHODS:
         quantization.register_quantization_config(NAME)(GPTQLoaderConfig)

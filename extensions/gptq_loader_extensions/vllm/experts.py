@@ -21,7 +21,7 @@ from gptq_loader_plugin.memory import release_freed
 if TYPE_CHECKING:
     import torch
 
-    from gptq_loader_extensions.vllm.config import GPTQLoaderConfig
+    from gptq_loader_extensions.vllm.quantization import GPTQLoaderConfig
     from gptq_loader_plugin.kernel import PackedLinear
 
 __all__ = ["GPTQLoaderExpertsMethod", "expert_names"]

@@ -40,7 +40,7 @@ from gptq_loader_plugin.memory import release_freed
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gptq_loader_extensions.vllm.config import GPTQLoaderConfig
+    from gptq_loader_extensions.vllm.quantization import GPTQLoaderConfig
     from gptq_loader_extensions.vllm.shards import Span
     from gptq_loader_plugin.kernel import Device, PackedLinear
 
