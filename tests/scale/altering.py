@@ -213,6 +213,8 @@ ALTERED: dict[str, tuple[str, Callable[[Path], None]]] = {
     "a quantised head": (ACT_ORDER, quantized_head),
     "a mixture of quantised experts": (ACT_ORDER, mixture),
 }
+# Two workers share these too: a bias that one of them adds, experts, a cut vocabulary.
+SHARED = ("biases the model lacks", "a quantised head", "a mixture of quantised experts")
 # vLLM alone takes this one at its word, and answers wrong: taken without being asked.
 LIES = {"act-order labelled in order": (ACT_ORDER, labelled_in_order)}
 # Refused in words.

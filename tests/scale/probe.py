@@ -2,8 +2,8 @@
 
     python probe.py '{"models": [FOLDER...], "ids": [...], "options": {...}}'
 
-One line a model: `quantization`, the log-probability of each token of `ids` but the first, and the
-tokens that follow; or `error`, what vLLM said.
+One line a model: `quantization`, the log-probability of each token of `ids` but the first, the
+tokens that follow, and how often compiled code has called our operator; or `error`, what vLLM said.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     if job.get("withhold"):
         withhold(job["withhold"])
+    called = count_operator_calls()
     for model in job["models"]:
         try:
-            answer = ask(model, job["ids"], job["options"])
+            answer = {**ask(model, job["ids"], job["options"]), "operator_calls": len(called)}
         except Exception as error:  # noqa: BLE001 - whatever vLLM raises is the answer
             answer = {"error": f"{type(error).__name__}: {error}"}
         gc.collect()
@@ -39,6 +40,21 @@ def withhold(suffix: str) -> None:
 
     dropping = staticmethod(lambda: WeightsMapper(orig_to_new_suffix={suffix: None}))
     GPTQLoaderConfig.get_checkpoint_weight_mapper = dropping
+
+
+def count_operator_calls() -> list[None]:
+    """Have the operator that compiled code calls leave a mark at each call."""
+    from gptq_loader_extensions.vllm import operator
+
+    calls: list[None] = []
+    real = operator.get_forward_context
+
+    def counting() -> Any:
+        calls.append(None)
+        return real()
+
+    operator.get_forward_context = counting
+    return calls
 
 
 def ask(model: str, ids: list[int], options: dict[str, Any]) -> dict[str, Any]:

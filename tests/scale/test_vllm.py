@@ -23,6 +23,15 @@ NAMES = sorted(it.name for it in altering.DATA.glob("gptq*"))
 BRANCHES = branches()
 BOUND = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}  # two workers, a core each
 WITHOUT = {"VLLM_PLUGINS": ""}
+# vLLM 0.32's own kernel of 8-bit activations, which it takes where there is AMX, fails on layers of
+# 576 rows without groups ("shape ... is invalid"); its other one runs them.
+OWN = {"VLLM_CPU_INT4_W4A8": "0"}
+TEXT = (
+    "The harbour was quiet before dawn. Two fishing boats had come in during the night, and their "
+    "crews were unloading crates of mackerel under the yellow lamps while gulls waited on the roof "
+    "of the customs house. By seven the market would open, and by nine most of the fish would be "
+    "on its way inland, packed in ice that had been made the evening before."
+)
 HALF = {"dtype": "bfloat16", "enforce_eager": True}
 
 needs_branches = pytest.mark.skipif(
@@ -83,18 +92,21 @@ def test_g_idx_that_does_not_arrive_is_an_error() -> None:
     assert "g_idx did not arrive" in found.error
 
 
-@pytest.mark.parametrize("name", [altering.ACT_ORDER, altering.V2])
-def test_two_workers_answer_as_one(name: str) -> None:
-    options = {**FLOAT32, **BY_NAME, "tensor_parallel_size": 2}
-    (two,) = ask([altering.DATA / name], environ=BOUND, **options)
-    assert two.off_by(checkpoints()[name]) <= CLOSE
-    assert two.following == checkpoints()[name].following
+def test_two_workers_answer_as_one(altered: dict[str, tuple[Path, Answer]]) -> None:
+    alone = {
+        **{altering.DATA / it: checkpoints()[it] for it in (altering.ACT_ORDER, altering.V2)},
+        **dict(altered[it] for it in altering.SHARED),
+    }
+    together = ask(list(alone), environ=BOUND, **FLOAT32, **BY_NAME, tensor_parallel_size=2)
+    for (folder, one), two in zip(alone.items(), together, strict=True):
+        assert two.off_by(one) <= CLOSE, folder
+        assert two.following == one.following
 
 
 def test_a_compiled_model_answers_as_an_eager_one() -> None:
     options = {**FLOAT32, **BY_NAME, "enforce_eager": False}
     (compiled,) = ask([altering.DATA / altering.ACT_ORDER], **options)
-    assert "multiply_layer" in compiled.log or "torch.compile" in compiled.log
+    assert compiled.operator_calls > 0
     assert compiled.off_by(checkpoints()[altering.ACT_ORDER]) <= CLOSE
 
 
@@ -109,21 +121,28 @@ def test_a_kernel_is_taken_by_name_and_every_choice_is_in_the_log() -> None:
 
 @needs_branches
 def test_six_of_six_branches_answer_as_here() -> None:
-    asked = [it for it in BRANCHES if it.name == "main"]
-    taken = [it for it in BRANCHES if it.name != "main"]
-    answers = [*ask(asked, **FLOAT32, **BY_NAME), *ask(taken, **FLOAT32)]
-    for folder, found in zip([*asked, *taken], answers, strict=True):
-        assert found.off_by(ours(folder)) <= CLOSE, folder.name
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(BRANCHES[0])(TEXT)["input_ids"]
+    main = [it for it in BRANCHES if it.name == "main"]  # vLLM's, unless asked
+    others = [it for it in BRANCHES if it.name != "main"]
+    answers = [*ask(main, ids=ids, **FLOAT32, **BY_NAME), *ask(others, ids=ids, **FLOAT32)]
+    for folder, found in zip([*main, *others], answers, strict=True):
+        right = ours(folder, ids)
+        off = found.off_by(right)
+        print(f"{folder.name}: {len(ids) - 1} tokens, off by at most {off:.2g}")  # noqa: T201 - pytest -rP
+        assert off <= CLOSE, folder.name
+        assert found.following == right.following
         assert found.quantization == "gptq_loader"
 
 
 @needs_branches
 def test_without_the_plugin_one_of_six_loads_and_with_it_that_one_is_vllms_still() -> None:
-    without = ask(BRANCHES, environ=WITHOUT, **HALF)
+    without = ask(BRANCHES, environ={**WITHOUT, **OWN}, **HALF)
     loaded = [it.name for it, found in zip(BRANCHES, without, strict=True) if not found.error]
     assert loaded == ["main"]
     main = next(it for it in BRANCHES if it.name == "main")
-    (beside,) = ask([main], **HALF)
+    (beside,) = ask([main], environ=OWN, **HALF)
     alone = without[BRANCHES.index(main)]
     assert beside.quantization == alone.quantization == "auto_gptq"
     assert beside.logprobs == alone.logprobs

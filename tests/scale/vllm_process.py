@@ -48,16 +48,18 @@ IDS = [
 CLOSE = 1e-4  # in log-probability: float32 summed in another order
 FLOAT32 = {"dtype": "float32", "enforce_eager": True}
 BY_NAME = {"quantization": "gptq_loader"}
+FOLLOWING = 8  # tokens, as in probe.py
 MINUTES = 10  # for one process, on a machine with other work
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What vLLM says to IDS: log-probabilities, and what follows; or an error."""
+    """What vLLM says to a prompt: log-probabilities, and what follows; or an error."""
 
     quantization: str = ""
     logprobs: tuple[float, ...] = ()
     following: tuple[int, ...] = ()
+    operator_calls: int = 0
     error: str = ""
     log: str = ""
 
@@ -73,6 +75,7 @@ def ask(
     *,
     environ: dict[str, str] | None = None,
     withhold: str = "",
+    ids: Sequence[int] = IDS,
     **options: Any,
 ) -> list[Answer]:
     """Load each model in one process of vLLM, after another, and ask it.
@@ -81,9 +84,15 @@ def ask(
         models: their folders.
         environ: more of the process's environment.
         withhold: a tensor's suffix that vLLM's model does not hand over.
+        ids: the prompt's tokens.
         **options: of vLLM's `LLM`.
     """
-    job = {"models": list(map(str, models)), "ids": IDS, "options": options, "withhold": withhold}
+    job = {
+        "models": list(map(str, models)),
+        "ids": list(ids),
+        "options": options,
+        "withhold": withhold,
+    }
     workers = options.get("tensor_parallel_size", 1) > 1
     with tempfile.TemporaryDirectory() as folder:  # where no source tree shadows what is installed
         done = subprocess.run(
@@ -94,6 +103,7 @@ def ask(
                 "HF_HUB_OFFLINE": "1",
                 "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(workers)),
                 "VLLM_NO_USAGE_STATS": "1",
+                "VLLM_CACHE_ROOT": folder,  # of what is compiled
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": "",
                 **(environ or {}),
@@ -114,17 +124,17 @@ def ask(
     return [Answer(**(found.get(str(it)) or missing), log=log) for it in models]
 
 
-def ours(folder: Path) -> Answer:
-    """Answer IDS with this package, in float32, by the kernel that is the measure of all."""
+def ours(folder: Path, ids: Sequence[int] = IDS) -> Answer:
+    """Answer with this package, in float32, by the kernel that is the measure of all."""
     with (
         gptq.load(folder, device="cpu", backend="reference", dtype="float32") as loaded,
         torch.inference_mode(),
     ):
-        ids = torch.tensor([IDS])
-        logits = loaded.model(ids).logits[0].float().log_softmax(-1)
-        logprobs = logits[:-1].gather(1, ids[0, 1:, None])[:, 0].tolist()
+        prompt = torch.tensor([list(ids)])
+        logits = loaded.model(prompt).logits[0].float().log_softmax(-1)
+        logprobs = logits[:-1].gather(1, prompt[0, 1:, None])[:, 0].tolist()
         written: list[int] = []
-        for _ in range(8):
-            more = torch.tensor([IDS + written])
+        for _ in range(FOLLOWING):
+            more = torch.tensor([[*ids, *written]])
             written.append(int(loaded.model(more).logits[0, -1].argmax()))
     return Answer(logprobs=tuple(logprobs), following=tuple(written))
