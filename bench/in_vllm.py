@@ -1,6 +1,6 @@
 """Measure vLLM with this package's kernel beside vLLM with its own, on a checkpoint both take.
 
-    python bench/vllm.py CHECKPOINT --python PYTHON [--sequences 1 16] [--rounds 5]
+    python bench/in_vllm.py CHECKPOINT --python PYTHON [--sequences 1 16] [--rounds 5]
 
 PYTHON is that of an environment with vLLM and this package (`make scale` makes one). Each runs in a
 process of its own, both loaded at once and asked in turn: a prompt of each, then a reply of each,
