@@ -20,6 +20,7 @@ MODULES = (
     "gptq_loader_kernels.exllama",
     "gptq_loader_kernels.triton",
     "gptq_loader_extensions.gradio",
+    "gptq_loader_extensions.vllm",
 )
 
 
