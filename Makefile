@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PROMPT
 
-.PHONY: help demo test check hosts conformance bench aot clean
+.PHONY: help demo test check hosts scale conformance bench aot clean
 
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -28,6 +28,10 @@ check: ## format, lint, types, layers
 hosts: ## drive the real host programs; WEBUI_DIR is a checkout of text-generation-webui
 	@$(PYTHON) tools/set_up.py hosts $(HOSTS)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/hosts $(ARGS)
+
+scale: ## drive the real vLLM, some 10 minutes
+	@GPTQ_SCALE=1 $(PYTHON) tools/set_up.py hosts vllm
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/scale $(ARGS)
 
 conformance: ## hold every kernel that runs here against float64, over the whole grid
 	@$(PYTHON) tools/set_up.py test

@@ -65,8 +65,8 @@ def main():
         set_up(
             "hosts",
             os.path.join(HOSTS, name),
-            lambda _: plan_host(name, environment["requirements"]),
-            " ".join(environment["requirements"]),
+            lambda _: plan_host(name, environment),
+            repr(environment),
         )
 
 
@@ -98,7 +98,7 @@ def environments(names):
     return [(name, known[name]) for name in names or known]
 
 
-def plan_host(name, requirements):
+def plan_host(name, environment):
     """List (words, command) for the environment of one host."""
     venv = os.path.join(HOSTS, name)
     python = python_in(venv)
@@ -107,7 +107,11 @@ def plan_host(name, requirements):
     if not os.path.exists(python):
         steps.append(("creating .venvs/" + name, [sys.executable, "-m", "venv", venv]))
     steps.append((name + ": installing torch", pip + [TORCH]))
-    steps.append((name + ": installing the rest", pip + [TORCH, "-e", ".", *requirements]))
+    rest = pip + [TORCH, "-e", ".", *environment["requirements"]]
+    steps.append((name + ": installing the rest", rest))
+    if "remove" in environment:
+        remove = [python, "-m", "pip", "uninstall", "--yes", *environment["remove"]]
+        steps.append((name + ": removing what is built for another torch", remove))
     return steps
 
 

@@ -1,4 +1,8 @@
-"""Measure vLLM's CPU build: one sequence, no compiling, no prefix cache."""
+"""Measure vLLM's CPU build: no compiling, no prefix cache.
+
+GPTQ_BENCH_QUANTIZATION is vLLM's `quantization`, its own choice where there is none, and
+GPTQ_BENCH_SEQUENCES how many sequences are read and written side by side, one where it is not set.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from importlib.metadata import version
 from turns import START_TOKENS, Loaded, serve, token_ids
 
 CONTEXT = 1024
+SEQUENCES = int(os.environ.get("GPTQ_BENCH_SEQUENCES", "1"))
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
@@ -19,10 +24,11 @@ def load(folder: str) -> Loaded:
     model = LLM(
         folder,
         dtype="bfloat16",
+        quantization=os.environ.get("GPTQ_BENCH_QUANTIZATION"),
         enforce_eager=True,
         max_model_len=CONTEXT,
-        max_num_seqs=1,
-        max_num_batched_tokens=CONTEXT,
+        max_num_seqs=SEQUENCES,
+        max_num_batched_tokens=CONTEXT * SEQUENCES,
         enable_prefix_caching=False,
         disable_log_stats=True,
     )
@@ -32,13 +38,18 @@ def load(folder: str) -> Loaded:
             temperature=0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, detokenize=False
         )
         began = time.perf_counter()
-        model.generate({"prompt_token_ids": token_ids(prompt)}, sampling, use_tqdm=False)
+        prompts = [{"prompt_token_ids": token_ids(prompt)}] * SEQUENCES
+        model.generate(prompts, sampling, use_tqdm=False)
         return time.perf_counter() - began
 
     return Loaded(
         lambda tokens: run(tokens, 1),
         lambda tokens: run(START_TOKENS, tokens + 1) - run(START_TOKENS, 1),
-        {"version": version("vllm-cpu"), "threads": len(os.sched_getaffinity(0))},
+        {
+            "version": version("vllm-cpu"),
+            "threads": len(os.sched_getaffinity(0)),
+            "quantization": model.llm_engine.model_config.quantization,
+        },
     )
 
 

@@ -21,6 +21,7 @@ from gptq_loader_plugin.errors import ConfigInvalid, CorruptCheckpoint, Unsuppor
 from gptq_loader_plugin.kernel import LayerSpec, PackedLinear
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import torch
@@ -131,32 +132,46 @@ class Checkpoint:
         Raises:
             CorruptCheckpoint: a scale is not finite.
         """
+        parts = [it for it in PACKED_PARTS if it != "bias" and f"{name}.{it}" in self.headers]
+        return self.assemble(name, {part: self.tensor(f"{name}.{part}") for part in parts})
+
+    def assemble(self, name: str, parts: Mapping[str, torch.Tensor]) -> PackedLinear:
+        """Make a layer of its tensors, which something else may have read, checked likewise.
+
+        Args:
+            name: the layer's name in the checkpoint.
+            parts: its `qweight`, `qzeros`, `scales` and, where the checkpoint has one, `g_idx`.
+
+        Raises:
+            CorruptCheckpoint: a scale is not finite.
+        """
         import torch
 
         layer = self.layers[name]
-        scales = self.tensor(f"{name}.scales")
-        if not is_finite(scales):
+        if not is_finite(parts["scales"]):
             raise CorruptCheckpoint(
                 f"{name}.scales holds values that are not finite",
                 path=self.path,
                 tensor=f"{name}.scales",
                 hint=DAMAGED,
             )
-        g_idx = self.tensors.integers(f"{name}.g_idx") if f"{name}.g_idx" in self.headers else None
         groups = row_groups(
-            g_idx, rows=layer.in_features, groups=layer.groups, group_size=layer.group_size
+            parts["g_idx"].numpy() if "g_idx" in parts else None,
+            rows=layer.in_features,
+            groups=layer.groups,
+            group_size=layer.group_size,
         )
         zeros = true_zeros(
-            self.tensors.integers(f"{name}.qzeros"),
+            parts["qzeros"].numpy(),
             bits=layer.bits,
             layout=layer.layout,
             columns=layer.out_features,
             zeros_format=self.config.zeros if layer.bits in CONTINUOUS_BITS else "v2",
         )
         return PackedLinear(
-            qweight=self.tensor(f"{name}.qweight"),
+            qweight=parts["qweight"],
             zeros=torch.from_numpy(zeros),
-            scales=scales,
+            scales=parts["scales"],
             g_idx=torch.from_numpy(np.array(groups, dtype=np.int32)),
             bits=layer.bits,
             layout=layer.layout,

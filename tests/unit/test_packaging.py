@@ -24,6 +24,7 @@ MODULES = (
     "gptq_loader_extensions.llm",
     "gptq_loader_extensions.lm_eval",
     "gptq_loader_extensions.transformers",
+    "gptq_loader_extensions.vllm",
 )
 
 

@@ -1,0 +1,158 @@
+"""Load the quantised experts of one of vLLM's mixtures; imports vLLM.
+
+vLLM runs all experts of a layer in one kernel, over one plain matrix, so each expert is dequantised
+into its place once, and from there on the mixture is as any that is not quantised.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+
+from gptq_loader_extensions.vllm.arrivals import PARTS, Arrivals, empty_parameter
+from gptq_loader_extensions.vllm.shards import Cut, cut_pieces, take
+from gptq_loader_extensions.vllm.words import in_words
+from gptq_loader_plugin.memory import release_freed
+
+if TYPE_CHECKING:
+    import torch
+
+    from gptq_loader_extensions.vllm.quantization import GPTQLoaderConfig
+    from gptq_loader_plugin.kernel import PackedLinear
+
+__all__ = ["GPTQLoaderExpertsMethod", "expert_names"]
+
+PARAMETERS = ("w13", "w2")  # vLLM's: gate and up in one, and down
+
+
+def expert_names(layer: Any, prefix: str) -> dict[tuple[int, str], str]:  # noqa: ANN401 - vLLM's
+    """Name the projections of every expert as the model has them, by expert and vLLM's id."""
+    parent = prefix.removesuffix(".routed_experts")
+    projections = {
+        "w1": layer.ckpt_gate_proj_name,
+        "w2": layer.ckpt_down_proj_name,
+        "w3": layer.ckpt_up_proj_name,
+    }
+    return {
+        (expert, shard): f"{parent}.{expert}.{name}"
+        for expert in range(layer.global_num_experts)
+        for shard, name in projections.items()
+        if name is not None
+    }
+
+
+class GPTQLoaderExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc] # vLLM is not there when checked
+    """Load and run the experts of one layer, dequantised.
+
+    Args:
+        config: the checkpoint.
+        names: the checkpoint's layers, by expert and vLLM's id of the projection.
+        moe: what vLLM says of the mixture.
+    """
+
+    supports_eplb = False  # experts have one place
+
+    def __init__(
+        self,
+        config: GPTQLoaderConfig,
+        names: dict[tuple[int, str], str],
+        moe: Any,  # noqa: ANN401 - vLLM's FusedMoEConfig
+    ) -> None:
+        super().__init__(moe)
+        self._config = config
+        self._names = names
+        self._arrivals = Arrivals(config.checkpoint)
+
+    def create_weights(
+        self,
+        layer: Any,  # noqa: ANN401 - vLLM's RoutedExperts
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: object,
+    ) -> None:
+        """Make the plain weights, and parameters that hold nothing and hand on what comes."""
+        super().create_weights(
+            layer,
+            num_experts,
+            hidden_size,
+            intermediate_size_per_partition,
+            params_dtype,
+            **extra_weight_attrs,
+        )
+        layer.w13_weight.data.zero_()  # what is padded stays so
+        layer.w2_weight.data.zero_()
+        layers = [self._config.checkpoint.layers[name] for name in self._names.values()]
+        for part in PARTS:
+            if self._arrivals.expects(part, self._names.values()):
+                loader = partial(self._arrive, layer, part)
+                for name in PARAMETERS:
+                    parameter = empty_parameter(part, layers[0].scales_dtype, loader)
+                    layer.register_parameter(f"{name}_{part}", parameter)
+
+    def process_weights_after_loading(self, layer: Any) -> None:  # noqa: ANN401 - vLLM's
+        """Check that every expert of this worker is in place, and go on as with plain weights."""
+        mine = [
+            name
+            for (expert, _), name in self._names.items()
+            if layer._map_global_expert_id_to_local_expert_id(expert) != -1  # noqa: SLF001
+        ]
+        with in_words():
+            self._config.check_claimed()
+            self._arrivals.check_complete(mine)
+        self._config.log_experts(layer.layer_name, len(mine))
+        super().process_weights_after_loading(layer)
+        release_freed()
+
+    def _arrive(
+        self,
+        layer: Any,  # noqa: ANN401 - vLLM's RoutedExperts
+        part: str,
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,  # noqa: FBT001, FBT002 - vLLM's signature
+    ) -> bool | None:
+        """Take a tensor that vLLM's model hands over; dequantise where it was the last."""
+        del param, weight_name
+        local = layer._map_global_expert_id_to_local_expert_id(expert_id)  # noqa: SLF001
+        if local == -1:
+            return False if return_success else None
+        name = self._names[expert_id, shard_id]
+        with in_words():
+            packed = self._arrivals.add(name, part, loaded_weight)
+            if packed is not None:
+                self._place(layer, local, shard_id, name, packed)
+        return True if return_success else None
+
+    def _place(
+        self,
+        layer: Any,  # noqa: ANN401 - vLLM's RoutedExperts
+        expert: int,
+        shard: str,
+        name: str,
+        packed: PackedLinear,
+    ) -> None:
+        """Dequantise this worker's part of a projection into its place."""
+        if packed.bias is not None:
+            raise self._arrivals.mismatch(f"{name}.bias", "is not zero; vLLM's experts have none")
+        spec = self._config.checkpoint.layers[name]
+        width, rank = self.moe.intermediate_size_per_partition_unpadded, self.moe.tp_rank
+        mine = (rank * width, (rank + 1) * width)
+        if shard == "w2":
+            columns, rows = (0, spec.out_features), mine
+        else:
+            columns, rows = mine, (0, spec.in_features)
+        cut = Cut(spec.in_features, (spec.out_features,), (columns,), rows, self.moe.tp_size)
+        (piece,) = cut_pieces([spec], cut, path=self._config.checkpoint.path)
+        weight = take(packed, piece).dequantize()  # [N, K]
+        target = (layer.w2_weight if shard == "w2" else layer.w13_weight).data[expert]
+        first = self.moe.intermediate_size_per_partition if shard == "w3" else 0
+        target[first : first + weight.shape[0], : weight.shape[1]].copy_(weight)

@@ -1,0 +1,257 @@
+"""The quantization method `gptq_loader` of vLLM: which checkpoints, and which layers; imports vLLM.
+
+What a checkpoint is, its own files say, by the rules of `gptq_loader_plugin.checkpoint`; what vLLM
+makes of its config is only asked to find out whether vLLM would refuse it.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+)
+from vllm.model_executor.models.utils import WeightsMapper
+
+from gptq_loader_extensions.vllm import NAME
+from gptq_loader_extensions.vllm.experts import GPTQLoaderExpertsMethod, expert_names
+from gptq_loader_extensions.vllm.folder import find_folder
+from gptq_loader_extensions.vllm.linear import GPTQLoaderLinearMethod
+from gptq_loader_extensions.vllm.names import Names
+from gptq_loader_extensions.vllm.words import in_words
+from gptq_loader_plugin.checkpoint.reader import open_checkpoint
+from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
+from gptq_loader_plugin.plugins import Plugins
+
+if TYPE_CHECKING:
+    from gptq_loader_plugin.checkpoint.reader import Checkpoint
+    from gptq_loader_plugin.choose import Choice
+    from gptq_loader_plugin.kernel import Kernel
+
+__all__ = ["GPTQLoaderConfig"]
+
+METHODS = ("gptq", "gptq_v2")  # what config.json may call the method
+OPTIONS = ("backend",)  # of vLLM's additional_config, under our name
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+logger = logging.getLogger("vllm.gptq_loader")
+
+
+class GPTQLoaderConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not there when checked
+    """How vLLM loads a GPTQ checkpoint with gptq_loader.
+
+    vLLM sends one to each of its processes, so what cannot be sent is opened again there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._model = ""
+        self._revision: str | None = None
+        self._opened: _Opened | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the open checkpoint."""
+        return {**self.__dict__, "_opened": None}
+
+    def get_name(self) -> str:
+        """Give the method's name."""
+        return NAME
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """List what the model may compute in: all that kernels take."""
+        return DTYPES
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Give the oldest GPU: any, because each layer's kernel says what it needs."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Name no config file, so that vLLM demands none: the reader finds what there is."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> GPTQLoaderConfig:
+        """Make one; the config's words are read again from the files, with what corrects them."""
+        del config
+        return cls()
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        """Rename nothing: vLLM's own drops every g_idx here."""
+        return WeightsMapper()
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: object = None
+    ) -> str | None:
+        """Take a GPTQ checkpoint when asked by name, or when vLLM would refuse it."""
+        if str(hf_quant_cfg.get("quant_method", "")).lower() not in METHODS:
+            return None
+        if user_quant is not None:
+            return NAME if user_quant == NAME else None
+        refusal = _refusal(hf_quant_cfg)
+        path = Path(getattr(hf_config, "_name_or_path", "") or "")
+        if path.is_dir():
+            try:
+                checkpoint = open_checkpoint(path, Plugins(installed=True).readers())
+            except GPTQLoaderError as error:
+                logger.info("gptq_loader leaves this checkpoint to vLLM: %s", error.message)
+                return None
+            said = {
+                name: getattr(checkpoint.config, name)
+                for name in ("bits", "group_size", "desc_act", "sym", "checkpoint_format")
+            }
+            checkpoint.close()
+            refusal = refusal or _refusal({**hf_quant_cfg, **said})
+        if refusal is None:
+            return None
+        logger.info("gptq_loader takes this checkpoint, because vLLM would not: %s", refusal)
+        return NAME
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: object = None, revision: str | None = None
+    ) -> None:
+        """Learn which checkpoint it is, and open it where it is on this machine."""
+        del hf_config
+        self._model, self._revision = model_name, revision
+        if Path(model_name).is_dir():
+            with in_words():
+                self._open()
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Rename the checkpoint's layers as the model renames its tensors."""
+        with in_words():
+            self._open().names.rename(hf_to_vllm_mapper)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:  # noqa: ANN401 - vLLM's
+        """Give what loads and runs a layer of the model; None for what is no linear layer."""
+        if isinstance(layer, RoutedExperts):
+            return self._experts(layer, prefix)
+        head = isinstance(layer, ParallelLMHead)
+        if not head and not isinstance(layer, LinearBase):
+            return None
+        with in_words():
+            names = self._open().names.claim(prefix, self.packed_modules_mapping)
+        if names:
+            return GPTQLoaderLinearMethod(self, prefix, names)
+        return UnquantizedEmbeddingMethod() if head else UnquantizedLinearMethod()
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The open checkpoint."""
+        return self._open().checkpoint
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Every installed kernel."""
+        return self._open().kernels
+
+    def backend(self) -> str | None:
+        """Give the kernel the user names in vLLM's additional_config, if any.
+
+        Raises:
+            OptionInvalid: something else is named there.
+        """
+        options = (get_current_vllm_config().additional_config or {}).get(NAME, {})
+        if unknown := sorted(set(options) - set(OPTIONS)):
+            raise OptionInvalid(
+                f"additional_config has {', '.join(unknown)} under {NAME}",
+                hint=f"the options there are {', '.join(OPTIONS)}",
+            )
+        backend = options.get("backend")
+        return None if backend is None else str(backend)
+
+    def log(self, choice: Choice) -> None:
+        """Say a layer's kernel and the reasons, once for layers that are alike."""
+        kind = (str(choice.layer), choice.reasons())
+        opened = self._open()
+        level = logging.DEBUG if kind in opened.logged else logging.INFO
+        opened.logged.add(kind)
+        reasons = "; ".join(f"{name}: {words}" for name, words in choice.reasons())
+        logger.log(
+            level,
+            "gptq_loader: %s and layers like it (%s): %s",
+            choice.layer.name,
+            kind[0],
+            reasons,
+        )
+
+    def log_experts(self, name: str, count: int) -> None:
+        """Say once what the experts of a mixture became."""
+        opened = self._open()
+        level = logging.DEBUG if "experts" in opened.logged else logging.INFO
+        opened.logged.add("experts")
+        logger.log(
+            level,
+            "gptq_loader: %s, %d layers, and mixtures like it: dequantised once, because vLLM runs "
+            "all experts of a layer in one kernel over plain weights",
+            name,
+            count,
+        )
+
+    def check_claimed(self) -> None:
+        """Check once, before the first layer is prepared, that no quantised layer is left over.
+
+        One stage of a pipeline has some of the layers, and is not checked.
+        """
+        opened = self._open()
+        if opened.checked or get_pp_group().world_size > 1:
+            return
+        opened.checked = True
+        for warning in opened.checkpoint.warnings:
+            logger.warning("%s", warning)
+        if left := opened.names.check_claimed():
+            logger.warning(
+                "%d quantised layers are of parts that this model lacks, and were not read: %s",
+                len(left),
+                left[0],
+            )
+
+    def _open(self) -> _Opened:
+        if self._opened is None:
+            self._opened = _Opened(find_folder(self._model, self._revision))
+        return self._opened
+
+    def _experts(self, layer: Any, prefix: str) -> UnquantizedFusedMoEMethod:  # noqa: ANN401 - vLLM's
+        with in_words():
+            wanted = expert_names(layer, prefix)
+            found = self._open().names.claim_all(list(wanted.values()))
+        if not found:
+            return UnquantizedFusedMoEMethod(layer.moe_config)
+        names = dict(zip(wanted, found, strict=True))
+        return GPTQLoaderExpertsMethod(self, names, layer.moe_config)
+
+
+class _Opened:
+    """What one process has open: the checkpoint, its names, the kernels, and what was said."""
+
+    def __init__(self, folder: Path) -> None:
+        plugins = Plugins(installed=True)
+        self.checkpoint = open_checkpoint(folder, plugins.readers())
+        self.names = Names(self.checkpoint.layers, self.checkpoint.path)
+        self.kernels = plugins.kernels()
+        self.logged: set[object] = set()
+        self.checked = False
+
+
+def _refusal(config: dict[str, Any]) -> str | None:
+    """Ask vLLM's own GPTQ whether it refuses a config, and why."""
+    try:
+        AutoGPTQConfig.from_config(config)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # as it stumbles over them
+        return str(error)
+    return None

@@ -1,0 +1,149 @@
+"""vLLM itself, with this package installed beside it: every checkpoint, and exactly.
+
+The answers are compared in float32 with this package's own. Checkpoints that are asked the same
+share one process of vLLM, which takes half a minute to start.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import altering
+import pytest
+from environments import branches, needs_python_of
+from vllm_process import BY_NAME, CLOSE, FLOAT32, Answer, ask, ours
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.host("vllm"), needs_python_of("vllm")]
+
+NAMES = sorted(it.name for it in altering.DATA.glob("gptq*"))
+BRANCHES = branches()
+BOUND = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}  # two workers, a core each
+WITHOUT = {"VLLM_PLUGINS": ""}
+# vLLM 0.32's own kernel of 8-bit activations, which it takes where there is AMX, fails on layers of
+# 576 rows without groups ("shape ... is invalid"); its other one runs them.
+OWN = {"VLLM_CPU_INT4_W4A8": "0"}
+TEXT = (
+    "The harbour was quiet before dawn. Two fishing boats had come in during the night, and their "
+    "crews were unloading crates of mackerel under the yellow lamps while gulls waited on the roof "
+    "of the customs house. By seven the market would open, and by nine most of the fish would be "
+    "on its way inland, packed in ice that had been made the evening before."
+)
+HALF = {"dtype": "bfloat16", "enforce_eager": True}
+
+needs_branches = pytest.mark.skipif(
+    len(BRANCHES) < 6, reason="SmolLM2's six branches are not here; python bench/branches.py"
+)
+
+
+@cache
+def checkpoints() -> dict[str, Answer]:
+    found = ask([altering.DATA / it for it in NAMES], **FLOAT32, **BY_NAME)
+    return dict(zip(NAMES, found, strict=True))
+
+
+@pytest.fixture(scope="module")
+def altered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Answer]]:
+    folder = tmp_path_factory.mktemp("altered")
+    names = [it for it in altering.ALTERED if it not in altering.LIES]
+    made = [altering.make(it, folder / str(number)) for number, it in enumerate(names)]
+    answers = ask(made, **FLOAT32, **BY_NAME)
+    return dict(zip(names, zip(made, answers, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_checkpoint_answers_as_here(name: str) -> None:
+    found, right = checkpoints()[name], ours(altering.DATA / name)
+    assert found.off_by(right) <= CLOSE
+    assert found.following == right.following
+    assert found.quantization == "gptq_loader"
+
+
+@pytest.mark.parametrize(
+    "name", [it for it in altering.ALTERED if it not in altering.REFUSED | altering.LIES]
+)
+def test_an_altered_checkpoint_answers_as_here(
+    name: str, altered: dict[str, tuple[Path, Answer]]
+) -> None:
+    folder, found = altered[name]
+    assert found.off_by(ours(folder)) <= CLOSE
+
+
+def test_what_cannot_be_joined_is_refused_in_words(altered: dict[str, tuple[Path, Answer]]) -> None:
+    (name,) = altering.REFUSED
+    error = altered[name][1].error
+    assert "v_proj is not" in error
+    assert "hint: load it with gptq-loader" in error
+
+
+def test_a_label_that_hides_act_order_is_seen_without_being_asked(tmp_path: Path) -> None:
+    (name,) = altering.LIES
+    folder = altering.make(name, tmp_path / "lie")
+    (found,) = ask([folder], **FLOAT32)
+    assert found.quantization == "gptq_loader"
+    assert found.off_by(ours(folder)) <= CLOSE
+
+
+def test_g_idx_that_does_not_arrive_is_an_error() -> None:
+    (found,) = ask([altering.DATA / altering.ACT_ORDER], withhold=".g_idx", **FLOAT32)
+    assert "g_idx did not arrive" in found.error
+
+
+def test_two_workers_answer_as_one(altered: dict[str, tuple[Path, Answer]]) -> None:
+    alone = {
+        **{altering.DATA / it: checkpoints()[it] for it in (altering.ACT_ORDER, altering.V2)},
+        **dict(altered[it] for it in altering.SHARED),
+    }
+    together = ask(list(alone), environ=BOUND, **FLOAT32, **BY_NAME, tensor_parallel_size=2)
+    for (folder, one), two in zip(alone.items(), together, strict=True):
+        assert two.off_by(one) <= CLOSE, folder
+        assert two.following == one.following
+
+
+def test_a_compiled_model_answers_as_an_eager_one() -> None:
+    options = {**FLOAT32, **BY_NAME, "enforce_eager": False}
+    (compiled,) = ask([altering.DATA / altering.ACT_ORDER], **options)
+    assert compiled.operator_calls > 0
+    assert compiled.off_by(checkpoints()[altering.ACT_ORDER]) <= CLOSE
+
+
+def test_a_kernel_is_taken_by_name_and_every_choice_is_in_the_log() -> None:
+    options = {**HALF, "additional_config": {"gptq_loader": {"backend": "dense"}}}
+    (found,) = ask([altering.DATA / altering.ACT_ORDER], **options)
+    lines = [line for line in found.log.splitlines() if "and layers like it" in line]
+    assert not found.error
+    assert len(lines) == 4  # q, k and v; o; gate and up; down
+    assert all("dense: chosen" in line and "triton: " in line for line in lines)
+
+
+@needs_branches
+def test_six_of_six_branches_answer_as_here() -> None:
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(BRANCHES[0])(TEXT)["input_ids"]
+    main = [it for it in BRANCHES if it.name == "main"]  # vLLM's, unless asked
+    others = [it for it in BRANCHES if it.name != "main"]
+    answers = [*ask(main, ids=ids, **FLOAT32, **BY_NAME), *ask(others, ids=ids, **FLOAT32)]
+    for folder, found in zip([*main, *others], answers, strict=True):
+        right = ours(folder, ids)
+        off = found.off_by(right)
+        print(f"{folder.name}: {len(ids) - 1} tokens, off by at most {off:.2g}")  # noqa: T201 - pytest -rP
+        assert off <= CLOSE, folder.name
+        assert found.following == right.following
+        assert found.quantization == "gptq_loader"
+
+
+@needs_branches
+def test_without_the_plugin_one_of_six_loads_and_with_it_that_one_is_vllms_still() -> None:
+    without = ask(BRANCHES, environ={**WITHOUT, **OWN}, **HALF)
+    loaded = [it.name for it, found in zip(BRANCHES, without, strict=True) if not found.error]
+    assert loaded == ["main"]
+    main = next(it for it in BRANCHES if it.name == "main")
+    (beside,) = ask([main], environ=OWN, **HALF)
+    alone = without[BRANCHES.index(main)]
+    assert beside.quantization == alone.quantization == "auto_gptq"
+    assert beside.logprobs == alone.logprobs
+    assert beside.following == alone.following

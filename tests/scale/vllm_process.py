@@ -1,0 +1,140 @@
+"""Ask the real vLLM, in a process of its own, and say what this package answers to the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from environments import python_of
+
+import gptq_loader_plugin as gptq
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PROBE = Path(__file__).parent / "probe.py"
+IDS = [
+    5,
+    9,
+    20,
+    33,
+    45,
+    60,
+    61,
+    70,
+    71,
+    80,
+    95,
+    101,
+    116,
+    120,
+    133,
+    140,
+    7,
+    8,
+    33,
+    12,
+    3,
+    77,
+    90,
+    14,
+]
+CLOSE = 1e-4  # in log-probability: float32 summed in another order
+FLOAT32 = {"dtype": "float32", "enforce_eager": True}
+BY_NAME = {"quantization": "gptq_loader"}
+FOLLOWING = 8  # tokens, as in probe.py
+MINUTES = 10  # for one process, on a machine with other work
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What vLLM says to a prompt: log-probabilities, and what follows; or an error."""
+
+    quantization: str = ""
+    logprobs: tuple[float, ...] = ()
+    following: tuple[int, ...] = ()
+    operator_calls: int = 0
+    error: str = ""
+    log: str = ""
+
+    def off_by(self, other: Answer) -> float:
+        """Give the greatest difference of log-probabilities; fail where there are none."""
+        assert not self.error, f"{self.error}\n{self.log[-3000:]}"
+        assert not other.error, other.error
+        return max(abs(a - b) for a, b in zip(self.logprobs, other.logprobs, strict=True))
+
+
+def ask(
+    models: Sequence[Path],
+    *,
+    environ: dict[str, str] | None = None,
+    withhold: str = "",
+    ids: Sequence[int] = IDS,
+    **options: Any,
+) -> list[Answer]:
+    """Load each model in one process of vLLM, after another, and ask it.
+
+    Args:
+        models: their folders.
+        environ: more of the process's environment.
+        withhold: a tensor's suffix that vLLM's model does not hand over.
+        ids: the prompt's tokens.
+        **options: of vLLM's `LLM`.
+    """
+    job = {
+        "models": list(map(str, models)),
+        "ids": list(ids),
+        "options": options,
+        "withhold": withhold,
+    }
+    workers = options.get("tensor_parallel_size", 1) > 1
+    with tempfile.TemporaryDirectory() as folder:  # where no source tree shadows what is installed
+        done = subprocess.run(
+            [str(python_of("vllm")), str(PROBE), json.dumps(job)],
+            cwd=folder,
+            env={
+                **os.environ,
+                "HF_HUB_OFFLINE": "1",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(workers)),
+                "VLLM_NO_USAGE_STATS": "1",
+                "VLLM_CACHE_ROOT": folder,  # of what is compiled
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": "",
+                **(environ or {}),
+            },
+            capture_output=True,
+            text=True,
+            timeout=60 * MINUTES,
+            check=False,
+        )
+    log = done.stdout + done.stderr
+    found = {}
+    for line in done.stdout.splitlines():
+        if line.startswith("ANSWER "):
+            content = json.loads(line.removeprefix("ANSWER "))
+            model = content.pop("model")
+            found[model] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+    missing = {"error": f"vLLM ended with {done.returncode}"}
+    return [Answer(**(found.get(str(it)) or missing), log=log) for it in models]
+
+
+def ours(folder: Path, ids: Sequence[int] = IDS) -> Answer:
+    """Answer with this package, in float32, by the kernel that is the measure of all."""
+    with (
+        gptq.load(folder, device="cpu", backend="reference", dtype="float32") as loaded,
+        torch.inference_mode(),
+    ):
+        prompt = torch.tensor([list(ids)])
+        logits = loaded.model(prompt).logits[0].float().log_softmax(-1)
+        logprobs = logits[:-1].gather(1, prompt[0, 1:, None])[:, 0].tolist()
+        written: list[int] = []
+        for _ in range(FOLLOWING):
+            more = torch.tensor([[*ids, *written]])
+            written.append(int(loaded.model(more).logits[0, -1].argmax()))
+    return Answer(logprobs=tuple(logprobs), following=tuple(written))
