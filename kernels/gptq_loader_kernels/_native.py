@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 COLUMNS = 64  # of a tile
+INTERFACE = 2  # of the library: one that was built from other sources would be called wrongly
 
 
 class Isa(IntEnum):
@@ -182,13 +183,18 @@ def load_library() -> ctypes.CDLL:
     """Load the library and declare its functions.
 
     Raises:
-        OSError: there is none, or it cannot be loaded.
+        OSError: there is none, it cannot be loaded, or it was built from other sources.
+        AttributeError: the same, from sources of long ago.
     """
     found = find_library()
     if found is None:
         raise FileNotFoundError("the native library was not built")
     library = ctypes.CDLL(str(found))
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.gptq_interface.argtypes = ()
+    library.gptq_interface.restype = number
+    if library.gptq_interface() != INTERFACE:
+        raise OSError("it is another version's")
     library.gptq_isa.argtypes = ()
     library.gptq_isa.restype = number
     library.gptq_pack.argtypes = (number,) * 2 + (pointer,) * 2 + (count,) * 3 + (pointer, number)

@@ -318,12 +318,16 @@ def test_a_library_that_cannot_be_loaded_is_said(
     choice = choose(spec, CPU, Plugins(installed=True).kernels())
     assert choice.chosen.kernel == "cpu-int4"
     assert "cannot be loaded" in dict(choice.reasons())["cpu"]
-    other = subprocess.run(
-        ["cc", "-shared", "-x", "c", "-o", broken, "-"], input="int x;", text=True, check=False
-    ) if shutil.which("cc") else None  # fmt: skip
-    if other is not None and other.returncode == 0:
-        choice = choose(spec, CPU, [CpuKernel(), Int4Kernel()])
-        assert "cannot be loaded" in dict(choice.reasons())["cpu"], "a library of something else"
+    for source in ("int x;", "int gptq_interface(void) { return 1; }"):
+        other = tmp_path / f"_gptq_cpu_{len(source)}.so"
+        made = shutil.which("cc") and subprocess.run(
+            ["cc", "-shared", "-fPIC", "-x", "c", "-o", other, "-"],
+            input=source, text=True, check=False,
+        )  # fmt: skip
+        if made and made.returncode == 0:
+            monkeypatch.setattr(_native, "find_library", lambda other=other: other)
+            choice = choose(spec, CPU, [CpuKernel(), Int4Kernel()])
+            assert "cannot be loaded" in dict(choice.reasons())["cpu"], "a library of another kind"
     load_library.cache_clear()
 
 
