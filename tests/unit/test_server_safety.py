@@ -295,7 +295,12 @@ def test_the_host_is_offered_by_name() -> None:
         OpenAIHost().install(colour="red")
 
 
-def test_without_a_model_it_says_so(tmp_path: Path) -> None:
+def test_without_a_model_and_a_page_to_choose_one_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptq_loader_extensions.openai import serving
+
+    monkeypatch.setattr(serving.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(OptionInvalid, match="no model to serve"):
         OpenAIHost().install(port=0, models_dir=tmp_path)
 
