@@ -1,5 +1,8 @@
 """The commands `llm gptq list | add | remove | explain`."""
 
+# Where the host is not installed, pyright takes this package for it.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import functools

@@ -3,6 +3,9 @@
 Imported by llm's hooks alone; it needs llm.
 """
 
+# Where the host is not installed, pyright takes this package for it.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,8 @@
 """Run the evaluation harness's own command, with the model type `gptq-loader` added to it."""
 
+# Where the host is not installed, pyright takes this package for it.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import sys
