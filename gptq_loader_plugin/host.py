@@ -1,6 +1,8 @@
 """What a host plugin offers: a way for another program to use loaded models.
 
-A host may also say whether its program is here (`Checkable`); `gptq-loader plugins` asks it.
+A host may also say whether its program is here (`Checkable`); `gptq-loader plugins` asks it. One
+that serves a checkpoint to OpenAI's clients in its own way is an `Engine`, which `gptq-loader serve
+--engine` names.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol, runtime_checkable
 
-__all__ = ["Checkable", "Host", "NotReady", "Readiness", "Ready", "check_package"]
+__all__ = ["Checkable", "Engine", "Host", "NotReady", "Readiness", "Ready", "check_package"]
 
 
 @runtime_checkable
@@ -24,6 +26,40 @@ class Host(Protocol):
 
     def install(self, **options: object) -> object:
         """Make the host able to use us: open its page, or register with it."""
+        ...
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A host that serves OpenAI's API by itself, as `gptq-loader serve --engine NAME` asks it to.
+
+    Attributes:
+        name: the host's name.
+        takes: the options of `gptq-loader serve` it can follow, by the names of its parameters; a
+            user who gives another one is told so.
+    """
+
+    @property
+    def name(self) -> str:
+        """The host's name."""
+        ...
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """The options of `gptq-loader serve` that it can follow."""
+        ...
+
+    def serve(self, reference: str, **options: object) -> None:
+        """Serve until Ctrl-C.
+
+        Args:
+            reference: what to serve, as the user wrote it.
+            **options: those of `takes` that the user gave, and no others.
+
+        Raises:
+            PluginError: its program is not installed, or is one it does not know.
+            OptionInvalid: it cannot serve so.
+        """
         ...
 
 

@@ -17,14 +17,19 @@ from gptq_loader_plugin.cli.talking import (
     OffloadFolder,
     Template,
 )
+from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.host import Engine
 from gptq_loader_plugin.placement import read_limits
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.plugins import Plugins
 
 __all__ = ["add_to"]
 
 LOOPBACK = "127.0.0.1"
+OWN = "openai"
+ONE_REPLICA = "1"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -33,6 +38,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def serve(  # noqa: PLR0913 - each is an option a user may want
+    command: typer.Context,
     reference: Annotated[
         str | None,
         typer.Argument(
@@ -42,6 +48,24 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
         ),
     ] = None,
     *,
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine", help="What serves: openai, which is this package's own; vllm; or ray."
+        ),
+    ] = OWN,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            "--tensor-parallel", min=1, help="With --engine vllm: devices each layer is split over."
+        ),
+    ] = 1,
+    replicas: Annotated[
+        str,
+        typer.Option(
+            "--replicas", help="With --engine ray: how many servers, or the least and most, 1-4."
+        ),
+    ] = ONE_REPLICA,
     host: Annotated[
         str, typer.Option("--host", help="The address; other machines reach 0.0.0.0.")
     ] = LOOPBACK,
@@ -116,7 +140,16 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
     """Serve OpenAI's API, and Kobold's, to the clients you already use."""
     from gptq_loader_plugin.plugins import Plugins
 
-    host_plugin = Plugins(installed=True).host("openai")
+    plugins = Plugins(installed=True)
+    if engine != OWN:
+        _serve_by(plugins, engine, reference, command)
+        return
+    if tensor_parallel != 1 or replicas != ONE_REPLICA:
+        raise OptionInvalid(
+            f"{_flag('tensor_parallel' if tensor_parallel != 1 else 'replicas', command)} is for "
+            "another engine",
+            hint="name it: --engine vllm, or --engine ray",
+        )
     how = {
         "device": device,
         "backend": backend,
@@ -129,7 +162,7 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
         "offload_folder": offload_folder,
         "kv_cache": kv_cache,
     }
-    host_plugin.install(
+    plugins.host(OWN).install(
         reference=reference,
         load=lambda target: _load(target, how),
         host="0.0.0.0" if listen and host == LOOPBACK else host,  # noqa: S104 - as asked for
@@ -150,6 +183,47 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
         grace=grace,
         as_json=as_json,
     )
+
+
+def _serve_by(plugins: Plugins, name: str, reference: str | None, command: typer.Context) -> None:
+    """Have another engine serve, with the options that the user gave.
+
+    Raises:
+        OptionInvalid: there is no such engine, or it does not take one of the options.
+    """
+    engines = {it.name: it for it in plugins.hosts() if isinstance(it, Engine)}
+    if name not in engines:
+        raise OptionInvalid(
+            f"there is no engine {name!r}",
+            hint=f"the engines are {', '.join(sorted({OWN, *engines}))}",
+        )
+    if reference is None:
+        raise OptionInvalid(
+            f"{name} serves one model, and none was named",
+            hint=f"name it: gptq-loader serve REF --engine {name}",
+        )
+    engine, given = engines[name], _given(command)
+    if others := sorted(given.keys() - engine.takes):
+        raise OptionInvalid(
+            f"{name} does not take {', '.join(_flag(it, command) for it in others)}",
+            hint=f"it takes {', '.join(_flag(it, command) for it in sorted(engine.takes))}",
+        )
+    engine.serve(reference, **given)
+
+
+def _given(command: typer.Context) -> dict[str, Any]:
+    """Give the options that the user gave, on the command line or by the environment."""
+    sources = {it: command.get_parameter_source(it) for it in command.params}
+    return {
+        name: command.params[name]
+        for name, source in sources.items()
+        if name not in ("reference", "engine") and source is not None and source.name != "DEFAULT"
+    }
+
+
+def _flag(name: str, command: typer.Context) -> str:
+    """Write an option of this command as the user does."""
+    return next(max(it.opts, key=len) for it in command.command.params if it.name == name)
 
 
 def _load(target: str | Path, how: dict[str, Any]) -> LoadedModel:

@@ -118,3 +118,19 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(
     assert f"error: {words}" in done.stderr
     assert "hint: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--engine", "nobody"], "there is no engine 'nobody'"),
+        (["--replicas", "2"], "--replicas is for another engine"),
+        (["--tensor-parallel", "2"], "--tensor-parallel is for another engine"),
+    ],
+)
+def test_it_says_which_engine_takes_an_option(arguments: list[str], words: str) -> None:
+    asked = [sys.executable, "-m", "gptq_loader_plugin", "serve", str(DATA / ONE), *arguments]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert f"error: {words}" in found.stderr
+    assert "hint: " in found.stderr
