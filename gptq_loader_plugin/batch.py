@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gptq_loader_plugin.generate import read_head
 from gptq_loader_plugin.kernel import Batcher
 
 if TYPE_CHECKING:
@@ -96,8 +97,7 @@ class Batch:
         for generation in few:
             generation.unread = []
         last = torch.tensor([len(it) for it in tokens]).cumsum(0) - 1
-        logits: torch.Tensor = self._model.get_output_embeddings()(states[last])
-        return logits[:, None]
+        return read_head(self._model.get_output_embeddings(), few, states[last])[:, None]
 
     def _read(
         self, generation: Generation, most: int

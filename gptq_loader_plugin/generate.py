@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from gptq_loader_plugin.kernel import ShortHead
 from gptq_loader_plugin.kv_cache import KeptCache
 from gptq_loader_plugin.sampling import Sampler
 
@@ -23,7 +24,15 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.options import GenerateOptions
 
-__all__ = ["Finish", "Generation", "Piece", "Reply", "cache_name", "generate_pieces"]
+__all__ = [
+    "Finish",
+    "Generation",
+    "Piece",
+    "Reply",
+    "cache_name",
+    "generate_pieces",
+    "read_head",
+]
 
 Finish = Literal["stop", "length", "cancelled"]
 UNFINISHED = "\ufffd"  # what a tokenizer gives for the first bytes of a character
@@ -150,8 +159,22 @@ class Generation:
         part, self.unread = self.unread[:most], self.unread[most:]
         cached = {cache_name(self._model): self.cache, "use_cache": True, "logits_to_keep": 1}
         ids = torch.tensor([part], device=self._model.device)
+        head: Any = self._model.get_output_embeddings()
+        if isinstance(head, ShortHead):
+            decoder: Any = self._model.get_decoder()
+            del cached["logits_to_keep"]
+            states = decoder(input_ids=ids, **cached).last_hidden_state[:, -1]
+            return read_head(head, [self], states)
         logits: torch.Tensor = self._model(input_ids=ids, **cached).logits[:, -1]
         return logits
+
+    def wanted(self) -> int:
+        """Say how many of the greatest logits `take` needs; 0 where it needs all of them."""
+        return 0 if self._watch is not None else self._sampler.wanted()
+
+    def aside(self, vocabulary: int) -> torch.Tensor | None:
+        """Mark the tokens that do not count among those wanted: bool [vocabulary]."""
+        return self._sampler.aside(self._sequence, vocabulary)
 
     def cancelled(self) -> Piece | None:
         """Give the last piece where the reply was cancelled."""
@@ -186,6 +209,29 @@ class Generation:
     def _end(self, text: str, finish: Finish) -> Piece:
         self.finished = True
         return Piece(text, self._tokens, finish)
+
+
+def read_head(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    generations: Sequence[Generation],
+    states: torch.Tensor,
+) -> torch.Tensor:
+    """Give the logits that some generations need [generations, vocabulary], from their states.
+
+    All of them, or where the head can, the greatest ones alone.
+    """
+    wanted = [it.wanted() for it in generations]
+    if isinstance(head, ShortHead) and all(wanted):
+        vocabulary: int = head.out_features
+        marks = [it.aside(vocabulary) for it in generations]
+        aside = None
+        if any(it is not None for it in marks):
+            none = torch.zeros(vocabulary, dtype=torch.bool)
+            aside = torch.stack([none if it is None else it for it in marks])
+        logits = head.likeliest(states, wanted, aside)
+        if logits is not None:
+            return logits
+    return head(states)
 
 
 class TextStream:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.kernel import Device, Kernel
 
-__all__ = ["narrow_head", "quantize_rows"]
+__all__ = ["head_spec", "narrow_head", "quantize_rows"]
 
 GROUP_SIZE = 64
 ZERO, MOST = 128, 127  # codes 1 to 255
@@ -56,7 +56,11 @@ def narrow_head(
             hint="leave the head as it is stored",
         )
     packed = quantize_rows(head.weight.detach(), head.bias)
-    layer = _spec(head, packed)
+    layer = head_spec(
+        *head.weight.shape,
+        scales_dtype=str(packed.scales.dtype).removeprefix("torch."),
+        bias=head.bias is not None,
+    )
     choice = choose(layer, device, kernels, only=only)
     module = choice.kernel.prepare(layer, packed, device).to(head.weight.device).eval()
     before = head.weight.numel() * head.weight.element_size()
@@ -95,22 +99,23 @@ def quantize_rows(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Pac
     )
 
 
-def _spec(head: torch.nn.Linear, packed: PackedLinear) -> LayerSpec:
-    last = head.in_features % GROUP_SIZE or GROUP_SIZE
-    whole = min(GROUP_SIZE, head.in_features)
-    unit = next(it for it in (64, 32, 16, 8, 4) if last % it == 0 and whole % it == 0)
+def head_spec(
+    columns: int, rows: int, *, scales_dtype: str = "float16", bias: bool = False
+) -> LayerSpec:
+    """Describe a head [N, K] as `quantize_rows` makes it."""
+    last, whole = rows % GROUP_SIZE or GROUP_SIZE, min(GROUP_SIZE, rows)
     return LayerSpec(
         name="lm_head",
-        in_features=head.in_features,
-        out_features=head.out_features,
+        in_features=rows,
+        out_features=columns,
         bits=8,
         group_size=GROUP_SIZE,
         desc_act=False,
         sym=True,
-        groups=packed.scales.shape[0],
+        groups=-(-rows // GROUP_SIZE),
         group_rows=(last, whole),
-        group_unit=unit,
+        group_unit=next(it for it in (64, 32, 16, 8, 4) if last % it == 0 and whole % it == 0),
         zero_range=(ZERO, ZERO),
-        scales_dtype=str(packed.scales.dtype).removeprefix("torch."),
-        bias=head.bias is not None,
+        scales_dtype=scales_dtype,
+        bias=bias,
     )

@@ -32,6 +32,8 @@ __all__ = [
     "LayerSpec",
     "Meter",
     "PackedLinear",
+    "ShortHead",
+    "Shortener",
     "Tunable",
     "Verdict",
 ]
@@ -267,6 +269,58 @@ class Batcher(Protocol):
         Returns:
             The decoder's states [tokens of all, hidden], or None where this cannot be done here
             and nothing was read.
+        """
+        ...
+
+
+@runtime_checkable
+class Shortener(Protocol):
+    """A kernel that can have a model's head give its greatest logits without computing all."""
+
+    def shortlist_bytes(self, architecture: str, head: tuple[int, int]) -> int:
+        """Count what that takes in memory: 0 where it is not done.
+
+        Args:
+            architecture: the model's class, as config.json names it.
+            head: the shape of the head's weight [vocabulary, hidden].
+        """
+        ...
+
+    def shorten(self, model: PreTrainedModel) -> int:
+        """Make what it takes, once the model is finished; give its bytes, 0 where it is not done.
+
+        The head of the model is a `ShortHead` from then on.
+        """
+        ...
+
+
+@runtime_checkable
+class ShortHead(Protocol):
+    """A head, a plain linear layer, that can give its greatest logits alone."""
+
+    @property
+    def out_features(self) -> int:
+        """The vocabulary."""
+        ...
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """Give all logits [rows, vocabulary]."""
+        ...
+
+    def likeliest(
+        self, states: torch.Tensor, wanted: Sequence[int], aside: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Give each row's greatest logits, and minus infinity in place of some others.
+
+        Args:
+            states: the decoder's states [rows, hidden].
+            wanted: how many of each row's logits are to be there, and exact; those that tie with
+                the last of them too.
+            aside: bool [rows, vocabulary], tokens that do not count among these; their logits are
+                there where they are as great.
+
+        Returns:
+            The logits [rows, vocabulary], or None where this cannot be done here.
         """
         ...
 

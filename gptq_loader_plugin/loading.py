@@ -13,6 +13,7 @@ from gptq_loader_plugin.events import Head
 from gptq_loader_plugin.opening import find_first_device, open_planned, plan_load
 from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.reference import resolve
+from gptq_loader_plugin.shortlist import plan_shortlist, shorten
 from gptq_loader_plugin.template_source import find_template
 
 if TYPE_CHECKING:
@@ -69,8 +70,9 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         template: a template, its name, a .jinja file or jinja text; None finds the checkpoint's.
         revision: the branch, tag or commit on the hub.
         context: the longest sequence; None takes what config.json says.
-        head: "int8" makes the output head 8-bit at load: faster, and a little less exact; None,
-            as "stored", leaves it as it is.
+        head: "int8" makes the output head 8-bit at load: less memory and a little less exact;
+            "stored" leaves it as it is; None does too, and picks tokens faster by a copy of it in
+            8 bits, where a kernel can: the same tokens.
         check: whether to check the kernels and the logits once loaded.
         device_map: over several devices: "auto" fills those of `max_memory` in order, block by
             block; or a place for each part of the model, {"": "cpu", "model.layers.0": "disk"}.
@@ -124,6 +126,9 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         note, grown = narrow_head(model, plan.device, plugins.kernels(), only=backend)
         plan = replace(plan, weight_bytes=plan.weight_bytes + grown)
         notes = (*notes, note)
+    if head is None:
+        plan = plan_shortlist(plan, checkpoint)
+        notes = (*notes, *filter(None, [shorten(model, plan)]))
     _tell_loaded(opened, plugins)
     from gptq_loader_plugin.loaded import LoadedModel
 
@@ -230,8 +235,9 @@ def explain(
     plugins = plugins or Plugins(installed=True)
     where = find_first_device(device, device_map, max_memory)
     path = resolve(reference, plugins=plugins, revision=revision, download=False)
-    return plan_load(
-        open_checkpoint(path, plugins.readers()),
+    checkpoint = open_checkpoint(path, plugins.readers())
+    plan = plan_load(
+        checkpoint,
         where,
         plugins,
         reference=str(reference),
@@ -239,6 +245,7 @@ def explain(
         device_map=device_map,
         max_memory=max_memory,
     )
+    return plan_shortlist(plan, checkpoint)
 
 
 def inspect(

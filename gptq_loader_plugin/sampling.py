@@ -43,6 +43,10 @@ class Sampler:
         self._top_k = 0 if self._greedy else options.top_k
         self._whole = _of_the_vocabulary(options, never_ids, device)
         self._whole.extend(processors)
+        # What a caller's processor, or a penalty that rewards, makes likeliest cannot be foreseen.
+        self._foreseen = not processors and options.repetition_penalty >= 1
+        self._penalised = options.repetition_penalty > 1
+        self._never_ids = list(never_ids)
         self._some = _of_candidates(options)
         self._generator = None if self._greedy else torch.Generator(device=device)
         if self._generator is None:
@@ -60,6 +64,25 @@ class Sampler:
         probabilities, ids = self.candidates(sequence, logits)
         at = torch.multinomial(probabilities, 1, generator=self._generator)
         return int(at if ids is None else ids[0, at[0]])
+
+    def wanted(self) -> int:
+        """Say how many of the greatest logits a pick needs; 0 where it needs all of them."""
+        if not self._foreseen:
+            return 0
+        return 1 if self._greedy else self._top_k
+
+    def aside(self, sequence: torch.Tensor, vocabulary: int) -> torch.Tensor | None:
+        """Mark the tokens that a pick makes less likely: bool [vocabulary], None where it does not.
+
+        As many others as are wanted must then be there.
+        """
+        if not self._penalised and not self._never_ids:
+            return None
+        marks = torch.zeros(vocabulary, dtype=torch.bool)
+        marks[self._never_ids] = True
+        if self._penalised:
+            marks[sequence[0]] = True
+        return marks
 
     def candidates(
         self, sequence: torch.Tensor, logits: torch.Tensor
@@ -82,14 +105,14 @@ class Sampler:
 
 
 def _likeliest(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take the `top_k` greatest scores, and what ties with the last of them."""
+    """Take the `top_k` greatest scores, and what ties with the last of them, in order of ids."""
     best, ids = scores.topk(min(top_k + TIES, scores.shape[-1]))
     least = best[0, top_k - 1]
     if best[0, -1] == least:
         ids = (scores[0] >= least).nonzero().T
         return scores[:, ids[0]], ids
-    count = int((best[0] >= least).sum())
-    return best[:, :count], ids[:, :count]
+    ids = ids[:, best[0] >= least].sort().values
+    return scores[:, ids[0]], ids
 
 
 def _of_the_vocabulary(

@@ -14,6 +14,7 @@
 // itself. A token's numbers are the same whatever other tokens are in the step, but for that merging.
 
 #include "gptq_attention.h"
+#include "gptq_dense.h"
 #include "gptq_model.h"
 
 #include <atomic>
@@ -52,80 +53,17 @@ class Team {
   const int threads_;
 };
 
-// Some columns of a weight that is not packed, by one row of x.
-template <int TYPE>
-INLINE void dense(const void* weight, int64_t k, int64_t first, int count, const float* x, float* y) {
-  for (int c = 0; c < count; c++) {
-    const int64_t row = (first + c) * k;
-    floats sum{};
-    int64_t i = 0;
-    for (; i + LANES <= k; i += LANES) {
-      floats a, w;
-      load<FLOAT32>(x, i, a);
-      load<TYPE>(weight, row + i, w);
-      sum += a * w;
-    }
-    float rest = 0;
-    for (; i < k; i++)
-      rest += x[i] * (TYPE == FLOAT32 ? static_cast<const float*>(weight)[row + i]
-                                      : from_bfloat16(static_cast<const uint16_t*>(weight)[row + i]));
-    y[c] = total(sum) + rest;
-  }
-}
-
-INLINE void dense_body(const void* weight, int64_t k, int64_t first, int count, const float* x, int type, float* y) {
-  if (type == FLOAT32) return dense<FLOAT32>(weight, k, first, count, x, y);
-  dense<BFLOAT16>(weight, k, first, count, x, y);
-}
-
 #define COMPILED(NAME, TARGET, R, V)                                                                    \
   TARGET void norm_##NAME(const float* x, const float* w, int64_t n, float eps, float* y) {             \
     norm_body(x, w, n, eps, y);                                                                         \
   }                                                                                                     \
   TARGET void silu_##NAME(const float* g, const float* u, int n, float* y) { silu_body(g, u, n, y); }   \
-  TARGET void see_##NAME(const Sight& s, int type) { see_body<R, V>(s, type); }                         \
-  TARGET void dense_##NAME(const void* w, int64_t k, int64_t first, int n, const float* x, int type, float* y) { \
-    dense_body(w, k, first, n, x, type, y);                                                             \
-  }
+  TARGET void see_##NAME(const Sight& s, int type) { see_body<R, V>(s, type); }
 
 COMPILED(plain, , 2, 2)
 #ifdef X86
 COMPILED(avx2, AVX2_TARGET, 2, 2)
 COMPILED(avx512, AVX512_TARGET, 4, 4)
-#define BEST(NAME, ISA, ...)                               \
-  ((ISA) >= AVX512 ? NAME##_avx512(__VA_ARGS__)            \
-   : (ISA) == AVX2 ? NAME##_avx2(__VA_ARGS__)              \
-                   : NAME##_plain(__VA_ARGS__))
-#else
-#define BEST(NAME, ISA, ...) NAME##_plain(__VA_ARGS__)
-#endif
-
-#ifdef X86
-// Some columns of a bfloat16 weight by one row of bfloat16 x, with the processor's own products.
-BF16_TARGET void dense_bfloat16(const uint16_t* weight, int64_t k, int64_t first, int count, const uint16_t* x, float* y) {
-  constexpr int TOGETHER = 4;
-  const int64_t whole = k / 32 * 32;
-  const __mmask32 rest = __mmask32((uint64_t(1) << (k - whole)) - 1);
-  for (int c = 0; c < count; c += TOGETHER) {
-    const uint16_t* row[TOGETHER];
-    __m512 sum[TOGETHER];
-    for (int i = 0; i < TOGETHER; i++) {
-      row[i] = weight + (first + std::min(c + i, count - 1)) * k;
-      sum[i] = _mm512_setzero_ps();
-    }
-    for (int64_t at = 0; at < whole; at += 32) {
-      const __m512bh a = (__m512bh)_mm512_loadu_si512(x + at);
-      for (int i = 0; i < TOGETHER; i++)
-        sum[i] = _mm512_dpbf16_ps(sum[i], (__m512bh)_mm512_loadu_si512(row[i] + at), a);
-    }
-    if (rest) {
-      const __m512bh a = (__m512bh)_mm512_maskz_loadu_epi16(rest, x + whole);
-      for (int i = 0; i < TOGETHER; i++)
-        sum[i] = _mm512_dpbf16_ps(sum[i], (__m512bh)_mm512_maskz_loadu_epi16(rest, row[i] + whole), a);
-    }
-    for (int i = 0; i < TOGETHER && c + i < count; i++) y[c + i] = _mm512_reduce_add_ps(sum[i]);
-  }
-}
 #endif
 
 int64_t tiles_of(const GptqProjection& p) { return (p.out_features + COLUMNS - 1) / COLUMNS; }
@@ -170,14 +108,8 @@ int project(const GptqModel& model, const GptqProjection& p, int64_t tile, int64
       multiply_bits(*p.packed, tile, row, int(std::min<int64_t>(ROWS, m - row)), in.gathered, y + row * COLUMNS);
   } else {
     for (int64_t row = 0; row < m; row++) {
-#ifdef X86
-      if (in.rounded) {
-        dense_bfloat16(static_cast<const uint16_t*>(p.weight), p.in_features, first, count,
-                       in.rounded + row * p.in_features, y + row * COLUMNS);
-        continue;
-      }
-#endif
-      BEST(dense, model.isa, p.weight, p.in_features, first, count, in.x + row * p.in_features, model.type, y + row * COLUMNS);
+      const int64_t at = row * p.in_features;
+      dense({p.weight, p.in_features, model.type, model.isa}, first, count, in.x + at, in.rounded ? in.rounded + at : nullptr, y + row * COLUMNS);
     }
   }
   if (bias)
@@ -489,29 +421,6 @@ int gptq_step(const GptqModel* model, const void* x, const float* cos, const flo
     float* normed = own[0].normed;
     BEST(norm, it.isa, shared.x + row * it.hidden, it.norm, it.hidden, it.eps, normed);
     keep(y, row * it.hidden, normed, it.hidden, it.type);
-  }
-  return 0;
-}
-
-// y [m][n] = x [m][k] @ weight [n][k].T, all of `type`: a few rows by a weight that is not packed.
-int gptq_rows(const void* weight, const void* x, void* y, int64_t m, int64_t k, int64_t n, int type, int isa, int threads) {
-  GptqModel model{};
-  model.type = type;
-  model.isa = isa;
-  const GptqProjection p{nullptr, weight, nullptr, int32_t(k), int32_t(n), 0};
-  float* values = static_cast<float*>(step_scratch.get(size_t(m) * k * 6));
-  if (!values) return 1;
-  for (int64_t i = 0; i < m * k; i++)
-    values[i] = type == FLOAT32 ? static_cast<const float*>(x)[i] : from_bfloat16(static_cast<const uint16_t*>(x)[i]);
-  const Input in = make_ready(model, p, values, m, values + m * k);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t tile = 0; tile < (n + COLUMNS - 1) / COLUMNS; tile++) {
-    float sums[COLUMNS];
-    for (int64_t row = 0; row < m; row++) {
-      const Input one{in.x + row * k, in.rounded ? in.rounded + row * k : nullptr, {}};
-      const int count = project(model, p, tile, 1, one, sums);
-      keep(y, row * n + tile * COLUMNS, sums, count, type);
-    }
   }
   return 0;
 }

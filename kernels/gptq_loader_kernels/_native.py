@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 COLUMNS = 64  # of a tile
-INTERFACE = 2  # of the library: one that was built from other sources would be called wrongly
+INTERFACE = 3  # of the library: one that was built from other sources would be called wrongly
 
 
 class Isa(IntEnum):
@@ -213,6 +213,11 @@ def load_library() -> ctypes.CDLL:
     library.gptq_prompt.restype = number
     library.gptq_rows.argtypes = (pointer,) * 3 + (count,) * 3 + (number,) * 3
     library.gptq_rows.restype = number
+    library.gptq_likeliest.argtypes = (
+        pointer, pointer, ctypes.c_float, pointer, pointer, count, pointer, pointer, pointer,
+        number, number, number,
+    )  # fmt: skip
+    library.gptq_likeliest.restype = number
     library.gptq_read_bandwidth.argtypes = (count, number, number)
     library.gptq_read_bandwidth.restype = ctypes.c_double
     return library

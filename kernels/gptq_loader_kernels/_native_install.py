@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from gptq_loader_kernels._native import Isa, load_library
-from gptq_loader_kernels._native_linear import TYPES
+from gptq_loader_kernels._native_head import RowsLinear
 from gptq_loader_kernels._native_model import all_packed, why_not
-from gptq_loader_kernels._native_step import CACHE, MOST_TOKENS, NativeStep
+from gptq_loader_kernels._native_step import CACHE, NativeStep
 from gptq_loader_plugin.kv_cache import make_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["RowsLinear", "install"]
+__all__ = ["install"]
 
 PROBE = (9, 1)  # tokens: a prompt where there can be one, and a step
 FEW = (5, 5)  # the same as steps alone
@@ -46,37 +46,6 @@ def install(model: Any) -> str | None:  # noqa: ANN401 - a transformers model
     if type(head) is nn.Linear and head.bias is None:
         model.set_output_embeddings(RowsLinear.of(head, Isa(load_library().gptq_isa())))
     return None
-
-
-class RowsLinear(nn.Linear):
-    """A linear that is not packed, multiplying a few rows at the speed its weight is read."""
-
-    isa = Isa.PLAIN
-
-    @classmethod
-    def of(cls, linear: nn.Linear, isa: Isa) -> RowsLinear:
-        """Take over a linear's weight, which is shared and not copied."""
-        made = cls(linear.in_features, linear.out_features, bias=False, device="meta")
-        made.weight, made.isa = linear.weight, isa
-        return made
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name
-        """Multiply: x [..., in_features] -> [..., out_features]."""
-        x, weight = input, self.weight
-        rows = x.numel() // self.in_features
-        plain = weight.is_contiguous() and weight.device.type == x.device.type == "cpu"
-        same = weight.dtype == x.dtype and x.dtype in TYPES
-        if not 0 < rows <= MOST_TOKENS or not plain or not same or torch.is_grad_enabled():
-            return super().forward(x)
-        x = x.contiguous()
-        out = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
-        failed = load_library().gptq_rows(
-            weight.data_ptr(), x.data_ptr(), out.data_ptr(), rows, self.in_features,
-            self.out_features, TYPES[x.dtype], self.isa, torch.get_num_threads(),
-        )  # fmt: skip
-        if failed:
-            return super().forward(x)
-        return out
 
 
 def _difference(step: NativeStep) -> str | None:

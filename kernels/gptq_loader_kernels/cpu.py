@@ -28,6 +28,8 @@ __all__ = ["CpuKernel", "gptq_kernels"]
 RANK = 70  # above cpu-int4 (50)
 INT8_RANK = 0  # below everything: by name alone
 BANDWIDTH_ROUNDS = 5
+# Models whose logits are their head's, of what the native steps run.
+DECODERS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,25 @@ class CpuKernel:
         if reason is None:
             return "decodes in native steps, one call a token"
         return f"decodes by transformers, layer by layer: {reason}"
+
+    def shortlist_bytes(self, architecture: str, head: tuple[int, int]) -> int:
+        """Count the head's copy in 8 bits, for models that decode natively."""
+        from gptq_loader_plugin.head import head_spec
+
+        if architecture not in DECODERS or head[1] % 4:
+            return 0
+        return _prepared_bytes(head_spec(*head)) + 4 * head[0]
+
+    def shorten(self, model: PreTrainedModel) -> int:
+        """Copy the head in 8 bits, where the model decodes natively."""
+        from gptq_loader_kernels._native_head import RowsLinear, ShortLinear
+
+        head = model.get_output_embeddings()
+        if type(model).__name__ not in DECODERS or type(head) is not RowsLinear:
+            return 0
+        short = ShortLinear.of(head, head.isa)
+        model.set_output_embeddings(short)
+        return short.taken
 
     def read_bandwidth(self, size: int, device: Device) -> float | None:  # noqa: ARG002 - the CPU
         """Read `size` bytes of memory with torch's threads: bytes a second of the best round."""

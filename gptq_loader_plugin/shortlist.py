@@ -1,0 +1,59 @@
+"""Find the likeliest tokens without reading the whole head, where a kernel can (`Shortener`).
+
+A head is read whole for each token, in a small model half of all that is read. Tokens are picked
+among the likeliest, so a narrower copy of it is read to say which may be among these, and the head
+itself for those: the tokens picked, and their logits, are those of the whole head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from gptq_loader_plugin.kernel import Shortener
+from gptq_loader_plugin.plan import write_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from gptq_loader_plugin.checkpoint.reader import Checkpoint
+    from gptq_loader_plugin.plan import Plan
+
+__all__ = ["plan_shortlist", "shorten"]
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def plan_shortlist(plan: Plan, checkpoint: Checkpoint) -> Plan:
+    """Add to a plan what the narrower copy of the head takes, where one will be made."""
+    kernel = _shortener(plan)
+    if kernel is None or not (checkpoint.folder / "config.json").is_file():
+        return plan
+    config, headers = checkpoint.model_config, checkpoint.headers
+    architectures = config.get("architectures") or [""]
+    name = HEAD if HEAD in headers and not config.get("tie_word_embeddings") else EMBEDDING
+    if name not in headers or HEAD.removesuffix(".weight") in checkpoint.layers:
+        return plan
+    rows, columns = headers[name].shape
+    added = kernel.shortlist_bytes(str(architectures[0]), (rows, columns))
+    return replace(plan, weight_bytes=plan.weight_bytes + added)
+
+
+def shorten(model: PreTrainedModel, plan: Plan) -> str | None:
+    """Have a loaded model's head give its likeliest tokens alone; say what was done."""
+    kernel = _shortener(plan)
+    taken = 0 if kernel is None else kernel.shorten(model)
+    if not taken:
+        return None
+    return (
+        f"picks tokens by a copy of the head in 8 bits ({write_size(taken)}), and by the head "
+        "itself where that may decide: the same tokens"
+    )
+
+
+def _shortener(plan: Plan) -> Shortener | None:
+    """Find the kernel that can do it, for a model on one device."""
+    if plan.placed:
+        return None
+    kernels = {choice.kernel.name: choice.kernel for choice in plan.choices}
+    return next((it for it in kernels.values() if isinstance(it, Shortener)), None)

@@ -1,0 +1,160 @@
+// A model's head for a few rows of x: all its logits, or exactly those that may be the greatest.
+//
+// A head is read whole for each token, in a small model half of all that is read, while picking a token
+// needs the greatest logits alone. So the weight's copy in 8 bits is read, whose product is off by at most
+// |x| times a row's own error (the length of what rounding took off the row: Cauchy and Schwarz); whatever
+// may yet be among the greatest is multiplied by the weight itself. No logit that is given is approximate.
+
+#include "gptq_dense.h"
+#include "gptq_model.h"
+
+#include <cmath>
+#include <functional>
+#include <vector>
+
+using namespace gptq;
+
+namespace {
+
+thread_local Scratch head_scratch;
+
+constexpr float INFINITE = INFINITY;
+constexpr float SPLIT = 1.7e-5f;       // of a segment's greatest x: what two bytes of it may be off by
+constexpr float ROUNDED = 1.0f / 128;  // logits this near may be one once they are rounded to bfloat16
+
+// Rows of x as `dense` wants them.
+struct Rows {
+  const float* x;
+  const uint16_t* rounded;
+};
+
+Rows rows_of(const void* x, int64_t count, const Dense& weight, float* memory) {
+  if (weight.type == FLOAT32) return {static_cast<const float*>(x), nullptr};
+  const uint16_t* given = static_cast<const uint16_t*>(x);
+  if (weight.rounds()) return {nullptr, given};
+  for (int64_t i = 0; i < count; i++) memory[i] = from_bfloat16(given[i]);
+  return {memory, nullptr};
+}
+
+void multiply_dense(const Dense& weight, const Rows& of, int64_t row, int64_t first, int count, float* y) {
+  const int64_t at = row * weight.k;
+  dense(weight, first, count, of.x ? of.x + at : nullptr, of.rounded ? of.rounded + at : nullptr, y);
+}
+
+// How far a row of x by the narrow copy may be off: length * a column's error + more.
+struct Reach {
+  float length, more;
+};
+
+Reach reach_of(const void* x, int64_t row, int64_t k, int type, float longest, bool split) {
+  double squares = 0;
+  float most = 0;
+  for (int64_t i = row * k; i < (row + 1) * k; i++) {
+    const float value = type == FLOAT32 ? static_cast<const float*>(x)[i] : from_bfloat16(static_cast<const uint16_t*>(x)[i]);
+    squares += double(value) * value;
+    most = std::max(most, std::fabs(value));
+  }
+  return {float(std::sqrt(squares) * (1 + 1e-6)), split ? SPLIT * most * std::sqrt(float(k)) * longest : 0.0f};
+}
+
+}  // namespace
+
+extern "C" {
+
+// y [m][n] = x [m][k] @ weight [n][k].T, all of `type`. Returns 0, or 1 where memory is short.
+int gptq_rows(const void* weight, const void* x, void* y, int64_t m, int64_t k, int64_t n, int type, int isa, int threads) {
+  const Dense of{weight, k, type, isa};
+  float* memory = static_cast<float*>(head_scratch.get(size_t(m) * k * 4));
+  if (!memory) return 1;
+  const Rows rows = rows_of(x, m * k, of, memory);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t tile = 0; tile < (n + COLUMNS - 1) / COLUMNS; tile++) {
+    const int count = int(std::min<int64_t>(COLUMNS, n - tile * COLUMNS));
+    float sums[COLUMNS];
+    for (int64_t row = 0; row < m; row++) {
+      multiply_dense(of, rows, row, tile * COLUMNS, count, sums);
+      keep(y, row * n + tile * COLUMNS, sums, count, type);
+    }
+  }
+  return 0;
+}
+
+// The same where a row's `wanted` greatest logits count, and what ties with the last of them: each of these is
+// in y as gptq_rows has it, and elsewhere y may be minus infinity. `narrow` is the weight in 8 bits, `errors` [n]
+// what a unit of x may be off by in each of its columns, `longest` the length of the weight's longest row.
+// Columns that `aside` [m][n] marks, where it is not null, do not count among the wanted. Returns 0, 1 where
+// memory is short, or 2 where this cannot tell: x is not finite, or more are wanted than there are tiles.
+int gptq_likeliest(const GptqLayer* narrow, const float* errors, float longest, const void* weight, const void* x,
+                   int64_t m, const int64_t* wanted, const uint8_t* aside, void* y, int type, int isa, int threads) {
+  const int64_t k = narrow->in_features, n = narrow->out_features, tiles = (n + COLUMNS - 1) / COLUMNS;
+  const Dense of{weight, k, type, isa};
+  const int gather = type == FLOAT32 ? std::min(isa, int(AVX512)) : isa;
+  size_t used = 0;
+  const auto take = [&](size_t size) {
+    const size_t at = used;
+    used += (size + 63) / 64 * 64;
+    return at;
+  };
+  const size_t gathered_at_ = take(gathered_bytes(*narrow, gather, m)), x_at = take(size_t(m) * k * 4);
+  const size_t sums_at = take(sizeof(float) * m * tiles * COLUMNS);
+  const size_t least_at = take(sizeof(float) * m * tiles), most_at = take(sizeof(float) * m * tiles);
+  char* memory = static_cast<char*>(head_scratch.get(used));
+  if (!memory) return 1;
+  const Rows rows = rows_of(x, m * k, of, reinterpret_cast<float*>(memory + x_at));
+  const Gathered gathered = gathered_at(*narrow, gather, m, memory + gathered_at_);
+  float* sums = reinterpret_cast<float*>(memory + sums_at);    // [tiles][m][COLUMNS]
+  float* least = reinterpret_cast<float*>(memory + least_at);  // [m][tiles]: the greatest that is sure
+  float* most = reinterpret_cast<float*>(memory + most_at);    // [m][tiles]: the greatest there may be
+  std::vector<Reach> reach(m);
+  for (int64_t row = 0; row < m; row++) {
+    gather_row(*narrow, x, type, row, gathered);
+    reach[row] = reach_of(x, row, k, type, longest, gather > BF16);
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    const int64_t first = tile * COLUMNS;
+    const int count = int(std::min<int64_t>(COLUMNS, n - first));
+    for (int64_t row = 0; row < m; row += ROWS)
+      multiply_bits(*narrow, tile, row, int(std::min<int64_t>(ROWS, m - row)), gathered, sums + (tile * m + row) * COLUMNS);
+    for (int64_t row = 0; row < m; row++) {
+      const float* sum = sums + (tile * m + row) * COLUMNS;
+      const uint8_t* marks = aside ? aside + row * n + first : nullptr;
+      float low = -INFINITE, high = -INFINITE;
+      for (int c = 0; c < count; c++) {
+        const float off = reach[row].length * errors[first + c] + reach[row].more;
+        low = std::max(low, marks && marks[c] ? -INFINITE : sum[c] - off);
+        high = std::max(high, sum[c] + off);
+      }
+      least[row * tiles + tile] = low;
+      most[row * tiles + tile] = high;
+    }
+  }
+  std::vector<float> from(m), sorted(tiles);
+  for (int64_t row = 0; row < m; row++) {
+    if (wanted[row] > tiles) return 2;
+    std::copy_n(least + row * tiles, tiles, sorted.begin());
+    const auto last = sorted.begin() + (wanted[row] - 1);
+    std::nth_element(sorted.begin(), last, sorted.end(), std::greater<float>());
+    from[row] = *last - std::fabs(*last) * ROUNDED;
+    if (!std::isfinite(from[row]) || !std::isfinite(reach[row].length)) return 2;
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    const int64_t first = tile * COLUMNS;
+    const int count = int(std::min<int64_t>(COLUMNS, n - first));
+    for (int64_t row = 0; row < m; row++) {
+      float out[COLUMNS];
+      std::fill_n(out, COLUMNS, -INFINITE);
+      if (most[row * tiles + tile] >= from[row]) {
+        const float* sum = sums + (tile * m + row) * COLUMNS;
+        for (int c = 0; c < count; c++)
+          if (sum[c] + reach[row].length * errors[first + c] + reach[row].more >= from[row])
+            multiply_dense(of, rows, row, first + c, 1, out + c);
+      }
+      keep(y, row * n + first, out, count, type);
+    }
+  }
+  return 0;
+}
+
+}  // extern "C"

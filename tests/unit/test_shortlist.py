@@ -1,0 +1,159 @@
+"""A head that gives its greatest logits alone: these are exact, and none of them is missing."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from altered import DATA, ONE, plugins
+from test_native_step import build
+
+import gptq_loader_plugin as gptq
+from gptq_loader_kernels._native import Isa, find_library, load_library
+from gptq_loader_plugin.generate import read_head
+from gptq_loader_plugin.kernel import ShortHead
+from gptq_loader_plugin.sampling import Sampler
+
+pytestmark = pytest.mark.skipif(find_library() is None, reason="the native library was not built")
+
+TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+def short_head(weight: torch.Tensor, isa: int) -> Any:
+    from gptq_loader_kernels._native_head import ShortLinear
+
+    linear = torch.nn.Linear(*reversed(weight.shape), bias=False, dtype=weight.dtype)
+    linear.weight.data = weight
+    return ShortLinear.of(linear, Isa(isa))
+
+
+def make_weight(columns: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of different lengths, many of them alike, so that the greatest are close and tie."""
+    generator = torch.Generator().manual_seed(columns + rows)
+    weight = torch.randn(columns, rows, generator=generator)
+    weight *= torch.rand(columns, 1, generator=generator) + 0.5
+    weight[1::7] = weight[0]
+    weight[2::7] = weight[0] * (1 + 1e-3 * torch.randn(len(weight[2::7]), 1, generator=generator))
+    weight[5] = 0
+    weight[6, 3] = 40
+    return weight.to(dtype)
+
+
+def check(head: Any, x: torch.Tensor, wanted: list[int], aside: torch.Tensor | None) -> float:
+    """Compare with all logits; give how many of them were left out."""
+    with torch.inference_mode():
+        exact = torch.cat([head(row[None]) for row in x])
+        found = head.likeliest(x, wanted, aside)
+    assert found is not None
+    there = found > -torch.inf
+    assert torch.equal(found[there], exact[there])
+    for row, count in enumerate(wanted):
+        counted = exact[row] if aside is None else exact[row].masked_fill(aside[row], -torch.inf)
+        least = counted.topk(count).values[-1]
+        assert bool(there[row][exact[row] >= least].all())
+    return 1 - float(there.float().mean())
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("isa", range(Isa.TWO_BYTES + 1))
+@pytest.mark.parametrize(("columns", "rows"), [(4096, 64), (3400, 100), (6000, 576)])
+def test_the_greatest_logits_are_exact_and_there(
+    columns: int, rows: int, isa: int, dtype: torch.dtype
+) -> None:
+    if isa > load_library().gptq_isa():
+        pytest.skip("this processor has not got it")
+    head = short_head(make_weight(columns, rows, dtype), isa)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(9, rows, generator=generator)
+    x[0, 3] = 1000  # an outlier
+    x[1] = head.weight[0].float()  # many tie, and more are as near as can be
+    x[2] = 1e-30
+    x = x.to(dtype)
+    aside = torch.rand(9, columns, generator=generator) < 0.1
+    for wanted in ([1] * 9, [1, 2, 50, 5, 1, 7, 20, 3, 1]):
+        check(head, x, wanted, None)
+        check(head, x, wanted, aside)
+    plain = torch.randn(4, rows, generator=generator).to(dtype)
+    assert check(head, plain, [1] * 4, None) > 0.5, "it reads little of the head"
+
+
+def test_it_says_when_it_cannot_tell() -> None:
+    isa = load_library().gptq_isa()
+    head = short_head(make_weight(4096, 64, torch.float32), isa)
+    x = torch.randn(1, 64)
+    with torch.inference_mode():
+        assert head.likeliest(x, [65]) is None, "more than there are tiles"
+        assert head.likeliest(x * torch.nan, [1]) is None
+        assert head.likeliest(x * torch.inf, [1]) is None
+        assert head.likeliest(x.bfloat16(), [1]) is None
+        assert head.likeliest(x, [1]) is not None
+    copied = copy.deepcopy(head)
+    with torch.no_grad():
+        head.weight.mul_(2)
+    assert head.likeliest(x, [1]) is None, "the weight is another one now"
+    check(copied, x, [1], None)
+
+
+SAMPLING: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 0, "repetition_penalty": 1.4},
+    {"temperature": 0.8, "top_k": 4, "seed": 5},
+    {"temperature": 1.3, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 6},
+    {"temperature": 1, "top_k": 6, "min_p": 0.02, "seed": 7},
+    {"temperature": 1, "top_k": 0, "seed": 8},
+    {"temperature": 1, "top_k": 4, "repetition_penalty": 0.8, "seed": 9},
+]
+
+
+@pytest.mark.parametrize("options", SAMPLING, ids=str)
+def test_replies_are_those_of_the_whole_head(options: dict[str, Any]) -> None:
+    how = gptq.GenerateOptions(max_new_tokens=40, **options)
+    with gptq.load(DATA / ONE, device="cpu", head="stored", plugins=plugins()) as model:
+        assert not isinstance(model.model.get_output_embeddings(), ShortHead)
+        expected = model.generate("The quick brown", how)
+    with gptq.load(DATA / ONE, device="cpu", plugins=plugins()) as model:
+        assert isinstance(model.model.get_output_embeddings(), ShortHead)
+        assert "by a copy of the head in 8 bits" in model.explain()
+        assert model.generate("The quick brown", how) == expected
+
+
+def test_tokens_that_are_never_picked_do_not_count() -> None:
+    """What a sampler needs of a short head picks as the whole head does, padding left out."""
+    head = short_head(make_weight(4096, 64, torch.float32), load_library().gptq_isa())
+    with torch.inference_mode():
+        for seed in range(20):
+            x = torch.randn(1, 64, generator=torch.Generator().manual_seed(seed))
+            best = head(x)[0].topk(30).indices.tolist()
+            for options in ({"temperature": 0}, {"temperature": 1, "top_k": 9, "seed": seed}):
+                how = gptq.GenerateOptions(repetition_penalty=1.5, **options)
+                sequence = torch.tensor([best[2:20:3]])
+                picks = [Sampler(how, best[:25:2], x.device) for _ in range(2)]
+                aside = picks[0].aside(sequence, 4096)
+                assert aside is not None
+                found = head.likeliest(x, [picks[0].wanted()], aside[None])
+                assert picks[0].pick(sequence, found) == picks[1].pick(sequence, head(x))
+
+
+def test_a_head_that_is_not_short_gives_all() -> None:
+    model = build("llama")
+    states = torch.randn(2, 128)
+    head = model.get_output_embeddings()
+    with torch.inference_mode():
+        assert torch.equal(read_head(head, [], states), head(states))
+
+
+@pytest.mark.parametrize("head", [None, "stored"])
+def test_the_plan_counts_the_copy(head: Any) -> None:
+    with gptq.load(DATA / ONE, device="cpu", head=head, plugins=plugins()) as model:
+        held = {it.data_ptr(): it.nbytes for it in model.model.parameters()}
+        held |= {it.data_ptr(): it.nbytes for it in model.model.buffers()}
+        short = model.model.get_output_embeddings()
+        copied = short.taken if isinstance(short, ShortHead) else 0
+        assert (copied > 0) == (head is None)
+        held_bytes = sum(held.values()) + copied
+        assert model.plan.weight_bytes == pytest.approx(held_bytes, rel=0.03)
+    if head is None:
+        planned = gptq.explain(DATA / ONE, device="cpu", plugins=plugins())
+        assert planned.weight_bytes == pytest.approx(held_bytes, rel=0.03)
