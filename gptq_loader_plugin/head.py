@@ -13,8 +13,9 @@ import torch
 
 from gptq_loader_plugin.choose import choose
 from gptq_loader_plugin.errors import OptionInvalid
-from gptq_loader_plugin.kernel import LayerSpec, PackedLinear
+from gptq_loader_plugin.kernel import PackedLinear
 from gptq_loader_plugin.plan import write_size
+from gptq_loader_plugin.shortlist import GROUP_SIZE, ZERO, head_spec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,10 +24,9 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.kernel import Device, Kernel
 
-__all__ = ["head_spec", "narrow_head", "quantize_rows"]
+__all__ = ["narrow_head", "quantize_rows"]
 
-GROUP_SIZE = 64
-ZERO, MOST = 128, 127  # codes 1 to 255
+MOST = 127  # codes are 1 to 255
 LEAST_FLOAT16 = 2.0**-14  # below, float16 has fewer than 11 bits
 
 
@@ -75,8 +75,16 @@ def narrow_head(
     return note, choice.chosen.prepared_bytes - freed
 
 
-def quantize_rows(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
-    """Round a weight [N, K] to 8 bits, symmetric, a scale for each row and group of columns."""
+def quantize_rows(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    scales_dtype: torch.dtype = torch.float16,
+) -> PackedLinear:
+    """Round a weight [N, K] to 8 bits, symmetric, a scale for each row and group of columns.
+
+    Scales too small for float16 are float32 all the same.
+    """
     columns, rows = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8)
     scales = torch.empty(-(-rows // GROUP_SIZE), columns, dtype=torch.float32)
@@ -85,7 +93,7 @@ def quantize_rows(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Pac
         scales[group] = part.float().abs().amax(dim=1) / MOST
     scales.clamp_(min=torch.finfo(torch.float32).tiny)
     if float(scales.min()) >= LEAST_FLOAT16:
-        scales = scales.half()
+        scales = scales.to(scales_dtype)
     for group, part in enumerate(parts):
         rounded = (part.float() / scales[group].float()[:, None]).round_().clamp_(-MOST, MOST)
         codes[group * GROUP_SIZE :][: part.shape[1]] = (rounded + ZERO).to(torch.uint8).t()
@@ -96,26 +104,4 @@ def quantize_rows(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Pac
         g_idx=torch.arange(rows, dtype=torch.int32) // GROUP_SIZE,
         bits=8,
         bias=None if bias is None else bias.detach().cpu(),
-    )
-
-
-def head_spec(
-    columns: int, rows: int, *, scales_dtype: str = "float16", bias: bool = False
-) -> LayerSpec:
-    """Describe a head [N, K] as `quantize_rows` makes it."""
-    last, whole = rows % GROUP_SIZE or GROUP_SIZE, min(GROUP_SIZE, rows)
-    return LayerSpec(
-        name="lm_head",
-        in_features=rows,
-        out_features=columns,
-        bits=8,
-        group_size=GROUP_SIZE,
-        desc_act=False,
-        sym=True,
-        groups=-(-rows // GROUP_SIZE),
-        group_rows=(last, whole),
-        group_unit=next(it for it in (64, 32, 16, 8, 4) if last % it == 0 and whole % it == 0),
-        zero_range=(ZERO, ZERO),
-        scales_dtype=scales_dtype,
-        bias=bias,
     )

@@ -277,12 +277,12 @@ class Batcher(Protocol):
 class Shortener(Protocol):
     """A kernel that can have a model's head give its greatest logits without computing all."""
 
-    def shortlist_bytes(self, architecture: str, head: tuple[int, int]) -> int:
+    def shortlist_bytes(self, architecture: str, head: LayerSpec) -> int:
         """Count what that takes in memory: 0 where it is not done.
 
         Args:
             architecture: the model's class, as config.json names it.
-            head: the shape of the head's weight [vocabulary, hidden].
+            head: the head, made 8-bit.
         """
         ...
 
@@ -301,6 +301,11 @@ class ShortHead(Protocol):
     @property
     def out_features(self) -> int:
         """The vocabulary."""
+        ...
+
+    @property
+    def taken(self) -> int:
+        """The bytes it holds beside its weight, which it reads to find the greatest."""
         ...
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gptq_loader_plugin.kernel import Shortener
+from gptq_loader_plugin.kernel import LayerSpec, Shortener
 from gptq_loader_plugin.plan import write_size
 
 if TYPE_CHECKING:
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
     from gptq_loader_plugin.plan import Plan
 
-__all__ = ["plan_shortlist", "shorten"]
+__all__ = ["GROUP_SIZE", "ZERO", "head_spec", "plan_shortlist", "shorten"]
 
+GROUP_SIZE = 64  # of a head that is made 8-bit here
+ZERO = 128
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -34,8 +36,8 @@ def plan_shortlist(plan: Plan, checkpoint: Checkpoint) -> Plan:
     name = HEAD if HEAD in headers and not config.get("tie_word_embeddings") else EMBEDDING
     if name not in headers or HEAD.removesuffix(".weight") in checkpoint.layers:
         return plan
-    rows, columns = headers[name].shape
-    added = kernel.shortlist_bytes(str(architectures[0]), (rows, columns))
+    head = head_spec(*headers[name].shape, scales_dtype="float32")
+    added = kernel.shortlist_bytes(str(architectures[0]), head)
     return replace(plan, weight_bytes=plan.weight_bytes + added)
 
 
@@ -48,6 +50,28 @@ def shorten(model: PreTrainedModel, plan: Plan) -> str | None:
     return (
         f"picks tokens by a copy of the head in 8 bits ({write_size(taken)}), and by the head "
         "itself where that may decide: the same tokens"
+    )
+
+
+def head_spec(
+    columns: int, rows: int, *, scales_dtype: str = "float16", bias: bool = False
+) -> LayerSpec:
+    """Describe a head [N, K] as `quantize_rows` makes it."""
+    last, whole = rows % GROUP_SIZE or GROUP_SIZE, min(GROUP_SIZE, rows)
+    return LayerSpec(
+        name="lm_head",
+        in_features=rows,
+        out_features=columns,
+        bits=8,
+        group_size=GROUP_SIZE,
+        desc_act=False,
+        sym=True,
+        groups=-(-rows // GROUP_SIZE),
+        group_rows=(last, whole),
+        group_unit=next(it for it in (64, 32, 16, 8, 4) if last % it == 0 and whole % it == 0),
+        zero_range=(ZERO, ZERO),
+        scales_dtype=scales_dtype,
+        bias=bias,
     )
 
 

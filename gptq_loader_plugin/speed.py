@@ -7,11 +7,11 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.generate import Generation, generate_pieces
-from gptq_loader_plugin.kernel import Meter
+from gptq_loader_plugin.kernel import Meter, ShortHead
 from gptq_loader_plugin.options import GenerateOptions
 
 if TYPE_CHECKING:
@@ -133,18 +133,22 @@ def reply_seconds(model: LoadedModel, tokens: int) -> float:
 def bytes_read_a_token(model: LoadedModel) -> int:
     """Count the weights of one token of a reply: all but an embedding, of which one row is read.
 
-    Every expert of a mixture is counted.
+    Every expert of a mixture is counted; of a head that gives its greatest logits alone, what it
+    reads to find them.
     """
     module = model.model
     sizes: dict[int, int] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         sizes.setdefault(tensor.data_ptr(), tensor.numel() * tensor.element_size())
-    embedding: Any = module.get_input_embeddings()
     head: Any = module.get_output_embeddings()
-    table: torch.Tensor = embedding.weight
-    shared: torch.Tensor | None = getattr(head, "weight", None)
-    if shared is None or shared.data_ptr() != table.data_ptr():
-        sizes.pop(table.data_ptr(), None)
+    table: int = cast("Any", module.get_input_embeddings()).weight.data_ptr()
+    weight: torch.Tensor | None = getattr(head, "weight", None)
+    read = 0 if weight is None else weight.data_ptr()
+    if isinstance(head, ShortHead):
+        sizes.pop(read, None)
+        read, sizes[0] = 0, head.taken
+    if read != table:
+        sizes.pop(table, None)
     return sum(sizes.values())
 
 

@@ -20,7 +20,8 @@ __all__ = ["RowsLinear", "ShortLinear"]
 
 # Of the weight's length, times its inputs: what adding up in float32 may cost, in both products.
 ROUNDING = 4 * 2.0**-24
-PART = 4096  # rows of the weight whose errors are taken at a time
+PART = 2 * COLUMNS  # rows of the weight that are copied at a time
+BY_TILE = ("words", "scales", "zeros")  # tensors of a packed layer that go by tiles of its columns
 
 
 class RowsLinear(nn.Linear):
@@ -80,22 +81,34 @@ class ShortLinear(RowsLinear):
         return made
 
     def _copy(self) -> None:
+        """Copy the weight in 8 bits, some tiles at a time: a load must not take much more."""
         weight = self.weight.detach()
-        packed = quantize_rows(weight)
-        steps, groups = packed.scales.float().t(), packed.g_idx.long()
         self.errors, self.longest = torch.empty(self.out_features), 0.0
+        narrow, whole = None, {}
         for first in range(0, self.out_features, PART):
-            part = weight[first : first + PART].float()
-            step = steps[first : first + PART][:, groups]
-            off = (part / step).round_().clamp_(-127, 127).mul_(step).sub_(part)
-            length = part.norm(dim=1)
+            rows = weight[first : first + PART]
+            packed = quantize_rows(rows, scales_dtype=torch.float32)
+            part = NativeLinear(
+                packed, in_features=self.in_features, out_features=len(rows), isa=self.isa
+            )
+            narrow = narrow or part
+            for name in BY_TILE:
+                tiles: torch.Tensor = getattr(part, name)
+                if name not in whole:
+                    count = -(-self.out_features // COLUMNS)
+                    whole[name] = torch.empty(count, *tiles.shape[1:], dtype=tiles.dtype)
+                whole[name][first // COLUMNS :][: len(tiles)] = tiles
+            exact = rows.float()
+            length = exact.norm(dim=1)
             self.longest = max(self.longest, float(length.max()))
             # In the narrow product codes of up to 255 are added up before 128 is taken off.
-            slack = ROUNDING * self.in_features * (length + 2 * part.abs().amax(dim=1))
-            self.errors[first : first + PART] = off.norm(dim=1) * (1 + 1e-5) + slack
-        narrow = NativeLinear(
-            packed, in_features=self.in_features, out_features=self.out_features, isa=self.isa
-        )
+            slack = ROUNDING * self.in_features * (length + 2 * exact.abs().amax(dim=1))
+            off = packed.dequantize().sub_(exact).norm(dim=1)
+            self.errors[first : first + PART] = off * (1 + 1e-5) + slack
+        assert narrow is not None
+        for name, tensor in whole.items():
+            setattr(narrow, name, tensor)
+        narrow.out_features = self.out_features
         self.__dict__["narrow"] = narrow
         self._copied = self._state()
         self.taken = self.errors.nbytes + sum(it.nbytes for it in narrow.buffers())

@@ -83,13 +83,11 @@ class CpuKernel:
             return "decodes in native steps, one call a token"
         return f"decodes by transformers, layer by layer: {reason}"
 
-    def shortlist_bytes(self, architecture: str, head: tuple[int, int]) -> int:
+    def shortlist_bytes(self, architecture: str, head: LayerSpec) -> int:
         """Count the head's copy in 8 bits, for models that decode natively."""
-        from gptq_loader_plugin.head import head_spec
-
-        if architecture not in DECODERS or head[1] % 4:
+        if architecture not in DECODERS:
             return 0
-        return _prepared_bytes(head_spec(*head)) + 4 * head[0]
+        return _prepared_bytes(head) + 4 * head.out_features
 
     def shorten(self, model: PreTrainedModel) -> int:
         """Copy the head in 8 bits, where the model decodes natively."""

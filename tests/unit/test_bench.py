@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from altered import CPU_KERNELS, DATA, ONE, PLUGINS, plugins
@@ -16,7 +16,7 @@ from gptq_loader_kernels.cpu import CpuKernel
 from gptq_loader_plugin import speed
 from gptq_loader_plugin.cli.app import app
 from gptq_loader_plugin.device import find_device
-from gptq_loader_plugin.kernel import Meter
+from gptq_loader_plugin.kernel import Meter, ShortHead
 
 if TYPE_CHECKING:
     from click.testing import Result
@@ -83,7 +83,7 @@ def test_bench_says_what_cannot_be_measured(options: tuple[str, ...], words: str
 
 
 def test_an_embedding_is_not_read_for_a_token() -> None:
-    model = gptq.load(DATA / ONE, device="cpu", check=False, plugins=plugins())
+    model = gptq.load(DATA / ONE, device="cpu", head="stored", check=False, plugins=plugins())
     module = model.model
     tensors = (*module.parameters(), *module.buffers())
     everything = sum(it.numel() * it.element_size() for it in tensors)
@@ -93,6 +93,10 @@ def test_an_embedding_is_not_read_for_a_token() -> None:
     assert untied == everything - table.numel() * table.element_size()
     module.get_output_embeddings().weight = table
     assert speed.bytes_read_a_token(model) == everything - head.numel() * head.element_size()
+    short = gptq.load(DATA / ONE, device="cpu", check=False, plugins=plugins())
+    narrow: Any = short.model.get_output_embeddings()
+    if isinstance(narrow, ShortHead):
+        assert speed.bytes_read_a_token(short) == untied - head.nbytes + narrow.taken
 
 
 @native

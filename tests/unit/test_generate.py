@@ -54,6 +54,9 @@ class Scripted:
 
     __call__ = forward
 
+    def get_output_embeddings(self) -> None:
+        """Have none."""
+
 
 def say(model: gptq.LoadedModel, text: str, **more: Any) -> list[gptq.Piece]:
     """Stream a text as if the model had written it."""
