@@ -75,16 +75,8 @@ def narrow_head(
     return note, choice.chosen.prepared_bytes - freed
 
 
-def quantize_rows(
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    scales_dtype: torch.dtype = torch.float16,
-) -> PackedLinear:
-    """Round a weight [N, K] to 8 bits, symmetric, a scale for each row and group of columns.
-
-    Scales too small for float16 are float32 all the same.
-    """
+def quantize_rows(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
+    """Round a weight [N, K] to 8 bits, symmetric, a scale for each row and group of columns."""
     columns, rows = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8)
     scales = torch.empty(-(-rows // GROUP_SIZE), columns, dtype=torch.float32)
@@ -93,7 +85,7 @@ def quantize_rows(
         scales[group] = part.float().abs().amax(dim=1) / MOST
     scales.clamp_(min=torch.finfo(torch.float32).tiny)
     if float(scales.min()) >= LEAST_FLOAT16:
-        scales = scales.to(scales_dtype)
+        scales = scales.half()
     for group, part in enumerate(parts):
         rounded = (part.float() / scales[group].float()[:, None]).round_().clamp_(-MOST, MOST)
         codes[group * GROUP_SIZE :][: part.shape[1]] = (rounded + ZERO).to(torch.uint8).t()

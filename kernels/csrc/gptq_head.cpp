@@ -57,9 +57,87 @@ Reach reach_of(const void* x, int64_t row, int64_t k, int type, float longest, b
   return {float(std::sqrt(squares) * (1 + 1e-6)), split ? SPLIT * most * std::sqrt(float(k)) * longest : 0.0f};
 }
 
+constexpr int GROUP = 64;                    // rows that share a scale
+constexpr float ROUNDING = 4.0f / (1 << 24);  // what adding up in float32 may cost, of a length, for each row
+
+// One column of the narrow copy, from a row of the weight; gives what a unit of x may be off by, and the row's length.
+template <int TYPE>
+INLINE void narrow_type(const void* weight, int64_t at, int64_t k, uint32_t* words, float* scales, float& error, float& length) {
+  floats squares{}, off{};
+  float longest = 0;
+  for (int64_t first = 0; first < k; first += GROUP, scales += COLUMNS) {
+    const int count = int(std::min<int64_t>(GROUP, k - first));
+    alignas(64) float values[GROUP] = {};
+    for (int i = 0; i < count; i += LANES) {
+      if (count - i >= LANES) {
+        floats value;
+        load<TYPE>(weight, at + first + i, value);
+        memcpy(values + i, &value, sizeof value);
+        continue;
+      }
+      for (int j = i; j < count; j++)
+        values[j] = TYPE == FLOAT32 ? static_cast<const float*>(weight)[at + first + j]
+                                    : from_bfloat16(static_cast<const uint16_t*>(weight)[at + first + j]);
+    }
+    float most = 0;
+    for (int i = 0; i < GROUP; i++) most = std::max(most, std::fabs(values[i]));
+    const float scale = std::max(most / 127, 0x1p-126f), per = 1 / scale;
+    longest = std::max(longest, most);
+    *scales = scale;
+    alignas(64) int32_t codes[GROUP];
+    for (int i = 0; i < GROUP; i += LANES) {
+      floats value;
+      memcpy(&value, values + i, sizeof value);
+      const floats shifted = value * per + 12582912.0f;  // rounds to an integer
+      const floats left = (shifted - 12582912.0f) * scale - value;
+      squares += value * value;
+      off += left * left;
+      ints code;
+      memcpy(&code, &shifted, sizeof code);
+      code -= 0x4b400000 - 128;
+      memcpy(codes + i, &code, sizeof code);
+    }
+    for (int i = 0; i < count; i += 4, words += COLUMNS)
+      *words = uint32_t(codes[i]) | uint32_t(codes[i + 1]) << 8 | uint32_t(codes[i + 2]) << 16 | uint32_t(codes[i + 3]) << 24;
+  }
+  length = std::sqrt(total(squares)) * 1.001f;
+  // In the narrow product codes of up to 255 are added up before 128 is taken off.
+  error = std::sqrt(total(off)) * 1.001f + ROUNDING * float(k) * (length + 2 * longest);
+}
+
+INLINE void narrow_body(const void* weight, int type, int64_t at, int64_t k, uint32_t* words, float* scales, float& error, float& length) {
+  if (type == FLOAT32) return narrow_type<FLOAT32>(weight, at, k, words, scales, error, length);
+  narrow_type<BFLOAT16>(weight, at, k, words, scales, error, length);
+}
+
+#define NARROW(NAME, TARGET)                                                                                     \
+  TARGET void narrow_##NAME(const void* w, int type, int64_t at, int64_t k, uint32_t* words, float* scales, float& e, float& l) { \
+    narrow_body(w, type, at, k, words, scales, e, l);                                                            \
+  }
+
+NARROW(plain, )
+#ifdef X86
+NARROW(avx2, AVX2_TARGET)
+NARROW(avx512, AVX512_TARGET)
+#endif
+
 }  // namespace
 
 extern "C" {
+
+// Round a weight [n][k] of `type` to 8 bits with zeros of 128, k a multiple of 4, a scale for each 64 rows: words
+// [tiles][k / 4][64], scales [tiles][groups][64]; errors and lengths [n] as gptq_likeliest wants them.
+void gptq_narrow(const void* weight, int64_t n, int64_t k, uint32_t* words, float* scales, float* errors, float* lengths,
+                 int type, int isa, int threads) {
+  const int64_t groups = (k + GROUP - 1) / GROUP, tiles = (n + COLUMNS - 1) / COLUMNS;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t tile = 0; tile < tiles; tile++)
+    for (int64_t column = tile * COLUMNS; column < std::min(n, (tile + 1) * COLUMNS); column++) {
+      const int64_t c = column % COLUMNS;
+      BEST(narrow, isa, weight, type, column * k, k, words + tile * (k / 4) * COLUMNS + c, scales + tile * groups * COLUMNS + c,
+           errors[column], lengths[column]);
+    }
+}
 
 // y [m][n] = x [m][k] @ weight [n][k].T, all of `type`. Returns 0, or 1 where memory is short.
 int gptq_rows(const void* weight, const void* x, void* y, int64_t m, int64_t k, int64_t n, int type, int isa, int threads) {

@@ -213,6 +213,8 @@ def load_library() -> ctypes.CDLL:
     library.gptq_prompt.restype = number
     library.gptq_rows.argtypes = (pointer,) * 3 + (count,) * 3 + (number,) * 3
     library.gptq_rows.restype = number
+    library.gptq_narrow.argtypes = (pointer, count, count, *(pointer,) * 4, number, number, number)
+    library.gptq_narrow.restype = None
     library.gptq_likeliest.argtypes = (
         pointer, pointer, ctypes.c_float, pointer, pointer, count, pointer, pointer, pointer,
         number, number, number,

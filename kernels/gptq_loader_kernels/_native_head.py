@@ -8,20 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gptq_loader_kernels._native import COLUMNS, Isa, load_library
-from gptq_loader_kernels._native_linear import TYPES, NativeLinear
+from gptq_loader_kernels._native import COLUMNS, Isa, Layer, load_library
+from gptq_loader_kernels._native_linear import TYPES
 from gptq_loader_kernels._native_step import MOST_TOKENS
-from gptq_loader_plugin.head import quantize_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = ["RowsLinear", "ShortLinear"]
 
-# Of the weight's length, times its inputs: what adding up in float32 may cost, in both products.
-ROUNDING = 4 * 2.0**-24
-PART = 2 * COLUMNS  # rows of the weight that are copied at a time
-BY_TILE = ("words", "scales", "zeros")  # tensors of a packed layer that go by tiles of its columns
+GROUP_SIZE, ZERO = 64, 128  # of the narrow copy
 
 
 class RowsLinear(nn.Linear):
@@ -63,55 +59,56 @@ class ShortLinear(RowsLinear):
     """A head that gives its greatest logits without reading all of its weight.
 
     Attributes:
-        narrow: the weight in 8 bits; no part of the model, which does not save it.
+        narrow: the weight in 8 bits, as the library reads it.
         errors: float32 [out_features], what a unit of x may be off by, by that copy.
         longest: the length of the weight's longest row.
-        taken: the bytes that these take.
+        taken: the bytes that these take; they are no part of the model, which does not save them.
     """
-
-    narrow: NativeLinear
-    errors: torch.Tensor
 
     @classmethod
     def of(cls, linear: nn.Linear, isa: Isa) -> ShortLinear:
-        """Take over a linear's weight, and copy it in 8 bits."""
+        """Take over a linear's weight, and copy it in 8 bits.
+
+        Raises:
+            ValueError: its inputs are no multiple of 4.
+        """
+        if linear.in_features % 4:
+            raise ValueError(f"{linear.in_features} inputs do not fill words of 8-bit codes")
         made = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         made.weight, made.isa = linear.weight, isa
         made._copy()
         return made
 
     def _copy(self) -> None:
-        """Copy the weight in 8 bits, some tiles at a time: a load must not take much more."""
-        weight = self.weight.detach()
-        self.errors, self.longest = torch.empty(self.out_features), 0.0
-        narrow, whole = None, {}
-        for first in range(0, self.out_features, PART):
-            rows = weight[first : first + PART]
-            packed = quantize_rows(rows, scales_dtype=torch.float32)
-            part = NativeLinear(
-                packed, in_features=self.in_features, out_features=len(rows), isa=self.isa
-            )
-            narrow = narrow or part
-            for name in BY_TILE:
-                tiles: torch.Tensor = getattr(part, name)
-                if name not in whole:
-                    count = -(-self.out_features // COLUMNS)
-                    whole[name] = torch.empty(count, *tiles.shape[1:], dtype=tiles.dtype)
-                whole[name][first // COLUMNS :][: len(tiles)] = tiles
-            exact = rows.float()
-            length = exact.norm(dim=1)
-            self.longest = max(self.longest, float(length.max()))
-            # In the narrow product codes of up to 255 are added up before 128 is taken off.
-            slack = ROUNDING * self.in_features * (length + 2 * exact.abs().amax(dim=1))
-            off = packed.dequantize().sub_(exact).norm(dim=1)
-            self.errors[first : first + PART] = off * (1 + 1e-5) + slack
-        assert narrow is not None
-        for name, tensor in whole.items():
-            setattr(narrow, name, tensor)
-        narrow.out_features = self.out_features
-        self.__dict__["narrow"] = narrow
+        weight = self.weight.detach().contiguous()
+        columns, rows = weight.shape
+        tiles, sizes = (
+            -(-columns // COLUMNS),
+            [len(it) for it in torch.arange(rows).split(GROUP_SIZE)],
+        )
+        scales = torch.zeros(tiles, len(sizes), COLUMNS)
+        self.errors, lengths = torch.empty(columns), torch.empty(columns)
+        self._tensors = {
+            "rows": torch.arange(rows, dtype=torch.int32),
+            "segment_units": torch.tensor(sizes, dtype=torch.int32) // 4,
+            "segment_group": torch.arange(len(sizes), dtype=torch.int32),
+            "words": torch.zeros(tiles, rows // 4, COLUMNS, dtype=torch.int32),
+            "scales": scales,
+            "zeros": torch.full(scales.shape, ZERO, dtype=torch.uint8),
+        }
+        places = {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
+        load_library().gptq_narrow(
+            weight.data_ptr(), columns, rows, places["words"], places["scales"],
+            self.errors.data_ptr(), lengths.data_ptr(), TYPES[weight.dtype], self.isa,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        self.narrow = Layer(
+            bits=8, in_features=rows, out_features=columns, units=rows // 4, segments=len(sizes),
+            groups=len(sizes), float_scales=True, **places,
+        )  # fmt: skip
+        self.longest = float(lengths.max())
         self._copied = self._state()
-        self.taken = self.errors.nbytes + sum(it.nbytes for it in narrow.buffers())
+        self.taken = self.errors.nbytes + sum(it.nbytes for it in self._tensors.values())
 
     def likeliest(
         self, states: torch.Tensor, wanted: Sequence[int], aside: torch.Tensor | None = None
@@ -135,15 +132,19 @@ class ShortLinear(RowsLinear):
         counts = torch.tensor(wanted)
         out = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
         failed = load_library().gptq_likeliest(
-            ctypes.addressof(self.narrow.filled()), self.errors.data_ptr(), self.longest,
+            ctypes.addressof(self.narrow), self.errors.data_ptr(), self.longest,
             self.weight.data_ptr(), x.data_ptr(), len(wanted), counts.data_ptr(),
             None if aside is None else aside.data_ptr(), out.data_ptr(), TYPES[x.dtype], self.isa,
             torch.get_num_threads(),
         )  # fmt: skip
         return None if failed else out
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what points into memory."""
+        return {**self.__dict__, "narrow": None, "_tensors": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, and copy the weight again: it is another one now."""
+        """Restore, and copy the weight again."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._copy()
 

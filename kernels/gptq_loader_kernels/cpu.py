@@ -85,7 +85,7 @@ class CpuKernel:
 
     def shortlist_bytes(self, architecture: str, head: LayerSpec) -> int:
         """Count the head's copy in 8 bits, for models that decode natively."""
-        if architecture not in DECODERS:
+        if architecture not in DECODERS or head.in_features % 4:
             return 0
         return _prepared_bytes(head) + 4 * head.out_features
 
@@ -95,6 +95,8 @@ class CpuKernel:
 
         head = model.get_output_embeddings()
         if type(model).__name__ not in DECODERS or type(head) is not RowsLinear:
+            return 0
+        if head.in_features % 4:
             return 0
         short = ShortLinear.of(head, head.isa)
         model.set_output_embeddings(short)
