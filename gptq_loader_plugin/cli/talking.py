@@ -53,7 +53,11 @@ MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens less likely th
 Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: repeat less.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Make sampling repeatable.")]
 Head = Annotated[
-    HeadName | None, typer.Option("--head", help="int8 makes the head 8-bit: faster, less exact.")
+    HeadName | None,
+    typer.Option(
+        "--head",
+        help="stored picks tokens by the whole head, slower; int8 makes it 8-bit, less exact.",
+    ),
 ]
 Check = Annotated[
     bool, typer.Option("--check/--no-check", help="Check kernels and logits once loaded.")
