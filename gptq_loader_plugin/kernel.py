@@ -13,7 +13,7 @@ from gptq_loader_plugin.checkpoint.packing import pack_rows, unpack_rows
 from gptq_loader_plugin.device import Device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
     from transformers import PreTrainedModel
@@ -277,11 +277,11 @@ class Batcher(Protocol):
 class Shortener(Protocol):
     """A kernel that can have a model's head give its greatest logits without computing all."""
 
-    def shortlist_bytes(self, architecture: str, head: LayerSpec) -> int:
+    def shortlist_bytes(self, config: Mapping[str, Any], head: LayerSpec) -> int:
         """Count what that takes in memory: 0 where it is not done.
 
         Args:
-            architecture: the model's class, as config.json names it.
+            config: the model's config.json.
             head: the head, made 8-bit.
         """
         ...

@@ -127,8 +127,8 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         plan = replace(plan, weight_bytes=plan.weight_bytes + grown)
         notes = (*notes, note)
     if head is None:
-        plan = plan_shortlist(plan, checkpoint)
-        notes = (*notes, *filter(None, [shorten(model, plan)]))
+        plan, done = shorten(model, plan)
+        notes = (*notes, *done)
     _tell_loaded(opened, plugins)
     from gptq_loader_plugin.loaded import LoadedModel
 

@@ -32,25 +32,29 @@ def plan_shortlist(plan: Plan, checkpoint: Checkpoint) -> Plan:
     if kernel is None or not (checkpoint.folder / "config.json").is_file():
         return plan
     config, headers = checkpoint.model_config, checkpoint.headers
-    architectures = config.get("architectures") or [""]
     name = HEAD if HEAD in headers and not config.get("tie_word_embeddings") else EMBEDDING
     if name not in headers or HEAD.removesuffix(".weight") in checkpoint.layers:
         return plan
     head = head_spec(*headers[name].shape, scales_dtype="float32")
-    added = kernel.shortlist_bytes(str(architectures[0]), head)
+    added = kernel.shortlist_bytes(config, head)
     return replace(plan, weight_bytes=plan.weight_bytes + added)
 
 
-def shorten(model: PreTrainedModel, plan: Plan) -> str | None:
-    """Have a loaded model's head give its likeliest tokens alone; say what was done."""
+def shorten(model: PreTrainedModel, plan: Plan) -> tuple[Plan, tuple[str, ...]]:
+    """Have a loaded model's head give its likeliest tokens alone, where a kernel can.
+
+    Returns:
+        The plan, with what that takes, and what was done, in words.
+    """
     kernel = _shortener(plan)
     taken = 0 if kernel is None else kernel.shorten(model)
     if not taken:
-        return None
-    return (
+        return plan, ()
+    note = (
         f"picks tokens by a copy of the head in 8 bits ({write_size(taken)}), and by the head "
         "itself where that may decide: the same tokens"
     )
+    return replace(plan, weight_bytes=plan.weight_bytes + taken), (note,)
 
 
 def head_spec(

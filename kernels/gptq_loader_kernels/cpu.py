@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptq_loader_kernels._int4 import Int4Kernel
 from gptq_loader_kernels._native import (
@@ -18,6 +18,8 @@ from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.kernel import Accepted, Declined
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from transformers import PreTrainedModel
 
@@ -83,9 +85,12 @@ class CpuKernel:
             return "decodes in native steps, one call a token"
         return f"decodes by transformers, layer by layer: {reason}"
 
-    def shortlist_bytes(self, architecture: str, head: LayerSpec) -> int:
+    def shortlist_bytes(self, config: Mapping[str, Any], head: LayerSpec) -> int:
         """Count the head's copy in 8 bits, for models that decode natively."""
-        if architecture not in DECODERS or head.in_features % 4:
+        names, hidden = config.get("architectures") or [""], head.in_features
+        heads = config.get("num_attention_heads") or 1
+        head_dim = config.get("head_dim") or hidden // heads
+        if names[0] not in DECODERS or hidden % 16 or head_dim % 32 or head_dim > 256:
             return 0
         return _prepared_bytes(head) + 4 * head.out_features
 
@@ -95,8 +100,6 @@ class CpuKernel:
 
         head = model.get_output_embeddings()
         if type(model).__name__ not in DECODERS or type(head) is not RowsLinear:
-            return 0
-        if head.in_features % 4:
             return 0
         short = ShortLinear.of(head, head.isa)
         model.set_output_embeddings(short)
