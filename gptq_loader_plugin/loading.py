@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from gptq_loader_plugin.architectures import translate
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.errors import CheckpointError, OptionInvalid
 from gptq_loader_plugin.events import Head
@@ -231,7 +232,7 @@ def explain(
     where = find_first_device(device, device_map, max_memory)
     path = resolve(reference, plugins=plugins, revision=revision, download=False)
     return plan_load(
-        open_checkpoint(path, plugins.readers()),
+        translate(open_checkpoint(path, plugins.readers())),
         where,
         plugins,
         reference=str(reference),

@@ -148,13 +148,15 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         ConfigInvalid: config.json is missing or broken.
         UnsupportedFormat: transformers does not know the model, or it needs code of its own.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     model_type = checkpoint.model_config["model_type"]
+    config: PreTrainedConfig
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            checkpoint.folder, trust_remote_code=False
-        )
+        if checkpoint.translated is None:
+            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        else:
+            config = CONFIG_MAPPING[model_type].from_dict(checkpoint.translated)
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         raise _unknown_model(model_type, checkpoint.folder / "config.json", error) from error
     if hasattr(config, "quantization_config"):
