@@ -21,6 +21,7 @@ from gptq_loader_plugin.families import FAMILIES, REFUSED, SAME_CODE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     import torch
     from numpy.typing import NDArray
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.families import Family
     from gptq_loader_plugin.kernel import LayerSpec
 
-__all__ = ["translate"]
+__all__ = ["translate", "translate_config"]
 
 PARTS = ("q_proj", "k_proj", "v_proj")
 BY_ROWS = ("weight", "bias")  # every other tensor of a layer has its outputs along its last axis
@@ -50,15 +51,14 @@ def translate(checkpoint: Checkpoint) -> Checkpoint:
         UnsupportedFormat: no class of transformers computes what this kind of model does.
         ConfigInvalid: config.json lacks what it takes to build the model.
     """
-    if not (checkpoint.folder / "config.json").is_file():
+    path = checkpoint.folder / "config.json"
+    if not path.is_file():
         return checkpoint  # a plan can be made without it; building says what is missing
     config = checkpoint.model_config
-    model_type = config["model_type"]
-    of_its_name = (it for it in FAMILIES if it.model_type == model_type)
-    family = next((it for it in of_its_name if it.when(config)), None)
-    path = checkpoint.folder / "config.json"
+    family = _find(config)
     if family is not None:
-        return _Translation(checkpoint, family).run()
+        return _Translation(checkpoint, family, _write(config, family, path)).run()
+    model_type = config["model_type"]
     for refused in REFUSED:
         if refused.model_type == model_type and refused.when(config):
             raise UnsupportedFormat(
@@ -71,10 +71,51 @@ def translate(checkpoint: Checkpoint) -> Checkpoint:
         f"config.json names Python code of its own ({code}), which is not run: the model is built "
         f"as transformers' own {model_type}"
     )
-    return replace_parts(checkpoint, warnings=(*checkpoint.warnings, warning))
+    return _replace(checkpoint, warnings=(*checkpoint.warnings, warning))
 
 
-def replace_parts(checkpoint: Checkpoint, **parts: Any) -> Checkpoint:  # noqa: ANN401
+def translate_config(config: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """Write a config.json in transformers' words; None where it is, or where nobody can.
+
+    Raises:
+        UnsupportedFormat: no class of transformers computes what this kind of model does.
+        ConfigInvalid: it lacks what it takes to build the model.
+    """
+    family = _find(config)
+    return None if family is None else _write(config, family, path)
+
+
+def _find(config: dict[str, Any]) -> Family | None:
+    of_its_name = (it for it in FAMILIES if it.model_type == config.get("model_type"))
+    return next((it for it in of_its_name if it.when(config)), None)
+
+
+def _write(config: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
+    for key, needed in family.needs.items():
+        if config.get(key, needed) != needed:
+            raise UnsupportedFormat(
+                f"a {family.model_type} model whose {key} is {str(config[key]).lower()} is not "
+                "what any class of transformers computes",
+                path=path,
+                hint=ELSEWHERE,
+            )
+    written = {
+        family.keys.get(key, key): value
+        for key, value in config.items()
+        if key not in SET_ASIDE and value is not None
+    }
+    try:
+        written |= {**family.sets, **family.computed(config), "model_type": family.becomes}
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ConfigInvalid(
+            f"what it takes to build a {family.model_type} model is missing or wrong: {error}",
+            path=path,
+            hint="copy config.json from the model this was made of",
+        ) from error
+    return {key: value for key, value in written.items() if value is not None}
+
+
+def _replace(checkpoint: Checkpoint, **parts: Any) -> Checkpoint:  # noqa: ANN401
     """Make a checkpoint like another one, with some parts of its own."""
     same = {
         "config": checkpoint.config,
@@ -88,22 +129,15 @@ def replace_parts(checkpoint: Checkpoint, **parts: Any) -> Checkpoint:  # noqa: 
 
 @dataclass(frozen=True, slots=True)
 class _Translation:
-    """One checkpoint, and the family it is read by."""
+    """One checkpoint, the family it is read by, and its config in transformers' words."""
 
     checkpoint: Checkpoint
     family: Family
+    config: dict[str, Any]
 
     def run(self) -> Checkpoint:
-        try:
-            config = self._config()
-            cuts = self._cuts(config) if self.family.fused else {}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigInvalid(
-                f"what it takes to build a {self.family.model_type} model is missing or wrong: "
-                f"{error}",
-                path=self.checkpoint.folder / "config.json",
-                hint="copy config.json from the model this was made of",
-            ) from error
+        config = self.config
+        cuts = self._cuts() if self.family.fused else {}
         names = [
             (pattern.replace("LAST", str(config.get("num_hidden_layers", 0) + 1)), become)
             for pattern, become in self.family.names
@@ -124,34 +158,16 @@ class _Translation:
             headers[new] = info
             if new == self.family.normalised(self.checkpoint.model_config):
                 views[new] = View(info, info, _normalise)
-        return replace_parts(
+        return _replace(
             self.checkpoint,
             layers=tuple(self._layers(names, cuts)),
             tensors=TensorFiles(headers, views),
             translated=config,
         )
 
-    def _config(self) -> dict[str, Any]:
-        """Write config.json in transformers' words."""
-        family, old = self.family, self.checkpoint.model_config
-        for key, needed in family.needs.items():
-            if old.get(key, needed) != needed:
-                raise UnsupportedFormat(
-                    f"a {family.model_type} model with {key} {str(old[key]).lower()} is not what "
-                    "any class of transformers computes",
-                    path=self.checkpoint.folder / "config.json",
-                    hint=ELSEWHERE,
-                )
-        new = {
-            family.keys.get(key, key): value
-            for key, value in old.items()
-            if key not in SET_ASIDE and value is not None
-        }
-        new |= {**family.sets, **family.computed(old), "model_type": family.becomes}
-        return {key: value for key, value in new.items() if value is not None}
-
-    def _cuts(self, config: Mapping[str, Any]) -> dict[str, NDArray[np.int64]]:
+    def _cuts(self) -> dict[str, NDArray[np.int64]]:
         """Say which columns of the fused layer are each part's."""
+        config = self.config
         heads = config["num_attention_heads"]
         groups = config.get("num_key_value_heads") or heads
         size = config.get("head_dim") or config["hidden_size"] // heads

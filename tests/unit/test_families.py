@@ -375,3 +375,147 @@ def test_it_answers_as_the_class_that_computes_the_same(name: str, tmp_path: Pat
         assert not loaded.warnings
     assert float((found - expected).norm() / expected.norm()) < 1e-5
     assert float(expected.norm()) > 1  # a model that answers nothing agrees with anything
+
+
+@pytest.mark.parametrize("name", ["Yi", "internlm2", "llama of SuperHOT", "qwen"])
+def test_transformers_loads_and_saves_it(name: str, tmp_path: Path) -> None:
+    from gptq_loader_extensions import transformers as host
+
+    model = publish(CASES[name], tmp_path)
+    plugins = gptq.Plugins(host)
+    gptq.enable_transformers(plugins=plugins)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            tmp_path, dtype=torch.float32, trust_remote_code=True
+        )
+        loaded.save_pretrained(tmp_path / "saved")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    finally:
+        gptq.disable_transformers(plugins=plugins)
+    with torch.inference_mode():
+        expected = model(IDS).logits
+        for found in (loaded(IDS).logits, again(IDS).logits):
+            assert float((found - expected).norm() / expected.norm()) < 1e-4
+
+
+def test_the_plan_has_the_layers_that_are_run(tmp_path: Path) -> None:
+    """A fused layer is planned, and shown, as the three it is cut into."""
+    publish(CASES["internlm2"], tmp_path)
+    plan = gptq.explain(tmp_path, device="cpu")
+    shapes = {it.layer.name: it.layer.out_features for it in plan.choices}
+    assert len(shapes) == 7 * LAYERS
+    assert shapes["model.layers.1.self_attn.q_proj"] == HEADS * SIZE
+    assert shapes["model.layers.1.self_attn.v_proj"] == GROUPS * SIZE
+    assert plan.kv_bytes_per_token is not None
+    report = gptq.inspect(tmp_path)
+    assert (report.model_type, report.quantized_layers) == ("internlm2", 5 * LAYERS)
+
+
+def test_the_chosen_kernels_answer_closely_and_on_several_devices(tmp_path: Path) -> None:
+    model = publish(CASES["qwen"], tmp_path)
+    options = {"device_map": "auto", "max_memory": {"cpu": "125kB", "disk": ""}}
+    with torch.inference_mode():
+        expected = model(IDS).logits
+        with gptq.load(tmp_path, device="cpu") as loaded:
+            assert "reference" not in loaded.plan.kernels()
+            found = loaded.model(IDS).logits.float()
+        assert float((found - expected).norm() / expected.norm()) < 6e-2
+        with gptq.load(tmp_path, offload_folder=tmp_path / "disk", **options) as loaded:
+            assert {it.name for it in loaded.plan.placed.values()} == {"cpu", "disk"}
+            found = loaded.model(IDS).logits.float()
+        assert float((found - expected).norm() / expected.norm()) < 6e-2
+
+
+def test_a_context_ends_where_the_mathematics_would_differ(tmp_path: Path) -> None:
+    """Qwen stretches its positions past `seq_length`, which transformers' class does not."""
+    publish(CASES["qwen"], tmp_path)
+    with gptq.load(tmp_path, backend="reference", device="cpu") as loaded:
+        assert loaded.context == 128
+
+
+def test_other_parts_of_a_model_are_named_in_one_warning(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    publish(CASES["llava"], tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tower = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
+    save_file({**tensors, tower: torch.zeros(8, 8)}, tmp_path / "model.safetensors")
+    with gptq.load(tmp_path, backend="reference", device="cpu") as loaded:
+        assert len(loaded.warnings) == 1
+        assert "vision_tower" in loaded.warnings[0]
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({key: it for key, it in {**config, **fields}.items() if it != ...}))
+
+
+DIFFERENT = {
+    "baichuan without its limit": ("baichuan", {"max_position_embeddings": ...}, "ALiBi"),
+    "baichuan of 13B": ("baichuan", {"hidden_size": 5120}, "ALiBi"),
+    "chatglm 1": ("chatglm", {"multi_query_attention": ...}, "first generation"),
+    "chatglm, rotated otherwise": ("chatglm", {"original_rope": False}, "original_rope is false"),
+    "llava on qwen": ("llava", {"text_config": {"model_type": "qwen2"}}, "not Llama or Mistral"),
+    "minicpm of experts": ("minicpm", {"num_experts": 8}, "mixture of experts"),
+    "orion with biases": ("orion", {"attention_bias": True}, "attention_bias is true"),
+    "qwen, partly rotated": ("qwen", {"rotary_pct": 0.5}, "rotary_pct is 0.5"),
+    "santacoder": (
+        "xverse", {"model_type": "gpt2", "attention_head_type": "multiquery"}, "SantaCoder",
+    ),
+    **{
+        f"mpt with {key}": ("xverse", {"model_type": "mpt", "attn_config": {key: value}}, "lacks")
+        for key, value in (("alibi", False), ("qk_ln", True), ("attn_type", "multiquery_attention"))
+    },
+    **{it.model_type: ("xverse", {"model_type": it.model_type}, it.reason)
+       for it in REFUSED if "Python code" in it.reason},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose config.json a test writes."""
+    folder = tmp_path_factory.mktemp("one")
+    publish(CASES["xverse"], folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", sorted(DIFFERENT))
+def test_what_no_class_computes_is_refused_in_words(name: str, one_folder: Path) -> None:
+    case, fields, words = DIFFERENT[name]
+    (one_folder / "config.json").write_text(json.dumps(CASES[case].stored))
+    edit_config(one_folder, **fields)
+    for attempt in (gptq.load, gptq.explain):
+        with pytest.raises(gptq.UnsupportedFormat, match=re.escape(words)) as refused:
+            attempt(one_folder, device="cpu")
+        assert "GGUF" in refused.value.hint
+    assert gptq.inspect(one_folder).quantized_layers  # what is in it is told all the same
+
+
+def test_a_config_that_lacks_what_it_takes_is_told_of(tmp_path: Path) -> None:
+    publish(CASES["qwen"], tmp_path)
+    edit_config(tmp_path, seq_length=...)
+    with pytest.raises(gptq.ConfigInvalid, match="seq_length"):
+        gptq.load(tmp_path, device="cpu")
+
+
+def test_heads_that_the_fused_layer_does_not_hold_are_told_of(tmp_path: Path) -> None:
+    publish(CASES["internlm2"], tmp_path)
+    edit_config(tmp_path, num_key_value_heads=4)
+    with pytest.raises(gptq.ConfigInvalid, match=r"wqkv.* not the heads that config\.json names"):
+        gptq.load(tmp_path, device="cpu")
+
+
+def test_code_that_is_passed_over_is_told_of(tmp_path: Path) -> None:
+    publish(CASES["xverse"], tmp_path)
+    edit_config(
+        tmp_path, model_type="llama", auto_map={"AutoModelForCausalLM": "modeling_own.Own"}
+    )
+    (tmp_path / "modeling_own.py").write_text("raise SystemExit\n")
+    with gptq.load(tmp_path, backend="reference", device="cpu") as loaded:
+        assert len(loaded.warnings) == 1
+        assert "modeling_own.Own" in loaded.warnings[0]
+
+
+def test_every_family_has_a_case() -> None:
+    assert {it.model_type for it in FAMILIES} == {it.stored["model_type"] for it in CASES.values()}

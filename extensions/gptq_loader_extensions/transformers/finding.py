@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptq_loader_plugin.architectures import translate_config
 from gptq_loader_plugin.checkpoint.headers import find_weight_files, read_headers
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.hub.remote import PICKLE_FILES, SMALL_FILES, WEIGHT_FILES
@@ -35,6 +36,7 @@ class Found:
         folder: where it is on this machine; None where it must be fetched first.
         known: whether transformers too would know it for GPTQ.
         hub: the options that say where on the hub it is, and how to get it.
+        translated: what its config.json says in transformers' words, where it has others.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Found:
     folder: Path | None
     known: bool
     hub: Mapping[str, Any]
+    translated: dict[str, Any] | None = None
 
 
 def find_checkpoint(name: object, kwargs: Mapping[str, Any]) -> Found | None:
@@ -61,6 +64,7 @@ def find_checkpoint(name: object, kwargs: Mapping[str, Any]) -> Found | None:
     config = _table(found, "config.json")
     if config is None:
         return None
+    found = replace(found, translated=translate_config(config, folder / "config.json"))
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and quantization:
         return found if _method(quantization) in METHODS else None
