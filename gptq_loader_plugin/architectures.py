@@ -17,7 +17,8 @@ import numpy as np
 from gptq_loader_plugin.checkpoint.reader import Checkpoint
 from gptq_loader_plugin.checkpoint.tensors import TensorFiles, View
 from gptq_loader_plugin.errors import ConfigInvalid, UnsupportedFormat
-from gptq_loader_plugin.families import FAMILIES, REFUSED, SAME_CODE
+from gptq_loader_plugin.families import FAMILIES
+from gptq_loader_plugin.refusals import REFUSED, SAME_CODE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -199,7 +200,7 @@ class _Translation:
         }
         if sum(map(len, taken.values())) != info.shape[axis]:
             raise ConfigInvalid(
-                f"{info.name} is {list(info.shape)}, which are not the heads that config.json names",
+                f"{info.name} is {list(info.shape)}: not the heads that config.json names",
                 path=self.checkpoint.folder / "config.json",
                 hint="copy config.json from the model this was made of",
             )

@@ -3,7 +3,6 @@
 Repositories of 2023 and 2024 brought Python code of their own, which is not run here. Where it
 computes what a class of transformers computes, an entry of `FAMILIES` says in whose words: how
 config.json's keys and the tensors are called there, and which tensors hold several of theirs.
-Where it does not, an entry of `REFUSED` says why.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["FAMILIES", "REFUSED", "SAME_CODE", "Family", "Fused", "Refused"]
+__all__ = ["FAMILIES", "Family", "Fused"]
 
 Config = dict[str, Any]
 
@@ -71,21 +70,6 @@ class Family:
     normalised: Callable[[Config], str] = lambda _: ""
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A kind of checkpoint that no class of transformers computes.
-
-    Attributes:
-        model_type: what its config.json says it is.
-        reason: what it is and does, in words that follow its name.
-        when: whether a config.json of that `model_type` is of this kind.
-    """
-
-    model_type: str
-    reason: str
-    when: Callable[[Config], bool] = _always
-
-
 def _falcon(config: Config) -> Config:
     """Tell Falcon-40B's block, which has heads of keys and values of its own number."""
     return {"new_decoder_architecture": "n_head_kv" in config}
@@ -108,7 +92,7 @@ def _normalised_head(config: Config) -> str:
 
 
 def _qwen(config: Config) -> Config:
-    """Halve the width of its two projections; up to `seq_length` it neither stretches nor scales."""
+    """Halve its inner width; up to `seq_length` its attention neither stretches nor scales."""
     return {
         "intermediate_size": config["intermediate_size"] // 2,
         "max_position_embeddings": config["seq_length"],
@@ -195,7 +179,11 @@ INSIDE = (
 )
 
 FAMILIES = (
-    Family("Yi", "llama", names=((r"\.ln1\.", ".input_layernorm."), (r"\.ln2\.", ".post_attention_layernorm."))),
+    Family(
+        "Yi",
+        "llama",
+        names=((r"\.ln1\.", ".input_layernorm."), (r"\.ln2\.", ".post_attention_layernorm.")),
+    ),
     Family("RefinedWeb", "falcon", keys=FALCON_KEYS, computed=_falcon),
     Family("RefinedWebModel", "falcon", keys=FALCON_KEYS, computed=_falcon),
     Family("aquila", "llama"),
@@ -351,50 +339,3 @@ FAMILIES = (
     Family("qwen2_vl", "qwen2", computed=_plain_rotation, names=INSIDE),
     Family("qwen2_5_vl", "qwen2", computed=_plain_rotation, names=INSIDE),
 )  # fmt: skip
-
-
-def _mpt_differs(config: Config) -> bool:
-    """Tell an MPT model with what transformers' class passes over in silence."""
-    attention = config.get("attn_config") or {}
-    usual = {
-        "alibi": True,
-        "alibi_bias_max": 8,
-        "attn_type": "multihead_attention",
-        "prefix_lm": False,
-        "qk_ln": False,
-    }
-    differs = any(attention.get(key, value) != value for key, value in usual.items())
-    return differs or config.get("logit_scale") is not None or "alibi" in config
-
-
-REFUSED = (
-    Refused(
-        "baichuan",
-        "has attention that fades with distance (ALiBi) in a block that no class of transformers "
-        "has",
-    ),
-    Refused("chatglm", "is ChatGLM of the first generation, with two positions for each token"),
-    Refused("minicpm", "is a mixture of experts that no class of transformers has"),
-    Refused("mpt", "has attention that transformers' class of that name lacks", when=_mpt_differs),
-    Refused(
-        "gpt2",
-        "is SantaCoder, whose queries and keys are not GPT-2's",
-        when=lambda config: config.get("attention_head_type") == "multiquery",
-    ),
-    Refused("llava", "is built on a language model that is not Llama or Mistral"),
-    *(
-        Refused(name, "brings Python code of its own, which is not run, and no class of "
-                "transformers computes the same")
-        for name in (
-            "codeshell", "dbrx_converted", "deci", "decilm", "grok-1", "internlmxcomposer",
-            "longllama", "moss", "skywork_moe", "stablelm_alpha", "telechat",
-        )
-    ),
-)  # fmt: skip
-
-# Those whose own code computes what transformers' class of the same name does, so that passing
-# it over needs no warning.
-SAME_CODE = frozenset({
-    "cohere", "deepseek_v2", "deepseek_v3", "exaone", "falcon", "gpt_bigcode", "internlm3",
-    "minicpm3", "mpt", "olmo", "phi", "phi3", "phimoe", "stablelm", "starcoder2",
-})  # fmt: skip

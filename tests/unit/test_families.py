@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gptq_loader_plugin as gptq
 from gptq_loader_plugin.conformance.packer import write_qweight, write_qzeros
-from gptq_loader_plugin.families import FAMILIES, REFUSED
+from gptq_loader_plugin.families import FAMILIES
+from gptq_loader_plugin.refusals import REFUSED
 
 BASE = Path(__file__).parents[1] / "data" / "checkpoints" / "base"
 HIDDEN, INNER, HEADS, GROUPS, SIZE, LAYERS, VOCABULARY = 64, 96, 4, 2, 16, 2, 384
@@ -336,12 +337,16 @@ def publish(case: Case, folder: Path) -> Any:
     tensors = {name: it for name, it in tensors.items() if not tied or name != "lm_head.weight"}
     if case.fused:
         for name in [it for it in packed if it.endswith(".q_proj")]:
-            parts = [packed.pop(name.replace("q_proj", it)) for it in ("q_proj", "k_proj", "v_proj")]
+            parts = [
+                packed.pop(name.replace("q_proj", it)) for it in ("q_proj", "k_proj", "v_proj")
+            ]
             joined = side_by_side(parts, grouped=case.grouped)
             packed[name.replace("q_proj", case.fused)] = joined
     for name, layer in packed.items():
         tensors |= layer.tensors(name)
-    save_file({own_name(case, it): value for it, value in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {own_name(case, it): value for it, value in tensors.items()}, folder / "model.safetensors"
+    )
     (folder / "config.json").write_text(json.dumps(case.stored))
     (folder / "quantize_config.json").write_text(json.dumps({
         "bits": 4, "group_size": GROUP_ROWS, "desc_act": True, "sym": False, "damp_percent": 0.1,
@@ -508,9 +513,7 @@ def test_heads_that_the_fused_layer_does_not_hold_are_told_of(tmp_path: Path) ->
 
 def test_code_that_is_passed_over_is_told_of(tmp_path: Path) -> None:
     publish(CASES["xverse"], tmp_path)
-    edit_config(
-        tmp_path, model_type="llama", auto_map={"AutoModelForCausalLM": "modeling_own.Own"}
-    )
+    edit_config(tmp_path, model_type="llama", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
     (tmp_path / "modeling_own.py").write_text("raise SystemExit\n")
     with gptq.load(tmp_path, backend="reference", device="cpu") as loaded:
         assert len(loaded.warnings) == 1
@@ -519,3 +522,19 @@ def test_code_that_is_passed_over_is_told_of(tmp_path: Path) -> None:
 
 def test_every_family_has_a_case() -> None:
     assert {it.model_type for it in FAMILIES} == {it.stored["model_type"] for it in CASES.values()}
+
+
+def test_a_config_with_a_field_of_the_wrong_type_is_told_of(tmp_path: Path) -> None:
+    publish(CASES["xverse"], tmp_path)
+    for model_type in ("llama", "xverse"):
+        edit_config(tmp_path, model_type=model_type, vocab_size="384")
+        with pytest.raises(gptq.UnsupportedFormat, match="vocab_size"):
+            gptq.load(tmp_path, device="cpu")
+
+
+def test_a_model_that_goes_on_with_no_text_is_refused_in_words(tmp_path: Path) -> None:
+    publish(CASES["xverse"], tmp_path)
+    for model_type, words in (("t5", "goes on with a text"), ("llamo", "has no llamo models")):
+        edit_config(tmp_path, model_type=model_type)
+        with pytest.raises(gptq.UnsupportedFormat, match=words):
+            gptq.load(tmp_path, device="cpu")

@@ -130,4 +130,4 @@ def _known_class(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     found = find_checkpoint(name, kwargs)
     if found is None or found.translated is None:
         return None
-    return cls._model_mapping[CONFIG_MAPPING[found.translated["model_type"]]]  # noqa: SLF001
+    return cls._model_mapping[CONFIG_MAPPING[found.translated["model_type"]]]

@@ -91,9 +91,7 @@ def read_config(
     if isinstance(given, PreTrainedConfig):
         config = copy.deepcopy(given)
     elif translated is not None and given is None:
-        config, others = cls.config_class.from_dict(
-            translated, return_unused_kwargs=True, **others
-        )
+        config, others = cls.config_class.from_dict(translated, return_unused_kwargs=True, **others)
     else:
         source: Any = folder if given is None else given
         config, others = cls.config_class.from_pretrained(
