@@ -1,7 +1,7 @@
-"""Which kinds of checkpoint no class of transformers computes, though its code is all that is run.
+"""Which kinds of checkpoint are refused, since no class of transformers computes what they do.
 
-Without an entry here they would end in an error that says less; two, GPT-2's and MPT's names, would
-end in a model that answers nonsense.
+Most would end in an error that says less. Those of GPT-2's and MPT's names would be built as what
+they are not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _always(_: Config) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A kind of checkpoint that no class of transformers computes.
+    """A kind of checkpoint that is refused.
 
     Attributes:
         model_type: what its config.json says it is.

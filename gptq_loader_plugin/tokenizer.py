@@ -52,7 +52,7 @@ def read_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     # A model type that only we know is nothing for a user to be told of.
     config = PreTrainedConfig() if checkpoint.translated is not None else read_config(checkpoint)
     try:
-        tokenizer = _read(folder, config, own=own)
+        tokenizer: PreTrainedTokenizerBase = _read(folder, config, own=own)
         usable = len(tokenizer) > 0 and bool(tokenizer("a")["input_ids"])
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -103,7 +103,7 @@ def _read_ranks(file: Path) -> Any:  # noqa: ANN401 - a tokenizer
         for token, rank in lines
     }
     # tiktoken joins any two tokens whose bytes are a token, the one of the lowest rank first
-    merges = [
+    merges: Any = [
         (token[:cut], token[cut:])
         for token in sorted(ranks, key=ranks.__getitem__)
         for cut in range(1, len(token))
