@@ -21,7 +21,7 @@ from gptq_loader_plugin.families import FAMILIES
 from gptq_loader_plugin.refusals import REFUSED, SAME_CODE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -43,10 +43,14 @@ ELSEWHERE = (
 )
 
 
-def translate(checkpoint: Checkpoint) -> Checkpoint:
+def translate(checkpoint: Checkpoint, *, families: Sequence[Family] = FAMILIES) -> Checkpoint:
     """Give a checkpoint in the words of the transformers class that computes the same.
 
     Most have them already, and are given back as they are.
+
+    Args:
+        checkpoint: as its files have it.
+        families: what is known; a plugin's reader may know others.
 
     Raises:
         UnsupportedFormat: no class of transformers computes what this kind of model does.
@@ -56,7 +60,7 @@ def translate(checkpoint: Checkpoint) -> Checkpoint:
     if not path.is_file():
         return checkpoint  # a plan can be made without it; building says what is missing
     config = checkpoint.model_config
-    family = _find(config)
+    family = _find(config, families)
     if family is not None:
         return _Translation(checkpoint, family, _write(config, family, path)).run()
     model_type = config["model_type"]
@@ -82,12 +86,12 @@ def translate_config(config: dict[str, Any], path: Path) -> dict[str, Any] | Non
         UnsupportedFormat: no class of transformers computes what this kind of model does.
         ConfigInvalid: it lacks what it takes to build the model.
     """
-    family = _find(config)
+    family = _find(config, FAMILIES)
     return None if family is None else _write(config, family, path)
 
 
-def _find(config: dict[str, Any]) -> Family | None:
-    of_its_name = (it for it in FAMILIES if it.model_type == config.get("model_type"))
+def _find(config: dict[str, Any], families: Sequence[Family]) -> Family | None:
+    of_its_name = (it for it in families if it.model_type == config.get("model_type"))
     return next((it for it in of_its_name if it.when(config)), None)
 
 

@@ -75,10 +75,25 @@ def _falcon(config: Config) -> Config:
     return {"new_decoder_architecture": "n_head_kv" in config}
 
 
+def _biased(config: Config) -> Config:
+    """Give its attention biases where config.json does not say."""
+    return {"attention_bias": config.get("bias", True)}
+
+
+def _ungrouped(config: Config) -> Config:
+    """Give every head its own keys and values where config.json does not say."""
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    return {"num_key_value_heads": heads}
+
+
 def _internlm(config: Config) -> Config:
     """Take the base of its rotation; it stretches only past the context it was trained on."""
     rotary = config.get("rotary") or {}
-    return {"rope_theta": float(rotary.get("base", 10_000)), "rope_scaling": None}
+    return {
+        **_biased(config),
+        "rope_theta": float(rotary.get("base", 10_000)),
+        "rope_scaling": None,
+    }
 
 
 def _is_rotary_baichuan(config: Config) -> bool:
@@ -116,8 +131,9 @@ def _minicpm(config: Config) -> Config:
     return {
         "embedding_multiplier": config.get("scale_emb", 1),
         "residual_multiplier": config.get("scale_depth", 1) / layers**0.5,
-        "logits_scaling": hidden / config.get("dim_model_base", hidden),
+        "logits_scaling": hidden / config.get("dim_model_base", 1),
         "attention_multiplier": (hidden // config["num_attention_heads"]) ** -0.5,
+        "tie_word_embeddings": config.get("tie_word_embeddings", True),
     }
 
 
@@ -150,7 +166,18 @@ def _language_model(config: Config) -> Config:
 
 def _plain_rotation(config: Config) -> Config:
     """Rotate by one position: text has the same in all three that pictures tell apart."""
-    return {**_language_model(config), "rope_scaling": None}
+    text = {**config, **_language_model(config)}
+    old = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    kind = old.get("rope_type", old.get("type", "default"))
+    new = {key: value for key, value in old.items() if key != "mrope_section"}
+    new |= {"type": None, "rope_type": "default" if kind == "mrope" else kind}
+    base = old.get("rope_theta", text.get("rope_theta", 1_000_000.0))
+    return {
+        **_language_model(config),
+        "rope_scaling": None,
+        "rope_parameters": {key: it for key, it in new.items() if it is not None}
+        | {"rope_theta": float(base)},
+    }
 
 
 PHI_KEYS = {
@@ -188,11 +215,11 @@ FAMILIES = (
     Family("RefinedWebModel", "falcon", keys=FALCON_KEYS, computed=_falcon),
     Family("aquila", "llama"),
     Family("xverse", "llama"),
-    Family("internlm", "llama", keys={"bias": "attention_bias"}, computed=_internlm),
+    Family("internlm", "llama", computed=_internlm),
     Family(
         "internlm2",
         "llama",
-        keys={"bias": "attention_bias"},
+        computed=_biased,
         names=(
             (r"^model\.tok_embeddings\.", "model.embed_tokens."),
             (r"^output\.", "lm_head."),
@@ -278,12 +305,14 @@ FAMILIES = (
         "stablelm_epoch",
         "stablelm",
         keys={"norm_eps": "layer_norm_eps", "rope_pct": "partial_rotary_factor"},
+        computed=_ungrouped,
     ),
     Family(
         "orion",
         "stablelm",
         keys={"rms_norm_eps": "layer_norm_eps"},
-        sets={"partial_rotary_factor": 1.0, "rope_theta": 10_000.0},
+        sets={"partial_rotary_factor": 1.0},
+        computed=_ungrouped,
         needs={"attention_bias": False},
     ),
     Family(
@@ -335,7 +364,13 @@ FAMILIES = (
         computed=_language_model,
         names=INSIDE,
     ),
-    Family("mistral3", "mistral", computed=_language_model, names=INSIDE),
+    Family(
+        "mistral3",
+        "mistral",
+        when=lambda config: config["text_config"]["model_type"] == "mistral",
+        computed=_language_model,
+        names=INSIDE,
+    ),
     Family("qwen2_vl", "qwen2", computed=_plain_rotation, names=INSIDE),
     Family("qwen2_5_vl", "qwen2", computed=_plain_rotation, names=INSIDE),
 )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import gptq_loader_plugin as gptq
+from gptq_loader_plugin.architectures import translate
+from gptq_loader_plugin.checkpoint.reader import Checkpoint, GPTQReader
 from gptq_loader_plugin.conformance.packer import write_qweight, write_qzeros
 from gptq_loader_plugin.families import FAMILIES
 from gptq_loader_plugin.loading import load_model
@@ -116,6 +118,10 @@ def llama(**fields: Any) -> Any:
     return transformers.LlamaConfig(**{**LLAMA, **fields})
 
 
+def without(fields: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name != key}
+
+
 CASES = {
     "Yi": Case(
         {**GROUPED, "model_type": "Yi", "rope_theta": 5000000.0},
@@ -144,7 +150,7 @@ CASES = {
     "aquila": Case({**GROUPED, "model_type": "aquila"}, llama(num_key_value_heads=GROUPS)),
     "xverse": Case({**LLAMA, "model_type": "xverse"}, llama()),
     "internlm": Case(
-        {**LLAMA, "model_type": "internlm", "bias": True,
+        {**LLAMA, "model_type": "internlm",
          "rotary": {"base": 20000, "type": "dynamic"}},
         llama(attention_bias=True, rope_theta=20000.0),
     ),
@@ -175,9 +181,11 @@ CASES = {
         CHATGLM_NAMES, fused="query_key_value",
     ),
     "stablelm_epoch": Case(
-        {**GROUPED, "model_type": "stablelm_epoch", "norm_eps": 1e-5, "rope_pct": 0.25,
+        {**LLAMA, "model_type": "stablelm_epoch", "norm_eps": 1e-5, "rope_pct": 0.25,
          "rope_theta": 10000},
-        transformers.StableLmConfig(**GROUPED, partial_rotary_factor=0.25),
+        transformers.StableLmConfig(
+            **LLAMA, num_key_value_heads=HEADS, partial_rotary_factor=0.25
+        ),
     ),
     "orion": Case(
         {**GROUPED, "model_type": "orion", "rms_norm_eps": 1e-4},
@@ -204,11 +212,11 @@ CASES = {
         fused="Wqkv",
     ),
     "minicpm": Case(
-        {**GROUPED, "model_type": "minicpm", "scale_emb": 12, "scale_depth": 1.4,
-         "dim_model_base": 32},
+        {**without(GROUPED, "tie_word_embeddings"), "model_type": "minicpm", "scale_emb": 12,
+         "scale_depth": 1.4, "dim_model_base": 32},
         transformers.GraniteConfig(
-            **GROUPED, embedding_multiplier=12, residual_multiplier=1.4 / 2**0.5,
-            logits_scaling=2.0, attention_multiplier=0.25,
+            **{**GROUPED, "tie_word_embeddings": True}, embedding_multiplier=12,
+            residual_multiplier=1.4 / 2**0.5, logits_scaling=2.0, attention_multiplier=0.25,
         ),
     ),
     "llama of SuperHOT": Case(
@@ -241,9 +249,14 @@ CASES = {
         transformers.Qwen2Config(**GROUPED, rope_theta=1000000.0),
     ),
     "qwen2_5_vl": Case(
-        {**GROUPED, "model_type": "qwen2_5_vl",
-         "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "rope_theta": 1000000.0},
-        transformers.Qwen2Config(**GROUPED, rope_theta=1000000.0),
+        {"model_type": "qwen2_5_vl", "tie_word_embeddings": False,
+         "text_config": {
+             **GROUPED, "model_type": "qwen2_5_vl_text",
+             "rope_parameters": {
+                 "rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 2000000.0,
+             },
+         }},
+        transformers.Qwen2Config(**GROUPED, rope_theta=2000000.0),
         (("model.", "model.language_model."),),
     ),
 }  # fmt: skip
@@ -533,6 +546,7 @@ DIFFERENT = {
     "chatglm 1": ("chatglm", {"multi_query_attention": ...}, "first generation"),
     "chatglm, rotated otherwise": ("chatglm", {"original_rope": False}, "original_rope is false"),
     "llava on qwen": ("llava", {"text_config": {"model_type": "qwen2"}}, "not Llama or Mistral"),
+    "mistral3 on another": ("mistral3", {"text_config": {"model_type": "x"}}, "not Mistral"),
     "minicpm of experts": ("minicpm", {"num_experts": 8}, "mixture of experts"),
     "orion with biases": ("orion", {"attention_bias": True}, "attention_bias is true"),
     "qwen, partly rotated": ("qwen", {"rotary_pct": 0.5}, "rotary_pct is 0.5"),
@@ -580,6 +594,46 @@ def test_heads_that_the_fused_layer_does_not_hold_are_told_of(tmp_path: Path) ->
     edit_config(tmp_path, num_key_value_heads=4)
     with pytest.raises(gptq.ConfigInvalid, match=r"wqkv.* not the heads that config\.json names"):
         gptq.load(tmp_path, device="cpu")
+
+
+def test_computed_buffers_are_not_taken_from_a_file(tmp_path: Path) -> None:
+    """Repositories of Qwen and ChatGLM have the rotation's frequencies, in half precision."""
+    from safetensors.torch import load_file
+
+    for name, buffer in (("qwen", "rotary_emb.inv_freq"), ("chatglm", "rotary_pos_emb.inv_freq")):
+        model = publish(CASES[name], tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors[f"transformer.{buffer}"] = torch.ones(SIZE // (2 if name == "qwen" else 4)).half()
+        save_file(tensors, tmp_path / "model.safetensors")
+        loaded = load_model(tmp_path, backend="reference", device="cpu")
+        with torch.inference_mode():
+            found, expected = loaded.model(IDS).logits, model(IDS).logits
+        assert float((found - expected).norm() / expected.norm()) < 1e-5
+        assert not loaded.warnings
+
+
+def test_a_plugins_reader_may_know_another_family(tmp_path: Path) -> None:
+    case = CASES["Yi"]
+    model = publish(case, tmp_path)
+    edit_config(tmp_path, model_type="mine")
+    mine = replace(next(it for it in FAMILIES if it.model_type == "Yi"), model_type="mine")
+
+    class MyReader:
+        name = "mine"
+
+        def open(self, path: Path) -> Checkpoint | None:
+            return translate(GPTQReader().open(path), families=(mine,))
+
+    class Plugin:
+        @gptq.hookimpl
+        def gptq_readers(self) -> list[MyReader]:
+            return [MyReader()]
+
+    plugins = gptq.Plugins(Plugin(), installed=True)
+    loaded = load_model(tmp_path, backend="reference", device="cpu", plugins=plugins)
+    with torch.inference_mode():
+        found, expected = loaded.model(IDS).logits, model(IDS).logits
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 
 def test_code_that_is_passed_over_is_told_of(tmp_path: Path) -> None:
