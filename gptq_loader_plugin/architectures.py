@@ -36,7 +36,9 @@ __all__ = ["translate", "translate_config"]
 PARTS = ("q_proj", "k_proj", "v_proj")
 BY_ROWS = ("weight", "bias")  # every other tensor of a layer has its outputs along its last axis
 # Of config.json, what says nothing of the mathematics to a class of another name.
-SET_ASIDE = ("architectures", "auto_map", "quantization_config", "model_type")
+SET_ASIDE = (
+    "architectures", "attn_implementation", "auto_map", "model_type", "quantization_config",
+)  # fmt: skip
 ELSEWHERE = (
     "look for its GGUF version, which llama.cpp runs, or a version that transformers has a class "
     "for"
@@ -60,7 +62,7 @@ def translate(checkpoint: Checkpoint, *, families: Sequence[Family] = FAMILIES) 
     if not path.is_file():
         return checkpoint  # a plan can be made without it; building says what is missing
     config = checkpoint.model_config
-    family = _find(config, families)
+    family = _find(config, families, path)
     if family is not None:
         return _Translation(checkpoint, family, _write(config, family, path)).run()
     model_type = config["model_type"]
@@ -86,13 +88,16 @@ def translate_config(config: dict[str, Any], path: Path) -> dict[str, Any] | Non
         UnsupportedFormat: no class of transformers computes what this kind of model does.
         ConfigInvalid: it lacks what it takes to build the model.
     """
-    family = _find(config, FAMILIES)
+    family = _find(config, FAMILIES, path)
     return None if family is None else _write(config, family, path)
 
 
-def _find(config: dict[str, Any], families: Sequence[Family]) -> Family | None:
+def _find(config: dict[str, Any], families: Sequence[Family], path: Path) -> Family | None:
     of_its_name = (it for it in families if it.model_type == config.get("model_type"))
-    return next((it for it in of_its_name if it.when(config)), None)
+    try:
+        return next((it for it in of_its_name if it.when(config)), None)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _incomplete(config["model_type"], path, error) from error
 
 
 def _write(config: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
@@ -112,12 +117,16 @@ def _write(config: dict[str, Any], family: Family, path: Path) -> dict[str, Any]
     try:
         written |= {**family.sets, **family.computed(config), "model_type": family.becomes}
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ConfigInvalid(
-            f"what it takes to build a {family.model_type} model is missing or wrong: {error}",
-            path=path,
-            hint="copy config.json from the model this was made of",
-        ) from error
+        raise _incomplete(family.model_type, path, error) from error
     return {key: value for key, value in written.items() if value is not None}
+
+
+def _incomplete(model_type: str, path: Path, error: Exception) -> ConfigInvalid:
+    return ConfigInvalid(
+        f"what it takes to build a {model_type} model is missing or wrong: {error}",
+        path=path,
+        hint="copy config.json from the model this was made of",
+    )
 
 
 def _replace(checkpoint: Checkpoint, **parts: Any) -> Checkpoint:  # noqa: ANN401
@@ -141,33 +150,38 @@ class _Translation:
     config: dict[str, Any]
 
     def run(self) -> Checkpoint:
-        config = self.config
-        cuts = self._cuts() if self.family.fused else {}
-        names = [
-            (pattern.replace("LAST", str(config.get("num_hidden_layers", 0) + 1)), become)
-            for pattern, become in self.family.names
-        ]
+        fused = self.family.fused
+        normalised = self.family.normalised(self.checkpoint.model_config)
+        cuts = self._cuts() if fused else {}
+        last = str(self.config.get("num_hidden_layers", 0) + 1)
+        names = [(it.replace("LAST", last), become) for it, become in self.family.names]
         headers: dict[str, TensorInfo] = {}
         views: dict[str, View] = {}
         for old, info in self.checkpoint.headers.items():
             new = _rename(old, names)
             layer, _, leaf = new.rpartition(".")
             parent, _, name = layer.rpartition(".")
-            if self.family.fused is not None and name == self.family.fused.name:
-                bits = self._bits(old)
-                for part, view in self._cut(info, leaf, cuts, bits).items():
-                    headers[f"{parent}.{part}.{leaf}"] = view.info
-                    if view.read is not None:
+            if fused is not None and name == fused.name:
+                for part, (header, view) in self._cut(info, leaf, cuts, self._bits(old)).items():
+                    headers[f"{parent}.{part}.{leaf}"] = header
+                    if view is not None:
                         views[f"{parent}.{part}.{leaf}"] = view
                 continue
             headers[new] = info
-            if new == self.family.normalised(self.checkpoint.model_config):
-                views[new] = View(info, info, _normalise)
+            if new == normalised:
+                views[new] = View(info, _normalise)
+        if normalised and normalised not in headers:
+            raise UnsupportedFormat(
+                f"{normalised} is missing or quantised, and its rows must be made to have length "
+                "one",
+                path=self.checkpoint.path,
+                hint="use a version of this model whose output head is not quantised",
+            )
         return _replace(
             self.checkpoint,
             layers=tuple(self._layers(names, cuts)),
             tensors=TensorFiles(headers, views),
-            translated=config,
+            translated=self.config,
         )
 
     def _cuts(self) -> dict[str, NDArray[np.int64]]:
@@ -193,10 +207,10 @@ class _Translation:
 
     def _cut(
         self, info: TensorInfo, leaf: str, cuts: Mapping[str, NDArray[np.int64]], bits: int
-    ) -> dict[str, View]:
-        """Cut one tensor of the fused layer into those of its parts."""
+    ) -> dict[str, tuple[TensorInfo, View | None]]:
+        """Cut one tensor of the fused layer into those of its parts: each header, and how."""
         if leaf == "g_idx":
-            return {part: View(info, info) for part in cuts}
+            return dict.fromkeys(cuts, (info, None))
         axis = 0 if leaf in BY_ROWS else len(info.shape) - 1
         taken = {
             part: self._words(columns, bits) if leaf == "qzeros" else columns
@@ -208,14 +222,15 @@ class _Translation:
                 path=self.checkpoint.folder / "config.json",
                 hint="copy config.json from the model this was made of",
             )
-        views, start = {}, info.start
+        parts: dict[str, tuple[TensorInfo, View | None]] = {}
+        start = info.start
         for part, index in taken.items():
             shape = tuple(len(index) if it == axis else n for it, n in enumerate(info.shape))
             cut = replace(info, shape=shape, start=start)
             # Where it lies matters to reading ahead alone, which is to read the whole once.
             start += cut.nbytes if start >= 0 else 0
-            views[part] = View(cut, info, _taker(index, axis))
-        return views
+            parts[part] = cut, View(info, _taker(index, axis))
+        return parts
 
     def _words(self, columns: NDArray[np.int64], bits: int) -> NDArray[np.int64]:
         """Say which words of qzeros hold those columns, all of whose fields must be theirs."""

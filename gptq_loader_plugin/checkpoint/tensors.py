@@ -36,14 +36,12 @@ class View:
     """A tensor that is made of one in a file.
 
     Attributes:
-        info: its header, as if it were in the file.
         whole: the header of the one in the file.
-        read: makes it; None where it is the whole.
+        make: makes it of that.
     """
 
-    info: TensorInfo
     whole: TensorInfo
-    read: Callable[[torch.Tensor], torch.Tensor] | None = None
+    make: Callable[[torch.Tensor], torch.Tensor]
 
 
 class TensorFiles:
@@ -83,8 +81,8 @@ class TensorFiles:
             CorruptCheckpoint: its file cannot be read any more.
         """
         view = self._views.get(name)
-        if view is not None and view.read is not None:
-            return view.read(self._whole(view.whole))
+        if view is not None:
+            return view.make(self._whole(view.whole))
         return self._whole(self.headers[name])
 
     def _whole(self, info: TensorInfo) -> torch.Tensor:

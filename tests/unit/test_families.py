@@ -462,6 +462,8 @@ def test_it_answers_as_the_class_that_computes_the_same(name: str, tmp_path: Pat
         found, expected = loaded.model(IDS).logits, model(IDS).logits
     assert type(loaded.model) is type(model)
     assert not loaded.warnings
+    noted = [it for it in loaded.notes if "its own code" in it]
+    assert len(noted) == (name in CASES)
     assert float((found - expected).norm() / expected.norm()) < 1e-5
     assert float(expected.norm()) > 0.5  # a model that answers nothing agrees with anything
 
@@ -587,6 +589,9 @@ def test_a_config_that_lacks_what_it_takes_is_told_of(tmp_path: Path) -> None:
     edit_config(tmp_path, seq_length=...)
     with pytest.raises(gptq.ConfigInvalid, match="seq_length"):
         gptq.load(tmp_path, device="cpu")
+    edit_config(tmp_path, model_type="mistral3")
+    with pytest.raises(gptq.ConfigInvalid, match="text_config"):
+        gptq.load(tmp_path, device="cpu")
 
 
 def test_heads_that_the_fused_layer_does_not_hold_are_told_of(tmp_path: Path) -> None:
@@ -634,6 +639,30 @@ def test_a_plugins_reader_may_know_another_family(tmp_path: Path) -> None:
     with torch.inference_mode():
         found, expected = loaded.model(IDS).logits, model(IDS).logits
     assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_transformers_is_left_what_is_not_quantised(tmp_path: Path) -> None:
+    """A Qwen in float16 is transformers' own affair, with its own code or without."""
+    from gptq_loader_extensions.transformers.finding import find_checkpoint
+
+    publish(CASES["qwen"], tmp_path)
+    edit_config(tmp_path, seq_length=...)
+    with pytest.raises(gptq.ConfigInvalid, match="seq_length"):
+        find_checkpoint(tmp_path, {})
+    (tmp_path / "quantize_config.json").unlink()
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert find_checkpoint(tmp_path, {}) is None
+
+
+def test_a_quantised_head_that_must_be_normalised_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    publish(CASES["baichuan 2"], tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(gptq.UnsupportedFormat, match=r"lm_head\.weight"):
+        gptq.explain(tmp_path, device="cpu")
 
 
 def test_code_that_is_passed_over_is_told_of(tmp_path: Path) -> None:

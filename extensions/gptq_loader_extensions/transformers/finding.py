@@ -52,6 +52,7 @@ def find_checkpoint(name: object, kwargs: Mapping[str, Any]) -> Found | None:
 
     Raises:
         OSError: what transformers raises where a file of the hub cannot be had.
+        CheckpointError: it is one, and config.json lacks what it takes to build its model.
     """
     if name is None or any(kwargs.get(it) is not None for it in OTHER_SOURCES):
         return None
@@ -64,16 +65,17 @@ def find_checkpoint(name: object, kwargs: Mapping[str, Any]) -> Found | None:
     config = _table(found, "config.json")
     if config is None:
         return None
-    found = replace(found, translated=translate_config(config, folder / "config.json"))
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and quantization:
-        return found if _method(quantization) in METHODS else None
+        return _translated(found, config) if _method(quantization) in METHODS else None
     found = replace(found, known=False)
     for file in ("quantize_config.json", "quant_config.json"):
         stored = _table(found, file)
         if stored is not None and "bits" in stored:
-            return found if _method(stored) in METHODS else None
-    return found if found.folder is not None and _holds_codes(found.folder) else None
+            return _translated(found, config) if _method(stored) in METHODS else None
+    if found.folder is not None and _holds_codes(found.folder):
+        return _translated(found, config)
+    return None
 
 
 def fetch(found: Found) -> Path:
@@ -100,6 +102,11 @@ def fetch(found: Found) -> Path:
         kinds = (*SMALL_FILES, *(WEIGHT_FILES if safe else PICKLE_FILES))
         patterns = [f"{inside}{it}" for it in kinds]
     return Path(snapshot_download(found.name, allow_patterns=patterns, **options), found.subfolder)
+
+
+def _translated(found: Found, config: dict[str, Any]) -> Found:
+    path = Path(found.name) / found.subfolder / "config.json"
+    return replace(found, translated=translate_config(config, path))
 
 
 def _method(stored: Mapping[str, Any]) -> str:
