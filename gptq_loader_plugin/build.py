@@ -38,7 +38,7 @@ class FilledModel:
         plan: which kernel runs which layer, and why.
         modules: the prepared module of every quantised layer, by the layer's name.
         warnings: what a user should know, one sentence each.
-        notes: what kernels did for the model as a whole.
+        notes: what was built, and what kernels did for the model as a whole.
     """
 
     model: PreTrainedModel
@@ -100,6 +100,9 @@ def build_model(
     else:
         used = {choice.kernel.name: choice.kernel for choice in plan.choices}
         notes = [it.finish(model) for it in used.values() if isinstance(it, Finisher)]
+    if checkpoint.translated is not None:
+        model_type = checkpoint.translated["model_type"]
+        notes.insert(0, f"built as a {model_type} model, which computes what its own code does")
     return FilledModel(model, checkpoint, plan, filled.modules, warnings, tuple(notes))
 
 

@@ -122,7 +122,8 @@ def make_cache(model: PreTrainedModel) -> DynamicCache:
     """Make an empty cache for `model`, with room where its layers are plain attention."""
     cache = DynamicCache(config=model.config)
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    if cache.layers and all(type(layer) in plain for layer in cache.layers):
+    alike = not _is_latent(model.config)
+    if cache.layers and alike and all(type(layer) in plain for layer in cache.layers):
         cache.layers = [RoomyLayer() for _ in cache.layers]  # type: ignore[no-untyped-call]
     return cache
 
@@ -139,7 +140,7 @@ def check_int8(config: PreTrainedConfig) -> None:
             hint="pip install hqq, or leave the 8 bits out",
         )
     plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-    if not plain or not cache_group(_head_dim(config)):
+    if not plain or _is_latent(config) or not cache_group(_head_dim(config)):
         raise OptionInvalid(
             f"this {config.model_type} model's context cannot be kept in 8 bits",
             hint="leave the 8 bits out",
@@ -153,6 +154,11 @@ def make_int8_cache(model: PreTrainedModel) -> QuantizedCache:
     """
     size = cache_group(_head_dim(model.config))
     return QuantizedCache("hqq", model.config, nbits=8, axis_key=1, axis_value=1, q_group_size=size)
+
+
+def _is_latent(config: PreTrainedConfig) -> bool:
+    """Say whether attention keeps two things of different widths, as DeepSeek-V2's does."""
+    return getattr(config.get_text_config(), "kv_lora_rank", None) is not None
 
 
 def _head_dim(config: PreTrainedConfig) -> int:

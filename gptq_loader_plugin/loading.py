@@ -7,24 +7,25 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from gptq_loader_plugin.architectures import translate
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
-from gptq_loader_plugin.errors import CheckpointError, OptionInvalid
+from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.events import Head
 from gptq_loader_plugin.opening import find_first_device, open_planned, plan_load
 from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.reference import resolve
 from gptq_loader_plugin.shortlist import plan_shortlist, shorten
 from gptq_loader_plugin.template_source import find_template
+from gptq_loader_plugin.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from gptq_loader_plugin.build import FilledModel
-    from gptq_loader_plugin.checkpoint.reader import Checkpoint
     from gptq_loader_plugin.loaded import LoadedModel
     from gptq_loader_plugin.opening import Opened
     from gptq_loader_plugin.plan import Plan
@@ -33,10 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["explain", "inspect", "load", "load_model"]
 
-COPY_TOKENIZER = (
-    "copy tokenizer.json (or tokenizer.model) and tokenizer_config.json from the model this was "
-    "made of"
-)
 UNKNOWN_CONTEXT = 2048  # a model that does not say how long its context is
 
 logger = logging.getLogger(__name__)
@@ -110,7 +107,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     chosen = find_template(
         checkpoint.folder, card=checkpoint.card, named=template, offered=plugins.templates()
     )
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = read_tokenizer(checkpoint)
     if kv_cache == "int8":
         from gptq_loader_plugin.kv_cache import check_int8
         from gptq_loader_plugin.skeleton import read_config
@@ -235,7 +232,7 @@ def explain(
     plugins = plugins or Plugins(installed=True)
     where = find_first_device(device, device_map, max_memory)
     path = resolve(reference, plugins=plugins, revision=revision, download=False)
-    checkpoint = open_checkpoint(path, plugins.readers())
+    checkpoint = translate(open_checkpoint(path, plugins.readers()))
     plan = plan_load(
         checkpoint,
         where,
@@ -275,30 +272,6 @@ def _tell_loaded(opened: Opened, plugins: Plugins) -> None:
     plugins.hook.gptq_after_load(request=opened.request, seconds=seconds)
     named, headline = opened.request.reference, opened.plan.headline()
     logger.info("loaded %s in %.1f s: %s", named, seconds, headline)
-
-
-def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            checkpoint.folder, trust_remote_code=False
-        )
-        usable = len(tokenizer) > 0 and bool(tokenizer("a")["input_ids"])
-    except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"the tokenizer cannot be read ({first[:200]})",
-            path=checkpoint.folder,
-            hint=f"{COPY_TOKENIZER}; tokenizer.model needs pip install sentencepiece protobuf",
-        ) from error
-    if not usable:
-        raise CheckpointError(
-            "there is no tokenizer",
-            path=checkpoint.folder,
-            hint=COPY_TOKENIZER,
-        )
-    return tokenizer
 
 
 def _context(model: PreTrainedModel, asked: int | None) -> int:

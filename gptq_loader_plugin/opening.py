@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gptq_loader_plugin.architectures import translate
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.errors import OptionInvalid
@@ -93,7 +94,7 @@ def open_planned(
     path = resolve(reference, plugins=plugins, revision=revision)
     request = LoadRequest(named or str(reference), path, str(where), backend)
     plugins.hook.gptq_before_load(request=request)
-    checkpoint = open_checkpoint(path, plugins.readers())
+    checkpoint = translate(open_checkpoint(path, plugins.readers()))
     plan = plan_load(
         checkpoint,
         where,

@@ -57,6 +57,8 @@ class ExpertPlace:
 
 
 Place = ModulePlace | ExpertPlace
+# What transformers raises for a config that it cannot make a model of.
+UNBUILDABLE = (ValueError, KeyError, TypeError, AttributeError)
 ROLES = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
@@ -85,7 +87,7 @@ def build_skeleton(
     try:
         model = _build(config, dtype, model_class)
         _settle_buffers(model, config, dtype, model_class)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (*UNBUILDABLE, RuntimeError) as error:
         raise _unknown_model(model_type, path, error) from error
     empty_parameters(model)
     parts = [getattr(model.config, name) for name in model.config.sub_configs]
@@ -148,14 +150,17 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         ConfigInvalid: config.json is missing or broken.
         UnsupportedFormat: transformers does not know the model, or it needs code of its own.
     """
-    from transformers import AutoConfig
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     model_type = checkpoint.model_config["model_type"]
+    config: PreTrainedConfig
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            checkpoint.folder, trust_remote_code=False
-        )
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        if checkpoint.translated is None:
+            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        else:
+            config = CONFIG_MAPPING[model_type].from_dict(checkpoint.translated)
+    except (*UNBUILDABLE, OSError, StrictDataclassError) as error:
         raise _unknown_model(model_type, checkpoint.folder / "config.json", error) from error
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
@@ -279,15 +284,31 @@ def linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
 
 
 def _unknown_model(model_type: str, path: Any, error: Exception) -> UnsupportedFormat:  # noqa: ANN401
-    if "trust_remote_code" in str(error) or "custom code" in str(error):
+    from transformers import CONFIG_MAPPING
+    from transformers import __version__ as version
+
+    words = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in words or "custom code" in words:
         return UnsupportedFormat(
             f"{model_type} models bring Python code of their own, which is not run",
             path=path,
-            hint="use a version of this model for an architecture that transformers has",
+            hint="use a version of this model for an architecture that transformers has, or its "
+            "GGUF version, which llama.cpp runs",
         )
-    first = (str(error).splitlines() or [type(error).__name__])[0]
+    if model_type not in CONFIG_MAPPING:
+        return UnsupportedFormat(
+            f"transformers {version} has no {model_type} models",
+            path=path,
+            hint="update transformers: pip install -U transformers; or check model_type",
+        )
+    if words.startswith("Unrecognized configuration class"):
+        return UnsupportedFormat(
+            f"a {model_type} model is none that goes on with a text",
+            path=path,
+            hint="use a model for text generation; or check model_type",
+        )
     return UnsupportedFormat(
-        f"transformers cannot build a {model_type} model ({first[:200]})",
+        f"transformers cannot build a {model_type} model ({words[:200]})",
         path=path,
         hint="update transformers: pip install -U transformers; or check config.json",
     )

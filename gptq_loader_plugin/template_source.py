@@ -22,6 +22,7 @@ from gptq_loader_plugin.template import (
     JinjaTemplate,
     Template,
 )
+from gptq_loader_plugin.tokenizer import RANKS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,6 +108,8 @@ def known_tokens(folder: Path) -> set[str]:
         known.update(it for it in (CHATML_START, CHATML_END) if it in vocabulary)
     else:
         known.update(it[0] for it in vocabulary if it[0] in (CHATML_START, CHATML_END))
+    if (folder / RANKS).is_file():  # Qwen's own code adds them
+        known.update((CHATML_START, CHATML_END))
     return known
 
 

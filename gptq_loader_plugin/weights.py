@@ -182,6 +182,8 @@ class _Filling:
             raise self._mismatch(f"{layer.name}.bias", "is missing")
 
     def _place_tensor(self, name: str) -> None:
+        if COMPUTED.fullmatch(name):
+            return  # a file may have it in half precision
         target, converter, pattern = self.names.target(name)
         parent = target.rpartition(".")[0]
         if converter is not None:
@@ -195,8 +197,6 @@ class _Filling:
             collected.setdefault(str(pattern), []).append((name, tensor))
         elif self.names.exists(target):
             self._assign(target, self._read(name), name)
-        elif COMPUTED.fullmatch(name):
-            return
         elif self.names.inside_a_block(target):
             raise self._mismatch(
                 name,

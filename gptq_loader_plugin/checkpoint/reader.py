@@ -59,6 +59,8 @@ class Checkpoint:
         layers: every quantised layer, by its name.
         warnings: what a user should know, one sentence each.
         tensors: its tensors, by name.
+        translated: what config.json says in the words of another transformers class, as which
+            the checkpoint is read, or None.
     """
 
     def __init__(
@@ -69,12 +71,14 @@ class Checkpoint:
         layers: tuple[LayerSpec, ...],
         warnings: tuple[str, ...],
         tensors: TensorFiles,
+        translated: dict[str, Any] | None = None,
     ) -> None:
         self.path = path
         self.config = config
         self.layers = {layer.name: layer for layer in layers}
         self.warnings = warnings
         self.tensors = tensors
+        self.translated = translated
 
     @property
     def folder(self) -> Path:
@@ -98,6 +102,8 @@ class Checkpoint:
         Raises:
             ConfigInvalid: there is none, or it does not parse, or it names no model type.
         """
+        if self.translated is not None:
+            return self.translated
         file = self.folder / "config.json"
         if not file.is_file():
             raise ConfigInvalid(

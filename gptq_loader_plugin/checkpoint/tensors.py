@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from gptq_loader_plugin.errors import CorruptCheckpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import torch
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.checkpoint.headers import TensorInfo
 
-__all__ = ["TensorFiles", "is_finite"]
+__all__ = ["TensorFiles", "View", "is_finite"]
 
 TORCH_NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32",
@@ -29,6 +31,19 @@ TORCH_NAMES = {
 MAPPED_FROM = 1 << 20  # bytes: below, copying a tensor costs less than mapping it
 
 
+@dataclass(frozen=True, slots=True)
+class View:
+    """A tensor that is made of one in a file.
+
+    Attributes:
+        whole: the header of the one in the file.
+        make: makes it of that.
+    """
+
+    whole: TensorInfo
+    make: Callable[[torch.Tensor], torch.Tensor]
+
+
 class TensorFiles:
     """The tensors of a checkpoint's files, each read when it is asked for.
 
@@ -37,10 +52,14 @@ class TensorFiles:
 
     Args:
         headers: every tensor's header, by its name.
+        views: those that are made of others as they are read.
     """
 
-    def __init__(self, headers: dict[str, TensorInfo]) -> None:
+    def __init__(
+        self, headers: dict[str, TensorInfo], views: Mapping[str, View] | None = None
+    ) -> None:
         self.headers = headers
+        self._views = views or {}
         self._pickles: dict[Path, Any] = {}
 
     def integers(self, name: str) -> NDArray[np.int32]:
@@ -50,7 +69,7 @@ class TensorFiles:
             CorruptCheckpoint: its file cannot be read any more.
         """
         info = self.headers[name]
-        if info.start < 0:
+        if info.start < 0 or name in self._views:
             array: NDArray[np.int32] = self.tensor(name).numpy()
             return array
         return np.frombuffer(self._bytes(info), dtype=np.int32).reshape(info.shape)
@@ -61,9 +80,14 @@ class TensorFiles:
         Raises:
             CorruptCheckpoint: its file cannot be read any more.
         """
+        view = self._views.get(name)
+        if view is not None:
+            return view.make(self._whole(view.whole))
+        return self._whole(self.headers[name])
+
+    def _whole(self, info: TensorInfo) -> torch.Tensor:
         import torch
 
-        info = self.headers[name]
         if info.start < 0:
             return self._pickled(info)
         dtype: torch.dtype = getattr(torch, TORCH_NAMES[info.dtype])

@@ -97,13 +97,14 @@ def tune_kernels(layers: Sequence[LayerSpec], device: Device, plugins: Plugins) 
 
 
 def _layers(reference: str | None, plugins: Plugins, revision: str | None) -> list[LayerSpec]:
+    from gptq_loader_plugin.architectures import translate
     from gptq_loader_plugin.checkpoint.reader import open_checkpoint
     from gptq_loader_plugin.kernel import LayerSpec
     from gptq_loader_plugin.reference import resolve
 
     if reference is not None:
         path = resolve(reference, plugins=plugins, revision=revision)
-        checkpoint = open_checkpoint(path, plugins.readers())
+        checkpoint = translate(open_checkpoint(path, plugins.readers()))
         layers = list(checkpoint.layers.values())
         checkpoint.close()
         return layers

@@ -30,7 +30,16 @@ __all__ = [
     "read",
 ]
 
-SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*")
+SMALL_FILES = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "*.txt",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+)
 WEIGHT_FILES = ("*.safetensors",)
 PICKLE_FILES = ("*.bin", "*.pt", "*.pth")
 ASK_WAITS = (0.5, 1.5)  # seconds before a question is asked again: a person waits for its answer

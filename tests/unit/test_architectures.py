@@ -28,6 +28,12 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 382,
 }
 GATED = {**SIZES, "intermediate_size": 96, "num_key_value_heads": 2}
+MIXTURE = {**SIZES, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT = {
+    **MIXTURE, "intermediate_size": 96, "n_routed_experts": 4, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 24, "v_head_dim": 16, "num_key_value_heads": 4,
+}  # fmt: skip
 GPT2 = {
     "n_embd": 64, "n_inner": 96, "n_layer": 2, "n_head": 4, "vocab_size": 384, "n_positions": 128,
     "bos_token_id": 380, "eos_token_id": 381,
@@ -35,6 +41,11 @@ GPT2 = {
 # Name: (config, linears that are quantised).
 MODELS: dict[str, tuple[Any, int]] = {
     "bloom": (transformers.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=384), 8),
+    "deepseek_v2": (
+        transformers.DeepseekV2Config(**LATENT, q_lora_rank=None, topk_method="greedy"),
+        24,
+    ),
+    "deepseek_v3": (transformers.DeepseekV3Config(**LATENT, q_lora_rank=32), 26),
     "falcon": (transformers.FalconConfig(**SIZES), 8),
     "gemma": (transformers.GemmaConfig(**GATED, head_dim=16), 14),
     "gemma2": (transformers.Gemma2Config(**GATED, head_dim=16), 14),
@@ -45,10 +56,32 @@ MODELS: dict[str, tuple[Any, int]] = {
     "llama_tied": (transformers.LlamaConfig(**GATED, tie_word_embeddings=True), 14),
     "mistral": (transformers.MistralConfig(**GATED), 14),
     "mixtral": (transformers.MixtralConfig(**GATED, num_local_experts=4), 32),
+    "olmoe": (
+        transformers.OlmoeConfig(
+            **{**GATED, "intermediate_size": 32}, num_experts=4, num_experts_per_tok=2
+        ),
+        32,
+    ),
     "opt": (transformers.OPTConfig(**SIZES, ffn_dim=96, word_embed_proj_dim=64), 12),
     "phi": (transformers.PhiConfig(**SIZES, intermediate_size=96), 12),
     "phi3": (transformers.Phi3Config(**GATED), 8),
+    "phimoe": (
+        transformers.PhimoeConfig(
+            **{**GATED, "intermediate_size": 32}, num_local_experts=4, num_experts_per_tok=2
+        ),
+        32,
+    ),
     "qwen2": (transformers.Qwen2Config(**GATED), 14),
+    "qwen2_moe": (
+        transformers.Qwen2MoeConfig(
+            **MIXTURE,
+            intermediate_size=96,
+            num_key_value_heads=2,
+            num_experts=4,
+            shared_expert_intermediate_size=32,
+        ),
+        38,
+    ),
     "qwen3": (transformers.Qwen3Config(**GATED, head_dim=16), 14),
     "qwen3_moe": (
         transformers.Qwen3MoeConfig(

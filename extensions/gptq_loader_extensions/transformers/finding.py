@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptq_loader_plugin.architectures import translate_config
 from gptq_loader_plugin.checkpoint.headers import find_weight_files, read_headers
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.hub.remote import PICKLE_FILES, SMALL_FILES, WEIGHT_FILES
@@ -35,6 +36,7 @@ class Found:
         folder: where it is on this machine; None where it must be fetched first.
         known: whether transformers too would know it for GPTQ.
         hub: the options that say where on the hub it is, and how to get it.
+        translated: what its config.json says in transformers' words, where it has others.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Found:
     folder: Path | None
     known: bool
     hub: Mapping[str, Any]
+    translated: dict[str, Any] | None = None
 
 
 def find_checkpoint(name: object, kwargs: Mapping[str, Any]) -> Found | None:
@@ -49,6 +52,7 @@ def find_checkpoint(name: object, kwargs: Mapping[str, Any]) -> Found | None:
 
     Raises:
         OSError: what transformers raises where a file of the hub cannot be had.
+        CheckpointError: it is one, and config.json lacks what it takes to build its model.
     """
     if name is None or any(kwargs.get(it) is not None for it in OTHER_SOURCES):
         return None
@@ -63,13 +67,15 @@ def find_checkpoint(name: object, kwargs: Mapping[str, Any]) -> Found | None:
         return None
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and quantization:
-        return found if _method(quantization) in METHODS else None
+        return _translated(found, config) if _method(quantization) in METHODS else None
     found = replace(found, known=False)
     for file in ("quantize_config.json", "quant_config.json"):
         stored = _table(found, file)
         if stored is not None and "bits" in stored:
-            return found if _method(stored) in METHODS else None
-    return found if found.folder is not None and _holds_codes(found.folder) else None
+            return _translated(found, config) if _method(stored) in METHODS else None
+    if found.folder is not None and _holds_codes(found.folder):
+        return _translated(found, config)
+    return None
 
 
 def fetch(found: Found) -> Path:
@@ -96,6 +102,11 @@ def fetch(found: Found) -> Path:
         kinds = (*SMALL_FILES, *(WEIGHT_FILES if safe else PICKLE_FILES))
         patterns = [f"{inside}{it}" for it in kinds]
     return Path(snapshot_download(found.name, allow_patterns=patterns, **options), found.subfolder)
+
+
+def _translated(found: Found, config: dict[str, Any]) -> Found:
+    path = Path(found.name) / found.subfolder / "config.json"
+    return replace(found, translated=translate_config(config, path))
 
 
 def _method(stored: Mapping[str, Any]) -> str:

@@ -105,8 +105,29 @@ def _for_auto_classes(original: Any, asked: ContextVar[Any]) -> Callable[..., An
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         token = asked.set(kwargs.get("dtype") or kwargs.get("torch_dtype"))
         try:
+            known = _known_class(cls, args, kwargs)
+            if known is not None:
+                return known.from_pretrained(*args, **kwargs)
             return original.__get__(None, cls)(*args, **kwargs)
         finally:
             asked.reset(token)
 
     return from_pretrained
+
+
+def _known_class(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+    """Find the class of a GPTQ checkpoint whose model type is not in transformers' words, or None.
+
+    An Auto class would look for that type, and not find it.
+    """
+    from transformers import CONFIG_MAPPING
+
+    from gptq_loader_extensions.transformers.finding import find_checkpoint
+
+    if kwargs.get("config") is not None:
+        return None
+    name = kwargs.get("pretrained_model_name_or_path", args[0] if args else None)
+    found = find_checkpoint(name, kwargs)
+    if found is None or found.translated is None:
+        return None
+    return cls._model_mapping[CONFIG_MAPPING[found.translated["model_type"]]]

@@ -76,7 +76,14 @@ def load_found(
     others = check_options(args, kwargs)
     dtype, placement = read_dtype(kwargs, asked_dtype), read_placement(kwargs)
     folder = fetch(found)
-    config = read_config(cls, folder, kwargs.get("config"), others, name=found.name)
+    config = read_config(
+        cls,
+        folder,
+        kwargs.get("config"),
+        others,
+        name=found.name,
+        translated=found.translated,
+    )
     generating = _generating(cls)
     filled = load_model(
         folder,

@@ -72,6 +72,7 @@ def read_config(
     others: dict[str, Any],
     *,
     name: str,
+    translated: dict[str, Any] | None = None,
 ) -> PreTrainedConfig:
     """Give the config to build: the one that was handed over, or the checkpoint's, and options.
 
@@ -89,6 +90,8 @@ def read_config(
     config: PreTrainedConfig
     if isinstance(given, PreTrainedConfig):
         config = copy.deepcopy(given)
+    elif translated is not None and given is None:
+        config, others = cls.config_class.from_dict(translated, return_unused_kwargs=True, **others)
     else:
         source: Any = folder if given is None else given
         config, others = cls.config_class.from_pretrained(

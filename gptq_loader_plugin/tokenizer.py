@@ -1,0 +1,118 @@
+"""Read a checkpoint's tokenizer, running none of its code.
+
+Some repositories bring Python code for theirs. Where a `tokenizer.json` lies beside it, that is
+the whole tokenizer; Qwen of the first generation has tiktoken's file of ranks instead.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_plugin.checkpoint.config import read_json
+from gptq_loader_plugin.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from gptq_loader_plugin.checkpoint.reader import Checkpoint
+
+__all__ = ["RANKS", "read_tokenizer"]
+
+COPY_TOKENIZER = (
+    "copy tokenizer.json (or tokenizer.model) and tokenizer_config.json from the model this was "
+    "made of"
+)
+RANKS = "qwen.tiktoken"
+EXTRAS = 205  # <|extra_0|> and so on, which follow Qwen's three special tokens
+
+
+def read_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Read the tokenizer in a checkpoint's folder.
+
+    Raises:
+        CheckpointError: there is none, it cannot be read, or it is code of its own.
+        UnsupportedFormat: transformers does not know the model.
+    """
+    from transformers import PreTrainedConfig
+
+    from gptq_loader_plugin.skeleton import read_config
+
+    folder = checkpoint.folder
+    own = _own_class(folder)
+    if own and not (folder / "tokenizer.json").is_file() and not (folder / RANKS).is_file():
+        raise CheckpointError(
+            f"its tokenizer ({own}) is Python code of its own, which is not run",
+            path=folder,
+            hint="find a version of this model that has a tokenizer.json, and copy that file here",
+        )
+    # A model type that only we know is nothing for a user to be told of.
+    config = PreTrainedConfig() if checkpoint.translated is not None else read_config(checkpoint)
+    try:
+        tokenizer: PreTrainedTokenizerBase = _read(folder, config, own=own)
+        usable = len(tokenizer) > 0 and bool(tokenizer("a")["input_ids"])
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"the tokenizer cannot be read ({first[:200]})",
+            path=folder,
+            hint=f"{COPY_TOKENIZER}; tokenizer.model needs pip install sentencepiece protobuf",
+        ) from error
+    if not usable:
+        raise CheckpointError("there is no tokenizer", path=folder, hint=COPY_TOKENIZER)
+    return tokenizer
+
+
+def _read(folder: Path, config: PreTrainedConfig, *, own: str) -> Any:  # noqa: ANN401
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if not own:
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    if (folder / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    return _read_ranks(folder / RANKS)
+
+
+def _own_class(folder: Path) -> str:
+    """Name the class of a tokenizer that is code of its own, and that transformers has not."""
+    file = folder / "tokenizer_config.json"
+    config = read_json(file) if file.is_file() else {}
+    if not config.get("auto_map"):
+        return ""
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    name = str(config.get("tokenizer_class") or "without a name")
+    return "" if tokenizer_class_from_name(name) is not None else name
+
+
+def _read_ranks(file: Path) -> Any:  # noqa: ANN401 - a tokenizer
+    """Make a tokenizer of tiktoken's file: tokens' bytes, and the order in which they are merged.
+
+    Text is cut as it is for the Qwen that followed, which transformers has.
+    """
+    from transformers import AddedToken, Qwen2Tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = bytes_to_unicode()
+    lines = (line.split() for line in file.read_bytes().splitlines() if line)
+    ranks = {
+        "".join(map(letters.__getitem__, base64.b64decode(token))): int(rank)
+        for token, rank in lines
+    }
+    # tiktoken joins any two tokens whose bytes are a token, the one of the lowest rank first
+    merges: Any = [
+        (token[:cut], token[cut:])
+        for token in sorted(ranks, key=ranks.__getitem__)
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    ]
+    tokenizer = Qwen2Tokenizer(vocab=ranks, merges=merges)
+    tokenizer.backend_tokenizer.model.ignore_merges = True
+    special = ["<|im_start|>", "<|im_end|>", *(f"<|extra_{it}|>" for it in range(EXTRAS))]
+    tokenizer.add_tokens([AddedToken(it, special=True, normalized=False) for it in special])
+    config = file.with_name("tokenizer_config.json")
+    tokenizer.model_max_length = json.loads(config.read_text("utf-8")).get("model_max_length")
+    return tokenizer
