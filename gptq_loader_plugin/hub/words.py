@@ -72,7 +72,7 @@ def explained(hub: HubReference, error: BaseException) -> GPTQLoaderError:
     status = status_of(error)
     if status is not None:
         return _refused(hub, error, status)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return HubError(
             f"the disk is full, and {hub} is not all there",
             hint=f"free some disk space, then {GOES_ON}",
