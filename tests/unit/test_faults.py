@@ -191,7 +191,7 @@ main()
 
 def test_ctrl_c_while_it_loads_ends_it_in_words() -> None:
     draw = random.Random(9)
-    for _ in range(2 * TIMES):
+    for _ in range(TIMES):
         after = str(draw.randrange(50_000))
         process = command("-c", INTERRUPTED, "generate", DATA / ONE, "--prompt", "x", after)
         assert process.stdout is not None
@@ -304,8 +304,10 @@ def make_big(folder: Path) -> None:
     copy(ONE, folder)
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
+    rows = len(tensors["model.embed_tokens.weight"])
     for name, tensor in tensors.items():
-        if tensor.ndim == 2 and tensor.shape[0] == tensors["model.embed_tokens.weight"].shape[0]:
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            assert len(tensor) == rows
             tensors[name] = torch.zeros(BIG_ROWS, tensor.shape[1], dtype=tensor.dtype)
     save_file(tensors, file, metadata={"format": "pt"})
     edit_json(folder / "config.json", lambda it: it.update(vocab_size=BIG_ROWS))
@@ -349,7 +351,7 @@ def served(models: Path) -> Iterator[Served]:
 @linux
 def test_a_load_without_enough_memory_fails_and_the_server_lives(served: Served) -> None:
     expected = served.complete().json()["choices"]
-    served.limit(400_000_000)  # less than its files and what is read from them
+    served.limit(300_000_000)  # for its weights, and not for the files they are read from
     try:
         refused = served.complete(model="big")
         assert refused.status_code == 503, refused.text

@@ -30,7 +30,7 @@ def free_memory(*, membership: Path = Path("/proc/self/cgroup"), cgroups: Path =
         most, _ = resource.getrlimit(resource.RLIMIT_AS)
         if most != resource.RLIM_INFINITY:
             limits.append(most - int(psutil.Process().memory_info().vms))
-    return max(min(limits), 0)
+    return min(limits)
 
 
 def _of_groups(membership: Path, cgroups: Path) -> Iterator[int]:
