@@ -42,7 +42,7 @@ def offload_tensor(tensor: torch.Tensor, folder: Path) -> torch.Tensor:
     if sys.version_info >= (3, 13):
         how["trackfd"] = False  # a mapping does not keep a file descriptor
     with _open_unnamed(folder) as file:
-        file.write(flat.view(torch.uint8).numpy())
+        file.write(flat.view(torch.uint8).numpy().data)
         file.flush()
         mapped = mmap.mmap(file.fileno(), tensor.nbytes, **how)
     return torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape)

@@ -13,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -344,6 +345,14 @@ def served(models: Path) -> Iterator[Served]:
         again.hub = hub
         yield again
     again.unlimit()
+    assert again.complete(model="long").status_code == 200
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(again.complete, model="big")
+        while again.client.get("/health").json()["model"] is not None:
+            assert not asked.done()
+        # while it loads
+        again.process.send_signal(signal.SIGTERM)
+        assert asked.result().status_code in (200, 503)
     assert again.end(signal.SIGTERM) == -signal.SIGTERM
     assert "Traceback" not in again.words.read_text()
 
