@@ -111,8 +111,8 @@ class Soak:
         return self._seen
 
     async def _run(self) -> None:
-        # The server closes what was idle for 5 seconds: a request must not meet that.
-        limits = httpx.Limits(max_connections=200, keepalive_expiry=2)
+        # A server closes what was idle for some seconds: no request may meet that.
+        limits = httpx.Limits(max_keepalive_connections=0)
         async with httpx.AsyncClient(
             base_url=self._arguments.url, headers=self._key, timeout=PATIENCE, limits=limits
         ) as self._client:

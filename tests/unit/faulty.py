@@ -38,16 +38,17 @@ class Jobs:
         self._process.communicate()
 
     def run(self, name: str, *args: Any, kill_after: float | None = None) -> list[Any]:
-        """Run a job to its end, or kill it some seconds after it began; give what it told."""
+        """Run a job to its end, or kill it some seconds after its first words; give them all."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([name, *map(str, args)]) + "\n")
         self._process.stdin.flush()
         pid = self._read()["pid"]
+        told = []
         if kill_after is not None:
+            told.append(self._read()["told"])
             time.sleep(kill_after)
             with suppress(ProcessLookupError):  # it has ended
                 os.kill(pid, signal.SIGKILL)
-        told = []
         while "status" not in (line := self._read()):
             told.append(line["told"])
         assert line["status"] == 0 or kill_after is not None, told
@@ -86,6 +87,7 @@ def install_for_ever(folder: str) -> None:
     """Put the extension into a folder of text-generation-webui's again and again."""
     from gptq_loader_extensions.webui.install import install
 
+    tell(told="begun")
     while True:
         install(Path(folder))
 
@@ -122,6 +124,7 @@ def load_on_disk(folder: str, offload: str) -> None:
     """Load a model whose weights lie in files, and answer."""
     import gptq_loader_plugin as gptq
 
+    tell(told="begun")
     everything: dict[str, str] = {"": "disk"}
     with gptq.load(folder, device_map=everything, offload_folder=offload) as model:
         short = gptq.GenerateOptions(max_new_tokens=8, temperature=0)

@@ -126,14 +126,12 @@ class BatchEngine:
         self._shelf.close()
 
     def _serve(self) -> None:
-        from gptq_loader_plugin.memory import release_freed
-
         idle = True
         while True:
             with self._changed:
                 resting = not (self._waiting or self._running or self._closed)
             if resting and not idle:
-                release_freed()  # what a long prompt took stays with glibc otherwise
+                self._shelf.tidy()
             idle = resting
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._running or self._closed)

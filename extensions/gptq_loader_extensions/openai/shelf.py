@@ -172,11 +172,20 @@ class Shelf:
         """Free the memory of the model that is loaded."""
         if self._loaded is None:
             return
-        from gptq_loader_plugin.memory import release_freed
-
         (_, model), self._loaded = self._loaded, None
         model.close()
         del model
+        gc.unfreeze()
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Give back what requests have left: their bodies in errors' cycles, pages with glibc.
+
+        Python looks through all objects for cycles only when their number has grown by a quarter,
+        and there are a million; those of the libraries and the model are left out (`_put`).
+        """
+        from gptq_loader_plugin.memory import release_freed
+
         gc.collect()
         release_freed()
 
@@ -195,6 +204,8 @@ class Shelf:
         with self._spare_lock:
             self._spare = spare
         self._loaded, self._last = (name, model), name
+        gc.collect()
+        gc.freeze()
         return self._loaded
 
     def _find(self, name: str | None) -> Entry | HubReference:
