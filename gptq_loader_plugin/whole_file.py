@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -30,8 +31,9 @@ def write_whole(path: Path, text: str, *, mode: int = 0o666) -> None:
         OSError: it cannot be written; what was there before still is.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        if time.time() - left.stat().st_mtime > LONGEST:
-            left.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process has put it in its place meanwhile
+            if time.time() - left.stat().st_mtime > LONGEST:
+                left.unlink()
     part = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
     try:
         with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:  # noqa: PTH123 - of a descriptor

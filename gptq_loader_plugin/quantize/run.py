@@ -74,6 +74,10 @@ def quantize_model(
     Raises:
         QuantizeError: the source cannot be loaded, or it cannot be quantised as asked.
     """
+    if Path(out).expanduser().resolve() == Path(source).expanduser().resolve():
+        raise QuantizeError(
+            f"{out} holds the model that is to be quantised", hint="name another folder to write"
+        )
     progress = progress or _ignore
     progress(Progress("read model", 0, 1, "files", str(source)))
     model, tokenizer = _load_source(Path(source).expanduser())

@@ -26,6 +26,7 @@ from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
 from gptq_loader_extensions.gradio.settings_file import ModelSettings, SettingsFile
+from gptq_loader_extensions.openai.room import free_memory
 from gptq_loader_plugin.local import local_models
 
 if TYPE_CHECKING:
@@ -383,6 +384,29 @@ def test_a_prompt_without_enough_memory_fails_and_the_server_lives(served: Serve
         assert (health["running"], health["waiting"]) == (0, 0)
     finally:
         served.unlimit()
+
+
+def test_a_path_of_the_api_that_is_not_there_is_refused_in_its_shape(served: Served) -> None:
+    for method, path, status in (("GET", "/v1/nothing", 404), ("DELETE", "/v1/models", 405)):
+        answer = served.client.request(method, path)
+        assert answer.status_code == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_the_memory_of_a_container_counts(tmp_path: Path) -> None:
+    membership, inner = tmp_path / "cgroup", tmp_path / "groups" / "a" / "b"
+    membership.write_text("1:name=old:/x\n0::/a/b\n")
+    inner.mkdir(parents=True)
+    for group, most in ((inner, "max"), (inner.parent, "5000")):
+        (group / "memory.max").write_text(f"{most}\n")
+        (group / "memory.current").write_text("3000\n")
+        (group / "memory.stat").write_text("anon 2500\ninactive_file 400\nactive_file 100\n")
+    groups = tmp_path / "groups"
+    assert free_memory(membership=membership, cgroups=groups) == 5000 - 3000 + 400
+    (inner / "memory.max").write_text("3000")
+    assert free_memory(membership=membership, cgroups=groups) == 400
+    nothing = tmp_path / "none"
+    assert free_memory(membership=nothing, cgroups=nothing) > 10**6
 
 
 def test_no_secret_is_ever_written_down(served: Served) -> None:
