@@ -22,6 +22,7 @@ from gptq_loader_extensions.openai.server import Server
 from gptq_loader_extensions.openai.shelf import Shelf
 from gptq_loader_extensions.openai.traffic import LOG
 from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.memory import share_heaps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,6 +61,7 @@ def serve(
         import gptq_loader_plugin as gptq
 
         load = gptq.load
+    share_heaps()
     with closing(bind(settings.host, settings.port)) as listening:
         shelf = Shelf(settings, load=load)
         shelf.start(reference, model)
