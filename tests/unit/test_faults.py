@@ -198,7 +198,7 @@ def test_ctrl_c_while_it_loads_ends_it_in_words() -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "now\n"
         process.send_signal(signal.SIGINT)
-        _, words = process.communicate(timeout=60)
+        _, words = process.communicate(timeout=300)
         assert process.returncode == 130, words
         assert words.strip().endswith("stopped")
         assert "Traceback" not in words
@@ -216,7 +216,7 @@ from gptq_loader_plugin.cli import main
 main()
 """
     process = command("-c", code, "models")
-    assert process.communicate(timeout=60) == ("", "")
+    assert process.communicate(timeout=300) == ("", "")
     assert process.returncode == 130
 
 
@@ -234,7 +234,7 @@ main()
 @linux
 def test_a_command_that_runs_out_of_memory_says_so(models: Path) -> None:
     process = command("-c", LIMITED, "generate", models / "big", "--prompt", "x")
-    _, words = process.communicate(timeout=120)
+    _, words = process.communicate(timeout=300)
     assert process.returncode == 1, words
     error, hint = words.strip().splitlines()[-2:]
     assert error == "error: out of memory"
@@ -272,7 +272,7 @@ class Served:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, self.words.read_text()
-        self.client = httpx.Client(base_url=json.loads(line)["url"], timeout=120)
+        self.client = httpx.Client(base_url=json.loads(line)["url"], timeout=300)
 
     def complete(self, prompt: str = "Hello", **more: Any) -> httpx.Response:
         body = {"prompt": prompt, "max_tokens": 4, "temperature": 0, **more}
@@ -282,7 +282,7 @@ class Served:
         """Send a signal; give how the process ended."""
         self.process.send_signal(number)
         self.client.close()
-        self.process.communicate(timeout=60)
+        self.process.communicate(timeout=300)
         return self.process.returncode
 
     def limit(self, more: int) -> None:
