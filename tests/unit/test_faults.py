@@ -374,7 +374,7 @@ def test_a_prompt_without_enough_memory_fails_and_the_server_lives(served: Serve
     expected = served.complete(model="big").json()["choices"]
     served.limit(60_000_000)  # the probabilities of a part of a prompt take twice as much
     try:
-        refused = served.complete("word " * 200, echo=True, logprobs=1)
+        refused = served.complete("word " * 60, echo=True, logprobs=1)
         assert refused.status_code == 503, refused.text
         error = refused.json()["error"]
         assert set(error) == {"message", "type", "param", "code"}
