@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,10 @@ def prepare_demo(
     """
     folder = demo_folder(environ)
     if (folder / "config.json").is_file():
+        from gptq_loader_plugin.quantize import KEPT
+
+        # what a run left that was killed between its last file and its end
+        shutil.rmtree(folder / KEPT, ignore_errors=True)
         return folder
     spec = importlib.util.find_spec(PACKAGE)
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []

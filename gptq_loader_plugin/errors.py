@@ -22,6 +22,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,7 +50,17 @@ __all__ = [
     "TensorMismatch",
     "UnsafeFile",
     "UnsupportedFormat",
+    "is_out_of_memory",
 ]
+
+# What torch, the native kernel and Python say when there is no memory, where they have no class.
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "can't start new thread",
+)
 
 
 class GPTQLoaderError(Exception):
@@ -197,3 +208,16 @@ class DownloadCancelled(HubError):
 
 class QuantizeError(GPTQLoaderError):
     """A model cannot be quantised as asked."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an allocation failed, Python's, the system's or torch's, or this came of one."""
+    while error is not None:
+        if isinstance(error, MemoryError):
+            return True
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            return True
+        if isinstance(error, RuntimeError) and any(it in str(error) for it in OUT_OF_MEMORY):
+            return True
+        error = error.__cause__
+    return False

@@ -73,10 +73,11 @@ class RoomyLayer(DynamicLayer):
         del args, kwargs
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        before, self.length = self.length, self.length + key_states.shape[-2]
-        room = self.reserve(self.length, key_states)
-        room[0, :, :, before : self.length] = key_states
-        room[1, :, :, before : self.length] = value_states
+        before, length = self.length, self.length + key_states.shape[-2]
+        room = self.reserve(length, key_states)  # for which there may be no memory
+        room[0, :, :, before:length] = key_states
+        room[1, :, :, before:length] = value_states
+        self.length = length
         return room[0, :, :, : self.length], room[1, :, :, : self.length]
 
     def reserve(self, length: int, like: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,10 @@ import sys
 from functools import cache
 from typing import Any
 
-__all__ = ["release_freed"]
+__all__ = ["release_freed", "share_heaps"]
+
+ARENA_MAX = -8  # M_ARENA_MAX of glibc's malloc.h
+HEAPS = 2
 
 
 def release_freed() -> None:
@@ -19,6 +22,18 @@ def release_freed() -> None:
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
+
+
+def share_heaps() -> None:
+    """Have this process's threads share two heaps; does nothing where the C library has no mallopt.
+
+    glibc gives each of the first threads one of its own, eight for each core, and what one has
+    freed the others cannot use: a thread that once read a long prompt holds its pieces for good.
+    """
+    if sys.platform == "linux":
+        mallopt: Any = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(ARENA_MAX, HEAPS)
 
 
 @cache

@@ -6,7 +6,7 @@ import mmap
 import os
 import sys
 import tempfile
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
@@ -41,7 +41,15 @@ def offload_tensor(tensor: torch.Tensor, folder: Path) -> torch.Tensor:
     how: dict[str, Any] = {"access": mmap.ACCESS_COPY}
     if sys.version_info >= (3, 13):
         how["trackfd"] = False  # a mapping does not keep a file descriptor
-    with tempfile.NamedTemporaryFile(dir=folder, delete=os.name == "posix") as file:
-        flat.view(torch.uint8).numpy().tofile(file)
+    with _open_unnamed(folder) as file:
+        file.write(flat.view(torch.uint8).numpy().data)
+        file.flush()
         mapped = mmap.mmap(file.fileno(), tensor.nbytes, **how)
     return torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape)
+
+
+def _open_unnamed(folder: Path) -> IO[bytes]:
+    """Open a new file that a killed process leaves nothing of; Windows maps none without a name."""
+    if os.name == "posix":
+        return tempfile.TemporaryFile(dir=folder)
+    return tempfile.NamedTemporaryFile(dir=folder, delete=False)

@@ -6,6 +6,9 @@ Results go to stdout and words to stderr. Exit codes: 0 done; 1 one of our error
 
 from __future__ import annotations
 
-from gptq_loader_plugin.cli.app import app, main
+try:
+    from gptq_loader_plugin.cli.app import app, main
+except KeyboardInterrupt:  # Ctrl-C at once: there is nothing to say yet
+    raise SystemExit(130) from None
 
 __all__ = ["app", "main"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
-from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.errors import GPTQLoaderError, is_out_of_memory
 from gptq_loader_plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ MaxMemory = Annotated[
 
 P = ParamSpec("P")
 CTRL_C = 130
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, its owner's part of it, one file
 
 
 def say(text: str) -> None:
@@ -105,18 +107,18 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _in_words(error: Exception) -> tuple[str, str]:
-    if isinstance(error, GPTQLoaderError):
+    if isinstance(error, GPTQLoaderError) and not is_out_of_memory(error):
         return error.message, error.hint
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return (
             "out of memory",
-            "choose a smaller checkpoint, or a backend that keeps weights packed",
+            "choose a smaller checkpoint, a shorter prompt, or a backend that keeps weights packed",
         )
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
         full = "free some disk space, then run the same command again"
         return f"{error.strerror or error}{where}", (
-            full if error.errno in (28, 122) else "check that path and its permissions"
+            full if error.errno in FULL else "check that path and its permissions"
         )
     first = (str(error).splitlines() or [""])[0]
     return (

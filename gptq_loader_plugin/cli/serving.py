@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path  # noqa: TC003 - typer reads it
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,8 @@ from gptq_loader_plugin.cli.talking import (
     OffloadFolder,
     Template,
 )
-from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
+from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.host import Engine
 from gptq_loader_plugin.placement import read_limits
 
@@ -162,9 +164,11 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
         "offload_folder": offload_folder,
         "kv_cache": kv_cache,
     }
+    stop = threading.Event()
     plugins.host(OWN).install(
         reference=reference,
-        load=lambda target: _load(target, how),
+        load=lambda target: _load(target, how, stop),
+        stop=stop,
         host="0.0.0.0" if listen and host == LOOPBACK else host,  # noqa: S104 - as asked for
         port=port,
         api_key=api_key,
@@ -226,14 +230,27 @@ def _flag(name: str, command: typer.Context) -> str:
     return next(max(it.opts, key=len) for it in command.command.params if it.name == name)
 
 
-def _load(target: str | Path, how: dict[str, Any]) -> LoadedModel:
-    """Load with a progress bar; say on stderr what was chosen."""
+class _Stopper:
+    """End a load by raising from its progress, once told to."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self._stop = stop
+
+    @hookimpl
+    def gptq_progress(self) -> None:
+        """Go on, or not."""
+        if self._stop.is_set():
+            raise GPTQLoaderError("the server is stopping", hint="start it again")
+
+
+def _load(target: str | Path, how: dict[str, Any], stop: threading.Event) -> LoadedModel:
+    """Load with a progress bar, until told to stop; say on stderr what was chosen."""
     import gptq_loader_plugin as gptq
     from gptq_loader_plugin.plugins import Plugins
 
     bars = ProgressBars()
     try:
-        model = gptq.load(target, plugins=Plugins(bars, installed=True), **how)
+        model = gptq.load(target, plugins=Plugins(bars, _Stopper(stop), installed=True), **how)
     finally:
         bars.close()
     for warning in model.warnings:

@@ -110,15 +110,21 @@ def download(
         raise explained(hub, error) from error
 
 
-def download_folder(hub: HubReference, *, progress: Callable[[Progress], None]) -> Path:
+def download_folder(
+    hub: HubReference,
+    *,
+    progress: Callable[[Progress], None],
+    cancelled: Callable[[], bool] | None = None,
+) -> Path:
     """Download a branch into the cache, or find it there where the hub cannot be asked.
 
     Raises:
         CheckpointNotFound: there is no such repository or branch.
+        DownloadCancelled: `cancelled` said yes; what was fetched is kept.
         HubError: the hub could not be reached, or refused.
     """
     try:
-        return download(hub, progress=progress)
+        return download(hub, progress=progress, cancelled=cancelled)
     except HubError as error:
         folder = cached_folder(hub) if error.__cause__ and is_away(error.__cause__) else None
         if folder is None:

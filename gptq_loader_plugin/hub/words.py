@@ -50,11 +50,15 @@ def wait_asked(error: BaseException) -> float | None:
 
 def hub_name() -> str:
     """Name the hub that is asked: its address, and that it is a mirror where it is one."""
+    return f"{_address()} (HF_ENDPOINT)" if os.environ.get("HF_ENDPOINT") else _address()
+
+
+def _address() -> str:
+    """Give the hub's address without the name and password that may be in it."""
     from huggingface_hub import constants
 
     place = urlsplit(constants.ENDPOINT)
-    name = f"{place.scheme}://{place.netloc.rpartition('@')[2]}"
-    return f"{name} (HF_ENDPOINT)" if os.environ.get("HF_ENDPOINT") else name
+    return f"{place.scheme}://{place.netloc.rpartition('@')[2]}"
 
 
 def explained(hub: HubReference, error: BaseException) -> GPTQLoaderError:
@@ -72,7 +76,7 @@ def explained(hub: HubReference, error: BaseException) -> GPTQLoaderError:
     status = status_of(error)
     if status is not None:
         return _refused(hub, error, status)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return HubError(
             f"the disk is full, and {hub} is not all there",
             hint=f"free some disk space, then {GOES_ON}",
@@ -81,9 +85,9 @@ def explained(hub: HubReference, error: BaseException) -> GPTQLoaderError:
 
 
 def _refused(hub: HubReference, error: BaseException, status: int) -> GPTQLoaderError:
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
-    page = f"{constants.ENDPOINT}/{hub.repo}"
+    page = f"{_address()}/{hub.repo}"
     if isinstance(error, errors.GatedRepoError):
         with_token = status == 403
         return HubError(

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.quantize.options import QuantizeOptions
     from gptq_loader_plugin.quantize.run import quantize, quantize_model
 
-__all__ = ["QuantizeOptions", "quantize", "quantize_model"]
+__all__ = ["KEPT", "QuantizeOptions", "quantize", "quantize_model"]
+
+KEPT = ".quantize"  # finished blocks, in the output folder until it is complete
 
 _HOMES = {"QuantizeOptions": "options", "quantize": "run", "quantize_model": "run"}
 

@@ -13,6 +13,7 @@ import torch
 
 from gptq_loader_plugin.errors import BadReference, QuantizeError
 from gptq_loader_plugin.events import Progress
+from gptq_loader_plugin.quantize import KEPT
 from gptq_loader_plugin.quantize.algorithm import QuantizedWeight, quantize_weight
 from gptq_loader_plugin.quantize.blocks import (
     find_blocks,
@@ -24,7 +25,13 @@ from gptq_loader_plugin.quantize.blocks import (
     subsets,
 )
 from gptq_loader_plugin.quantize.calibration import calibration_samples, calibration_text
-from gptq_loader_plugin.quantize.writer import hub_names, pack_weight, write_checkpoint
+from gptq_loader_plugin.quantize.writer import (
+    hub_names,
+    pack_weight,
+    save_tensors,
+    write_checkpoint,
+)
+from gptq_loader_plugin.whole_file import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,7 +44,6 @@ if TYPE_CHECKING:
 
 __all__ = ["quantize", "quantize_model"]
 
-KEPT = ".quantize"  # finished blocks, in the output folder until it is complete
 BATCH_TOKENS = 4096  # hidden states are run through a block this many tokens at a time
 UNKNOWN_CONTEXT = 2048
 
@@ -68,6 +74,10 @@ def quantize_model(
     Raises:
         QuantizeError: the source cannot be loaded, or it cannot be quantised as asked.
     """
+    if Path(out).expanduser().resolve() == Path(source).expanduser().resolve():
+        raise QuantizeError(
+            f"{out} holds the model that is to be quantised", hint="name another folder to write"
+        )
     progress = progress or _ignore
     progress(Progress("read model", 0, 1, "files", str(source)))
     model, tokenizer = _load_source(Path(source).expanduser())
@@ -198,7 +208,7 @@ class _Kept:
         if folder.is_dir() and (not mark.is_file() or mark.read_text() != fingerprint):
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        mark.write_text(fingerprint)
+        write_whole(mark, fingerprint)
 
     def read(self, block: int) -> dict[str, QuantizedWeight] | None:
         """Read a finished block, or None where it is not finished."""
@@ -222,17 +232,13 @@ class _Kept:
 
     def write(self, block: int, done: dict[str, QuantizedWeight]) -> None:
         """Keep a finished block."""
-        from safetensors.torch import save_file
-
         tensors = {}
         for path, weight in done.items():
             tensors[f"{path}/codes"] = weight.codes
             tensors[f"{path}/scales"] = weight.scales
             tensors[f"{path}/zeros"] = weight.zeros
             tensors[f"{path}/g_idx"] = weight.g_idx
-        partial = self._folder / "partial"
-        save_file(tensors, partial)
-        partial.replace(self._file(block))
+        save_tensors(tensors, self._file(block))
 
     def remove(self) -> None:
         """Forget them: the checkpoint is complete."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,9 @@ import numpy as np
 import torch
 
 from gptq_loader_plugin.checkpoint.packing import pack_columns, pack_rows
+from gptq_loader_plugin.errors import QuantizeError
 from gptq_loader_plugin.skeleton import ExpertPlace, ModulePlace, Names
+from gptq_loader_plugin.whole_file import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +25,11 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.quantize.algorithm import QuantizedWeight
     from gptq_loader_plugin.quantize.options import QuantizeOptions
 
-__all__ = ["hub_names", "pack_weight", "write_checkpoint"]
+__all__ = ["hub_names", "pack_weight", "save_tensors", "write_checkpoint"]
+
+INDEX = "model.safetensors.index.json"
+OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+FULL = ("os error 28", "os error 27", "os error 122")  # as safetensors writes: disk, file, quota
 
 
 def pack_weight(
@@ -91,6 +99,7 @@ def write_checkpoint(
         names: from `hub_names`.
     """
     out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").unlink(missing_ok=True)  # an older checkpoint's: it is none any more
     tokenizer.save_pretrained(out)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(out)
@@ -134,8 +143,6 @@ def _tied_head(model: PreTrainedModel) -> str | None:
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], out: Path, *, shard_bytes: int) -> None:
-    from safetensors.torch import save_file
-
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -153,12 +160,41 @@ def _write_shards(tensors: dict[str, torch.Tensor], out: Path, *, shard_bytes: i
                 name: file for file, shard in zip(files, shards, strict=True) for name in shard
             },
         }
-        _write_json(out / "model.safetensors.index.json", index)
+        _write_json(out / INDEX, index)
+    for old in out.iterdir():  # of an older checkpoint
+        other = OURS.fullmatch(old.name) and old.name not in files
+        if other or (old.name == INDEX and len(files) == 1):
+            old.unlink()
     for file, shard in zip(files, shards, strict=True):
-        partial = out / f".{file}.partial"
-        save_file(shard, partial, metadata={"format": "pt"})
+        save_tensors(shard, out / file)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write tensors to a file, which is there when it is whole.
+
+    Raises:
+        QuantizeError: the disk is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"})
         partial.chmod(0o644)  # safetensors makes files that only their owner reads
-        partial.replace(out / file)
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        partial.replace(file)
+    except SafetensorError as error:
+        if not any(it in str(error) for it in FULL):
+            raise
+        raise QuantizeError(
+            f"the disk is full: {file} could not be written",
+            hint="free some disk space, then run the same command again: it goes on where it "
+            "stopped",
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _quantize_config(options: QuantizeOptions) -> dict[str, Any]:
@@ -187,6 +223,4 @@ def _quantize_config(options: QuantizeOptions) -> dict[str, Any]:
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(file)
+    write_whole(file, json.dumps(content, indent=2) + "\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.options import GenerateOptions
+from gptq_loader_plugin.whole_file import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -109,18 +109,9 @@ class SettingsFile:
         return f"the file of settings was damaged; it was put aside as {aside.name}"
 
     def _write(self, text: str) -> None:
-        """Write beside the file, then put that in its place: a crash leaves one or the other."""
+        """Write the file: a crash leaves the old one or the new one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{FILE}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).replace(self.path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(self.path, text, mode=0o600)
 
 
 def config_folder(environ: Mapping[str, str] = os.environ) -> Path:

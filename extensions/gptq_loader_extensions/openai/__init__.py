@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenAIHost", "gptq_hosts"]
 
+OPTIONS = ("load", "model", "reference", "stop")
 EXTRA = "pip install 'gptq-loader-plugin[server]'"
 
 
@@ -29,7 +30,8 @@ class OpenAIHost:
         Args:
             **options: `reference`, what to load, or None to load the first model that is asked
                 for; `model`, a LoadedModel where it is loaded already; `load`, a function that
-                loads a reference or a folder; and the fields of `settings.Settings`.
+                loads a reference or a folder; `stop`, a threading.Event that is set once a load
+                is to end; and the fields of `settings.Settings`.
 
         Raises:
             PluginError: fastapi or uvicorn is not installed.
@@ -39,12 +41,12 @@ class OpenAIHost:
         from gptq_loader_extensions.openai.settings import Settings
 
         model, load = options.pop("model", None), options.pop("load", None)
-        reference = options.pop("reference", None)
+        reference, stop = options.pop("reference", None), options.pop("stop", None)
         names = {it.name for it in fields(Settings)}
         if unknown := sorted(set(options) - names):
             raise OptionInvalid(
                 f"the server has no option {', '.join(unknown)}",
-                hint=f"the options are {', '.join(sorted({'model', 'load', 'reference', *names}))}",
+                hint=f"the options are {', '.join(sorted({*OPTIONS, *names}))}",
             )
         settings = Settings(**options)
         settings.check()
@@ -58,7 +60,7 @@ class OpenAIHost:
             ) from error
         from gptq_loader_extensions.openai.serving import serve
 
-        serve(settings, model=model, reference=reference, load=load)
+        serve(settings, model=model, reference=reference, load=load, stop=stop)
 
     def check(self) -> Readiness:
         """Look for FastAPI, and for uvicorn, which serves it."""

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Match
 
 from gptq_loader_extensions.openai.about import about_routes
 from gptq_loader_extensions.openai.chat import chat_routes
@@ -22,6 +23,8 @@ from gptq_loader_extensions.openai.waiting import ClientGone
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from starlette.types import Receive, Scope, Send
 
     from gptq_loader_extensions.openai.server import Server
 
@@ -51,6 +54,7 @@ def create_app(server: Server, *, page: Callable[[FastAPI], object] | None = Non
     if page is None:
         app.add_api_route("/", _front(server), methods=["GET"], include_in_schema=False)
     else:
+        app.router.routes.append(_Nowhere(list(app.router.routes)))
         page(app)
     _handle_errors(app)
     app.add_middleware(Guard, settings=server.settings)
@@ -67,6 +71,28 @@ def create_app(server: Server, *, page: Callable[[FastAPI], object] | None = Non
         )
     app.add_middleware(Traffic, metrics=server.metrics)
     return app
+
+
+class _Nowhere(BaseRoute):
+    """Take the API's paths that no route has: the page behind it has no words for programs.
+
+    Args:
+        routes: those that the API has.
+    """
+
+    def __init__(self, routes: list[BaseRoute]) -> None:
+        self._routes = routes
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Say whether a path is below the API's."""
+        ours = scope["type"] == "http" and scope["path"].startswith(("/v1/", "/api/"))
+        return (Match.FULL if ours else Match.NONE), {}
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse: no such path, or not by this method."""
+        del receive, send
+        there = any(it.matches(scope)[0] is Match.PARTIAL for it in self._routes)
+        raise HTTPException(405 if there else 404)
 
 
 def _front(server: Server) -> Callable[[], dict[str, Any]]:

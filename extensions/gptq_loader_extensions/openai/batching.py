@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gptq_loader_extensions.openai.engine import Ended, Failed, Ready, Run, Said, Work
-from gptq_loader_extensions.openai.errors import ApiError, as_api_error, is_out_of_memory
+from gptq_loader_extensions.openai.errors import ApiError, as_api_error
+from gptq_loader_extensions.openai.room import free_memory
 from gptq_loader_extensions.openai.scores import Scores
+from gptq_loader_plugin.errors import is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,7 +126,13 @@ class BatchEngine:
         self._shelf.close()
 
     def _serve(self) -> None:
+        idle = True
         while True:
+            with self._changed:
+                resting = not (self._waiting or self._running or self._closed)
+            if resting and not idle:
+                self._shelf.tidy()
+            idle = resting
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._running or self._closed)
                 if self._closed and not self._running:
@@ -159,7 +167,7 @@ class BatchEngine:
         if work.alone is not None:
             return self._do_alone(work, work.alone)
         try:
-            name, model = self._shelf.take(work.model)
+            name, model = self._shelf.take(work.model, cancelled=work.cancel.is_set)
             self._use(model)
             value, runs = work.prepare(model)
         except Exception as error:  # noqa: BLE001 - one request's fault must not end the others
@@ -279,9 +287,7 @@ def _free_bytes(model: LoadedModel) -> int:
         import torch
 
         return int(torch.cuda.mem_get_info(model.model.device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
+    return free_memory()
 
 
 def _stopping() -> ApiError:

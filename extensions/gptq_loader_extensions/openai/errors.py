@@ -10,15 +10,13 @@ from gptq_loader_plugin.errors import (
     OptionInvalid,
     PromptTooLong,
     TemplateError,
+    is_out_of_memory,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ApiError", "as_api_error", "invalid", "is_out_of_memory"]
-
-# What torch and the native kernel say when an allocation fails, where there is no class for it.
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+__all__ = ["ApiError", "as_api_error", "invalid"]
 
 
 class ApiError(Exception):
@@ -101,10 +99,3 @@ def as_api_error(error: Exception) -> ApiError:  # noqa: PLR0911 - one for each 
         kind="server_error",
         code="internal_error",
     )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: Python's, or torch's on any device."""
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(it in str(error) for it in OUT_OF_MEMORY)

@@ -9,6 +9,7 @@ import json
 import logging
 import socket
 import sys
+import threading
 from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from gptq_loader_extensions.openai.server import Server
 from gptq_loader_extensions.openai.shelf import Shelf
 from gptq_loader_extensions.openai.traffic import LOG
 from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.memory import share_heaps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +42,7 @@ def serve(
     model: LoadedModel | None,
     reference: str | None,
     load: Callable[[str | Path], LoadedModel] | None,
+    stop: threading.Event | None = None,
 ) -> None:
     """Serve until Ctrl-C; running replies get a few seconds to end.
 
@@ -49,6 +52,7 @@ def serve(
         reference: what it was loaded by, or what to load now; None loads the first one that is
             asked for.
         load: loads others; None loads them as `gptq_loader_plugin.load` does by itself.
+        stop: set when the server ends, for a load that is under way.
 
     Raises:
         OptionInvalid: the address cannot be served on, or there is no model to serve.
@@ -57,6 +61,7 @@ def serve(
         import gptq_loader_plugin as gptq
 
         load = gptq.load
+    share_heaps()
     with closing(bind(settings.host, settings.port)) as listening:
         shelf = Shelf(settings, load=load)
         shelf.start(reference, model)
@@ -79,7 +84,15 @@ def serve(
             timeout_graceful_shutdown=settings.grace + CUT_SECONDS,
         )
         try:
-            asyncio.run(_run(uvicorn.Server(config), engine, listening, grace=settings.grace))
+            asyncio.run(
+                _run(
+                    uvicorn.Server(config),
+                    engine,
+                    listening,
+                    stop or threading.Event(),
+                    grace=settings.grace,
+                )
+            )
         finally:
             engine.close()
 
@@ -94,13 +107,19 @@ def _page() -> Callable[..., object] | None:
 
 
 async def _run(
-    host: uvicorn.Server, engine: BatchEngine, listening: socket.socket, *, grace: float
+    host: uvicorn.Server,
+    engine: BatchEngine,
+    listening: socket.socket,
+    stop: threading.Event,
+    *,
+    grace: float,
 ) -> None:
     """Serve until a signal; then wait for the replies under way, and cut those that go on."""
     serving = asyncio.ensure_future(host.serve(sockets=[listening]))
     while not (host.should_exit or serving.done()):  # noqa: ASYNC110 - uvicorn has no event for it
         await asyncio.sleep(0.1)
     await asyncio.wait({serving}, timeout=grace)
+    stop.set()
     engine.stop()
     await serving
 

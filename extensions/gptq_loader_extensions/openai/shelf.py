@@ -15,6 +15,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
 from gptq_loader_extensions.openai.errors import ApiError
+from gptq_loader_extensions.openai.room import free_memory
 from gptq_loader_plugin.local import local_models
 from gptq_loader_plugin.reference import models_folders, parse_hub_reference
 
@@ -127,8 +128,14 @@ class Shelf:
         found = self._find(name)
         return found.name if isinstance(found, Entry) else _hub_name(found)
 
-    def take(self, name: str | None) -> tuple[str, LoadedModel]:
+    def take(
+        self, name: str | None, *, cancelled: Callable[[], bool] | None = None
+    ) -> tuple[str, LoadedModel]:
         """Give a model, loading it where another one is loaded; call it from one thread alone.
+
+        Args:
+            name: what a client calls it; None means the one that is loaded, or was last.
+            cancelled: asked while it is downloaded: nobody else is answered meanwhile.
 
         Raises:
             ApiError: there is no such model, or not enough memory for it.
@@ -137,7 +144,7 @@ class Shelf:
         if self._loaded is not None and name in (None, self._loaded[0]):
             return self._loaded
         found = self._find(name)
-        entry = found if isinstance(found, Entry) else self._download(found)
+        entry = found if isinstance(found, Entry) else self._download(found, cancelled)
         self._check_memory(entry)
         self.unload()
         return self._put(entry.name, self._load(entry.target))
@@ -165,11 +172,20 @@ class Shelf:
         """Free the memory of the model that is loaded."""
         if self._loaded is None:
             return
-        from gptq_loader_plugin.memory import release_freed
-
         (_, model), self._loaded = self._loaded, None
         model.close()
         del model
+        gc.unfreeze()
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Give back what requests have left: their bodies in errors' cycles, pages with glibc.
+
+        Python looks through all objects for cycles only when their number has grown by a quarter,
+        and there are a million; those of the libraries and the model are left out (`_put`).
+        """
+        from gptq_loader_plugin.memory import release_freed
+
         gc.collect()
         release_freed()
 
@@ -188,6 +204,8 @@ class Shelf:
         with self._spare_lock:
             self._spare = spare
         self._loaded, self._last = (name, model), name
+        gc.collect()
+        gc.freeze()
         return self._loaded
 
     def _find(self, name: str | None) -> Entry | HubReference:
@@ -211,11 +229,11 @@ class Shelf:
             )
         return hub
 
-    def _download(self, hub: HubReference) -> Entry:
+    def _download(self, hub: HubReference, cancelled: Callable[[], bool] | None) -> Entry:
         from gptq_loader_plugin.hub import download_folder
 
         name = _hub_name(hub)
-        folder = download_folder(hub, progress=lambda _: None)
+        folder = download_folder(hub, progress=lambda _: None, cancelled=cancelled)
         if not self._readable(folder):
             raise ApiError(
                 403,
@@ -243,12 +261,10 @@ class Shelf:
 
     def _check_memory(self, entry: Entry) -> None:
         """Refuse a model that would not fit, before the system ends this process for it."""
-        import psutil
-
         import gptq_loader_plugin as gptq
 
         plan = gptq.explain(entry.target)
-        free = psutil.virtual_memory().available
+        free = free_memory()
         if self._loaded is not None:  # whose memory is free by then
             free += self._loaded[1].plan.weight_bytes
         if plan.device.type == "cpu" and plan.weight_bytes * SPARE > free:

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.whole_file import write_whole
 
 __all__ = ["checked", "install", "uninstall"]
 
@@ -35,7 +36,7 @@ def install(folder: Path) -> Path:
     extension = _extension(folder)
     extension.mkdir(parents=True, exist_ok=True)
     script = files("gptq_loader_extensions.webui").joinpath(SCRIPT).read_text(encoding="utf-8")
-    (extension / SCRIPT).write_text(script, encoding="utf-8")
+    write_whole(extension / SCRIPT, script)
     return extension
 
 

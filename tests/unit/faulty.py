@@ -1,0 +1,175 @@
+"""Work that is killed: a process that has imported everything, and forks one for each job.
+
+A fork is there at once, so that many can be killed in a few seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["Jobs"]
+
+ROOM = 8000  # bytes of a file
+
+
+class Jobs:
+    """A process that starts jobs; a context manager."""
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._read() == {"ready": 0}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.communicate()
+
+    def run(self, name: str, *args: Any, kill_after: float | None = None) -> list[Any]:
+        """Run a job to its end, or kill it some seconds after its first words; give them all."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([name, *map(str, args)]) + "\n")
+        self._process.stdin.flush()
+        pid = self._read()["pid"]
+        told = []
+        if kill_after is not None:
+            told.append(self._read()["told"])
+            time.sleep(kill_after)
+            with suppress(ProcessLookupError):  # it has ended
+                os.kill(pid, signal.SIGKILL)
+        while "status" not in (line := self._read()):
+            told.append(line["told"])
+        assert line["status"] == 0 or kill_after is not None, told
+        return told
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        found: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return found
+
+
+def tell(**what: object) -> None:
+    """Write a line in one piece: whoever is killed has written it or has not."""
+    os.write(1, (json.dumps(what) + "\n").encode())
+
+
+def save_settings(folder: str, first: str) -> None:
+    """Save the settings of one model after the other, for ever; tell what was saved."""
+    from gptq_loader_extensions.gradio.settings_file import ModelSettings, SettingsFile
+
+    file = SettingsFile(Path(folder))
+    for number in count(int(first)):
+        note = file.save("model", ModelSettings(context=number, system="words " * 2000))
+        tell(told=[number, note])
+
+
+def save_without_room(folder: str) -> None:
+    """Save settings that the disk has no room for; tell what was said."""
+    from gptq_loader_extensions.gradio.settings_file import ModelSettings, SettingsFile
+
+    with _little_room():
+        SettingsFile(Path(folder)).save("model", ModelSettings(system="words " * 2000))
+
+
+def install_for_ever(folder: str) -> None:
+    """Put the extension into a folder of text-generation-webui's again and again."""
+    from gptq_loader_extensions.webui.install import install
+
+    tell(told="begun")
+    while True:
+        install(Path(folder))
+
+
+def quantize(source: str, out: str) -> None:
+    """Quantise a model."""
+    from gptq_loader_plugin.quantize import QuantizeOptions, quantize_model
+
+    options = QuantizeOptions(samples=4, seq_len=64, shard_bytes=100_000)
+    quantize_model(source, out, options=options, progress=lambda it: tell(told=it.done))
+
+
+def quantize_without_room(source: str, out: str) -> None:
+    """Quantise a model where the disk has no room for its weights."""
+    with _little_room():
+        quantize(source, out)
+
+
+@contextmanager
+def _little_room() -> Iterator[None]:
+    """Let no file grow beyond some bytes, inside; tell the error that comes of it."""
+    import resource
+
+    from gptq_loader_plugin.errors import GPTQLoaderError
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, ROOM))
+    try:
+        yield
+    except GPTQLoaderError as error:
+        tell(told=[error.message, error.hint])
+
+
+def load_on_disk(folder: str, offload: str) -> None:
+    """Load a model whose weights lie in files, and answer."""
+    import gptq_loader_plugin as gptq
+
+    tell(told="begun")
+    everything: dict[str, str] = {"": "disk"}
+    with gptq.load(folder, device_map=everything, offload_folder=offload) as model:
+        short = gptq.GenerateOptions(max_new_tokens=8, temperature=0)
+        tell(told=model.generate("Hello", short).text)
+
+
+JOBS: dict[str, Callable[..., None]] = {
+    it.__name__: it
+    for it in (
+        save_settings,
+        save_without_room,
+        install_for_ever,
+        quantize,
+        quantize_without_room,
+        load_on_disk,
+    )
+}
+
+
+def main() -> None:
+    """Fork a process for each line on stdin, and say how it ended."""
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401 - what jobs need
+
+    import gptq_loader_plugin.build
+    import gptq_loader_plugin.loaded
+    import gptq_loader_plugin.loading
+    import gptq_loader_plugin.quantize.run  # noqa: F401
+
+    torch.set_num_threads(1)
+    tell(ready=0)
+    for line in sys.stdin:
+        name, *args = json.loads(line)
+        pid = os.fork()
+        if not pid:
+            status = 1
+            tell(pid=os.getpid())
+            try:
+                JOBS[name](*args)
+                status = 0
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(pid, 0)
+        tell(status=status)
+
+
+if __name__ == "__main__":
+    main()

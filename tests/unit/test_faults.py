@@ -1,0 +1,437 @@
+"""Killed, out of memory, out of disk, interrupted: the next start works, and nothing is lost.
+
+`GPTQ_LOADER_FAULTS=20` kills so many times as often. Downloads are killed in test_hub_processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import psutil
+import pytest
+import torch
+from altered import DATA, ONE, copy, edit_json
+from faulty import Jobs
+from hub_server import HubServer
+from safetensors.torch import load_file, save_file
+
+from gptq_loader_extensions.gradio.settings_file import ModelSettings, SettingsFile
+from gptq_loader_extensions.openai.room import free_memory
+from gptq_loader_plugin.local import local_models
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+TIMES = int(os.environ.get("GPTQ_LOADER_FAULTS", "1"))
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="limits another process as Linux does")
+
+
+@pytest.fixture(scope="module")
+def jobs() -> Iterator[Jobs]:
+    with Jobs() as it:
+        yield it
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Give the hash of every file by its name."""
+    return {
+        str(it.relative_to(folder)): hashlib.sha256(it.read_bytes()).hexdigest()
+        for it in sorted(folder.rglob("*"))
+        if it.is_file()
+    }
+
+
+# Killed
+
+
+def test_settings_that_were_saved_survive_a_kill(jobs: Jobs, tmp_path: Path) -> None:
+    draw = random.Random(5)
+    file, last = SettingsFile(tmp_path), 0
+    for _ in range(12 * TIMES):
+        told = jobs.run("save_settings", tmp_path, last + 1, kill_after=draw.uniform(0, 0.05))
+        assert not [note for _, note in told if note], "every file it found was whole"
+        last = told[-1][0]
+        found, note = file.read("model")
+        assert not note
+        saved = found.context if found is not None and found.context else 0
+        assert saved in (last, last + 1), "what was told is there, or the one that was not yet"
+        last = saved
+    parts = [it for it in tmp_path.iterdir() if it != file.path]
+    assert parts, "some were killed while they wrote"
+    for part in parts:
+        os.utime(part, (0, 0))
+    file.save("model", ModelSettings())
+    assert list(tmp_path.iterdir()) == [file.path], "what they left has gone"
+
+
+def test_an_installed_extension_is_whole_after_a_kill(jobs: Jobs, tmp_path: Path) -> None:
+    draw = random.Random(6)
+    (tmp_path / "modules").mkdir()
+    for name in ("server.py", "modules/models.py"):
+        (tmp_path / name).touch()
+    script = tmp_path / "user_data" / "extensions" / "gptq_loader" / "script.py"
+    for _ in range(8 * TIMES):
+        jobs.run("install_for_ever", tmp_path, kill_after=draw.uniform(0, 0.05))
+        if script.exists():
+            compile(script.read_text(), script, "exec")
+            assert script.read_text().endswith("\n")
+            script.unlink()
+
+
+def test_a_quantisation_killed_again_and_again_ends_as_one_that_was_not(
+    jobs: Jobs, tmp_path: Path
+) -> None:
+    draw = random.Random(7)
+    jobs.run("quantize", DATA / "base", tmp_path / "whole")
+    expected = hashes(tmp_path / "whole")
+    assert len([it for it in expected if it.endswith(".safetensors")]) > 2
+    models = tmp_path / "models"
+    environ = {"GPTQ_LOADER_MODELS": str(models)}
+    for turn in range(TIMES):
+        out = models / f"killed-{turn}"
+        for _ in range(8):
+            jobs.run("quantize", DATA / "base", out, kill_after=draw.uniform(0, 1.5))
+            finished = (out / "config.json").exists()
+            listed = [it.name for it in local_models(cache=False, environ=environ)]
+            assert (out.name in listed) == finished, "what is not finished is no model"
+        jobs.run("quantize", DATA / "base", out)
+        assert hashes(out) == expected
+
+
+def test_quantising_over_another_checkpoint_leaves_nothing_of_it(
+    jobs: Jobs, tmp_path: Path
+) -> None:
+    jobs.run("quantize", DATA / "base", tmp_path / "whole")
+    expected = hashes(tmp_path / "whole")
+    (tmp_path / "over").mkdir()
+    for name in ("model.safetensors", "model-00009-of-00009.safetensors", "config.json"):
+        (tmp_path / "over" / name).write_bytes(b"another")
+    jobs.run("quantize", DATA / "base", tmp_path / "over")
+    assert hashes(tmp_path / "over") == expected
+
+
+def test_a_load_killed_at_any_moment_leaves_nothing(jobs: Jobs, tmp_path: Path) -> None:
+    draw = random.Random(8)
+    checkpoint, offload = copy(ONE, tmp_path / "it"), tmp_path / "offload"
+    before = hashes(checkpoint)
+    expected = jobs.run("load_on_disk", checkpoint, offload)
+    for _ in range(6 * TIMES):
+        jobs.run("load_on_disk", checkpoint, offload, kill_after=draw.uniform(0, 0.8))
+        assert not list(offload.iterdir())
+    assert jobs.run("load_on_disk", checkpoint, offload) == expected
+    assert hashes(checkpoint) == before
+
+
+# Out of disk
+
+
+def test_a_full_disk_leaves_the_settings_that_were_there(jobs: Jobs, tmp_path: Path) -> None:
+    file = SettingsFile(tmp_path)
+    file.save("model", ModelSettings(context=7))
+    ((message, hint),) = jobs.run("save_without_room", tmp_path)
+    assert message.startswith("the settings cannot be saved")
+    assert "free some disk space" in hint
+    assert file.read("model") == (ModelSettings(context=7), "")
+    assert list(tmp_path.iterdir()) == [file.path]
+
+
+def test_a_full_disk_ends_a_quantisation_that_goes_on_afterwards(
+    jobs: Jobs, tmp_path: Path
+) -> None:
+    told = jobs.run("quantize_without_room", DATA / "base", tmp_path / "out")
+    message, hint = told[-1]
+    assert message.startswith("the disk is full")
+    assert "run the same command again" in hint
+    assert not list(tmp_path.rglob("*.partial"))
+    jobs.run("quantize", DATA / "base", tmp_path / "out")
+    jobs.run("quantize", DATA / "base", tmp_path / "whole")
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+# Ctrl-C, and out of memory, in the command
+
+
+def command(*args: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+# Says where it is, and stays there until it is interrupted: at one of the tensors.
+INTERRUPTED = """
+import sys, time
+from gptq_loader_plugin import events
+after = int(sys.argv.pop())
+init = events.Progress.__init__
+def slow(self, stage, done, *args, **kwargs):
+    init(self, stage, done, *args, **kwargs)
+    if stage == "weights" and done > after:
+        print("now", flush=True)
+        time.sleep(60)
+events.Progress.__init__ = slow
+from gptq_loader_plugin.cli import main
+main()
+"""
+
+
+def test_ctrl_c_while_it_loads_ends_it_in_words() -> None:
+    draw = random.Random(9)
+    for _ in range(TIMES):
+        after = str(draw.randrange(50_000))
+        process = command("-c", INTERRUPTED, "generate", DATA / ONE, "--prompt", "x", after)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "now\n"
+        process.send_signal(signal.SIGINT)
+        _, words = process.communicate(timeout=300)
+        assert process.returncode == 130, words
+        assert words.strip().endswith("stopped")
+        assert "Traceback" not in words
+
+
+def test_ctrl_c_while_it_starts_says_nothing() -> None:
+    code = """
+import signal, sys
+class Interrupted:
+    def find_spec(self, name, *args):
+        if name == "typer":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupted())
+from gptq_loader_plugin.cli import main
+main()
+"""
+    process = command("-c", code, "models")
+    assert process.communicate(timeout=300) == ("", "")
+    assert process.returncode == 130
+
+
+LIMITED = """
+import resource, psutil, torch
+import gptq_loader_plugin.loading, gptq_loader_plugin.build, gptq_loader_plugin.loaded
+import transformers.models.llama.modeling_llama
+from gptq_loader_plugin.cli import main
+most = psutil.Process().memory_info().vms + 250_000_000
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+main()
+"""
+
+
+@linux
+def test_a_command_that_runs_out_of_memory_says_so(models: Path) -> None:
+    process = command("-c", LIMITED, "generate", models / "big", "--prompt", "x")
+    _, words = process.communicate(timeout=300)
+    assert process.returncode == 1, words
+    error, hint = words.strip().splitlines()[-2:]
+    assert error == "error: out of memory"
+    assert hint.startswith("hint: choose a smaller checkpoint")
+    assert "Traceback" not in words
+
+
+# A server, and what the system does to it
+
+
+KEY, TOKEN = "sk-of-this-server-alone", "hf_of_this_person_alone"
+
+
+class Served:
+    """A server in a process of its own, which writes into a file beside its models folder."""
+
+    hub: HubServer  # that it downloads from
+
+    def __init__(self, folder: Path, *args: str, port: int = 0, **environ: str) -> None:
+        self.words = folder.with_suffix(".log")
+        command = [sys.executable, "-m", "gptq_loader_plugin", "serve", "--models-dir", str(folder)]
+        with self.words.open("w") as words:
+            self.process = subprocess.Popen(
+                [*command, "--port", str(port), "--json", "--grace", "0", *args],
+                stdout=subprocess.PIPE,
+                stderr=words,
+                text=True,
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "TOKENIZERS_PARALLELISM": "0",
+                    **environ,
+                },
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, self.words.read_text()
+        self.client = httpx.Client(base_url=json.loads(line)["url"], timeout=300)
+
+    def complete(self, prompt: str = "Hello", **more: Any) -> httpx.Response:
+        body = {"prompt": prompt, "max_tokens": 4, "temperature": 0, **more}
+        return self.client.post("/v1/completions", json=body)
+
+    def end(self, number: int) -> int:
+        """Send a signal; give how the process ended."""
+        self.process.send_signal(number)
+        self.client.close()
+        self.process.communicate(timeout=300)
+        return self.process.returncode
+
+    def limit(self, more: int) -> None:
+        """Let the process have so many more bytes of addresses, and no more."""
+        process = psutil.Process(self.process.pid)
+        most = process.memory_info().vms + more
+        process.rlimit(psutil.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+
+    def unlimit(self) -> None:
+        infinite = resource.RLIM_INFINITY
+        psutil.Process(self.process.pid).rlimit(psutil.RLIMIT_AS, (infinite, infinite))
+
+
+BIG_ROWS = 500_000
+
+
+def make_big(folder: Path) -> None:
+    """Make a checkpoint whose vocabulary takes some hundred megabytes."""
+    copy(ONE, folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    rows = len(tensors["model.embed_tokens.weight"])
+    for name, tensor in tensors.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            assert len(tensor) == rows
+            tensors[name] = torch.zeros(BIG_ROWS, tensor.shape[1], dtype=tensor.dtype)
+    save_file(tensors, file, metadata={"format": "pt"})
+    edit_json(folder / "config.json", lambda it: it.update(vocab_size=BIG_ROWS))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder: one that is small, and one whose vocabulary is large."""
+    folder = tmp_path_factory.mktemp("served") / "models"
+    copy(ONE, folder / "small")
+    make_big(folder / "big")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(models: Path) -> Iterator[Served]:
+    """A server that was killed in a reply, started once more, and ends well at last."""
+    first = Served(models, "small")
+    port = first.client.base_url.port
+    asked = {"prompt": "Hello", "max_tokens": 100_000, "stream": True}
+    with first.client.stream("POST", "/v1/completions", json=asked) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        first.process.kill()
+        with pytest.raises(httpx.TransportError):
+            list(lines)
+    first.end(signal.SIGKILL)
+    home = models.parent / "home"
+    with HubServer() as hub:
+        environ = {**hub.environment(home, token=TOKEN), "GPTQ_LOADER_API_KEY": KEY}
+        again = Served(models, "small", "--allow-downloads", port=port or 0, **environ)
+        again.client.headers["authorization"] = f"Bearer {KEY}"
+        again.hub = hub
+        yield again
+    again.unlimit()
+    assert again.complete(model="small").status_code == 200
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(again.complete, model="big")
+        while again.client.get("/health").json()["model"] is not None:
+            assert not asked.done()
+        # while it loads
+        again.process.send_signal(signal.SIGTERM)
+        assert asked.result().status_code in (200, 503)
+    assert again.end(signal.SIGTERM) == -signal.SIGTERM
+    assert "Traceback" not in again.words.read_text()
+
+
+@linux
+def test_a_load_without_enough_memory_fails_and_the_server_lives(served: Served) -> None:
+    expected = served.complete().json()["choices"]
+    served.limit(300_000_000)  # for its weights, and not for the files they are read from
+    try:
+        refused = served.complete(model="big")
+        assert refused.status_code == 503, refused.text
+        assert refused.json()["error"]["code"] == "out_of_memory"
+        assert "memory" in refused.json()["error"]["message"]
+        assert served.complete(model="small").json()["choices"] == expected
+    finally:
+        served.unlimit()
+
+
+@linux
+def test_a_prompt_without_enough_memory_fails_and_the_server_lives(served: Served) -> None:
+    expected = served.complete(model="big").json()["choices"]
+    served.limit(60_000_000)  # the probabilities of a part of a prompt take twice as much
+    try:
+        refused = served.complete("word " * 60, echo=True, logprobs=1)
+        assert refused.status_code == 503, refused.text
+        error = refused.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["code"] == "out_of_memory"
+        assert served.complete().json()["choices"] == expected
+        health = served.client.get("/health").json()
+        assert (health["running"], health["waiting"]) == (0, 0)
+    finally:
+        served.unlimit()
+
+
+def test_a_path_of_the_api_that_is_not_there_is_refused_in_its_shape(served: Served) -> None:
+    for method, path, status in (("GET", "/v1/nothing", 404), ("DELETE", "/v1/models", 405)):
+        answer = served.client.request(method, path)
+        assert answer.status_code == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_the_memory_of_a_container_counts(tmp_path: Path) -> None:
+    membership, inner = tmp_path / "cgroup", tmp_path / "groups" / "a" / "b"
+    membership.write_text("1:name=old:/x\n0::/a/b\n")
+    inner.mkdir(parents=True)
+    for group, most in ((inner, "max"), (inner.parent, "5000")):
+        (group / "memory.max").write_text(f"{most}\n")
+        (group / "memory.current").write_text("3000\n")
+        (group / "memory.stat").write_text("anon 2500\ninactive_file 400\nactive_file 100\n")
+    groups = tmp_path / "groups"
+    assert free_memory(membership=membership, cgroups=groups) == 5000 - 3000 + 400
+    (inner / "memory.max").write_text("3000")
+    assert free_memory(membership=membership, cgroups=groups) == 400
+    nothing = tmp_path / "none"
+    assert free_memory(membership=nothing, cgroups=nothing) > 10**6
+
+
+def test_no_secret_is_ever_written_down(served: Served) -> None:
+    secrets = (KEY, TOKEN, "the words of a person")
+    told = {"X-Error-Message": f"no such account as Bearer {TOKEN}"}
+    for fault in (
+        {"status": 401, "headers": told},
+        {"status": 403, "headers": told, "error": "GatedRepo"},
+        {"status": 500, "headers": told},
+        {"reset": 0},
+        {"body": "{"},
+    ):
+        served.hub.misbehave("*", **fault)
+        answer = served.complete(secrets[2], model="owner/secret")
+        assert 400 <= answer.status_code < 600
+        served.hub.behave()
+        assert TOKEN not in answer.text
+    for headers in (
+        {"authorization": f"Bearer {KEY}x"},
+        {"x-api-key": f"{KEY}\xe4".encode("latin-1")},
+    ):
+        served.client.get(f"/v1/models?key={KEY}", headers=headers)
+    served.client.get(f"/v1/models/{KEY}")
+    served.client.post(f"/v1/{KEY}", content=b"{", headers={"content-type": "application/json"})
+    words = served.words.read_text()
+    assert words
+    for it in secrets:
+        assert it not in words
