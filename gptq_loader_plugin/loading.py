@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.report import CheckpointReport
     from gptq_loader_plugin.template import Template
 
-__all__ = ["explain", "inspect", "load", "load_model"]
+__all__ = ["explain", "inspect", "load", "load_model", "read_tokenizer"]
 
 COPY_TOKENIZER = (
     "copy tokenizer.json (or tokenizer.model) and tokenizer_config.json from the model this was "
@@ -108,7 +108,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     chosen = find_template(
         checkpoint.folder, card=checkpoint.card, named=template, offered=plugins.templates()
     )
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = read_tokenizer(checkpoint)
     if kv_cache == "int8":
         from gptq_loader_plugin.kv_cache import check_int8
         from gptq_loader_plugin.skeleton import read_config
@@ -270,7 +270,12 @@ def _tell_loaded(opened: Opened, plugins: Plugins) -> None:
     logger.info("loaded %s in %.1f s: %s", named, seconds, headline)
 
 
-def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+def read_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Read a checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: it has none, or one that cannot be read.
+    """
     from transformers import AutoTokenizer
 
     try:
