@@ -12,7 +12,7 @@ from gptq_loader_extensions.vllm.guard import as_environment
 from gptq_loader_plugin.errors import OptionInvalid
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from gptq_loader_extensions.openai.settings import Settings
@@ -80,6 +80,7 @@ def environment(
     settings: Settings,
     planned: VllmPlan,
     *,
+    stops: Sequence[str],
     context: int | None,
     workers: int,
     environ: Mapping[str, str] = os.environ,
@@ -89,6 +90,7 @@ def environment(
     Args:
         settings: whom to let in.
         planned: on which device.
+        stops: the texts that end a chat's reply.
         context: the longest sequence, where it is known.
         workers: how many processes share each layer.
         environ: the user's, which wins.
@@ -96,7 +98,7 @@ def environment(
     Raises:
         OptionInvalid: this CPU has fewer cores than workers.
     """
-    ours, usual = as_environment(settings), {"VLLM_NO_USAGE_STATS": "1"}
+    ours, usual = as_environment(settings, stops), {"VLLM_NO_USAGE_STATS": "1"}
     only = environ.get("VLLM_PLUGINS")
     if only is not None and NAME not in only.split(","):
         ours["VLLM_PLUGINS"] = ",".join(it for it in (only, NAME) if it)

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from gptq_loader_extensions.openai.guard import Guard
 from gptq_loader_extensions.openai.settings import Settings
+from gptq_loader_extensions.vllm.stops import ChatStops
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 __all__ = ["VARIABLE", "ServerGuard", "as_environment"]
 
 VARIABLE = "GPTQ_LOADER_VLLM_GUARD"  # how the settings reach vLLM's process; they hold the key
+STOPS = "stops"
 FIELDS = ("host", "api_key", "no_auth", "allowed_hosts", "cors", "max_body")
 MAX_AGE = 600  # seconds for which a browser keeps what CORS allowed
 
@@ -36,9 +38,10 @@ class ServerGuard:
         from starlette.middleware.cors import CORSMiddleware
 
         given: dict[str, Any] = json.loads(environ[VARIABLE])
+        stops = given.pop(STOPS)
         lists = {it: tuple(given[it]) for it in ("allowed_hosts", "cors")}
         settings = Settings(**{**given, **lists})
-        self._app: ASGIApp = Guard(app, settings)
+        self._app: ASGIApp = Guard(ChatStops(app, stops), settings)
         if settings.cors:
             self._app = CORSMiddleware(
                 self._app,
@@ -53,6 +56,7 @@ class ServerGuard:
         await self._app(scope, receive, send)
 
 
-def as_environment(settings: Settings) -> dict[str, str]:
-    """Give the environment that a guard of these settings reads."""
-    return {VARIABLE: json.dumps({name: getattr(settings, name) for name in FIELDS})}
+def as_environment(settings: Settings, stops: Sequence[str]) -> dict[str, str]:
+    """Give the environment that a guard of these settings, and of these stops of chats, reads."""
+    fields = {name: getattr(settings, name) for name in FIELDS}
+    return {VARIABLE: json.dumps({**fields, STOPS: list(stops)})}

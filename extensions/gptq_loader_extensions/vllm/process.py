@@ -12,7 +12,7 @@ import sys
 import threading
 from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from gptq_loader_plugin.errors import PluginError
 
@@ -53,7 +53,7 @@ class ServerProcess:
         self, command: Sequence[str], environ: Mapping[str, str], *, grace: float, verbose: bool
     ) -> None:
         self._grace = grace
-        self._passing = verbose
+        self._verbose = self._passing = verbose
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._process = subprocess.Popen(  # noqa: S603 - our own Python
             command,
@@ -68,7 +68,7 @@ class ServerProcess:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def __enter__(self) -> ServerProcess:
+    def __enter__(self) -> Self:
         """Give the process."""
         return self
 
@@ -113,6 +113,7 @@ class ServerProcess:
 
     def stop(self) -> None:
         """End it and every process of its session; running replies get a few seconds."""
+        self._passing = self._verbose  # what it says of its own end is for nobody
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):

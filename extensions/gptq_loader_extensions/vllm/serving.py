@@ -17,6 +17,7 @@ from gptq_loader_extensions.vllm.command import environment, write_command
 from gptq_loader_extensions.vllm.explaining import plan_for_vllm
 from gptq_loader_extensions.vllm.process import ServerProcess
 from gptq_loader_extensions.vllm.told import (
+    end_texts,
     end_tokens,
     write_generation_config,
     write_template,
@@ -147,7 +148,13 @@ def serve(reference: str, asked: Asked, *, installed: str) -> None:
             ),
             port=port,
         )
-        environ = environment(settings, planned, context=longest, workers=asked.tensor_parallel)
+        environ = environment(
+            settings,
+            planned,
+            stops=end_texts(template, tokenizer),
+            context=longest,
+            workers=asked.tensor_parallel,
+        )
         checkpoint.close()
         _say(f"starting {installed}, which takes half a minute or more")
         _run(command, environ, asked, planned, port=port, name=name)

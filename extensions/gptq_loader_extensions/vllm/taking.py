@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.device import Device
     from gptq_loader_plugin.kernel import LayerSpec
 
-__all__ = ["reason_for_us", "refusal", "stored_label"]
+__all__ = ["label_refusal", "reason_for_us", "refusal", "stored_label"]
 
 BITS = (4, 8)
 GROUP_SIZES = (-1, 32, 64, 128)
@@ -43,17 +43,28 @@ def refusal(
         layers: its layers as vLLM joins them.
         device: where it will run; None says what can be said of all.
     """
-    label = stored_label(checkpoint.folder)
+    words = label_refusal(stored_label(checkpoint.folder))
+    if words:
+        return words
+    for layer in layers:
+        words = _refused(layer) or (None if device is None else _refused_on(layer, device))
+        if words:
+            return f"{layer.name}: {words}"
+    return None
+
+
+def label_refusal(label: Mapping[str, Any]) -> str | None:
+    """Say why vLLM's own GPTQ would not take what config.json says of the quantisation."""
     if str(label.get("quant_method", "")).lower() != "gptq":
         return "config.json does not say that it is a GPTQ checkpoint, and vLLM reads no other file"
     if label.get("desc_act") and label.get("group_size") != -1:
         return "config.json says act-order with groups, which vLLM 0.32 has no more"
     if label.get("bits") not in BITS or not label.get("sym"):
-        return f"vLLM takes 4 or 8 bits with symmetric zeros; config.json says {_said(label)}"
-    for layer in layers:
-        words = _refused(layer) or (None if device is None else _refused_on(layer, device))
-        if words:
-            return f"{layer.name}: {words}"
+        symmetry = "symmetric" if label.get("sym") else "asymmetric"
+        return (
+            "vLLM takes 4 or 8 bits with symmetric zeros, and config.json says "
+            f"{label.get('bits')} bits, {symmetry}"
+        )
     return None
 
 
@@ -107,8 +118,3 @@ def _refused_on(layer: LayerSpec, device: Device) -> str | None:
     if device.capability is not None and device.capability < OLDEST_GPU:
         return f"vLLM's own GPTQ needs sm75 or newer; this is {device}"
     return None
-
-
-def _said(label: Mapping[str, Any]) -> str:
-    symmetry = "symmetric" if label.get("sym") else "asymmetric"
-    return f"{label.get('bits')} bits, {symmetry}"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.template import Template
 
-__all__ = ["end_tokens", "write_generation_config", "write_template"]
+__all__ = ["end_texts", "end_tokens", "write_generation_config", "write_template"]
 
 NONE = (
     "{{ raise_exception('this checkpoint has no chat template, and its vocabulary has no ChatML "
@@ -62,6 +62,12 @@ def end_tokens(
     ends.update(_numbers(tokenizer.eos_token_id))
     known = tokenizer.get_vocab()
     return sorted(ends | {known[it] for it in template.stop if it in known})
+
+
+def end_texts(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """List the texts that end a reply and are no single token."""
+    known = tokenizer.get_vocab()
+    return [it for it in template.stop if it not in known]
 
 
 def write_generation_config(
