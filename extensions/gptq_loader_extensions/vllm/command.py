@@ -125,7 +125,8 @@ def _cache_gib(planned: VllmPlan, context: int | None, workers: int) -> int:
 
 def _shared_cores(workers: int) -> str:
     """Give each worker cores of its own, as vLLM wants them written: 0,1|2,3."""
-    cores = sorted(os.sched_getaffinity(0))
+    everywhere = range(os.cpu_count() or 1)
+    cores = sorted(os.sched_getaffinity(0) if sys.platform == "linux" else everywhere)
     if len(cores) < workers:
         raise OptionInvalid(
             f"{workers} workers need a core each, and this process may use {len(cores)}",
