@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import time
 from typing import TYPE_CHECKING
 
 import altering
 import pytest
 from environments import branches, needs_python_of, python_of
-from vllm_process import ask
-from vllm_server import VllmServer, processes_of_session, serving, start
+from vllm_process import ask, ours
+from vllm_server import VllmServer, serving, start, wait_until_gone
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.vllm.joined import joined_layers
@@ -31,6 +30,8 @@ REFUSED = "gptq-4bit-32g-actorder_True"  # by vLLM itself
 TAKEN = "main"
 FRANCE = "What is the capital of France?"
 TOKENS = 24
+SHORT = "gptq-4bit-128g-noact-sym"  # 192 rows: one group, and half of one
+HALF_CLOSE = 0.03  # in log-probability: float16 throughout
 NAMES = sorted(it.name for it in altering.DATA.glob("gptq*"))
 ASK_VLLM = """
 import json, sys
@@ -141,7 +142,7 @@ def test_ctrl_c_leaves_no_process(refused: VllmServer) -> None:
     assert len(family) > 1
     refused.process.send_signal(signal.SIGINT)
     assert refused.process.wait(timeout=120) == 130
-    assert processes_of_session(session) == []
+    wait_until_gone(session)
     assert refused.words.rstrip().endswith("stopped")
 
 
@@ -154,10 +155,7 @@ def test_a_branch_that_vllm_takes_is_served_and_ends_with_its_parent() -> None:
         session = server.family()[0]
         server.process.kill()
         server.process.wait()
-        deadline = time.monotonic() + 120
-        while processes_of_session(session) and time.monotonic() < deadline:
-            time.sleep(0.5)
-        assert processes_of_session(session) == []
+        wait_until_gone(session)
 
 
 def test_two_workers_write_what_one_process_writes() -> None:
@@ -200,13 +198,27 @@ def test_the_rules_refuse_the_labels_that_vllm_refuses(tmp_path: Path) -> None:
     assert len(set(said)) == 2
 
 
-def test_vllm_alone_loads_what_the_rules_say() -> None:
-    own = {"VLLM_PLUGINS": "", "VLLM_CPU_INT4_W4A8": "0"}
+def test_vllm_alone_is_right_where_the_rules_say() -> None:
+    """Float16: in bfloat16, vLLM's own kernel ends the process on these widths, on some CPUs."""
     folders = [altering.DATA / it for it in NAMES]
-    found = ask(folders, environ=own, dtype="bfloat16", enforce_eager=True)
-    loaded = {it.name for it, answer in zip(folders, found, strict=True) if not answer.error}
+    found = ask(folders, environ={"VLLM_PLUGINS": ""}, dtype="float16", enforce_eager=True)
     opened = [open_checkpoint(it) for it in folders]
     cpu = find_device("cpu")
     said = {it.path.name for it in opened if refusal(it, joined_layers(it), cpu) is None}
-    assert loaded == said
+    right = {
+        folder.name
+        for folder, answer in zip(folders, found, strict=True)
+        if not answer.error and answer.off_by(ours(folder)) <= HALF_CLOSE
+    }
+    assert right == said
     assert said
+
+
+def test_a_short_last_group_which_vllm_would_mistake_is_taken_without_being_asked() -> None:
+    folder = altering.DATA / SHORT
+    (alone,) = ask([folder], environ={"VLLM_PLUGINS": ""}, dtype="float16", enforce_eager=True)
+    (taken,) = ask([folder], dtype="float16", enforce_eager=True)
+    right = ours(folder)
+    assert alone.off_by(right) > HALF_CLOSE  # else this can go
+    assert taken.quantization == "gptq_loader"
+    assert taken.off_by(right) <= HALF_CLOSE

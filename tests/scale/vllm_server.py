@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 KEY = "sesame"
 MINUTES = 10  # for one start, on a machine with other work
+SECONDS = 60  # for the processes of a server to end
 
 
 @dataclass
@@ -87,6 +89,14 @@ def processes_of_session(session: int) -> list[int]:
         if int(its_session) == session and state != "Z":
             found.append(int(stat.parent.name))
     return found
+
+
+def wait_until_gone(session: int) -> None:
+    """Wait for the end of a session's last process."""
+    deadline = time.monotonic() + SECONDS
+    while processes_of_session(session) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert processes_of_session(session) == []
 
 
 def start(*args: str | Path, environ: dict[str, str] | None = None) -> subprocess.Popen[str]:

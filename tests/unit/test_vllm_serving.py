@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from altered import ALL, DATA, NAMES, copy, edit_json, edit_tensors, plugins
+from altered import ALL, CPU_KERNELS, DATA, NAMES, copy, edit_json, edit_tensors, plugins
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -28,7 +28,7 @@ from gptq_loader_extensions.vllm.explaining import plan_for_vllm
 from gptq_loader_extensions.vllm.guard import ServerGuard, as_environment
 from gptq_loader_extensions.vllm.joined import expert_layers, joined_layers
 from gptq_loader_extensions.vllm.process import ServerProcess, find_reason
-from gptq_loader_extensions.vllm.serving import Asked
+from gptq_loader_extensions.vllm.serving import Asked, _announce
 from gptq_loader_extensions.vllm.shards import describe, join
 from gptq_loader_extensions.vllm.stops import with_stops
 from gptq_loader_extensions.vllm.taking import refusal
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 ONE = "gptq-4bit-32g-act-sym"
 WHOLE = "gptq-4bit-noneg-act-sym"  # one group, so act-order is nothing
 BLOCK = "model.layers.0"
-CPU = Device("cpu")
+CPU = find_device("cpu")
 AMPERE, VOLTA = find_device("cuda:sm86"), find_device("cuda:sm70")
 CARD = CardTemplate("### Instruction:\n{prompt}\n\n### Response:\n")
 
@@ -151,7 +151,7 @@ def changed(**fields: Any) -> Callable[[LayerSpec], LayerSpec]:
         (changed(bits=3), None, "this has 3"),
         (changed(sym=False), None, "symmetric zeros"),
         (changed(group_size=16, groups=8), None, "no kernel for groups of 16"),
-        (changed(group_size=128, in_features=576), None, "do not fill 576 rows"),
+        (changed(group_size=128, in_features=576), None, "do not fill 576 rows evenly"),
         (changed(bits=8), CPU, "on a CPU vLLM takes 4 bits"),
         (changed(out_features=100), CPU, "multiples of 32, and this is"),
     ],
@@ -183,7 +183,7 @@ VLLM = {"GPTQ_LOADER_PLUGINS": f"{ALL['GPTQ_LOADER_PLUGINS']},host-vllm,host-ope
 
 def test_explain_says_who_takes_it_and_each_kind_of_layer() -> None:
     words = explained(str(DATA / ONE), "--device", "cpu")
-    assert "vLLM would not run it by itself: config.json says act-order with groups" in words
+    assert "vLLM does not run it rightly by itself: config.json says act-order with groups" in words
     assert "so gptq_loader takes it" in words
     assert "2 qkv_proj " in words
     assert "(q, k and v in one)" in words
@@ -298,6 +298,35 @@ def test_the_environment_has_room_and_cores_for_a_cpu_and_the_users_own_wins() -
     with pytest.raises(OptionInvalid, match="need a core each"):
         environ(CPU, len(cores) + 1)
     assert environ(CPU, VLLM_PLUGINS="lora")["VLLM_PLUGINS"] == "lora,gptq_loader"
+
+
+def announced(capsys: pytest.CaptureFixture[str], device: Device, *log: str) -> tuple[str, Any]:
+    settings = Settings(as_json=True)
+    _announce(settings, planned(device), log, url="http://127.0.0.1:8000", name="one")
+    said = capsys.readouterr()
+    return said.err, json.loads(said.out)
+
+
+def test_what_runs_is_announced_from_what_vllm_logs(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = "gptq_loader: a.qkv_proj and layers like it (4-bit 8x8): {}: chosen: stays packed"
+    words, told = announced(capsys, AMPERE, "Using MarlinLinearKernel for AutoGPTQLinearMethod")
+    assert "vLLM's own GPTQ, MarlinLinearKernel, on cuda sm86" in words
+    assert told["quantization"] == "auto_gptq"
+    taken = "gptq_loader takes this checkpoint, because vLLM would not: ..."
+    words, told = announced(capsys, AMPERE, taken, chosen.format("triton"))
+    assert told["quantization"] == "gptq_loader"
+    assert list(told["kernels"]) == ["triton"]
+    words, told = announced(capsys, CPU)
+    best = CPU_KERNELS[0]
+    assert told["kernels"] == {best: 8}
+    assert f"gptq_loader, {best} (8 of 8 layers), on cpu" in words
+    assert "explain one --engine vllm" in words
+
+
+def test_serve_says_which_dtypes_there_are() -> None:
+    done = CliRunner().invoke(app, ["serve", str(DATA / ONE), "--dtype", "int3"], env=VLLM)
+    assert done.exit_code == 1
+    assert "no model computes in int3" in done.stderr
 
 
 def tokenizer() -> Any:
@@ -443,6 +472,8 @@ def test_a_server_that_is_stopped_leaves_no_process(capfd: pytest.CaptureFixture
             time.sleep(0.05)
         session = it._process.pid
         assert alive(session)
+    while alive(session) and time.monotonic() < deadline:
+        time.sleep(0.05)  # a process is there for a moment after it was killed
     assert not alive(session)
     assert "gptq_loader: hello" in capfd.readouterr().err
 

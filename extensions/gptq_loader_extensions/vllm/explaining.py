@@ -34,7 +34,7 @@ class VllmPlan:
 
     Attributes:
         plan: each of vLLM's layers with the kernel of this package that would run it.
-        refused: why vLLM's own GPTQ would not run the checkpoint, or None where it would.
+        refused: why vLLM's own GPTQ would not run the checkpoint, or would be wrong; or None.
         asked: why `gptq-loader serve --engine vllm` asks for the plug-in by name for what vLLM
             would run, or None.
         experts: how many layers are experts of a mixture, which are dequantised.
@@ -63,7 +63,7 @@ class VllmPlan:
         lines = [f"in vLLM ({self.installed}):"]
         if self.refused is not None:
             lines += [
-                f"  vLLM would not run it by itself: {self.refused}",
+                f"  vLLM does not run it rightly by itself: {self.refused}",
                 f"  so {NAME} takes it, in vllm serve and in gptq-loader serve --engine vllm",
             ]
         else:

@@ -43,6 +43,7 @@ __all__ = ["Asked", "serve"]
 LOOPBACK = "127.0.0.1"
 EVERYWHERE = {"0.0.0.0": LOOPBACK, "::": "::1", "": LOOPBACK}  # noqa: S104 - compared, not bound
 TAKEN_OVER = "gptq_loader takes this checkpoint"
+OWN = re.compile(r"Using (?P<kernel>\w+) for AutoGPTQLinearMethod")
 CHOSEN = re.compile(r"gptq_loader: .* and layers like it \(.*\): (?P<kernel>[\w-]+): chosen.*")
 
 
@@ -220,16 +221,16 @@ def _announce(
 ) -> None:
     """Say what is served, by which kernels, where, and how to point a client at it."""
     ours = planned.taker == "gptq_loader" or any(it.startswith(TAKEN_OVER) for it in messages)
-    matched = (CHOSEN.fullmatch(it) for it in messages)
+    matched = ((CHOSEN if ours else OWN).fullmatch(it) for it in messages)
     seen = dict.fromkeys(it["kernel"] for it in matched if it)
-    counted = planned.plan.kernels()
-    kernels = {it: counted.get(it) for it in seen or counted} if ours else {}
+    counted = planned.plan.kernels() if ours else {}
+    kernels = {it: counted.get(it) for it in seen or counted}
     total = sum(counted.values())
     words = [it if n is None else f"{it} ({n} of {total} layers)" for it, n in kernels.items()]
     key = "your key" if settings.api_key else "anything"
     lines = [
         f"serving {name} with {planned.installed}: "
-        + (f"gptq_loader, {', '.join(words)}" if ours else "vLLM's own GPTQ, auto_gptq")
+        + ", ".join(["gptq_loader" if ours else "vLLM's own GPTQ", *words])
         + f", on {planned.plan.device}",
         f"  the API is at {url}/v1, for any client of OpenAI's (API key: {key})",
         f"  models: {name}",
@@ -238,7 +239,7 @@ def _announce(
             if settings.no_auth and settings.api_key is None
             else []
         ),
-        "  why these kernels: gptq-loader explain REF --engine vllm",
+        f"  why these kernels: gptq-loader explain {planned.plan.reference} --engine vllm",
         "  Ctrl-C ends it",
     ]
     _say("\n".join(lines))

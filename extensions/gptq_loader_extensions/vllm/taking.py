@@ -36,7 +36,7 @@ def stored_label(folder: Path) -> Mapping[str, Any]:
 def refusal(
     checkpoint: Checkpoint, layers: Iterable[LayerSpec], device: Device | None
 ) -> str | None:
-    """Say why vLLM's own GPTQ would not run a checkpoint; None where it would.
+    """Say why vLLM's own GPTQ would not run a checkpoint rightly; None where it would.
 
     Args:
         checkpoint: the open checkpoint.
@@ -101,7 +101,10 @@ def _refused(layer: LayerSpec) -> str | None:
     if layer.group_size not in GROUP_SIZES:
         return f"vLLM has no kernel for groups of {layer.group_size}"
     if layer.group_size > 0 and layer.in_features % layer.group_size:
-        return f"groups of {layer.group_size} do not fill {layer.in_features} rows evenly"
+        return (
+            f"groups of {layer.group_size} do not fill {layer.in_features} rows evenly, and vLLM "
+            "forgets the rest"
+        )
     return None
 
 
