@@ -31,7 +31,7 @@ from gptq_loader_extensions.vllm.process import ServerProcess, find_reason
 from gptq_loader_extensions.vllm.serving import Asked, _announce
 from gptq_loader_extensions.vllm.shards import describe, join
 from gptq_loader_extensions.vllm.stops import with_stops
-from gptq_loader_extensions.vllm.taking import refusal
+from gptq_loader_extensions.vllm.taking import refusal, taken_unasked
 from gptq_loader_extensions.vllm.told import (
     end_texts,
     end_tokens,
@@ -170,6 +170,11 @@ def test_without_a_label_vllm_knows_nothing(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     words = refusal(checkpoint, joined_layers(checkpoint), AMPERE)
     assert "config.json does not say" in str(words)
+    assert not taken_unasked(checkpoint)
+    text = plan_for_vllm(
+        checkpoint, AMPERE, plugins(), reference="one", installed="vllm 0.32"
+    ).explain()
+    assert "and in vllm serve --quantization gptq_loader" in text
 
 
 def explained(*arguments: str) -> str:
@@ -184,7 +189,9 @@ VLLM = {"GPTQ_LOADER_PLUGINS": f"{ALL['GPTQ_LOADER_PLUGINS']},host-vllm,host-ope
 def test_explain_says_who_takes_it_and_each_kind_of_layer() -> None:
     words = explained(str(DATA / ONE), "--device", "cpu")
     assert "vLLM does not run it rightly by itself: config.json says act-order with groups" in words
-    assert "so gptq_loader takes it" in words
+    assert (
+        "so gptq_loader takes it, in gptq-loader serve --engine vllm and in vllm serve\n" in words
+    )
     assert "2 qkv_proj " in words
     assert "(q, k and v in one)" in words
     assert "triton" in words.partition("4-bit, groups of 32")[2]  # and why it is not that one

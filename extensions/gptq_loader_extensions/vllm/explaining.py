@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gptq_loader_extensions.vllm import NAME
 from gptq_loader_extensions.vllm.joined import expert_layers, joined_layers
-from gptq_loader_extensions.vllm.taking import reason_for_us, refusal
+from gptq_loader_extensions.vllm.taking import reason_for_us, refusal, taken_unasked
 from gptq_loader_plugin.choose import choose
 from gptq_loader_plugin.opening import plan_load
 
@@ -35,6 +35,7 @@ class VllmPlan:
     Attributes:
         plan: each of vLLM's layers with the kernel of this package that would run it.
         refused: why vLLM's own GPTQ would not run the checkpoint, or would be wrong; or None.
+        unasked: whether the plug-in then takes it in `vllm serve` without being asked by name.
         asked: why `gptq-loader serve --engine vllm` asks for the plug-in by name for what vLLM
             would run, or None.
         experts: how many layers are experts of a mixture, which are dequantised.
@@ -43,6 +44,7 @@ class VllmPlan:
 
     plan: Plan
     refused: str | None
+    unasked: bool
     asked: str | None
     experts: int
     installed: str
@@ -64,7 +66,8 @@ class VllmPlan:
         if self.refused is not None:
             lines += [
                 f"  vLLM does not run it rightly by itself: {self.refused}",
-                f"  so {NAME} takes it, in vllm serve and in gptq-loader serve --engine vllm",
+                f"  so {NAME} takes it, in gptq-loader serve --engine vllm and in vllm serve"
+                + ("" if self.unasked else f" --quantization {NAME}"),
             ]
         else:
             lines.append(f"  vLLM runs it by itself, as auto_gptq, in vllm serve {self.plan.path}")
@@ -91,6 +94,7 @@ class VllmPlan:
             "installed": self.installed,
             "taken_by": self.taker,
             "refused_by_vllm": self.refused,
+            "taken_unasked": self.unasked,
             "asked_for_because": self.asked,
             "experts": self.experts,
         }
@@ -129,6 +133,7 @@ def plan_for_vllm(
     return VllmPlan(
         plan=_chosen_anew(whole, layers, experts, plugins, backend),
         refused=refusal(checkpoint, layers, device),
+        unasked=taken_unasked(checkpoint),
         asked=reason_for_us(device, backend=backend, dtype=dtype),
         experts=len(experts),
         installed=installed,

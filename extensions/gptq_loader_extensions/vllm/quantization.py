@@ -31,6 +31,7 @@ from gptq_loader_extensions.vllm.experts import GPTQLoaderExpertsMethod, expert_
 from gptq_loader_extensions.vllm.folder import find_folder
 from gptq_loader_extensions.vllm.linear import GPTQLoaderLinearMethod
 from gptq_loader_extensions.vllm.names import Names
+from gptq_loader_extensions.vllm.taking import METHODS
 from gptq_loader_extensions.vllm.taking import refusal as wrong_in_vllm
 from gptq_loader_extensions.vllm.words import in_words
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 __all__ = ["GPTQLoaderConfig"]
 
-METHODS = ("gptq", "gptq_v2")  # what config.json may call the method
 OPTIONS = ("backend",)  # of vLLM's additional_config, under our name
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 logger = logging.getLogger("vllm.gptq_loader")

@@ -18,8 +18,16 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.device import Device
     from gptq_loader_plugin.kernel import LayerSpec
 
-__all__ = ["label_refusal", "reason_for_us", "refusal", "stored_label"]
+__all__ = [
+    "METHODS",
+    "label_refusal",
+    "reason_for_us",
+    "refusal",
+    "stored_label",
+    "taken_unasked",
+]
 
+METHODS = ("gptq", "gptq_v2")  # what config.json may call the method, for the plug-in
 BITS = (4, 8)
 GROUP_SIZES = (-1, 32, 64, 128)
 WIDTH_UNIT = 32  # of the CPU kernel's rows and columns
@@ -56,7 +64,7 @@ def refusal(
 def label_refusal(label: Mapping[str, Any]) -> str | None:
     """Say why vLLM's own GPTQ would not take what config.json says of the quantisation."""
     if str(label.get("quant_method", "")).lower() != "gptq":
-        return "config.json does not say that it is a GPTQ checkpoint, and vLLM reads no other file"
+        return "config.json does not say that its method is gptq, and vLLM reads no other file"
     if label.get("desc_act") and label.get("group_size") != -1:
         return "config.json says act-order with groups, which vLLM 0.32 has no more"
     if label.get("bits") not in BITS or not label.get("sym"):
@@ -66,6 +74,13 @@ def label_refusal(label: Mapping[str, Any]) -> str | None:
             f"{label.get('bits')} bits, {symmetry}"
         )
     return None
+
+
+def taken_unasked(checkpoint: Checkpoint) -> bool:
+    """Whether the plug-in takes a checkpoint when vLLM loads it and no method was named."""
+    method = str(stored_label(checkpoint.folder).get("quant_method", "")).lower()
+    wrong = refusal(checkpoint, checkpoint.layers.values(), None)
+    return method in METHODS and wrong is not None
 
 
 def reason_for_us(
