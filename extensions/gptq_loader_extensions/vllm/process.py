@@ -115,7 +115,7 @@ class ServerProcess:
         """End it and every process of its session; running replies get a few seconds."""
         self._passing = self._verbose  # what it says of its own end is for nobody
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)
+            self._process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(self._grace + LAST_SECONDS)
         with suppress(ProcessLookupError):  # which is as it should be

@@ -173,7 +173,11 @@ def _run(
     """Start vLLM's server, announce it, and wait for its end or for Ctrl-C."""
     settings = asked.settings
     host = EVERYWHERE.get(settings.host, settings.host)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # a shell starts what is in its background without the first
+        signal.signal(number, _interrupt)
     debug = os.environ.get("GPTQ_LOADER_DEBUG") == "1"
     with ServerProcess(command, environ, grace=settings.grace, verbose=debug) as process:
         process.wait_ready(host, port, settings.api_key)
