@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
 
 import typer
 
@@ -17,6 +17,7 @@ from gptq_loader_plugin.cli.output import (
     text_of,
     yes_no,
 )
+from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.placement import read_limits
 from gptq_loader_plugin.plan import write_size
 
@@ -40,6 +41,23 @@ COLUMNS = (
     "ExLlama",
     "Template",
 )
+
+
+class _Explained(Protocol):
+    """What an engine says of a checkpoint."""
+
+    def explain(self) -> str: ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class _Explaining(Protocol):
+    """An engine that can say what it would run, beside what `Engine` has."""
+
+    def explain(
+        self, reference: str, *, device: str | None, backend: str | None, revision: str | None
+    ) -> _Explained: ...
 
 
 def add_to(app: typer.Typer) -> None:
@@ -83,11 +101,25 @@ def explain(
     revision: Revision = None,
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", help="Explain what runs inside another engine: vllm."),
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Say which kernel would run each layer, and why not the others, without reading weights."""
     import gptq_loader_plugin as gptq
 
+    if engine is not None:
+        if device_map or max_memory:
+            raise OptionInvalid(
+                f"a device map is not for {engine}, which divides a model in its own way",
+                hint="leave out --device-map and --max-memory",
+            )
+        explaining = _engine(engine)
+        explained = explaining.explain(reference, device=device, backend=backend, revision=revision)
+        _show_plan(explained, as_json=as_json)
+        return
     plan = gptq.explain(
         reference,
         device=device,
@@ -96,6 +128,27 @@ def explain(
         device_map=device_map,
         max_memory=read_limits(max_memory),
     )
+    _show_plan(plan, as_json=as_json)
+
+
+def _engine(name: str) -> _Explaining:
+    """Find an engine that can say what it would run.
+
+    Raises:
+        OptionInvalid: there is none of that name.
+    """
+    from gptq_loader_plugin.plugins import Plugins
+
+    found = {it.name: it for it in Plugins(installed=True).hosts() if isinstance(it, _Explaining)}
+    if name not in found:
+        raise OptionInvalid(
+            f"no engine {name!r} can say what it would run",
+            hint=f"name {' or '.join(sorted(found))}, or leave out --engine",
+        )
+    return found[name]
+
+
+def _show_plan(plan: _Explained, *, as_json: bool) -> None:
     if as_json:
         print_json(plan.to_json())
     else:

