@@ -41,7 +41,9 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
             warnings.simplefilter("ignore", UserWarning)  # of pickle protocols
             content = _unpickle(file)
     except pickle.UnpicklingError as error:
-        if "Weights only load failed" not in str(error) or "Unsupported" not in str(error):
+        said = str(error).lower()
+        # an unsupported operand is a byte that is no pickle's; an unsupported global is code
+        if "unsupported" not in said or "unsupported operand" in said:
             raise CorruptCheckpoint(
                 "not a readable torch file", path=file, hint="download it again"
             ) from error

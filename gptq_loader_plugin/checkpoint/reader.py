@@ -46,7 +46,10 @@ OTHER_FORMATS = (  # how other methods name their tensors
     (".weight_packed", "compressed-tensors", "load it with transformers and compressed-tensors"),
     (".weight.absmax", "bitsandbytes", "load it with transformers and bitsandbytes"),
     (".weight.quant_map", "bitsandbytes", "load it with transformers and bitsandbytes"),
+    (".SCB", "bitsandbytes", "load it with transformers and bitsandbytes"),
+    (".W_q", "HQQ", "load it with transformers and hqq"),
     (".weight_scale", "FP8", "load it with transformers or vLLM"),
+    (".weight_scale_inv", "FP8", "load it with transformers or vLLM"),
 )
 
 
@@ -268,6 +271,12 @@ def not_gptq(headers: dict[str, TensorInfo], path: Path) -> UnsupportedFormat:
             return UnsupportedFormat(
                 f"this is an {method} checkpoint, not a GPTQ one", path=path, hint=hint
             )
+    if not headers:
+        return UnsupportedFormat(
+            "it holds no tensors",
+            path=path,
+            hint="download it again, or name the folder that holds the weights",
+        )
     return UnsupportedFormat(
         f"none of its {len(headers)} tensors is a GPTQ qweight: the model is not quantised",
         path=path,

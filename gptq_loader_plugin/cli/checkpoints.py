@@ -14,6 +14,7 @@ from gptq_loader_plugin.cli.output import (
     print_table,
     reported,
     say,
+    show,
     text_of,
     yes_no,
 )
@@ -99,7 +100,7 @@ def explain(
     if as_json:
         print_json(plan.to_json())
     else:
-        typer.echo(plan.explain())
+        show(plan.explain())
 
 
 def plugins(*, as_json: JSON = False) -> None:
@@ -110,7 +111,7 @@ def plugins(*, as_json: JSON = False) -> None:
     if as_json:
         print_json(to_json(found))
     else:
-        typer.echo(write_plugins(found))
+        show(write_plugins(found))
     broken = [it.name for it in found if it.state == "broken"]
     if broken:
         others = ",".join(it.name for it in found if it.state == "in force")
@@ -139,10 +140,10 @@ def _show(report: CheckpointReport) -> None:
         ("template", f"{report.template.name}: {report.template.source}", ""),
         ("a reply stops at", stop or "the tokenizer's end token", ""),
     ]
-    typer.echo(str(report.path))
+    show(str(report.path))
     for label, value, field in rows:
         source = report.sources.get(field)
-        typer.echo(f"  {label:<17} {value}{f'  ({source})' if source else ''}")
+        show(f"  {label:<17} {value}{f'  ({source})' if source else ''}")
     for warning in report.warnings:
         say(f"warning: {warning}")
 
