@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptq_loader_plugin.errors import CheckpointNotFound, OptionInvalid, UnsupportedFormat
+from gptq_loader_plugin.errors import (
+    CheckpointNotFound,
+    OptionInvalid,
+    PluginError,
+    UnsupportedFormat,
+)
 from gptq_loader_plugin.paths import local_path
 
 if TYPE_CHECKING:
@@ -108,15 +113,15 @@ def resolve(
         OptionInvalid: a revision is named of what is no repository on the hub.
         UnsupportedFormat: it names a file of another kind.
         HubError: the hub could not be reached, or refused.
+        PluginError: a plugin failed, or answered a path where nothing is.
     """
     text = str(reference)
     if not text.strip():
         raise CheckpointNotFound(
             "the reference is empty", reference=text, tried=(), hint=WHAT_TO_NAME
         )
-    found: Path | None = plugins.hook.gptq_resolve(reference=text)
-    if found is not None:
-        return Path(found)
+    if (found := _found_by_plugin(text, plugins)) is not None:
+        return found
     path = local_path(text)
     if text == "demo" or path.exists() or path.is_symlink():
         return _here(text, path, revision, progress or plugins.progress)
@@ -150,6 +155,16 @@ def resolve(
             ),
         )
     return download_folder(hub, progress=progress or plugins.progress)
+
+
+def _found_by_plugin(text: str, plugins: Plugins) -> Path | None:
+    found: Path | None = plugins.hook.gptq_resolve(reference=text)
+    if found is None or Path(found).exists():
+        return found and Path(found)
+    raise PluginError(
+        f"a plugin answered {found} for {text}, and there is no such file or folder",
+        hint="find it with gptq-loader plugins; leave it out with GPTQ_LOADER_PLUGINS",
+    )
 
 
 def _here(

@@ -41,9 +41,7 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
             warnings.simplefilter("ignore", UserWarning)  # of pickle protocols
             content = _unpickle(file)
     except pickle.UnpicklingError as error:
-        said = str(error).lower()
-        # an unsupported operand is a byte that is no pickle's; an unsupported global is code
-        if "unsupported" not in said or "unsupported operand" in said:
+        if "unsupported" not in str(error).lower():
             raise CorruptCheckpoint(
                 "not a readable torch file", path=file, hint="download it again"
             ) from error

@@ -17,7 +17,13 @@ from gptq_loader_plugin.checkpoint.infer import FLOAT_DTYPES, infer, row_groups
 from gptq_loader_plugin.checkpoint.packing import CONTINUOUS_BITS
 from gptq_loader_plugin.checkpoint.tensors import TensorFiles, is_finite
 from gptq_loader_plugin.checkpoint.zeros import true_zeros
-from gptq_loader_plugin.errors import ConfigInvalid, CorruptCheckpoint, UnsupportedFormat
+from gptq_loader_plugin.errors import (
+    ConfigInvalid,
+    CorruptCheckpoint,
+    GPTQLoaderError,
+    PluginError,
+    UnsupportedFormat,
+)
 from gptq_loader_plugin.kernel import LayerSpec, PackedLinear
 
 if TYPE_CHECKING:
@@ -249,10 +255,28 @@ def open_checkpoint(path: Path, readers: tuple[Reader, ...] = ()) -> Checkpoint:
     """Open a checkpoint with the first reader that knows its format, ours last."""
     ours = GPTQReader()
     for reader in readers:
-        opened = reader.open(path) if reader.name != ours.name else None
+        opened = _opened(reader, path) if reader.name != ours.name else None
         if opened is not None:
             return opened
     return ours.open(path)
+
+
+def _opened(reader: Reader, path: Path) -> Checkpoint | None:
+    try:
+        opened: object = reader.open(path)
+    except (GPTQLoaderError, OSError):  # of the files, which it was given
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"the reader {reader.name} failed at {path}: {error}",
+            hint="update the package that brings it, or leave it out with GPTQ_LOADER_PLUGINS",
+        ) from error
+    if opened is None or isinstance(opened, Checkpoint):
+        return opened
+    raise PluginError(
+        f"the reader {reader.name} answered {opened!r}",
+        hint="answer a Checkpoint, or None where the files are another format's",
+    )
 
 
 def model_dtype(headers: dict[str, TensorInfo]) -> str:
