@@ -171,9 +171,8 @@ class Plugins:
         for caller in self._manager.get_hookcallers(self._manager.get_plugin(name)) or ():
             for implementation in caller.get_hookimpls():
                 if implementation.plugin_name == name:
-                    implementation.function = _blamed(  # type: ignore[misc] - pluggy has no door
-                        implementation.function, name, caller.name
-                    )
+                    blamed = _blamed(implementation.function, name, caller.name)
+                    setattr(implementation, "function", blamed)  # noqa: B010 - Final, by its type
 
     def _offers(
         self, kind: type[Offer], word: str, hook: Callable[[], Iterable[Iterable[object]]]

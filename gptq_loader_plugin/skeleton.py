@@ -148,6 +148,7 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         ConfigInvalid: config.json is missing or broken.
         UnsupportedFormat: transformers does not know the model, or it needs code of its own.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     model_type = checkpoint.model_config["model_type"]
@@ -155,7 +156,14 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             checkpoint.folder, trust_remote_code=False
         )
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        KeyError,
+        OSError,
+        TypeError,
+        AttributeError,
+        StrictDataclassError,
+    ) as error:
         raise _unknown_model(model_type, checkpoint.folder / "config.json", error) from error
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")

@@ -22,7 +22,7 @@ __all__ = ["add_to"]
 
 def add_to(app: typer.Typer) -> None:
     """Add this command to the application."""
-    app.command()(reported(bench))
+    app.command(short_help="Measure a load, a prompt, a reply and their memory.")(reported(bench))
 
 
 def bench(

@@ -45,9 +45,11 @@ COLUMNS = (
 
 def add_to(app: typer.Typer) -> None:
     """Add these commands to the application."""
-    app.command()(reported(inspect))
-    app.command()(reported(explain))
-    app.command()(reported(plugins))
+    app.command(short_help="Say what a checkpoint is, without reading its weights.")(
+        reported(inspect)
+    )
+    app.command(short_help="Say which kernel would run each layer, and why.")(reported(explain))
+    app.command(short_help="List what is installed, and whether it works here.")(reported(plugins))
 
 
 def inspect(

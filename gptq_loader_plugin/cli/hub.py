@@ -54,9 +54,11 @@ MODEL_COLUMNS = ("Model", "Bits", "GS", "Act Order", "Layers", "Size", "Fits", "
 
 def add_to(app: typer.Typer) -> None:
     """Add these commands to the application."""
-    app.command()(reported(branches))
-    app.command()(reported(download))
-    app.command()(reported(models))
+    app.command(short_help="List a repository's branches, and which fit this machine.")(
+        reported(branches)
+    )
+    app.command(short_help="Fetch a branch from the hub, every hash checked.")(reported(download))
+    app.command(short_help="List the checkpoints on this machine.")(reported(models))
 
 
 def branches(

@@ -17,8 +17,10 @@ JSON = Annotated[bool, typer.Option("--json", help="Write the result as JSON.")]
 
 def add_to(app: typer.Typer) -> None:
     """Add these commands to the application."""
-    app.command()(reported(quantize))
-    app.command()(reported(perplexity))
+    app.command(short_help="Quantise a model with GPTQ; an interrupted run goes on.")(
+        reported(quantize)
+    )
+    app.command(short_help="Measure how well a checkpoint predicts a text.")(reported(perplexity))
 
 
 def quantize(  # noqa: PLR0913 - each is an option a user may want

@@ -283,6 +283,8 @@ def test_debug_shows_the_traceback() -> None:
 
 
 def test_help_and_version() -> None:
+    commands = run("--help").stdout.partition("Commands:")[2]
+    assert "..." not in commands, "a command is cut off"
     for name in ("", "demo", "chat", "generate", "inspect", "explain", "quantize", "perplexity"):
         done = run(*([name] if name else []), "--help")
         assert done.exit_code == 0
