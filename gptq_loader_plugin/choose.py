@@ -11,7 +11,9 @@ from gptq_loader_plugin.kernel import Accepted, Declined
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec, Verdict
+    from torch import nn
+
+    from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec, PackedLinear, Verdict
 
 __all__ = ["Choice", "choose"]
 
@@ -103,6 +105,33 @@ def _ask(kernel: Kernel, layer: LayerSpec, device: Device) -> Verdict:
             hint="answer Accepted or Declined from Kernel.consider",
         )
     return verdict
+
+
+def prepared(kernel: Kernel, layer: LayerSpec, packed: PackedLinear, device: Device) -> nn.Module:
+    """Have a kernel prepare a layer.
+
+    Raises:
+        PluginError: it fails, or answers something that is no module.
+    """
+    from torch import nn
+
+    try:
+        module: object = kernel.prepare(layer, packed, device)
+    except (GPTQLoaderError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        if "out of memory" in str(error).lower():  # torch's own kinds, which a load reports
+            raise
+        raise PluginError(
+            f"the kernel {kernel.name} failed to prepare {layer.name}: {error}",
+            hint="update the package that brings it, or leave it out with GPTQ_LOADER_PLUGINS",
+        ) from error
+    if isinstance(module, nn.Module):
+        return module
+    raise PluginError(
+        f"the kernel {kernel.name} prepared {module!r} for {layer.name}",
+        hint="answer a torch module from Kernel.prepare",
+    )
 
 
 def _hint(kernels: Sequence[Kernel], only: str | None) -> str:

@@ -75,6 +75,7 @@ class GPTQLoaderError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.add_note(f"hint: {hint}")  # so that a traceback shows it too
 
 
 class BadReference(GPTQLoaderError):

@@ -10,6 +10,7 @@ from gptq_loader_plugin.errors import GPTQLoaderError, PromptTooLong
 from gptq_loader_plugin.generate import Generation, Piece, Reply, generate_pieces
 from gptq_loader_plugin.kernel import Closable
 from gptq_loader_plugin.kv_cache import KeptCache
+from gptq_loader_plugin.messages import check_text
 from gptq_loader_plugin.options import GenerateOptions
 from gptq_loader_plugin.template import CHATML_START
 
@@ -196,7 +197,9 @@ class LoadedModel:
 
         Raises:
             PromptTooLong: the prompt does not fit the context, or is empty.
+            TemplateError: the prompt is no valid text.
         """
+        check_text(prompt, "the prompt")
         ids: list[int] = self.tokenizer(prompt)["input_ids"]
         beginning: Any = self.tokenizer.bos_token_id
         if not ids and beginning is not None:
@@ -279,7 +282,7 @@ class LoadedModel:
                 f"the prompt has {len(ids):,} tokens, and the context is {self.context:,}",
                 tokens=len(ids),
                 context=self.context,
-                hint="shorten it, or let the oldest turns go: when_too_long='drop-oldest'",
+                hint="shorten it; a chat can drop its oldest turns: when_too_long='drop-oldest'",
             )
 
     def _pieces(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from codecs import BOM_UTF8
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gptq_loader_plugin.architectures import translate
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
-from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.errors import ConfigInvalid, OptionInvalid
 from gptq_loader_plugin.events import Head
 from gptq_loader_plugin.opening import find_first_device, open_planned, plan_load
 from gptq_loader_plugin.plugins import Plugins
@@ -107,13 +108,16 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     chosen = find_template(
         checkpoint.folder, card=checkpoint.card, named=template, offered=plugins.templates()
     )
+    from gptq_loader_plugin.build import build_model
+    from gptq_loader_plugin.skeleton import read_config
+
+    _check_marks(checkpoint.folder)
+    config = read_config(checkpoint)  # before the tokenizer, which would be blamed for it
     tokenizer = read_tokenizer(checkpoint)
     if kv_cache == "int8":
         from gptq_loader_plugin.kv_cache import check_int8
-        from gptq_loader_plugin.skeleton import read_config
 
-        check_int8(read_config(checkpoint))
-    from gptq_loader_plugin.build import build_model
+        check_int8(config)
 
     filled = build_model(checkpoint, plan, plugins, offload_folder, check=check)
     model, notes = filled.model, filled.notes
@@ -272,6 +276,18 @@ def _tell_loaded(opened: Opened, plugins: Plugins) -> None:
     plugins.hook.gptq_after_load(request=opened.request, seconds=seconds)
     named, headline = opened.request.reference, opened.plan.headline()
     logger.info("loaded %s in %.1f s: %s", named, seconds, headline)
+
+
+def _check_marks(folder: Path) -> None:
+    """Refuse a byte-order mark, which editors on Windows write and transformers does not read."""
+    for file in sorted(folder.glob("*.json")):
+        with file.open("rb") as stream:
+            if stream.read(len(BOM_UTF8)) == BOM_UTF8:
+                raise ConfigInvalid(
+                    "begins with a byte-order mark, which transformers does not read",
+                    path=file,
+                    hint="save it as UTF-8 without the mark (BOM), or download it again",
+                )
 
 
 def _context(model: PreTrainedModel, asked: int | None) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from gptq_loader_plugin.errors import TemplateError
 
-__all__ = ["ROLES", "Message", "check_messages"]
+__all__ = ["ROLES", "Message", "check_messages", "check_text"]
 
 Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
@@ -26,7 +26,25 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         )
     if not messages:
         raise TemplateError("there are no messages", hint=EXAMPLE)
-    return [_check(message, i) for i, message in enumerate(messages)]
+    checked = [_check(message, i) for i, message in enumerate(messages)]
+    for i, message in enumerate(checked):
+        check_text(message["content"], f"the content of message {i}")
+    return checked
+
+
+def check_text(text: str, what: str) -> None:
+    """Refuse half a character, as bytes that are no UTF-8 leave behind; no tokenizer takes it.
+
+    Raises:
+        TemplateError: there is one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TemplateError(
+            f"{what} is no valid text: its character {error.start:,} is half of one",
+            hint="send valid UTF-8",
+        ) from error
 
 
 def _check(message: Message, index: int) -> dict[str, Any]:

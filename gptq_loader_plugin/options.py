@@ -37,7 +37,7 @@ class GenerateOptions(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
     stop: tuple[str, ...] = ()
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
 
     @field_validator("stop", mode="before")
     @classmethod

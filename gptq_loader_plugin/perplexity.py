@@ -61,6 +61,8 @@ def measure_perplexity(
             f"windows of {window_tokens:,} tokens do not fit the context of {model.context:,}",
             hint="ask for shorter windows: --window-tokens",
         )
+    if windows < 1:
+        raise OptionInvalid("no window was asked for", hint="ask for one or more: --windows")
     ids = torch.tensor(model.tokenizer(text, verbose=False)["input_ids"])
     count = min(windows, len(ids) // window_tokens)
     if count < 1:

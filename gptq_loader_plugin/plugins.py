@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from importlib.metadata import entry_points
@@ -137,7 +138,10 @@ class Plugins:
         more = Plugins(environ={})
         for name, registered in self._manager.list_name_plugin():
             if registered is not None:
-                more._register(registered, name, self._sources.get(name, "given"))
+                source = self._sources.get(name, "given")
+                more._register(registered, name, source)
+                if source != "given":
+                    more._guard(name)
         more._register(plugin, type(plugin).__name__, "given")
         return more
 
@@ -147,6 +151,7 @@ class Plugins:
         for name in sorted(found if wanted is None else wanted):
             entry = found[name]
             self._register(import_plugin(entry), name, _source(entry))
+            self._guard(name)
 
     def _register(self, plugin: object, name: str, source: str) -> None:
         unique = name
@@ -160,6 +165,14 @@ class Plugins:
                 hint="compare its hooks' arguments with docs/hooks.md",
             ) from error
         self._sources[unique] = source
+
+    def _guard(self, name: str) -> None:
+        """Have an installed plugin's faults told by its name; a caller's own stay as they are."""
+        for caller in self._manager.get_hookcallers(self._manager.get_plugin(name)) or ():
+            for implementation in caller.get_hookimpls():
+                if implementation.plugin_name == name:
+                    blamed = _blamed(implementation.function, name, caller.name)
+                    setattr(implementation, "function", blamed)  # noqa: B010 - Final, by its type
 
     def _offers(
         self, kind: type[Offer], word: str, hook: Callable[[], Iterable[Iterable[object]]]
@@ -188,6 +201,22 @@ class Plugins:
                 )
             found[offer.name] = offer
         return tuple(found[name] for name in sorted(found))
+
+
+def _blamed(function: Callable[..., object], plugin: str, hook: str) -> Callable[..., object]:
+    @functools.wraps(function)
+    def call(*args: object) -> object:
+        try:
+            return function(*args)
+        except GPTQLoaderError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"the plugin {plugin} failed in {hook}: {error}",
+                hint="update or uninstall it, or leave it out with GPTQ_LOADER_PLUGINS",
+            ) from error
+
+    return call
 
 
 def limited_to(environ: Mapping[str, str], installed: set[str]) -> set[str] | None:

@@ -1,8 +1,8 @@
 r"""Turn what a user typed into a checkpoint's folder or file.
 
 In this order: what a plugin finds; "demo"; a path that exists; a folder of that name in a models
-directory (`GPTQ_LOADER_MODELS`, else ./models); `owner/repo` or `owner/repo:branch` on the hub.
-`C:\models\x` is a path and no branch.
+directory (`GPTQ_LOADER_MODELS`, else ./models); `owner/repo` or `owner/repo:branch` on the hub, or
+the address of its page there. `C:\models\x` is a path and no branch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptq_loader_plugin.errors import CheckpointNotFound, OptionInvalid, UnsupportedFormat
+from gptq_loader_plugin.errors import (
+    CheckpointNotFound,
+    OptionInvalid,
+    PluginError,
+    UnsupportedFormat,
+)
+from gptq_loader_plugin.paths import local_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +31,13 @@ __all__ = ["HubReference", "models_folders", "parse_hub_reference", "resolve"]
 
 # no name of git's or the hub's holds two dots; some are made into paths
 HUB = re.compile(r"(?!.*\.\.)(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<branch>[\w][\w./-]*))?")
+# as a browser's address bar has it: https://huggingface.co/owner/repo/tree/branch
+PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[^/?#]+/[^/?#]+)"
+    r"(?:/(?:tree|blob|resolve)/(?P<branch>[^?#]+))?/?(?:[?#].*)?"
+)
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+WHAT_TO_NAME = "name a folder, a .safetensors or .pt file, owner/repo:branch on the hub, or demo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +64,14 @@ class HubReference:
 
 
 def parse_hub_reference(reference: str, *, revision: str | None = None) -> HubReference | None:
-    """Read `owner/repo` or `owner/repo:branch`; None where it is neither.
+    """Read `owner/repo`, `owner/repo:branch`, or its page's address; None where it is neither.
 
     Raises:
         OptionInvalid: both a branch and another revision are named.
     """
+    if page := PAGE.fullmatch(reference):
+        branch = (page["branch"] or "").rstrip("/")
+        reference = f"{page['repo']}:{branch}" if branch else page["repo"]
     match = HUB.fullmatch(reference)
     if match is None:
         return None
@@ -71,9 +86,7 @@ def parse_hub_reference(reference: str, *, revision: str | None = None) -> HubRe
 def models_folders(environ: Mapping[str, str] = os.environ) -> list[Path]:
     """List the folders whose folders are models: `GPTQ_LOADER_MODELS`, or ./models."""
     named = environ.get("GPTQ_LOADER_MODELS")
-    return [
-        Path(it).expanduser() for it in (named.split(os.pathsep) if named else ["models"]) if it
-    ]
+    return [local_path(it) for it in (named.split(os.pathsep) if named else ["models"]) if it]
 
 
 def resolve(
@@ -97,20 +110,21 @@ def resolve(
 
     Raises:
         CheckpointNotFound: it names nothing that exists; says where it was looked for.
+        OptionInvalid: a revision is named of what is no repository on the hub.
         UnsupportedFormat: it names a file of another kind.
         HubError: the hub could not be reached, or refused.
+        PluginError: a plugin failed, or answered a path where nothing is.
     """
     text = str(reference)
-    found: Path | None = plugins.hook.gptq_resolve(reference=text)
-    if found is not None:
-        return Path(found)
-    if text == "demo":
-        from gptq_loader_plugin.demo import prepare_demo
-
-        return prepare_demo(progress=progress or plugins.progress)
-    path = Path(text).expanduser()
-    if path.exists():
-        return _checked(path)
+    if not text.strip():
+        raise CheckpointNotFound(
+            "the reference is empty", reference=text, tried=(), hint=WHAT_TO_NAME
+        )
+    if (found := _found_by_plugin(text, plugins)) is not None:
+        return found
+    path = local_path(text)
+    if text == "demo" or path.exists() or path.is_symlink():
+        return _here(text, path, revision, progress or plugins.progress)
     hub = parse_hub_reference(text, revision=revision)
     # a folder that is named without its branch is not the one for another
     names = [text, re.sub(r"[/:]", "_", text)] if hub is None or revision is None else []
@@ -133,9 +147,47 @@ def resolve(
             f"{text} is not on this machine",
             reference=text,
             tried=tried,
-            hint=f"fetch it first: gptq-loader download {text}",
+            hint=f"fetch it first: gptq-loader download {text}"
+            + (
+                f"; or correct the path: {path.parent} holds no {path.name}"
+                if _is_near(path)
+                else ""
+            ),
         )
     return download_folder(hub, progress=progress or plugins.progress)
+
+
+def _found_by_plugin(text: str, plugins: Plugins) -> Path | None:
+    found: Path | None = plugins.hook.gptq_resolve(reference=text)
+    if found is None or Path(found).exists():
+        return found and Path(found)
+    raise PluginError(
+        f"a plugin answered {found} for {text}, and there is no such file or folder",
+        hint="find it with gptq-loader plugins; leave it out with GPTQ_LOADER_PLUGINS",
+    )
+
+
+def _here(
+    text: str, path: Path, revision: str | None, progress: Callable[[Progress], None]
+) -> Path:
+    """Find what needs no hub: the demo, or a path."""
+    if revision not in (None, "main"):
+        raise OptionInvalid(
+            f"{text} is on this machine and has no revision {revision}",
+            hint="leave the revision out, or name owner/repo on the hub",
+        )
+    if text == "demo":
+        from gptq_loader_plugin.demo import prepare_demo
+
+        return prepare_demo(progress=progress)
+    if not path.exists():
+        raise CheckpointNotFound(
+            f"{text} is a link to {path.readlink()}, which is not there",
+            reference=text,
+            tried=[str(path)],
+            hint="put back what it points to, or name another folder",
+        )
+    return _checked(path)
 
 
 def _checked(path: Path) -> Path:
@@ -147,10 +199,15 @@ def _checked(path: Path) -> Path:
     raise UnsupportedFormat("this is no weight file", path=path, hint=hint)
 
 
+def _is_near(path: Path) -> bool:
+    """Tell whether what looks like a repository was rather meant to be in a folder that is here."""
+    return path.parent.is_dir() and path.parent != Path()
+
+
 def _not_found(reference: str, tried: Sequence[str]) -> CheckpointNotFound:
     return CheckpointNotFound(
-        f"{reference} names no checkpoint; looked in {', '.join(tried)}",
+        f"{reference} names no checkpoint; looked in {', '.join(dict.fromkeys(tried))}",
         reference=reference,
         tried=tried,
-        hint="name a folder, a .safetensors or .pt file, owner/repo:branch on the hub, or demo",
+        hint=WHAT_TO_NAME,
     )

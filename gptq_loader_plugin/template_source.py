@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.checkpoint.config import read_json
 from gptq_loader_plugin.errors import TemplateError
+from gptq_loader_plugin.paths import local_path
 from gptq_loader_plugin.template import (
     CHATML_END,
     CHATML_START,
@@ -26,6 +26,7 @@ from gptq_loader_plugin.tokenizer import RANKS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from gptq_loader_plugin.checkpoint.card import Card
 
@@ -138,11 +139,11 @@ def _named(
         return JinjaTemplate(
             named, name="given", source="the text given", tokens=tokens
         ).with_stop()
-    file = Path(named).expanduser()
+    file = local_path(named)
     if file.is_file():
-        text = file.read_text(encoding="utf-8")
+        text = _text(file)
         return JinjaTemplate(text, name=file.stem, source=file.name, tokens=tokens).with_stop()
-    names = ", ".join(["chatml", "checkpoint", "card", *(it.name for it in offered)])
+    names = ", ".join(dict.fromkeys(["chatml", "checkpoint", "card", *(it.name for it in offered)]))
     raise TemplateError(
         f"no template is called {named!r}", hint=f"name one of {names}, or a .jinja file"
     )
@@ -151,7 +152,7 @@ def _named(
 def _own(folder: Path, tokens: dict[str, str]) -> Template | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        text = file.read_text(encoding="utf-8")
+        text = _text(file)
         return JinjaTemplate(text, source=file.name, tokens=tokens).with_stop()
     for name in ("chat_template.json", "tokenizer_config.json"):
         value = _table(folder / name).get("chat_template")
@@ -188,10 +189,28 @@ def _tokens(folder: Path) -> dict[str, str]:
     return tokens
 
 
+def _text(file: Path) -> str:
+    """Read a template's file.
+
+    Raises:
+        TemplateError: it is no text.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TemplateError(
+            f"{file} is not UTF-8 text, so it is no template",
+            hint='download it again, or name another template: template="chatml"',
+        ) from error
+
+
 def _table(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     if file.name in ("tokenizer.json", "vocab.json"):  # large, and not ours to judge
-        content = json.loads(file.read_bytes())
+        try:
+            content = json.loads(file.read_bytes())
+        except (ValueError, RecursionError):  # its own reader will say what is wrong with it
+            return {}
         return content if isinstance(content, dict) else {}
     return read_json(file)

@@ -15,6 +15,7 @@ from torch import nn
 
 from gptq_loader_plugin.checkpoint.headers import DAMAGED
 from gptq_loader_plugin.checkpoint.tensors import is_finite
+from gptq_loader_plugin.choose import prepared
 from gptq_loader_plugin.errors import CorruptCheckpoint, TensorMismatch
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.experts import PackedExperts
@@ -153,7 +154,7 @@ class _Filling:
             self._check_shape(layer, self.model.get_submodule(place.path), place.path)
         packed = self.checkpoint.packed(layer.name)
         where = self.plan.place(layer.name)
-        module = choice.kernel.prepare(layer, packed, where.device).to(where.device.torch_name)
+        module = prepared(choice.kernel, layer, packed, where.device).to(where.device.torch_name)
         module.eval()
         if where.on_disk and self.offload_folder is not None:
             offload_module(module, self.offload_folder)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["QuantConfig", "StoredConfig", "read_json", "read_stored_config"]
+__all__ = ["CONFIG_FILES", "QuantConfig", "StoredConfig", "read_json", "read_stored_config"]
 
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")
 FORMATS = ("gptq", "gptq_v2", "gptq_p")
@@ -119,14 +119,15 @@ def read_stored_config(folder: Path) -> tuple[StoredConfig, list[str]]:
                         f"{field} is {fields[field]} in {sources[field]} and {value} in {where}; "
                         f"{sources[field]} is followed"
                     )
+    _check_method(fields.get("quant_method"), sources, folder)
     try:
         stored = StoredConfig(**{**fields, "sources": sources})
     except ValidationError as error:
-        first = error.errors()[0]
-        field = str(first["loc"][0])
+        wrong = error.errors()[-1]
+        field = str(wrong["loc"][0])
         raise ConfigInvalid(
-            f"{field} is {fields.get(field)!r} in {sources.get(field, 'the config')}: "
-            f"{first['msg'][0].lower()}{first['msg'][1:]}",
+            f"{field} is {json.dumps(fields.get(field), default=str)} in "
+            f"{sources.get(field, 'the config')}; it must be {_wanted(wrong['type'])}",
             path=folder,
             hint=f"correct {field}, or delete it: what the config does not say is taken from the "
             "tensors",
@@ -149,11 +150,25 @@ def read_json(file: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise ConfigInvalid(
-            f"holds a {type(content).__name__}, not a table",
+            f"holds {_kind(content)}, not a table",
             path=file,
             hint="download the file again, or correct it",
         )
     return content
+
+
+def _wanted(error: str) -> str:
+    """Say what a field must hold, by the type of pydantic's error."""
+    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    kinds |= {"string": "a text", "dict": "a table of tables"}
+    return kinds.get(error.partition("_")[0], "something else")
+
+
+def _kind(content: object) -> str:
+    """Name what JSON can hold beside a table."""
+    if content is None:
+        return "null"
+    return "a list" if isinstance(content, list) else "a single value"
 
 
 def _expression(pattern: str) -> str:
@@ -176,14 +191,18 @@ def _tables(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     return tables
 
 
-def _check(stored: StoredConfig, folder: Path) -> None:
-    method = (stored.quant_method or "gptq").lower()
+def _check_method(named: object, sources: Mapping[str, str], folder: Path) -> None:
+    """Refuse another method before its fields are read as GPTQ's: EXL2 has 4.25 bits."""
+    method = named.lower() if isinstance(named, str) else "gptq"
     if method not in ("gptq", "gptq_v2"):
         raise UnsupportedFormat(
-            f"{stored.sources['quant_method']} says the quantisation method is {method}, not gptq",
+            f"{sources['quant_method']} says the quantisation method is {method}, not gptq",
             path=folder,
             hint=f"use a program that loads {method}, or look for a GPTQ version of this model",
         )
+
+
+def _check(stored: StoredConfig, folder: Path) -> None:
     kind = "marlin" if stored.is_marlin_format else (stored.checkpoint_format or "gptq").lower()
     if kind not in FORMATS:
         raise UnsupportedFormat(

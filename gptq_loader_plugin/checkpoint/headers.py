@@ -102,13 +102,37 @@ def find_weight_files(folder: Path, *, base_name: str | None = None) -> list[Pat
         if named:
             return named
         return _one_set(folder, files)
-    raise CheckpointNotFound(
-        f"{folder} holds no .safetensors, .pt or .bin file",
-        reference=str(folder),
-        tried=[str(folder)],
-        hint="name the folder that holds the checkpoint's weights; if it came by git clone, "
-        "install git-lfs and run git lfs pull",
+    raise _no_weights(folder)
+
+
+def _no_weights(folder: Path) -> CheckpointNotFound:
+    """Say what is in a folder in place of weights."""
+    what = f"{folder} holds no .safetensors, .pt or .bin file"
+    hint = (
+        "name the folder that holds the checkpoint's weights; if it came by git clone, install "
+        "git-lfs and run git lfs pull"
     )
+    inside = sorted(folder.iterdir())
+    suffixes = (".safetensors", *PICKLE_SUFFIXES)
+    lost = [it for it in inside if it.suffix in suffixes and it.is_symlink() and not it.exists()]
+    if lost:
+        what = f"{folder}: {lost[0].name} is a link to a file that is not there"
+        hint = "download the checkpoint again, or put the file back"
+    elif any(it.suffix == ".gguf" for it in inside):
+        what += ", but GGUF ones"
+        hint = "load GGUF files with llama.cpp, or look for a GPTQ version of this model"
+    elif below := [it for it in inside if it.is_dir() and _has_weights(it)]:
+        what += f"; its folder {below[0].name} does"
+        hint = f"name that folder: {below[0]}"
+    return CheckpointNotFound(what, reference=str(folder), tried=[str(folder)], hint=hint)
+
+
+def _has_weights(folder: Path) -> bool:
+    try:
+        inside = {it.suffix for it in folder.iterdir()}
+        return ".safetensors" in inside or ((folder / "config.json").is_file() and ".bin" in inside)
+    except OSError:  # it may not be read
+        return False
 
 
 def read_headers(files: Sequence[Path]) -> dict[str, TensorInfo]:
@@ -241,7 +265,7 @@ def _tensor(
 def _indexed(index: Path) -> list[Path]:
     hint = "download the checkpoint again; every shard must be there"
     try:
-        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        table = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
         names = sorted({str(name) for name in table.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpoint(f"not a shard index ({error})", path=index, hint=hint) from error

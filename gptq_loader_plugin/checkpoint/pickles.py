@@ -41,7 +41,7 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
             warnings.simplefilter("ignore", UserWarning)  # of pickle protocols
             content = _unpickle(file)
     except pickle.UnpicklingError as error:
-        if "Weights only load failed" not in str(error) or "Unsupported" not in str(error):
+        if "unsupported" not in str(error).lower():
             raise CorruptCheckpoint(
                 "not a readable torch file", path=file, hint="download it again"
             ) from error

@@ -17,7 +17,13 @@ from gptq_loader_plugin.checkpoint.infer import FLOAT_DTYPES, infer, row_groups
 from gptq_loader_plugin.checkpoint.packing import CONTINUOUS_BITS
 from gptq_loader_plugin.checkpoint.tensors import TensorFiles, is_finite
 from gptq_loader_plugin.checkpoint.zeros import true_zeros
-from gptq_loader_plugin.errors import ConfigInvalid, CorruptCheckpoint, UnsupportedFormat
+from gptq_loader_plugin.errors import (
+    ConfigInvalid,
+    CorruptCheckpoint,
+    GPTQLoaderError,
+    PluginError,
+    UnsupportedFormat,
+)
 from gptq_loader_plugin.kernel import LayerSpec, PackedLinear
 
 if TYPE_CHECKING:
@@ -46,7 +52,10 @@ OTHER_FORMATS = (  # how other methods name their tensors
     (".weight_packed", "compressed-tensors", "load it with transformers and compressed-tensors"),
     (".weight.absmax", "bitsandbytes", "load it with transformers and bitsandbytes"),
     (".weight.quant_map", "bitsandbytes", "load it with transformers and bitsandbytes"),
+    (".SCB", "bitsandbytes", "load it with transformers and bitsandbytes"),
+    (".W_q", "HQQ", "load it with transformers and hqq"),
     (".weight_scale", "FP8", "load it with transformers or vLLM"),
+    (".weight_scale_inv", "FP8", "load it with transformers or vLLM"),
 )
 
 
@@ -252,10 +261,28 @@ def open_checkpoint(path: Path, readers: tuple[Reader, ...] = ()) -> Checkpoint:
     """Open a checkpoint with the first reader that knows its format, ours last."""
     ours = GPTQReader()
     for reader in readers:
-        opened = reader.open(path) if reader.name != ours.name else None
+        opened = _opened(reader, path) if reader.name != ours.name else None
         if opened is not None:
             return opened
     return ours.open(path)
+
+
+def _opened(reader: Reader, path: Path) -> Checkpoint | None:
+    try:
+        opened: object = reader.open(path)
+    except (GPTQLoaderError, OSError):  # of the files, which it was given
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"the reader {reader.name} failed at {path}: {error}",
+            hint="update the package that brings it, or leave it out with GPTQ_LOADER_PLUGINS",
+        ) from error
+    if opened is None or isinstance(opened, Checkpoint):
+        return opened
+    raise PluginError(
+        f"the reader {reader.name} answered {opened!r}",
+        hint="answer a Checkpoint, or None where the files are another format's",
+    )
 
 
 def model_dtype(headers: dict[str, TensorInfo]) -> str:
@@ -274,6 +301,12 @@ def not_gptq(headers: dict[str, TensorInfo], path: Path) -> UnsupportedFormat:
             return UnsupportedFormat(
                 f"this is an {method} checkpoint, not a GPTQ one", path=path, hint=hint
             )
+    if not headers:
+        return UnsupportedFormat(
+            "it holds no tensors",
+            path=path,
+            hint="download it again, or name the folder that holds the weights",
+        )
     return UnsupportedFormat(
         f"none of its {len(headers)} tensors is a GPTQ qweight: the model is not quantised",
         path=path,

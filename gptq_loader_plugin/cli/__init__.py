@@ -6,9 +6,17 @@ Results go to stdout and words to stderr. Exit codes: 0 done; 1 one of our error
 
 from __future__ import annotations
 
-try:
-    from gptq_loader_plugin.cli.app import app, main
-except KeyboardInterrupt:  # Ctrl-C at once: there is nothing to say yet
-    raise SystemExit(130) from None
+__all__ = ["main"]
 
-__all__ = ["app", "main"]
+
+def main() -> None:
+    """Run the command; Ctrl-C is heard from the first import on."""
+    try:
+        from gptq_loader_plugin.cli.app import run
+
+        run()
+    except KeyboardInterrupt:
+        import sys
+
+        sys.stderr.write("\nstopped\n")
+        sys.exit(130)

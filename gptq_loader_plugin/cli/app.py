@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,8 +21,9 @@ from gptq_loader_plugin.cli import (
     talking,
     tuning,
 )
+from gptq_loader_plugin.cli.output import say
 
-__all__ = ["app", "main"]
+__all__ = ["app", "run"]
 
 app = typer.Typer(
     name="gptq-loader",
@@ -59,6 +63,18 @@ def options(
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars, beside our own
 
 
-def main() -> None:
-    """Run the command."""
-    app()
+def run() -> None:
+    """Run the command, whatever its streams are: closed, full, or of few letters."""
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the end
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the end
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app()
+    except OSError as error:  # of typer's own: help, usage, the version; commands say theirs
+        say(f"error: {error.strerror or error}\nhint: check where the output goes")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptq_loader_plugin.cli.output import ProgressBars, print_json, reported, say
+from gptq_loader_plugin.cli.output import ProgressBars, print_json, reported, say, show
 from gptq_loader_plugin.events import Head  # noqa: TC001 - typer reads it
 from gptq_loader_plugin.plan import write_size
 
@@ -22,7 +22,7 @@ __all__ = ["add_to"]
 
 def add_to(app: typer.Typer) -> None:
     """Add this command to the application."""
-    app.command()(reported(bench))
+    app.command(short_help="Measure a load, a prompt, a reply and their memory.")(reported(bench))
 
 
 def bench(
@@ -99,10 +99,10 @@ def bench(
         print_json(data)
         return
     flags = f" ({' '.join(data['device_features'])})" if where.features else ""
-    typer.echo(f"{reference} on {where}: {name}{flags}, {data['threads']} threads")
+    show(f"{reference} on {where}: {name}{flags}, {data['threads']} threads")
     for label, words in _rows(data, speed):
-        typer.echo(f"  {label:<20} {words}")
-    typer.echo(model.explain().partition("\n")[2])
+        show(f"  {label:<20} {words}")
+    show(model.explain().partition("\n")[2])
 
 
 def _why(model: LoadedModel) -> dict[str, str]:

@@ -14,6 +14,7 @@ from gptq_loader_plugin.cli.output import (
     print_table,
     reported,
     say,
+    show,
     text_of,
     yes_no,
 )
@@ -62,9 +63,11 @@ class _Explaining(Protocol):
 
 def add_to(app: typer.Typer) -> None:
     """Add these commands to the application."""
-    app.command()(reported(inspect))
-    app.command()(reported(explain))
-    app.command()(reported(plugins))
+    app.command(short_help="Say what a checkpoint is, without reading its weights.")(
+        reported(inspect)
+    )
+    app.command(short_help="Say which kernel would run each layer, and why.")(reported(explain))
+    app.command(short_help="List what is installed, and whether it works here.")(reported(plugins))
 
 
 def inspect(
@@ -152,7 +155,7 @@ def _show_plan(plan: _Explained, *, as_json: bool) -> None:
     if as_json:
         print_json(plan.to_json())
     else:
-        typer.echo(plan.explain())
+        show(plan.explain())
 
 
 def plugins(*, as_json: JSON = False) -> None:
@@ -163,7 +166,7 @@ def plugins(*, as_json: JSON = False) -> None:
     if as_json:
         print_json(to_json(found))
     else:
-        typer.echo(write_plugins(found))
+        show(write_plugins(found))
     broken = [it.name for it in found if it.state == "broken"]
     if broken:
         others = ",".join(it.name for it in found if it.state == "in force")
@@ -192,10 +195,10 @@ def _show(report: CheckpointReport) -> None:
         ("template", f"{report.template.name}: {report.template.source}", ""),
         ("a reply stops at", stop or "the tokenizer's end token", ""),
     ]
-    typer.echo(str(report.path))
+    show(str(report.path))
     for label, value, field in rows:
         source = report.sources.get(field)
-        typer.echo(f"  {label:<17} {value}{f'  ({source})' if source else ''}")
+        show(f"  {label:<17} {value}{f'  ({source})' if source else ''}")
     for warning in report.warnings:
         say(f"warning: {warning}")
 

@@ -14,6 +14,7 @@ from gptq_loader_plugin.cli.output import (
     print_table,
     reported,
     say,
+    show,
     text_of,
     yes_no,
 )
@@ -53,9 +54,11 @@ MODEL_COLUMNS = ("Model", "Bits", "GS", "Act Order", "Layers", "Size", "Fits", "
 
 def add_to(app: typer.Typer) -> None:
     """Add these commands to the application."""
-    app.command()(reported(branches))
-    app.command()(reported(download))
-    app.command()(reported(models))
+    app.command(short_help="List a repository's branches, and which fit this machine.")(
+        reported(branches)
+    )
+    app.command(short_help="Fetch a branch from the hub, every hash checked.")(reported(download))
+    app.command(short_help="List the checkpoints on this machine.")(reported(models))
 
 
 def branches(
@@ -161,12 +164,12 @@ def models(*, device: Device = None, context: Context = 4096, as_json: JSON = Fa
         say("fetch one: gptq-loader download owner/repo:branch; or try gptq-loader demo")
         return
     print_table(MODEL_COLUMNS, [_model_row(it) for it in reports])
-    typer.echo(f"Fits {where} with {context:,} tokens of context")
+    show(f"Fits {where} with {context:,} tokens of context")
     for it in reports:
         if it.error:
             say(f"{it.model.name} is damaged: {it.error}\n  hint: {it.hint}")
         elif not it.fit.fits:
-            typer.echo(f"  {it.model.name}: {yes_no(it.fit.fits, unknown='?')}: {it.fit.reason}")
+            show(f"  {it.model.name}: {yes_no(it.fit.fits, unknown='?')}: {it.fit.reason}")
 
 
 def _model_row(it: LocalReport) -> tuple[str, ...]:
@@ -199,21 +202,19 @@ def _show(report: RepoReport) -> None:
     from gptq_loader_plugin.hub.words import hub_name
 
     gated = "; gated: its owner lets people in" if report.gated else ""
-    typer.echo(f"{report.repo} on {hub_name()}, licence {report.license or 'not given'}{gated}")
+    show(f"{report.repo} on {hub_name()}, licence {report.license or 'not given'}{gated}")
     print_table(BRANCH_COLUMNS, [_branch_row(it) for it in report.branches])
-    typer.echo(
+    show(
         f"Fits {report.device} with {report.context:,} tokens of context; "
         f"{write_size(report.free_bytes)} of disk free"
     )
     for it in report.branches:
         if it.error:
-            typer.echo(
-                f"  {it.branch}: {'not GPTQ' if it.is_gptq is False else 'not read'}: {it.error}"
-            )
+            show(f"  {it.branch}: {'not GPTQ' if it.is_gptq is False else 'not read'}: {it.error}")
         else:
             exllama = it.exllama
             slow = f"; ExLlama: {exllama.reason}" if exllama and not exllama.compatible else ""
-            typer.echo(f"  {it.branch}: {yes_no(it.fit.fits, unknown='?')}: {it.fit.reason}{slow}")
+            show(f"  {it.branch}: {yes_no(it.fit.fits, unknown='?')}: {it.fit.reason}{slow}")
     for it in report.branches:
         for warning in it.warnings:
             say(f"warning: {it.branch}: {warning}")

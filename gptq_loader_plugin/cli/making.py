@@ -17,8 +17,10 @@ JSON = Annotated[bool, typer.Option("--json", help="Write the result as JSON.")]
 
 def add_to(app: typer.Typer) -> None:
     """Add these commands to the application."""
-    app.command()(reported(quantize))
-    app.command()(reported(perplexity))
+    app.command(short_help="Quantise a model with GPTQ; an interrupted run goes on.")(
+        reported(quantize)
+    )
+    app.command(short_help="Measure how well a checkpoint predicts a text.")(reported(perplexity))
 
 
 def quantize(  # noqa: PLR0913 - each is an option a user may want
@@ -83,13 +85,15 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
     except ValidationError as error:
         first = error.errors()[0]
         raise OptionInvalid(
-            f"{first['loc'][0]}: {first['msg'][0].lower()}{first['msg'][1:]}",
+            f"{first['loc'][0]}: {first['msg'].removeprefix('Value error, ').lower()}",
             hint="see gptq-loader quantize --help",
         ) from error
     if own_chats and text is not None:
         raise OptionInvalid(
             "--text and --own-chats both say what to calibrate on", hint="give one of them"
         )
+    if text is not None and not text.is_file():
+        raise OptionInvalid(f"there is no file {text}", hint="name a text, or a .jsonl of chats")
     bars = ProgressBars()
     began = time.monotonic()
     try:
@@ -116,7 +120,8 @@ def perplexity(
     *,
     text: Annotated[Path, typer.Option("--text", help="The text to predict.")],
     characters: Annotated[
-        int | None, typer.Option("--characters", help="Read only the first so many characters.")
+        int | None,
+        typer.Option("--characters", min=1, help="Read only the first so many characters."),
     ] = None,
     windows: Annotated[int, typer.Option("--windows", help="The most windows.")] = 20,
     window_tokens: Annotated[int, typer.Option("--window-tokens", help="Tokens of each.")] = 1024,
@@ -129,10 +134,11 @@ def perplexity(
 ) -> None:
     """Measure how well a checkpoint predicts a text; lower is better."""
     import gptq_loader_plugin as gptq
+    from gptq_loader_plugin.paths import read_words
     from gptq_loader_plugin.perplexity import measure_perplexity
     from gptq_loader_plugin.plugins import Plugins
 
-    content = text.read_text(encoding="utf-8")[:characters]
+    content = read_words(text)[:characters]
     bars = ProgressBars()
     try:
         listening = Plugins(bars, installed=True)

@@ -6,6 +6,7 @@ import errno
 import functools
 import json
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
@@ -24,10 +25,12 @@ __all__ = [
     "MaxMemory",
     "ProgressBars",
     "group_text",
+    "plain",
     "print_json",
     "print_table",
     "reported",
     "say",
+    "show",
     "text_of",
     "yes_no",
 ]
@@ -43,24 +46,41 @@ MaxMemory = Annotated[
 P = ParamSpec("P")
 CTRL_C = 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, its owner's part of it, one file
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but a tab and the end of a line
 
 
 def say(text: str) -> None:
     """Write words for a person to stderr."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201 - the command's own output
+    print(plain(text), file=sys.stderr, flush=True)  # noqa: T201 - the command's own output
+
+
+def show(text: str) -> None:
+    """Write a result for a person to stdout."""
+    print(plain(text), flush=True)  # noqa: T201 - the command's own output
+
+
+def plain(text: str) -> str:
+    """Make control characters visible, which names and cards may hold and terminals obey."""
+    return CONTROL.sub(lambda it: it[0].encode("unicode_escape").decode(), text)
 
 
 def print_json(data: object) -> None:
-    """Write a result to stdout as JSON."""
-    print(json.dumps(data, indent=2, ensure_ascii=False))  # noqa: T201 - the command's own output
+    """Write a result to stdout as JSON, escaped where stdout's encoding lacks a letter."""
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(data, indent=2)
+    print(text, flush=True)  # noqa: T201 - the command's own output
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Write a table to stdout, as Markdown writes one."""
+    rows = [[cell.replace("\n", " ") for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
     for row in (columns, tuple("-" * width for width in widths), *rows):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        typer.echo(f"| {' | '.join(cells)} |")
+        show(f"| {' | '.join(cells)} |")
 
 
 def yes_no(value: bool | None, *, unknown: str = "-") -> str:  # noqa: FBT001 - the thing to write
@@ -179,7 +199,7 @@ class ProgressBars:
             rich.BarColumn(bar_width=12 if fetched else 30, table_column=whole),
             rich.TaskProgressColumn(table_column=whole),
             *fetched,
-            rich.TextColumn("[dim]{task.fields[detail]}", table_column=rest),
+            rich.TextColumn("{task.fields[detail]}", style="dim", markup=False, table_column=rest),
             console=Console(stderr=True),
             transient=True,
             expand=True,

@@ -36,7 +36,7 @@ ONE_REPLICA = "1"
 
 def add_to(app: typer.Typer) -> None:
     """Add this command to the application."""
-    app.command()(reported(serve))
+    app.command(short_help="Serve OpenAI's API, and Kobold's, to their clients.")(reported(serve))
 
 
 def serve(  # noqa: PLR0913 - each is an option a user may want

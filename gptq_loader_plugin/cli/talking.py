@@ -73,7 +73,9 @@ HELP = "/new starts again, /explain says which kernels run, /quit leaves; Ctrl-C
 
 def add_to(app: typer.Typer) -> None:
     """Add these commands to the application."""
-    app.command()(reported(demo))
+    app.command(short_help="Answer with a small model, or open a chat page with it.")(
+        reported(demo)
+    )
     app.command()(reported(chat))
     app.command()(reported(generate))
 

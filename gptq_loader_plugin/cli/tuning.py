@@ -23,7 +23,7 @@ USUAL = ((4096, 4096), (4096, 11008), (11008, 4096))
 
 def add_to(app: typer.Typer) -> None:
     """Add this command to the application."""
-    app.command()(reported(tune))
+    app.command(short_help="Measure on this GPU how kernels run best, and keep it.")(reported(tune))
 
 
 def tune(

@@ -151,6 +151,11 @@ def _unreached(hub: HubReference, error: BaseException) -> HubError:
             hint="check the network, and HF_ENDPOINT where a mirror is used; then run the same "
             "command again",
         )
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return HubError(
+            f"{hub} cannot be kept in {error.filename or 'the cache'}: {error.strerror}",
+            hint="name a folder that can be written: HF_HOME for the cache, or --to DIR",
+        )
     return HubError(
         f"{hub} could not be fetched ({_first_line(error)})",
         hint=f"check the network and the free disk space, then {GOES_ON}",

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from gptq_loader_plugin.errors import QuantizeError
+from gptq_loader_plugin.paths import read_words
 from gptq_loader_plugin.quantize.own_chats import write_chats
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def calibration_text(
 
     Raises:
         QuantizeError: a chat is malformed, or the model cannot write any.
+        OptionInvalid: the file holds no text.
     """
     if text is None:
         return built_in_text()
@@ -50,7 +52,7 @@ def calibration_text(
         return write_chats(model, tokenizer, tokens=tokens, progress=progress)
     if text.suffix == ".jsonl":
         return chats_text(text, tokenizer)
-    return text.read_text(encoding="utf-8")
+    return read_words(text)
 
 
 def calibration_samples(
@@ -102,7 +104,7 @@ def chats_text(file: Path, tokenizer: PreTrainedTokenizerBase) -> str:
         QuantizeError: a line is neither, or the tokenizer has no template.
     """
     rendered = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_words(file).splitlines(), 1):
         if not line.strip():
             continue
         try:

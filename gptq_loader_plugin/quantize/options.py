@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = ["QuantizeOptions"]
 
@@ -53,8 +53,9 @@ class QuantizeOptions(BaseModel):
             return data
         return {**data, "checkpoint_format": "gptq" if data.get("sym", True) else "gptq_v2"}
 
-    @model_validator(mode="after")
-    def _group_size_is_possible(self) -> Self:
-        if self.group_size < 1 and self.group_size != -1:
-            raise ValueError("group_size must be positive, or -1 for none")
-        return self
+    @field_validator("group_size")
+    @classmethod
+    def _group_size_is_possible(cls, value: int) -> int:
+        if value < 1 and value != -1:
+            raise ValueError("must be positive, or -1 for none")
+        return value

@@ -6,13 +6,14 @@ import hashlib
 import json
 import shutil
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from gptq_loader_plugin.checkpoint.config import CONFIG_FILES, read_json
 from gptq_loader_plugin.errors import BadReference, QuantizeError
 from gptq_loader_plugin.events import Progress
+from gptq_loader_plugin.paths import local_path
 from gptq_loader_plugin.quantize import KEPT
 from gptq_loader_plugin.quantize.algorithm import QuantizedWeight, quantize_weight
 from gptq_loader_plugin.quantize.blocks import (
@@ -35,6 +36,7 @@ from gptq_loader_plugin.whole_file import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,15 +74,17 @@ def quantize_model(
         The folder.
 
     Raises:
-        QuantizeError: the source cannot be loaded, or it cannot be quantised as asked.
+        QuantizeError: the source cannot be loaded, or it cannot be quantised as asked, or `out`
+            holds something else.
     """
     if Path(out).expanduser().resolve() == Path(source).expanduser().resolve():
         raise QuantizeError(
             f"{out} holds the model that is to be quantised", hint="name another folder to write"
         )
     progress = progress or _ignore
+    _check_free(local_path(out))
     progress(Progress("read model", 0, 1, "files", str(source)))
-    model, tokenizer = _load_source(Path(source).expanduser())
+    model, tokenizer = _load_source(local_path(source))
     progress(Progress("read model", 1, 1, "files", str(source)))
     if chat_template is not None:
         tokenizer.chat_template = chat_template
@@ -91,7 +95,7 @@ def quantize_model(
     return quantize(
         model,
         tokenizer,
-        Path(out).expanduser(),
+        local_path(out),
         options=options,
         samples=samples,
         progress=progress,
@@ -304,6 +308,8 @@ def _load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     folder, file = source, {}
     if source.is_file():
         folder, file = source.parent, {"gguf_file": source.name}
+    else:
+        _check_plain(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, **file, **(_unpacked() if file else {})
@@ -317,6 +323,29 @@ def _load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
             "file (which needs pip install gguf)",
         ) from error
     return model.eval(), tokenizer
+
+
+def _check_free(out: Path) -> None:
+    """Refuse a folder with something in it that no interrupted run has left."""
+    if out.exists() and not out.is_dir():
+        raise QuantizeError(f"{out} is a file", hint="name a folder for the checkpoint")
+    if out.is_dir() and any(out.iterdir()) and not (out / KEPT).is_dir():
+        raise QuantizeError(
+            f"{out} is not empty, and a checkpoint would be mixed with what it holds",
+            hint="name a new folder, or empty that one",
+        )
+
+
+def _check_plain(folder: Path) -> None:
+    """Refuse a model that is quantised already."""
+    config = folder / "config.json"
+    stated = read_json(config).get("quantization_config") if config.is_file() else None
+    if stated or any((folder / it).is_file() for it in CONFIG_FILES):
+        method = stated.get("quant_method") if isinstance(stated, dict) else None
+        raise QuantizeError(
+            f"{folder} is quantised already ({method or 'gptq'})",
+            hint="name the folder of the model it was made of, which is not quantised",
+        )
 
 
 def _unpacked() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from click.testing import Result
 
 FEW = ("--max-new-tokens", "4", "--temperature", "0", "--device", "cpu")
+
+
+PICTURE = DATA.parents[2] / "docs" / "page.png"
 
 
 def run(*arguments: str | Path, env: dict[str, str] = PLUGINS, **options: Any) -> Result:
@@ -209,6 +213,16 @@ def test_perplexity(tmp_path: Path) -> None:
         (("quantize", "nowhere", "out", "--bits", "5"), "bits", "--help"),
         (("quantize", "a", "b", "--own-chats", "--text", "c"), "--own-chats", "one of them"),
         (("perplexity", DATA / ONE, "--text", "nowhere"), "No such file", "check that path"),
+        (("perplexity", DATA / ONE, "--text", PICTURE), "is not UTF-8 text", "saved as UTF-8"),
+        (("quantize", "a", "b", "--text", "c"), "there is no file c", "name a text"),
+        (("quantize", "a", "b", "--group-size", "0"), "group_size: must be positive", "--help"),
+        (("quantize", DATA / ONE, "out"), "is quantised already (gptq)", "not quantised"),
+        (("quantize", DATA / ONE, DATA), "is not empty", "a new folder"),
+        (("inspect", " "), "the reference is empty", "owner/repo"),
+        (("inspect", "~nobody-of-this-name/x"), "names no checkpoint", "or demo"),
+        (("generate", DATA / ONE, "--prompt", "a", "--revision", "b"), "no revision b", "leave"),
+        (("generate", DATA / ONE, "--prompt", "\udcff"), "is no valid text", "UTF-8"),
+        (("generate", DATA / ONE, "--prompt", "a", "--seed", "9" * 30), "option seed", "seed"),
     ],
 )
 def test_an_error_is_two_lines(
@@ -227,14 +241,50 @@ def test_an_error_is_two_lines(
     assert str(hint) in last
 
 
+def test_a_name_that_terminals_would_obey_is_shown_and_not_obeyed(tmp_path: Path) -> None:
+    folder = copy(ONE, tmp_path / "a\x1b[31mb")
+    for done in (run("inspect", folder), run("inspect", folder / "c")):
+        assert "a\\x1b[31mb" in done.output
+        assert "\x1b" not in done.output
+    assert json.loads(run("inspect", folder, "--json").stdout)["path"] == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code"), [(">&-", 0), ("2>&-", 0), (">/dev/full", 1), ("| head -c 0", 0)]
+)
+@pytest.mark.parametrize("arguments", [("--help",), ("inspect", str(DATA / ONE))])
+def test_streams_that_are_closed_or_full(
+    arguments: tuple[str, ...], redirection: str, code: int
+) -> None:
+    command = shlex.join([sys.executable, "-m", "gptq_loader_plugin", *arguments])
+    done = subprocess.run(
+        ["bash", "-c", f"{command} {redirection}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def test_a_terminal_of_few_letters() -> None:
+    folder, name = DATA / ONE, "é"
+    command = [sys.executable, "-m", "gptq_loader_plugin", "inspect", f"{folder}{name}"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, check=False, env=env)
+    assert done.stderr.startswith(b"error: ")
+    assert b"\\xe9 names no checkpoint" in done.stderr
+
+
 def test_debug_shows_the_traceback() -> None:
     command = [sys.executable, "-m", "gptq_loader_plugin", "--debug", "inspect", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+    assert "hint: name a folder" in done.stderr
 
 
 def test_help_and_version() -> None:
+    commands = run("--help").stdout.partition("Commands:")[2]
+    assert "..." not in commands, "a command is cut off"
     for name in ("", "demo", "chat", "generate", "inspect", "explain", "quantize", "perplexity"):
         done = run(*([name] if name else []), "--help")
         assert done.exit_code == 0

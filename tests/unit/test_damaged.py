@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 import subprocess
@@ -75,6 +76,34 @@ def cut(size: int) -> Callable[[Path], None]:
         (folder / WEIGHTS).write_bytes(data[:size])
 
     return change
+
+
+def marked(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+
+    return change
+
+
+def gguf(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "model-q4.gguf")
+
+
+def dangling(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).symlink_to("nowhere")
+
+
+def one_deeper(folder: Path) -> None:
+    (folder / "inner").mkdir()
+    (folder / WEIGHTS).rename(folder / "inner" / WEIGHTS)
+
+
+class Shell:
+    """Unpickled, it would run a command."""
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, ("exit 1",)
 
 
 def deleted(*names: str) -> Callable[[Path], None]:
@@ -304,7 +333,50 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], type[gptq.GPTQLoaderError], str
     "bits in words": (
         lambda folder: set_field(folder, bits="four"),
         gptq.ConfigInvalid,
-        "bits is 'four'",
+        'bits is "four" in quantize_config.json; it must be a whole number',
+    ),
+    "EXL2 with its config": (
+        lambda folder: set_field(folder, quant_method="exl2", method="exl2", bits=4.25),
+        gptq.UnsupportedFormat,
+        "method is exl2",
+    ),
+    "bitsandbytes of 2022": (
+        lambda folder: save_file({f"{Q_PROJ}.SCB": torch.zeros(8)}, folder / WEIGHTS),
+        gptq.UnsupportedFormat,
+        "bitsandbytes",
+    ),
+    "no tensors": (
+        lambda folder: save_file({}, folder / WEIGHTS),
+        gptq.UnsupportedFormat,
+        "it holds no tensors",
+    ),
+    "GGUF": (gguf, gptq.CheckpointNotFound, "file, but GGUF ones"),
+    "a link to nothing": (dangling, gptq.CheckpointNotFound, "a link to a file that is not there"),
+    "one folder too high": (one_deeper, gptq.CheckpointNotFound, "its folder inner does"),
+    "a config that is null": (
+        written("quantize_config.json", "null"),
+        gptq.ConfigInvalid,
+        "holds null, not a table",
+    ),
+    "a byte-order mark": (
+        marked("config.json"),
+        gptq.ConfigInvalid,
+        "config.json: begins with a byte-order mark",
+    ),
+    "a field that is no number": (
+        lambda folder: edit_json(folder / "config.json", lambda it: it.update(hidden_size="big")),
+        gptq.UnsupportedFormat,
+        "config.json: transformers cannot build",
+    ),
+    "a template that is no text": (
+        written("chat_template.jinja", b"\xff\xfe\x00"),
+        gptq.TemplateError,
+        "is not UTF-8 text",
+    ),
+    "pickle of the classic attack": (
+        lambda folder: [(folder / WEIGHTS).unlink(), torch.save(Shell(), folder / "model.pt")],
+        gptq.UnsafeFile,
+        "could run code",
     ),
     "no tokenizer": (
         deleted("tokenizer.json", "tokenizer_config.json"),

@@ -19,7 +19,7 @@ def blocks(file: str) -> list[str]:
 
 
 @pytest.mark.parametrize("code", blocks("docs/hooks.md"), ids=range(len(blocks("docs/hooks.md"))))
-def test_a_block_of_the_hooks_page_is_a_plugin_that_works(code: str) -> None:
+def test_a_block_of_the_hooks_page_is_a_plugin_that_works(code: str, tmp_path: Path) -> None:
     import types
 
     import gptq_loader_plugin as gptq
@@ -27,8 +27,21 @@ def test_a_block_of_the_hooks_page_is_a_plugin_that_works(code: str) -> None:
     plugin = types.ModuleType("documented")
     exec(code, plugin.__dict__)
     plugins = Plugins(installed=True).with_plugin(plugin)
-    with gptq.load(CHECKPOINT, plugins=plugins, device="cpu", backend=_kernel(plugin)) as model:
-        assert model.generate("hi", gptq.GenerateOptions(max_new_tokens=2)).tokens
+    folder = CHECKPOINT
+    if hasattr(plugin, "gptq_readers"):
+        folder = tmp_path
+        (folder / "gptq").symlink_to(CHECKPOINT)
+    template = plugin.gptq_templates()[0] if hasattr(plugin, "gptq_templates") else None
+    with gptq.load(
+        folder,
+        plugins=plugins,
+        device="cpu",
+        backend=_kernel(plugin),
+        template=template and template.name,
+    ) as model:
+        options = gptq.GenerateOptions(max_new_tokens=2)
+        assert list(model.chat([{"role": "user", "content": "hi"}], options))[-1].tokens
+        assert template is None or model.template.name == template.name
 
 
 def _kernel(plugin: object) -> str | None:

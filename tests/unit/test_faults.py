@@ -204,7 +204,7 @@ def test_ctrl_c_while_it_loads_ends_it_in_words() -> None:
         assert "Traceback" not in words
 
 
-def test_ctrl_c_while_it_starts_says_nothing() -> None:
+def test_ctrl_c_while_it_starts_is_no_traceback() -> None:
     code = """
 import signal, sys
 class Interrupted:
@@ -216,7 +216,7 @@ from gptq_loader_plugin.cli import main
 main()
 """
     process = command("-c", code, "models")
-    assert process.communicate(timeout=300) == ("", "")
+    assert process.communicate(timeout=300) == ("", "\nstopped\n")
     assert process.returncode == 130
 
 

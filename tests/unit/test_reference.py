@@ -33,6 +33,11 @@ if TYPE_CHECKING:
         ("TheBloke/model-GPTQ", HubReference("TheBloke/model-GPTQ")),
         ("a/b:gptq-4bit-32g-actorder_True", HubReference("a/b", "gptq-4bit-32g-actorder_True")),
         ("a/b:refs/pr/1", HubReference("a/b", "refs/pr/1")),
+        ("https://huggingface.co/a/b", HubReference("a/b")),
+        ("https://huggingface.co/a/b/tree/gptq-3bit?x=1", HubReference("a/b", "gptq-3bit")),
+        ("https://huggingface.co/a/b:c/", HubReference("a/b", "c")),
+        ("https://huggingface.co/a", None),
+        ("https://example.org/a/b", None),
         ("C:\\models\\x", None),
         ("/models/a/b", None),
         ("a/b/c", None),
@@ -78,6 +83,12 @@ def test_what_is_not_there_says_where_it_was_looked_for(tmp_path: Path) -> None:
         resolve("tinny", plugins=plugins(), environ=environ)
     assert caught.value.tried == ("tinny", str(tmp_path / "tinny"))
     assert "demo" in caught.value.hint
+
+
+def test_a_link_to_nothing_is_no_repository(tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to("gone")
+    with pytest.raises(gptq.CheckpointNotFound, match="is a link to gone, which is not there"):
+        resolve(tmp_path / "model", plugins=plugins())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from typer.testing import CliRunner
 
-from gptq_loader_plugin.cli import app
+from gptq_loader_plugin.cli.app import app
 from gptq_loader_plugin.cli.tuning import tune_kernels
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import Device, find_device

@@ -39,7 +39,7 @@ from gptq_loader_extensions.vllm.told import (
     write_template,
 )
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
-from gptq_loader_plugin.cli import app
+from gptq_loader_plugin.cli.app import app
 from gptq_loader_plugin.device import Device, find_device
 from gptq_loader_plugin.errors import OptionInvalid, PluginError, UnsupportedFormat
 from gptq_loader_plugin.host import Engine

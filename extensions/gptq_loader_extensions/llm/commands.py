@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import functools
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec
 
 import click
 
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
+from gptq_loader_plugin.paths import local_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,7 +148,7 @@ def _checked(reference: str, name: str | None) -> tuple[str, str]:
         report = gptq_loader_plugin.inspect(found, plugins=plugins)
     finally:
         bars.close()
-    path = Path(reference).expanduser()
+    path = local_path(reference)
     local = path.exists()
     name = (name or (path.resolve().stem if local else reference)).removeprefix(PREFIX)
     if not name or any(it.isspace() for it in name):

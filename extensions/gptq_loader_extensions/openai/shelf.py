@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from gptq_loader_extensions.openai.errors import ApiError
 from gptq_loader_extensions.openai.room import free_memory
 from gptq_loader_plugin.local import local_models
+from gptq_loader_plugin.paths import local_path
 from gptq_loader_plugin.reference import models_folders, parse_hub_reference
 
 if TYPE_CHECKING:
@@ -283,7 +284,7 @@ def _own_entry(model: LoadedModel, reference: str | None) -> Entry:
     """Name the model the server was started with: never by a path."""
     plan = model.plan
     typed = reference or plan.reference
-    is_path = Path(typed).expanduser().exists()
+    is_path = local_path(typed).exists()
     name = plan.path.resolve().name if is_path else typed
     target = plan.path if is_path else typed
     return Entry(name, target, int(plan.path.stat().st_mtime))
