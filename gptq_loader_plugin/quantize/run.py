@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -36,7 +37,6 @@ from gptq_loader_plugin.whole_file import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
