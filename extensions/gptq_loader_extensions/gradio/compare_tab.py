@@ -15,6 +15,7 @@ from gptq_loader_extensions.gradio.comparing import by_turns, where_they_part
 from gptq_loader_extensions.gradio.conversation import with_system
 from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, REPLIES, stop
 from gptq_loader_extensions.gradio.loading import load_watched
+from gptq_loader_extensions.gradio.measure_box import MeasureBox
 from gptq_loader_extensions.gradio.models import LoadOptions, OneModel
 from gptq_loader_extensions.gradio.reply import chat_prompt
 from gptq_loader_extensions.gradio.settings_panel import read_options
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.catalog import Catalog
     from gptq_loader_extensions.gradio.models import Loaded, Models
     from gptq_loader_extensions.gradio.settings_panel import SettingsPanel
+    from gptq_loader_plugin.measured import MeasuredFiles
 
 __all__ = ["CompareTab"]
 
@@ -35,9 +37,10 @@ class CompareTab:
     Args:
         models: the page's own model, which is the left one.
         catalog: the models that may be the right one.
+        measured: the figures that are kept.
     """
 
-    def __init__(self, models: Models, catalog: Catalog) -> None:
+    def __init__(self, models: Models, catalog: Catalog, measured: MeasuredFiles) -> None:
         self._sides: tuple[Models, Models] = (models, OneModel())
         self._catalog = catalog
         self._cancel = gr.State(None)
@@ -69,6 +72,7 @@ class CompareTab:
         with gr.Row():
             self._columns = [_column("one"), _column("two")]
         self._words = gr.HTML("", elem_id="compare-words")
+        self._measure = MeasureBox(self._sides, measured)
 
     def wire(self, page: gr.Blocks, tab: gr.Tab, panel: SettingsPanel) -> None:
         """Connect what a person does with what the models do."""
@@ -102,6 +106,7 @@ class CompareTab:
         self._unload.click(unload, None, outputs, **LOADS)
         for opened in (page.load, tab.select):
             opened(shown, None, outputs, **AT_ONCE)
+        self._measure.wire([page.load, tab.select])
         running = [self._cancel, self._start, self._stop, self._words, *names]
         running += [it for _, text, status in self._columns for it in (text, status)]
         self._start.click(self._run, [self._question, *panel.parts], running, **REPLIES)

@@ -10,7 +10,7 @@ import os
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from gptq_loader_extensions.gradio.machine import free_bytes, resident_bytes
 from gptq_loader_plugin.errors import GPTQLoaderError
@@ -40,7 +40,7 @@ __all__ = [
     "planned",
 ]
 
-
+T = TypeVar("T")
 SPARE = 1.1  # of a model's weights: what a prompt's activations and the load itself take besides
 
 
@@ -145,6 +145,14 @@ class Models(Protocol):
         """
         ...
 
+    def use(self, act: Callable[[LoadedModel], T]) -> T:
+        """Do something short with the model, which stays loaded meanwhile.
+
+        Raises:
+            GPTQLoaderError: no model is loaded.
+        """
+        ...
+
 
 class OneModel:
     """A model in this process; replies run at once, and a change of the model waits for them.
@@ -199,6 +207,23 @@ class OneModel:
         Raises:
             GPTQLoaderError: no model is loaded, or it does not take this prompt.
         """
+        with self._reply() as loaded:
+            prompt = prepare(loaded.model)
+            yield Ready(loaded.name, len(prompt.ids), loaded.model.context, prompt.warning)
+            yield from loaded.model.stream_ids(prompt.ids, options, stop=prompt.stop, cancel=cancel)
+
+    def use(self, act: Callable[[LoadedModel], T]) -> T:
+        """Do something short with the model, which stays loaded meanwhile.
+
+        Raises:
+            GPTQLoaderError: no model is loaded.
+        """
+        with self._reply() as loaded:
+            return act(loaded.model)
+
+    @contextmanager
+    def _reply(self) -> Iterator[Loaded]:
+        """Keep the model loaded, inside."""
         with self._changed:
             self._changed.wait_for(lambda: not self._changing)
             loaded = self._loaded
@@ -206,9 +231,7 @@ class OneModel:
                 raise GPTQLoaderError("no model is loaded", hint="choose one in the Model tab")
             self._replies += 1
         try:
-            prompt = prepare(loaded.model)
-            yield Ready(loaded.name, len(prompt.ids), loaded.model.context, prompt.warning)
-            yield from loaded.model.stream_ids(prompt.ids, options, stop=prompt.stop, cancel=cancel)
+            yield loaded
         finally:
             with self._changed:
                 self._replies -= 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from gptq_loader_extensions.gradio.catalog import Catalog
 from gptq_loader_extensions.gradio.machine import resident_bytes
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.options import GenerateOptions
 
 __all__ = ["ServedModels", "mount_page"]
+
+T = TypeVar("T")
 
 
 def mount_page(app: FastAPI, server: Server) -> None:
@@ -116,6 +118,23 @@ class ServedModels:
                 yield event.piece if isinstance(event, Said) else event.value
         finally:
             self._server.engine.cancel(work)
+
+    def use(self, act: Callable[[LoadedModel], T]) -> T:
+        """Do something short with the model, while no reply is written.
+
+        Raises:
+            GPTQLoaderError: no model is loaded, or the queue is full.
+        """
+        found: list[T] = []
+
+        def acted() -> None:
+            if (loaded := self.loaded) is not None:
+                found.append(act(loaded.model))
+
+        self._alone(acted)
+        if not found:
+            raise GPTQLoaderError("no model is loaded", hint="choose one in the Model tab")
+        return found[0]
 
     def _alone(self, act: Callable[[], object]) -> None:
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.kept_file import put_aside, write_whole
 from gptq_loader_plugin.options import GenerateOptions
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class SettingsFile:
             stored, note = self._read()
             stored.models[name] = settings
             try:
-                self._write(stored.model_dump_json(indent=2))
+                write_whole(self.path, stored.model_dump_json(indent=2))
             except OSError as error:
                 raise GPTQLoaderError(
                     f"the settings cannot be saved: {error.strerror} ({self.path})",
@@ -101,26 +101,11 @@ class SettingsFile:
 
     def _put_aside(self) -> str:
         """Give a damaged file another name; say what became of it."""
-        aside = _free_name(self.path)
         try:
-            self.path.replace(aside)
+            aside = put_aside(self.path)
         except OSError as error:
             return f"the file of settings is damaged: {self.path} ({error.strerror})"
         return f"the file of settings was damaged; it was put aside as {aside.name}"
-
-    def _write(self, text: str) -> None:
-        """Write beside the file, then put that in its place: a crash leaves one or the other."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{FILE}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).replace(self.path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
 
 
 def config_folder(environ: Mapping[str, str] = os.environ) -> Path:
@@ -131,11 +116,3 @@ def config_folder(environ: Mapping[str, str] = os.environ) -> Path:
         return Path(roaming) / "gptq-loader"
     base = environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
     return Path(base) / "gptq-loader"
-
-
-def _free_name(path: Path) -> Path:
-    """Find a name that no file has, for a damaged file."""
-    number = 1
-    while (aside := path.with_name(f"{path.stem}.damaged-{number}{path.suffix}")).exists():
-        number += 1
-    return aside
