@@ -12,7 +12,8 @@ import pytest
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.gradio.catalog import Catalog
-from gptq_loader_extensions.gradio.models import LoadOptions, OneModel, Ready
+from gptq_loader_extensions.gradio.models import LoadOptions, Ready
+from gptq_loader_extensions.gradio.one_model import OneModel
 from gptq_loader_extensions.gradio.prompt_view import prompt_html
 from gptq_loader_extensions.gradio.reply import chat_prompt, raw_prompt
 from gptq_loader_plugin.errors import CheckpointNotFound, GPTQLoaderError, OptionInvalid

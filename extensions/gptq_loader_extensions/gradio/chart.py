@@ -13,9 +13,9 @@ from gptq_loader_plugin.plan import write_size
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from gptq_loader_plugin.measured import Measured
+    from gptq_loader_plugin.measured import Measured, MeasuredText
 
-__all__ = ["chart_html"]
+__all__ = ["chart_html", "text_title"]
 
 # A mark's shape says the bits too, for who does not see colours.
 SHAPES = {
@@ -106,7 +106,7 @@ def _picture(ranked: Sequence[Measured]) -> str:
         f"{bits}-bit</li>"
         for bits in sorted({it.bits for it in ranked})
     )
-    lined = "<li><i></i>none smaller is better</li>" if len(front) > 1 else ""
+    lined = "<li><i></i>best at its size</li>" if len(front) > 1 else ""
     return (
         f"<figure class='chart'><figcaption>Perplexity (lower is better) over size on disk"
         f"</figcaption><div class='plot'><svg role='img' width='100%' height='100%' "
@@ -201,26 +201,33 @@ def _in_words(ranked: Sequence[Measured]) -> str:
 
 
 def _table(ranked: Sequence[Measured]) -> str:
-    columns = ("Checkpoint", "Bits", "Groups", "Act order", "Size", "Perplexity", "", "Kernel")
+    columns = ("Checkpoint", "Perplexity", "", "Size", "Bits", "Groups", "Act order", "Kernel")
     head = "".join(f"<th scope='col'>{it}</th>" for it in columns)
     best = ranked[0].perplexity
     rows = "".join(
-        f"<tr><th scope='row'>{escape(it.name)}</th><td>{it.bits}</td><td>{_groups(it)}</td>"
-        f"<td>{'yes' if it.desc_act else 'no'}</td><td>{write_size(it.size_bytes)}</td>"
-        f"<td>{it.perplexity:.3f}</td>"
+        f"<tr><th scope='row'>{escape(it.name)}</th><td>{it.perplexity:.3f}</td>"
         f"<td>{'best' if it.perplexity == best else f'{it.perplexity / best - 1:+.1%}'}</td>"
+        f"<td>{write_size(it.size_bytes)}</td><td>{it.bits}</td><td>{_group(it)}</td>"
+        f"<td>{'yes' if it.desc_act else 'no'}</td>"
         f"<td>{escape(', '.join(it.kernels))}</td></tr>"
         for it in ranked
     )
+    title = f"Measured on {text_title(ranked[0].text)}"
     return (
-        "<div class='scrolls'><table><caption>What was measured</caption>"
+        f"<div class='scrolls'><table><caption>{escape(title)}</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 
+def text_title(text: MeasuredText) -> str:
+    """Call a text by its name, and say how it was cut."""
+    return f"{text.name}, {text.windows:,} windows of {text.window_tokens:,} tokens"
+
+
 def _labels(figures: Sequence[Measured]) -> dict[str, str]:
     """Call each by its bits and groups; by its name where others have the same."""
-    short = {it.path: f"{it.bits}-bit {_group_label(it)}" for it in figures}
+    groups = {it.path: "no groups" if it.group_size < 0 else f"{it.group_size}g" for it in figures}
+    short = {it.path: f"{it.bits}-bit {groups[it.path]}" for it in figures}
     seen = list(short.values())
     return {
         it.path: it.name.rpartition("/")[2] if seen.count(short[it.path]) > 1 else short[it.path]
@@ -228,8 +235,8 @@ def _labels(figures: Sequence[Measured]) -> dict[str, str]:
     }
 
 
-def _group_label(it: Measured) -> str:
-    return "no groups" if it.group_size < 0 else f"{it.group_size}g"
+def _group(it: Measured) -> str:
+    return "none" if it.group_size < 0 else str(it.group_size)
 
 
 def _groups(it: Measured) -> str:

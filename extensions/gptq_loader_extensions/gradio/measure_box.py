@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from gptq_loader_extensions.gradio.chart import chart_html
+from gptq_loader_extensions.gradio.chart import chart_html, text_title
 from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, stop
 from gptq_loader_extensions.gradio.jobs import Done, progress_bar, watched
-from gptq_loader_extensions.gradio.measuring import MeasureStopped, measure
+from gptq_loader_extensions.gradio.measuring import measure
+from gptq_loader_extensions.gradio.models import Stopped
 from gptq_loader_extensions.gradio.words import alert, as_words
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.events import Progress
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gptq_loader_extensions.gradio.models import Models
-    from gptq_loader_plugin.measured import MeasuredFiles, MeasuredText
+    from gptq_loader_plugin.measured import MeasuredFiles
 
 __all__ = ["MeasureBox"]
 
@@ -100,18 +101,17 @@ class MeasureBox:
                 for event in watched(partial(measure, side, text, cancel)):
                     if isinstance(event, Done):
                         self._files.keep(event.value)
-                        done.append(f"{event.value.name}: {event.value.perplexity:.3f}")
+                        done.append(f"Measured {event.value.name}: {event.value.perplexity:.3f}")
                         yield self._shown(event.value.text.key)
                     else:
                         yield {self._progress: progress_bar(event)}
-        except MeasureStopped:
-            done.append("stopped")
+        except Stopped:
+            done.append("Stopped")
         except (GPTQLoaderError, MemoryError, RuntimeError, OSError) as error:
             problem = alert(as_words(error))
         finally:
             cancel.set()
-        words = "; ".join(done)
-        told = f"<p class='done'>{escape(words[:1].upper() + words[1:])}.</p>" if words else ""
+        told = f"<p class='done'>{escape('; '.join(done))}.</p>" if done else ""
         yield {
             self._start: gr.update(visible=True),
             self._stop: gr.update(visible=False),
@@ -128,7 +128,7 @@ class MeasureBox:
         chosen = key if key in texts else next((it.text.key for it in figures), None)
         change = {
             self._drawn: gr.update(
-                choices=[(_title(it), it.key) for it in texts.values()],
+                choices=[(text_title(it), it.key) for it in texts.values()],
                 value=chosen,
                 visible=len(texts) > 1,
             ),
@@ -141,7 +141,3 @@ class MeasureBox:
     def _draw(self, key: str) -> str:
         figures, _ = self._files.read()
         return chart_html([it for it in figures if it.text.key == key])
-
-
-def _title(text: MeasuredText) -> str:
-    return f"{text.name}, {text.windows:,} windows of {text.window_tokens:,} tokens"

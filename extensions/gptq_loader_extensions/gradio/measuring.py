@@ -6,6 +6,7 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING
 
+from gptq_loader_extensions.gradio.models import check_stopped
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.measured import Measured, measurement
@@ -28,14 +29,10 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.models import Models
     from gptq_loader_plugin.loaded import LoadedModel
 
-__all__ = ["MeasureStopped", "measure", "named_text"]
+__all__ = ["measure", "named_text"]
 
 WINDOWS = 20  # of SAMPLE_WINDOW tokens: a pasted book takes no longer than some pages
 TITLE_LENGTH = 40
-
-
-class MeasureStopped(GPTQLoaderError):
-    """A person ended a measurement."""
 
 
 def named_text(own: str | None) -> tuple[str, str]:
@@ -64,7 +61,7 @@ def measure(
 
     Raises:
         GPTQLoaderError: no model is loaded, it was changed, or the text is too short.
-        MeasureStopped: `cancel` was set.
+        Stopped: `cancel` was set.
     """
     text_name, text = named_text(own)
     model, cut = models.use(lambda it: (it, _cut(it, text)))
@@ -73,8 +70,7 @@ def measure(
     losses: list[float] = []
     found = Perplexity(math.nan, 0, 0)
     for window in cut:
-        if cancel.is_set():
-            raise MeasureStopped("the measurement was stopped", hint="Measure begins again")
+        check_stopped(cancel)
         losses.append(models.use(partial(_loss, model=model, window=window)))
         found = mean_perplexity(losses, window_tokens=len(window))
         detail = f"{name}: {found.perplexity:.2f} so far"
