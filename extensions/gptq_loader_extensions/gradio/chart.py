@@ -111,7 +111,8 @@ def _picture(ranked: Sequence[Measured]) -> str:
         f"<figure class='chart'><figcaption>Perplexity (lower is better) over size on disk"
         f"</figcaption><div class='plot'><svg role='img' width='100%' height='100%' "
         f"aria-label='{escape(_in_words(ranked))}'><g class='grid'>{grid}{sizes}</g>{steps}{marks}"
-        f"</svg></div><ul>{kinds}{lined}</ul><p>{escape(_in_words(ranked))}</p></figure>"
+        f"</svg></div><ul>{kinds}{lined}</ul><p>{escape(_in_words(ranked))} "
+        f"Measured on {escape(text_title(ranked[0].text))}.</p></figure>"
     )
 
 
@@ -212,9 +213,8 @@ def _table(ranked: Sequence[Measured]) -> str:
         f"<td>{escape(', '.join(it.kernels))}</td></tr>"
         for it in ranked
     )
-    title = f"Measured on {text_title(ranked[0].text)}"
     return (
-        f"<div class='scrolls'><table><caption>{escape(title)}</caption>"
+        "<div class='scrolls'><table aria-label='What was measured'>"
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 

@@ -78,6 +78,7 @@ class ChatTab:
             allow_tags=False,
             feedback_options=None,
             latex_delimiters=LATEX,
+            autoscroll=False,  # page.js does it, and never against who scrolls
             allow_file_downloads=False,
         )
         parts["chat"] = gr.Chatbot(elem_id="chat", label="Chat", placeholder=WELCOME, **options)

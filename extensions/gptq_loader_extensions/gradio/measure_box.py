@@ -101,17 +101,17 @@ class MeasureBox:
                 for event in watched(partial(measure, side, text, cancel)):
                     if isinstance(event, Done):
                         self._files.keep(event.value)
-                        done.append(f"Measured {event.value.name}: {event.value.perplexity:.3f}")
+                        done.append(f"{event.value.name} has {event.value.perplexity:.3f}")
                         yield self._shown(event.value.text.key)
                     else:
                         yield {self._progress: progress_bar(event)}
         except Stopped:
-            done.append("Stopped")
+            done.append("stopped")
         except (GPTQLoaderError, MemoryError, RuntimeError, OSError) as error:
             problem = alert(as_words(error))
         finally:
             cancel.set()
-        told = f"<p class='done'>{escape('; '.join(done))}.</p>" if done else ""
+        told = f"<p class='done'>Measured: {escape('; '.join(done))}.</p>" if done else ""
         yield {
             self._start: gr.update(visible=True),
             self._stop: gr.update(visible=False),
