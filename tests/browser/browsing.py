@@ -84,7 +84,7 @@ def started(*arguments: object, record: Path, environ: Mapping[str, str]) -> Ite
     """Start page_server.py, and end it as Ctrl-C does."""
     process = subprocess.Popen(
         [sys.executable, Path(__file__).with_name("page_server.py"), record, *arguments],
-        env={**os.environ, **ENVIRON, **environ},
+        env={**os.environ, **ENVIRON, "GPTQ_LOADER_DATA": str(record.parent / "data"), **environ},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

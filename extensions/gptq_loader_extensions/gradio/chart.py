@@ -26,6 +26,7 @@ SHAPES = {
 }
 OTHER_SHAPE = "M-7-3h4v-4h6v4h4v6h-4v4h-6v-4h-4z"
 ROOM = 0.14  # of the span of an axis, left free at both ends, so that no mark is cut
+LEAST_ROOM = 0.02  # of the largest value: what differs by less than that looks alike
 # Pixels: a plot of a phone and of a window, in which labels must not lie over each other.
 NARROW, WIDE, HEIGHT = 290, 560, 260
 LETTER, LINE, MARK = 6.4, 14, 9
@@ -70,7 +71,7 @@ class _Axis:
 
 def _axis(values: Sequence[float]) -> _Axis:
     low, high = min(values), max(values)
-    room = (high - low) * ROOM or abs(high) * ROOM or 1.0
+    room = max((high - low) * ROOM, high * LEAST_ROOM) or 1.0
     return _Axis(max(0.0, low - room), high + room)
 
 
