@@ -103,14 +103,15 @@ class CompareTab:
             cancel = threading.Event()
             yield {self._cancel: cancel}
             for view in load_watched(self._sides[1], entry, LoadOptions(), cancel):
-                yield {
+                second = self._sides[1].loaded
+                ended = gr.update(interactive=True, value=second.name if second else None)
+                yield {  # all in one: see events.py
                     self._progress: view.progress,
                     self._start: gr.update(interactive=not view.running),
                     self._load_stop: gr.update(visible=view.running),
-                    self._other: gr.update(interactive=not view.running),
+                    self._other: gr.update(interactive=False) if view.running else ended,
+                    **self._named(),
                 }
-            second = self._sides[1].loaded
-            yield {self._other: gr.update(value=second.name if second else None), **self._named()}
 
         def unload() -> dict[Any, Any]:
             self._sides[1].drop()
@@ -138,13 +139,8 @@ class CompareTab:
     def _run(self, question: str, *values: Any) -> Iterator[dict[Any, Any]]:  # noqa: ANN401
         """Ask both."""
         cancel = threading.Event()
-        yield {
-            self._cancel: cancel,
-            self._start: gr.update(visible=False),
-            self._stop: gr.update(visible=True),
-            self._words: "",
-            **self._named(),
-        }
+        busy = {self._start: gr.update(visible=False), self._stop: gr.update(visible=True)}
+        yield {self._cancel: cancel, self._words: "", **busy, **self._named()}
         texts = ["", ""]
         try:
             system, options = read_options(values)
@@ -152,7 +148,7 @@ class CompareTab:
             for at, moment in by_turns(self._sides, prepare, options, cancel=cancel):
                 _, text, status = self._columns[at]
                 texts[at] = moment.text
-                yield {text: moment.text, status: escape(moment.status)}
+                yield {text: moment.text, status: escape(moment.status), **busy}
             words = f"<p>{escape(where_they_part(*texts))}</p>"
         except (GPTQLoaderError, MemoryError, RuntimeError) as error:
             words = alert(as_words(error))

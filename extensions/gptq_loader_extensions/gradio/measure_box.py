@@ -87,24 +87,23 @@ class MeasureBox:
     def _measure(self, which: str, own: str) -> Iterator[dict[Any, Any]]:
         """Measure each model that is loaded."""
         cancel = threading.Event()
-        yield {
-            self._cancel: cancel,
-            self._start: gr.update(visible=False),
-            self._stop: gr.update(visible=True),
-            self._progress: progress_bar(Progress("perplexity", 0, 0, detail="cutting the text")),
-        }
+        busy = {self._start: gr.update(visible=False), self._stop: gr.update(visible=True)}
+        bar = progress_bar(Progress("perplexity", 0, 0, detail="cutting the text"))
+        yield {self._cancel: cancel, self._progress: bar, **busy}
         text, problem = own if which == OWN else None, ""
         sides = [it for it in self._sides if it.loaded] or self._sides[:1]
         done: list[str] = []
+        shown: dict[Any, Any] = {}
         try:
             for side in sides:
                 for event in watched(partial(measure, side, text, cancel)):
                     if isinstance(event, Done):
                         self._files.keep(event.value)
                         done.append(f"{event.value.name} has {event.value.perplexity:.3f}")
-                        yield self._shown(event.value.text.key)
+                        shown = self._shown(event.value.text.key)
+                        yield shown | busy
                     else:
-                        yield {self._progress: progress_bar(event)}
+                        yield {self._progress: progress_bar(event), **busy}
         except Stopped:
             done.append("stopped")
         except (GPTQLoaderError, MemoryError, RuntimeError, OSError) as error:
@@ -113,6 +112,7 @@ class MeasureBox:
             cancel.set()
         told = f"<p class='done'>Measured: {escape('; '.join(done))}.</p>" if done else ""
         yield {
+            **shown,
             self._start: gr.update(visible=True),
             self._stop: gr.update(visible=False),
             self._progress: told + problem,

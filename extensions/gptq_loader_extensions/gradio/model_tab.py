@@ -236,11 +236,15 @@ class ModelTab:
         cancel = threading.Event()
         yield {self._cancel: cancel}
         for view in load_watched(self._models, entry, options, cancel):
-            yield self._shown(view, entry.name, note)
+            changes = self._shown(view, entry.name, note)
+            if not view.running:  # all in one: see events.py
+                changes[self._about] = head(self._models.loaded)
+                changes |= panel.filled(self._models, None)
             if view.stopped:
-                yield self._opened(panel) | self._described()
-        changes = {self._about: head(self._models.loaded)}
-        yield {**changes, **panel.filled(self._models, None)}
+                opened = self._opened(panel)
+                opened[self.model] |= {"interactive": True}
+                changes |= opened | self._described() | {self._progress: view.progress}
+            yield changes
 
     def _shown(self, view: LoadView, name: str, note: str) -> dict[Any, Any]:
         changes: dict[Any, Any] = {self._progress: view.progress + _noted(note)}
