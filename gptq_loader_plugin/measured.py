@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import sys
@@ -104,7 +105,15 @@ def measurement(
         text: what was read.
         text_name: what a person calls the text.
         name: what a person calls the checkpoint; None takes the reference, or its folder's name.
+
+    Raises:
+        GPTQLoaderError: the perplexity is no number.
     """
+    if not math.isfinite(found.perplexity):
+        raise GPTQLoaderError(
+            f"the perplexity is {found.perplexity}: the model answers with what is no number",
+            hint="download the checkpoint again, or try the kernel called reference",
+        )
     plan, config = model.plan, model.config
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     return Measured(

@@ -12,7 +12,8 @@ from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.events import Head  # noqa: TC001 - typer reads the annotations
 
 if TYPE_CHECKING:
-    from gptq_loader_plugin.measured import Measured
+    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.perplexity import Perplexity
 
 __all__ = ["add_to"]
 
@@ -140,7 +141,6 @@ def perplexity(
     The figure is kept, and drawn beside those of other checkpoints in the page's Compare tab.
     """
     import gptq_loader_plugin as gptq
-    from gptq_loader_plugin.measured import measurement
     from gptq_loader_plugin.perplexity import SAMPLE, SAMPLE_WINDOW, measure_perplexity, sample_text
     from gptq_loader_plugin.plugins import Plugins
 
@@ -159,11 +159,9 @@ def perplexity(
                 window_tokens=window_tokens or (1024 if text else SAMPLE_WINDOW),
                 progress=listening.progress,
             )
-            text_name = text.name if text else SAMPLE
-            figure = measurement(model, measured, text=content, text_name=text_name)
+            kept = _keep(model, measured, text=content, text_name=text.name if text else SAMPLE)
     finally:
         bars.close()
-    kept = _keep(figure)
     if as_json:
         print_json(
             {
@@ -179,11 +177,12 @@ def perplexity(
     typer.echo(f"{measured.perplexity:.3f}")
 
 
-def _keep(figure: Measured) -> str | None:
+def _keep(model: LoadedModel, found: Perplexity, *, text: str, text_name: str) -> str | None:
     """Keep a figure and say where; one that cannot be kept is told nevertheless."""
-    from gptq_loader_plugin.measured import MeasuredFiles, data_folder
+    from gptq_loader_plugin.measured import MeasuredFiles, data_folder, measurement
 
     try:
+        figure = measurement(model, found, text=text, text_name=text_name)
         kept = MeasuredFiles(data_folder()).keep(figure)
     except GPTQLoaderError as error:
         say(f"{error.message}; {error.hint}")

@@ -129,6 +129,8 @@ def test_the_sample_is_measured_window_by_window() -> None:
         assert kept.kernels == tuple(model.plan.kernels())
         other = measurement(model, found, text="another", text_name=SAMPLE)
         assert other.text.key != kept.text.key, "a name is no content"
+        with pytest.raises(GPTQLoaderError, match="the perplexity is nan"):
+            measurement(model, Perplexity(math.nan, 4, 64), text="a", text_name="a")
         with pytest.raises(OptionInvalid, match="fewer than a window"):
             cut_windows(model, "short", windows=4, window_tokens=64)
 
