@@ -116,22 +116,35 @@ def test_what_cannot_be_loaded_says_why_and_leaves_the_old_one(empty: Page, shel
     assert "Traceback" not in shelf.log()
 
 
-def test_a_load_is_cancelled_and_says_what_became_of_the_old_one(empty: Page) -> None:
-    load(empty, FIRST)
-    empty.get_by_role("tab", name="Chat").click()
-    ask(empty, "Hello", tokens=400)
-    choose(empty, SECOND)
-    expect(empty.locator("#loading")).to_contain_text("a reply is still being written")
-    empty.locator("#load-cancel").click()
-    expect(empty.locator("#loading")).to_contain_text(f"Stopped. {FIRST} is still loaded.")
-    expect(empty.locator("#model input")).to_have_value(re.compile(FIRST))
-    expect(empty.locator("#load-cancel")).to_be_hidden()
-    expect(empty.locator("#refresh")).to_be_visible()
-    expect(empty.locator("#facts")).to_contain_text("32 rows")
-    empty.get_by_role("tab", name="Chat").click()
-    empty.locator("#stop").click()
-    finish(empty)
-    load(empty, SECOND)
+def test_a_load_is_cancelled_and_says_what_became_of_the_old_one(
+    browser: Browser, models: Path, tmp_path: Path
+) -> None:
+    """It waits for a reply, which is slow here, and the old model stays."""
+    environ = {
+        "GPTQ_LOADER_CONFIG": str(tmp_path),
+        "GPTQ_LOADER_MODELS": str(models),
+        "STEP_SECONDS": "0.3",
+    }
+    with (
+        started(record=tmp_path / "steps", environ=environ) as served,
+        opened(browser, served) as (page, errors),
+    ):
+        load(page, FIRST)
+        page.get_by_role("tab", name="Chat").click()
+        ask(page, "Hello", tokens=400)
+        choose(page, SECOND)
+        expect(page.locator("#loading")).to_contain_text("a reply is still being written")
+        page.locator("#load-cancel").click()
+        expect(page.locator("#loading")).to_contain_text(f"Stopped. {FIRST} is still loaded.")
+        expect(page.locator("#model input")).to_have_value(re.compile(FIRST))
+        expect(page.locator("#load-cancel")).to_be_hidden()
+        expect(page.locator("#refresh")).to_be_visible()
+        expect(page.locator("#facts")).to_contain_text("32 rows")
+        page.get_by_role("tab", name="Chat").click()
+        page.locator("#stop").click()
+        finish(page)
+        load(page, SECOND)
+        assert errors == []
 
 
 def test_refresh_finds_what_came_later(empty: Page, models: Path) -> None:
