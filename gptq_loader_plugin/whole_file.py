@@ -1,4 +1,4 @@
-"""Write a file whole or not at all, whatever ends this process while it is written."""
+"""Write a file whole or not at all, whatever ends this process; put damaged ones aside."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from uuid import uuid4
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["write_whole"]
+__all__ = ["is_aside", "put_aside", "write_whole"]
 
+ASIDE = ".damaged-"
 LONGEST = 3600.0  # seconds that a write may take: a part of before is a killed process's
 
 
@@ -23,13 +24,14 @@ def write_whole(path: Path, text: str, *, mode: int = 0o666) -> None:
     What a process that was killed left beside it goes, too.
 
     Args:
-        path: the file; its folder is there.
+        path: the file; its folder is made where it is not there.
         text: what it is to hold.
         mode: who may read and write it, less what the process's umask takes away.
 
     Raises:
         OSError: it cannot be written; what was there before still is.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         with suppress(FileNotFoundError):  # another process has put it in its place meanwhile
             if time.time() - left.stat().st_mtime > LONGEST:
@@ -43,3 +45,20 @@ def write_whole(path: Path, text: str, *, mode: int = 0o666) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def put_aside(path: Path) -> Path:
+    """Give a damaged file a name that no file has; tell it.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    number = 1
+    while (aside := path.with_name(f"{path.stem}{ASIDE}{number}{path.suffix}")).exists():
+        number += 1
+    return path.replace(aside)
+
+
+def is_aside(path: Path) -> bool:
+    """Whether a file is one that was put aside."""
+    return ASIDE in path.name

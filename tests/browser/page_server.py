@@ -12,7 +12,8 @@ import sys
 import time
 from typing import Any
 
-STEP_SECONDS = 0.02  # as fast as a small model on a laptop: slow enough to see a reply grow
+# As fast as a small model on a laptop: slow enough to see a reply grow.
+STEP_SECONDS = float(os.environ.get("STEP_SECONDS", "0.02"))
 LOOPBACK = ("127.0.0.1", "::1", "localhost", None)
 
 

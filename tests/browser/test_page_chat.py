@@ -7,7 +7,21 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from browsing import CHECKPOINT, MARKS, RUNS, ask, expect, finish, opened, questions, replies
+import pytest
+from browsing import (
+    CHECKPOINT,
+    DESKTOP,
+    MARKS,
+    PHONE,
+    RUNS,
+    ask,
+    expect,
+    finish,
+    opened,
+    questions,
+    replies,
+    wait,
+)
 
 if TYPE_CHECKING:
     from browsing import Server
@@ -46,7 +60,8 @@ def test_conversations_are_kept_and_survive_a_reload(page: Page) -> None:
     page.locator("#delete").click()
     expect(page.locator("#chat [data-testid=user]")).to_have_count(0)
     page.locator(PICKED).click()
-    assert page.get_by_role("option").all_inner_texts() == ["Another one"]
+    listed = page.get_by_role("option").all_inner_texts()
+    assert [it.strip("✓\n") for it in listed] == ["New conversation", "Another one"]
 
 
 def test_one_browsers_conversations_are_not_anothers(browser: Browser, server: Server) -> None:
@@ -149,6 +164,91 @@ def test_nothing_jumps_while_a_reply_grows_and_escape_stops_it(page: Page) -> No
     finish(page)
     expect(page.locator("#status")).to_contain_text("stopped")
     assert [it for it in [*seen, places()] if it != before] == []
+
+
+def test_the_chat_follows_a_reply_until_somebody_scrolls(page: Page) -> None:
+    box = page.locator("#chat .bubble-wrap")
+    left = "it => it.scrollHeight - it.clientHeight - it.scrollTop"
+    ask(page, "Hello", tokens=450)
+    wait(lambda: box.evaluate("it => it.scrollTop") > 0, seconds=30)
+    assert box.evaluate("it => it.scrollTop") > 0
+    page.wait_for_timeout(300)
+    assert box.evaluate(left) < 2, "it follows"
+    box.hover()
+    page.mouse.wheel(0, -20)  # one small step is enough
+    page.wait_for_timeout(200)
+    stays, shown = box.evaluate("it => it.scrollTop"), len(replies(page)[0])
+    wait(lambda: len(replies(page)[0]) > shown + 100, seconds=30)
+    assert box.evaluate("it => it.scrollTop") == stays
+    box.evaluate("it => it.scrollTo(0, it.scrollHeight)")
+    page.wait_for_timeout(500)
+    assert box.evaluate(left) < 2, "and follows again from the end"
+    page.keyboard.press("Escape")
+    finish(page)
+
+
+LONG = [
+    "مرحبا، هذا نص عربي مع English.",
+    "| Branch | Bits | Group size | Act order | Damping | Dataset |\n|---|---|---|---|---|---|\n"
+    "| gptq-4bit-32g-actorder_True | 4 | 32 | yes | 0.1 | wikitext |",
+    "```python\nnumbers = [0, 1]  # " + "a long comment " * 20 + "\n```",
+    "averylongwordwithoutabreak" * 20,
+    r"Inline \(E = mc^2\), and 5 $ or 6 $ of money.",
+]
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE])
+def test_a_long_conversation_of_every_kind_stays_in_its_place(
+    browser: Browser, server: Server, viewport: dict[str, int]
+) -> None:
+    key = "0123456789abcdef"
+    said = [
+        {"role": role, "content": LONG[i % len(LONG)]}
+        for i in range(30)
+        for role in ("user", "assistant")
+    ]
+    with opened(browser, server, viewport=viewport) as (page, errors):
+        page.evaluate(
+            """([key, messages]) => {
+              const value = {key, title: 'Sixty messages', messages}
+              localStorage.setItem('gptq-loader/conversation/' + key,
+                JSON.stringify({time: 1, value}))
+              sessionStorage.setItem('gptq-loader/current', key)
+            }""",
+            [key, said],
+        )
+        page.reload(wait_until="domcontentloaded")
+        expect(page.locator("#chat [data-testid=bot]")).to_have_count(30, timeout=30_000)
+        box = page.locator("#chat .bubble-wrap")
+        wait(lambda: box.evaluate("it => it.scrollHeight - it.clientHeight - it.scrollTop") < 2)
+        assert box.evaluate("it => it.scrollHeight - it.clientHeight - it.scrollTop") < 2
+        assert box.evaluate("it => it.scrollWidth - it.clientWidth") <= 1, "nothing is too wide"
+        assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+        arabic = page.locator("#chat [data-testid=bot] p").first
+        style = arabic.evaluate("it => [getComputedStyle(it).unicodeBidi, it.innerText]")
+        assert style == ["plaintext", LONG[0]]
+        tall = page.locator("#chat [data-testid=bot] th").first.evaluate("it => it.offsetHeight")
+        assert tall < 90, "words of a table are not broken into letters"
+        expect(page.locator("#chat .katex").first).to_be_visible()
+        assert "5 $ or 6 $" in replies(page)[4]
+        assert errors == []
+
+
+def test_keys_lead_to_what_can_be_seen_alone(page: Page) -> None:
+    """No key leads to a part that is not shown, and what has the focus shows it."""
+    page.locator("#message textarea").focus()
+    for _ in range(24):
+        page.keyboard.press("Tab")
+        name, seen, shown = page.evaluate(
+            """() => {
+              const it = document.activeElement, style = getComputedStyle(it)
+              const shown = style.outlineStyle !== 'none' || style.boxShadow !== 'none'
+              return [it.outerHTML.slice(0, 120), it.checkVisibility({visibilityProperty: true}),
+                it === document.body || shown]
+            }"""
+        )
+        assert seen, name
+        assert shown, name
 
 
 def test_a_preset_sets_the_numbers(page: Page) -> None:

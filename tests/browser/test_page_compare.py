@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
-from browsing import MARKS, RUNS, expect, load
+import pytest
+from browsing import ENVIRON, MARKS, PHONE, RUNS, TOO_WIDE, expect, load, opened, started
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from browsing import Server
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
 pytestmark = MARKS
 
@@ -67,3 +73,70 @@ def test_one_prompt_goes_through_two_models(empty: Page, shelf: Server) -> None:
     expect(empty.locator("#name-two")).to_contain_text("No model is loaded")
     expect(empty.locator("#about h1")).to_have_text(FIRST)
     assert "Traceback" not in shelf.log()
+
+
+def test_models_are_measured_and_drawn(browser: Browser, models: Path, tmp_path: Path) -> None:
+    """By the button, in the terminal, and on a text of one's own; a figure stays for a restart."""
+    environ = {"GPTQ_LOADER_CONFIG": str(tmp_path), "GPTQ_LOADER_MODELS": str(models)}
+    chart, slow = "#chart", {"STEP_SECONDS": "0.4"}  # so that there is time to stop it
+    with (
+        started(record=tmp_path / "steps", environ=environ | slow) as served,
+        opened(browser, served) as (page, errors),
+    ):
+        page.get_by_role("tab", name="Compare").click()
+        expect(page.locator(chart)).to_contain_text("Nothing is measured yet")
+        page.locator("#measure").click()
+        alert = page.locator("#measuring [role=alert]")
+        expect(alert).to_have_text("No model is loaded. Choose one in the Model tab.")
+        load(page, FIRST)
+        page.get_by_role("tab", name="Compare").click()
+        page.locator("#measure").click()
+        expect(page.locator("#measuring")).to_contain_text(f"Measured: {FIRST} has ")
+        expect(page.locator(f"{chart} .mark")).to_have_count(1)
+        page.get_by_label("My own text").check()
+        page.locator("#measure-text textarea").fill("Too short.")
+        page.locator("#measure").click()
+        expect(alert).to_contain_text("fewer than a window of 256. Paste a longer text.")
+        page.locator("#measure-text textarea").fill("The tide rises and falls. " * 200)
+        page.locator("#measure").click()
+        expect(page.locator("#measuring")).to_contain_text(f"Measured: {FIRST} has ")
+        expect(page.locator(chart)).to_contain_text("Measured on “The tide rises")
+        page.locator("#measure-text textarea").fill("The tide rises and falls. " * 2000)
+        page.locator("#measure").click()
+        expect(page.locator("#measuring")).to_contain_text(re.compile(r"\d of 20 windows"))
+        page.keyboard.press("Escape")
+        expect(page.locator("#measuring")).to_contain_text("Measured: stopped.")
+        expect(page.locator("#measure")).to_be_visible()
+        page.locator("#measured-on input").click()
+        page.get_by_role("option", name="Sample text").click()
+        expect(page.locator(chart)).to_contain_text("Measured on Sample text")
+        done = subprocess.run(
+            [sys.executable, "-m", "gptq_loader_plugin", "perplexity", models / SECOND],
+            env={**os.environ, **ENVIRON, **environ, "GPTQ_LOADER_DATA": str(tmp_path / "data")},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert str(tmp_path / "data" / "perplexity" / SECOND) in done.stderr
+        page.get_by_role("tab", name="Chat").click()
+        page.get_by_role("tab", name="Compare").click()
+        expect(page.locator(f"{chart} .mark")).to_have_count(2)
+        rows = page.locator(f"{chart} tbody tr")
+        figures = {it.split("\t")[0]: float(it.split("\t")[1]) for it in rows.all_inner_texts()}
+        assert figures[SECOND] == pytest.approx(float(done.stdout), abs=0.001)
+        assert errors == []
+    with (
+        started(record=tmp_path / "steps", environ=environ) as served,
+        opened(browser, served, viewport=PHONE) as (page, errors),
+    ):
+        page.get_by_role("tab", name="Compare").click()
+        expect(page.locator(f"{chart} .mark")).to_have_count(2)
+        inside = page.locator(f"{chart} .plot").bounding_box()
+        for label in page.locator(f"{chart} .mark text:visible").all():
+            box = label.bounding_box()
+            assert box
+            assert inside
+            assert box["x"] >= inside["x"]
+            assert box["x"] + box["width"] <= inside["x"] + inside["width"]
+        assert page.evaluate(TOO_WIDE) == []
+        assert errors == []

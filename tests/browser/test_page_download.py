@@ -94,6 +94,23 @@ def test_the_nine_steps_of_a_model_card(
     assert "OUTSIDE" not in shelf.log()
 
 
+@pytest.mark.parametrize("how", ["cut", "reset"])
+def test_a_connection_that_breaks_is_taken_up_again(
+    empty: Page, mended: HubServer, shelf: Server, how: str
+) -> None:
+    """Twice broken after some bytes: the page goes on by itself, from where it was."""
+    branch = {"cut": "gptq-4bit-32g-actorder_True", "reset": "gptq-3bit--1g-actorder_True"}[how]
+    mended.misbehave(WEIGHTS, times=2, **{how: weight_bytes(mended, branch) // 3})
+    before = len(mended.requests)
+    open_box(empty, f"{REPO}:{branch}")
+    empty.locator("#start").click()
+    expect(empty.locator("#downloading")).to_contain_text("Done: ", timeout=90_000)
+    asked = [it for it in mended.requests[before:] if it.path.endswith(".safetensors")]
+    assert [it for it in asked if it.range and not it.range.startswith("bytes=0-")], "it went on"
+    load(empty, f"{REPO}:{branch}")
+    assert "Traceback" not in shelf.log()
+
+
 @pytest.mark.parametrize(
     ("how", "words"),
     [

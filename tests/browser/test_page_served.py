@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Page
 
 pytestmark = MARKS
 pytest.importorskip("uvicorn", reason="the server is not installed")
@@ -37,6 +37,7 @@ def address(tmp_path: Path) -> Iterator[str]:
         **ENVIRON,
         "GPTQ_LOADER_PLUGINS": plugins,
         "GPTQ_LOADER_CONFIG": str(tmp_path),
+        "GPTQ_LOADER_DATA": str(tmp_path),
     }
     command = [sys.executable, "-m", "gptq_loader_plugin", "serve", "--port", "0", "--json"]
     process = subprocess.Popen(
@@ -62,6 +63,21 @@ def call(address: str, path: str, body: dict[str, Any] | None = None) -> Any:
         return json.load(answer)
 
 
+def compare_and_measure(page: Page) -> None:
+    """Each side's reply goes to its own end, and each side is measured."""
+    page.get_by_role("tab", name="Compare").click()
+    page.locator("#other input").click()
+    page.get_by_role("option", name=f"{FIRST} (").click()
+    expect(page.locator("#other-loading")).to_contain_text("Loaded in", timeout=30_000)
+    page.locator("#compare-message textarea").fill("Hello")
+    page.locator("#compare").click()
+    for side in ("one", "two"):
+        expect(page.locator(f"#status-{side}")).to_contain_text("cut off", timeout=30_000)
+    page.locator("#measure").click()
+    expect(page.locator("#measuring")).to_contain_text("Measured: ", timeout=30_000)
+    expect(page.locator("#chart .mark")).to_have_count(2)
+
+
 def test_page_and_api_share_a_model(browser: Browser, address: str, tmp_path: Path) -> None:
     served = Server(None, tmp_path, url=address)  # type: ignore[arg-type]  # the fixture's
     with opened(browser, served) as (page, errors):
@@ -82,7 +98,9 @@ def test_page_and_api_share_a_model(browser: Browser, address: str, tmp_path: Pa
         page.locator("#retry").click()
         expect(page.locator("#about h1")).to_have_text(SECOND)
         finish(page)
+        compare_and_measure(page)
         page.get_by_role("tab", name="Model").click()
+        expect(page.locator("#no-downloads")).to_contain_text("--allow-downloads")
         page.locator("#unload").click()
         expect(page.locator("#about h1")).to_have_text("No model is loaded")
         assert errors == []

@@ -28,3 +28,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setenv("GPTQ_LOADER_MODELS", str(tmp_path / "models"))
         yield server
         close_session()
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this test keeps what it measures, in place of the user's own folder."""
+    folder = tmp_path_factory.mktemp("data")
+    monkeypatch.setenv("GPTQ_LOADER_DATA", str(folder))
+    return folder

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,8 +24,6 @@ from gptq_loader_plugin.cli.output import ProgressBars
 from gptq_loader_plugin.events import Progress
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from click.testing import Result
 
 FEW = ("--max-new-tokens", "4", "--temperature", "0", "--device", "cpu")
@@ -175,15 +174,29 @@ def test_a_chat_ends_where_its_input_ends() -> None:
     assert run("chat", DATA / ONE, *FEW, input="Hello\n").exit_code == 0
 
 
-def test_perplexity(tmp_path: Path) -> None:
+def test_perplexity(tmp_path: Path, data: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The capital of France is Paris. " * 100)
     options = ("--text", text, "--window-tokens", "64", "--windows", "3", "--device", "cpu")
     done = run("perplexity", DATA / ONE, *options, "--json")
     measured = json.loads(done.stdout)
     assert measured["windows"] == 3
+    kept = json.loads(Path(measured["kept"]).read_text())["measured"]
+    assert [it["perplexity"] for it in kept] == [measured["perplexity"]]
+    assert f"kept in {measured['kept']}; the page's Compare tab draws it" in done.stderr
+    assert Path(measured["kept"]).is_relative_to(data)
     again = run("perplexity", DATA / ONE, *options, "--backend", "reference")
     assert float(again.stdout) == pytest.approx(measured["perplexity"], rel=0.02)
+    sampled = run("perplexity", DATA / ONE, "--device", "cpu", "--windows", "2", "--json")
+    assert json.loads(sampled.stdout)["window_tokens"] == 256, "of the sample"
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file, and no folder")
+    done = run(
+        "perplexity", DATA / ONE, *options, env={**PLUGINS, "GPTQ_LOADER_DATA": str(blocked)}
+    )
+    assert done.exit_code == 0, "a figure that cannot be kept is told nevertheless"
+    assert float(done.stdout) > 1
+    assert "the figure cannot be kept" in done.stderr
     short = tmp_path / "short.txt"
     short.write_text("a")
     done = run("perplexity", DATA / ONE, "--text", short)

@@ -12,7 +12,9 @@ import pytest
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.gradio.catalog import Catalog
-from gptq_loader_extensions.gradio.models import LoadOptions, OneModel, Ready
+from gptq_loader_extensions.gradio.loading import load_watched
+from gptq_loader_extensions.gradio.models import LoadOptions, Ready, Stopped
+from gptq_loader_extensions.gradio.one_model import OneModel
 from gptq_loader_extensions.gradio.prompt_view import prompt_html
 from gptq_loader_extensions.gradio.reply import chat_prompt, raw_prompt
 from gptq_loader_plugin.errors import CheckpointNotFound, GPTQLoaderError, OptionInvalid
@@ -123,6 +125,74 @@ def test_a_change_waits_for_the_reply_that_runs(catalog: Catalog) -> None:
     assert sum(1 for _ in reply) > 1, "the reply ends in peace"
     changing.join(60)
     assert models.loaded.name == SECOND
+    models.drop()
+
+
+def test_a_load_is_stopped_between_two_layers(catalog: Catalog) -> None:
+    models = OneModel(environ=ENVIRON)
+    first = models.put(catalog.find(FIRST), LoadOptions(), lambda _: None)
+    cancel = threading.Event()
+    cancel.set()
+    with pytest.raises(Stopped):
+        models.put(catalog.find(SECOND), LoadOptions(), lambda _: None, cancel=cancel)
+    assert models.loaded is first, "it had not begun"
+    cancel.clear()
+    told: list[Progress] = []
+
+    def stop_at_the_third(progress: Progress) -> None:
+        told.append(progress)
+        if len(told) == 3:
+            cancel.set()
+
+    with pytest.raises(Stopped):
+        models.put(catalog.find(SECOND), LoadOptions(), stop_at_the_third, cancel=cancel)
+    assert len(told) == 3
+    assert models.loaded is None
+    assert models.put(catalog.find(FIRST), LoadOptions(), lambda _: None).name == FIRST
+    models.drop()
+
+
+def test_a_load_that_waits_for_a_reply_is_stopped(catalog: Catalog) -> None:
+    models = OneModel(environ=ENVIRON)
+    first = models.put(catalog.find(FIRST), LoadOptions(), lambda _: None)
+    reply = models.ask(raw_prompt("Hello"), GREEDY, threading.Event())
+    next(reply)
+    cancel = threading.Event()
+
+    def stop(progress: Progress) -> None:
+        assert progress.stage == "waiting"
+        cancel.set()
+
+    with pytest.raises(Stopped):
+        models.put(catalog.find(SECOND), LoadOptions(), stop, cancel=cancel)
+    assert models.loaded is first
+    assert sum(1 for _ in reply) > 1
+    assert ask(models), "and the next one is answered"
+    models.drop()
+
+
+def test_a_load_that_comes_to_nothing_says_what_is_loaded(catalog: Catalog) -> None:
+    models = OneModel(environ=ENVIRON)
+    cancel = threading.Event()
+    cancel.set()
+    last = [*load_watched(models, catalog.find(FIRST), LoadOptions(), cancel)][-1]
+    assert (last.running, last.stopped) == (False, True)
+    assert "Stopped. No model is loaded now." in last.progress
+    models.put(catalog.find(FIRST), LoadOptions(), lambda _: None)
+    last = [*load_watched(models, catalog.find(SECOND), LoadOptions(), cancel)][-1]
+    assert f"Stopped. {FIRST} is still loaded." in last.progress
+    seen = []
+    cancel.clear()
+    for view in load_watched(models, catalog.find(SECOND), LoadOptions(), cancel):
+        seen.append(view)
+        if "Loading the weights" in view.progress and "%" in view.progress:
+            cancel.set()
+    assert f"No model is loaded now: {FIRST} was unloaded for it." in seen[-1].progress
+    models.put(catalog.find(FIRST), LoadOptions(), lambda _: None)
+    options = LoadOptions(backend="exllama")
+    last = [*load_watched(models, catalog.find(SECOND), options, threading.Event())][-1]
+    assert f"{FIRST} is still loaded." in last.progress
+    assert not last.stopped
     models.drop()
 
 

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.keeping import KeptTitle
     from gptq_loader_extensions.gradio.models import Models
 
-__all__ = ["ChatEvents"]
+__all__ = ["NEW_CONVERSATION", "ChatEvents"]
+
+NEW_CONVERSATION = ("New conversation", "")
 
 Changes = dict[Any, Any]  # the components that change, each with its new value
 
@@ -123,4 +125,6 @@ class ChatEvents:
 
 def _choices(listed: Sequence[KeptTitle], key: str) -> Any:  # noqa: ANN401 - a change of a component
     choices = [(it.title or "…", it.key) for it in listed]
-    return gr.update(choices=choices, value=key if key in [it.key for it in listed] else None)
+    known = key in [it.key for it in listed]
+    first = [] if known else [NEW_CONVERSATION]
+    return gr.update(choices=[*first, *choices], value=key if known else "")

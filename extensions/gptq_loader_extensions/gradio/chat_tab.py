@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from gptq_loader_extensions.gradio.chat_events import ChatEvents
+from gptq_loader_extensions.gradio.chat_events import NEW_CONVERSATION, ChatEvents
 from gptq_loader_extensions.gradio.events import AT_ONCE, PRIVATE, REPLIES, stop, tell
 from gptq_loader_extensions.gradio.export_box import ExportBox
 from gptq_loader_extensions.gradio.versions import known
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["ChatTab"]
 
 WELCOME = "### What would you like to know?\nThe model runs on this machine."
+# As models write it; a single dollar is money.
+LATEX = [
+    {"left": "$$", "right": "$$", "display": True},
+    {"left": r"\[", "right": r"\]", "display": True},
+    {"left": r"\(", "right": r"\)", "display": False},
+]
 
 
 class ChatTab:
@@ -49,8 +55,8 @@ class ChatTab:
         parts = self._parts
         with gr.Row(elem_id="talks"):
             parts["picker"] = gr.Dropdown(
-                [],
-                value=None,
+                [NEW_CONVERSATION],
+                value="",
                 label="Conversation",
                 show_label=False,
                 container=False,
@@ -71,6 +77,8 @@ class ChatTab:
             layout="bubble",
             allow_tags=False,
             feedback_options=None,
+            latex_delimiters=LATEX,
+            autoscroll=False,  # page.js does it, and never against who scrolls
             allow_file_downloads=False,
         )
         parts["chat"] = gr.Chatbot(elem_id="chat", label="Chat", placeholder=WELCOME, **options)

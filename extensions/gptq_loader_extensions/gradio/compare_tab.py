@@ -15,7 +15,9 @@ from gptq_loader_extensions.gradio.comparing import by_turns, where_they_part
 from gptq_loader_extensions.gradio.conversation import with_system
 from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, REPLIES, stop
 from gptq_loader_extensions.gradio.loading import load_watched
-from gptq_loader_extensions.gradio.models import LoadOptions, OneModel
+from gptq_loader_extensions.gradio.measure_box import MeasureBox
+from gptq_loader_extensions.gradio.models import LoadOptions
+from gptq_loader_extensions.gradio.one_model import OneModel
 from gptq_loader_extensions.gradio.reply import chat_prompt
 from gptq_loader_extensions.gradio.settings_panel import read_options
 from gptq_loader_extensions.gradio.words import alert, as_words
@@ -25,8 +27,11 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.catalog import Catalog
     from gptq_loader_extensions.gradio.models import Loaded, Models
     from gptq_loader_extensions.gradio.settings_panel import SettingsPanel
+    from gptq_loader_plugin.measured import MeasuredFiles
 
 __all__ = ["CompareTab"]
+
+WHERE = ("choose one in the Model tab", "choose a second one above")
 
 
 class CompareTab:
@@ -35,19 +40,34 @@ class CompareTab:
     Args:
         models: the page's own model, which is the left one.
         catalog: the models that may be the right one.
+        measured: the figures that are kept.
     """
 
-    def __init__(self, models: Models, catalog: Catalog) -> None:
+    def __init__(self, models: Models, catalog: Catalog, measured: MeasuredFiles) -> None:
         self._sides: tuple[Models, Models] = (models, OneModel())
         self._catalog = catalog
         self._cancel = gr.State(None)
-        self._other = gr.Dropdown(
-            [],
-            value=None,
-            label="Beside the model that is loaded",
-            info="Choosing one loads it as a second model.",
-            elem_id="other",
-        )
+        with gr.Row(elem_id="choose-other"):
+            self._other = gr.Dropdown(
+                [],
+                value=None,
+                label="Beside the model that is loaded",
+                info="Choosing one loads it as a second model.",
+                elem_id="other",
+                scale=1,
+            )
+            self._load_stop = gr.Button(
+                "Cancel",
+                elem_id="other-cancel",
+                elem_classes="stops",
+                variant="stop",
+                visible=False,
+                scale=0,
+                min_width=90,
+            )
+            self._unload = gr.Button(
+                "Unload", elem_id="compare-unload", scale=0, min_width=90, visible=False
+            )
         self._progress = gr.HTML("", elem_id="other-loading", elem_classes="work")
         self._question = gr.Textbox(
             label="Message",
@@ -65,10 +85,10 @@ class CompareTab:
                 elem_classes="stops",
                 visible=False,
             )
-            self._unload = gr.Button("Unload the second", elem_id="compare-unload")
         with gr.Row():
             self._columns = [_column("one"), _column("two")]
         self._words = gr.HTML("", elem_id="compare-words")
+        self._measure = MeasureBox(self._sides, measured)
 
     def wire(self, page: gr.Blocks, tab: gr.Tab, panel: SettingsPanel) -> None:
         """Connect what a person does with what the models do."""
@@ -80,12 +100,18 @@ class CompareTab:
             except GPTQLoaderError as error:
                 yield {self._progress: alert(as_words(error))}
                 return
-            for view in load_watched(self._sides[1], entry, LoadOptions()):
-                yield {
+            cancel = threading.Event()
+            yield {self._cancel: cancel}
+            for view in load_watched(self._sides[1], entry, LoadOptions(), cancel):
+                second = self._sides[1].loaded
+                ended = gr.update(interactive=True, value=second.name if second else None)
+                yield {  # all in one: see events.py
                     self._progress: view.progress,
                     self._start: gr.update(interactive=not view.running),
+                    self._load_stop: gr.update(visible=view.running),
+                    self._other: gr.update(interactive=False) if view.running else ended,
+                    **self._named(),
                 }
-            yield self._named()
 
         def unload() -> dict[Any, Any]:
             self._sides[1].drop()
@@ -97,26 +123,24 @@ class CompareTab:
             value = second.name if second else None
             return {self._other: gr.update(choices=choices, value=value), **self._named()}
 
-        outputs = [self._other, self._progress, self._start, *names]
+        loading = [self._cancel, self._other, self._progress, self._start, self._load_stop]
+        outputs = [*loading, self._unload, *names]
         self._other.select(choose, [self._other], outputs, **LOADS)
         self._unload.click(unload, None, outputs, **LOADS)
         for opened in (page.load, tab.select):
             opened(shown, None, outputs, **AT_ONCE)
-        running = [self._cancel, self._start, self._stop, self._words, *names]
+        self._measure.wire([page.load, tab.select])
+        running = [self._cancel, self._unload, self._start, self._stop, self._words, *names]
         running += [it for _, text, status in self._columns for it in (text, status)]
         self._start.click(self._run, [self._question, *panel.parts], running, **REPLIES)
-        self._stop.click(stop, [self._cancel], None, **AT_ONCE)
+        for button in (self._stop, self._load_stop):
+            button.click(stop, [self._cancel], None, **AT_ONCE)
 
     def _run(self, question: str, *values: Any) -> Iterator[dict[Any, Any]]:  # noqa: ANN401
         """Ask both."""
         cancel = threading.Event()
-        yield {
-            self._cancel: cancel,
-            self._start: gr.update(visible=False),
-            self._stop: gr.update(visible=True),
-            self._words: "",
-            **self._named(),
-        }
+        busy = {self._start: gr.update(visible=False), self._stop: gr.update(visible=True)}
+        yield {self._cancel: cancel, self._words: "", **busy, **self._named()}
         texts = ["", ""]
         try:
             system, options = read_options(values)
@@ -124,7 +148,7 @@ class CompareTab:
             for at, moment in by_turns(self._sides, prepare, options, cancel=cancel):
                 _, text, status = self._columns[at]
                 texts[at] = moment.text
-                yield {text: moment.text, status: escape(moment.status)}
+                yield {text: moment.text, status: escape(moment.status), **busy}
             words = f"<p>{escape(where_they_part(*texts))}</p>"
         except (GPTQLoaderError, MemoryError, RuntimeError) as error:
             words = alert(as_words(error))
@@ -138,20 +162,21 @@ class CompareTab:
 
     def _named(self) -> dict[Any, Any]:
         """Say which models stand side by side."""
-        return {
-            name: _heading(side.loaded)
-            for (name, _, _), side in zip(self._columns, self._sides, strict=True)
+        headings = {
+            name: _heading(side.loaded, where)
+            for (name, _, _), side, where in zip(self._columns, self._sides, WHERE, strict=True)
         }
+        return {**headings, self._unload: gr.update(visible=self._sides[1].loaded is not None)}
 
 
-def _heading(loaded: Loaded | None) -> str:
-    facts = ", ".join(facts_of(loaded.model)) if loaded else "choose one"
+def _heading(loaded: Loaded | None, where: str) -> str:
+    facts = ", ".join(facts_of(loaded.model)) if loaded else where
     return f"<h3>{escape(title(loaded))}</h3><p>{escape(facts)}</p>"
 
 
 def _column(side: str) -> tuple[gr.HTML, gr.Textbox, gr.Markdown]:
-    with gr.Column(min_width=260):
-        name = gr.HTML(_heading(None), elem_id=f"name-{side}", elem_classes="named")
+    with gr.Column(min_width=190):
+        name = gr.HTML(_heading(None, ""), elem_id=f"name-{side}", elem_classes="named")
         text = gr.Textbox(
             label="Reply", lines=10, max_lines=18, interactive=False, elem_id=f"reply-{side}"
         )

@@ -64,7 +64,7 @@ def stream_reply(
             if moment.warning:
                 gr.Warning(escape(moment.warning))
             emptied = "" if i == 0 and draft is not None else moment.draft
-            steady = moment.running and i > 0
+            steady = moment.running and i > 1  # the second, too, names the buttons: see events.py
             yield drawn(replace(moment, draft=emptied), cancel, key=key, steady=steady)
     except (GPTQLoaderError, MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
         words = as_words(error, hint="shorten the conversation; the terminal says more")

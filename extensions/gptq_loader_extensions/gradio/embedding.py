@@ -11,7 +11,8 @@ import gradio as gr
 
 from gptq_loader_extensions.gradio.about import entry_name
 from gptq_loader_extensions.gradio.conversation import with_system
-from gptq_loader_extensions.gradio.models import Loaded, OneModel
+from gptq_loader_extensions.gradio.models import Loaded
+from gptq_loader_extensions.gradio.one_model import OneModel
 from gptq_loader_extensions.gradio.reply import chat_prompt, write_reply
 from gptq_loader_extensions.gradio.versions import known
 from gptq_loader_extensions.gradio.words import as_words

@@ -1,4 +1,9 @@
-"""Name how the page's events run: none is an interface for programs."""
+"""Name how the page's events run: none is an interface for programs.
+
+A generator that yields a component's `gr.update` names it again in what it yields right after: of
+two messages that reach the browser within a moment, gradio 6.31 draws the second alone, and a
+change of a button that only the first had is lost. Values are not.
+"""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ STAGES = {
     "quantize": "Quantising",
     "branches": "Asking the hub",
     "download": "Downloading",
+    "perplexity": "Measuring",
     "waiting": "Waiting",
 }
 

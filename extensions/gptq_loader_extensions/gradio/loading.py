@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING
 
 from gptq_loader_extensions.gradio.facts import facts_html
 from gptq_loader_extensions.gradio.jobs import Done, progress_bar, watched
-from gptq_loader_extensions.gradio.models import Listener
+from gptq_loader_extensions.gradio.models import Listener, Stopped
 from gptq_loader_extensions.gradio.plan_view import memory_html, memory_of, plan_html
 from gptq_loader_extensions.gradio.words import alert, as_words
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.events import Progress
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterator
 
     from gptq_loader_extensions.gradio.catalog import Entry
@@ -33,45 +35,68 @@ class LoadView:
         facts: the checkpoint's parameters.
         plan: the kernels and the memory.
         running: whether it goes on.
+        stopped: whether a person ended it.
     """
 
     progress: str
     facts: str | None = None
     plan: str | None = None
     running: bool = True
+    stopped: bool = False
 
 
-def load_watched(models: Models, entry: Entry, options: LoadOptions) -> Iterator[LoadView]:
+def load_watched(
+    models: Models, entry: Entry, options: LoadOptions, cancel: threading.Event
+) -> Iterator[LoadView]:
     """Load a model in place of the one before; every error ends in words."""
+    before = models.loaded
     yield LoadView(progress_bar(Progress("checkpoint", 0, 0, detail=entry.name)))
     try:
-        for looked in watched(lambda tell: describe(entry, options, tell)):
+        for looked in watched(lambda tell: describe(entry, options, tell, cancel)):
             if isinstance(looked, Done):
                 waiting = progress_bar(Progress("weights", 0, 0, detail=entry.name))
                 yield LoadView(waiting, *looked.value)
             else:
                 yield LoadView(progress_bar(looked))
-        for event in watched(lambda tell: models.put(entry, options, tell)):
+        for event in watched(lambda tell: models.put(entry, options, tell, cancel=cancel)):
             if isinstance(event, Done):
                 said = f"<p class='done'>Loaded in {event.seconds:.1f} s.</p>"
                 yield LoadView(said, plan=_loaded_plan(event.value), running=False)
             else:
                 yield LoadView(progress_bar(event))
+    except Stopped:
+        said = f"<p class='done'>Stopped. {escape(_now(before, models.loaded))}</p>"
+        yield LoadView(said, running=False, stopped=True)
     except (GPTQLoaderError, MemoryError, RuntimeError, OSError) as error:
-        yield LoadView(alert(as_words(error)), running=False)
+        words = as_words(error)
+        if before is not None:
+            words += f" {_now(before, models.loaded)}"
+        yield LoadView(alert(words), running=False)
+
+
+def _now(before: Loaded | None, loaded: Loaded | None) -> str:
+    """Say what is loaded after a load that came to nothing."""
+    if loaded is not None:
+        return f"{loaded.name} is still loaded."
+    gone = "" if before is None else f": {before.name} was unloaded for it"
+    return f"No model is loaded now{gone}."
 
 
 def describe(
-    entry: Entry, options: LoadOptions, tell: Callable[[Progress], None]
+    entry: Entry,
+    options: LoadOptions,
+    tell: Callable[[Progress], None],
+    cancel: threading.Event,
 ) -> tuple[str, str]:
     """Say what a checkpoint is, and what would run it; reads no weights.
 
     Raises:
+        Stopped: `cancel` was set.
         GPTQLoaderError: it cannot be loaded.
     """
     import gptq_loader_plugin as gptq
 
-    plugins = gptq.Plugins(Listener(tell), installed=True)
+    plugins = gptq.Plugins(Listener(tell, cancel), installed=True)
     report = gptq.inspect(entry.target, plugins=plugins)
     plan = gptq.explain(
         entry.target, device=options.device, backend=options.backend, plugins=plugins

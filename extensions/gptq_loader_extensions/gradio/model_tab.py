@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 # Before version 6 gradio reads the types of what it calls, so these are imported for real.
+import threading
 from collections.abc import Iterator  # noqa: TC003
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import gradio as gr
 
 from gptq_loader_extensions.gradio.about import head
 from gptq_loader_extensions.gradio.download_box import DownloadBox
-from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS
+from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, stop
 from gptq_loader_extensions.gradio.loading import LoadView, describe_loaded, load_watched
 from gptq_loader_extensions.gradio.machine import resident_bytes
 from gptq_loader_extensions.gradio.models import LoadOptions
@@ -30,6 +31,10 @@ __all__ = ["ModelTab"]
 
 AUTOMATIC = ("Automatic", "")
 TEMPLATES = [("The checkpoint's own", "checkpoint"), ("The model card's", "card")]
+NO_DOWNLOADS = (
+    "<p class='empty'>This server downloads nothing: start it with <code>--allow-downloads</code>, "
+    "or run <code>gptq-loader download owner/repo:branch</code> and press Refresh.</p>"
+)
 
 
 class ModelTab:
@@ -64,8 +69,20 @@ class ModelTab:
                 scale=1,
             )
             self.refresh = gr.Button("Refresh", elem_id="refresh", scale=0, min_width=90)
+            self._stop = gr.Button(
+                "Cancel",
+                elem_id="load-cancel",
+                elem_classes="stops",
+                variant="stop",
+                visible=False,
+                scale=0,
+                min_width=90,
+            )
+        self._cancel = gr.State(None)
         self._progress = gr.HTML("", elem_id="loading", elem_classes="work")
         self._download = DownloadBox(catalog) if downloads else None
+        if not downloads:
+            gr.HTML(NO_DOWNLOADS, elem_id="no-downloads")
         with gr.Accordion("How to load it", open=False, elem_id="how"):
             with gr.Row():
                 self._device = _choice("Device", "device", _devices())
@@ -80,9 +97,14 @@ class ModelTab:
                     elem_id="context",
                 )
         with gr.Row(elem_id="model-buttons"):
-            self._save = gr.Button("Save settings for this model", elem_id="save")
-            self._reload = gr.Button("Reload the model", elem_id="reload")
-            self._unload = gr.Button("Unload", elem_id="unload")
+            self._save, self._reload, self._unload = (
+                gr.Button(name, elem_id=identity, interactive=False)
+                for name, identity in (
+                    ("Save settings for this model", "save"),
+                    ("Reload the model", "reload"),
+                    ("Unload", "unload"),
+                )
+            )
         self._plan = gr.HTML("", elem_id="plan", elem_classes="sheet")
         self._facts = gr.HTML("", elem_id="facts", elem_classes="sheet")
 
@@ -101,7 +123,7 @@ class ModelTab:
                 return
             saved, note = self._settings.read(name)
             chosen = saved or ModelSettings()
-            yield {**self._filled(chosen), **panel.filled(self._models, chosen)}
+            yield {**self._filled(_options(chosen)), **panel.filled(self._models, chosen)}
             yield from self._load(entry, _options(chosen), panel, note)
 
         def reload(name: str | None, *how: Any) -> Iterator[dict[Any, Any]]:  # noqa: ANN401
@@ -146,6 +168,7 @@ class ModelTab:
                 self.model: gr.update(value=None),
                 self._plan: "",
                 self._facts: "",
+                **self._enabled(None, loaded=False),
             }
 
         outputs = [
@@ -154,6 +177,9 @@ class ModelTab:
             self._save,
             self._reload,
             self._unload,
+            self.refresh,
+            self._stop,
+            self._cancel,
             self._plan,
             self._facts,
             self._about,
@@ -165,6 +191,7 @@ class ModelTab:
         # not `input`, which gradio 6.31 fires twice for one choice
         self.model.select(choose, [self.model], outputs, **LOADS)
         self._reload.click(reload, [self.model, *self._how], outputs, **LOADS)
+        self._stop.click(stop, [self._cancel], None, **AT_ONCE)
         self._unload.click(unload, None, outputs, **LOADS)
         self._save.click(save, [self.model, *self._how, *panel.parts], [self._progress], **AT_ONCE)
         self.refresh.click(self.listed, [self.model], [self.model], **AT_ONCE)
@@ -184,11 +211,12 @@ class ModelTab:
         loaded = self._models.loaded
         changes: dict[Any, Any] = {self.model: self.listed(loaded.name if loaded else None)}
         changes[self._about] = head(loaded)
+        changes |= self._enabled(loaded.name if loaded else None, loaded=loaded is not None)
         if loaded is None:
             return {**changes, **panel.filled(self._models, None)}
         saved, note = self._settings.read(loaded.name)
         changes |= panel.filled(self._models, saved)
-        changes |= dict(zip(self._how, _how_values(loaded.options), strict=True))
+        changes |= self._filled(loaded.options)
         return {**changes, self._progress: _noted(note)} if note else changes
 
     def _described(self) -> dict[Any, Any]:
@@ -205,24 +233,43 @@ class ModelTab:
     def _load(
         self, entry: Entry, options: LoadOptions, panel: SettingsPanel, note: str
     ) -> Iterator[dict[Any, Any]]:
-        for view in load_watched(self._models, entry, options):
-            yield {**self._shown(view, note)}
-        changes = {self._about: head(self._models.loaded)}
-        yield {**changes, **panel.filled(self._models, None)}
+        cancel = threading.Event()
+        yield {self._cancel: cancel}
+        for view in load_watched(self._models, entry, options, cancel):
+            changes = self._shown(view, entry.name, note)
+            if not view.running:  # all in one: see events.py
+                changes[self._about] = head(self._models.loaded)
+                changes |= panel.filled(self._models, None)
+            if view.stopped:
+                opened = self._opened(panel)
+                opened[self.model] |= {"interactive": True}
+                changes |= opened | self._described() | {self._progress: view.progress}
+            yield changes
 
-    def _shown(self, view: LoadView, note: str) -> dict[Any, Any]:
+    def _shown(self, view: LoadView, name: str, note: str) -> dict[Any, Any]:
         changes: dict[Any, Any] = {self._progress: view.progress + _noted(note)}
         if view.facts is not None:
             changes[self._facts] = view.facts
         if view.plan is not None:
             changes[self._plan] = view.plan
-        for button in (self._save, self._reload, self._unload, self.model):
-            changes[button] = gr.update(interactive=not view.running)
+        busy = view.running
+        changes |= self._enabled(None if busy else name, loaded=self._models.loaded is not None)
+        changes[self.model] = gr.update(interactive=not busy)
+        changes[self.refresh] = gr.update(visible=not busy)
+        changes[self._stop] = gr.update(visible=busy)
         return changes
 
-    def _filled(self, settings: ModelSettings) -> dict[Any, Any]:
-        values = _how_values(_options(settings))
-        return dict(zip(self._how, values, strict=True))
+    def _enabled(self, chosen: str | None, *, loaded: bool) -> dict[Any, Any]:
+        """Let those buttons be pressed that would do something."""
+        named = bool(chosen)
+        return {
+            self._save: gr.update(interactive=named),
+            self._reload: gr.update(interactive=named),
+            self._unload: gr.update(interactive=named and loaded),
+        }
+
+    def _filled(self, options: LoadOptions) -> dict[Any, Any]:
+        return dict(zip(self._how, _how_values(options), strict=True))
 
 
 def _options(settings: ModelSettings) -> LoadOptions:

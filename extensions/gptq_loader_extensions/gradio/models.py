@@ -1,47 +1,55 @@
-"""Hold the model that a page talks to, put another in its place, and ask it.
+"""Say what a page needs of whatever holds its model, and plan a load for it.
 
-`Models` is all that the page needs: a server that has its own queue implements it too.
+`OneModel` is one such; a server that has its own queue is another.
 """
 
 from __future__ import annotations
 
-import gc
 import os
-import threading
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from gptq_loader_extensions.gradio.machine import free_bytes, resident_bytes
+from gptq_loader_extensions.gradio.machine import free_bytes
 from gptq_loader_plugin.errors import GPTQLoaderError
-from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.plan import write_size
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from gptq_loader_extensions.gradio.catalog import Entry
+    from gptq_loader_plugin.events import Progress
     from gptq_loader_plugin.generate import Piece
     from gptq_loader_plugin.loaded import LoadedModel
     from gptq_loader_plugin.options import GenerateOptions
     from gptq_loader_plugin.plan import Plan
 
 __all__ = [
+    "WAIT_SECONDS",
     "Listener",
     "LoadOptions",
     "Loaded",
     "Models",
-    "OneModel",
     "Planned",
     "Prompt",
     "Ready",
+    "Stopped",
     "check_memory",
+    "check_stopped",
     "planned",
 ]
 
-
+T = TypeVar("T")
+WAIT_SECONDS = 0.2  # between two looks whether a load that waits for replies was stopped
 SPARE = 1.1  # of a model's weights: what a prompt's activations and the load itself take besides
+
+
+class Stopped(GPTQLoaderError):
+    """A person ended a load or a measurement."""
+
+    def __init__(self) -> None:
+        super().__init__("it was stopped", hint="begin again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +128,18 @@ class Models(Protocol):
         """The model in memory."""
         ...
 
-    def put(self, entry: Entry, options: LoadOptions, tell: Callable[[Progress], None]) -> Loaded:
+    def put(
+        self,
+        entry: Entry,
+        options: LoadOptions,
+        tell: Callable[[Progress], None],
+        *,
+        cancel: threading.Event | None = None,
+    ) -> Loaded:
         """Load a model in place of the one before, whose replies may end first.
 
         Raises:
+            Stopped: `cancel` was set; until the first weights are read the old one stays.
             GPTQLoaderError: it cannot be loaded. What `explain` finds wrong leaves the old one.
         """
         ...
@@ -145,101 +161,13 @@ class Models(Protocol):
         """
         ...
 
-
-class OneModel:
-    """A model in this process; replies run at once, and a change of the model waits for them.
-
-    Args:
-        loaded: the first model.
-        environ: where the plugins' settings are looked up.
-    """
-
-    def __init__(
-        self, loaded: Loaded | None = None, *, environ: Mapping[str, str] = os.environ
-    ) -> None:
-        self._loaded = loaded
-        self._environ = environ
-        self._changed = threading.Condition()
-        self._replies = 0
-        self._changing = False
-
-    @property
-    def loaded(self) -> Loaded | None:
-        """The model in memory."""
-        return self._loaded
-
-    def put(self, entry: Entry, options: LoadOptions, tell: Callable[[Progress], None]) -> Loaded:
-        """Load a model in place of the one before.
+    def use(self, act: Callable[[LoadedModel], T]) -> T:
+        """Do something short with the model, which stays loaded meanwhile.
 
         Raises:
-            GPTQLoaderError: it cannot be loaded; what its headers show leaves the old one there.
+            GPTQLoaderError: no model is loaded.
         """
-        load = planned(entry, options, tell, environ=self._environ)
-        with self._change(tell):
-            check_memory(entry, load.plan, self._loaded)
-            self._free()
-            before = resident_bytes()
-            model = load.run()
-            self._loaded = Loaded(entry.name, model, options, before, resident_bytes())
-            return self._loaded
-
-    def drop(self) -> None:
-        """Free the memory of the model, once its replies have ended."""
-        with self._change(lambda _: None):
-            self._free()
-
-    def ask(
-        self,
-        prepare: Callable[[LoadedModel], Prompt],
-        options: GenerateOptions,
-        cancel: threading.Event,
-    ) -> Iterator[Ready | Piece]:
-        """Answer a prompt: `Ready` first, then the pieces.
-
-        Raises:
-            GPTQLoaderError: no model is loaded, or it does not take this prompt.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: not self._changing)
-            loaded = self._loaded
-            if loaded is None:
-                raise GPTQLoaderError("no model is loaded", hint="choose one in the Model tab")
-            self._replies += 1
-        try:
-            prompt = prepare(loaded.model)
-            yield Ready(loaded.name, len(prompt.ids), loaded.model.context, prompt.warning)
-            yield from loaded.model.stream_ids(prompt.ids, options, stop=prompt.stop, cancel=cancel)
-        finally:
-            with self._changed:
-                self._replies -= 1
-                self._changed.notify_all()
-
-    @contextmanager
-    def _change(self, tell: Callable[[Progress], None]) -> Iterator[None]:
-        """Have the model to oneself: no reply runs, and new ones wait."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._changing)
-            self._changing = True
-            if self._replies:
-                tell(Progress("waiting", 0, 0, "replies", "a reply is still being written"))
-            self._changed.wait_for(lambda: not self._replies)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._changing = False
-                self._changed.notify_all()
-
-    def _free(self) -> None:
-        if self._loaded is None:
-            return
-        from gptq_loader_plugin.memory import release_freed
-
-        loaded, self._loaded = self._loaded, None
-        loaded.model.close()
-        del loaded
-        gc.collect()
-        release_freed()
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,19 +188,22 @@ def planned(
     options: LoadOptions,
     tell: Callable[[Progress], None],
     *,
+    cancel: threading.Event,
     environ: Mapping[str, str] = os.environ,
 ) -> Planned:
     """Plan a load before anything is unloaded for it.
 
     Raises:
+        Stopped: `cancel` was set.
         GPTQLoaderError: its headers show that it cannot be loaded so.
     """
     import gptq_loader_plugin as gptq
 
-    plugins = gptq.Plugins(Listener(tell), installed=True, environ=environ)
+    plugins = gptq.Plugins(Listener(tell, cancel), installed=True, environ=environ)
     plan = gptq.explain(
         entry.target, device=options.device, backend=options.backend, plugins=plugins
     )
+    check_stopped(cancel)
 
     def run() -> LoadedModel:
         return gptq.load(
@@ -288,15 +219,35 @@ def planned(
 
 
 class Listener:
-    """Pass on how far a load has come."""
+    """Pass on how far a load has come, and end it between two layers.
 
-    def __init__(self, tell: Callable[[Progress], None]) -> None:
-        self._tell = tell
+    Args:
+        tell: told how far it is.
+        cancel: ends it once it is set.
+    """
+
+    def __init__(self, tell: Callable[[Progress], None], cancel: threading.Event) -> None:
+        self._tell, self._cancel = tell, cancel
 
     @hookimpl
     def gptq_progress(self, progress: Progress) -> None:
-        """Pass it on."""
+        """Pass it on.
+
+        Raises:
+            Stopped: `cancel` was set.
+        """
+        check_stopped(self._cancel)
         self._tell(progress)
+
+
+def check_stopped(cancel: threading.Event) -> None:
+    """End a load that a person has stopped.
+
+    Raises:
+        Stopped: `cancel` was set.
+    """
+    if cancel.is_set():
+        raise Stopped
 
 
 def check_memory(entry: Entry, plan: Plan, loaded: Loaded | None) -> None:

@@ -60,3 +60,35 @@ document.addEventListener("keydown", (event) => {
   const running = [...document.querySelectorAll("button.stops")].find((it) => it.offsetParent);
   if (running) running.click();
 });
+
+// The chat follows a reply that grows, until somebody scrolls up in it: one step is enough.
+(() => {
+  const CHAT = "#chat .bubble-wrap", NEAR = 24;
+  let following = true, top = 0, questions = 0;
+  const left = (box) => box.scrollHeight - box.clientHeight - box.scrollTop;
+  const end = (box) => { box.scrollTop = box.scrollHeight; top = box.scrollTop };
+
+  document.addEventListener("scroll", ({ target: box }) => {
+    if (!box.matches || !box.matches(CHAT)) return;
+    if (box.scrollTop < top) following = false;
+    else if (left(box) < NEAR) following = true;
+    top = box.scrollTop;
+  }, true);
+  const grown = () => {
+    const box = document.querySelector(CHAT);
+    if (!box) return;
+    const asked = box.querySelectorAll("[data-testid=user]").length;
+    if (asked !== questions || box.scrollHeight <= box.clientHeight) following = true;
+    questions = asked;
+    if (following && left(box) > 0) end(box);
+  };
+  const watch = () => {
+    const chat = document.querySelector("#chat");
+    if (!chat) return false;
+    new MutationObserver(grown).observe(chat, { childList: true, characterData: true, subtree: true });
+    grown();
+    return true;
+  };
+  const waiting = new MutationObserver(() => { if (watch()) waiting.disconnect() });
+  waiting.observe(document, { childList: true, subtree: true });
+})();

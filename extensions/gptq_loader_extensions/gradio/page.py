@@ -19,6 +19,7 @@ from gptq_loader_extensions.gradio.raw_tab import RawTab
 from gptq_loader_extensions.gradio.settings_file import SettingsFile, config_folder
 from gptq_loader_extensions.gradio.settings_panel import SettingsPanel
 from gptq_loader_extensions.gradio.versions import known
+from gptq_loader_plugin.measured import MeasuredFiles, data_folder
 
 if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.models import Models
@@ -46,12 +47,14 @@ class Parts:
         catalog: what may be loaded.
         settings: what is saved for each model.
         downloads: whether models may be downloaded.
+        measured: the perplexities that are kept.
     """
 
     models: Models
     catalog: Catalog = field(default_factory=Catalog)
     settings: SettingsFile = field(default_factory=lambda: SettingsFile(config_folder()))
     downloads: bool = True
+    measured: MeasuredFiles = field(default_factory=lambda: MeasuredFiles(data_folder()))
 
 
 def build_page(parts: Parts) -> gr.Blocks:
@@ -77,7 +80,7 @@ def build_page(parts: Parts) -> gr.Blocks:
                 with _tab("Raw", "raw-tab"):
                     raw = RawTab(models)
                 with _tab("Compare", "compare-tab") as compare_tab:
-                    compare = CompareTab(models, parts.catalog)
+                    compare = CompareTab(models, parts.catalog, parts.measured)
                 with _tab("Model", MODEL):
                     model = ModelTab(
                         models,

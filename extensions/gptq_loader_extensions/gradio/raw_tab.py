@@ -62,17 +62,13 @@ class RawTab:
 
         def run(text: str, *values: Any) -> Iterator[dict[Any, Any]]:  # noqa: ANN401
             cancel = threading.Event()
-            yield {
-                self._cancel: cancel,
-                complete: gr.update(visible=False),
-                running: gr.update(visible=True),
-                self._problem: "",
-            }
+            busy = {complete: gr.update(visible=False), running: gr.update(visible=True)}
+            yield {self._cancel: cancel, self._problem: "", **busy}
             try:
                 _, options = read_options(values)
                 shown = write_reply(self._models, raw_prompt(text), options, cancel=cancel)
                 for moment in shown:
-                    yield {self._reply: moment.text, self._status: escape(moment.status)}
+                    yield {self._reply: moment.text, self._status: escape(moment.status), **busy}
             except (GPTQLoaderError, MemoryError, RuntimeError) as error:
                 yield {self._problem: alert(as_words(error)), self._status: ""}
             finally:

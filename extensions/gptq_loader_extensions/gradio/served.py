@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import queue
-from typing import TYPE_CHECKING
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, TypeVar
 
 from gptq_loader_extensions.gradio.catalog import Catalog
 from gptq_loader_extensions.gradio.machine import resident_bytes
-from gptq_loader_extensions.gradio.models import Loaded, LoadOptions, Ready, check_memory, planned
+from gptq_loader_extensions.gradio.models import (
+    WAIT_SECONDS,
+    Loaded,
+    LoadOptions,
+    Ready,
+    Stopped,
+    check_memory,
+    planned,
+)
 from gptq_loader_extensions.gradio.page import Parts
 from gptq_loader_extensions.gradio.serving import mount
 from gptq_loader_extensions.openai.engine import Ended, Failed, Run, Said, Work
@@ -17,7 +27,6 @@ from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.events import Progress
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Iterator
 
     from fastapi import FastAPI
@@ -31,6 +40,9 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.options import GenerateOptions
 
 __all__ = ["ServedModels", "mount_page"]
+
+T = TypeVar("T")
+STOPPED = "stopped"  # the engine's code for work that was cancelled before its turn
 
 
 def mount_page(app: FastAPI, server: Server) -> None:
@@ -63,13 +75,22 @@ class ServedModels:
             self._last = Loaded(*found)
         return self._last
 
-    def put(self, entry: Entry, options: LoadOptions, tell: Callable[[Progress], None]) -> Loaded:
+    def put(
+        self,
+        entry: Entry,
+        options: LoadOptions,
+        tell: Callable[[Progress], None],
+        *,
+        cancel: threading.Event | None = None,
+    ) -> Loaded:
         """Load a model in place of the one before, once its replies have ended.
 
         Raises:
+            Stopped: `cancel` was set; until the first weights are read the old one stays.
             GPTQLoaderError: it cannot be loaded; what its headers show leaves the old one there.
         """
-        load = planned(entry, options, tell)
+        cancel = cancel or threading.Event()
+        load = planned(entry, options, tell, cancel=cancel)
 
         def exchange() -> None:
             check_memory(entry, load.plan, self.loaded)
@@ -79,7 +100,7 @@ class ServedModels:
 
         if any(self._server.engine.counts()):
             tell(Progress("waiting", 0, 0, "replies", "replies are still being written"))
-        self._alone(exchange)
+        self._alone(exchange, cancel)
         assert self._last is not None
         return self._last
 
@@ -99,6 +120,8 @@ class ServedModels:
         Raises:
             GPTQLoaderError: no model is loaded, or it does not take this prompt.
         """
+        from gptq_loader_plugin.generate import Piece
+
         if self.loaded is None:
             raise GPTQLoaderError("no model is loaded", hint="choose one in the Model tab")
 
@@ -111,25 +134,70 @@ class ServedModels:
 
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         work = Work(None, prepared, events.put, cancel)
+        ended = False
         try:
-            for event in self._events(work, events):
+            for event in self._events(work, events, cancel):
                 yield event.piece if isinstance(event, Said) else event.value
+            ended = True
+        except Stopped:
+            yield Piece("", 0, "cancelled")
         finally:
-            self._server.engine.cancel(work)
+            if not ended:  # what ended by itself must not end another reply of the same `cancel`
+                self._server.engine.cancel(work)
 
-    def _alone(self, act: Callable[[], object]) -> None:
+    def use(self, act: Callable[[LoadedModel], T]) -> T:
+        """Do something short with the model, while no reply is written.
+
+        Raises:
+            GPTQLoaderError: no model is loaded, or the queue is full.
+        """
+        found: list[T] = []
+
+        def acted() -> None:
+            if (loaded := self.loaded) is not None:
+                found.append(act(loaded.model))
+
+        self._alone(acted)
+        if not found:
+            raise GPTQLoaderError("no model is loaded", hint="choose one in the Model tab")
+        return found[0]
+
+    def _alone(self, act: Callable[[], object], cancel: threading.Event | None = None) -> None:
+        """Do something while no reply is written; it is left undone where `cancel` comes first.
+
+        Raises:
+            Stopped: `cancel` was set.
+        """
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         work = Work(None, lambda _: (None, ()), events.put, alone=act)
-        for _ in self._events(work, events):
+        for _ in self._events(work, events, cancel or threading.Event()):
             pass
 
-    def _events(self, work: Work, events: queue.SimpleQueue[Event]) -> Iterator[Begun | Said]:
-        """Hand work in and give its events, to its end."""
+    def _events(
+        self, work: Work, events: queue.SimpleQueue[Event], cancel: threading.Event
+    ) -> Iterator[Begun | Said]:
+        """Hand work in and give its events, to its end.
+
+        Raises:
+            Stopped: `cancel` was set before its turn.
+        """
         try:
             self._server.engine.submit(work)
-            while not isinstance(event := events.get(), Ended):
+            while not isinstance(event := self._event(work, events, cancel), Ended):
                 if isinstance(event, Failed):
                     raise event.error
                 yield event
         except ApiError as error:
+            if error.code == STOPPED:
+                raise Stopped from error
             raise GPTQLoaderError(str(error), hint="try again in a moment") from error
+
+    def _event(
+        self, work: Work, events: queue.SimpleQueue[Event], cancel: threading.Event
+    ) -> Event:
+        """Wait for an event; work that is cancelled before its turn leaves the queue."""
+        while True:
+            with suppress(queue.Empty):
+                return events.get(timeout=WAIT_SECONDS)
+            if cancel.is_set():
+                self._server.engine.cancel(work)

@@ -136,7 +136,8 @@ def parts_for(model: LoadedModel | None, *, models_dir: Path | None = None) -> P
     """Put together what a page of this process alone stands on."""
     from gptq_loader_extensions.gradio.about import entry_name
     from gptq_loader_extensions.gradio.catalog import Catalog
-    from gptq_loader_extensions.gradio.models import Loaded, OneModel
+    from gptq_loader_extensions.gradio.models import Loaded
+    from gptq_loader_extensions.gradio.one_model import OneModel
     from gptq_loader_extensions.gradio.page import Parts
 
     catalog = Catalog(models_dir=models_dir)

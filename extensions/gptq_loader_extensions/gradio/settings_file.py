@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.options import GenerateOptions
-from gptq_loader_plugin.whole_file import write_whole
+from gptq_loader_plugin.whole_file import put_aside, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -80,7 +80,7 @@ class SettingsFile:
             stored, note = self._read()
             stored.models[name] = settings
             try:
-                self._write(stored.model_dump_json(indent=2))
+                write_whole(self.path, stored.model_dump_json(indent=2), mode=0o600)
             except OSError as error:
                 raise GPTQLoaderError(
                     f"the settings cannot be saved: {error.strerror} ({self.path})",
@@ -101,17 +101,11 @@ class SettingsFile:
 
     def _put_aside(self) -> str:
         """Give a damaged file another name; say what became of it."""
-        aside = _free_name(self.path)
         try:
-            self.path.replace(aside)
+            aside = put_aside(self.path)
         except OSError as error:
             return f"the file of settings is damaged: {self.path} ({error.strerror})"
         return f"the file of settings was damaged; it was put aside as {aside.name}"
-
-    def _write(self, text: str) -> None:
-        """Write the file: a crash leaves the old one or the new one."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, text, mode=0o600)
 
 
 def config_folder(environ: Mapping[str, str] = os.environ) -> Path:
@@ -122,11 +116,3 @@ def config_folder(environ: Mapping[str, str] = os.environ) -> Path:
         return Path(roaming) / "gptq-loader"
     base = environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
     return Path(base) / "gptq-loader"
-
-
-def _free_name(path: Path) -> Path:
-    """Find a name that no file has, for a damaged file."""
-    number = 1
-    while (aside := path.with_name(f"{path.stem}.damaged-{number}{path.suffix}")).exists():
-        number += 1
-    return aside

@@ -1,0 +1,82 @@
+"""The page's model where it is a server's, with the server's own queue."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+from altered import DATA, ONE
+from served import OTHER, Brake, running
+
+from gptq_loader_extensions.gradio.catalog import Catalog
+from gptq_loader_extensions.gradio.measuring import measure
+from gptq_loader_extensions.gradio.models import LoadOptions, Ready, Stopped
+from gptq_loader_extensions.gradio.reply import raw_prompt
+from gptq_loader_extensions.gradio.served import ServedModels
+from gptq_loader_plugin.options import GenerateOptions
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gptq_loader_plugin.generate import Piece
+
+GREEDY = GenerateOptions(temperature=0, max_new_tokens=5)
+
+
+def pieces(models: ServedModels, cancel: threading.Event) -> list[Piece]:
+    found = models.ask(raw_prompt("Hello"), GREEDY, cancel)
+    return [it for it in found if not isinstance(it, Ready)]
+
+
+def test_a_reply_that_ends_does_not_end_another_of_the_same_stop_button(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        models, cancel = ServedModels(server.server), threading.Event()
+        assert pieces(models, cancel)[-1].finish == "length"
+        assert not cancel.is_set()
+        given_up = models.ask(raw_prompt("Hello"), GREEDY, cancel)
+        next(given_up)
+        given_up.close()  # type: ignore[attr-defined]  # a generator
+        assert cancel.is_set()
+
+
+def test_a_reply_that_is_stopped_before_its_turn_is_no_error(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        models, cancel = ServedModels(server.server), threading.Event()
+        cancel.set()
+        assert [it.finish for it in pieces(models, cancel)] == ["cancelled"]
+
+
+def test_a_load_that_waits_for_replies_is_stopped(tmp_path: Path) -> None:
+    brake = Brake()
+    with running(tmp_path, loads=brake) as server:
+        models = ServedModels(server.server)
+        first: list[Piece] = []
+        asking = threading.Thread(target=lambda: first.extend(pieces(models, threading.Event())))
+        asking.start()
+        brake.wait()
+        cancel = threading.Event()
+        entry = Catalog(models_dir=DATA, cache=False).find(OTHER)
+        threading.Timer(0.5, cancel.set).start()
+        with pytest.raises(Stopped):
+            models.put(entry, LoadOptions(device="cpu"), lambda _: None, cancel=cancel)
+        brake.let_go()
+        asking.join(60)
+        assert first[-1].finish == "length", "the reply was not disturbed"
+        assert models.loaded is not None
+        assert models.loaded.name == ONE
+
+
+def test_it_is_measured_between_the_replies(tmp_path: Path) -> None:
+    with running(tmp_path) as server:
+        models = ServedModels(server.server)
+        written: list[Piece] = []
+        found = measure(
+            models,
+            None,
+            threading.Event(),
+            lambda it: written.extend(pieces(models, threading.Event()) if it.done == 1 else []),
+        )
+        assert written[-1].finish == "length"
+        assert found.name == ONE
+        assert found.perplexity > 1
