@@ -1,0 +1,180 @@
+"""Replicas on Ray Serve: what clients see, also when a replica is killed under them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import altering
+import httpx
+import psutil
+import pytest
+from environments import needs_python_of
+from ray_process import END, KEY, RayProcess, command, environ, serving
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.host("ray"), needs_python_of("ray")]
+
+NAME = "gptq-4bit-32g-act-sym"
+MODEL = os.environ.get("GPTQ_SCALE_MODEL") or str(altering.DATA / NAME)
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+BEGIN = '{"time"'  # of a request's line
+LONG = 400  # tokens; the tiny checkpoint's context is 512
+MINUTES = 3  # for a replica to be replaced, on a machine with other work
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RayProcess]:
+    with serving(MODEL, "--replicas", "2") as it:
+        yield it
+
+
+def ask(server: RayProcess, **options: Any) -> httpx.Response:
+    body = {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 16}
+    with httpx.Client(timeout=120, headers=HEADERS) as client:
+        return client.post(f"{server.url}/v1/chat/completions", json={**body, **options})
+
+
+def get(server: RayProcess, path: str) -> httpx.Response:
+    with httpx.Client(timeout=60, headers=HEADERS) as client:
+        return client.get(f"{server.url}{path}")
+
+
+def logged(server: RayProcess) -> list[dict[str, Any]]:
+    """Read what the replicas wrote of each request."""
+    files = Path(server.told["logs"]).glob("replica_*.log")
+    lines = [line for it in files for line in it.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(it[it.index(BEGIN) :]) for it in lines if BEGIN in it]
+
+
+@contextmanager
+def long_reply(server: RayProcess) -> Iterator[Iterator[str]]:
+    body = {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
+    with (
+        httpx.Client(timeout=120, headers=HEADERS) as client,
+        client.stream(
+            "POST",
+            f"{server.url}/v1/chat/completions",
+            json={**body, "stream": True, "max_tokens": LONG},
+        ) as answer,
+    ):
+        yield answer.iter_lines()
+
+
+def test_an_openai_client_chats_and_streams(server: RayProcess) -> None:
+    with server.load(clients=2, seconds=2, tokens=16) as clients:
+        seen = json.loads(clients.communicate(timeout=120)[0])
+    assert not [it for it in seen if it["error"]]
+    assert {it["text"] for it in seen} == {seen[0]["text"]}, "streamed or whole, from any replica"
+    assert {it["tokens"] for it in seen} == {16}
+    assert {it["stream"] for it in seen} == {True, False}
+
+
+def test_it_says_what_it_serves_and_nothing_else(server: RayProcess) -> None:
+    assert server.told["replicas"] == [2, 2]
+    assert len(server.replicas()) == 2
+    words = "".join(server.lines)
+    assert words.startswith(f"serving {server.told['model']}: ")
+    assert "replicas on Ray Serve: 2, 1 thread(s) each" in words
+    assert words.endswith("Ctrl-C ends it\n"), "Ray's own logs are in a folder"
+    health = get(server, "/health")
+    assert health.json()["status"] == "ok"
+    assert health.json()["model"] == server.told["model"]
+    assert [it["id"] for it in get(server, "/v1/models").json()["data"]] == [server.told["model"]]
+
+
+def test_both_replicas_answer(server: RayProcess) -> None:
+    until = time.monotonic() + END
+    seen: set[str] = set()
+    while len(seen) < 2 and time.monotonic() < until:
+        seen.add(get(server, "/health").headers["x-replica"])
+    assert len(seen) == 2
+
+
+def test_the_key_is_asked_for(server: RayProcess) -> None:
+    with httpx.Client(timeout=60) as client:
+        assert client.get(f"{server.url}/v1/models").status_code == 401
+        answer = client.post(f"{server.url}/v1/chat/completions", json={})
+    assert answer.status_code == 401
+    assert answer.json()["error"]["code"] == "invalid_api_key"
+    assert len(answer.headers.get_list("x-request-id")) == 1
+
+
+def test_a_request_may_be_wrong(server: RayProcess) -> None:
+    answer = ask(server, temprature=1)
+    assert answer.status_code == 400
+    assert "temprature" in answer.json()["error"]["message"]
+
+
+def test_a_client_that_hangs_up_ends_its_reply(server: RayProcess) -> None:
+    with long_reply(server) as lines:
+        for _ in range(4):
+            next(lines)
+    until = time.monotonic() + END
+    while any(get(server, "/health").json()["running"] for _ in range(8)):
+        assert time.monotonic() < until
+    assert [it for it in logged(server) if it.get("finish", "") is None], "it was not cut short"
+
+
+@pytest.mark.parametrize("count", [2, 16])
+def test_a_killed_replica_is_replaced_and_no_request_is_lost(
+    server: RayProcess, count: int
+) -> None:
+    known = {it.pid for it in server.replicas()}
+    with server.load(clients=count, seconds=60, tokens=LONG) as clients:
+        time.sleep(5)
+        victim = server.replicas()[0]
+        killed = time.time()
+        victim.kill()
+        seen = json.loads(clients.communicate(timeout=60 * MINUTES)[0])
+    before = {it["replica"] for it in seen if it["ended"] < killed and not it["error"]}
+    failed = [it for it in seen if it["error"]]
+    new = [it for it in seen if not it["error"] and it["replica"] not in before]
+    print(  # noqa: T201 - pytest -rP
+        f"{count} clients: {len(seen)} requests, {len(failed)} errors "
+        f"({sorted({it['error'] for it in failed})}), slowest "
+        f"{max(it['ended'] - it['began'] for it in seen):.1f} s; the new replica's first answer "
+        + (f"{min(it['ended'] for it in new) - killed:.1f} s later" if new else "never came")
+    )
+    assert {it["error"] for it in failed} <= {"replica_lost"}
+    assert all(it["stream"] and it["began"] < killed < it["ended"] for it in failed), (
+        "what had not begun was asked again by the proxy"
+    )
+    assert len(failed) <= count // 2
+    assert new, "the replica was replaced"
+    assert victim.pid in known
+    assert victim.pid not in {it.pid for it in server.replicas()}
+
+
+def test_running_replies_end_before_the_server_does() -> None:
+    with serving(MODEL, "--replicas", "1", "--grace", "60") as server:
+        started = server.all()
+        with long_reply(server) as lines:
+            seen = [next(lines) for _ in range(4)]
+            server.process.send_signal(signal.SIGINT)
+            seen += [*lines]
+        events = [json.loads(it[6:]) for it in seen if it.startswith("data: {")]
+        assert seen[-2:] == ["data: [DONE]", ""]
+        assert events[-1]["choices"][0]["finish_reason"] in ("stop", "length")
+        assert server.process.wait(timeout=END) == 0
+    gone, left = psutil.wait_procs(started, timeout=END)
+    assert not left, left
+    assert len(gone) > 5
+
+
+def test_others_are_kept_out_unless_asked_in() -> None:
+    env = {name: value for name, value in environ().items() if name != "GPTQ_LOADER_API_KEY"}
+    done = subprocess.run(
+        command(MODEL, "--listen"), env=env, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    assert "could use this server" in done.stderr
+    assert "hint: set a key with --api-key" in done.stderr
