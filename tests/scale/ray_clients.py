@@ -1,6 +1,6 @@
 """Run in Ray's Python: clients that chat for some seconds, and what each request came to, as JSON.
 
-    python ray_clients.py URL '{"key": ..., "model": ..., "clients": 2, "seconds": 20, "tokens": 64}'
+    python ray_clients.py URL '{"key": K, "model": M, "clients": 2, "seconds": 20, "tokens": 64}'
 
 Every second client streams. Nothing is asked again by the client itself: what fails, is told, and
 the next request is asked at once.

@@ -18,7 +18,7 @@ from environments import python_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["KEY", "RayProcess", "command", "environ", "serving"]
+__all__ = ["END", "KEY", "START", "RayProcess", "command", "environ", "serving"]
 
 CLIENTS = Path(__file__).with_name("ray_clients.py")
 KEY = "sk-for-the-tests"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +17,9 @@ import altering
 import httpx
 import psutil
 import pytest
-from environments import needs_python_of
-from ray_process import END, KEY, RayProcess, command, environ, serving
+import yaml
+from environments import ROOT, needs_python_of, python_of
+from ray_process import END, KEY, START, RayProcess, command, environ, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -178,3 +181,67 @@ def test_others_are_kept_out_unless_asked_in() -> None:
     assert done.returncode == 1
     assert "could use this server" in done.stderr
     assert "hint: set a key with --api-key" in done.stderr
+
+
+def test_replicas_come_when_there_is_much_to_do() -> None:
+    with serving(MODEL, "--replicas", "1-2", "--most-at-once", "4") as server:
+        assert server.told["replicas"] == [1, 2]
+        assert len(server.replicas()) == 1
+        with server.load(clients=12, seconds=90, tokens=LONG) as clients:
+            seen = json.loads(clients.communicate(timeout=60 * MINUTES)[0])
+    assert not [it for it in seen if it["error"]]
+    assert len({it["replica"] for it in seen}) == 2
+
+
+def test_too_many_are_told_to_come_again() -> None:
+    with (
+        serving(MODEL, "--replicas", "1", "--most-at-once", "1", "--max-queue", "1") as server,
+        ThreadPoolExecutor(24) as threads,
+    ):
+        answers = list(threads.map(lambda _: ask(server, max_tokens=LONG), range(24)))
+    refused = [it for it in answers if it.status_code == 429]
+    assert {it.status_code for it in answers} == {200, 429}
+    assert {it.json()["error"]["code"] for it in refused} == {"queue_full"}
+    assert all(int(it.headers["retry-after"]) > 0 for it in refused)
+
+
+def test_a_cluster_deploys_the_example(tmp_path: Path) -> None:
+    """By `serve run`, which deploys a file on a Ray of this machine that it starts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = yaml.safe_load((ROOT / "examples" / "ray.yaml").read_text(encoding="utf-8"))
+    config["http_options"] |= {"host": "127.0.0.1", "port": port}
+    config["applications"][0]["args"] |= {"reference": MODEL, "replicas": 1, "threads": 1}
+    file = tmp_path / "ray.yaml"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    program = Path(str(python_of("ray"))).with_name("serve")
+    log = tmp_path / "log"
+    with log.open("w") as written:
+        process = psutil.Popen(
+            [str(program), "run", str(file)],
+            env={**environ(), "RAY_USAGE_STATS_ENABLED": "0"},
+            cwd=tmp_path,
+            stdout=written,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        until = time.monotonic() + START
+        server = RayProcess(process, {"url": f"http://127.0.0.1:{port}"})
+        while not answers(server):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(1)
+        answer = ask(server)
+        assert answer.json()["usage"]["completion_tokens"] == 16
+        assert answer.headers["x-replica"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=END)
+
+
+def answers(server: RayProcess) -> bool:
+    try:
+        return get(server, "/health").status_code == 200
+    except httpx.TransportError:
+        return False

@@ -234,8 +234,14 @@ def _announce(options: Options, plan: Plan, logs: Path) -> None:
     sys.stderr.write("\n".join(lines) + "\n")
     sys.stderr.flush()
     if options.as_json:
-        told = {"url": url, "model": options.name, "kernels": plan.kernels()}
-        told |= {"models": [options.name], "replicas": [least, most], "logs": str(logs)}
+        told = {
+            "url": url,
+            "model": options.name,
+            "kernels": plan.kernels(),
+            "models": [options.name],
+            "replicas": [least, most],
+            "logs": str(logs),
+        }
         sys.stdout.write(json.dumps(told) + "\n")
         sys.stdout.flush()
 
