@@ -5,6 +5,9 @@ On a cluster, a configuration names `gptq_loader_extensions.ray.application:buil
     serve deploy examples/ray.yaml
 """
 
+# Where the host is not installed, pyright takes this package for it.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any

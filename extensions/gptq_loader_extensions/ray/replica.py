@@ -1,5 +1,8 @@
 """Be one replica: load the model, and answer with the server's own application."""
 
+# Where the host is not installed, pyright takes this package for it.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import os

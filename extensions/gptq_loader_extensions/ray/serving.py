@@ -1,5 +1,8 @@
 """Serve on this machine: start Ray, deploy, say where it listens, and end it all at Ctrl-C."""
 
+# Where the host is not installed, pyright takes this package for it.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import json
