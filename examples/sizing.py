@@ -281,40 +281,41 @@ def watch(clients: int, replica: Replica, work: Work) -> dict:
     }
 
 
-def measure(reference: str, *, seconds: float = 4.0) -> dict:
-    """Time steps of 1 to 16 sequences of a real model here, and the reading of a prompt."""
+def measure(reference: str, *, seconds: float) -> dict:
+    """Time steps of 1 to 16 sequences of a real model here, by turns, and reading their prompts."""
     import gptq_loader_plugin as gptq
     from gptq_loader_plugin.batch import Batch
 
     with gptq.load(reference) as model:
-        ids = model.tokenizer("The harbour was quiet before dawn. " * 40)["input_ids"][:256]
-        options = gptq.GenerateOptions(max_new_tokens=10**6, temperature=0)
-        model.keep(1)
-        steps, speeds = {}, []
-        for sequences in (1, 2, 4, 8, 16):
-            batch = Batch(model)
-            begun = [
-                model.begin([*ids[number:], *ids[:number]], options) for number in range(sequences)
-            ]
+        text = "The harbour was quiet before dawn. " * 40
+        ids = model.tokenizer(text)["input_ids"][: model.context // 4]
+        options = gptq.GenerateOptions(max_new_tokens=model.context, temperature=0)
+        batches = {sequences: Batch(model) for sequences in (1, 2, 4, 8, 16)}
+        reading, steps = [], {it: [] for it in batches}
+        for sequences, batch in batches.items():
+            begun = [model.begin([*ids[it:], *ids[:it]], options) for it in range(sequences)]
             for generation in begun:
                 batch.add(generation)
-            began = time.monotonic()
-            list(batch.step())
-            if sequences in (2, 4, 8):  # all their prompts are read in that one step
-                speeds.append(sequences * len(ids) / (time.monotonic() - began))
             while any(len(it.unread) > 1 for it in begun):
+                alone = all(it.unread for it in begun)
+                before, began = sum(len(it.unread) for it in begun), time.monotonic()
                 list(batch.step())
-            times = []
-            until = time.monotonic() + seconds
-            while time.monotonic() < until and len(batch) == sequences:
+                if alone:
+                    read = before - sum(len(it.unread) for it in begun)
+                    reading.append((read, time.monotonic() - began))
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and all(len(it) == n for n, it in batches.items()):
+            for sequences, batch in batches.items():
                 began = time.monotonic()
                 list(batch.step())
-                times.append(time.monotonic() - began)
-            steps[sequences] = share(times, 0.5)
+                steps[sequences].append(time.monotonic() - began)
+        for batch in batches.values():
             batch.close()
+    # Means: what others take of the processor is part of what a step costs.
+    times = {n: sum(it) / len(it) for n, it in steps.items()}
     return {
-        "steps": ",".join(f"{n}:{s * 1e3:.4g}" for n, s in steps.items()),
-        "prompt_speed": share(speeds, 0.5),
+        "steps": ",".join(f"{n}:{it * 1e3:.4g}" for n, it in times.items()),
+        "prompt_speed": sum(it for it, _ in reading) / sum(it for _, it in reading),
     }
 
 
@@ -348,6 +349,7 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clients", type=numbers, help="simulate clients who never pause instead")
     parser.add_argument("--same-length", action="store_true", help="every reply has --tokens")
     parser.add_argument("--measure", metavar="REF", help="time a model's steps here instead")
+    parser.add_argument("--seconds", type=float, default=20, help="of --measure")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(words)
 
@@ -355,7 +357,7 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     arguments = read_arguments()
     if arguments.measure:
-        found = measure(arguments.measure)
+        found = measure(arguments.measure, seconds=arguments.seconds)
         words = f"--steps {found['steps']} --prompt-speed {found['prompt_speed']:.0f}"
         print(json.dumps(found) if arguments.json else words)
         return

@@ -46,8 +46,12 @@ def build(arguments: dict[str, Any]) -> Application:
     return application(options)
 
 
-def application(options: Options) -> Application:
+def application(options: Options, *, tries: int = 20) -> Application:
     """Make the application from options that were read.
+
+    Args:
+        options: what is served, and how.
+        tries: how often a first replica may fail to start.
 
     Raises:
         OptionInvalid: the options make no sense.
@@ -76,6 +80,7 @@ def application(options: Options) -> Application:
         max_ongoing_requests=options.most_at_once + BESIDES,
         max_queued_requests=settings.max_queue,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_SECONDS),
+        max_constructor_retry_count=tries,
         # A replica that is no longer needed ends when its replies have.
         graceful_shutdown_timeout_s=settings.timeout,
         ray_actor_options={

@@ -119,7 +119,7 @@ def read_options(given: Mapping[str, object], environ: Mapping[str, str] = os.en
     Raises:
         OptionInvalid: one is unknown or has an impossible value.
     """
-    key = {KEY.removeprefix("GPTQ_LOADER_").lower(): environ[KEY]} if KEY in environ else {}
+    key = {"api_key": environ[KEY]} if KEY in environ else {}
     try:
         options = Options.model_validate({**key, **given})
     except ValidationError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import signal
 import sys
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["serve"]
 
 LOOPBACK = "127.0.0.1"
+CLASS = re.compile(r"^[\w.]+: ")  # before the words of an exception
 LAST_WORDS = 5  # seconds in which a replica says itself that a request took too long
 # Their names in `gptq-loader serve`, and those of the server.
 RENAMED = {"allow_host": "allowed_hosts"}
@@ -56,7 +58,7 @@ def serve(reference: str, given: Mapping[str, object]) -> None:
     named = {RENAMED.get(it, it): value for it, value in given.items() if it != "listen"}
     if given.get("listen"):
         named.setdefault("host", "0.0.0.0")  # noqa: S104 - as asked for
-    options = read_options({**named, "reference": reference, "threads": 1})
+    options = read_options({**named, "reference": reference})
     options.settings()
     plan, options = _planned(options)
     with bind(options.host, options.port) as listening:
@@ -83,10 +85,12 @@ def _planned(options: Options) -> tuple[Plan, Options]:
     path = resolve(options.reference, plugins=Plugins(installed=True)).resolve()
     plan = gptq.explain(path, device=options.device, backend=options.backend)
     typed = Path(options.reference).expanduser().exists()
+    template = Path(options.template or "")
     most = options.least_and_most()[1]
     return plan, options.model_copy(
         update={
-            "reference": str(path),
+            "reference": str(path),  # replicas run in folders of their own
+            "template": str(template.resolve()) if template.is_file() else options.template,
             "name": path.name if typed else options.reference,
             "threads": _threads(most),
             "gpus": 1 if plan.device.type == "cuda" else 0,
@@ -179,7 +183,8 @@ def _deploy(options: Options, asked_to_end: threading.Event) -> None:
 
     def run() -> None:
         try:
-            ray_serve.run(application(_shared(options)), name=NAME, route_prefix="/")
+            bound = application(_shared(options), tries=1)
+            ray_serve.run(bound, name=NAME, route_prefix="/")
         except Exception as error:  # noqa: BLE001 - raised again below, in words
             failed.append(error)
 
@@ -188,8 +193,10 @@ def _deploy(options: Options, asked_to_end: threading.Event) -> None:
     while starting.is_alive() and not asked_to_end.is_set():
         starting.join(timeout=0.1)
     if failed:
+        found = ray_serve.status().applications.get(NAME)
+        words = [it.message for it in found.deployments.values()] if found else []
         raise PluginError(
-            f"the replicas could not start: {_last_line(failed[0])}",
+            f"the replicas could not start: {_last_line(''.join(words) or failed[0])}",
             hint="see whether one server can: the same command without --engine ray",
         ) from failed[0]
 
@@ -249,6 +256,7 @@ def _announce(options: Options, plan: Plan, logs: Path) -> None:
         sys.stdout.flush()
 
 
-def _last_line(error: Exception) -> str:
-    lines = [it for it in str(error).strip().splitlines() if it.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+def _last_line(error: Exception | str) -> str:
+    """Take what went wrong out of a traceback, without the name of its class."""
+    lines = [it.strip() for it in str(error).splitlines() if it.strip()]
+    return CLASS.sub("", lines[-1]) if lines else type(error).__name__
