@@ -22,6 +22,10 @@ import random
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # As in gptq_loader_plugin.batch: tokens of prompts in a step while replies are written, and while
 # none are.
@@ -281,7 +285,7 @@ def watch(clients: int, replica: Replica, work: Work) -> dict:
     }
 
 
-def measure(reference: str, *, seconds: float) -> dict:
+def measure(reference: str, *, seconds: float, clock: Callable[[], float]) -> dict:
     """Time steps of 1 to 16 sequences of a real model here, by turns, and reading their prompts."""
     import gptq_loader_plugin as gptq
     from gptq_loader_plugin.batch import Batch
@@ -298,17 +302,17 @@ def measure(reference: str, *, seconds: float) -> dict:
                 batch.add(generation)
             while any(len(it.unread) > 1 for it in begun):
                 alone = all(it.unread for it in begun)
-                before, began = sum(len(it.unread) for it in begun), time.monotonic()
+                before, began = sum(len(it.unread) for it in begun), clock()
                 list(batch.step())
                 if alone:
                     read = before - sum(len(it.unread) for it in begun)
-                    reading.append((read, time.monotonic() - began))
+                    reading.append((read, clock() - began))
         until = time.monotonic() + seconds
         while time.monotonic() < until and all(len(it) == n for n, it in batches.items()):
             for sequences, batch in batches.items():
-                began = time.monotonic()
+                began = clock()
                 list(batch.step())
-                steps[sequences].append(time.monotonic() - began)
+                steps[sequences].append(clock() - began)
         for batch in batches.values():
             batch.close()
     # Means: what others take of the processor is part of what a step costs.
@@ -350,6 +354,11 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--same-length", action="store_true", help="every reply has --tokens")
     parser.add_argument("--measure", metavar="REF", help="time a model's steps here instead")
     parser.add_argument("--seconds", type=float, default=20, help="of --measure")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="of --measure: leave out what other programs take; with OMP_NUM_THREADS=1",
+    )
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(words)
 
@@ -357,7 +366,8 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     arguments = read_arguments()
     if arguments.measure:
-        found = measure(arguments.measure, seconds=arguments.seconds)
+        clock = time.process_time if arguments.processor_time else time.monotonic
+        found = measure(arguments.measure, seconds=arguments.seconds, clock=clock)
         words = f"--steps {found['steps']} --prompt-speed {found['prompt_speed']:.0f}"
         print(json.dumps(found) if arguments.json else words)
         return

@@ -173,6 +173,22 @@ def test_running_replies_end_before_the_server_does() -> None:
     assert len(gone) > 5
 
 
+def test_what_no_replica_can_load_is_said_in_two_lines() -> None:
+    done = subprocess.run(
+        command(MODEL, "--template", "nonsense"),
+        env=environ(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=START,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: the replicas could not start: no template is called 'nonsense'",
+        "hint: see whether one server can: the same command without --engine ray",
+    ]
+
+
 def test_others_are_kept_out_unless_asked_in() -> None:
     env = {name: value for name, value in environ().items() if name != "GPTQ_LOADER_API_KEY"}
     done = subprocess.run(
