@@ -22,7 +22,7 @@ __all__ = ["END", "KEY", "START", "RayProcess", "command", "environ", "serving"]
 
 CLIENTS = Path(__file__).with_name("ray_clients.py")
 KEY = "sk-for-the-tests"
-START = 300  # seconds, on a machine with other work
+START = 600  # seconds, on a machine with other work
 END = 120
 
 

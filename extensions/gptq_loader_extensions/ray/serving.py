@@ -35,11 +35,10 @@ CLASS = re.compile(r"^[\w.]+: ")  # before the words of an exception
 LAST_WORDS = 5  # seconds in which a replica says itself that a request took too long
 # Their names in `gptq-loader serve`, and those of the server.
 RENAMED = {"allow_host": "allowed_hosts"}
-QUIET = {
+RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "0",
 }
 
 
@@ -134,7 +133,7 @@ def _ray(options: Options) -> Iterator[Path]:
     Raises:
         PluginError: it could not start.
     """
-    for name, value in QUIET.items():
+    for name, value in RAY.items():
         os.environ.setdefault(name, value)
     os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = CALLBACK
     os.environ["RAY_AUTH_MODE"] = "token"  # whoever may talk to Ray may run what he likes
@@ -154,7 +153,8 @@ def _ray(options: Options) -> Iterator[Path]:
     except Exception as error:
         raise PluginError(
             f"Ray could not start: {_last_line(error)}",
-            hint="free memory, or space in /tmp, then try again",
+            hint="free memory, or space in /tmp, or wait until this machine has less to do; then "
+            "try again",
         ) from error
     try:
         yield Path(context["session_dir"]) / "logs" / "serve"
