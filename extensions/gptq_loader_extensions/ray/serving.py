@@ -62,7 +62,7 @@ def serve(reference: str, given: Mapping[str, object]) -> None:
     plan, options = _planned(options)
     with bind(options.host, options.port) as listening:
         options = options.model_copy(update={"port": listening.getsockname()[1]})
-    with _until_a_signal() as asked_to_end, _ray(options) as logs:
+    with _ray(options) as logs, _until_a_signal() as asked_to_end:  # Ray sets signals of its own
         _deploy(options, asked_to_end)
         if not asked_to_end.is_set():
             _announce(options, plan, logs)
