@@ -67,7 +67,7 @@ def serve(reference: str, given: Mapping[str, object]) -> None:
         if not asked_to_end.is_set():
             _announce(options, plan, logs)
             asked_to_end.wait()
-        _drain(options.grace)
+            _drain(options.grace)
 
 
 def _planned(options: Options) -> tuple[Plan, Options]:
@@ -170,19 +170,19 @@ def _deploy(options: Options, asked_to_end: threading.Event) -> None:
     from gptq_loader_extensions.ray.application import NAME, application
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    ray_serve.start(
-        proxy_location="HeadOnly",
-        http_options={
-            "host": options.host,
-            "port": options.port,
-            "request_timeout_s": options.timeout + LAST_WORDS,
-        },
-        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
-    )
     failed: list[Exception] = []
 
     def run() -> None:
         try:
+            ray_serve.start(
+                proxy_location="HeadOnly",
+                http_options={
+                    "host": options.host,
+                    "port": options.port,
+                    "request_timeout_s": options.timeout + LAST_WORDS,
+                },
+                logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+            )
             bound = application(_shared(options), tries=1)
             ray_serve.run(bound, name=NAME, route_prefix="/")
         except Exception as error:  # noqa: BLE001 - raised again below, in words
@@ -193,12 +193,26 @@ def _deploy(options: Options, asked_to_end: threading.Event) -> None:
     while starting.is_alive() and not asked_to_end.is_set():
         starting.join(timeout=0.1)
     if failed:
-        found = ray_serve.status().applications.get(NAME)
-        words = [it.message for it in found.deployments.values()] if found else []
         raise PluginError(
-            f"the replicas could not start: {_last_line(''.join(words) or failed[0])}",
+            f"the replicas could not start: {_why(failed[0])}",
             hint="see whether one server can: the same command without --engine ray",
         ) from failed[0]
+
+
+def _why(error: Exception) -> str:
+    """Take from Ray Serve what its replicas died of, where it knows; else what it said itself."""
+    from ray import serve as ray_serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    from gptq_loader_extensions.ray.application import NAME
+
+    try:
+        found = ray_serve.status().applications.get(NAME)
+    except (RayError, RayServeException):  # it is what died
+        found = None
+    words = [it.message for it in found.deployments.values()] if found else []
+    return _last_line("".join(words) or error)
 
 
 def _shared(options: Options) -> Options:
