@@ -29,8 +29,8 @@ hosts: ## drive the real host programs; WEBUI_DIR is a checkout of text-generati
 	@$(PYTHON) tools/set_up.py hosts $(HOSTS)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/hosts $(ARGS)
 
-scale: ## drive the real vLLM, some 10 minutes
-	@GPTQ_SCALE=1 $(PYTHON) tools/set_up.py hosts vllm
+scale: ## drive the real vLLM and Ray Serve, some 15 minutes
+	@GPTQ_SCALE=1 $(PYTHON) tools/set_up.py hosts vllm ray
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/scale $(ARGS)
 
 conformance: ## hold every kernel that runs here against float64, over the whole grid

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["branches", "needs_python_of", "python_of"]
+__all__ = ["ROOT", "branches", "needs_python_of", "python_of"]
 
 ROOT = Path(__file__).parents[2]
 

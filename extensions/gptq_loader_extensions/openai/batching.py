@@ -111,6 +111,10 @@ class BatchEngine:
         with self._changed:
             return len(self._running), len(self._waiting)
 
+    def alive(self) -> bool:
+        """Whether replies are still written."""
+        return self._thread.is_alive()
+
     def stop(self) -> None:
         """Take no more work, and end all there is within a token."""
         with self._changed:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.openai.settings import Settings
     from gptq_loader_plugin.loaded import LoadedModel
 
-__all__ = ["bind", "serve"]
+__all__ = ["bind", "log_requests", "serve"]
 
 CUT_SECONDS = 5  # for replies that were told to end; a large model's token may take one
 
@@ -73,7 +73,7 @@ def serve(
             )
         engine = BatchEngine(shelf, max_queue=settings.max_queue, most=settings.most_at_once)
         server = Server(settings, shelf, engine)
-        _log_requests()
+        log_requests()
         _announce(server, listening)
         config = uvicorn.Config(
             create_app(server, page=None if page is None else partial(page, server=server)),
@@ -188,7 +188,7 @@ def _announce(server: Server, listening: socket.socket) -> None:
         sys.stdout.flush()
 
 
-def _log_requests() -> None:
+def log_requests() -> None:
     """Write a line for each request to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))

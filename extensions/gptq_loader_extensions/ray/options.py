@@ -1,0 +1,136 @@
+"""Read what a deployment is told: which model, how many replicas, and how each serves."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gptq_loader_extensions.openai.settings import Settings
+from gptq_loader_plugin.errors import OptionInvalid
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Options", "read_options"]
+
+KEY = "GPTQ_LOADER_API_KEY"
+REPLICAS = re.compile(r"([1-9]\d*)(?:-([1-9]\d*))?")
+
+
+class Options(BaseModel):
+    """What is served, by how many, and how.
+
+    Attributes:
+        reference: what each replica loads.
+        name: what clients call the model; None takes the reference, or its folder's name.
+        replicas: how many, "2"; or between how many Ray may choose, "1-4".
+        threads: of each replica.
+        gpus: of each replica; a part of one is shared.
+        device: where each replica computes.
+        backend: one kernel for every layer, by name.
+        template: the chat template, by name or as a .jinja file.
+        context: the longest sequence.
+        head: "int8" makes the output head 8-bit.
+        check: whether to check the kernels and the logits once loaded.
+        kv_cache: "int8" keeps the context in 8 bits.
+
+    The rest is as in `openai.settings.Settings`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    reference: str
+    name: str | None = None
+    replicas: str = Field("1", coerce_numbers_to_str=True)
+    threads: int = Field(1, ge=1)
+    gpus: float = Field(0, ge=0)
+    device: str | None = None
+    backend: str | None = None
+    template: str | None = None
+    context: int | None = None
+    head: Literal["int8", "stored"] | None = None
+    check: bool = True
+    kv_cache: Literal["int8"] | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = Field(None, repr=False)
+    no_auth: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    cors: tuple[str, ...] = ()
+    max_queue: int = 64
+    most_at_once: int = Field(16, ge=1)
+    timeout: float = 600.0
+    max_body: int = 4 * 2**20
+    max_new_tokens: int | None = None
+    grace: int = 5
+    as_json: bool = False
+
+    def least_and_most(self) -> tuple[int, int]:
+        """Give between how many replicas Ray may choose.
+
+        Raises:
+            OptionInvalid: it is no number, and no range.
+        """
+        match = REPLICAS.fullmatch(self.replicas)
+        least, most = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if least > most:
+            raise OptionInvalid(
+                f"{self.replicas!r} is no number of replicas",
+                hint="write how many, 2; or the least and the most, 1-4",
+            )
+        return least, most
+
+    def settings(self) -> Settings:
+        """Give what each replica's server is told.
+
+        Raises:
+            OptionInvalid: they make no sense, or let strangers in unasked.
+        """
+        settings = Settings(
+            host=self.host,
+            port=self.port,
+            api_key=self.api_key,
+            no_auth=self.no_auth,
+            allowed_hosts=self.allowed_hosts,
+            cors=self.cors,
+            max_queue=self.max_queue,
+            most_at_once=self.most_at_once,
+            timeout=self.timeout,
+            max_body=self.max_body,
+            max_new_tokens=self.max_new_tokens,
+            grace=self.grace,
+            as_json=self.as_json,
+        )
+        settings.check()
+        return settings
+
+    def loading(self) -> dict[str, Any]:
+        """Give what `gptq_loader_plugin.load` is told."""
+        names = ("device", "backend", "template", "context", "head", "check", "kv_cache")
+        return {it: getattr(self, it) for it in names}
+
+
+def read_options(given: Mapping[str, object], environ: Mapping[str, str] = os.environ) -> Options:
+    """Read the options that were given, and the key from the environment where none was.
+
+    Raises:
+        OptionInvalid: one is unknown or has an impossible value.
+    """
+    key = {"api_key": environ[KEY]} if KEY in environ else {}
+    try:
+        options = Options.model_validate({**key, **given})
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        unknown = first["type"] == "extra_forbidden"
+        raise OptionInvalid(
+            f"there is no option {name!r}" if unknown else f"{name}: {first['msg']}",
+            hint=f"the options are {', '.join(sorted(Options.model_fields))}"
+            if unknown
+            else "give it another value",
+        ) from error
+    options.least_and_most()
+    return options

@@ -1,0 +1,86 @@
+"""Be one replica: load the model, and answer with the server's own application."""
+
+# Where the host is not installed, pyright takes this package for it.
+# pyright: reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from gptq_loader_extensions.ray.options import Options
+
+__all__ = ["REPLICA", "Replica"]
+
+REPLICA = b"x-replica"
+
+# No folder of models: a replica that loaded another one would answer differently from its peers.
+NO_FOLDERS = {"GPTQ_LOADER_MODELS": os.pathsep}
+
+
+class Replica:
+    """One model in one process, which writes the replies it is given side by side.
+
+    Args:
+        options: which model, and how to serve it.
+    """
+
+    def __init__(self, options: Options) -> None:
+        import gptq_loader_plugin as gptq
+        from gptq_loader_extensions.openai.batching import BatchEngine
+        from gptq_loader_extensions.openai.server import Server
+        from gptq_loader_extensions.openai.serving import log_requests
+        from gptq_loader_extensions.openai.shelf import Shelf
+
+        settings, how = options.settings(), options.loading()
+        shelf = Shelf(settings, load=lambda it: gptq.load(it, **how), environ=NO_FOLDERS)
+        shelf.start(options.name or options.reference, gptq.load(options.reference, **how))
+        self._engine = BatchEngine(shelf, max_queue=settings.max_queue, most=settings.most_at_once)
+        self._server = Server(settings, shelf, self._engine)
+        log_requests()  # to stderr, which Ray Serve keeps in its own logs
+
+    def __serve_build_asgi_app__(self) -> FastAPI:  # the name Ray Serve asks for
+        """Give what answers requests."""
+        from ray import serve
+
+        from gptq_loader_extensions.openai.app import create_app
+
+        app = create_app(self._server)
+        app.add_middleware(Signed, name=serve.get_replica_context().replica_id.unique_id)
+        return app
+
+    def check_health(self) -> None:
+        """Tell Ray Serve, by an error, that this replica must be replaced.
+
+        Raises:
+            RuntimeError: nothing writes replies any longer.
+        """
+        if not self._engine.alive():
+            raise RuntimeError("the thread that writes replies has ended")
+
+
+class Signed:
+    """Say in a header which replica answered: the logs are by replica.
+
+    Args:
+        app: what answers.
+        name: the replica's name in Ray's logs.
+    """
+
+    def __init__(self, app: ASGIApp, name: str) -> None:
+        self._app = app
+        self._header = (REPLICA, name.encode())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and sign its answer."""
+
+        async def signed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", []), self._header]}
+            await send(message)
+
+        await self._app(scope, receive, signed)

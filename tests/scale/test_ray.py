@@ -1,0 +1,275 @@
+"""Replicas on Ray Serve: what clients see, also when a replica is killed under them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import altering
+import httpx
+import psutil
+import pytest
+import yaml
+from environments import ROOT, needs_python_of, python_of
+from ray_process import END, KEY, START, RayProcess, command, environ, serving
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.host("ray"), needs_python_of("ray")]
+
+NAME = "gptq-4bit-32g-act-sym"
+MODEL = os.environ.get("GPTQ_SCALE_MODEL") or str(altering.DATA / NAME)
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+BEGIN = '{"time"'  # of a request's line
+LONG = 400  # tokens; the tiny checkpoint's context is 512
+MINUTES = 3  # for a replica to be replaced, on a machine with other work
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RayProcess]:
+    with serving(MODEL, "--replicas", "2") as it:
+        yield it
+
+
+def ask(server: RayProcess, **options: Any) -> httpx.Response:
+    body = {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 16}
+    with httpx.Client(timeout=120, headers=HEADERS) as client:
+        return client.post(f"{server.url}/v1/chat/completions", json={**body, **options})
+
+
+def get(server: RayProcess, path: str) -> httpx.Response:
+    with httpx.Client(timeout=60, headers=HEADERS) as client:
+        return client.get(f"{server.url}{path}")
+
+
+def logged(server: RayProcess) -> list[dict[str, Any]]:
+    """Read what the replicas wrote of each request."""
+    files = Path(server.told["logs"]).glob("replica_*.log")
+    lines = [line for it in files for line in it.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(it[it.index(BEGIN) :]) for it in lines if BEGIN in it]
+
+
+@contextmanager
+def long_reply(server: RayProcess) -> Iterator[Iterator[str]]:
+    body = {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
+    with (
+        httpx.Client(timeout=120, headers=HEADERS) as client,
+        client.stream(
+            "POST",
+            f"{server.url}/v1/chat/completions",
+            json={**body, "stream": True, "max_tokens": LONG},
+        ) as answer,
+    ):
+        yield answer.iter_lines()
+
+
+def test_an_openai_client_chats_and_streams(server: RayProcess) -> None:
+    with server.load(clients=2, seconds=2, tokens=16) as clients:
+        seen = json.loads(clients.communicate(timeout=120)[0])
+    assert not [it for it in seen if it["error"]]
+    assert {it["text"] for it in seen} == {seen[0]["text"]}, "streamed or whole, from any replica"
+    assert {it["tokens"] for it in seen} == {16}
+    assert {it["stream"] for it in seen} == {True, False}
+
+
+def test_it_says_what_it_serves_and_nothing_else(server: RayProcess) -> None:
+    assert server.told["replicas"] == [2, 2]
+    assert len(server.replicas()) == 2
+    words = "".join(server.lines)
+    assert words.startswith(f"serving {server.told['model']}: ")
+    assert "replicas on Ray Serve: 2, 1 thread(s) each" in words
+    assert words.endswith("Ctrl-C ends it\n"), "Ray's own logs are in a folder"
+    health = get(server, "/health")
+    assert health.json()["status"] == "ok"
+    assert health.json()["model"] == server.told["model"]
+    assert [it["id"] for it in get(server, "/v1/models").json()["data"]] == [server.told["model"]]
+
+
+def names(server: RayProcess) -> set[str]:
+    """Ask until both replicas have answered."""
+    until = time.monotonic() + END
+    seen: set[str] = set()
+    while len(seen) < 2 and time.monotonic() < until:
+        seen.add(get(server, "/health").headers["x-replica"])
+    return seen
+
+
+def test_both_replicas_answer(server: RayProcess) -> None:
+    assert len(names(server)) == 2
+
+
+def test_the_key_is_asked_for(server: RayProcess) -> None:
+    with httpx.Client(timeout=60) as client:
+        assert client.get(f"{server.url}/v1/models").status_code == 401
+        answer = client.post(f"{server.url}/v1/chat/completions", json={})
+    assert answer.status_code == 401
+    assert answer.json()["error"]["code"] == "invalid_api_key"
+    assert len(answer.headers.get_list("x-request-id")) == 1
+
+
+def test_a_request_may_be_wrong(server: RayProcess) -> None:
+    answer = ask(server, temprature=1)
+    assert answer.status_code == 400
+    assert "temprature" in answer.json()["error"]["message"]
+
+
+def test_a_client_that_hangs_up_ends_its_reply(server: RayProcess) -> None:
+    with long_reply(server) as lines:
+        for _ in range(4):
+            next(lines)
+    until = time.monotonic() + END
+    while any(get(server, "/health").json()["running"] for _ in range(8)):
+        assert time.monotonic() < until
+    assert [it for it in logged(server) if it.get("finish", "") is None], "it was not cut short"
+
+
+def successor(server: RayProcess, before: set[str]) -> float:
+    """Ask until a replica answers that was not there before; say when it did."""
+    until = time.monotonic() + 60 * MINUTES
+    while get(server, "/health").headers.get("x-replica") in {None, *before}:
+        assert time.monotonic() < until, "the replica was not replaced"
+        time.sleep(0.2)
+    return time.time()
+
+
+@pytest.mark.parametrize("count", [2, 16])
+def test_a_killed_replica_is_replaced_and_no_request_is_lost(
+    server: RayProcess, count: int
+) -> None:
+    before = names(server)
+    with server.load(clients=count, seconds=60, tokens=LONG) as clients:
+        time.sleep(5)
+        victim = server.replicas()[0]
+        killed = time.time()
+        victim.kill()
+        recovered = successor(server, before)
+        seen = json.loads(clients.communicate(timeout=60 * MINUTES)[0])
+    failed = [it for it in seen if it["error"]]
+    print(  # noqa: T201 - pytest -rP
+        f"{count} clients: {len(seen)} requests, {len(failed)} errors "
+        f"({sorted({it['error'] for it in failed})}), slowest "
+        f"{max(it['ended'] - it['began'] for it in seen):.1f} s; the new replica's first answer "
+        f"{recovered - killed:.1f} s later"
+    )
+    assert {it["error"] for it in failed} <= {"replica_lost"}
+    assert all(it["stream"] and it["began"] < killed < it["ended"] for it in failed), (
+        "what had not begun was asked again by the proxy"
+    )
+    assert len(failed) <= count // 2
+    assert victim.pid not in {it.pid for it in server.replicas()}
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_running_replies_end_before_the_server_does(sent: signal.Signals) -> None:
+    with serving(MODEL, "--replicas", "1", "--grace", "60") as server:
+        started = server.all()
+        with long_reply(server) as lines:
+            seen = [next(lines) for _ in range(4)]
+            server.process.send_signal(sent)
+            seen += [*lines]
+        events = [json.loads(it[6:]) for it in seen if it.startswith("data: {")]
+        assert seen[-2:] == ["data: [DONE]", ""]
+        assert events[-1]["choices"][0]["finish_reason"] in ("stop", "length")
+        assert server.process.wait(timeout=END) == 0
+    gone, left = psutil.wait_procs(started, timeout=END)
+    assert not left, left
+    assert len(gone) > 5
+
+
+def test_what_no_replica_can_load_is_said_in_two_lines() -> None:
+    done = subprocess.run(
+        command(MODEL, "--template", "nonsense"),
+        env=environ(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=START,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: the replicas could not start: no template is called 'nonsense'",
+        "hint: see whether one server can: the same command without --engine ray",
+    ]
+
+
+def test_others_are_kept_out_unless_asked_in() -> None:
+    env = {name: value for name, value in environ().items() if name != "GPTQ_LOADER_API_KEY"}
+    done = subprocess.run(
+        command(MODEL, "--listen"), env=env, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    assert "could use this server" in done.stderr
+    assert "hint: set a key with --api-key" in done.stderr
+
+
+def test_replicas_come_when_there_is_much_to_do() -> None:
+    with serving(MODEL, "--replicas", "1-2", "--most-at-once", "4") as server:
+        assert server.told["replicas"] == [1, 2]
+        assert len(server.replicas()) == 1
+        with server.load(clients=12, seconds=90, tokens=LONG) as clients:
+            seen = json.loads(clients.communicate(timeout=60 * MINUTES)[0])
+    assert not [it for it in seen if it["error"]]
+    assert len({it["replica"] for it in seen}) == 2
+
+
+def test_too_many_are_told_to_come_again() -> None:
+    with (
+        serving(MODEL, "--replicas", "1", "--most-at-once", "1", "--max-queue", "1") as server,
+        ThreadPoolExecutor(24) as threads,
+    ):
+        answers = list(threads.map(lambda _: ask(server, max_tokens=LONG), range(24)))
+    refused = [it for it in answers if it.status_code == 429]
+    assert {it.status_code for it in answers} == {200, 429}
+    assert {it.json()["error"]["code"] for it in refused} == {"queue_full"}
+    assert all(int(it.headers["retry-after"]) > 0 for it in refused)
+
+
+def test_a_cluster_deploys_the_example(tmp_path: Path) -> None:
+    """By `serve run`, which deploys a file on a Ray of this machine that it starts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = yaml.safe_load((ROOT / "examples" / "ray.yaml").read_text(encoding="utf-8"))
+    config["http_options"] |= {"host": "127.0.0.1", "port": port}
+    config["applications"][0]["args"] |= {"reference": MODEL, "replicas": 1, "threads": 1}
+    file = tmp_path / "ray.yaml"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    program = Path(str(python_of("ray"))).with_name("serve")
+    log = tmp_path / "log"
+    with log.open("w") as written:
+        process = psutil.Popen(
+            [str(program), "run", str(file)],
+            env={**environ(), "RAY_USAGE_STATS_ENABLED": "0"},
+            cwd=tmp_path,
+            stdout=written,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        until = time.monotonic() + START
+        server = RayProcess(process, {"url": f"http://127.0.0.1:{port}"})
+        while not answers(server):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(1)
+        answer = ask(server)
+        assert answer.json()["usage"]["completion_tokens"] == 16
+        assert answer.headers["x-replica"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=END)
+
+
+def answers(server: RayProcess) -> bool:
+    try:
+        return get(server, "/health").status_code == 200
+    except httpx.TransportError:
+        return False
