@@ -9,6 +9,7 @@ from gptq_loader_plugin.device import find_devices
 from gptq_loader_plugin.errors import NoBackend
 from gptq_loader_plugin.placement import LEFT_FREE
 from gptq_loader_plugin.plan import make_plan, write_size
+from gptq_loader_plugin.shortlist import plan_shortlist
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -66,6 +67,7 @@ def check_fit(
             [_Remembering(it, kinds) for it in kernels],
             reference=str(checkpoint.path),
         )
+        plan = plan_shortlist(plan, checkpoint, kernels)
     except NoBackend as error:
         return Fit(fits=False, reason=error.message.partition(":")[0])
     known = (checkpoint.folder / "config.json").is_file()

@@ -128,7 +128,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         plan = replace(plan, weight_bytes=plan.weight_bytes + grown)
         notes = (*notes, note)
     if head is None:
-        plan, done = shorten(model, plan)
+        plan, done = shorten(model, plan, plugins.kernels())
         notes = (*notes, *done)
     _tell_loaded(opened, plugins)
     from gptq_loader_plugin.loaded import LoadedModel
@@ -246,7 +246,7 @@ def explain(
         device_map=device_map,
         max_memory=max_memory,
     )
-    return plan_shortlist(plan, checkpoint)
+    return plan_shortlist(plan, checkpoint, plugins.kernels())
 
 
 def inspect(

@@ -14,9 +14,12 @@ from gptq_loader_plugin.kernel import LayerSpec, Shortener
 from gptq_loader_plugin.plan import write_size
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from transformers import PreTrainedModel
 
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
+    from gptq_loader_plugin.kernel import Kernel
     from gptq_loader_plugin.plan import Plan
 
 __all__ = ["GROUP_SIZE", "ZERO", "head_spec", "plan_shortlist", "shorten"]
@@ -26,9 +29,9 @@ ZERO = 128
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def plan_shortlist(plan: Plan, checkpoint: Checkpoint) -> Plan:
+def plan_shortlist(plan: Plan, checkpoint: Checkpoint, kernels: Iterable[Kernel]) -> Plan:
     """Add to a plan what the narrower copy of the head takes, where one will be made."""
-    kernel = _shortener(plan)
+    kernel = _shortener(plan, kernels)
     if kernel is None or not (checkpoint.folder / "config.json").is_file():
         return plan
     config, headers = checkpoint.model_config, checkpoint.headers
@@ -40,13 +43,15 @@ def plan_shortlist(plan: Plan, checkpoint: Checkpoint) -> Plan:
     return replace(plan, weight_bytes=plan.weight_bytes + added)
 
 
-def shorten(model: PreTrainedModel, plan: Plan) -> tuple[Plan, tuple[str, ...]]:
+def shorten(
+    model: PreTrainedModel, plan: Plan, kernels: Iterable[Kernel]
+) -> tuple[Plan, tuple[str, ...]]:
     """Have a loaded model's head give its likeliest tokens alone, where a kernel can.
 
     Returns:
         The plan, with what that takes, and what was done, in words.
     """
-    kernel = _shortener(plan)
+    kernel = _shortener(plan, kernels)
     taken = 0 if kernel is None else kernel.shorten(model)
     if not taken:
         return plan, ()
@@ -79,9 +84,9 @@ def head_spec(
     )
 
 
-def _shortener(plan: Plan) -> Shortener | None:
-    """Find the kernel that can do it, for a model on one device."""
+def _shortener(plan: Plan, kernels: Iterable[Kernel]) -> Shortener | None:
+    """Find the kernel in the plan that can do it, for a model on one device."""
     if plan.placed:
         return None
-    kernels = {choice.kernel.name: choice.kernel for choice in plan.choices}
-    return next((it for it in kernels.values() if isinstance(it, Shortener)), None)
+    chosen = plan.kernels()
+    return next((it for it in kernels if it.name in chosen and isinstance(it, Shortener)), None)

@@ -168,7 +168,7 @@ def test_one_branch_that_fails_does_not_take_the_others(
     assert branch(report, FOUR).sources["bits"] == "branch name"
     assert branch(report, FOUR).fit.fits is None
     assert "header" in branch(report, THREE).error
-    assert "bits is 'four'" in branch(report, "broken").error
+    assert 'bits is "four"' in branch(report, "broken").error
 
 
 def test_a_card_or_a_name_that_says_otherwise_is_warned_about(repository: HubServer) -> None:

@@ -82,7 +82,7 @@ def test_the_list_as_a_user_sees_it(models: Path) -> None:
     assert "cut is damaged: " in done.stderr
     assert "cut short: " in done.stderr
     assert "typo is damaged: " in done.stderr
-    assert "bits is 'four' in quantize_config.json" in done.stderr
+    assert 'bits is "four" in quantize_config.json' in done.stderr
     assert "  old: ?: a pickle (.pt, .bin) is not opened" in done.stdout
     done = CliRunner().invoke(app, ["models", "--json"], env=PLUGINS)
     data = {it["name"]: it for it in json.loads(done.stdout)}

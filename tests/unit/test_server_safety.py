@@ -223,7 +223,8 @@ def test_a_name_downloads_nothing_unless_that_is_allowed(
 
     asked: list[str] = []
 
-    def download(reference: Any, *, progress: object) -> Path:
+    def download(reference: Any, *, progress: object, cancelled: object) -> Path:
+        del progress, cancelled
         asked.append(reference.repo)
         raise HubError("the hub cannot be reached", hint="try again")
 
@@ -316,7 +317,7 @@ def taken_port() -> Iterator[int]:
 
 
 def test_an_address_that_cannot_be_had_is_an_error_in_words() -> None:
-    with taken_port() as port, pytest.raises(OptionInvalid, match=f"^port {port} is taken$"):
+    with taken_port() as port, pytest.raises(OptionInvalid, match=f"^port {port} is taken"):
         OpenAIHost().install(port=port)
     with pytest.raises(OptionInvalid, match=r"192\.0\.2\.1"):
         OpenAIHost().install(host="192.0.2.1", port=0, api_key=KEY)
