@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import warnings
+from functools import partial
 from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
@@ -317,13 +318,17 @@ def test_a_reply_hands_out_what_stops_it(drawing: Any) -> None:
     assert model.ended
 
 
-def test_the_buttons_are_not_redrawn_while_a_reply_grows(drawing: Any) -> None:
-    began, again, *growing, last = stream(drawing, FakeModels())
+def test_the_buttons_are_not_redrawn_while_a_reply_grows(
+    drawing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "answer", partial(answer, clock=Clock()))
+    words = ["One", " two", " three", " four"]
+    began, again, *growing, last = stream(drawing, FakeModels(words))
     assert set(began) - set(again) <= {"message"}, "what is named once may be lost"
     assert growing
     for grown in growing:
         assert set(grown) == {"conversation", "cancel", "problem", "chat", "status"}
-    assert '"role":"assistant","content":"One two"' in last["kept"]
+    assert '"role":"assistant","content":"One two three four"' in last["kept"]
 
 
 def test_a_page_that_goes_away_ends_its_reply(drawing: Any) -> None:
