@@ -160,7 +160,7 @@ class Generation:
         cached = {cache_name(self._model): self.cache, "use_cache": True, "logits_to_keep": 1}
         ids = torch.tensor([part], device=self._model.device)
         head: Any = self._model.get_output_embeddings()
-        if isinstance(head, ShortHead):
+        if isinstance(head, ShortHead) and not _is_watched(self._model):
             decoder: Any = self._model.get_decoder()
             del cached["logits_to_keep"]
             states = decoder(input_ids=ids, **cached).last_hidden_state[:, -1]
@@ -296,6 +296,12 @@ class TextStream:
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text if isinstance(text, str) else "".join(text)
+
+
+def _is_watched(model: Any) -> bool:  # noqa: ANN401 - a transformers model
+    """Say whether something wants to see what goes into a model, or comes out of it."""
+    hooks = model._forward_hooks or model._forward_pre_hooks  # noqa: SLF001 - torch has no other way to tell
+    return bool(hooks) or "forward" in model.__dict__
 
 
 def _overlap(text: str, stop: str) -> int:

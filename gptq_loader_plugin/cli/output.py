@@ -121,6 +121,10 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
                 raise
             message, hint = _in_words(error)
             say(f"error: {message}\nhint: {hint}")
+            try:
+                sys.stdout.flush()
+            except OSError:  # what it still holds is not to be tried again at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from error
 
     return run

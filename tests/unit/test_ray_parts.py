@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -71,7 +72,10 @@ def ask(
         sent.append(message)
 
     scope = {"type": "http", "path": path, "method": "POST", "headers": []}
-    asyncio.run(AnotherReplica(app)(scope, receive or from_client, send))
+    with ThreadPoolExecutor(1) as thread:  # in this one, a loop that gradio has made would be lost
+        thread.submit(
+            asyncio.run, AnotherReplica(app)(scope, receive or from_client, send)
+        ).result()
     status = sent[0]["status"] if sent else None
     headers = dict(sent[0]["headers"]) if sent else {}
     return status, headers, b"".join(it.get("body", b"") for it in sent)

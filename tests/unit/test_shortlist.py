@@ -157,3 +157,15 @@ def test_the_plan_counts_the_copy(head: Any) -> None:
     if head is None:
         planned = gptq.explain(DATA / ONE, device="cpu", plugins=plugins())
         assert planned.weight_bytes == pytest.approx(held_bytes, rel=0.03)
+
+
+def test_a_model_that_is_watched_is_called_whole() -> None:
+    how = gptq.GenerateOptions(max_new_tokens=3, temperature=0)
+    seen: list[object] = []
+    with gptq.load(DATA / ONE, device="cpu", plugins=plugins()) as model:
+        expected = model.generate("The", how)
+        hook = model.model.register_forward_pre_hook(lambda *_: seen.append(None))
+        assert model.generate("The", how) == expected
+        hook.remove()
+        assert model.generate("The", how) == expected
+    assert len(seen) == 3
