@@ -75,7 +75,9 @@ def test_the_model_cards_python(python: Path, cache: Path, branch: str) -> None:
     assert found["greedy"] == found["loaded"]
     if REAL:
         text = "\n".join(found[it] for it in ("generated", "piped", "greedy"))
-        assert len(COMMON.findall(text)) >= 8, text
+        # three bits without groups know few words: its perplexity is the worst of the six
+        least = 4 if branch.startswith("gptq-3bit--1g") else 8
+        assert len(COMMON.findall(text)) >= least, text
 
 
 @pytest.mark.parametrize("checkpoint", [ONE, *REAL[:1]], ids=lambda it: it.name)
