@@ -124,6 +124,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ours", help="load this in place of random weights; for llama.cpp alone")
     parser.add_argument("--gguf", type=Path, help="the file that llama.cpp loads beside --ours")
     parser.add_argument("--backend", help="the kernel this package uses")
+    parser.add_argument("--head", choices=["stored", "int8"], help="as of gptq-loader bench")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128)
@@ -179,7 +180,8 @@ class Match:
     ) -> None:
         script = f"run_{contest.program.replace('.', '_')}.py"
         threads = {"OMP_NUM_THREADS": str(machine.threads)}
-        ours = {"BENCH_BACKEND": arguments.backend} if arguments.backend else {}
+        asked = {"BENCH_BACKEND": arguments.backend, "BENCH_HEAD": arguments.head}
+        ours = {name: value for name, value in asked.items() if value}
         self._arguments = arguments
         self._workers = {
             "ours": Worker(sys.executable, "run_ours.py", contest.reference, threads | ours),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptq_loader_plugin.generate import read_head
+from gptq_loader_plugin.generate import read_head, short_head
 from gptq_loader_plugin.kernel import Batcher
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Batch:
     def __init__(self, model: LoadedModel) -> None:
         self._model: Any = model.model
         self._batcher = _batcher(self._model)
+        self._short = short_head(self._model)
         self._written: list[Generation] = []
 
     def __len__(self) -> int:
@@ -97,7 +98,11 @@ class Batch:
         for generation in few:
             generation.unread = []
         last = torch.tensor([len(it) for it in tokens]).cumsum(0) - 1
-        return read_head(self._model.get_output_embeddings(), few, states[last])[:, None]
+        states = states[last]
+        if self._short is not None:
+            return read_head(self._short, few, states)[:, None]
+        logits: torch.Tensor = self._model.get_output_embeddings()(states)
+        return logits[:, None]
 
     def _read(
         self, generation: Generation, most: int

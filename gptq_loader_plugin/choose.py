@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gptq_loader_plugin.errors import GPTQLoaderError, NoBackend, PluginError
+from gptq_loader_plugin.errors import GPTQLoaderError, NoBackend, PluginError, is_out_of_memory
 from gptq_loader_plugin.kernel import Accepted, Declined
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec, PackedLinear, Verdict
 
-__all__ = ["Choice", "choose"]
+__all__ = ["Choice", "choose", "prepared"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +117,10 @@ def prepared(kernel: Kernel, layer: LayerSpec, packed: PackedLinear, device: Dev
 
     try:
         module: object = kernel.prepare(layer, packed, device)
-    except (GPTQLoaderError, MemoryError, OSError):
+    except (GPTQLoaderError, OSError):
         raise
     except Exception as error:
-        if "out of memory" in str(error).lower():  # torch's own kinds, which a load reports
+        if is_out_of_memory(error):  # which a load reports
             raise
         raise PluginError(
             f"the kernel {kernel.name} failed to prepare {layer.name}: {error}",

@@ -32,6 +32,7 @@ __all__ = [
     "cache_name",
     "generate_pieces",
     "read_head",
+    "short_head",
 ]
 
 Finish = Literal["stop", "length", "cancelled"]
@@ -135,6 +136,7 @@ class Generation:
         if not ids:
             raise ValueError("an empty prompt")
         self._model = model
+        self._short = short_head(model)
         self._text = TextStream(tokenizer, stop, hidden_ids)
         self._sampler = Sampler(options, never_ids, model.device, processors)
         self._most, self._stop_ids = max_new_tokens, stop_ids
@@ -159,12 +161,11 @@ class Generation:
         part, self.unread = self.unread[:most], self.unread[most:]
         cached = {cache_name(self._model): self.cache, "use_cache": True, "logits_to_keep": 1}
         ids = torch.tensor([part], device=self._model.device)
-        head: Any = self._model.get_output_embeddings()
-        if isinstance(head, ShortHead) and not _is_watched(self._model):
+        if self._short is not None:
             decoder: Any = self._model.get_decoder()
             del cached["logits_to_keep"]
             states = decoder(input_ids=ids, **cached).last_hidden_state[:, -1]
-            return read_head(head, [self], states)
+            return read_head(self._short, [self], states)
         logits: torch.Tensor = self._model(input_ids=ids, **cached).logits[:, -1]
         return logits
 
@@ -211,22 +212,25 @@ class Generation:
         return Piece(text, self._tokens, finish)
 
 
+def short_head(model: PreTrainedModel) -> ShortHead | None:
+    """Find a head that can give its greatest logits alone, of a model that nobody watches."""
+    head: object = model.get_output_embeddings()
+    return head if isinstance(head, ShortHead) and not _is_watched(model) else None
+
+
 def read_head(
-    head: Callable[[torch.Tensor], torch.Tensor],
-    generations: Sequence[Generation],
-    states: torch.Tensor,
+    head: ShortHead, generations: Sequence[Generation], states: torch.Tensor
 ) -> torch.Tensor:
     """Give the logits that some generations need [generations, vocabulary], from their states.
 
-    All of them, or where the head can, the greatest ones alone.
+    All of them, or where no generation needs all, the greatest ones alone.
     """
     wanted = [it.wanted() for it in generations]
-    if isinstance(head, ShortHead) and all(wanted):
-        vocabulary: int = head.out_features
-        marks = [it.aside(vocabulary) for it in generations]
+    if all(wanted):
+        marks = [it.aside(head.out_features) for it in generations]
         aside = None
         if any(it is not None for it in marks):
-            none = torch.zeros(vocabulary, dtype=torch.bool)
+            none = torch.zeros(head.out_features, dtype=torch.bool)
             aside = torch.stack([none if it is None else it for it in marks])
         logits = head.likeliest(states, wanted, aside)
         if logits is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptq_loader_plugin.choose import choose
+from gptq_loader_plugin.choose import choose, prepared
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.kernel import PackedLinear
 from gptq_loader_plugin.plan import write_size
@@ -62,7 +62,7 @@ def narrow_head(
         bias=head.bias is not None,
     )
     choice = choose(layer, device, kernels, only=only)
-    module = choice.kernel.prepare(layer, packed, device).to(head.weight.device).eval()
+    module = prepared(choice.kernel, layer, packed, device).to(head.weight.device).eval()
     before = head.weight.numel() * head.weight.element_size()
     embedding: Any = model.get_input_embeddings()
     freed = 0 if embedding.weight is head.weight else before

@@ -13,7 +13,8 @@ from gptq_loader_plugin.speed import bytes_read_a_token, prompt_seconds, reply_s
 
 
 def load(reference: str) -> Loaded:
-    model = gptq.load(reference, device="cpu", backend=os.environ.get("BENCH_BACKEND"))
+    backend, head = os.environ.get("BENCH_BACKEND"), os.environ.get("BENCH_HEAD")
+    model = gptq.load(reference, device="cpu", backend=backend, head=head)  # type: ignore[arg-type]
     return Loaded(
         lambda tokens: prompt_seconds(model, tokens),
         lambda tokens: reply_seconds(model, tokens),

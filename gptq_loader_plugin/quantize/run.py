@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -37,6 +36,7 @@ from gptq_loader_plugin.whole_file import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,10 +77,6 @@ def quantize_model(
         QuantizeError: the source cannot be loaded, or it cannot be quantised as asked, or `out`
             holds something else.
     """
-    if Path(out).expanduser().resolve() == Path(source).expanduser().resolve():
-        raise QuantizeError(
-            f"{out} holds the model that is to be quantised", hint="name another folder to write"
-        )
     progress = progress or _ignore
     _check_free(local_path(out))
     progress(Progress("read model", 0, 1, "files", str(source)))

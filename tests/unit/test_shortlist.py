@@ -12,7 +12,7 @@ from test_native_step import build
 
 import gptq_loader_plugin as gptq
 from gptq_loader_kernels._native import Isa, find_library, load_library
-from gptq_loader_plugin.generate import read_head
+from gptq_loader_plugin.generate import short_head
 from gptq_loader_plugin.kernel import ShortHead
 from gptq_loader_plugin.sampling import Sampler
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(find_library() is None, reason="the native libra
 TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
-def short_head(weight: torch.Tensor, isa: int) -> Any:
+def make_head(weight: torch.Tensor, isa: int) -> Any:
     from gptq_loader_kernels._native_head import ShortLinear
 
     linear = torch.nn.Linear(*reversed(weight.shape), bias=False, dtype=weight.dtype)
@@ -64,7 +64,7 @@ def test_the_greatest_logits_are_exact_and_there(
 ) -> None:
     if isa > load_library().gptq_isa():
         pytest.skip("this processor has not got it")
-    head = short_head(make_weight(columns, rows, dtype), isa)
+    head = make_head(make_weight(columns, rows, dtype), isa)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(9, rows, generator=generator)
     x[0, 3] = 1000  # an outlier
@@ -81,7 +81,7 @@ def test_the_greatest_logits_are_exact_and_there(
 
 def test_it_says_when_it_cannot_tell() -> None:
     isa = load_library().gptq_isa()
-    head = short_head(make_weight(4096, 64, torch.float32), isa)
+    head = make_head(make_weight(4096, 64, torch.float32), isa)
     x = torch.randn(1, 64)
     with torch.inference_mode():
         assert head.likeliest(x, [65]) is None, "more than there are tiles"
@@ -121,7 +121,7 @@ def test_replies_are_those_of_the_whole_head(options: dict[str, Any]) -> None:
 
 def test_tokens_that_are_never_picked_do_not_count() -> None:
     """What a sampler needs of a short head picks as the whole head does, padding left out."""
-    head = short_head(make_weight(4096, 64, torch.float32), load_library().gptq_isa())
+    head = make_head(make_weight(4096, 64, torch.float32), load_library().gptq_isa())
     with torch.inference_mode():
         for seed in range(20):
             x = torch.randn(1, 64, generator=torch.Generator().manual_seed(seed))
@@ -136,12 +136,8 @@ def test_tokens_that_are_never_picked_do_not_count() -> None:
                 assert picks[0].pick(sequence, found) == picks[1].pick(sequence, head(x))
 
 
-def test_a_head_that_is_not_short_gives_all() -> None:
-    model = build("llama")
-    states = torch.randn(2, 128)
-    head = model.get_output_embeddings()
-    with torch.inference_mode():
-        assert torch.equal(read_head(head, [], states), head(states))
+def test_a_head_that_is_not_short_is_not_taken_for_one() -> None:
+    assert short_head(build("llama")) is None
 
 
 @pytest.mark.parametrize("head", [None, "stored"])

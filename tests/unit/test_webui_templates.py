@@ -9,8 +9,9 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 import gptq_loader_plugin as gptq
-from gptq_loader_extensions.webui.templates import as_jinja, template_for
+from gptq_loader_extensions.webui.templates import template_for
 from gptq_loader_plugin.template import CardTemplate, ChatML, JinjaTemplate
+from gptq_loader_plugin.template_jinja import as_jinja
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,7 +78,9 @@ class Numbered:
 
 
 def test_a_template_that_jinja_would_get_wrong_is_refused() -> None:
-    with pytest.raises(gptq.TemplateError, match="cannot be given the template numbered"):
+    with pytest.raises(
+        gptq.TemplateError, match="the template numbered cannot be written as jinja"
+    ):
         as_jinja(Numbered())
 
 

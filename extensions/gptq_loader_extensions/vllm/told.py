@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_extensions.webui.templates import as_jinja
 from gptq_loader_plugin.checkpoint.config import read_json
-from gptq_loader_plugin.errors import TemplateError
 from gptq_loader_plugin.template import JinjaTemplate
+from gptq_loader_plugin.template_jinja import as_jinja
 from gptq_loader_plugin.template_source import NoTemplate
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def write_template(template: Template, tokenizer: PreTrainedTokenizerBase, folde
     elif isinstance(template, JinjaTemplate):
         text = template.text
     else:
-        text = _begins(tokenizer) + _jinja(template)
+        text = _begins(tokenizer) + as_jinja(template)
     file = folder / "chat_template.jinja"
     file.write_text(text, encoding="utf-8")
     return file
@@ -90,16 +89,6 @@ def write_generation_config(
     told = {**kept, "eos_token_id": ends, **limit}
     (folder / "generation_config.json").write_text(json.dumps(told), encoding="utf-8")
     return folder
-
-
-def _jinja(template: Template) -> str:
-    try:
-        return as_jinja(template)
-    except TemplateError as error:
-        raise TemplateError(
-            f"vLLM cannot be given the template {template.name}",
-            hint="choose another: --template chatml, or a .jinja file",
-        ) from error
 
 
 def _begins(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gptq_loader_kernels.triton.tiles import BUCKETS, Tile, candidates, default_tiles
 from gptq_loader_plugin.demo import cache_folder
 from gptq_loader_plugin.events import Progress
+from gptq_loader_plugin.whole_file import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -124,10 +125,7 @@ def _write(device: Device, capability: tuple[int, int], best: dict[tuple[int, in
     for (bits, most), tile in best.items():
         tiles.setdefault(str(bits), {})[str(most)] = asdict(tile)
     data = {"version": VERSION, "gpu": device.name, "capability": list(capability), "tiles": tiles}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    half = file.with_suffix(".part")
-    half.write_text(json.dumps(data, indent=2), encoding="utf-8")
-    half.replace(file)
+    write_whole(file, json.dumps(data, indent=2))
     return file
 
 
