@@ -82,12 +82,12 @@ class ShortLinear(RowsLinear):
     def _copy(self) -> None:
         weight = self.weight.detach().contiguous()
         columns, rows = weight.shape
-        tiles, sizes = (
-            -(-columns // COLUMNS),
-            [len(it) for it in torch.arange(rows).split(GROUP_SIZE)],
-        )
-        scales = torch.zeros(tiles, len(sizes), COLUMNS)
-        self.errors, lengths = torch.empty(columns), torch.empty(columns)
+        tiles = -(-columns // COLUMNS)
+        sizes = [min(GROUP_SIZE, rows - first) for first in range(0, rows, GROUP_SIZE)]
+        # The default dtype is the process's, and another thread's load may be changing it.
+        scales = torch.zeros(tiles, len(sizes), COLUMNS, dtype=torch.float32)
+        self.errors = torch.empty(columns, dtype=torch.float32)
+        lengths = torch.empty(columns, dtype=torch.float32)
         self._tensors = {
             "rows": torch.arange(rows, dtype=torch.int32),
             "segment_units": torch.tensor(sizes, dtype=torch.int32) // 4,

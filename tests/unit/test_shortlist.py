@@ -96,6 +96,18 @@ def test_it_says_when_it_cannot_tell() -> None:
     check(copied, x, [1], None)
 
 
+def test_another_default_dtype_changes_nothing() -> None:
+    """transformers sets it, for the whole process, while another thread loads a model."""
+    weight = make_weight(4096, 64, torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        head = make_head(weight, load_library().gptq_isa())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert head.errors.dtype == torch.float32
+    check(head, torch.randn(3, 64).bfloat16(), [1, 5, 50], None)
+
+
 SAMPLING: list[dict[str, Any]] = [
     {"temperature": 0},
     {"temperature": 0, "repetition_penalty": 1.4},
