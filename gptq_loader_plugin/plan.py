@@ -309,9 +309,16 @@ def _kv_bytes(checkpoint: Checkpoint, dtype: str, *, int8_cache: bool) -> int | 
     hidden = text.get("hidden_size", text.get("n_embd"))
     if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int)):
         return None
-    kv_heads = text.get("num_key_value_heads") or heads
+    kv_heads = text.get("num_key_value_heads") or text.get("n_head_kv") or heads
+    if text.get("new_decoder_architecture"):  # Falcon-40B's
+        kv_heads = text.get("num_kv_heads") or kv_heads
+    elif text.get("multi_query", text.get("model_type") in ("falcon", "gpt_bigcode")):
+        kv_heads = 1
     head_dim = text.get("head_dim") or hidden // heads
-    values, size = 2 * layers * kv_heads * head_dim, 4 if dtype == "float32" else 2
+    widths = 2 * kv_heads * head_dim
+    if (latent := text.get("kv_lora_rank")) is not None:  # DeepSeek-V2's, one for all heads
+        widths = latent + (text.get("qk_rope_head_dim") or 0)
+    values, size = layers * widths, 4 if dtype == "float32" else 2
     if int8_cache and (group := cache_group(head_dim)):
         return values + values // group * 2 * size  # a scale and a zero for each group
     return int(values * size)

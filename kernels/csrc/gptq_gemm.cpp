@@ -52,6 +52,9 @@ int gptq_amx() {
 namespace {
 
 constexpr int64_t DEPTH = 16;  // most blocks of depth of a panel, 32 kilobytes of it
+// Threads share the rows of x and not the columns where each gets this many, or some and columns are few
+// (two threads of a Xeon): what one gathered no other has to fetch, but all unpack the whole weight.
+constexpr int64_t ROWS_EACH = 256, SOME_ROWS = 128, FEW_COLUMNS = 1024;
 constexpr int64_t GROUP = 8;   // most panels whose sums are kept: x is read once for them
 
 // One layer of a call.
@@ -145,6 +148,75 @@ BF16_TARGET void gather(const GptqLayer& layer, const uint16_t* x, int rows, uin
   }
 }
 
+// How blocks of depth are put in order whose rows are neighbours in x: 32 features at most from `from` on,
+// as they are where groups are rows in sequence. It is one shuffle for a row of x, and no transposition.
+struct Near {
+  struct Block {
+    alignas(64) uint16_t order[2 * PAIRS];
+    int64_t from;
+    __mmask32 there, known;  // features of x that can be read; places that are not filled up
+  };
+  std::vector<Block> blocks;
+  bool all = true;  // else order leads further, and `gather` must go
+
+  explicit Near(const GptqLayer& layer) {
+    const int half = layer.bits == 3 ? 8 : 16 / layer.bits;
+    const int64_t last = int64_t(layer.units) * unit_rows(layer.bits), depth = depth_of(layer);
+    for (int64_t b = 0; b < depth && all; b++) {
+      Block block{};
+      int32_t row[2 * PAIRS], most = -1, least = layer.in_features;
+      for (int i = 0; i < 2 * PAIRS; i++) {
+        const int pair = i / 2;
+        const int64_t at = b * 2 * PAIRS + pair / half * 2 * half + pair % half + i % 2 * half;
+        row[i] = at < last ? layer.rows[at] : -1;
+        if (row[i] >= 0) least = std::min(least, row[i]), most = std::max(most, row[i]);
+      }
+      all = most - least < 2 * PAIRS;
+      block.from = most < 0 ? 0 : least;
+      for (int i = 0; i < 2 * PAIRS; i++)
+        if (row[i] >= 0) block.order[i] = uint16_t(row[i] - least), block.known |= 1u << i;
+      const int64_t left = layer.in_features - block.from;
+      block.there = left >= 2 * PAIRS ? 0xffffffff : (1u << left) - 1;
+      blocks.push_back(block);
+    }
+  }
+};
+
+// `gather`, where the order is a near one.
+BF16_TARGET void gather_near(const GptqLayer& layer, const Near& near, const uint16_t* x, int rows, uint32_t* gathered, int64_t m16,
+                             int64_t blocks) {
+  const Runs runs(layer);
+  int64_t run = 0;
+  for (int64_t b = 0; b < runs.depth; b++) {
+    while (b == runs.from(run + 1)) run++;
+    uint32_t* to = gathered + (runs.from(run) * blocks + m16 * runs.size(run) + b - runs.from(run)) * BLOCK;
+    const Near::Block& block = near.blocks[b];
+    const __m512i order = _mm512_load_si512(block.order);
+    const uint16_t* from = x + block.from;
+#pragma GCC unroll 16
+    for (int m = 0; m < LANES; m++) {
+      __m512i v{};
+      if (m < rows) {
+        _mm_prefetch(reinterpret_cast<const char*>(from + m * int64_t(layer.in_features) + 256), _MM_HINT_T0);
+        v = _mm512_maskz_loadu_epi16(block.there, from + m * int64_t(layer.in_features));
+      }
+      _mm512_store_si512(to + m * PAIRS, _mm512_maskz_permutexvar_epi16(block.known, order, v));
+    }
+  }
+}
+
+// Gather a thread's share of the blocks of some rows of x.
+void gather_share(const GptqLayer& layer, const Near& near, const uint16_t* x, int64_t rows, int share, int shares,
+                  uint32_t* gathered, char* memory) {
+  const int64_t blocks = (rows + LANES - 1) / LANES;
+  for (int64_t block = blocks * share / shares; block < blocks * (share + 1) / shares; block++) {
+    const uint16_t* from = x + block * LANES * layer.in_features;
+    const int count = int(std::min<int64_t>(LANES, rows - block * LANES));
+    if (near.all) gather_near(layer, near, from, count, gathered, block, blocks);
+    else gather(layer, from, count, reinterpret_cast<uint16_t*>(memory), gathered, block, blocks);
+  }
+}
+
 // Unpack blocks of depth [from, to) of 16 columns into a panel.
 template <int BITS>
 BF16_TARGET void unpack(const Part& part, int64_t vector, int64_t from, int64_t to, uint32_t* panel) {
@@ -206,6 +278,18 @@ void unpack_bits(const Part& part, int64_t vector, int64_t from, int64_t to, uin
 }
 
 thread_local Scratch x_scratch, own_scratch;
+
+// Memory for so many rows of x, gathered.
+uint32_t* room_for_x(const GptqLayer& layer, int64_t rows) {
+  const int64_t blocks = (rows + LANES - 1) / LANES;
+  return static_cast<uint32_t*>(x_scratch.get(size_t(blocks) * depth_of(layer) * BLOCK * 4));
+}
+
+// The rows that fall to the threads before one: whole pairs of blocks, which the matrix unit takes at once.
+int64_t rows_before(int64_t rows, int thread, int threads) {
+  const int64_t pair = 2 * LANES, pairs = (rows + pair - 1) / pair;
+  return std::min(rows, pairs * thread / threads * pair);
+}
 
 // Two vectors of columns, over one run of depth: what is unpacked at a time.
 struct Panel {
@@ -319,31 +403,44 @@ int gptq_gemm(const GptqLayer* const* layers, void* const* y, int count, const v
     find_segments(parts.back());
   }
   const GptqLayer& first = *layers[0];
-  const int64_t depth = depth_of(first), most = std::min(m, MOST_ROWS), most_blocks = (most + LANES - 1) / LANES;
-  uint32_t* gathered = static_cast<uint32_t*>(x_scratch.get(size_t(most_blocks) * depth * BLOCK * 4));
-  if (!gathered) return 1;
+  const Near near(first);
+  int64_t columns = 0;
+  for (int i = 0; i < count; i++) columns += layers[i]->out_features;
+  const bool by_rows = threads > 1 && m >= threads * (columns <= FEW_COLUMNS ? SOME_ROWS : ROWS_EACH);
+  const int64_t most = std::min(m, by_rows ? ROWS_EACH : MOST_ROWS);  // at a time: they stay in a core's cache
+  uint32_t* together = by_rows ? nullptr : room_for_x(first, most);
+  if (!by_rows && !together) return 1;
   int failed = 0;
-  for (int64_t row = 0; row < m; row += MOST_ROWS) {
-    const int64_t rows = std::min(MOST_ROWS, m - row), blocks = (rows + LANES - 1) / LANES;
 #pragma omp parallel num_threads(threads)
-    {
+  {
 #ifdef _OPENMP
-      const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
 #else
-      const int thread = 0, team = 1;
+    const int thread = 0, team = 1;
 #endif
-      const size_t turned = size_t(first.in_features + 3) * LANES * 2;
-      char* memory = static_cast<char*>(own_scratch.get(std::max(turned, size_t(2) * BLOCK * 4 * (2 * DEPTH + GROUP * most_blocks))));
-      if (!memory) {
+    const int64_t begin = by_rows ? rows_before(m, thread, team) : 0, end = by_rows ? rows_before(m, thread + 1, team) : m;
+    const int share = by_rows ? 0 : thread, shares = by_rows ? 1 : team;
+    const std::vector<Panel> panels = share_out(parts, GROUP, share, shares);
+    uint32_t* gathered = by_rows ? room_for_x(first, most) : together;
+    const int64_t blocks = (most + LANES - 1) / LANES;
+    const size_t turned = size_t(first.in_features + 3) * LANES * 2;
+    char* memory = static_cast<char*>(own_scratch.get(std::max(turned, size_t(2) * BLOCK * 4 * (2 * DEPTH + GROUP * blocks))));
+    const bool ready = gathered && memory;
+    if (!ready) {
 #pragma omp atomic write
-        failed = 1;
-      }
-      for (int64_t block = blocks * thread / team; memory && block < blocks * (thread + 1) / team; block++)
-        gather(first, static_cast<const uint16_t*>(x) + (row + block * LANES) * first.in_features,
-               int(std::min<int64_t>(LANES, rows - block * LANES)), reinterpret_cast<uint16_t*>(memory),
-               gathered, block, blocks);
+      failed = 1;
+    }
+    for (int64_t row = begin; row < end; row += most) {
+      const int64_t rows = std::min(most, end - row);
+      const uint16_t* from = static_cast<const uint16_t*>(x) + row * first.in_features;
+      if (ready) gather_share(first, near, from, rows, share, shares, gathered, memory);
+      if (!by_rows) {
 #pragma omp barrier
-      if (memory) multiply_share(share_out(parts, GROUP, thread, team), gathered, row, rows, amx, memory);
+      }
+      if (ready) multiply_share(panels, gathered, row, rows, amx, memory);
+      if (!by_rows) {
+#pragma omp barrier
+      }
     }
   }
   return failed;

@@ -134,6 +134,15 @@ def test_the_reference_kernel_answers_as_the_quantised_model_does(made: Any) -> 
         assert not loaded.warnings
 
 
+def test_what_the_context_takes_is_planned(made: Any) -> None:
+    _, _, folder = made
+    ids = torch.tensor(samples()[:1])
+    with gptq.load(folder, backend="reference", device="cpu") as loaded, torch.inference_mode():
+        kept = loaded.model(ids, use_cache=True).past_key_values
+        taken = sum(it.keys.nbytes + it.values.nbytes for it in kept.layers)
+        assert loaded.plan.kv_bytes_per_token == taken / ids.shape[1]
+
+
 def test_the_chosen_kernels_answer_closely(made: Any) -> None:
     _, model, folder = made
     ids = torch.tensor(samples()[:1])

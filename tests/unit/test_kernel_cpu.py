@@ -107,6 +107,33 @@ def test_panels_are_right(bits: int, amx: bool) -> None:
 
 
 @native
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_threads_that_share_rows_answer_as_one_does(bits: int, amx: bool, act_order: bool) -> None:
+    library = load_library()
+    if library.gptq_isa() < Isa.BF16 or (amx and not library.gptq_amx()):
+        pytest.skip(f"this processor has no {'AMX' if amx else 'AVX512-BF16'}")
+    threads = torch.get_num_threads()
+    for group_size, features in ((32, 256), (-1, 160), (16, 224)):
+        case = Case(
+            bits=bits, group_size=group_size, rows=features, columns=72, sym=False,
+            act_order=act_order, bias=True,
+        )  # fmt: skip
+        layer, weight, bias = module(case, amx=amx)
+        for rows in (256, 300, 1090):
+            x = random(rows, features, dtype=torch.bfloat16)
+            alone = layer(x)
+            assert error(layer, weight, bias, x) < TOLERANCE[torch.bfloat16]
+            try:
+                for team in (2, 3):
+                    torch.set_num_threads(team)
+                    assert torch.equal(layer(x), alone), (group_size, rows, team)
+            finally:
+                torch.set_num_threads(threads)
+
+
+@native
 def test_layers_that_read_x_alike_are_multiplied_in_one_call() -> None:
     if load_library().gptq_isa() < Isa.BF16:
         pytest.skip("this processor has no AVX512-BF16")

@@ -294,11 +294,13 @@ def environ(device: Device, workers: int = 1, **given: str) -> dict[str, str]:
 def test_the_environment_has_room_and_cores_for_a_cpu_and_the_users_own_wins() -> None:
     found = environ(CPU, VLLM_NO_USAGE_STATS="0")
     assert int(found["VLLM_CPU_KVCACHE_SPACE"]) >= 1
-    assert "VLLM_CPU_OMP_THREADS_BIND" not in found
     assert found["VLLM_NO_USAGE_STATS"] == "0"
     assert environ(CPU, VLLM_CPU_KVCACHE_SPACE="7")["VLLM_CPU_KVCACHE_SPACE"] == "7"
     assert "VLLM_CPU_KVCACHE_SPACE" not in environ(AMPERE)
     cores = os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
+    alone = found.get("VLLM_CPU_OMP_THREADS_BIND")
+    assert alone == (",".join(map(str, sorted(cores))) if len(cores) == 2 else None)
+    assert environ(CPU, VLLM_CPU_OMP_THREADS_BIND="0")["VLLM_CPU_OMP_THREADS_BIND"] == "0"
     if len(cores) > 1:
         first, second = environ(CPU, 2)["VLLM_CPU_OMP_THREADS_BIND"].split("|")
         assert not set(first.split(",")) & set(second.split(","))

@@ -24,6 +24,7 @@ __all__ = ["environment", "write_command"]
 GIB = 2**30
 CONTEXTS = 4  # full ones that the cache of a CPU has room for, unless memory is short
 SHARE = 4  # of free memory, a quarter: the weights, and other programs, need the rest
+FEW_CORES = 2
 UNKNOWN = 4 * GIB  # for the cache, where a model's shape is not known
 
 
@@ -104,7 +105,8 @@ def environment(
         ours["VLLM_PLUGINS"] = ",".join(it for it in (only, NAME) if it)
     if planned.plan.device.type == "cpu":
         usual["VLLM_CPU_KVCACHE_SPACE"] = str(_cache_gib(planned, context, workers))
-        if workers > 1 and "VLLM_CPU_OMP_THREADS_BIND" not in environ:
+        # vLLM keeps one core for its server: of two that would be half
+        if workers > 1 or len(_cores()) == FEW_CORES:
             usual["VLLM_CPU_OMP_THREADS_BIND"] = _shared_cores(workers)
     return {**usual, **environ, **ours}
 
@@ -123,10 +125,15 @@ def _cache_gib(planned: VllmPlan, context: int | None, workers: int) -> int:
     return max(1, -(-min(wanted, most) // (GIB * workers)))
 
 
+def _cores() -> list[int]:
+    """List the cores that this process may use."""
+    everywhere = range(os.cpu_count() or 1)
+    return sorted(os.sched_getaffinity(0) if sys.platform == "linux" else everywhere)
+
+
 def _shared_cores(workers: int) -> str:
     """Give each worker cores of its own, as vLLM wants them written: 0,1|2,3."""
-    everywhere = range(os.cpu_count() or 1)
-    cores = sorted(os.sched_getaffinity(0) if sys.platform == "linux" else everywhere)
+    cores = _cores()
     if len(cores) < workers:
         raise OptionInvalid(
             f"{workers} workers need a core each, and this process may use {len(cores)}",

@@ -10,6 +10,7 @@ from gptq_loader_extensions.webui.loading import AUTO, option
 from gptq_loader_extensions.webui.names import NAME, is_ours
 from gptq_loader_extensions.webui.recognise import is_gptq
 from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.whole_file import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -193,7 +194,7 @@ def _forget_loader(webui: Webui, model: str) -> None:
     key = Path(model).name + "$"
     if shared.user_config.get(key, {}).pop("loader", None) is not None:
         file = Path(shared.args.model_dir) / "config-user.yaml"
-        file.write_text(yaml.dump(dict(shared.user_config), sort_keys=False))
+        write_whole(file, yaml.dump(dict(shared.user_config), sort_keys=False))
 
 
 def _show_context(webui: Webui, theirs: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
