@@ -152,6 +152,12 @@ class JinjaTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self.tokens,
             )
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateError(
+                f"the chat template of {self.source} is broken in line {error.lineno}: "
+                f"{error.message}",
+                hint='repair it, or choose another template: template="chatml"',
+            ) from error
         except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
             raise TemplateError(
                 f"the chat template of {self.source} does not take these messages: {error}",

@@ -16,6 +16,7 @@ from gptq_loader_plugin.cli.output import (
     reported,
     say,
 )
+from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.events import Head as HeadName
 from gptq_loader_plugin.placement import read_limits
 
@@ -233,6 +234,9 @@ def chat(  # noqa: PLR0913 - each is an option a user may want
             text = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError:  # as a terminal of another encoding writes
+            say("error: that was no valid text\nhint: set the terminal to UTF-8")
+            continue
         match text:
             case "":
                 continue
@@ -243,8 +247,15 @@ def chat(  # noqa: PLR0913 - each is an option a user may want
             case "/explain":
                 say(model.explain())
             case _:
-                messages.append({"role": "user", "content": text})
-                messages.append({"role": "assistant", "content": _turn(model, messages, options)})
+                asked = [*messages, {"role": "user", "content": text}]
+                try:
+                    reply = _turn(model, asked, options)
+                except GPTQLoaderError as error:
+                    if not sys.stdin.isatty():
+                        raise
+                    say(f"error: {error.message}\nhint: {error.hint}")  # and the next may be better
+                    continue
+                messages = [*asked, {"role": "assistant", "content": reply}]
 
 
 def _turn(model: LoadedModel, messages: list[dict[str, str]], options: GenerateOptions) -> str:

@@ -170,6 +170,25 @@ def test_chat_keeps_the_conversation() -> None:
     assert "/quit leaves" in done.stderr
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="terminals are another thing there")
+@pytest.mark.parametrize("errors", ["surrogateescape", "strict"])
+def test_a_chat_in_a_terminal_goes_on_after_what_it_cannot_take(errors: str) -> None:
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "gptq_loader_plugin", "chat", str(DATA / ONE), *FEW]
+    environment = {**os.environ, **PLUGINS, "PYTHONIOENCODING": f"utf-8:{errors}"}
+    with subprocess.Popen(
+        command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as chat:
+        os.write(ours, b"Hi \xff\nHello\n/quit\n")
+        out, err = chat.communicate(timeout=100)
+    os.close(ours)
+    os.close(theirs)
+    assert chat.returncode == 0, err
+    assert b"error: " in err
+    assert b"hint: " in err
+    assert out.replace(b"> ", b"").strip(), "the next message is answered"
+
+
 def test_a_chat_ends_where_its_input_ends() -> None:
     assert run("chat", DATA / ONE, *FEW, input="Hello\n").exit_code == 0
 

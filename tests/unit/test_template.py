@@ -164,6 +164,12 @@ def test_a_template_that_refuses_says_so() -> None:
     assert "system message" in caught.value.hint
 
 
+def test_a_broken_template_says_where() -> None:
+    with pytest.raises(gptq.TemplateError, match=r"x\.jinja is broken in line 2: ") as caught:
+        JinjaTemplate("{{ 1 }}\n{{ 2", source="x.jinja").render([USER])
+    assert "chatml" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     "messages",
     [
