@@ -13,7 +13,7 @@ from gptq_loader_plugin.experts import PackedExperts
 from gptq_loader_plugin.skeleton import linear_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from transformers import PreTrainedModel
 
@@ -75,8 +75,16 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
     return [Block(f"{best[1]}.{i}", module) for i, module in enumerate(best[2])]
 
 
-def separate_experts(model: PreTrainedModel) -> None:
-    """Replace fused experts by linears of their own, so that each is quantised by itself."""
+def separate_experts(model: PreTrainedModel, written: Collection[str]) -> None:
+    """Replace fused experts by linears of their own, so that each is quantised by itself.
+
+    Args:
+        model: is changed.
+        written: the parameters that files of this architecture hold, by their path in the model.
+
+    Raises:
+        QuantizeError: its files hold all experts as one tensor, which no GPTQ file does.
+    """
     for path, module in list(model.named_modules()):
         fused: Any = module
         if (
@@ -86,6 +94,12 @@ def separate_experts(model: PreTrainedModel) -> None:
             continue
         if not isinstance(fused.gate_up_proj, nn.Parameter) or fused.gate_up_proj.dim() != 3:
             continue
+        if f"{path}.gate_up_proj" in written:
+            raise QuantizeError(
+                f"the files of a {model.config.model_type} model hold all experts as one tensor, "
+                "for which GPTQ has no form",
+                hint="quantise a model without experts, or one such as Mixtral or Qwen3-MoE",
+            )
         packed = PackedExperts(fused.num_experts, fused.act_fn)
         for expert in range(fused.num_experts):
             gate, up = fused.gate_up_proj[expert].chunk(2, dim=0)

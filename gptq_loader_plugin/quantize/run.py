@@ -121,11 +121,12 @@ def quantize(
         progress: told the layers done.
 
     Raises:
-        QuantizeError: the model has no blocks, or its activations are not finite.
+        QuantizeError: the model has no blocks, experts that cannot be written, or activations
+            that are not finite.
     """
     progress = progress or _ignore
     names = hub_names(model)
-    separate_experts(model)
+    separate_experts(model, names.values())
     blocks = find_blocks(model)
     kept = _Kept(out / KEPT, _fingerprint(model, options, samples))
     batches = _batches(samples)

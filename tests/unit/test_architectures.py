@@ -235,3 +235,14 @@ def test_code_of_a_model_is_never_run(tmp_path: Path) -> None:
     with pytest.raises(gptq.UnsupportedFormat, match="own"):
         gptq.load(tmp_path, device="cpu")
     assert not Path("ran").exists()
+
+
+def test_experts_that_cannot_be_written_are_refused_at_once(tmp_path: Path) -> None:
+    config = transformers.GraniteMoeConfig(
+        **{**GATED, "intermediate_size": 32}, num_local_experts=4, num_experts_per_tok=2
+    )
+    model, tokenizer = AutoModelForCausalLM.from_config(config), AutoTokenizer.from_pretrained(BASE)
+    with pytest.raises(gptq.QuantizeError, match="hold all experts as one tensor") as caught:
+        quantize(model, tokenizer, tmp_path / "out", options=OPTIONS, samples=samples())
+    assert "Mixtral" in caught.value.hint
+    assert not (tmp_path / "out").exists()
