@@ -205,7 +205,7 @@ class Shelf:
         with self._spare_lock:
             self._spare = spare
         self._loaded, self._last = (name, model), name
-        gc.collect()
+        self.tidy()
         gc.freeze()
         return self._loaded
 
