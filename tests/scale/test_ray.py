@@ -197,7 +197,7 @@ def test_what_no_replica_can_load_is_said_in_two_lines() -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         "error: the replicas could not start: no template is called 'nonsense'",
-        "hint: see whether one server can: the same command without --engine ray",
+        "hint: name one of chatml, checkpoint, card, or a .jinja file",
     ]
 
 

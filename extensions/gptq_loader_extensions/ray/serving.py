@@ -193,14 +193,19 @@ def _deploy(options: Options, asked_to_end: threading.Event) -> None:
     while starting.is_alive() and not asked_to_end.is_set():
         starting.join(timeout=0.1)
     if failed:
+        why, hint = _why(failed[0])
         raise PluginError(
-            f"the replicas could not start: {_why(failed[0])}",
-            hint="see whether one server can: the same command without --engine ray",
+            f"the replicas could not start: {why}",
+            hint=hint or "see whether one server can: the same command without --engine ray",
         ) from failed[0]
 
 
-def _why(error: Exception) -> str:
-    """Take from Ray Serve what its replicas died of, where it knows; else what it said itself."""
+def _why(error: Exception) -> tuple[str, str]:
+    """Take from Ray Serve what its replicas died of, where it knows; else what it said itself.
+
+    Returns:
+        What is wrong, and the hint of an error of this package.
+    """
     from ray import serve as ray_serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
@@ -212,7 +217,8 @@ def _why(error: Exception) -> str:
     except (RayError, RayServeException):  # it is what died
         found = None
     words = [it.message for it in found.deployments.values()] if found else []
-    return _last_line("".join(words) or error)
+    text, _, hint = "".join(words).partition("\nhint: ")  # the error's note, under its traceback
+    return _last_line(text or error), hint.partition("\n")[0]
 
 
 def _shared(options: Options) -> Options:
