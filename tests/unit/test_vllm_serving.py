@@ -333,7 +333,8 @@ def test_what_runs_is_announced_from_what_vllm_logs(capsys: pytest.CaptureFixtur
 
 
 def test_serve_says_which_dtypes_there_are() -> None:
-    done = CliRunner().invoke(app, ["serve", str(DATA / ONE), "--dtype", "int3"], env=VLLM)
+    arguments = ["serve", str(DATA / ONE), "--dtype", "int3", "--port", "0"]
+    done = CliRunner().invoke(app, arguments, env=VLLM)
     assert done.exit_code == 1
     assert "no model computes in int3" in done.stderr
 
