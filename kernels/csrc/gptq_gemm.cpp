@@ -162,6 +162,7 @@ struct Near {
   explicit Near(const GptqLayer& layer) {
     const int half = layer.bits == 3 ? 8 : 16 / layer.bits;
     const int64_t last = int64_t(layer.units) * unit_rows(layer.bits), depth = depth_of(layer);
+    blocks.reserve(depth);
     for (int64_t b = 0; b < depth && all; b++) {
       Block block{};
       int32_t row[2 * PAIRS], most = -1, least = layer.in_features;
