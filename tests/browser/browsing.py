@@ -36,6 +36,7 @@ ENVIRON = {
     "OMP_NUM_THREADS": "1",
 }
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+LEFT = ("AbortError: ", "Unexpected error Connection errored out")
 ENDED = re.compile(r"cut off|stopped")
 RUNS = re.compile(r"\d tokens, [\d.]+ a second")
 # The branches of a 2023 repository; tiny, or the real ones that bench/branches.py makes.
@@ -120,8 +121,11 @@ class opened:  # noqa: N801 - a context manager
     def __enter__(self) -> tuple[Page, list[str]]:
         errors: list[str] = []
         fresh = self.context.new_page()
-        fresh.on("console", lambda it: errors.append(it.text) if it.type == "error" else None)
-        # a page that is left ends what gradio was reading, and gradio does not catch that
+        # a page that is left ends what gradio was reading: gradio does not catch that, or tells it
+        fresh.on(
+            "console",
+            lambda it: it.type != "error" or it.text.startswith(LEFT) or errors.append(it.text),
+        )
         fresh.on("pageerror", lambda it: it.name == "AbortError" or errors.append(str(it)))
         fresh.goto(self.url, wait_until="domcontentloaded")
         expect(fresh.locator("#about h1")).to_be_visible(timeout=60_000)
