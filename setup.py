@@ -9,7 +9,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-NAME = "gptq_loader_kernels._gptq_cpu"
+NAME = "gptq_loader_kernels.cpu._gptq_cpu"
 SOURCES = Path("kernels", "csrc")
 
 

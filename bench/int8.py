@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 
 import gptq_loader_plugin as gptq
-from gptq_loader_kernels._native import Isa
-from gptq_loader_kernels._native_linear import NativeLinear
 from gptq_loader_kernels.cpu import CpuInt8Kernel
+from gptq_loader_kernels.cpu.library import Isa
+from gptq_loader_kernels.cpu.linear import NativeLinear
 from gptq_loader_plugin import hookimpl
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.perplexity import measure_perplexity

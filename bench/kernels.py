@@ -162,7 +162,7 @@ def make(inputs: int, outputs: int, wanted: float) -> list[Candidate]:
 
 def make_int4(packed: PackedLinear, wanted: float) -> Candidate:
     """Make torch's operator for 4-bit weights, as it is."""
-    from gptq_loader_kernels._int4 import Int4Kernel
+    from gptq_loader_kernels.cpu.int4 import Int4Kernel
 
     inputs, outputs = packed.g_idx.shape[0], packed.qweight.shape[1]
     case = Case(bits=4, group_size=GROUP, rows=inputs, columns=outputs, act_order=False)

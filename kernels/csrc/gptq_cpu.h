@@ -24,7 +24,7 @@
 
 extern "C" {
 
-// What a layer is; _native.py mirrors it field by field.
+// What a layer is; gptq_loader_kernels/cpu/library.py mirrors it field by field.
 struct GptqLayer {
   int32_t bits;           // 2, 3, 4 or 8
   int32_t in_features;    // K

@@ -1,4 +1,4 @@
-// A Llama-like model as the library is told of it; _native.py mirrors it field by field.
+// A Llama-like model as the library is told of it; gptq_loader_kernels/cpu/library.py mirrors it field by field.
 
 #pragma once
 

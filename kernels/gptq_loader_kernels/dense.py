@@ -43,7 +43,7 @@ class DenseKernel:
         """Dequantise in float32 and round once to the compute dtype."""
         import torch
 
-        from gptq_loader_kernels._linear import DenseLinear
+        from gptq_loader_kernels.dense_linear import DenseLinear
 
         dtype = getattr(torch, _dtype(device, layer))
         bias = None if packed.bias is None else packed.bias.to(device.torch_name, dtype)

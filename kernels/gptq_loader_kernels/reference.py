@@ -40,7 +40,7 @@ class ReferenceKernel:
         import torch
 
         del layer
-        from gptq_loader_kernels._linear import DenseLinear
+        from gptq_loader_kernels.dense_linear import DenseLinear
 
         return DenseLinear(
             packed.dequantize().to(device.torch_name),

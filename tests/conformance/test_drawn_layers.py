@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptq_loader_kernels._native import find_library
+from gptq_loader_kernels.cpu.library import find_library
 from gptq_loader_plugin import Plugins
 from gptq_loader_plugin.conformance.check import consider, off_by
 from gptq_loader_plugin.conformance.layers import Case, make_layer

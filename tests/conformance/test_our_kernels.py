@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gptq_loader_kernels._native import find_library
+from gptq_loader_kernels.cpu.library import find_library
 from gptq_loader_plugin import Plugins
 from gptq_loader_plugin.conformance.check import consider
 from gptq_loader_plugin.conformance.cover import pairwise_cover

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gptq_loader_plugin as gptq
-from gptq_loader_kernels._native import find_library
+from gptq_loader_kernels.cpu.library import find_library
 from gptq_loader_plugin.checkpoint.reader import GPTQReader
 
 if TYPE_CHECKING:

@@ -57,8 +57,8 @@ def test_the_input_gets_its_gradient(name: str, dtype: torch.dtype, large_bias: 
 def test_a_weight_larger_than_a_part_is_gone_through_in_parts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gptq_loader_kernels._autograd.UNPACKED_BYTES", 1)
-    monkeypatch.setattr("gptq_loader_kernels._autograd.IDENTITY_ROWS", 7)
+    monkeypatch.setattr("gptq_loader_kernels.cpu.autograd.UNPACKED_BYTES", 1)
+    monkeypatch.setattr("gptq_loader_kernels.autograd.IDENTITY_ROWS", 7)
     for kernel, module, weight in prepared(NAMES[0], large_bias=True):
         x = torch.randn(3, weight.shape[1], requires_grad=True)
         gradient = torch.randn(3, weight.shape[0])

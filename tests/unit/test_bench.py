@@ -11,8 +11,8 @@ from altered import CPU_KERNELS, DATA, ONE, PLUGINS, plugins
 from typer.testing import CliRunner
 
 import gptq_loader_plugin as gptq
-from gptq_loader_kernels._native import find_library
 from gptq_loader_kernels.cpu import CpuKernel
+from gptq_loader_kernels.cpu.library import find_library
 from gptq_loader_plugin import speed
 from gptq_loader_plugin.cli.app import app
 from gptq_loader_plugin.device import find_device

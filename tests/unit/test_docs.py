@@ -59,7 +59,7 @@ def test_a_block_of_the_readme_runs(code: str, capsys: pytest.CaptureFixture[str
 
 
 def test_the_ranks_in_the_docs_are_the_kernels() -> None:
-    from gptq_loader_kernels._native import find_library
+    from gptq_loader_kernels.cpu.library import find_library
     from gptq_loader_plugin.conformance.layers import Case, make_layer
     from gptq_loader_plugin.device import Device, find_device
     from gptq_loader_plugin.kernel import Accepted

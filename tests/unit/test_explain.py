@@ -14,7 +14,7 @@ import torch
 from altered import ALL, DATA, ONE, copy, edit_tensors, golden
 
 import gptq_loader_plugin as gptq
-from gptq_loader_kernels._native import find_library
+from gptq_loader_kernels.cpu.library import find_library
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.choose import choose
 from gptq_loader_plugin.conformance.layers import Case, make_layer

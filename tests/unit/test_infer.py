@@ -23,7 +23,7 @@ from altered import (
 )
 
 import gptq_loader_plugin as gptq
-from gptq_loader_kernels._native import find_library
+from gptq_loader_kernels.cpu.library import find_library
 from gptq_loader_plugin.checkpoint.packing import pack_columns, pack_rows
 from gptq_loader_plugin.checkpoint.reader import GPTQReader
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from gptq_loader_kernels import _native
-from gptq_loader_kernels._int4 import Int4Kernel
-from gptq_loader_kernels._native import Isa, find_library, load_library
 from gptq_loader_kernels.cpu import CpuInt8Kernel, CpuKernel, gptq_kernels
+from gptq_loader_kernels.cpu import library as _native
+from gptq_loader_kernels.cpu.int4 import Int4Kernel
+from gptq_loader_kernels.cpu.library import Isa, find_library, load_library
 from gptq_loader_plugin.choose import choose
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import find_device
@@ -27,7 +27,7 @@ from gptq_loader_plugin.plugins import Plugins
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gptq_loader_kernels._native_linear import NativeLinear
+    from gptq_loader_kernels.cpu.linear import NativeLinear
 
 CPU = Device("cpu", features=frozenset({"avx2", "avx512f", "avx512_bf16"}))
 native = pytest.mark.skipif(find_library() is None, reason="no C++ compiler built the library")
@@ -39,7 +39,7 @@ def module(
     case: Case, isa: Isa | None = None, **how: bool
 ) -> tuple[NativeLinear, torch.Tensor, torch.Tensor]:
     """(the layer, its weight in float64 [N, K], its bias)."""
-    from gptq_loader_kernels._native_linear import NativeLinear
+    from gptq_loader_kernels.cpu.linear import NativeLinear
 
     _, packed, weight = make_layer(case)
     layer = NativeLinear(packed, in_features=case.rows, out_features=case.columns, isa=isa, **how)
@@ -160,7 +160,7 @@ def test_an_unpacked_weight_is_rounded_once() -> None:
     """What a panel holds is the dequantised weight in bfloat16, to the bit."""
     if load_library().gptq_isa() < Isa.BF16:
         pytest.skip("this processor has no AVX512-BF16")
-    from gptq_loader_kernels._native_linear import NativeLinear
+    from gptq_loader_kernels.cpu.linear import NativeLinear
 
     for bits in (2, 3, 4, 8):
         _, packed, _ = make_layer(Case(bits=bits, group_size=32, rows=96, columns=80, sym=False))
@@ -230,7 +230,7 @@ def test_a_weight_too_large_for_the_cache_is_unpacked_in_parts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     layer, weight, bias = module(Case(columns=1000, bias=True))
-    from gptq_loader_kernels import _native_linear
+    from gptq_loader_kernels.cpu import linear as _native_linear
 
     monkeypatch.setattr(_native_linear, "UNPACKED_BYTES", 1)
     layer.unpack_from = 1
@@ -239,7 +239,7 @@ def test_a_weight_too_large_for_the_cache_is_unpacked_in_parts(
 
 @native
 def test_smallest_float16_scales_are_exact() -> None:
-    from gptq_loader_kernels._native_linear import NativeLinear
+    from gptq_loader_kernels.cpu.linear import NativeLinear
 
     _, packed, _ = make_layer(Case(rows=128, columns=64, bits=4))
     scales = torch.arange(1, 65, dtype=torch.int16).view(torch.float16)[None]  # subnormal

@@ -10,7 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptq_loader_kernels._native import COLUMNS, find_library, held_bits, load_library, unit_rows
+from gptq_loader_kernels.cpu.library import (
+    COLUMNS,
+    find_library,
+    held_bits,
+    load_library,
+    unit_rows,
+)
 from gptq_loader_plugin.checkpoint.packing import pack_rows
 from gptq_loader_plugin.kernel import PackedLinear
 
@@ -62,7 +68,7 @@ def expected_words(codes: Any, rows: Any, held: int) -> Any:
 def check(
     bits: int, layout: str, rows: int, columns: int, groups: torch.Tensor, threads: int
 ) -> None:
-    from gptq_loader_kernels._native_linear import NativeLinear
+    from gptq_loader_kernels.cpu.linear import NativeLinear
 
     packed, codes = packed_layer(bits, layout, rows, columns, groups)
     before = torch.get_num_threads()

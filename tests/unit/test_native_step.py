@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gptq_loader_kernels._native import Isa, find_library, load_library
+from gptq_loader_kernels.cpu.library import Isa, find_library, load_library
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.generate import Generation, generate_pieces
@@ -65,7 +65,7 @@ def build(family: str, *, dtype: torch.dtype = torch.float32, bits: int | None =
 
 def install(model: Any) -> Any:
     """Install the step and give it."""
-    from gptq_loader_kernels._native_install import install
+    from gptq_loader_kernels.cpu.install import install
 
     assert install(model) is None
     return model.model.forward.__self__
@@ -74,7 +74,7 @@ def install(model: Any) -> Any:
 @torch.inference_mode()
 def by_steps(model: Any, ids: torch.Tensor, first: int, sizes: tuple[int, ...]) -> torch.Tensor:
     """Read a prompt at once, then the rest in steps; give all logits after the prompt."""
-    from gptq_loader_kernels._native_step import CACHE
+    from gptq_loader_kernels.cpu.decoder import CACHE
 
     cache = {CACHE: make_cache(model), "use_cache": True}
     parts = [model(input_ids=part, **cache).logits for part in ids.split((first, *sizes), dim=1)]
@@ -181,7 +181,7 @@ def test_two_replies_at_a_time_do_not_mix() -> None:
 
 
 def test_a_step_that_differs_is_undone() -> None:
-    from gptq_loader_kernels import _native_install
+    from gptq_loader_kernels.cpu import install as _native_install
 
     model = build("llama", bits=None)
     model.model.layers[0].self_attn.scaling = 0.5  # the step takes the first layer's for all
@@ -260,7 +260,7 @@ def test_a_cache_grows_and_is_cut_short() -> None:
 
 
 def test_a_step_in_bfloat16_that_differs_is_undone() -> None:
-    from gptq_loader_kernels import _native_install
+    from gptq_loader_kernels.cpu import install as _native_install
 
     model = build("llama", dtype=torch.bfloat16)
     model.model.layers[0].self_attn.scaling = 0.5  # less than what rounding may do
@@ -293,7 +293,7 @@ def test_threads_share_the_positions_of_a_head(family: str, threads: int) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("isa", list(Isa)[:-1])
 def test_the_code_for_every_processor_answers_alike(isa: Isa, dtype: torch.dtype) -> None:
-    from gptq_loader_kernels._native_step import NativeStep
+    from gptq_loader_kernels.cpu.decoder import NativeStep
 
     if isa > load_library().gptq_isa():
         pytest.skip(f"this processor does not run {isa.name}")
@@ -359,7 +359,7 @@ def test_sequences_step_together_as_they_do_alone(
 def test_a_native_prompt_is_no_further_from_float32_than_transformers(
     family: str, amx: bool
 ) -> None:
-    from gptq_loader_kernels._native_step import NativeStep
+    from gptq_loader_kernels.cpu.decoder import NativeStep
 
     if amx and not load_library().gptq_amx():
         pytest.skip("this processor has no matrix unit")
@@ -424,7 +424,7 @@ def test_guessed_tokens_are_stepped_and_change_nothing() -> None:
 
 
 def test_a_float16_model_says_why_it_does_not_step() -> None:
-    from gptq_loader_kernels import _native_install
+    from gptq_loader_kernels.cpu import install as _native_install
 
     reason = _native_install.install(build("llama", dtype=torch.float16))
     assert reason == "it is in torch.float16; the step takes bfloat16 and float32"

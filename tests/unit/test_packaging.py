@@ -81,6 +81,6 @@ def test_the_wheel_is_complete_and_works_elsewhere(built: Path, tmp_path: Path) 
 def test_the_sdist_has_the_source_roots(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    assert "kernels/gptq_loader_kernels/cpu.py" in names
+    assert "kernels/gptq_loader_kernels/cpu/__init__.py" in names
     assert "extensions/gptq_loader_extensions/__init__.py" in names
     assert "LICENSE" in names

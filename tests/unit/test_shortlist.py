@@ -11,7 +11,7 @@ from altered import DATA, ONE, plugins
 from test_native_step import build
 
 import gptq_loader_plugin as gptq
-from gptq_loader_kernels._native import Isa, find_library, load_library
+from gptq_loader_kernels.cpu.library import Isa, find_library, load_library
 from gptq_loader_plugin.generate import short_head
 from gptq_loader_plugin.kernel import ShortHead
 from gptq_loader_plugin.sampling import Sampler
@@ -22,7 +22,7 @@ TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 def make_head(weight: torch.Tensor, isa: int) -> Any:
-    from gptq_loader_kernels._native_head import ShortLinear
+    from gptq_loader_kernels.cpu.head import ShortLinear
 
     linear = torch.nn.Linear(*reversed(weight.shape), bias=False, dtype=weight.dtype)
     linear.weight.data = weight

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gptq_loader_kernels._autograd import by_identity, needs_gradient, with_gradient
+from gptq_loader_kernels.autograd import by_identity, needs_gradient, with_gradient
 from gptq_loader_kernels.triton.layout import lay_out
 from gptq_loader_kernels.triton.operator import multiply_packed
 

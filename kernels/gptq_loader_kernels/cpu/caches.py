@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from gptq_loader_kernels._native import Cache
+from gptq_loader_kernels.cpu.library import Cache
 from gptq_loader_plugin.kv_cache import RoomyLayer
 
 if TYPE_CHECKING:
     import ctypes
 
-    from gptq_loader_kernels._native import Model
+    from gptq_loader_kernels.cpu.library import Model
 
 __all__ = ["HeldCaches", "give_room", "is_roomy"]
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gptq_loader_kernels._native import Isa, load_library
-from gptq_loader_kernels._native_head import RowsLinear
-from gptq_loader_kernels._native_model import all_packed, why_not
-from gptq_loader_kernels._native_step import CACHE, NativeStep
+from gptq_loader_kernels.cpu.decoder import CACHE, NativeStep
+from gptq_loader_kernels.cpu.describe import all_packed, why_not
+from gptq_loader_kernels.cpu.head import RowsLinear
+from gptq_loader_kernels.cpu.library import Isa, load_library
 from gptq_loader_plugin.kv_cache import make_cache
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gptq_loader_kernels._native import NORMS, PARTS, Block, Isa, Model, Projection
-from gptq_loader_kernels._native_linear import TYPES, NativeLinear
-from gptq_loader_kernels._watch import Watch, modules_inside
+from gptq_loader_kernels.cpu.library import NORMS, PARTS, Block, Isa, Model, Projection
+from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
+from gptq_loader_kernels.cpu.watch import Watch, modules_inside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptq_loader_kernels._autograd import by_unpacking, needs_gradient, with_gradient
-from gptq_loader_kernels._native import (
+from gptq_loader_kernels.autograd import needs_gradient, with_gradient
+from gptq_loader_kernels.cpu.autograd import by_unpacking
+from gptq_loader_kernels.cpu.library import (
     COLUMNS,
     Isa,
     Layer,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_kernels._int4 import Int4Kernel
-from gptq_loader_kernels._native import (
+from gptq_loader_kernels.cpu.int4 import Int4Kernel
+from gptq_loader_kernels.cpu.library import (
     COLUMNS,
     held_bits,
     load_library,
@@ -71,14 +71,14 @@ class CpuKernel:
 
     def prepare(self, layer: LayerSpec, packed: PackedLinear, device: Device) -> torch.nn.Module:
         """Sort the rows by group and pack them as the library reads them."""
-        from gptq_loader_kernels._native_linear import NativeLinear
+        from gptq_loader_kernels.cpu.linear import NativeLinear
 
         del device
         return NativeLinear(packed, in_features=layer.in_features, out_features=layer.out_features)
 
     def finish(self, model: PreTrainedModel) -> str:
         """Have a Llama-like model decode in one native call a token; say so, or why not."""
-        from gptq_loader_kernels._native_install import install
+        from gptq_loader_kernels.cpu.install import install
 
         reason = install(model)
         if reason is None:
@@ -96,7 +96,7 @@ class CpuKernel:
 
     def shorten(self, model: PreTrainedModel) -> int:
         """Copy the head in 8 bits, where the model decodes natively."""
-        from gptq_loader_kernels._native_head import RowsLinear, ShortLinear
+        from gptq_loader_kernels.cpu.head import RowsLinear, ShortLinear
 
         head = model.get_output_embeddings()
         if type(model).__name__ not in DECODERS or type(head) is not RowsLinear:
@@ -145,7 +145,7 @@ class CpuInt8Kernel:
 
     def prepare(self, layer: LayerSpec, packed: PackedLinear, device: Device) -> torch.nn.Module:
         """Sort the rows by group and pack them as the library reads them."""
-        from gptq_loader_kernels._native_linear import NativeLinear
+        from gptq_loader_kernels.cpu.linear import NativeLinear
 
         del device
         return NativeLinear(

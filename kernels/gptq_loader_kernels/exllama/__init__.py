@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from gptq_loader_kernels._exllama_extension import find_extension
+from gptq_loader_kernels.exllama.extension import find_extension
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.kernel import Accepted, Declined
 from gptq_loader_plugin.plan import write_size
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from gptq_loader_kernels._exllama_linear import Scratch
+    from gptq_loader_kernels.exllama.linear import Scratch
     from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec, PackedLinear, Verdict
 
 __all__ = ["ExllamaKernel", "gptq_kernels"]
@@ -71,14 +71,14 @@ class ExllamaKernel:
 
     def prepare(self, layer: LayerSpec, packed: PackedLinear, device: Device) -> torch.nn.Module:
         """Copy the layer's tensors for the extension, which reorders them in place on the GPU."""
-        from gptq_loader_kernels._exllama_linear import ExllamaLinear, Scratch
+        from gptq_loader_kernels.exllama.linear import ExllamaLinear, Scratch
 
         scratch = self.scratches.setdefault(device.torch_name, Scratch(device.torch_name))
         return ExllamaLinear(layer, packed, device=device.torch_name, scratch=scratch)
 
     def finish(self, model: PreTrainedModel) -> str:
         """Hand over every layer, now that the largest is known; say what they share."""
-        from gptq_loader_kernels._exllama_linear import ExllamaLinear
+        from gptq_loader_kernels.exllama.linear import ExllamaLinear
 
         for module in model.modules():
             if isinstance(module, ExllamaLinear):

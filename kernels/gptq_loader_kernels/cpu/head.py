@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gptq_loader_kernels._native import COLUMNS, Isa, Layer, load_library
-from gptq_loader_kernels._native_linear import TYPES
-from gptq_loader_kernels._native_step import MOST_TOKENS
+from gptq_loader_kernels.cpu.decoder import MOST_TOKENS
+from gptq_loader_kernels.cpu.library import COLUMNS, Isa, Layer, load_library
+from gptq_loader_kernels.cpu.linear import TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

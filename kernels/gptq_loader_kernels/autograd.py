@@ -6,22 +6,17 @@ time, so that training an adapter needs no more memory than answering does.
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from gptq_loader_kernels._native import COLUMNS
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["by_identity", "by_unpacking", "needs_gradient", "with_gradient"]
+__all__ = ["by_identity", "needs_gradient", "with_gradient"]
 
 IDENTITY_ROWS = 1024  # of the weight's columns found at a time
-UNPACKED_BYTES = 16 << 20  # of the weight at a time: they stay in a large cache
-FLOAT32 = 0  # the library's name for it
 
 InputGradient = Any  # Callable[[Any, torch.Tensor], torch.Tensor]; mypy sees through no apply()
 
@@ -73,30 +68,6 @@ class _Product(torch.autograd.Function):
         rows = gradient.reshape(-1, gradient.shape[-1]).float()
         back: torch.Tensor = ctx.input_gradient(ctx.module, rows)
         return back.view(shape).to(dtype), None, None
-
-
-def by_unpacking(module: Any, gradient: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - a NativeLinear
-    """Multiply by the weight as the native library unpacks it: exact."""
-    layer = module.filled()
-    rows, columns = module.in_features, module.out_features
-    tiles = -(-columns // COLUMNS)
-    step = max(UNPACKED_BYTES // (4 * rows * COLUMNS), 1)
-    back = gradient.new_zeros(len(gradient), rows)
-    for first in range(0, tiles, step):
-        count = min(step, tiles - first)
-        weight = gradient.new_empty(rows, count * COLUMNS)
-        module._library.gptq_unpack(  # noqa: SLF001
-            ctypes.addressof(layer),
-            first,
-            count,
-            weight.data_ptr(),
-            FLOAT32,
-            module._isa,  # noqa: SLF001
-            torch.get_num_threads(),
-        )
-        part = gradient[:, first * COLUMNS :][:, : count * COLUMNS]
-        back.addmm_(part, weight[:, : part.shape[1]].t())
-    return back
 
 
 def by_identity(module: Any, gradient: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - any layer

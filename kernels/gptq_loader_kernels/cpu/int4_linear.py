@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gptq_loader_kernels._autograd import by_identity, needs_gradient, with_gradient
+from gptq_loader_kernels.autograd import by_identity, needs_gradient, with_gradient
 
 __all__ = ["Int4Linear"]
 

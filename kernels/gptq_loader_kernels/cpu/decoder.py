@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from gptq_loader_kernels._native import Isa, load_library
-from gptq_loader_kernels._native import Sequence as Sequence_
-from gptq_loader_kernels._native_caches import HeldCaches, give_room, is_roomy
-from gptq_loader_kernels._native_linear import TYPES, NativeLinear
-from gptq_loader_kernels._native_model import Described, describe, linears
+from gptq_loader_kernels.cpu.caches import HeldCaches, give_room, is_roomy
+from gptq_loader_kernels.cpu.describe import Described, describe, linears
+from gptq_loader_kernels.cpu.library import Isa, load_library
+from gptq_loader_kernels.cpu.library import Sequence as Sequence_
+from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
 from gptq_loader_plugin.kv_cache import make_cache
 
 if TYPE_CHECKING:

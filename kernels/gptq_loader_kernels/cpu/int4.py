@@ -69,7 +69,7 @@ class Int4Kernel:
         del device
         import torch
 
-        from gptq_loader_kernels._int4_linear import Int4Linear
+        from gptq_loader_kernels.cpu.int4_linear import Int4Linear
 
         size = _operator_group(layer)
         if size is None:

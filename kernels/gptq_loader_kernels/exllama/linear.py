@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from gptq_loader_kernels._autograd import by_identity, needs_gradient, with_gradient
-from gptq_loader_kernels._exllama_extension import load_extension
+from gptq_loader_kernels.autograd import by_identity, needs_gradient, with_gradient
+from gptq_loader_kernels.exllama.extension import load_extension
 from gptq_loader_plugin.checkpoint.packing import pack_columns
 from gptq_loader_plugin.errors import GPTQLoaderError
 
