@@ -28,9 +28,9 @@ import torch
 from machine import describe
 
 from gptq_loader_kernels.cpu import CpuKernel
-from gptq_loader_plugin.checkpoint.packing import pack_columns
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import find_device
+from gptq_loader_plugin.kernel.packing import pack_columns
 from gptq_loader_plugin.speed import MEMORY_BYTES
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from gptq_loader_plugin.checkpoint.packing import CONTINUOUS_BITS, pack_columns
+from gptq_loader_plugin.kernel.packing import CONTINUOUS_BITS, pack_columns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from gptq_loader_plugin.checkpoint.headers import TensorInfo
+    from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
     from gptq_loader_plugin.families import Family
     from gptq_loader_plugin.kernel import LayerSpec
 

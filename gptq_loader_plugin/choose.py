@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gptq_loader_plugin.errors import GPTQLoaderError, NoBackend, PluginError, is_out_of_memory
-from gptq_loader_plugin.kernel import Accepted, Declined
+from gptq_loader_plugin.verdict import Accepted, Declined
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
 
-    from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec, PackedLinear, Verdict
+    from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec, PackedLinear
+    from gptq_loader_plugin.verdict import Verdict
 
 __all__ = ["Choice", "choose", "prepared"]
 

@@ -11,21 +11,22 @@ from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from gptq_loader_plugin.checkpoint.packing import CONTINUOUS_BITS
 from gptq_loader_plugin.device import find_devices
 from gptq_loader_plugin.errors import PluginError
 from gptq_loader_plugin.host import Checkable, NotReady
-from gptq_loader_plugin.kernel import Accepted, Declined, LayerSpec
+from gptq_loader_plugin.kernel import LayerSpec
+from gptq_loader_plugin.kernel.packing import CONTINUOUS_BITS
 from gptq_loader_plugin.plugins import GROUP, Plugins, import_plugin, limited_to
+from gptq_loader_plugin.verdict import Accepted, Declined
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from importlib.metadata import EntryPoint
 
-    from gptq_loader_plugin.checkpoint.packing import Bits
     from gptq_loader_plugin.device import Device
     from gptq_loader_plugin.host import Host
     from gptq_loader_plugin.kernel import Kernel
+    from gptq_loader_plugin.kernel.packing import Bits
 
 __all__ = ["FoundPlugin", "Kind", "Offer", "State", "discover", "to_json", "write_plugins"]
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from gptq_loader_plugin.kernel import Declined
+    from gptq_loader_plugin.verdict import Declined
 
 __all__ = [
     "AmbiguousReference",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gptq_loader_plugin.device import Device
-from gptq_loader_plugin.kernel import Declined
+from gptq_loader_plugin.verdict import Declined
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 from gptq_loader_plugin.device import find_devices
 from gptq_loader_plugin.errors import NoBackend
 from gptq_loader_plugin.placement import LEFT_FREE
-from gptq_loader_plugin.plan import make_plan, write_size
+from gptq_loader_plugin.plan import make_plan
 from gptq_loader_plugin.shortlist import plan_shortlist
+from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
-    from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec, Verdict
+    from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec
+    from gptq_loader_plugin.verdict import Verdict
 
 __all__ = ["Fit", "check_fit"]
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
+    from gptq_loader_plugin.chat.template import Template
     from gptq_loader_plugin.checkpoint.reader import Reader
     from gptq_loader_plugin.events import LoadRequest, Progress
     from gptq_loader_plugin.host import Host
     from gptq_loader_plugin.kernel import Kernel
-    from gptq_loader_plugin.template import Template
 
 __all__ = ["hookimpl", "hookspec"]
 
@@ -28,7 +28,7 @@ hookimpl = pluggy.HookimplMarker("gptq_loader_plugin")
 
 
 @hookspec(firstresult=True)
-def gptq_resolve(reference: str) -> Path | None:
+def gptq_resolve(reference: str, progress: Callable[[Progress], None]) -> Path | None:
     """Find the folder that `reference` names.
 
     Asked until one plugin answers; the built-in rules (a path, a models folder, `owner/repo:branch`
@@ -36,6 +36,7 @@ def gptq_resolve(reference: str) -> Path | None:
 
     Args:
         reference: as the user wrote it.
+        progress: to be called with how far it has come, by a plugin that takes long.
 
     Returns:
         The checkpoint's folder or file, or None to let the next plugin answer.

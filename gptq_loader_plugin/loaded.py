@@ -6,13 +6,13 @@ import logging
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from gptq_loader_plugin.chat.messages import check_text
+from gptq_loader_plugin.chat.templates import CHATML_START
 from gptq_loader_plugin.errors import GPTQLoaderError, PromptTooLong
 from gptq_loader_plugin.generate import Generation, Piece, Reply, generate_pieces
 from gptq_loader_plugin.kernel import Closable
 from gptq_loader_plugin.kv_cache import KeptCache
-from gptq_loader_plugin.messages import check_text
 from gptq_loader_plugin.options import GenerateOptions
-from gptq_loader_plugin.template import CHATML_START
 
 if TYPE_CHECKING:
     import threading
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+    from gptq_loader_plugin.chat.template import Template
     from gptq_loader_plugin.checkpoint.card import Card
     from gptq_loader_plugin.checkpoint.config import QuantConfig
     from gptq_loader_plugin.plan import Plan
-    from gptq_loader_plugin.template import Template
 
 __all__ = ["LoadedModel", "WhenTooLong"]
 

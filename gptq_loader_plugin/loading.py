@@ -9,6 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gptq_loader_plugin.architectures import translate
+from gptq_loader_plugin.chat.find_template import find_template
+from gptq_loader_plugin.chat.tokenizer import read_tokenizer
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.errors import ConfigInvalid, OptionInvalid
 from gptq_loader_plugin.events import Head
@@ -16,8 +18,6 @@ from gptq_loader_plugin.opening import find_first_device, open_planned, plan_loa
 from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.reference import resolve
 from gptq_loader_plugin.shortlist import plan_shortlist, shorten
-from gptq_loader_plugin.template_source import find_template
-from gptq_loader_plugin.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from gptq_loader_plugin.build import FilledModel
+    from gptq_loader_plugin.chat.template import Template
     from gptq_loader_plugin.loaded import LoadedModel
     from gptq_loader_plugin.opening import Opened
     from gptq_loader_plugin.plan import Plan
     from gptq_loader_plugin.report import CheckpointReport
-    from gptq_loader_plugin.template import Template
 
 __all__ = ["explain", "inspect", "load", "load_model"]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gptq_loader_plugin.errors import GPTQLoaderError
-from gptq_loader_plugin.whole_file import is_aside, put_aside, write_whole
+from gptq_loader_plugin.system.atomic_file import is_aside, put_aside, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.choose import choose
 from gptq_loader_plugin.placement import Place, place_of
+from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.choose import Choice
     from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec
 
-__all__ = ["Plan", "cache_group", "make_plan", "write_size"]
+__all__ = ["Plan", "cache_group", "make_plan"]
 
 MOST_SHAPES = 4  # of one paragraph, so that it fits a line: a block of most models has three
 
@@ -322,11 +323,3 @@ def _kv_bytes(checkpoint: Checkpoint, dtype: str, *, int8_cache: bool) -> int | 
     if int8_cache and (group := cache_group(head_dim)):
         return values + values // group * 2 * size  # a scale and a zero for each group
     return int(values * size)
-
-
-def write_size(count: int) -> str:
-    """Write a number of bytes as people do, in powers of 1,000."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}" if unit == "GB" else f"{count / size:.0f} {unit}"
-    return f"{count} bytes"

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from importlib.metadata import EntryPoint
 
+    from gptq_loader_plugin.chat.template import Template
     from gptq_loader_plugin.checkpoint.reader import Reader
     from gptq_loader_plugin.events import Progress
-    from gptq_loader_plugin.template import Template
 
 __all__ = ["GROUP", "Plugins", "import_plugin", "limited_to"]
 
@@ -92,7 +92,7 @@ class Plugins:
         Raises:
             PluginError: a plugin offers something that is no template, or a name already taken.
         """
-        from gptq_loader_plugin.template import Template
+        from gptq_loader_plugin.chat.template import Template
 
         return self._offers(Template, "template", self.hook.gptq_templates)
 

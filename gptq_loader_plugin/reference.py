@@ -1,25 +1,26 @@
 r"""Turn what a user typed into a checkpoint's folder or file.
 
-In this order: what a plugin finds; "demo"; a path that exists; a folder of that name in a models
-directory (`GPTQ_LOADER_MODELS`, else ./models); `owner/repo` or `owner/repo:branch` on the hub, or
-the address of its page there. `C:\models\x` is a path and no branch.
+In this order: what a plugin finds (ours finds "demo"); a path that exists; a folder of that name in
+a models directory (`GPTQ_LOADER_MODELS`, else ./models); `owner/repo` or `owner/repo:branch` on
+the hub, or the address of its page there. `C:\models\x` is a path and no branch.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptq_loader_plugin.checkpoint.weight_files import WEIGHT_SUFFIXES
 from gptq_loader_plugin.errors import (
     CheckpointNotFound,
     OptionInvalid,
     PluginError,
     UnsupportedFormat,
 )
-from gptq_loader_plugin.paths import local_path
+from gptq_loader_plugin.hub.hub_reference import HubReference, parse_hub_reference
+from gptq_loader_plugin.system.paths import local_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,58 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HubReference", "models_folders", "parse_hub_reference", "resolve"]
 
-# no name of git's or the hub's holds two dots; some are made into paths
-HUB = re.compile(r"(?!.*\.\.)(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?::(?P<branch>[\w][\w./-]*))?")
-# as a browser's address bar has it: https://huggingface.co/owner/repo/tree/branch
-PAGE = re.compile(
-    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[^/?#]+/[^/?#]+)"
-    r"(?:/(?:tree|blob|resolve)/(?P<branch>[^?#]+))?/?(?:[?#].*)?"
-)
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 WHAT_TO_NAME = "name a folder, a .safetensors or .pt file, owner/repo:branch on the hub, or demo"
-
-
-@dataclass(frozen=True, slots=True)
-class HubReference:
-    """A repository on the hub, and a branch, tag or commit of it.
-
-    Attributes:
-        repo: "owner/name".
-        branch: "main" where none was named.
-    """
-
-    repo: str
-    branch: str = "main"
-
-    def __str__(self) -> str:
-        """Write it as a user does."""
-        return f"{self.repo}:{self.branch}"
-
-    @property
-    def folder_name(self) -> str:
-        """The name of its folder in a models directory, as text-generation-webui names it."""
-        name = self.repo if self.branch == "main" else str(self)
-        return re.sub(r"[/:]", "_", name)
-
-
-def parse_hub_reference(reference: str, *, revision: str | None = None) -> HubReference | None:
-    """Read `owner/repo`, `owner/repo:branch`, or its page's address; None where it is neither.
-
-    Raises:
-        OptionInvalid: both a branch and another revision are named.
-    """
-    if page := PAGE.fullmatch(reference):
-        branch = (page["branch"] or "").rstrip("/")
-        reference = f"{page['repo']}:{branch}" if branch else page["repo"]
-    match = HUB.fullmatch(reference)
-    if match is None:
-        return None
-    if revision is not None and match["branch"] not in (None, revision):
-        raise OptionInvalid(
-            f"{reference} names the branch {match['branch']}, and revision is {revision}",
-            hint="name the branch once",
-        )
-    return HubReference(match["repo"], revision or match["branch"] or "main")
 
 
 def models_folders(environ: Mapping[str, str] = os.environ) -> list[Path]:
@@ -120,12 +70,17 @@ def resolve(
         raise CheckpointNotFound(
             "the reference is empty", reference=text, tried=(), hint=WHAT_TO_NAME
         )
-    if (found := _found_by_plugin(text, plugins)) is not None:
-        return found
-    path = local_path(text)
-    if text == "demo" or path.exists() or path.is_symlink():
-        return _here(text, path, revision, progress or plugins.progress)
+    progress = progress or plugins.progress
     hub = parse_hub_reference(text, revision=revision)
+    answered = _ask_plugins(text, plugins, progress)
+    path = local_path(text)
+    if answered or path.exists() or path.is_symlink():
+        if revision not in (None, "main") and (hub is None or not answered):
+            raise OptionInvalid(
+                f"{text} is on this machine and has no revision {revision}",
+                hint="leave the revision out, or name owner/repo on the hub",
+            )
+        return answered or _checked(text, path)
     # a folder that is named without its branch is not the one for another
     names = [text, re.sub(r"[/:]", "_", text)] if hub is None or revision is None else []
     names += [hub.folder_name, re.sub(r"[/:]", "_", str(hub))] if hub else []
@@ -154,32 +109,20 @@ def resolve(
                 else ""
             ),
         )
-    return download_folder(hub, progress=progress or plugins.progress)
+    return download_folder(hub, progress=progress)
 
 
-def _found_by_plugin(text: str, plugins: Plugins) -> Path | None:
-    found: Path | None = plugins.hook.gptq_resolve(reference=text)
-    if found is None or Path(found).exists():
-        return found and Path(found)
+def _ask_plugins(text: str, plugins: Plugins, progress: Callable[[Progress], None]) -> Path | None:
+    answer: Path | None = plugins.hook.gptq_resolve(reference=text, progress=progress)
+    if answer is None or Path(answer).exists():
+        return answer and Path(answer)
     raise PluginError(
-        f"a plugin answered {found} for {text}, and there is no such file or folder",
+        f"a plugin answered {answer} for {text}, and there is no such file or folder",
         hint="find it with gptq-loader plugins; leave it out with GPTQ_LOADER_PLUGINS",
     )
 
 
-def _here(
-    text: str, path: Path, revision: str | None, progress: Callable[[Progress], None]
-) -> Path:
-    """Find what needs no hub: the demo, or a path."""
-    if revision not in (None, "main"):
-        raise OptionInvalid(
-            f"{text} is on this machine and has no revision {revision}",
-            hint="leave the revision out, or name owner/repo on the hub",
-        )
-    if text == "demo":
-        from gptq_loader_plugin.demo import prepare_demo
-
-        return prepare_demo(progress=progress)
+def _checked(text: str, path: Path) -> Path:
     if not path.exists():
         raise CheckpointNotFound(
             f"{text} is a link to {path.readlink()}, which is not there",
@@ -187,10 +130,6 @@ def _here(
             tried=[str(path)],
             hint="put back what it points to, or name another folder",
         )
-    return _checked(path)
-
-
-def _checked(path: Path) -> Path:
     if path.is_dir() or path.suffix in WEIGHT_SUFFIXES:
         return path
     hint = "name the folder of a GPTQ checkpoint, or its .safetensors or .pt file"

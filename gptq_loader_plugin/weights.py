@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gptq_loader_plugin.checkpoint.headers import DAMAGED
+from gptq_loader_plugin.checkpoint.tensor_info import DAMAGED
 from gptq_loader_plugin.checkpoint.tensors import is_finite
 from gptq_loader_plugin.choose import prepared
 from gptq_loader_plugin.errors import CorruptCheckpoint, TensorMismatch
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.experts import PackedExperts
-from gptq_loader_plugin.memory import release_freed
 from gptq_loader_plugin.offload import offload_module, offload_tensor
 from gptq_loader_plugin.skeleton import ExpertPlace, ModulePlace, Names, linear_shape
+from gptq_loader_plugin.system.heap import release_freed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from gptq_loader_plugin.checkpoint.headers import TensorInfo
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
+    from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
     from gptq_loader_plugin.choose import Choice
     from gptq_loader_plugin.kernel import LayerSpec
     from gptq_loader_plugin.plan import Plan

@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_plugin.messages import check_messages
+from gptq_loader_plugin.chat.messages import check_messages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
-    from gptq_loader_plugin.messages import Message
-    from gptq_loader_plugin.template import Template
+    from gptq_loader_plugin.chat.messages import Message
+    from gptq_loader_plugin.chat.template import Template
 
 __all__ = ["control_tokens", "encode_messages"]
 

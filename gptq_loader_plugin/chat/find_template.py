@@ -11,23 +11,23 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_plugin.checkpoint.config import read_json
-from gptq_loader_plugin.errors import TemplateError
-from gptq_loader_plugin.paths import local_path
-from gptq_loader_plugin.template import (
+from gptq_loader_plugin.chat.templates import (
     CHATML_END,
     CHATML_START,
     CardTemplate,
     ChatML,
     JinjaTemplate,
-    Template,
 )
-from gptq_loader_plugin.tokenizer import RANKS
+from gptq_loader_plugin.chat.tokenizer import RANKS
+from gptq_loader_plugin.checkpoint.config import read_json
+from gptq_loader_plugin.errors import TemplateError
+from gptq_loader_plugin.system.paths import local_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from gptq_loader_plugin.chat.template import Template
     from gptq_loader_plugin.checkpoint.card import Card
 
 __all__ = ["NoTemplate", "find_template", "known_tokens"]

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
+from gptq_loader_plugin.chat.encode import encode_messages
+from gptq_loader_plugin.chat.messages import check_messages
 from gptq_loader_plugin.errors import TemplateError
-from gptq_loader_plugin.messages import check_messages
-from gptq_loader_plugin.prompt_tokens import encode_messages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
-    from gptq_loader_plugin.messages import Message
+    from gptq_loader_plugin.chat.messages import Message
 
 __all__ = [
     "CHATML_END",
@@ -28,7 +28,6 @@ __all__ = [
     "CardTemplate",
     "ChatML",
     "JinjaTemplate",
-    "Template",
     "encode_messages",
 ]
 
@@ -42,43 +41,6 @@ USER_HEADER = re.compile(
     r"(?:(?:^|\n)(?P<line>[^\n]{0,40}:)|(?P<word>[^\s.,:;]+:)|(?P<mark>\[[A-Z]+\]|<[^<>\s]+>))\s*\Z"
 )
 FIXED_SYSTEM = re.compile(r"<<SYS>>.*?<</SYS>>\s*", re.DOTALL)
-
-
-@runtime_checkable
-class Template(Protocol):
-    """A way to make a prompt of messages.
-
-    A message is a mapping with `role` ("system", "user", "assistant") and `content`.
-    """
-
-    @property
-    def name(self) -> str:
-        """What users pass as `template=`."""
-        ...
-
-    @property
-    def source(self) -> str:
-        """Where it came from, for people."""
-        ...
-
-    @property
-    def stop(self) -> tuple[str, ...]:
-        """The texts that end a reply."""
-        ...
-
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """Make the prompt a person reads."""
-        ...
-
-    def encode(
-        self,
-        messages: Sequence[Message],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        add_generation_prompt: bool = True,
-    ) -> list[int]:
-        """Make the token ids the model gets; contents never become control tokens."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

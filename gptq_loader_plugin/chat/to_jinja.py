@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from gptq_loader_plugin.chat.templates import JinjaTemplate
 from gptq_loader_plugin.errors import TemplateError
-from gptq_loader_plugin.template import JinjaTemplate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gptq_loader_plugin.template import Template
+    from gptq_loader_plugin.chat.template import Template
 
 __all__ = ["as_jinja"]
 

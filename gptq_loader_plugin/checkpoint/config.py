@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
-from gptq_loader_plugin.checkpoint.packing import BITS
 from gptq_loader_plugin.errors import ConfigInvalid, UnsupportedFormat
+from gptq_loader_plugin.kernel.packing import BITS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,14 +9,10 @@ an integer tensor can be mapped as a numpy array. Pickles (`.pt`, `.bin`) need t
 from __future__ import annotations
 
 import json
-import math
-import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gptq_loader_plugin.checkpoint.tensor_info import DTYPE_BYTES, TensorInfo
 from gptq_loader_plugin.errors import (
-    AmbiguousReference,
-    CheckpointNotFound,
     CorruptCheckpoint,
     TensorMismatch,
 )
@@ -25,114 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
-__all__ = [
-    "DAMAGED",
-    "TensorInfo",
-    "find_weight_files",
-    "read_headers",
-    "read_safetensors_header",
-]
+__all__ = ["read_headers", "read_safetensors_header"]
 
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2,
-    "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
-}  # fmt: skip
-DAMAGED = "download the checkpoint again; if it stays so, it was published damaged"
 HEADER_LIMIT = 100_000_000  # the format's own limit on a header's bytes
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
-NOT_WEIGHTS = re.compile(
-    r"(training_args|optimizer|scheduler|rng_state|adapter_model|consolidated).*", re.IGNORECASE
-)
-SHARD = re.compile(r"(?P<stem>.*)-(?P<index>\d{5})-of-(?P<total>\d{5})(?P<suffix>\.\w+)")
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor, by its header.
-
-    Attributes:
-        name: its name in the file.
-        dtype: as safetensors writes it: "I32", "F16", "BF16".
-        shape: its dimensions.
-        file: the file that holds it.
-        start: where its bytes begin in the file; -1 in a pickle.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-
-    @property
-    def nbytes(self) -> int:
-        """Its bytes."""
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-
-def find_weight_files(folder: Path, *, base_name: str | None = None) -> list[Path]:
-    """Find the files that together hold one checkpoint's tensors.
-
-    An index file decides where there is one; else the name a config gives; else every shard of
-    the one set there is; else the one file there is. safetensors win over pickles.
-
-    Args:
-        folder: the checkpoint's folder.
-        base_name: `model_file_base_name` of the config, a file name without its suffix.
-
-    Raises:
-        CheckpointNotFound: there is no weight file.
-        AmbiguousReference: several files could be the checkpoint.
-        TensorMismatch: a shard that the index or the shards' names promise is missing.
-        CorruptCheckpoint: the index does not parse.
-    """
-    for suffixes in ((".safetensors",), PICKLE_SUFFIXES):
-        files = sorted(
-            it
-            for it in folder.iterdir()
-            if it.is_file() and it.suffix in suffixes and not NOT_WEIGHTS.fullmatch(it.name)
-        )
-        indexes = sorted(it for suffix in suffixes for it in folder.glob(f"*{suffix}.index.json"))
-        if len(indexes) == 1:
-            return _indexed(indexes[0])
-        if not files:
-            continue
-        named = [it for it in files if base_name and it.stem == base_name]
-        if named:
-            return named
-        return _one_set(folder, files)
-    raise _no_weights(folder)
-
-
-def _no_weights(folder: Path) -> CheckpointNotFound:
-    """Say what is in a folder in place of weights."""
-    what = f"{folder} holds no .safetensors, .pt or .bin file"
-    hint = (
-        "name the folder that holds the checkpoint's weights; if it came by git clone, install "
-        "git-lfs and run git lfs pull"
-    )
-    inside = sorted(folder.iterdir())
-    suffixes = (".safetensors", *PICKLE_SUFFIXES)
-    lost = [it for it in inside if it.suffix in suffixes and it.is_symlink() and not it.exists()]
-    if lost:
-        what = f"{folder}: {lost[0].name} is a link to a file that is not there"
-        hint = "download the checkpoint again, or put the file back"
-    elif any(it.suffix == ".gguf" for it in inside):
-        what += ", but GGUF ones"
-        hint = "load GGUF files with llama.cpp, or look for a GPTQ version of this model"
-    elif below := [it for it in inside if it.is_dir() and _has_weights(it)]:
-        what += f"; its folder {below[0].name} does"
-        hint = f"name that folder: {below[0]}"
-    return CheckpointNotFound(what, reference=str(folder), tried=[str(folder)], hint=hint)
-
-
-def _has_weights(folder: Path) -> bool:
-    try:
-        inside = {it.suffix for it in folder.iterdir()}
-        return ".safetensors" in inside or ((folder / "config.json").is_file() and ".bin" in inside)
-    except OSError:  # it may not be read
-        return False
 
 
 def read_headers(files: Sequence[Path]) -> dict[str, TensorInfo]:
@@ -260,46 +152,3 @@ def _tensor(
             hint=again,
         )
     return info
-
-
-def _indexed(index: Path) -> list[Path]:
-    hint = "download the checkpoint again; every shard must be there"
-    try:
-        table = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
-        names = sorted({str(name) for name in table.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptCheckpoint(f"not a shard index ({error})", path=index, hint=hint) from error
-    files = [index.parent / name for name in names]
-    for file in files:
-        if file.parent != index.parent:
-            raise CorruptCheckpoint(
-                f"it names a file of another folder, {file.name}", path=index, hint=hint
-            )
-        if not file.is_file():
-            raise TensorMismatch(f"the shard {file.name} is missing", path=index, hint=hint)
-    return files
-
-
-def _one_set(folder: Path, files: list[Path]) -> list[Path]:
-    shards = [(file, match) for file in files if (match := SHARD.fullmatch(file.name))]
-    sets = {(match["stem"], match["total"], match["suffix"]) for _, match in shards}
-    if len(sets) == 1 and len(shards) == len(files):
-        found = {int(match["index"]) for _, match in shards}
-        if missing := sorted(set(range(1, int(shards[0][1]["total"]) + 1)) - found):
-            raise TensorMismatch(
-                f"of {shards[0][1]['total']} shards, {missing} are missing",
-                path=folder,
-                hint="download the checkpoint again; every shard must be there",
-            )
-        return files
-    if len(files) == 1:
-        return files
-    whole = [it for it in files if it.stem in ("model", "pytorch_model")]
-    if len(whole) == 1:
-        return whole
-    raise AmbiguousReference(
-        f"{folder} holds several checkpoints: {', '.join(it.name for it in files)}",
-        reference=str(folder),
-        tried=[it.name for it in files],
-        hint="name the file itself instead of the folder",
-    )

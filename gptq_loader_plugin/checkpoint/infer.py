@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from gptq_loader_plugin.checkpoint.config import QuantConfig
-from gptq_loader_plugin.checkpoint.headers import DAMAGED
-from gptq_loader_plugin.checkpoint.packing import BITS, CONTINUOUS_BITS
 from gptq_loader_plugin.checkpoint.survey import LayerHeaders, Survey, survey
+from gptq_loader_plugin.checkpoint.tensor_info import DAMAGED
 from gptq_loader_plugin.checkpoint.zeros import decide_format, lost_columns
 from gptq_loader_plugin.errors import TensorMismatch, UnsupportedFormat
 from gptq_loader_plugin.kernel import LayerSpec
+from gptq_loader_plugin.kernel.packing import BITS, CONTINUOUS_BITS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from gptq_loader_plugin.checkpoint.config import StoredConfig
-    from gptq_loader_plugin.checkpoint.headers import TensorInfo
-    from gptq_loader_plugin.checkpoint.packing import Bits, Layout
+    from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
     from gptq_loader_plugin.checkpoint.tensors import TensorFiles
     from gptq_loader_plugin.checkpoint.zeros import ZerosFormat
+    from gptq_loader_plugin.kernel.packing import Bits, Layout
 
 __all__ = [
     "FLOAT_DTYPES",

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gptq_loader_plugin.checkpoint.config import StoredConfig
-    from gptq_loader_plugin.checkpoint.headers import TensorInfo
-    from gptq_loader_plugin.checkpoint.packing import Bits
     from gptq_loader_plugin.checkpoint.survey import LayerHeaders
+    from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
+    from gptq_loader_plugin.kernel.packing import Bits
 
 __all__ = ["outline"]
 

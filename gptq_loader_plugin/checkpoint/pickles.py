@@ -10,7 +10,7 @@ import pickle
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_plugin.checkpoint.headers import TensorInfo
+from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
 from gptq_loader_plugin.errors import CorruptCheckpoint, UnsafeFile
 
 if TYPE_CHECKING:

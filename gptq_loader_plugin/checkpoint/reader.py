@@ -12,10 +12,11 @@ import numpy as np
 
 from gptq_loader_plugin.checkpoint.card import read_card
 from gptq_loader_plugin.checkpoint.config import read_json, read_stored_config
-from gptq_loader_plugin.checkpoint.headers import DAMAGED, find_weight_files, read_headers
+from gptq_loader_plugin.checkpoint.headers import read_headers
 from gptq_loader_plugin.checkpoint.infer import FLOAT_DTYPES, infer, row_groups
-from gptq_loader_plugin.checkpoint.packing import CONTINUOUS_BITS
+from gptq_loader_plugin.checkpoint.tensor_info import DAMAGED
 from gptq_loader_plugin.checkpoint.tensors import TensorFiles, is_finite
+from gptq_loader_plugin.checkpoint.weight_files import find_weight_files
 from gptq_loader_plugin.checkpoint.zeros import true_zeros
 from gptq_loader_plugin.errors import (
     ConfigInvalid,
@@ -25,6 +26,7 @@ from gptq_loader_plugin.errors import (
     UnsupportedFormat,
 )
 from gptq_loader_plugin.kernel import LayerSpec, PackedLinear
+from gptq_loader_plugin.kernel.packing import CONTINUOUS_BITS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.checkpoint.card import Card
     from gptq_loader_plugin.checkpoint.config import QuantConfig
-    from gptq_loader_plugin.checkpoint.headers import TensorInfo
+    from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
 
 __all__ = [
     "Checkpoint",

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gptq_loader_plugin.checkpoint.headers import DAMAGED
-from gptq_loader_plugin.checkpoint.packing import CONTINUOUS_BITS
+from gptq_loader_plugin.checkpoint.tensor_info import DAMAGED
 from gptq_loader_plugin.checkpoint.zeros import overwritten_words, stored_zeros, true_range
 from gptq_loader_plugin.errors import CorruptCheckpoint
+from gptq_loader_plugin.kernel.packing import CONTINUOUS_BITS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from gptq_loader_plugin.checkpoint.headers import TensorInfo
-    from gptq_loader_plugin.checkpoint.packing import Layout
+    from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
     from gptq_loader_plugin.checkpoint.tensors import TensorFiles
     from gptq_loader_plugin.checkpoint.zeros import StoredZeros, ZerosFormat
+    from gptq_loader_plugin.kernel.packing import Layout
 
 __all__ = ["LayerHeaders", "Survey", "survey"]
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from gptq_loader_plugin.checkpoint.headers import TensorInfo
+    from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
 
 __all__ = ["TensorFiles", "View", "is_finite"]
 

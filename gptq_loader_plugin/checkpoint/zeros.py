@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from gptq_loader_plugin.checkpoint.packing import unpack_columns
+from gptq_loader_plugin.kernel.packing import unpack_columns
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
-    from gptq_loader_plugin.checkpoint.packing import Layout
+    from gptq_loader_plugin.kernel.packing import Layout
 
 __all__ = [
     "StoredZeros",

@@ -11,7 +11,7 @@ import typer
 
 from gptq_loader_plugin.cli.output import ProgressBars, print_json, reported, say, show
 from gptq_loader_plugin.events import Head  # noqa: TC001 - typer reads it
-from gptq_loader_plugin.plan import write_size
+from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.loaded import LoadedModel

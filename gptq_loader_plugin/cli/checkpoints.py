@@ -20,7 +20,7 @@ from gptq_loader_plugin.cli.output import (
 )
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.placement import read_limits
-from gptq_loader_plugin.plan import write_size
+from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.report import CheckpointReport

@@ -18,13 +18,13 @@ from gptq_loader_plugin.cli.output import (
     text_of,
     yes_no,
 )
-from gptq_loader_plugin.plan import write_size
+from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.hub import Downloading
+    from gptq_loader_plugin.hub.hub_reference import HubReference
     from gptq_loader_plugin.hub.listing import BranchReport, RepoReport
     from gptq_loader_plugin.local import LocalReport
-    from gptq_loader_plugin.reference import HubReference
 
 __all__ = ["add_to"]
 
@@ -187,7 +187,7 @@ def _model_row(it: LocalReport) -> tuple[str, ...]:
 
 def _on_hub(reference: str, *, revision: str | None = None) -> HubReference:
     from gptq_loader_plugin.errors import OptionInvalid
-    from gptq_loader_plugin.reference import parse_hub_reference
+    from gptq_loader_plugin.hub.hub_reference import parse_hub_reference
 
     hub = parse_hub_reference(reference, revision=revision)
     if hub is None:

@@ -146,9 +146,9 @@ def perplexity(
     The figure is kept, and drawn beside those of other checkpoints in the page's Compare tab.
     """
     import gptq_loader_plugin as gptq
-    from gptq_loader_plugin.paths import read_words
     from gptq_loader_plugin.perplexity import SAMPLE, SAMPLE_WINDOW, measure_perplexity, sample_text
     from gptq_loader_plugin.plugins import Plugins
+    from gptq_loader_plugin.system.paths import read_words
 
     content = (read_words(text) if text else sample_text())[:characters]
     bars = ProgressBars()

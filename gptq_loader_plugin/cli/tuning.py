@@ -74,7 +74,8 @@ def tune_kernels(layers: Sequence[LayerSpec], device: Device, plugins: Plugins) 
         OptionInvalid: no kernel that can be tuned accepts any of the layers.
     """
     from gptq_loader_plugin.errors import OptionInvalid
-    from gptq_loader_plugin.kernel import Accepted, Tunable
+    from gptq_loader_plugin.kernel import Tunable
+    from gptq_loader_plugin.verdict import Accepted
 
     found: dict[str, str] = {}
     reasons: list[str] = []

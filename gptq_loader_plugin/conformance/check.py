@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptq_loader_plugin.conformance.grid import AXES
-from gptq_loader_plugin.kernel import Declined
+from gptq_loader_plugin.verdict import Declined
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.conformance.grid import Cell, View
     from gptq_loader_plugin.device import Device
-    from gptq_loader_plugin.kernel import Kernel, LayerSpec, Verdict
+    from gptq_loader_plugin.kernel import Kernel, LayerSpec
+    from gptq_loader_plugin.verdict import Verdict
 
 __all__ = ["SPIKE", "TOLERANCE", "Oracle", "consider", "measure", "most_off", "off_by"]
 

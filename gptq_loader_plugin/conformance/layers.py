@@ -17,8 +17,8 @@ from gptq_loader_plugin.kernel import LayerSpec, PackedLinear
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from gptq_loader_plugin.checkpoint.packing import Bits, Layout
     from gptq_loader_plugin.checkpoint.zeros import ZerosFormat
+    from gptq_loader_plugin.kernel.packing import Bits, Layout
 
 __all__ = ["NAME", "Case", "StoredLayer", "make_layer", "make_spec", "store_layer"]
 

@@ -13,8 +13,8 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from gptq_loader_plugin.checkpoint.packing import Layout
     from gptq_loader_plugin.checkpoint.zeros import ZerosFormat
+    from gptq_loader_plugin.kernel.packing import Layout
 
 __all__ = ["write_qweight", "write_qzeros"]
 

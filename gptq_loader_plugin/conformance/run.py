@@ -10,7 +10,7 @@ from gptq_loader_plugin.conformance.check import SPIKE, Oracle, consider, measur
 from gptq_loader_plugin.conformance.declined import DeclinedTable
 from gptq_loader_plugin.conformance.grid import cells_of
 from gptq_loader_plugin.conformance.layers import make_layer
-from gptq_loader_plugin.kernel import Declined
+from gptq_loader_plugin.verdict import Declined
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -16,7 +16,7 @@ from gptq_loader_plugin.conformance.check import SPIKE, Oracle, consider, most_o
 from gptq_loader_plugin.conformance.cover import pairwise_cover
 from gptq_loader_plugin.conformance.grid import AXES, possible_layers
 from gptq_loader_plugin.conformance.layers import Case, make_layer, make_spec
-from gptq_loader_plugin.kernel import Accepted, Declined
+from gptq_loader_plugin.verdict import Accepted, Declined
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.conformance.grid import Cell

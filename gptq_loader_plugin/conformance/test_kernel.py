@@ -8,7 +8,7 @@ import pytest
 
 from gptq_loader_plugin.conformance.check import SPIKE, Oracle, consider, measure, most_off
 from gptq_loader_plugin.conformance.layers import make_layer
-from gptq_loader_plugin.kernel import Declined
+from gptq_loader_plugin.verdict import Declined
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.conformance.grid import Cell

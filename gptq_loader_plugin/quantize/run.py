@@ -13,8 +13,6 @@ import torch
 from gptq_loader_plugin.checkpoint.config import CONFIG_FILES, read_json
 from gptq_loader_plugin.errors import BadReference, QuantizeError
 from gptq_loader_plugin.events import Progress
-from gptq_loader_plugin.paths import local_path
-from gptq_loader_plugin.quantize import KEPT
 from gptq_loader_plugin.quantize.algorithm import QuantizedWeight, quantize_weight
 from gptq_loader_plugin.quantize.blocks import (
     find_blocks,
@@ -26,13 +24,15 @@ from gptq_loader_plugin.quantize.blocks import (
     subsets,
 )
 from gptq_loader_plugin.quantize.calibration import calibration_samples, calibration_text
+from gptq_loader_plugin.quantize.options import KEPT
 from gptq_loader_plugin.quantize.writer import (
     hub_names,
     pack_weight,
     save_tensors,
     write_checkpoint,
 )
-from gptq_loader_plugin.whole_file import write_whole
+from gptq_loader_plugin.system.atomic_file import write_whole
+from gptq_loader_plugin.system.paths import local_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

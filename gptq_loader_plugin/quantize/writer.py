@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gptq_loader_plugin.checkpoint.packing import pack_columns, pack_rows
 from gptq_loader_plugin.errors import QuantizeError
+from gptq_loader_plugin.kernel.packing import pack_columns, pack_rows
 from gptq_loader_plugin.skeleton import ExpertPlace, ModulePlace, Names
-from gptq_loader_plugin.whole_file import write_whole
+from gptq_loader_plugin.system.atomic_file import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -15,12 +15,6 @@ import torch
 from safetensors.torch import save_file
 
 from gptq_loader_kernels.reference import ReferenceKernel
-from gptq_loader_plugin.checkpoint.packing import (
-    pack_columns,
-    pack_rows,
-    unpack_columns,
-    unpack_rows,
-)
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.conformance.cover import TIMES, pairs_of, pairwise_cover
 from gptq_loader_plugin.conformance.grid import AXES, cells_of, possible_layers
@@ -30,13 +24,19 @@ from gptq_loader_plugin.conformance.run import by_layer, run
 from gptq_loader_plugin.device import Device
 from gptq_loader_plugin.errors import TensorMismatch
 from gptq_loader_plugin.kernel import Declined, LayerSpec, PackedLinear
+from gptq_loader_plugin.kernel.packing import (
+    pack_columns,
+    pack_rows,
+    unpack_columns,
+    unpack_rows,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from gptq_loader_plugin.checkpoint.packing import Layout
     from gptq_loader_plugin.kernel import Verdict
+    from gptq_loader_plugin.kernel.packing import Layout
 
 LAYERS = list(possible_layers())
 COVER = pairwise_cover(LAYERS)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from gptq_loader_plugin.checkpoint.packing import pack_columns, pack_rows
+from gptq_loader_plugin.kernel.packing import pack_columns, pack_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,7 @@ from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import Device, _rocm, find_device, find_devices
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.kernel import Accepted, Declined
-from gptq_loader_plugin.plan import write_size
+from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
     from pathlib import Path

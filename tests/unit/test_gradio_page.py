@@ -21,10 +21,10 @@ from gptq_loader_extensions.gradio.about import entry_name, head, title
 from gptq_loader_extensions.gradio.conversation import Moment, answer, take_back
 from gptq_loader_extensions.gradio.models import Loaded, Ready
 from gptq_loader_extensions.gradio.versions import known, to_pairs
+from gptq_loader_plugin.chat.templates import ChatML
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid, PluginError, PromptTooLong
 from gptq_loader_plugin.generate import Piece
 from gptq_loader_plugin.options import GenerateOptions
-from gptq_loader_plugin.template import ChatML
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

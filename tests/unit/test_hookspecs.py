@@ -21,7 +21,7 @@ from gptq_loader_plugin import (
     hookspecs,
     load,
 )
-from gptq_loader_plugin.template import ChatML
+from gptq_loader_plugin.chat.templates import ChatML
 
 HOOKS = dict(
     inspect.getmembers(hookspecs, lambda it: inspect.isfunction(it) and "gptq" in it.__name__)

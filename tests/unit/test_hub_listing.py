@@ -17,8 +17,8 @@ from gptq_loader_plugin.cli.app import app
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.hub import download
 from gptq_loader_plugin.hub.card_table import CardRow, read_branch_name, read_card_table
+from gptq_loader_plugin.hub.hub_reference import HubReference
 from gptq_loader_plugin.hub.listing import RepoReport, list_branches
-from gptq_loader_plugin.reference import HubReference
 
 if TYPE_CHECKING:
     from pathlib import Path

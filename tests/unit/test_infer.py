@@ -24,8 +24,8 @@ from altered import (
 
 import gptq_loader_plugin as gptq
 from gptq_loader_kernels.cpu.library import find_library
-from gptq_loader_plugin.checkpoint.packing import pack_columns, pack_rows
 from gptq_loader_plugin.checkpoint.reader import GPTQReader
+from gptq_loader_plugin.kernel.packing import pack_columns, pack_rows
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,8 +17,8 @@ from gptq_loader_kernels.cpu.library import (
     load_library,
     unit_rows,
 )
-from gptq_loader_plugin.checkpoint.packing import pack_rows
 from gptq_loader_plugin.kernel import PackedLinear
+from gptq_loader_plugin.kernel.packing import pack_rows
 
 pytestmark = pytest.mark.skipif(find_library() is None, reason="no native library was built")
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptq_loader_plugin.checkpoint.packing import (
+from gptq_loader_plugin.checkpoint.zeros import decide_format, stored_zeros, true_zeros
+from gptq_loader_plugin.kernel.packing import (
     BITS,
     CONTINUOUS_BITS,
     pack_columns,
@@ -16,7 +17,6 @@ from gptq_loader_plugin.checkpoint.packing import (
     unpack_rows,
     words,
 )
-from gptq_loader_plugin.checkpoint.zeros import decide_format, stored_zeros, true_zeros
 
 LAYOUTS = [
     *((bits, "continuous") for bits in CONTINUOUS_BITS),

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gptq_loader_plugin as gptq
+from gptq_loader_plugin.chat.templates import ChatML
 from gptq_loader_plugin.checkpoint.reader import GPTQReader
-from gptq_loader_plugin.demo import CHAT_TEMPLATE
 from gptq_loader_plugin.quantize import QuantizeOptions, quantize, quantize_model
 from gptq_loader_plugin.quantize.algorithm import quantize_weight
 from gptq_loader_plugin.quantize.calibration import (
@@ -22,8 +22,8 @@ from gptq_loader_plugin.quantize.calibration import (
     calibration_text,
     chats_text,
 )
+from gptq_loader_plugin.quantize.demo import CHAT_TEMPLATE
 from gptq_loader_plugin.quantize.own_chats import write_chats
-from gptq_loader_plugin.template import ChatML
 
 if TYPE_CHECKING:
     from pathlib import Path

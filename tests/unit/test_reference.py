@@ -16,12 +16,8 @@ from hub_server import HubServer
 
 import gptq_loader_plugin as gptq
 from gptq_loader_plugin.hookspecs import hookimpl
-from gptq_loader_plugin.reference import (
-    HubReference,
-    models_folders,
-    parse_hub_reference,
-    resolve,
-)
+from gptq_loader_plugin.hub.hub_reference import HubReference, parse_hub_reference
+from gptq_loader_plugin.reference import models_folders, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import gptq_loader_plugin as gptq
-from gptq_loader_plugin.demo import cache_folder, demo_folder, prepare_demo
+from gptq_loader_plugin.quantize.demo import demo_folder, prepare_demo
+from gptq_loader_plugin.system.folders import cache_folder
 
 ROOT = Path(__file__).parents[2]
 

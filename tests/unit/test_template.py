@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import gptq_loader_plugin as gptq
+from gptq_loader_plugin.chat.find_template import find_template, known_tokens
+from gptq_loader_plugin.chat.templates import CardTemplate, ChatML, JinjaTemplate
 from gptq_loader_plugin.checkpoint.card import Card, read_card
-from gptq_loader_plugin.template import CardTemplate, ChatML, JinjaTemplate
-from gptq_loader_plugin.template_source import find_template, known_tokens
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 import gptq_loader_plugin as gptq
 from gptq_loader_plugin.checkpoint import read_ahead
-from gptq_loader_plugin.checkpoint.headers import TensorInfo, read_headers
+from gptq_loader_plugin.checkpoint.headers import read_headers
 from gptq_loader_plugin.checkpoint.read_ahead import ReadAhead
+from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
 from gptq_loader_plugin.checkpoint.tensors import MAPPED_FROM, TensorFiles, is_finite
 
 DTYPES = [

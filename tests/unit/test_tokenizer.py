@@ -14,9 +14,9 @@ from transformers import Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import gptq_loader_plugin as gptq
+from gptq_loader_plugin.chat.find_template import find_template
+from gptq_loader_plugin.chat.tokenizer import RANKS, read_tokenizer
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
-from gptq_loader_plugin.template_source import find_template
-from gptq_loader_plugin.tokenizer import RANKS, read_tokenizer
 
 DATA = Path(__file__).parents[1] / "data" / "checkpoints"
 ONE = DATA / "gptq-4bit-128g-act-sym"

@@ -38,13 +38,13 @@ from gptq_loader_extensions.vllm.told import (
     write_generation_config,
     write_template,
 )
+from gptq_loader_plugin.chat.find_template import NoTemplate
+from gptq_loader_plugin.chat.templates import CardTemplate, ChatML, JinjaTemplate
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.cli.app import app
 from gptq_loader_plugin.device import Device, find_device
 from gptq_loader_plugin.errors import OptionInvalid, PluginError, UnsupportedFormat
 from gptq_loader_plugin.host import Engine
-from gptq_loader_plugin.template import CardTemplate, ChatML, JinjaTemplate
-from gptq_loader_plugin.template_source import NoTemplate
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,8 +10,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.webui.templates import template_for
-from gptq_loader_plugin.template import CardTemplate, ChatML, JinjaTemplate
-from gptq_loader_plugin.template_jinja import as_jinja
+from gptq_loader_plugin.chat.templates import CardTemplate, ChatML, JinjaTemplate
+from gptq_loader_plugin.chat.to_jinja import as_jinja
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from gptq_loader_plugin.errors import CheckpointNotFound
 from gptq_loader_plugin.local import local_models
-from gptq_loader_plugin.plan import write_size
 from gptq_loader_plugin.reference import models_folders
+from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -17,15 +17,15 @@ from gptq_loader_extensions.gradio.jobs import Done, progress_bar, watched
 from gptq_loader_extensions.gradio.words import alert, as_words
 from gptq_loader_plugin.errors import DownloadCancelled, GPTQLoaderError, OptionInvalid
 from gptq_loader_plugin.events import Progress
-from gptq_loader_plugin.reference import parse_hub_reference
+from gptq_loader_plugin.hub.hub_reference import parse_hub_reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from gptq_loader_extensions.gradio.catalog import Catalog
+    from gptq_loader_plugin.hub.hub_reference import HubReference
     from gptq_loader_plugin.hub.listing import RepoReport
-    from gptq_loader_plugin.reference import HubReference
 
 __all__ = ["DownloadBox"]
 

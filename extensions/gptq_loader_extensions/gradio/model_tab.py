@@ -20,7 +20,7 @@ from gptq_loader_extensions.gradio.settings_file import ModelSettings
 from gptq_loader_extensions.gradio.settings_panel import SettingsPanel, read_options
 from gptq_loader_extensions.gradio.words import alert, as_words
 from gptq_loader_plugin.errors import GPTQLoaderError
-from gptq_loader_plugin.plan import write_size
+from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.catalog import Catalog, Entry

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from gptq_loader_extensions.gradio.machine import free_bytes
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.hookspecs import hookimpl
-from gptq_loader_plugin.plan import write_size
+from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
     import threading

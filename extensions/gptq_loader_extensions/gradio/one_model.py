@@ -150,7 +150,7 @@ class OneModel:
     def _free(self) -> None:
         if self._loaded is None:
             return
-        from gptq_loader_plugin.memory import release_freed
+        from gptq_loader_plugin.system.heap import release_freed
 
         loaded, self._loaded = self._loaded, None
         loaded.model.close()

@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.checkpoint.config import read_json
-from gptq_loader_plugin.plan import write_size
+from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
     from pathlib import Path

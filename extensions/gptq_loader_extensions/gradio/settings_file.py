@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.options import GenerateOptions
-from gptq_loader_plugin.whole_file import put_aside, write_whole
+from gptq_loader_plugin.system.atomic_file import put_aside, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ParamSpec
 import click
 
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
-from gptq_loader_plugin.paths import local_path
+from gptq_loader_plugin.system.paths import local_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
+from gptq_loader_plugin.chat.templates import JinjaTemplate
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.loading import load
-from gptq_loader_plugin.template import JinjaTemplate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

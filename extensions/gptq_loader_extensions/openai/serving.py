@@ -22,7 +22,7 @@ from gptq_loader_extensions.openai.server import Server
 from gptq_loader_extensions.openai.shelf import Shelf
 from gptq_loader_extensions.openai.traffic import LOG
 from gptq_loader_plugin.errors import OptionInvalid
-from gptq_loader_plugin.memory import share_heaps
+from gptq_loader_plugin.system.heap import share_heaps
 
 if TYPE_CHECKING:
     from collections.abc import Callable

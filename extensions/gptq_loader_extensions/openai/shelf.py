@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from gptq_loader_extensions.openai.errors import ApiError
 from gptq_loader_extensions.openai.room import free_memory
+from gptq_loader_plugin.hub.hub_reference import parse_hub_reference
 from gptq_loader_plugin.local import local_models
-from gptq_loader_plugin.paths import local_path
-from gptq_loader_plugin.reference import models_folders, parse_hub_reference
+from gptq_loader_plugin.reference import models_folders
+from gptq_loader_plugin.system.paths import local_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from gptq_loader_extensions.openai.settings import Settings
+    from gptq_loader_plugin.hub.hub_reference import HubReference
     from gptq_loader_plugin.loaded import LoadedModel
-    from gptq_loader_plugin.reference import HubReference
 
 __all__ = ["Entry", "Shelf"]
 
@@ -185,7 +186,7 @@ class Shelf:
         Python looks through all objects for cycles only when their number has grown by a quarter,
         and there are a million; those of the libraries and the model are left out (`_put`).
         """
-        from gptq_loader_plugin.memory import release_freed
+        from gptq_loader_plugin.system.heap import release_freed
 
         gc.collect()
         release_freed()
@@ -269,7 +270,7 @@ class Shelf:
         if self._loaded is not None:  # whose memory is free by then
             free += self._loaded[1].plan.weight_bytes
         if plan.device.type == "cpu" and plan.weight_bytes * SPARE > free:
-            from gptq_loader_plugin.plan import write_size
+            from gptq_loader_plugin.system.units import write_size
 
             raise ApiError(
                 503,

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gptq_loader_extensions.openai.errors import invalid
-from gptq_loader_plugin.prompt_tokens import control_tokens
-from gptq_loader_plugin.template import JinjaTemplate
+from gptq_loader_plugin.chat.encode import control_tokens
+from gptq_loader_plugin.chat.templates import JinjaTemplate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from gptq_loader_extensions.openai.schemas import ChatRequest
+    from gptq_loader_plugin.chat.template import Template
     from gptq_loader_plugin.loaded import LoadedModel
-    from gptq_loader_plugin.template import Template
 
 __all__ = [
     "Call",

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.architectures import translate_config
-from gptq_loader_plugin.checkpoint.headers import find_weight_files, read_headers
+from gptq_loader_plugin.checkpoint.headers import read_headers
+from gptq_loader_plugin.checkpoint.weight_files import find_weight_files
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.hub.remote import PICKLE_FILES, SMALL_FILES, WEIGHT_FILES
 

@@ -35,7 +35,7 @@ from gptq_loader_extensions.vllm.shards import (
 from gptq_loader_extensions.vllm.words import in_words
 from gptq_loader_plugin.choose import choose
 from gptq_loader_plugin.device import find_device
-from gptq_loader_plugin.memory import release_freed
+from gptq_loader_plugin.system.heap import release_freed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

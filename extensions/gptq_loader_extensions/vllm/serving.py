@@ -22,14 +22,14 @@ from gptq_loader_extensions.vllm.told import (
     write_generation_config,
     write_template,
 )
+from gptq_loader_plugin.chat.find_template import find_template
+from gptq_loader_plugin.chat.tokenizer import read_tokenizer
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.opening import DTYPES
 from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.reference import resolve
-from gptq_loader_plugin.template_source import find_template
-from gptq_loader_plugin.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

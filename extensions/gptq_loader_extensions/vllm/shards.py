@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gptq_loader_plugin.checkpoint.packing import BLOCK
 from gptq_loader_plugin.errors import OptionInvalid, TensorMismatch
+from gptq_loader_plugin.kernel.packing import BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from gptq_loader_plugin.chat.find_template import NoTemplate
+from gptq_loader_plugin.chat.templates import JinjaTemplate
+from gptq_loader_plugin.chat.to_jinja import as_jinja
 from gptq_loader_plugin.checkpoint.config import read_json
-from gptq_loader_plugin.template import JinjaTemplate
-from gptq_loader_plugin.template_jinja import as_jinja
-from gptq_loader_plugin.template_source import NoTemplate
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
 
-    from gptq_loader_plugin.template import Template
+    from gptq_loader_plugin.chat.template import Template
 
 __all__ = ["end_texts", "end_tokens", "write_generation_config", "write_template"]
 

@@ -10,7 +10,7 @@ from gptq_loader_extensions.webui.loading import AUTO, option
 from gptq_loader_extensions.webui.names import NAME, is_ours
 from gptq_loader_extensions.webui.recognise import is_gptq
 from gptq_loader_plugin.errors import GPTQLoaderError
-from gptq_loader_plugin.whole_file import write_whole
+from gptq_loader_plugin.system.atomic_file import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from gptq_loader_plugin.errors import OptionInvalid
-from gptq_loader_plugin.whole_file import write_whole
+from gptq_loader_plugin.system.atomic_file import write_whole
 
 __all__ = ["checked", "install", "uninstall"]
 

@@ -153,7 +153,7 @@ def wrap_unload(webui: Webui) -> Callable[..., None]:
 
     def unload_model(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the host's
         from gptq_loader_extensions.webui.generating import generating_of
-        from gptq_loader_plugin.memory import release_freed
+        from gptq_loader_plugin.system.heap import release_freed
 
         ours = None if webui.shared.model is None else generating_of(webui.shared.model)
         if ours is None:

@@ -6,7 +6,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.checkpoint.config import read_json
-from gptq_loader_plugin.checkpoint.headers import find_weight_files, read_headers
+from gptq_loader_plugin.checkpoint.headers import read_headers
+from gptq_loader_plugin.checkpoint.weight_files import find_weight_files
 from gptq_loader_plugin.errors import ConfigInvalid, GPTQLoaderError
 
 if TYPE_CHECKING:

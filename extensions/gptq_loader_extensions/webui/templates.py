@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gptq_loader_plugin.chat.find_template import NoTemplate, find_template
+from gptq_loader_plugin.chat.templates import ChatML
+from gptq_loader_plugin.chat.to_jinja import as_jinja
 from gptq_loader_plugin.checkpoint.card import read_card
-from gptq_loader_plugin.template import ChatML
-from gptq_loader_plugin.template_jinja import as_jinja
-from gptq_loader_plugin.template_source import NoTemplate, find_template
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 from gptq_loader_kernels.exllama.extension import find_extension
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.kernel import Accepted, Declined
-from gptq_loader_plugin.plan import write_size
+from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,8 @@ import torch
 
 from gptq_loader_kernels.autograd import by_identity, needs_gradient, with_gradient
 from gptq_loader_kernels.exllama.extension import load_extension
-from gptq_loader_plugin.checkpoint.packing import pack_columns
 from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.kernel.packing import pack_columns
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.kernel import LayerSpec, PackedLinear

@@ -15,9 +15,9 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_kernels.triton.tiles import BUCKETS, Tile, candidates, default_tiles
-from gptq_loader_plugin.demo import cache_folder
 from gptq_loader_plugin.events import Progress
-from gptq_loader_plugin.whole_file import write_whole
+from gptq_loader_plugin.system.atomic_file import write_whole
+from gptq_loader_plugin.system.folders import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -1,0 +1,82 @@
+# The public names, each with its home; __init__.py finds them there on first use.
+
+from .chat.template import Template
+from .checkpoint.config import QuantConfig
+from .errors import (
+    AmbiguousReference,
+    BadReference,
+    CheckpointError,
+    CheckpointNotFound,
+    ConfigInvalid,
+    CorruptCheckpoint,
+    DownloadCancelled,
+    GPTQLoaderError,
+    HubError,
+    NoBackend,
+    OptionInvalid,
+    PluginError,
+    PromptTooLong,
+    QuantizeError,
+    TemplateError,
+    TensorMismatch,
+    UnsafeFile,
+    UnsupportedFormat,
+)
+from .events import LoadRequest, Progress
+from .generate import Piece, Reply
+from .hookspecs import hookimpl
+from .host import Host
+from .kernel import Device, Kernel, LayerSpec, PackedLinear
+from .loaded import LoadedModel
+from .loading import explain, inspect, load
+from .options import GenerateOptions
+from .plan import Plan
+from .plugins import Plugins
+from .report import CheckpointReport
+from .transformers_host import disable_transformers, enable_transformers
+from .verdict import Accepted, Declined
+
+__all__ = [
+    "Accepted",
+    "AmbiguousReference",
+    "BadReference",
+    "CheckpointError",
+    "CheckpointNotFound",
+    "CheckpointReport",
+    "ConfigInvalid",
+    "CorruptCheckpoint",
+    "Declined",
+    "Device",
+    "DownloadCancelled",
+    "GPTQLoaderError",
+    "GenerateOptions",
+    "Host",
+    "HubError",
+    "Kernel",
+    "LayerSpec",
+    "LoadRequest",
+    "LoadedModel",
+    "NoBackend",
+    "OptionInvalid",
+    "PackedLinear",
+    "Piece",
+    "Plan",
+    "PluginError",
+    "Plugins",
+    "Progress",
+    "PromptTooLong",
+    "QuantConfig",
+    "QuantizeError",
+    "Reply",
+    "Template",
+    "TemplateError",
+    "TensorMismatch",
+    "UnsafeFile",
+    "UnsupportedFormat",
+    "disable_transformers",
+    "enable_transformers",
+    "explain",
+    "hookimpl",
+    "inspect",
+    "load",
+]

@@ -1,0 +1,37 @@
+"""What a kernel is, what it is given, and what it may do beyond multiplying.
+
+Plugins import all of it from here.
+"""
+
+from __future__ import annotations
+
+from gptq_loader_plugin.device import Device
+from gptq_loader_plugin.kernel.capabilities import (
+    Batcher,
+    Closable,
+    Finisher,
+    Meter,
+    Shortener,
+    ShortHead,
+    Tunable,
+)
+from gptq_loader_plugin.kernel.layer import LayerSpec, PackedLinear
+from gptq_loader_plugin.kernel.protocol import Kernel
+from gptq_loader_plugin.verdict import Accepted, Declined, Verdict
+
+__all__ = [
+    "Accepted",
+    "Batcher",
+    "Closable",
+    "Declined",
+    "Device",
+    "Finisher",
+    "Kernel",
+    "LayerSpec",
+    "Meter",
+    "PackedLinear",
+    "ShortHead",
+    "Shortener",
+    "Tunable",
+    "Verdict",
+]

@@ -1,0 +1,44 @@
+"""A kernel's answer about one layer: it can run it, at a rank, or it cannot, for a reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Accepted", "Declined", "Verdict"]
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The kernel can run the layer.
+
+    Attributes:
+        kernel: the kernel's name.
+        rank: the higher is preferred.
+        dtype: the dtype it computes in, as torch names it.
+        prepared_bytes: what the layer takes in memory once prepared.
+        note: what a user should know about this choice, or "".
+        activations: what x is rounded to before it is multiplied, "int8", or "" for `dtype`.
+    """
+
+    kernel: str
+    rank: int
+    dtype: str
+    prepared_bytes: int
+    note: str = ""
+    activations: str = ""
+
+    @property
+    def exactness(self) -> str:
+        """The narrower of `activations` and `dtype`: what tolerances go by."""
+        return self.activations or self.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """The kernel cannot run the layer, and why, in words for the user."""
+
+    kernel: str
+    reason: str
+
+
+Verdict = Accepted | Declined
