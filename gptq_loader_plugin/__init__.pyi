@@ -1,5 +1,6 @@
 # The public names, each with its home; __init__.py finds them there on first use.
 
+from .catalog.report import CheckpointReport
 from .chat.template import Template
 from .checkpoint.config import QuantConfig
 from .errors import (
@@ -32,7 +33,6 @@ from .loading import explain, inspect, load
 from .options import GenerateOptions
 from .plan import Plan
 from .plugins import Plugins
-from .report import CheckpointReport
 from .transformers_host import disable_transformers, enable_transformers
 from .verdict import Accepted, Declined
 

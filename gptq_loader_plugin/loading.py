@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from gptq_loader_plugin.build import FilledModel
+    from gptq_loader_plugin.catalog.report import CheckpointReport
     from gptq_loader_plugin.chat.template import Template
     from gptq_loader_plugin.loaded import LoadedModel
     from gptq_loader_plugin.opening import Opened
     from gptq_loader_plugin.plan import Plan
-    from gptq_loader_plugin.report import CheckpointReport
 
 __all__ = ["explain", "inspect", "load", "load_model"]
 
@@ -262,7 +262,7 @@ def inspect(
     Raises:
         GPTQLoaderError: see `errors`; each says what to do next.
     """
-    from gptq_loader_plugin.report import make_report
+    from gptq_loader_plugin.catalog.report import make_report
 
     plugins = plugins or Plugins(installed=True)
     path = resolve(reference, plugins=plugins, revision=revision, download=False)

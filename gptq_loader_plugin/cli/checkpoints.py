@@ -23,7 +23,7 @@ from gptq_loader_plugin.placement import read_limits
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
-    from gptq_loader_plugin.report import CheckpointReport
+    from gptq_loader_plugin.catalog.report import CheckpointReport
 
 __all__ = ["add_to"]
 

@@ -21,10 +21,10 @@ from gptq_loader_plugin.cli.output import (
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
+    from gptq_loader_plugin.catalog.branches import BranchReport, RepoReport
+    from gptq_loader_plugin.catalog.local import LocalReport
     from gptq_loader_plugin.hub import Downloading
     from gptq_loader_plugin.hub.hub_reference import HubReference
-    from gptq_loader_plugin.hub.listing import BranchReport, RepoReport
-    from gptq_loader_plugin.local import LocalReport
 
 __all__ = ["add_to"]
 
@@ -69,8 +69,8 @@ def branches(
     as_json: JSON = False,
 ) -> None:
     """List a repository's branches as its card does, and which fit this machine."""
+    from gptq_loader_plugin.catalog.branches import list_branches
     from gptq_loader_plugin.device import find_device
-    from gptq_loader_plugin.hub.listing import list_branches
     from gptq_loader_plugin.plugins import Plugins
 
     hub = _on_hub(reference)
@@ -148,8 +148,8 @@ def download(
 
 def models(*, device: Device = None, context: Context = 4096, as_json: JSON = False) -> None:
     """List the checkpoints on this machine: of the models directories and the hub's cache."""
+    from gptq_loader_plugin.catalog.local import local_models, report_model
     from gptq_loader_plugin.device import find_device
-    from gptq_loader_plugin.local import local_models, report_model
     from gptq_loader_plugin.plugins import Plugins
     from gptq_loader_plugin.reference import models_folders
 

@@ -108,7 +108,7 @@ def test_the_checkpoints_are_listed_without_torch(python: Run, tmp_path: Path) -
         "GPTQ: gptq/owner/name:gptq-4bit",
     ]
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "gptq_loader_plugin.local" in imported
+    assert "gptq_loader_plugin.catalog.local" in imported
     assert imported.isdisjoint({"torch", "transformers"})
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from gptq_loader_extensions.gradio.settings_file import ModelSettings, SettingsFile
 from gptq_loader_extensions.openai.room import free_memory
-from gptq_loader_plugin.local import local_models
+from gptq_loader_plugin.catalog.local import local_models
 from gptq_loader_plugin.quantize.options import KEPT
 
 if TYPE_CHECKING:

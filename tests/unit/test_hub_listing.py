@@ -13,17 +13,17 @@ from hub_server import GOOD_TOKEN, STRANGER, HubServer
 from typer.testing import CliRunner
 
 import gptq_loader_plugin as gptq
+from gptq_loader_plugin.catalog.branches import RepoReport, list_branches
+from gptq_loader_plugin.catalog.card_table import CardRow, read_branch_name, read_card_table
 from gptq_loader_plugin.cli.app import app
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.hub import download
-from gptq_loader_plugin.hub.card_table import CardRow, read_branch_name, read_card_table
 from gptq_loader_plugin.hub.hub_reference import HubReference
-from gptq_loader_plugin.hub.listing import RepoReport, list_branches
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gptq_loader_plugin.hub.listing import BranchReport
+    from gptq_loader_plugin.catalog.branches import BranchReport
 
 REPO = HubReference("owner/tiny-GPTQ")
 FOUR, THREE = "gptq-4bit-32g-actorder_True", "gptq-3bit-128g-actorder_True"
@@ -85,7 +85,7 @@ def test_the_cards_table_comes_from_the_branches_and_the_card(repository: HubSer
 def test_of_the_weights_only_the_headers_are_fetched(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptq_loader_plugin.hub.branch.FIRST", 1000)
+    monkeypatch.setattr("gptq_loader_plugin.catalog.remote_branch.FIRST", 1000)
     file = DATA / ONE / "model.safetensors"
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     hub.add(REPO.repo, DATA / ONE)

@@ -12,13 +12,13 @@ from altered import DATA, NAMES, ONE, PLUGINS, copy, plugins
 from typer.testing import CliRunner
 
 import gptq_loader_plugin as gptq
+from gptq_loader_plugin.catalog.local import local_models, report_model
 from gptq_loader_plugin.checkpoint.config import read_stored_config
 from gptq_loader_plugin.checkpoint.headers import read_headers
 from gptq_loader_plugin.checkpoint.outline import outline
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.cli.app import app
 from gptq_loader_plugin.device import find_device
-from gptq_loader_plugin.local import local_models, report_model
 from gptq_loader_plugin.reference import resolve
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
-    from gptq_loader_plugin.hub.listing import BranchReport, RepoReport
+    from gptq_loader_plugin.catalog.branches import BranchReport, RepoReport
 
 __all__ = ["branches_html"]
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptq_loader_plugin.catalog.local import local_models
 from gptq_loader_plugin.errors import CheckpointNotFound
-from gptq_loader_plugin.local import local_models
 from gptq_loader_plugin.reference import models_folders
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gptq_loader_plugin.local import LocalModel
+    from gptq_loader_plugin.catalog.local import LocalModel
 
 __all__ = ["Catalog", "Entry"]
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gptq_loader_extensions.gradio.catalog import Catalog
+    from gptq_loader_plugin.catalog.branches import RepoReport
     from gptq_loader_plugin.hub.hub_reference import HubReference
-    from gptq_loader_plugin.hub.listing import RepoReport
 
 __all__ = ["DownloadBox"]
 
@@ -157,8 +157,8 @@ def _read(text: str) -> HubReference:
 
 
 def _branches(hub: HubReference, tell: Callable[[Progress], None]) -> RepoReport:
+    from gptq_loader_plugin.catalog.branches import list_branches
     from gptq_loader_plugin.device import find_device
-    from gptq_loader_plugin.hub.listing import list_branches
     from gptq_loader_plugin.plugins import Plugins
 
     kernels = Plugins(installed=True).kernels()

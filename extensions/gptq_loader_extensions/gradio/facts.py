@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
-    from gptq_loader_plugin.report import CheckpointReport
+    from gptq_loader_plugin.catalog.report import CheckpointReport
 
 __all__ = ["facts_html"]
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from gptq_loader_extensions.gradio.catalog import Entry
     from gptq_loader_extensions.gradio.models import Loaded, LoadOptions, Models
+    from gptq_loader_plugin.catalog.report import CheckpointReport
     from gptq_loader_plugin.plan import Plan
-    from gptq_loader_plugin.report import CheckpointReport
 
 __all__ = ["LoadView", "describe", "describe_loaded", "load_watched"]
 

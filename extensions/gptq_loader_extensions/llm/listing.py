@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from gptq_loader_plugin.catalog.local import local_models
 from gptq_loader_plugin.errors import CheckpointNotFound, ConfigInvalid
-from gptq_loader_plugin.local import local_models
 from gptq_loader_plugin.quantize.demo import PACKAGE, demo_folder
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptq_loader_plugin.catalog.card_table import CardRow, read_branch_name, read_card_table
+from gptq_loader_plugin.catalog.fit import Fit
+from gptq_loader_plugin.catalog.remote_branch import FACTS, Asker, Seen, see
 from gptq_loader_plugin.errors import DownloadCancelled
 from gptq_loader_plugin.events import Progress
-from gptq_loader_plugin.fitting import Fit
-from gptq_loader_plugin.hub.branch import FACTS, Asker, Seen, see
 from gptq_loader_plugin.hub.cache import cached_folder
-from gptq_loader_plugin.hub.card_table import CardRow, read_branch_name, read_card_table
 from gptq_loader_plugin.hub.fetch import LOOK_UP_LIMIT, free_bytes
 from gptq_loader_plugin.hub.remote import list_names, look_up, read
 from gptq_loader_plugin.hub.words import explained
@@ -25,8 +25,8 @@ from gptq_loader_plugin.hub.workers import Cancelled, run_jobs
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from gptq_loader_plugin.catalog.exllama import ExllamaReport
     from gptq_loader_plugin.device import Device
-    from gptq_loader_plugin.exllama import ExllamaReport
     from gptq_loader_plugin.hub.hub_reference import HubReference
     from gptq_loader_plugin.hub.workers import Stop
     from gptq_loader_plugin.kernel import Kernel

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gptq_loader_plugin.catalog.exllama import ExllamaReport, ask_exllama
 from gptq_loader_plugin.chat.find_template import find_template
-from gptq_loader_plugin.exllama import ExllamaReport, ask_exllama
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

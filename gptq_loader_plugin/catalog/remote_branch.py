@@ -8,13 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from gptq_loader_plugin.catalog.exllama import ask_exllama
+from gptq_loader_plugin.catalog.fit import Fit, check_fit
 from gptq_loader_plugin.checkpoint.config import CONFIG_FILES, read_stored_config
 from gptq_loader_plugin.checkpoint.headers import read_safetensors_header
 from gptq_loader_plugin.checkpoint.outline import outline
 from gptq_loader_plugin.checkpoint.weight_files import find_weight_files
 from gptq_loader_plugin.errors import CheckpointError, GPTQLoaderError, UnsupportedFormat
-from gptq_loader_plugin.exllama import ask_exllama
-from gptq_loader_plugin.fitting import Fit, check_fit
 from gptq_loader_plugin.hub.cache import RepoCache
 from gptq_loader_plugin.hub.fetch import free_bytes
 from gptq_loader_plugin.hub.remote import look_up, read
@@ -24,10 +24,10 @@ from gptq_loader_plugin.hub.workers import Cancelled
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from gptq_loader_plugin.catalog.exllama import ExllamaReport
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
     from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
     from gptq_loader_plugin.device import Device
-    from gptq_loader_plugin.exllama import ExllamaReport
     from gptq_loader_plugin.hub.hub_reference import HubReference
     from gptq_loader_plugin.hub.remote import RemoteBranch, RemoteFile
     from gptq_loader_plugin.hub.workers import Stop

@@ -10,12 +10,12 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from gptq_loader_plugin.catalog.fit import Fit, check_fit
 from gptq_loader_plugin.checkpoint.config import read_stored_config
 from gptq_loader_plugin.checkpoint.headers import read_headers
 from gptq_loader_plugin.checkpoint.outline import outline
 from gptq_loader_plugin.checkpoint.weight_files import WEIGHT_SUFFIXES, find_weight_files
 from gptq_loader_plugin.errors import GPTQLoaderError
-from gptq_loader_plugin.fitting import Fit, check_fit
 from gptq_loader_plugin.reference import models_folders
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""What is there, and what it needs: answers without loading a model."""
