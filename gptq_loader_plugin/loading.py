@@ -8,9 +8,9 @@ from codecs import BOM_UTF8
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from gptq_loader_plugin.architectures import translate
 from gptq_loader_plugin.chat.find_template import find_template
 from gptq_loader_plugin.chat.tokenizer import read_tokenizer
+from gptq_loader_plugin.checkpoint.architectures.translate import translate
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.errors import ConfigInvalid, OptionInvalid
 from gptq_loader_plugin.events import Head

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gptq_loader_plugin.architectures import translate
+from gptq_loader_plugin.checkpoint.architectures.translate import translate
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.errors import OptionInvalid

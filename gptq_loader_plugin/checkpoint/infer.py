@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from gptq_loader_plugin.checkpoint.config import QuantConfig
-from gptq_loader_plugin.checkpoint.survey import LayerHeaders, Survey, survey
+from gptq_loader_plugin.checkpoint.layer_data import LayerHeaders, Survey, survey
 from gptq_loader_plugin.checkpoint.tensor_info import DAMAGED
 from gptq_loader_plugin.checkpoint.zeros import decide_format, lost_columns
 from gptq_loader_plugin.errors import TensorMismatch, UnsupportedFormat

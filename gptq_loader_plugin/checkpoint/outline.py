@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gptq_loader_plugin.checkpoint.config import StoredConfig
-    from gptq_loader_plugin.checkpoint.survey import LayerHeaders
+    from gptq_loader_plugin.checkpoint.layer_data import LayerHeaders
     from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
     from gptq_loader_plugin.kernel.packing import Bits
 

@@ -98,7 +98,7 @@ def tune_kernels(layers: Sequence[LayerSpec], device: Device, plugins: Plugins) 
 
 
 def _layers(reference: str | None, plugins: Plugins, revision: str | None) -> list[LayerSpec]:
-    from gptq_loader_plugin.architectures import translate
+    from gptq_loader_plugin.checkpoint.architectures.translate import translate
     from gptq_loader_plugin.checkpoint.reader import open_checkpoint
     from gptq_loader_plugin.kernel import LayerSpec
     from gptq_loader_plugin.reference import resolve

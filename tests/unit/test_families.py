@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import gptq_loader_plugin as gptq
-from gptq_loader_plugin.architectures import translate
+from gptq_loader_plugin.checkpoint.architectures.families import FAMILIES
+from gptq_loader_plugin.checkpoint.architectures.translate import translate
+from gptq_loader_plugin.checkpoint.architectures.unsupported import REFUSED
 from gptq_loader_plugin.checkpoint.reader import Checkpoint, GPTQReader
 from gptq_loader_plugin.conformance.packer import write_qweight, write_qzeros
-from gptq_loader_plugin.families import FAMILIES
 from gptq_loader_plugin.loading import load_model
-from gptq_loader_plugin.refusals import REFUSED
 
 BASE = Path(__file__).parents[1] / "data" / "checkpoints" / "base"
 HIDDEN, INNER, HEADS, GROUPS, SIZE, LAYERS, VOCABULARY = 64, 96, 4, 2, 16, 2, 384

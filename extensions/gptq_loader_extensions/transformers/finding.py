@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_plugin.architectures import translate_config
+from gptq_loader_plugin.checkpoint.architectures.translate import translate_config
 from gptq_loader_plugin.checkpoint.headers import read_headers
 from gptq_loader_plugin.checkpoint.weight_files import find_weight_files
 from gptq_loader_plugin.errors import GPTQLoaderError

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gptq_loader_plugin.checkpoint.architectures.families import FAMILIES
+from gptq_loader_plugin.checkpoint.architectures.unsupported import REFUSED, SAME_CODE
 from gptq_loader_plugin.checkpoint.reader import Checkpoint
 from gptq_loader_plugin.checkpoint.tensors import TensorFiles, View
 from gptq_loader_plugin.errors import ConfigInvalid, UnsupportedFormat
-from gptq_loader_plugin.families import FAMILIES
-from gptq_loader_plugin.refusals import REFUSED, SAME_CODE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from gptq_loader_plugin.checkpoint.architectures.families import Family
     from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
-    from gptq_loader_plugin.families import Family
     from gptq_loader_plugin.kernel import LayerSpec
 
 __all__ = ["translate", "translate_config"]
