@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# As in gptq_loader_plugin.batch: tokens of prompts in a step while replies are written, and while
+# As in gptq_loader_plugin.generation.batch: tokens of prompts in a step while replies are written, and while
 # none are.
 PART, WHOLE = 256, 2048
 WARM = 0.1  # of the requests, which find an emptier replica than those that follow
@@ -288,7 +288,7 @@ def watch(clients: int, replica: Replica, work: Work) -> dict:
 def measure(reference: str, *, seconds: float, clock: Callable[[], float]) -> dict:
     """Time steps of 1 to 16 sequences of a real model here, by turns, and reading their prompts."""
     import gptq_loader_plugin as gptq
-    from gptq_loader_plugin.batch import Batch
+    from gptq_loader_plugin.generation.batch import Batch
 
     with gptq.load(reference) as model:
         text = "The harbour was quiet before dawn. " * 40

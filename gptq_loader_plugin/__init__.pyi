@@ -24,13 +24,13 @@ from .errors import (
     UnsupportedFormat,
 )
 from .events import LoadRequest, Progress
-from .generate import Piece, Reply
+from .generation.generate import Piece, Reply
+from .generation.loaded import LoadedModel
+from .generation.options import GenerateOptions
 from .hookspecs import hookimpl
 from .host import Host
 from .kernel import Device, Kernel, LayerSpec, PackedLinear
-from .loaded import LoadedModel
 from .loading import explain, inspect, load
-from .options import GenerateOptions
 from .plan import Plan
 from .plugins import Plugins
 from .transformers_host import disable_transformers, enable_transformers

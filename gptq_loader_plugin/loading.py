@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.build import FilledModel
     from gptq_loader_plugin.catalog.report import CheckpointReport
     from gptq_loader_plugin.chat.template import Template
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.opening import Opened
     from gptq_loader_plugin.plan import Plan
 
@@ -115,7 +115,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     config = read_config(checkpoint)  # before the tokenizer, which would be blamed for it
     tokenizer = read_tokenizer(checkpoint)
     if kv_cache == "int8":
-        from gptq_loader_plugin.kv_cache import check_int8
+        from gptq_loader_plugin.generation.kv_cache import check_int8
 
         check_int8(config)
 
@@ -131,7 +131,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         plan, done = shorten(model, plan, plugins.kernels())
         notes = (*notes, *done)
     _tell_loaded(opened, plugins)
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
 
     loaded = LoadedModel(
         model,

@@ -19,7 +19,7 @@ from gptq_loader_plugin.system.atomic_file import is_aside, put_aside, write_who
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.perplexity import Perplexity
     from gptq_loader_plugin.plan import Plan
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = [
     "SAMPLE",

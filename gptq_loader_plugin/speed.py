@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from gptq_loader_plugin.errors import OptionInvalid
-from gptq_loader_plugin.generate import Generation, generate_pieces
+from gptq_loader_plugin.generation.generate import Generation, generate_pieces
+from gptq_loader_plugin.generation.options import GenerateOptions
 from gptq_loader_plugin.kernel import Meter, ShortHead
-from gptq_loader_plugin.options import GenerateOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from gptq_loader_plugin.device import Device
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["Rates", "Speed", "measure_speed", "peak_memory", "prompt_seconds", "reply_seconds"]
 

@@ -14,7 +14,7 @@ from gptq_loader_plugin.events import Head  # noqa: TC001 - typer reads it
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.speed import Rates, Speed
 
 __all__ = ["add_to"]

@@ -12,7 +12,7 @@ from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.events import Head  # noqa: TC001 - typer reads the annotations
 
 if TYPE_CHECKING:
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.perplexity import Perplexity
 
 __all__ = ["add_to"]

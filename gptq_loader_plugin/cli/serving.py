@@ -24,7 +24,7 @@ from gptq_loader_plugin.host import Engine
 from gptq_loader_plugin.placement import read_limits
 
 if TYPE_CHECKING:
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.plugins import Plugins
 
 __all__ = ["add_to"]

@@ -23,9 +23,9 @@ from gptq_loader_plugin.placement import read_limits
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gptq_loader_plugin.generate import Piece
-    from gptq_loader_plugin.loaded import LoadedModel
-    from gptq_loader_plugin.options import GenerateOptions
+    from gptq_loader_plugin.generation.generate import Piece
+    from gptq_loader_plugin.generation.loaded import LoadedModel
+    from gptq_loader_plugin.generation.options import GenerateOptions
 
 __all__ = ["add_to"]
 
@@ -289,7 +289,7 @@ def _answer(model: LoadedModel, pieces: Iterator[Piece]) -> None:
 
 
 def _options(**fields: Any) -> GenerateOptions:  # noqa: ANN401 - checked by the model
-    from gptq_loader_plugin.options import GenerateOptions
+    from gptq_loader_plugin.generation.options import GenerateOptions
 
     return GenerateOptions.parse(fields)
 

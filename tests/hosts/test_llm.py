@@ -205,7 +205,7 @@ def test_options_arrive(llm: Run, python: Run) -> None:
 def test_the_limits_of_options_are_the_packages(python: Run) -> None:
     code = (
         "from gptq_loader_extensions.llm.models import Options\n"
-        "from gptq_loader_plugin.options import GenerateOptions\n"
+        "from gptq_loader_plugin.generation.options import GenerateOptions\n"
         "names = {'max_tokens': 'max_new_tokens'}\n"
         "for name, field in Options.model_fields.items():\n"
         "    ours = GenerateOptions.model_fields.get(names.get(name, name))\n"

@@ -150,7 +150,7 @@ def main() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401 - what jobs need
 
     import gptq_loader_plugin.build
-    import gptq_loader_plugin.loaded
+    import gptq_loader_plugin.generation.loaded
     import gptq_loader_plugin.loading
     import gptq_loader_plugin.quantize.run  # noqa: F401
 

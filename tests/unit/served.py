@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from gptq_loader_plugin.generate import Generation, Piece
+    from gptq_loader_plugin.generation.generate import Generation, Piece
 
 OTHER = "gptq-3bit-128g-act-sym"
 CHAT = "/v1/chat/completions"

@@ -9,14 +9,14 @@ import pytest
 from altered import CPU_KERNELS, DATA, ONE, plugins
 
 import gptq_loader_plugin as gptq
-from gptq_loader_plugin.batch import Batch
+from gptq_loader_plugin.generation.batch import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
-    from gptq_loader_plugin.generate import Generation, Piece
+    from gptq_loader_plugin.generation.generate import Generation, Piece
 
 PROMPTS = [
     "The", "Once upon a time there was a", "A " * 300, "x", "What is the capital of France?" * 9,

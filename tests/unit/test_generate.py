@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import pipeline
 
 import gptq_loader_plugin as gptq
-from gptq_loader_plugin.generate import Generation, TextStream, generate_pieces
+from gptq_loader_plugin.generation.generate import Generation, TextStream, generate_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

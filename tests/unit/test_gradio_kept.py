@@ -16,7 +16,7 @@ from gptq_loader_extensions.gradio.settings_file import (
     config_folder,
 )
 from gptq_loader_plugin.errors import GPTQLoaderError
-from gptq_loader_plugin.options import GenerateOptions
+from gptq_loader_plugin.generation.options import GenerateOptions
 
 GREEDY = GenerateOptions(temperature=0, max_new_tokens=6)
 TALK = [

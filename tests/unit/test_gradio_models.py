@@ -18,7 +18,7 @@ from gptq_loader_extensions.gradio.one_model import OneModel
 from gptq_loader_extensions.gradio.prompt_view import prompt_html
 from gptq_loader_extensions.gradio.reply import chat_prompt, raw_prompt
 from gptq_loader_plugin.errors import CheckpointNotFound, GPTQLoaderError, OptionInvalid
-from gptq_loader_plugin.options import GenerateOptions
+from gptq_loader_plugin.generation.options import GenerateOptions
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.events import Progress

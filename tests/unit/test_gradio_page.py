@@ -23,8 +23,8 @@ from gptq_loader_extensions.gradio.models import Loaded, Ready
 from gptq_loader_extensions.gradio.versions import known, to_pairs
 from gptq_loader_plugin.chat.templates import ChatML
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid, PluginError, PromptTooLong
-from gptq_loader_plugin.generate import Piece
-from gptq_loader_plugin.options import GenerateOptions
+from gptq_loader_plugin.generation.generate import Piece
+from gptq_loader_plugin.generation.options import GenerateOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -23,7 +23,7 @@ from gptq_loader_extensions.gradio.reply import raw_prompt
 from gptq_loader_extensions.gradio.words import alert, as_words
 from gptq_loader_plugin.errors import GPTQLoaderError, PromptTooLong
 from gptq_loader_plugin.events import Progress
-from gptq_loader_plugin.options import GenerateOptions
+from gptq_loader_plugin.generation.options import GenerateOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

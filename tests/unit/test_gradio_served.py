@@ -14,12 +14,12 @@ from gptq_loader_extensions.gradio.measuring import measure
 from gptq_loader_extensions.gradio.models import LoadOptions, Ready, Stopped
 from gptq_loader_extensions.gradio.reply import raw_prompt
 from gptq_loader_extensions.gradio.served import ServedModels
-from gptq_loader_plugin.options import GenerateOptions
+from gptq_loader_plugin.generation.options import GenerateOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gptq_loader_plugin.generate import Piece
+    from gptq_loader_plugin.generation.generate import Piece
 
 GREEDY = GenerateOptions(temperature=0, max_new_tokens=5)
 

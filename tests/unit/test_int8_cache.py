@@ -10,7 +10,7 @@ import torch
 from altered import DATA, ONE, plugins
 
 import gptq_loader_plugin as gptq
-from gptq_loader_plugin.kv_cache import check_int8, make_cache, make_int8_cache
+from gptq_loader_plugin.generation.kv_cache import check_int8, make_cache, make_int8_cache
 
 MISSING = find_spec("hqq") is None
 FIRST = 200  # tokens read at once: 8 bits begin with them
@@ -58,6 +58,6 @@ def test_other_kinds_are_refused() -> None:
 def test_a_model_that_slides_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import MistralConfig
 
-    monkeypatch.setattr("gptq_loader_plugin.kv_cache.find_spec", lambda name: name)
+    monkeypatch.setattr("gptq_loader_plugin.generation.kv_cache.find_spec", lambda name: name)
     with pytest.raises(gptq.OptionInvalid, match="this mistral model's context"):
         check_int8(MistralConfig(sliding_window=32))

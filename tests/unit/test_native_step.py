@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gptq_loader_kernels.cpu.library import Isa, find_library, load_library
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import find_device
-from gptq_loader_plugin.generate import Generation, generate_pieces
-from gptq_loader_plugin.kv_cache import KeptCache, RoomyLayer, make_cache
-from gptq_loader_plugin.options import GenerateOptions
+from gptq_loader_plugin.generation.generate import Generation, generate_pieces
+from gptq_loader_plugin.generation.kv_cache import KeptCache, RoomyLayer, make_cache
+from gptq_loader_plugin.generation.options import GenerateOptions
 
 pytestmark = pytest.mark.skipif(find_library() is None, reason="the native library was not built")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers.generation import logits_process as process
 
-from gptq_loader_plugin.options import GenerateOptions
-from gptq_loader_plugin.sampling import Sampler
+from gptq_loader_plugin.generation.options import GenerateOptions
+from gptq_loader_plugin.generation.sampling import Sampler
 
 VOCABULARY = 500
 NEVER = range(480, VOCABULARY)

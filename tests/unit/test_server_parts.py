@@ -23,14 +23,14 @@ from gptq_loader_extensions.openai.processors import Bias, RecentPenalty, SaidPe
 from gptq_loader_extensions.openai.scores import Step
 from gptq_loader_extensions.openai.tools import Call, CallReader, TaggedCalls, WholeCall
 from gptq_loader_extensions.openai.words import TokenWords
-from gptq_loader_plugin.generate import Piece
+from gptq_loader_plugin.generation.generate import Piece
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     import gptq_loader_plugin as gptq
-    from gptq_loader_plugin.generate import Generation
+    from gptq_loader_plugin.generation.generate import Generation
 
 CALL = '<tool_call>\n{"name": "now", "arguments": {"zone": "UTC"}}\n</tool_call>'
 # As Hermes and Qwen write it, shortened.

@@ -12,9 +12,9 @@ from test_native_step import build
 
 import gptq_loader_plugin as gptq
 from gptq_loader_kernels.cpu.library import Isa, find_library, load_library
-from gptq_loader_plugin.generate import short_head
+from gptq_loader_plugin.generation.generate import short_head
+from gptq_loader_plugin.generation.sampling import Sampler
 from gptq_loader_plugin.kernel import ShortHead
-from gptq_loader_plugin.sampling import Sampler
 
 pytestmark = pytest.mark.skipif(find_library() is None, reason="the native library was not built")
 

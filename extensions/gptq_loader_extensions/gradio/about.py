@@ -10,7 +10,7 @@ from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.models import Loaded
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["NO_MODEL", "entry_name", "facts_of", "head", "title"]
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from gptq_loader_extensions.gradio.models import Models, Prompt
     from gptq_loader_extensions.gradio.reply import Shown
-    from gptq_loader_plugin.loaded import LoadedModel
-    from gptq_loader_plugin.options import GenerateOptions
+    from gptq_loader_plugin.generation.loaded import LoadedModel
+    from gptq_loader_plugin.generation.options import GenerateOptions
 
 __all__ = ["by_turns", "where_they_part"]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from gptq_loader_extensions.gradio.models import Models
-    from gptq_loader_plugin.options import GenerateOptions
+    from gptq_loader_plugin.generation.options import GenerateOptions
 
 __all__ = ["Message", "Moment", "answer", "take_back", "with_system"]
 

@@ -17,10 +17,10 @@ from gptq_loader_extensions.gradio.reply import chat_prompt, write_reply
 from gptq_loader_extensions.gradio.versions import known
 from gptq_loader_extensions.gradio.words import as_words
 from gptq_loader_plugin.errors import GPTQLoaderError
-from gptq_loader_plugin.options import GenerateOptions
+from gptq_loader_plugin.generation.options import GenerateOptions
 
 if TYPE_CHECKING:
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["chat_interface"]
 

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from gptq_loader_extensions.gradio.catalog import Entry
     from gptq_loader_extensions.gradio.models import LoadOptions, Prompt
-    from gptq_loader_plugin.generate import Piece
-    from gptq_loader_plugin.loaded import LoadedModel
-    from gptq_loader_plugin.options import GenerateOptions
+    from gptq_loader_plugin.generation.generate import Piece
+    from gptq_loader_plugin.generation.loaded import LoadedModel
+    from gptq_loader_plugin.generation.options import GenerateOptions
 
 __all__ = ["OneModel"]
 

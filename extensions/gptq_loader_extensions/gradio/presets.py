@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gptq_loader_plugin.options import GenerateOptions
+from gptq_loader_plugin.generation.options import GenerateOptions
 
 if TYPE_CHECKING:
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["OWN", "PRESETS", "SAMPLING", "own_sampling", "preset_of"]
 

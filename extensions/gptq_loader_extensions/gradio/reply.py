@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from gptq_loader_extensions.gradio.models import Models
-    from gptq_loader_plugin.generate import Finish, Piece
-    from gptq_loader_plugin.loaded import LoadedModel
-    from gptq_loader_plugin.options import GenerateOptions
+    from gptq_loader_plugin.generation.generate import Finish, Piece
+    from gptq_loader_plugin.generation.loaded import LoadedModel
+    from gptq_loader_plugin.generation.options import GenerateOptions
 
 __all__ = ["Shown", "chat_prompt", "raw_prompt", "write_reply"]
 

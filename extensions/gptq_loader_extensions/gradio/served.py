@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.models import Prompt
     from gptq_loader_extensions.openai.engine import Event
     from gptq_loader_extensions.openai.server import Server
-    from gptq_loader_plugin.generate import Piece
-    from gptq_loader_plugin.loaded import LoadedModel
-    from gptq_loader_plugin.options import GenerateOptions
+    from gptq_loader_plugin.generation.generate import Piece
+    from gptq_loader_plugin.generation.loaded import LoadedModel
+    from gptq_loader_plugin.generation.options import GenerateOptions
 
 __all__ = ["ServedModels", "mount_page"]
 
@@ -120,7 +120,7 @@ class ServedModels:
         Raises:
             GPTQLoaderError: no model is loaded, or it does not take this prompt.
         """
-        from gptq_loader_plugin.generate import Piece
+        from gptq_loader_plugin.generation.generate import Piece
 
         if self.loaded is None:
             raise GPTQLoaderError("no model is loaded", hint="choose one in the Model tab")

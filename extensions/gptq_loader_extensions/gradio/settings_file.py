@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gptq_loader_plugin.errors import GPTQLoaderError
-from gptq_loader_plugin.options import GenerateOptions
+from gptq_loader_plugin.generation.options import GenerateOptions
 from gptq_loader_plugin.system.atomic_file import put_aside, write_whole
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from gptq_loader_extensions.gradio.presets import (
     own_sampling,
     preset_of,
 )
-from gptq_loader_plugin.options import GenerateOptions
+from gptq_loader_plugin.generation.options import GenerateOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Iterator, Sequence
 
-    from gptq_loader_plugin.generate import Piece
-    from gptq_loader_plugin.loaded import LoadedModel
-    from gptq_loader_plugin.options import GenerateOptions
+    from gptq_loader_plugin.generation.generate import Piece
+    from gptq_loader_plugin.generation.loaded import LoadedModel
+    from gptq_loader_plugin.generation.options import GenerateOptions
 
 __all__ = ["answer", "messages_of"]
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.plugins import Plugins
 
 __all__ = ["Keeper", "Wanted", "the_keeper"]

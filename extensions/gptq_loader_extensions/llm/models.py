@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_extensions.llm.keeping import Keeper
     from gptq_loader_extensions.llm.listing import Listed
-    from gptq_loader_plugin.options import GenerateOptions
+    from gptq_loader_plugin.generation.options import GenerateOptions
 
 __all__ = ["AsyncGPTQModel", "GPTQModel", "ModelFailed", "Options", "make_models"]
 
@@ -94,7 +94,7 @@ class Options(llm.Options):  # type: ignore[misc] # llm is not typed
 
     def generate(self) -> GenerateOptions:
         """Give those that are about sampling."""
-        from gptq_loader_plugin.options import GenerateOptions
+        from gptq_loader_plugin.generation.options import GenerateOptions
 
         fields = self.model_dump(exclude={"backend", "template", "context"}, exclude_none=True)
         if "max_tokens" in fields:

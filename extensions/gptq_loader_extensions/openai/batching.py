@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gptq_loader_extensions.openai.shelf import Shelf
-    from gptq_loader_plugin.batch import Batch
-    from gptq_loader_plugin.generate import Generation, Piece
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.batch import Batch
+    from gptq_loader_plugin.generation.generate import Generation, Piece
+    from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["BatchEngine"]
 
@@ -195,7 +195,7 @@ class BatchEngine:
         return self._ended(work)
 
     def _use(self, model: LoadedModel) -> None:
-        from gptq_loader_plugin.batch import Batch
+        from gptq_loader_plugin.generation.batch import Batch
 
         if self._batch is not None and self._batch[0] is model:
             return
@@ -220,7 +220,7 @@ class BatchEngine:
             self._begin_one(job)
 
     def _begin_one(self, job: Job) -> None:
-        from gptq_loader_plugin.generate import Piece
+        from gptq_loader_plugin.generation.generate import Piece
 
         assert self._batch is not None
         model, batch = self._batch

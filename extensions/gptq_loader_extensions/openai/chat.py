@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.openai.tools import Call, CallReader
     from gptq_loader_extensions.openai.waiting import Reply
     from gptq_loader_extensions.openai.words import TokenWords
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["FINISH", "chat_routes", "usage"]
 

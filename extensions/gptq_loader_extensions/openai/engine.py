@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from transformers import LogitsProcessor
 
     from gptq_loader_extensions.openai.scores import Step
-    from gptq_loader_plugin.generate import Piece
-    from gptq_loader_plugin.loaded import LoadedModel
-    from gptq_loader_plugin.options import GenerateOptions
+    from gptq_loader_plugin.generation.generate import Piece
+    from gptq_loader_plugin.generation.loaded import LoadedModel
+    from gptq_loader_plugin.generation.options import GenerateOptions
 
 __all__ = [
     "Ended",

@@ -19,7 +19,7 @@ from gptq_loader_extensions.openai.schemas import (
 
 if TYPE_CHECKING:
     from gptq_loader_extensions.openai.server import Server
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["internal_routes"]
 

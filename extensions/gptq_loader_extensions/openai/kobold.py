@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_extensions.openai.server import Server
     from gptq_loader_extensions.openai.waiting import Reply
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["kobold_routes"]
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["next_logits", "score_prompt"]
 
@@ -44,8 +44,8 @@ def _parts(model: LoadedModel, ids: Sequence[int]) -> Any:  # noqa: ANN401 - an 
     """Read a prompt in parts; give where each begins, and its logits [tokens, vocabulary]."""
     import torch
 
-    from gptq_loader_plugin.generate import cache_name
-    from gptq_loader_plugin.kv_cache import make_cache
+    from gptq_loader_plugin.generation.generate import cache_name
+    from gptq_loader_plugin.generation.kv_cache import make_cache
 
     cached: dict[str, Any] = {cache_name(model.model): make_cache(model.model), "use_cache": True}
     sequence = torch.tensor([list(ids)], device=model.model.device)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.openai.engine import Engine, Run
     from gptq_loader_extensions.openai.settings import Settings
     from gptq_loader_extensions.openai.shelf import Shelf
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["Server"]
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gptq_loader_extensions.openai.settings import Settings
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["bind", "log_requests", "serve"]
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from gptq_loader_extensions.openai.settings import Settings
+    from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.hub.hub_reference import HubReference
-    from gptq_loader_plugin.loaded import LoadedModel
 
 __all__ = ["Entry", "Shelf"]
 

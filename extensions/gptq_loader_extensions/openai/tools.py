@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_extensions.openai.schemas import ChatRequest
     from gptq_loader_plugin.chat.template import Template
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = [
     "Call",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_extensions.openai.engine import Engine, Event, Run
     from gptq_loader_extensions.openai.traffic import Record
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["ClientGone", "Reply", "whole"]
 

@@ -15,10 +15,10 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from gptq_loader_plugin.errors import GPTQLoaderError
-from gptq_loader_plugin.kv_cache import KeptCache
+from gptq_loader_plugin.generation.kv_cache import KeptCache
 
 if TYPE_CHECKING:
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["Generating", "generating_of"]
 

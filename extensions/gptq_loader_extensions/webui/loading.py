@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_extensions.webui.names import Webui
     from gptq_loader_plugin.events import Progress
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["Loads", "option", "wrap_unload"]
 

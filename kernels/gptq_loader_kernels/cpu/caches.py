@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from gptq_loader_kernels.cpu.library import Cache
-from gptq_loader_plugin.kv_cache import RoomyLayer
+from gptq_loader_plugin.generation.kv_cache import RoomyLayer
 
 if TYPE_CHECKING:
     import ctypes

@@ -18,7 +18,7 @@ from gptq_loader_kernels.cpu.describe import Described, describe, linears
 from gptq_loader_kernels.cpu.library import Isa, load_library
 from gptq_loader_kernels.cpu.library import Sequence as Sequence_
 from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
-from gptq_loader_plugin.kv_cache import make_cache
+from gptq_loader_plugin.generation.kv_cache import make_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -14,7 +14,7 @@ from gptq_loader_kernels.cpu.decoder import CACHE, NativeStep
 from gptq_loader_kernels.cpu.describe import all_packed, why_not
 from gptq_loader_kernels.cpu.head import RowsLinear
 from gptq_loader_kernels.cpu.library import Isa, load_library
-from gptq_loader_plugin.kv_cache import make_cache
+from gptq_loader_plugin.generation.kv_cache import make_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from gptq_loader_plugin.generation.kv_cache import KeptCache
+from gptq_loader_plugin.generation.sampling import Sampler
 from gptq_loader_plugin.kernel import ShortHead
-from gptq_loader_plugin.kv_cache import KeptCache
-from gptq_loader_plugin.sampling import Sampler
 
 if TYPE_CHECKING:
     import threading
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-    from gptq_loader_plugin.options import GenerateOptions
+    from gptq_loader_plugin.generation.options import GenerateOptions
 
 __all__ = [
     "Finish",

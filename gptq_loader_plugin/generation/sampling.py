@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from transformers import LogitsProcessor, LogitsProcessorList
 
-    from gptq_loader_plugin.options import GenerateOptions
+    from gptq_loader_plugin.generation.options import GenerateOptions
 
 __all__ = ["Sampler"]
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from gptq_loader_plugin.chat.messages import check_text
 from gptq_loader_plugin.chat.templates import CHATML_START
 from gptq_loader_plugin.errors import GPTQLoaderError, PromptTooLong
-from gptq_loader_plugin.generate import Generation, Piece, Reply, generate_pieces
+from gptq_loader_plugin.generation.generate import Generation, Piece, Reply, generate_pieces
+from gptq_loader_plugin.generation.kv_cache import KeptCache
+from gptq_loader_plugin.generation.options import GenerateOptions
 from gptq_loader_plugin.kernel import Closable
-from gptq_loader_plugin.kv_cache import KeptCache
-from gptq_loader_plugin.options import GenerateOptions
 
 if TYPE_CHECKING:
     import threading

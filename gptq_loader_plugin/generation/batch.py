@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptq_loader_plugin.generate import read_head, short_head
+from gptq_loader_plugin.generation.generate import read_head, short_head
 from gptq_loader_plugin.kernel import Batcher
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gptq_loader_plugin.generate import Generation, Piece
-    from gptq_loader_plugin.loaded import LoadedModel
+    from gptq_loader_plugin.generation.generate import Generation, Piece
+    from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["Batch"]
 
