@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import gptq_loader_plugin as gptq
-from gptq_loader_plugin.perplexity import measure_perplexity
+from gptq_loader_plugin.measure.perplexity import measure_perplexity
 from gptq_loader_plugin.quantize import QuantizeOptions, quantize_model
 
 BRANCHES = {

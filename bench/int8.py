@@ -23,7 +23,7 @@ from gptq_loader_kernels.cpu.library import Isa
 from gptq_loader_kernels.cpu.linear import NativeLinear
 from gptq_loader_plugin import hookimpl
 from gptq_loader_plugin.conformance.layers import Case, make_layer
-from gptq_loader_plugin.perplexity import measure_perplexity
+from gptq_loader_plugin.measure.perplexity import measure_perplexity
 from gptq_loader_plugin.plugins import Plugins
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from gptq_loader_kernels.cpu import CpuKernel
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.kernel.packing import pack_columns
-from gptq_loader_plugin.speed import MEMORY_BYTES
+from gptq_loader_plugin.measure.speed import MEMORY_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

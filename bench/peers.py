@@ -27,7 +27,7 @@ from worker import Worker
 
 from gptq_loader_kernels.cpu import CpuKernel
 from gptq_loader_plugin.device import find_device
-from gptq_loader_plugin.speed import MEMORY_BYTES
+from gptq_loader_plugin.measure.speed import MEMORY_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

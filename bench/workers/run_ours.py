@@ -9,7 +9,7 @@ import transformers  # noqa: F401 - so that its import is no part of the load
 from turns import Loaded, serve
 
 import gptq_loader_plugin as gptq
-from gptq_loader_plugin.speed import bytes_read_a_token, prompt_seconds, reply_seconds
+from gptq_loader_plugin.measure.speed import bytes_read_a_token, prompt_seconds, reply_seconds
 
 
 def load(reference: str) -> Loaded:

@@ -15,7 +15,7 @@ from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.generation.loaded import LoadedModel
-    from gptq_loader_plugin.speed import Rates, Speed
+    from gptq_loader_plugin.measure.speed import Rates, Speed
 
 __all__ = ["add_to"]
 
@@ -50,8 +50,8 @@ def bench(
     import transformers  # noqa: F401 - so that its import is no part of the load
 
     import gptq_loader_plugin as gptq
+    from gptq_loader_plugin.measure.speed import measure_speed, peak_memory
     from gptq_loader_plugin.plugins import Plugins
-    from gptq_loader_plugin.speed import measure_speed, peak_memory
 
     before = peak_memory()
     bars = ProgressBars()

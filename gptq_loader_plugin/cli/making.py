@@ -13,7 +13,7 @@ from gptq_loader_plugin.events import Head  # noqa: TC001 - typer reads the anno
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.generation.loaded import LoadedModel
-    from gptq_loader_plugin.perplexity import Perplexity
+    from gptq_loader_plugin.measure.perplexity import Perplexity
 
 __all__ = ["add_to"]
 
@@ -146,7 +146,12 @@ def perplexity(
     The figure is kept, and drawn beside those of other checkpoints in the page's Compare tab.
     """
     import gptq_loader_plugin as gptq
-    from gptq_loader_plugin.perplexity import SAMPLE, SAMPLE_WINDOW, measure_perplexity, sample_text
+    from gptq_loader_plugin.measure.perplexity import (
+        SAMPLE,
+        SAMPLE_WINDOW,
+        measure_perplexity,
+        sample_text,
+    )
     from gptq_loader_plugin.plugins import Plugins
     from gptq_loader_plugin.system.paths import read_words
 
@@ -185,7 +190,7 @@ def perplexity(
 
 def _keep(model: LoadedModel, found: Perplexity, *, text: str, text_name: str) -> str | None:
     """Keep a figure and say where; one that cannot be kept is told nevertheless."""
-    from gptq_loader_plugin.measured import MeasuredFiles, data_folder, measurement
+    from gptq_loader_plugin.measure.results import MeasuredFiles, data_folder, measurement
 
     try:
         figure = measurement(model, found, text=text, text_name=text_name)

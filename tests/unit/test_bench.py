@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 import gptq_loader_plugin as gptq
 from gptq_loader_kernels.cpu import CpuKernel
 from gptq_loader_kernels.cpu.library import find_library
-from gptq_loader_plugin import speed
 from gptq_loader_plugin.cli.app import app
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.kernel import Meter, ShortHead
+from gptq_loader_plugin.measure import speed
 
 if TYPE_CHECKING:
     from click.testing import Result

@@ -16,8 +16,8 @@ from gptq_loader_extensions.gradio.measuring import measure, named_text
 from gptq_loader_extensions.gradio.models import LoadOptions, Stopped
 from gptq_loader_extensions.gradio.one_model import OneModel
 from gptq_loader_plugin.errors import GPTQLoaderError
-from gptq_loader_plugin.measured import Measured, MeasuredText
-from gptq_loader_plugin.perplexity import measure_perplexity, sample_text
+from gptq_loader_plugin.measure.perplexity import measure_perplexity, sample_text
+from gptq_loader_plugin.measure.results import Measured, MeasuredText
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.events import Progress

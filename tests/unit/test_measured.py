@@ -10,14 +10,7 @@ from altered import DATA, ONE, plugins
 
 import gptq_loader_plugin as gptq
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
-from gptq_loader_plugin.measured import (
-    Measured,
-    MeasuredFiles,
-    MeasuredText,
-    data_folder,
-    measurement,
-)
-from gptq_loader_plugin.perplexity import (
+from gptq_loader_plugin.measure.perplexity import (
     SAMPLE,
     SAMPLE_WINDOW,
     Perplexity,
@@ -26,6 +19,13 @@ from gptq_loader_plugin.perplexity import (
     measure_perplexity,
     sample_text,
     window_loss,
+)
+from gptq_loader_plugin.measure.results import (
+    Measured,
+    MeasuredFiles,
+    MeasuredText,
+    data_folder,
+    measurement,
 )
 
 TEXT = MeasuredText(name="a text", digest="00ff", windows=3, window_tokens=64)

@@ -13,7 +13,7 @@ from gptq_loader_plugin.system.units import write_size
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from gptq_loader_plugin.measured import Measured, MeasuredText
+    from gptq_loader_plugin.measure.results import Measured, MeasuredText
 
 __all__ = ["chart_html", "text_title"]
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.catalog import Catalog
     from gptq_loader_extensions.gradio.models import Loaded, Models
     from gptq_loader_extensions.gradio.settings_panel import SettingsPanel
-    from gptq_loader_plugin.measured import MeasuredFiles
+    from gptq_loader_plugin.measure.results import MeasuredFiles
 
 __all__ = ["CompareTab"]
 

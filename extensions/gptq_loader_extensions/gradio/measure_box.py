@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gptq_loader_extensions.gradio.models import Models
-    from gptq_loader_plugin.measured import MeasuredFiles
+    from gptq_loader_plugin.measure.results import MeasuredFiles
 
 __all__ = ["MeasureBox"]
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from gptq_loader_extensions.gradio.models import check_stopped
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
 from gptq_loader_plugin.events import Progress
-from gptq_loader_plugin.measured import Measured, measurement
-from gptq_loader_plugin.perplexity import (
+from gptq_loader_plugin.measure.perplexity import (
     SAMPLE,
     SAMPLE_WINDOW,
     Perplexity,
@@ -19,6 +18,7 @@ from gptq_loader_plugin.perplexity import (
     sample_text,
     window_loss,
 )
+from gptq_loader_plugin.measure.results import Measured, measurement
 
 if TYPE_CHECKING:
     import threading

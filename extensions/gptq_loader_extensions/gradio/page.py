@@ -19,7 +19,7 @@ from gptq_loader_extensions.gradio.raw_tab import RawTab
 from gptq_loader_extensions.gradio.settings_file import SettingsFile, config_folder
 from gptq_loader_extensions.gradio.settings_panel import SettingsPanel
 from gptq_loader_extensions.gradio.versions import known
-from gptq_loader_plugin.measured import MeasuredFiles, data_folder
+from gptq_loader_plugin.measure.results import MeasuredFiles, data_folder
 
 if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.models import Models

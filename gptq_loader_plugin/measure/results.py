@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gptq_loader_plugin.generation.loaded import LoadedModel
-    from gptq_loader_plugin.perplexity import Perplexity
+    from gptq_loader_plugin.measure.perplexity import Perplexity
     from gptq_loader_plugin.plan import Plan
 
 __all__ = [
