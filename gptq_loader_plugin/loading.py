@@ -14,10 +14,10 @@ from gptq_loader_plugin.checkpoint.architectures.translate import translate
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.errors import ConfigInvalid, OptionInvalid
 from gptq_loader_plugin.events import Head
+from gptq_loader_plugin.model.shortlist import plan_shortlist, shorten
 from gptq_loader_plugin.opening import find_first_device, open_planned, plan_load
 from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.reference import resolve
-from gptq_loader_plugin.shortlist import plan_shortlist, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from gptq_loader_plugin.build import FilledModel
     from gptq_loader_plugin.catalog.report import CheckpointReport
     from gptq_loader_plugin.chat.template import Template
     from gptq_loader_plugin.generation.loaded import LoadedModel
+    from gptq_loader_plugin.model.build import FilledModel
     from gptq_loader_plugin.opening import Opened
     from gptq_loader_plugin.plan import Plan
 
@@ -108,8 +108,8 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     chosen = find_template(
         checkpoint.folder, card=checkpoint.card, named=template, offered=plugins.templates()
     )
-    from gptq_loader_plugin.build import build_model
-    from gptq_loader_plugin.skeleton import read_config
+    from gptq_loader_plugin.model.build import build_model
+    from gptq_loader_plugin.model.skeleton import read_config
 
     _check_marks(checkpoint.folder)
     config = read_config(checkpoint)  # before the tokenizer, which would be blamed for it
@@ -122,7 +122,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     filled = build_model(checkpoint, plan, plugins, offload_folder, check=check)
     model, notes = filled.model, filled.notes
     if head == "int8":
-        from gptq_loader_plugin.head import narrow_head
+        from gptq_loader_plugin.model.int8_head import narrow_head
 
         note, grown = narrow_head(model, plan.device, plugins.kernels(), only=backend)
         plan = replace(plan, weight_bytes=plan.weight_bytes + grown)
@@ -194,7 +194,7 @@ def load_model(
         max_memory=max_memory,
         offload_folder=offload_folder,
     )
-    from gptq_loader_plugin.build import build_model
+    from gptq_loader_plugin.model.build import build_model
 
     filled = build_model(
         opened.checkpoint,

@@ -149,9 +149,9 @@ def main() -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401 - what jobs need
 
-    import gptq_loader_plugin.build
     import gptq_loader_plugin.generation.loaded
     import gptq_loader_plugin.loading
+    import gptq_loader_plugin.model.build
     import gptq_loader_plugin.quantize.run  # noqa: F401
 
     torch.set_num_threads(1)

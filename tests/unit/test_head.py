@@ -7,7 +7,7 @@ import torch
 from altered import DATA, ONE, plugins
 
 import gptq_loader_plugin as gptq
-from gptq_loader_plugin.head import quantize_rows
+from gptq_loader_plugin.model.int8_head import quantize_rows
 
 
 @pytest.mark.parametrize("scale", [0.05, 1e-4])

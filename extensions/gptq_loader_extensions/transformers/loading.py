@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from gptq_loader_extensions.transformers.finding import Found
-    from gptq_loader_plugin.build import FilledModel
+    from gptq_loader_plugin.model.build import FilledModel
     from gptq_loader_plugin.plan import Plan
 
 __all__ = ["load_found", "takes"]

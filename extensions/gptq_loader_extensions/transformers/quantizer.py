@@ -16,12 +16,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from gptq_loader_plugin.errors import CheckpointError
-from gptq_loader_plugin.skeleton import Names
+from gptq_loader_plugin.model.skeleton import Names
 
 if TYPE_CHECKING:
-    from gptq_loader_plugin.build import FilledModel
     from gptq_loader_plugin.checkpoint.config import QuantConfig
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
+    from gptq_loader_plugin.model.build import FilledModel
     from gptq_loader_plugin.plan import Plan
 
 __all__ = ["Quantizer", "StoredConfig"]

@@ -13,10 +13,10 @@ from gptq_loader_plugin.checkpoint.read_ahead import ReadAhead
 from gptq_loader_plugin.errors import ConfigInvalid
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.kernel import Finisher
-from gptq_loader_plugin.selfcheck import check_finite, check_layers
-from gptq_loader_plugin.skeleton import build_skeleton
-from gptq_loader_plugin.spread import follow_devices
-from gptq_loader_plugin.weights import fill, reading_order
+from gptq_loader_plugin.model.multi_device import follow_devices
+from gptq_loader_plugin.model.self_check import check_finite, check_layers
+from gptq_loader_plugin.model.skeleton import build_skeleton
+from gptq_loader_plugin.model.weights import fill, reading_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

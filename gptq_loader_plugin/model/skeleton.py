@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.errors import TensorMismatch, UnsupportedFormat
-from gptq_loader_plugin.hollow import Hollow, empty_parameters
+from gptq_loader_plugin.model.meta import Hollow, empty_parameters
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,1 @@
+"""Build a transformers model and fill it, layer by layer, through the chosen kernels."""
