@@ -31,7 +31,7 @@ from .hookspecs import hookimpl
 from .host import Host
 from .kernel import Device, Kernel, LayerSpec, PackedLinear
 from .loading import explain, inspect, load
-from .plan import Plan
+from .planning.plan import Plan
 from .plugins import Plugins
 from .transformers_host import disable_transformers, enable_transformers
 from .verdict import Accepted, Declined

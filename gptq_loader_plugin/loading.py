@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.model.build import FilledModel
     from gptq_loader_plugin.opening import Opened
-    from gptq_loader_plugin.plan import Plan
+    from gptq_loader_plugin.planning.plan import Plan
 
 __all__ = ["explain", "inspect", "load", "load_model"]
 

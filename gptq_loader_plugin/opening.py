@@ -11,8 +11,8 @@ from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.events import LoadRequest
-from gptq_loader_plugin.placement import place
-from gptq_loader_plugin.plan import make_plan
+from gptq_loader_plugin.planning.placement import place
+from gptq_loader_plugin.planning.plan import make_plan
 from gptq_loader_plugin.reference import resolve
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
     from gptq_loader_plugin.kernel import Device
-    from gptq_loader_plugin.plan import Plan
+    from gptq_loader_plugin.planning.plan import Plan
     from gptq_loader_plugin.plugins import Plugins
 
 __all__ = ["Opened", "find_first_device", "open_planned", "plan_load"]

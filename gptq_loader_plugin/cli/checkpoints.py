@@ -19,7 +19,7 @@ from gptq_loader_plugin.cli.output import (
     yes_no,
 )
 from gptq_loader_plugin.errors import OptionInvalid
-from gptq_loader_plugin.placement import read_limits
+from gptq_loader_plugin.planning.placement import read_limits
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:

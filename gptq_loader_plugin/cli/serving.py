@@ -21,7 +21,7 @@ from gptq_loader_plugin.cli.talking import (
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.host import Engine
-from gptq_loader_plugin.placement import read_limits
+from gptq_loader_plugin.planning.placement import read_limits
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.generation.loaded import LoadedModel

@@ -18,7 +18,7 @@ from gptq_loader_plugin.cli.output import (
 )
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.events import Head as HeadName
-from gptq_loader_plugin.placement import read_limits
+from gptq_loader_plugin.planning.placement import read_limits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

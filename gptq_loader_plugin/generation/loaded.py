@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.chat.template import Template
     from gptq_loader_plugin.checkpoint.card import Card
     from gptq_loader_plugin.checkpoint.config import QuantConfig
-    from gptq_loader_plugin.plan import Plan
+    from gptq_loader_plugin.planning.plan import Plan
 
 __all__ = ["LoadedModel", "WhenTooLong"]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.measure.perplexity import Perplexity
-    from gptq_loader_plugin.plan import Plan
+    from gptq_loader_plugin.planning.plan import Plan
 
 __all__ = [
     "Measured",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
-    from gptq_loader_plugin.plan import Plan
+    from gptq_loader_plugin.planning.plan import Plan
     from gptq_loader_plugin.plugins import Plugins
 
 __all__ = ["FilledModel", "build_model"]

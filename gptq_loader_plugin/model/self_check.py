@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
-    from gptq_loader_plugin.choose import Choice
-    from gptq_loader_plugin.plan import Plan
+    from gptq_loader_plugin.planning.choose import Choice
+    from gptq_loader_plugin.planning.plan import Plan
 
 __all__ = ["check_finite", "check_layers"]
 

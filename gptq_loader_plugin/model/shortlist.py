@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
     from gptq_loader_plugin.kernel import Kernel
-    from gptq_loader_plugin.plan import Plan
+    from gptq_loader_plugin.planning.plan import Plan
 
 __all__ = ["GROUP_SIZE", "ZERO", "head_spec", "plan_shortlist", "shorten"]
 

@@ -15,12 +15,12 @@ from torch import nn
 
 from gptq_loader_plugin.checkpoint.tensor_info import DAMAGED
 from gptq_loader_plugin.checkpoint.tensors import is_finite
-from gptq_loader_plugin.choose import prepared
 from gptq_loader_plugin.errors import CorruptCheckpoint, TensorMismatch
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.model.experts import PackedExperts
 from gptq_loader_plugin.model.offload import offload_module, offload_tensor
 from gptq_loader_plugin.model.skeleton import ExpertPlace, ModulePlace, Names, linear_shape
+from gptq_loader_plugin.planning.choose import prepared
 from gptq_loader_plugin.system.heap import release_freed
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
     from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
-    from gptq_loader_plugin.choose import Choice
     from gptq_loader_plugin.kernel import LayerSpec
-    from gptq_loader_plugin.plan import Plan
+    from gptq_loader_plugin.planning.choose import Choice
+    from gptq_loader_plugin.planning.plan import Plan
 
 __all__ = ["Filled", "fill", "reading_order"]
 

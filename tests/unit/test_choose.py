@@ -10,11 +10,11 @@ import torch
 from altered import DATA, ONE, plugins
 
 import gptq_loader_plugin as gptq
-from gptq_loader_plugin.choose import choose
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import Device, _rocm, find_device, find_devices
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.kernel import Accepted, Declined
+from gptq_loader_plugin.planning.choose import choose
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:

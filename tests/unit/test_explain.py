@@ -16,11 +16,11 @@ from altered import ALL, DATA, ONE, copy, edit_tensors, golden
 import gptq_loader_plugin as gptq
 from gptq_loader_kernels.cpu.library import find_library
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
-from gptq_loader_plugin.choose import choose
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import Device, find_device
 from gptq_loader_plugin.kernel import Declined
-from gptq_loader_plugin.plan import make_plan
+from gptq_loader_plugin.planning.choose import choose
+from gptq_loader_plugin.planning.plan import make_plan
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.kernel import LayerSpec

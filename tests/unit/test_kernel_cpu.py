@@ -18,10 +18,10 @@ from gptq_loader_kernels.cpu import CpuInt8Kernel, CpuKernel, gptq_kernels
 from gptq_loader_kernels.cpu import library as _native
 from gptq_loader_kernels.cpu.int4 import Int4Kernel
 from gptq_loader_kernels.cpu.library import Isa, find_library, load_library
-from gptq_loader_plugin.choose import choose
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.kernel import Accepted, Declined, Device
+from gptq_loader_plugin.planning.choose import choose
 from gptq_loader_plugin.plugins import Plugins
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.catalog import Entry
     from gptq_loader_extensions.gradio.models import Loaded, LoadOptions, Models
     from gptq_loader_plugin.catalog.report import CheckpointReport
-    from gptq_loader_plugin.plan import Plan
+    from gptq_loader_plugin.planning.plan import Plan
 
 __all__ = ["LoadView", "describe", "describe_loaded", "load_watched"]
 

@@ -12,8 +12,8 @@ from gptq_loader_plugin.system.units import write_size
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gptq_loader_plugin.choose import Choice
-    from gptq_loader_plugin.plan import Plan
+    from gptq_loader_plugin.planning.choose import Choice
+    from gptq_loader_plugin.planning.plan import Plan
 
 __all__ = ["Memory", "memory_html", "memory_of", "plan_html"]
 

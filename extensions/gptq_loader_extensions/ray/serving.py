@@ -26,7 +26,7 @@ from gptq_loader_plugin.errors import OptionInvalid, PluginError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from gptq_loader_plugin.plan import Plan
+    from gptq_loader_plugin.planning.plan import Plan
 
 __all__ = ["serve"]
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_extensions.transformers.finding import Found
     from gptq_loader_plugin.model.build import FilledModel
-    from gptq_loader_plugin.plan import Plan
+    from gptq_loader_plugin.planning.plan import Plan
 
 __all__ = ["load_found", "takes"]
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.config import QuantConfig
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
     from gptq_loader_plugin.model.build import FilledModel
-    from gptq_loader_plugin.plan import Plan
+    from gptq_loader_plugin.planning.plan import Plan
 
 __all__ = ["Quantizer", "StoredConfig"]
 

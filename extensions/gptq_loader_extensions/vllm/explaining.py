@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from gptq_loader_extensions.vllm import NAME
 from gptq_loader_extensions.vllm.joined import expert_layers, joined_layers
 from gptq_loader_extensions.vllm.taking import reason_for_us, refusal, taken_unasked
-from gptq_loader_plugin.choose import choose
 from gptq_loader_plugin.opening import plan_load
+from gptq_loader_plugin.planning.choose import choose
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
     from gptq_loader_plugin.device import Device
     from gptq_loader_plugin.kernel import LayerSpec
-    from gptq_loader_plugin.plan import Plan
+    from gptq_loader_plugin.planning.plan import Plan
     from gptq_loader_plugin.plugins import Plugins
 
 __all__ = ["VllmPlan", "plan_for_vllm"]

@@ -33,8 +33,8 @@ from gptq_loader_extensions.vllm.shards import (
     take,
 )
 from gptq_loader_extensions.vllm.words import in_words
-from gptq_loader_plugin.choose import choose
 from gptq_loader_plugin.device import find_device
+from gptq_loader_plugin.planning.choose import choose
 from gptq_loader_plugin.system.heap import release_freed
 
 if TYPE_CHECKING:

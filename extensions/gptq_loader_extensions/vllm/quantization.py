@@ -40,8 +40,8 @@ from gptq_loader_plugin.plugins import Plugins
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
-    from gptq_loader_plugin.choose import Choice
     from gptq_loader_plugin.kernel import Kernel
+    from gptq_loader_plugin.planning.choose import Choice
 
 __all__ = ["GPTQLoaderConfig"]
 

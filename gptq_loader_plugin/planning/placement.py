@@ -7,9 +7,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_plugin.choose import choose
 from gptq_loader_plugin.device import find_device, find_devices
 from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.planning.choose import choose
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

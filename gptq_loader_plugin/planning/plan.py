@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_plugin.choose import choose
-from gptq_loader_plugin.placement import Place, place_of
+from gptq_loader_plugin.planning.choose import choose
+from gptq_loader_plugin.planning.placement import Place, place_of
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.checkpoint.config import QuantConfig
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
-    from gptq_loader_plugin.choose import Choice
     from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec
+    from gptq_loader_plugin.planning.choose import Choice
 
 __all__ = ["Plan", "cache_group", "make_plan"]
 

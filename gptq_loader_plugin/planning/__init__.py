@@ -1,0 +1,1 @@
+"""Which kernel runs which layer on which device, and what that takes in memory."""
