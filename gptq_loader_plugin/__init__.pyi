@@ -32,8 +32,8 @@ from .host import Host
 from .kernel import Device, Kernel, LayerSpec, PackedLinear
 from .loading import explain, inspect, load
 from .planning.plan import Plan
-from .plugins import Plugins
-from .transformers_host import disable_transformers, enable_transformers
+from .plugins.manager import Plugins
+from .plugins.transformers_host import disable_transformers, enable_transformers
 from .verdict import Accepted, Declined
 
 __all__ = [

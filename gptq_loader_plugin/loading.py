@@ -16,7 +16,7 @@ from gptq_loader_plugin.errors import ConfigInvalid, OptionInvalid
 from gptq_loader_plugin.events import Head
 from gptq_loader_plugin.model.shortlist import plan_shortlist, shorten
 from gptq_loader_plugin.opening import find_first_device, open_planned, plan_load
-from gptq_loader_plugin.plugins import Plugins
+from gptq_loader_plugin.plugins.manager import Plugins
 from gptq_loader_plugin.reference import resolve
 
 if TYPE_CHECKING:

@@ -140,7 +140,7 @@ def _engine(name: str) -> _Explaining:
     Raises:
         OptionInvalid: there is none of that name.
     """
-    from gptq_loader_plugin.plugins import Plugins
+    from gptq_loader_plugin.plugins.manager import Plugins
 
     found = {it.name: it for it in Plugins(installed=True).hosts() if isinstance(it, _Explaining)}
     if name not in found:
@@ -160,7 +160,7 @@ def _show_plan(plan: _Explained, *, as_json: bool) -> None:
 
 def plugins(*, as_json: JSON = False) -> None:
     """List kernels, templates, readers, hosts and plugins: what works here, and if not why."""
-    from gptq_loader_plugin.discovery import discover, to_json, write_plugins
+    from gptq_loader_plugin.plugins.discovery import discover, to_json, write_plugins
 
     found = discover()
     if as_json:

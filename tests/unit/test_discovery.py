@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gptq_loader_plugin.device import find_device
-from gptq_loader_plugin.discovery import discover, to_json, write_plugins
 from gptq_loader_plugin.errors import PluginError
 from gptq_loader_plugin.host import NotReady, Ready, check_package
+from gptq_loader_plugin.plugins.discovery import discover, to_json, write_plugins
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from gptq_loader_plugin.discovery import FoundPlugin, Offer
+    from gptq_loader_plugin.plugins.discovery import FoundPlugin, Offer
 
     Found = Callable[..., dict[str, FoundPlugin]]
 
@@ -57,7 +57,9 @@ def gptq_hosts():
 def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Found:
     """Write modules, and discover the plugins they are, by name."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("gptq_loader_plugin.discovery.find_devices", lambda: (find_device("cpu"),))
+    monkeypatch.setattr(
+        "gptq_loader_plugin.plugins.discovery.find_devices", lambda: (find_device("cpu"),)
+    )
 
     def write(environ: dict[str, str] | None = None, **sources: str) -> dict[str, FoundPlugin]:
         entries = []
@@ -90,7 +92,7 @@ def test_ours_are_all_found_and_say_how_they_are() -> None:
 def test_looking_imports_no_torch() -> None:
     code = (
         "import sys\n"
-        "from gptq_loader_plugin.discovery import discover\n"
+        "from gptq_loader_plugin.plugins.discovery import discover\n"
         "assert len(discover(environ={})) > 5\n"
         "print({'torch', 'transformers', 'gradio', 'llm', 'lm_eval'} & set(sys.modules))\n"
     )

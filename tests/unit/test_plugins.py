@@ -147,7 +147,7 @@ def test_an_installed_plugin_that_fails_in_a_hook_is_named(
     )
     monkeypatch.syspath_prepend(tmp_path)
     entry = EntryPoint("raising", "raising_plugin", "gptq_loader_plugin")
-    monkeypatch.setattr("gptq_loader_plugin.plugins.entry_points", lambda **_: (entry,))
+    monkeypatch.setattr("gptq_loader_plugin.plugins.manager.entry_points", lambda **_: (entry,))
     for plugins in (found := Plugins(installed=True, environ={}), found.with_plugin(object())):
         with pytest.raises(PluginError, match="raising failed in gptq_before_load: 'quota'"):
             plugins.hook.gptq_before_load(request=None)

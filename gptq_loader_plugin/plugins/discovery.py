@@ -16,7 +16,7 @@ from gptq_loader_plugin.errors import PluginError
 from gptq_loader_plugin.host import Checkable, NotReady
 from gptq_loader_plugin.kernel import LayerSpec
 from gptq_loader_plugin.kernel.packing import CONTINUOUS_BITS
-from gptq_loader_plugin.plugins import GROUP, Plugins, import_plugin, limited_to
+from gptq_loader_plugin.plugins.manager import GROUP, Plugins, import_plugin, limited_to
 from gptq_loader_plugin.verdict import Accepted, Declined
 
 if TYPE_CHECKING:
