@@ -24,7 +24,7 @@ from gptq_loader_kernels.cpu.linear import NativeLinear
 from gptq_loader_plugin import hookimpl
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.measure.perplexity import measure_perplexity
-from gptq_loader_plugin.plugins.manager import Plugins
+from gptq_loader_plugin.plugins import Plugins
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec, PackedLinear, Verdict

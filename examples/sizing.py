@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# As in gptq_loader_plugin.generation.batch: tokens of prompts in a step while replies are written, and while
-# none are.
+# As in gptq_loader_plugin.generation.batch: tokens of prompts in a step while replies are written,
+# and while none are.
 PART, WHOLE = 256, 2048
 WARM = 0.1  # of the requests, which find an emptier replica than those that follow
 # SmolLM2-135M, 4-bit, one thread of an Intel Xeon with AMX: docs/decisions/decode-step.md

@@ -14,9 +14,10 @@ from gptq_loader_plugin.checkpoint.architectures.translate import translate
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.errors import ConfigInvalid, OptionInvalid
 from gptq_loader_plugin.events import Head
-from gptq_loader_plugin.model.shortlist import plan_shortlist, shorten
+from gptq_loader_plugin.model.shortlist import shorten
 from gptq_loader_plugin.opening import find_first_device, open_planned, plan_load
-from gptq_loader_plugin.plugins.manager import Plugins
+from gptq_loader_plugin.planning.shortlist import plan_shortlist
+from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.reference import resolve
 
 if TYPE_CHECKING:
@@ -108,8 +109,8 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     chosen = find_template(
         checkpoint.folder, card=checkpoint.card, named=template, offered=plugins.templates()
     )
+    from gptq_loader_plugin.checkpoint.transformers_config import read_config
     from gptq_loader_plugin.model.build import build_model
-    from gptq_loader_plugin.model.skeleton import read_config
 
     _check_marks(checkpoint.folder)
     config = read_config(checkpoint)  # before the tokenizer, which would be blamed for it

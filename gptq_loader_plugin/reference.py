@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from gptq_loader_plugin.events import Progress
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
 __all__ = ["HubReference", "models_folders", "parse_hub_reference", "resolve"]
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from gptq_loader_plugin.device import find_devices
 from gptq_loader_plugin.errors import NoBackend
-from gptq_loader_plugin.model.shortlist import plan_shortlist
 from gptq_loader_plugin.planning.placement import LEFT_FREE
 from gptq_loader_plugin.planning.plan import make_plan
+from gptq_loader_plugin.planning.shortlist import plan_shortlist
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:

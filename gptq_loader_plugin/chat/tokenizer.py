@@ -39,7 +39,7 @@ def read_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """
     from transformers import PreTrainedConfig
 
-    from gptq_loader_plugin.model.skeleton import read_config
+    from gptq_loader_plugin.checkpoint.transformers_config import read_config
 
     folder = checkpoint.folder
     own = _own_class(folder)

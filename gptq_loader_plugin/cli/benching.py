@@ -51,7 +51,7 @@ def bench(
 
     import gptq_loader_plugin as gptq
     from gptq_loader_plugin.measure.speed import measure_speed, peak_memory
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
     before = peak_memory()
     bars = ProgressBars()

@@ -140,7 +140,7 @@ def _engine(name: str) -> _Explaining:
     Raises:
         OptionInvalid: there is none of that name.
     """
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
     found = {it.name: it for it in Plugins(installed=True).hosts() if isinstance(it, _Explaining)}
     if name not in found:

@@ -90,7 +90,7 @@ def _folder(named: Path | None) -> Path:
 
 def _webui() -> _InFolder:
     from gptq_loader_plugin.errors import PluginError
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
     host = Plugins(installed=True).host("webui")
     if not isinstance(host, _InFolder):

@@ -71,7 +71,7 @@ def branches(
     """List a repository's branches as its card does, and which fit this machine."""
     from gptq_loader_plugin.catalog.branches import list_branches
     from gptq_loader_plugin.device import find_device
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
     hub = _on_hub(reference)
     bars = ProgressBars()
@@ -112,7 +112,7 @@ def download(
 ) -> None:
     """Fetch a branch from the hub, every hash checked; an interrupted download goes on."""
     from gptq_loader_plugin.hub import download as fetch
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
     from gptq_loader_plugin.reference import models_folders
 
     hub = _on_hub(reference, revision=revision)
@@ -150,7 +150,7 @@ def models(*, device: Device = None, context: Context = 4096, as_json: JSON = Fa
     """List the checkpoints on this machine: of the models directories and the hub's cache."""
     from gptq_loader_plugin.catalog.local import local_models, report_model
     from gptq_loader_plugin.device import find_device
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
     from gptq_loader_plugin.reference import models_folders
 
     where, kernels = find_device(device), Plugins(installed=True).kernels()

@@ -70,7 +70,7 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
     from pydantic import ValidationError
 
     from gptq_loader_plugin.errors import OptionInvalid
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
     from gptq_loader_plugin.quantize import QuantizeOptions, quantize_model
 
     fields: dict[str, Any] = {
@@ -152,7 +152,7 @@ def perplexity(
         measure_perplexity,
         sample_text,
     )
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
     from gptq_loader_plugin.system.paths import read_words
 
     content = (read_words(text) if text else sample_text())[:characters]

@@ -25,7 +25,7 @@ from gptq_loader_plugin.planning.placement import read_limits
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.generation.loaded import LoadedModel
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
 __all__ = ["add_to"]
 
@@ -144,7 +144,7 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
     ] = False,
 ) -> None:
     """Serve OpenAI's API, and Kobold's, to the clients you already use."""
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
     plugins = Plugins(installed=True)
     if engine != OWN:
@@ -251,7 +251,7 @@ class _Stopper:
 def _load(target: str | Path, how: dict[str, Any], stop: threading.Event) -> LoadedModel:
     """Load with a progress bar, until told to stop; say on stderr what was chosen."""
     import gptq_loader_plugin as gptq
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
     bars = ProgressBars()
     try:

@@ -99,7 +99,7 @@ def demo(
     """Prepare a small model once, then answer PROMPT, or open a chat page with it loaded."""
     model = _load("demo", device=device, backend=backend)
     if prompt is None:
-        from gptq_loader_plugin.plugins.manager import Plugins
+        from gptq_loader_plugin.plugins import Plugins
 
         page = Plugins(installed=True).host("gradio")
         page.install(model=model, host=host, port=port, open_browser=browser)
@@ -297,7 +297,7 @@ def _options(**fields: Any) -> GenerateOptions:  # noqa: ANN401 - checked by the
 def _load(reference: str, **options: Any) -> LoadedModel:  # noqa: ANN401 - load's own
     """Load with a progress bar; say on stderr what was chosen."""
     import gptq_loader_plugin as gptq
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
     bars = ProgressBars()
     try:

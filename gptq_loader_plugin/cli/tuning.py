@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.device import Device
     from gptq_loader_plugin.kernel import LayerSpec
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
 __all__ = ["add_to", "tune_kernels"]
 
@@ -43,7 +43,7 @@ def tune(
     """Measure on this GPU how kernels run best, and keep it for every later load."""
     from gptq_loader_plugin.device import find_device
     from gptq_loader_plugin.errors import OptionInvalid
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
     where = find_device(device)
     if where.type == "cpu" or not where.present:

@@ -13,7 +13,7 @@ from gptq_loader_plugin.conformance.run import Report, by_layer
 from gptq_loader_plugin.conformance.spread import run_in_parts
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.errors import GPTQLoaderError
-from gptq_loader_plugin.plugins.manager import Plugins
+from gptq_loader_plugin.plugins import Plugins
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

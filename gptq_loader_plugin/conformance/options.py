@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gptq_loader_plugin.device import Device, find_device
-from gptq_loader_plugin.plugins.manager import Plugins
+from gptq_loader_plugin.plugins import Plugins
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

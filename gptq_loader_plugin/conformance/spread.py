@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptq_loader_plugin.conformance.run import Report, run
-from gptq_loader_plugin.plugins.manager import Plugins
+from gptq_loader_plugin.plugins import Plugins
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -175,7 +175,7 @@ def test_answers_from_shapes_alone_and_the_same_each_time(kernel: Kernel, device
 
 ELSEWHERE = """
 import pickle, sys
-from gptq_loader_plugin.plugins.manager import Plugins
+from gptq_loader_plugin.plugins import Plugins
 
 name, device, specs = pickle.load(sys.stdin.buffer)
 kernel = next(it for it in Plugins(installed=True).kernels() if it.name == name)

@@ -14,6 +14,7 @@ import torch
 
 from gptq_loader_plugin.generation.kv_cache import KeptCache
 from gptq_loader_plugin.generation.sampling import Sampler
+from gptq_loader_plugin.generation.text_stream import TextStream
 from gptq_loader_plugin.kernel import ShortHead
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ __all__ = [
 ]
 
 Finish = Literal["stop", "length", "cancelled"]
-UNFINISHED = "\ufffd"  # what a tokenizer gives for the first bytes of a character
 PREFILL_TOKENS = 2048  # a prompt is read in parts of this length, to bound attention's memory
 
 
@@ -238,82 +238,10 @@ def read_head(
     return head(states)
 
 
-class TextStream:
-    """Tokens in, certain text out: no half characters, no beginnings of stop texts.
-
-    Args:
-        tokenizer: turns tokens into text.
-        stop: texts that end the stream.
-        hidden_ids: tokens that are never shown.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        stop: Sequence[str],
-        hidden_ids: frozenset[int] = frozenset(),
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._stop = tuple(stop)
-        self._hidden = hidden_ids
-        self._tokens: list[int] = []
-        self._begin = 0  # decoding starts here: a token's text depends on those before it
-        self._given = 0  # tokens before this have had their text taken
-        self._held = ""  # text that could still be the beginning of a stop text
-        self.stopped = False
-
-    def add(self, token: int) -> str:
-        """Take one token; give the text that is certain now."""
-        if self.stopped or token in self._hidden:
-            return ""
-        self._tokens.append(token)
-        before = self._decode(self._tokens[self._begin : self._given])
-        now = self._decode(self._tokens[self._begin :])
-        if len(now) <= len(before) or now.endswith(UNFINISHED):
-            return ""
-        self._begin, self._given = self._given, len(self._tokens)
-        return self._pass(now[len(before) :])
-
-    def rest(self) -> str:
-        """Give what was held back, at the end of the stream; half characters are dropped."""
-        if self.stopped:
-            return ""
-        before = self._decode(self._tokens[self._begin : self._given])
-        now = self._decode(self._tokens[self._begin :]).rstrip(UNFINISHED)
-        self._given = len(self._tokens)
-        new = self._pass(now[len(before) :])
-        held, self._held = self._held, ""
-        return new + ("" if self.stopped else held)
-
-    def _pass(self, text: str) -> str:
-        text = self._held + text
-        found = [at for it in self._stop if (at := text.find(it)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = max((_overlap(text, it) for it in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def _decode(self, tokens: list[int]) -> str:
-        text = self._tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text if isinstance(text, str) else "".join(text)
-
-
 def _is_watched(model: Any) -> bool:  # noqa: ANN401 - a transformers model
     """Say whether something wants to see what goes into a model, or comes out of it."""
     hooks = model._forward_hooks or model._forward_pre_hooks  # noqa: SLF001 - torch has no other way to tell
     return bool(hooks) or "forward" in model.__dict__
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Count the last characters of `text` that begin `stop`."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
 
 
 def cache_name(model: PreTrainedModel) -> str:

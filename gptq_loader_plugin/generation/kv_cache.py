@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 )
 
 from gptq_loader_plugin.errors import OptionInvalid
-from gptq_loader_plugin.planning.plan import cache_group
+from gptq_loader_plugin.planning.model_shape import cache_group
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

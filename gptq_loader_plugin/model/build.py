@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
     from gptq_loader_plugin.planning.plan import Plan
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
 __all__ = ["FilledModel", "build_model"]
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gptq_loader_plugin.kernel import LayerSpec, Shortener
+from gptq_loader_plugin.planning.shortlist import (
+    find_shortener,
+)
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
@@ -18,29 +20,10 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from gptq_loader_plugin.checkpoint.reader import Checkpoint
     from gptq_loader_plugin.kernel import Kernel
     from gptq_loader_plugin.planning.plan import Plan
 
-__all__ = ["GROUP_SIZE", "ZERO", "head_spec", "plan_shortlist", "shorten"]
-
-GROUP_SIZE = 64  # of a head that is made 8-bit here
-ZERO = 128
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
-def plan_shortlist(plan: Plan, checkpoint: Checkpoint, kernels: Iterable[Kernel]) -> Plan:
-    """Add to a plan what the narrower copy of the head takes, where one will be made."""
-    kernel = _shortener(plan, kernels)
-    if kernel is None or not (checkpoint.folder / "config.json").is_file():
-        return plan
-    config, headers = checkpoint.model_config, checkpoint.headers
-    name = HEAD if HEAD in headers and not config.get("tie_word_embeddings") else EMBEDDING
-    if name not in headers or HEAD.removesuffix(".weight") in checkpoint.layers:
-        return plan
-    head = head_spec(*headers[name].shape, scales_dtype="float32")
-    added = kernel.shortlist_bytes(config, head)
-    return replace(plan, weight_bytes=plan.weight_bytes + added)
+__all__ = ["shorten"]
 
 
 def shorten(
@@ -51,7 +34,7 @@ def shorten(
     Returns:
         The plan, with what that takes, and what was done, in words.
     """
-    kernel = _shortener(plan, kernels)
+    kernel = find_shortener(plan, kernels)
     taken = 0 if kernel is None else kernel.shorten(model)
     if not taken:
         return plan, ()
@@ -60,33 +43,3 @@ def shorten(
         "itself where that may decide: the same tokens"
     )
     return replace(plan, weight_bytes=plan.weight_bytes + taken), (note,)
-
-
-def head_spec(
-    columns: int, rows: int, *, scales_dtype: str = "float16", bias: bool = False
-) -> LayerSpec:
-    """Describe a head [N, K] as `quantize_rows` makes it."""
-    last, whole = rows % GROUP_SIZE or GROUP_SIZE, min(GROUP_SIZE, rows)
-    return LayerSpec(
-        name="lm_head",
-        in_features=rows,
-        out_features=columns,
-        bits=8,
-        group_size=GROUP_SIZE,
-        desc_act=False,
-        sym=True,
-        groups=-(-rows // GROUP_SIZE),
-        group_rows=(last, whole),
-        group_unit=next(it for it in (64, 32, 16, 8, 4) if last % it == 0 and whole % it == 0),
-        zero_range=(ZERO, ZERO),
-        scales_dtype=scales_dtype,
-        bias=bias,
-    )
-
-
-def _shortener(plan: Plan, kernels: Iterable[Kernel]) -> Shortener | None:
-    """Find the kernel in the plan that can do it, for a model on one device."""
-    if plan.placed:
-        return None
-    chosen = plan.kernels()
-    return next((it for it in kernels if it.name in chosen and isinstance(it, Shortener)), None)

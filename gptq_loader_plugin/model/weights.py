@@ -18,8 +18,9 @@ from gptq_loader_plugin.checkpoint.tensors import is_finite
 from gptq_loader_plugin.errors import CorruptCheckpoint, TensorMismatch
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.model.experts import PackedExperts
+from gptq_loader_plugin.model.linears import linear_shape
 from gptq_loader_plugin.model.offload import offload_module, offload_tensor
-from gptq_loader_plugin.model.skeleton import ExpertPlace, ModulePlace, Names, linear_shape
+from gptq_loader_plugin.model.tensor_names import ExpertPlace, ModulePlace, Names
 from gptq_loader_plugin.planning.choose import prepared
 from gptq_loader_plugin.system.heap import release_freed
 

@@ -11,7 +11,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.planning.choose import choose
+from gptq_loader_plugin.planning.model_shape import kv_bytes_per_token
 from gptq_loader_plugin.planning.placement import Place, place_of
+from gptq_loader_plugin.planning.plan_text import describe_layers, layer_json
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
@@ -23,9 +25,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec
     from gptq_loader_plugin.planning.choose import Choice
 
-__all__ = ["Plan", "cache_group", "make_plan"]
-
-MOST_SHAPES = 4  # of one paragraph, so that it fits a line: a block of most models has three
+__all__ = ["Plan", "make_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class Plan:
             "device": str(self.device),
             "dtype": self.dtype,
             "layers": [
-                {**_layer_json(choice), "device": self.place(choice.layer.name).name}
+                {**layer_json(choice), "device": self.place(choice.layer.name).name}
                 for choice in self.choices
             ],
             "kernels": self.kernels(),
@@ -161,25 +161,9 @@ class Plan:
                 answers.setdefault(words, []).append(name)
             names = {words: ", ".join(same) for words, same in answers.items()}
             width = max(map(len, names.values()))
-            lines += ["", f"  {_describe(layers, where)}"]
+            lines += ["", f"  {describe_layers(layers, where)}"]
             lines += [f"    {same:<{width}}  {words}" for words, same in names.items()]
         return lines
-
-
-def _describe(layers: Sequence[LayerSpec], where: str) -> str:
-    """Say what the layers of one paragraph are: widths, groups, order and shapes."""
-    bits = dict.fromkeys(f"{width}-bit" for width in sorted({it.bits for it in layers}))
-    groups = dict.fromkeys(
-        "no groups" if size < 0 else f"groups of {size}"
-        for size in sorted({it.group_size for it in layers})
-    )
-    sorted_rows = [it.desc_act for it in layers]
-    order = ", act-order" if all(sorted_rows) else ", some in act-order" if any(sorted_rows) else ""
-    shapes = list(dict.fromkeys(f"{it.in_features}x{it.out_features}" for it in layers))
-    named, more = ", ".join(shapes[:MOST_SHAPES]), len(shapes) - MOST_SHAPES
-    rest = f" and {more} more shape{'s' * (more > 1)}" if more > 0 else ""
-    count = f"{len(layers)} layer{'s' * (len(layers) > 1)}{where}"
-    return f"{count}, {' and '.join(bits)}, {' or '.join(groups)}{order}: {named}{rest}"
 
 
 def make_plan(
@@ -240,28 +224,12 @@ def make_plan(
         dtype=chosen_dtype,
         weight_bytes=sum(taken.values()),
         checkpoint_bytes=checkpoint.size_bytes,
-        kv_bytes_per_token=_kv_bytes(checkpoint, chosen_dtype, int8_cache=int8_cache),
+        kv_bytes_per_token=kv_bytes_per_token(checkpoint, chosen_dtype, int8_cache=int8_cache),
         warnings=checkpoint.warnings,
         not_built=not_built,
         placed=placed,
         place_bytes=taken if placed else {},
     )
-
-
-def _layer_json(choice: Choice) -> dict[str, Any]:
-    layer = choice.layer
-    return {
-        "name": layer.name,
-        "in_features": layer.in_features,
-        "out_features": layer.out_features,
-        "bits": layer.bits,
-        "group_size": layer.group_size,
-        "desc_act": layer.desc_act,
-        "kernel": choice.chosen.kernel,
-        "note": choice.chosen.note,
-        "outranked": [it.kernel for it in choice.accepted[1:]],
-        "declined": [{"kernel": it.kernel, "reason": it.reason} for it in choice.declined],
-    }
 
 
 def _usual_dtype(choices: Sequence[Choice]) -> str:
@@ -289,37 +257,3 @@ def _weight_bytes(
         where = place_of(placed, choice.layer.name)
         taken[where.name if where else ""] += choice.chosen.prepared_bytes
     return dict(taken)
-
-
-def cache_group(head_dim: int) -> int:
-    """Give how many values of a head share a scale where keys and values have 8 bits, or 0."""
-    return next((it for it in (64, 32, 16, 8) if head_dim % it == 0), 0)
-
-
-def _kv_bytes(checkpoint: Checkpoint, dtype: str, *, int8_cache: bool) -> int | None:
-    """Work out what keys and values of one token take, from config.json where it tells.
-
-    The cache keeps room for up to a quarter more tokens than it holds.
-    """
-    if not (checkpoint.folder / "config.json").is_file():
-        return None
-    config = checkpoint.model_config
-    text = config.get("text_config", config)
-    layers = text.get("num_hidden_layers", text.get("n_layer"))
-    heads = text.get("num_attention_heads", text.get("n_head"))
-    hidden = text.get("hidden_size", text.get("n_embd"))
-    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int)):
-        return None
-    kv_heads = text.get("num_key_value_heads") or text.get("n_head_kv") or heads
-    if text.get("new_decoder_architecture"):  # Falcon-40B's
-        kv_heads = text.get("num_kv_heads") or kv_heads
-    elif text.get("multi_query", text.get("model_type") in ("falcon", "gpt_bigcode")):
-        kv_heads = 1
-    head_dim = text.get("head_dim") or hidden // heads
-    widths = 2 * kv_heads * head_dim
-    if (latent := text.get("kv_lora_rank")) is not None:  # DeepSeek-V2's, one for all heads
-        widths = latent + (text.get("qk_rope_head_dim") or 0)
-    values, size = layers * widths, 4 if dtype == "float32" else 2
-    if int8_cache and (group := cache_group(head_dim)):
-        return values + values // group * 2 * size  # a scale and a zero for each group
-    return int(values * size)

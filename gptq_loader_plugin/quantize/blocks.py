@@ -10,7 +10,7 @@ from torch import nn
 
 from gptq_loader_plugin.errors import QuantizeError
 from gptq_loader_plugin.model.experts import PackedExperts
-from gptq_loader_plugin.model.skeleton import linear_shape
+from gptq_loader_plugin.model.linears import linear_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence

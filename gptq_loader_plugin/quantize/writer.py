@@ -13,7 +13,7 @@ import torch
 
 from gptq_loader_plugin.errors import QuantizeError
 from gptq_loader_plugin.kernel.packing import pack_columns, pack_rows
-from gptq_loader_plugin.model.skeleton import ExpertPlace, ModulePlace, Names
+from gptq_loader_plugin.model.tensor_names import ExpertPlace, ModulePlace, Names
 from gptq_loader_plugin.system.atomic_file import write_whole
 
 if TYPE_CHECKING:

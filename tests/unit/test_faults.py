@@ -226,7 +226,8 @@ main()
 
 LIMITED = """
 import resource, psutil, torch
-import gptq_loader_plugin.loading, gptq_loader_plugin.model.build, gptq_loader_plugin.generation.loaded
+import gptq_loader_plugin.loading, gptq_loader_plugin.model.build
+import gptq_loader_plugin.generation.loaded
 import transformers.models.llama.modeling_llama
 from gptq_loader_plugin.cli import main
 most = psutil.Process().memory_info().vms + 250_000_000

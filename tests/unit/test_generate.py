@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from transformers import pipeline
 
 import gptq_loader_plugin as gptq
-from gptq_loader_plugin.generation.generate import Generation, TextStream, generate_pieces
+from gptq_loader_plugin.generation.generate import Generation, generate_pieces
+from gptq_loader_plugin.generation.text_stream import TextStream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,7 +22,7 @@ from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.kernel import Accepted, Declined, Device
 from gptq_loader_plugin.planning.choose import choose
-from gptq_loader_plugin.plugins.manager import Plugins
+from gptq_loader_plugin.plugins import Plugins
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -38,7 +38,7 @@ STABLE = {
     "gptq_loader_plugin.hookspecs": ("hookimpl", "hookspec"),
     "gptq_loader_plugin.host": ("Host",),
     "gptq_loader_plugin.hub": ("download",),
-    "gptq_loader_plugin.plugins.manager": ("GROUP", "Plugins"),
+    "gptq_loader_plugin.plugins": ("GROUP", "Plugins"),
     "gptq_loader_plugin.reference": ("HubReference", "resolve"),
     "gptq_loader_extensions.gradio": ("registry",),
     "gptq_loader_kernels.cpu": ("CpuKernel", "gptq_kernels"),

@@ -16,7 +16,7 @@ from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.kernel import Accepted, Declined
-from gptq_loader_plugin.plugins.manager import Plugins
+from gptq_loader_plugin.plugins import Plugins
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

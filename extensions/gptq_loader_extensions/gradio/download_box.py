@@ -159,7 +159,7 @@ def _read(text: str) -> HubReference:
 def _branches(hub: HubReference, tell: Callable[[Progress], None]) -> RepoReport:
     from gptq_loader_plugin.catalog.branches import list_branches
     from gptq_loader_plugin.device import find_device
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
     kernels = Plugins(installed=True).kernels()
     return list_branches(hub, device=find_device(), kernels=kernels, progress=tell)

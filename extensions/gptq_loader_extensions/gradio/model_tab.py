@@ -314,13 +314,13 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _kernels() -> list[tuple[str, str]]:
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
     return [(it.name, it.name) for it in Plugins(installed=True).kernels()]
 
 
 def _templates() -> list[tuple[str, str]]:
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
     offered = [it.name for it in Plugins(installed=True).templates()]
     return [*TEMPLATES, *((it, it) for it in offered)]

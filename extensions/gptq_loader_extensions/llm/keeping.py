@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gptq_loader_plugin.generation.loaded import LoadedModel
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
 __all__ = ["Keeper", "Wanted", "the_keeper"]
 

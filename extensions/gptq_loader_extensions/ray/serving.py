@@ -73,7 +73,7 @@ def serve(reference: str, given: Mapping[str, object]) -> None:
 def _planned(options: Options) -> tuple[Plan, Options]:
     """Find the checkpoint, once for all replicas, and share the machine among them."""
     import gptq_loader_plugin as gptq
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
     from gptq_loader_plugin.reference import resolve
 
     if options.device is not None and ":" in options.device:

@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from gptq_loader_plugin.errors import CheckpointError
-from gptq_loader_plugin.model.skeleton import Names
+from gptq_loader_plugin.model.tensor_names import Names
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.config import QuantConfig

@@ -139,7 +139,7 @@ class VllmHost:
         from gptq_loader_extensions.vllm.explaining import plan_for_vllm
         from gptq_loader_plugin.checkpoint.reader import open_checkpoint
         from gptq_loader_plugin.device import find_device
-        from gptq_loader_plugin.plugins.manager import Plugins
+        from gptq_loader_plugin.plugins import Plugins
         from gptq_loader_plugin.reference import resolve
 
         plugins, found = Plugins(installed=True), self.check()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.device import Device
     from gptq_loader_plugin.kernel import LayerSpec
     from gptq_loader_plugin.planning.plan import Plan
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
 __all__ = ["VllmPlan", "plan_for_vllm"]
 

@@ -36,7 +36,7 @@ from gptq_loader_extensions.vllm.taking import refusal as wrong_in_vllm
 from gptq_loader_extensions.vllm.words import in_words
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
-from gptq_loader_plugin.plugins.manager import Plugins
+from gptq_loader_plugin.plugins import Plugins
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.reader import Checkpoint

@@ -28,7 +28,7 @@ from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.opening import DTYPES
-from gptq_loader_plugin.plugins.manager import Plugins
+from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.reference import resolve
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_extensions.webui.loading import Loads
     from gptq_loader_extensions.webui.names import Webui
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
 __all__ = ["add_controls"]
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gptq_loader_extensions.webui.names import Webui
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
 __all__ = ["add_loader", "register"]
 
@@ -58,7 +58,7 @@ def register() -> None:
     page = None if webui.shared.args.nowebui else import_page()
     if webui.shared.args.api or webui.shared.args.public_api:
         importlib.import_module("modules.api.script")  # now, so that it is among what is changed
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
     plugins = Plugins(installed=True)
     _list_loader(webui)

@@ -13,7 +13,7 @@ from gptq_loader_plugin.checkpoint.card import read_card
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gptq_loader_plugin.plugins.manager import Plugins
+    from gptq_loader_plugin.plugins import Plugins
 
 __all__ = ["HostTemplate", "template_for"]
 

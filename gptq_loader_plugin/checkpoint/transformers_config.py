@@ -1,0 +1,73 @@
+"""Read config.json as transformers does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_plugin.errors import UnsupportedFormat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from gptq_loader_plugin.checkpoint.reader import Checkpoint
+
+__all__ = ["UNBUILDABLE", "read_config", "unknown_model"]
+
+# What transformers raises for a config that it cannot make a model of.
+UNBUILDABLE = (ValueError, KeyError, TypeError, AttributeError)
+
+
+def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """Read config.json as transformers does, without what it says of quantisation.
+
+    Raises:
+        ConfigInvalid: config.json is missing or broken.
+        UnsupportedFormat: transformers does not know the model, or it needs code of its own.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    model_type = checkpoint.model_config["model_type"]
+    config: PreTrainedConfig
+    try:
+        if checkpoint.translated is None:
+            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        else:
+            config = CONFIG_MAPPING[model_type].from_dict(checkpoint.translated)
+    except (*UNBUILDABLE, OSError, StrictDataclassError) as error:
+        raise unknown_model(model_type, checkpoint.folder / "config.json", error) from error
+    if hasattr(config, "quantization_config"):
+        delattr(config, "quantization_config")
+    return config
+
+
+def unknown_model(model_type: str, path: Any, error: Exception) -> UnsupportedFormat:  # noqa: ANN401
+    """Return the error for a config that transformers could not make a model of."""
+    from transformers import CONFIG_MAPPING
+    from transformers import __version__ as version
+
+    words = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in words or "custom code" in words:
+        return UnsupportedFormat(
+            f"{model_type} models bring Python code of their own, which is not run",
+            path=path,
+            hint="use a version of this model for an architecture that transformers has, or its "
+            "GGUF version, which llama.cpp runs",
+        )
+    if model_type not in CONFIG_MAPPING:
+        return UnsupportedFormat(
+            f"transformers {version} has no {model_type} models",
+            path=path,
+            hint="update transformers: pip install -U transformers; or check model_type",
+        )
+    if words.startswith("Unrecognized configuration class"):
+        return UnsupportedFormat(
+            f"a {model_type} model is none that goes on with a text",
+            path=path,
+            hint="use a model for text generation; or check model_type",
+        )
+    return UnsupportedFormat(
+        f"transformers cannot build a {model_type} model ({words[:200]})",
+        path=path,
+        hint="update transformers: pip install -U transformers; or check config.json",
+    )

@@ -1,0 +1,87 @@
+"""Tokens in, certain text out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+
+__all__ = []
+
+UNFINISHED = "\ufffd"  # what a tokenizer gives for the first bytes of a character
+
+
+class TextStream:
+    """Tokens in, certain text out: no half characters, no beginnings of stop texts.
+
+    Args:
+        tokenizer: turns tokens into text.
+        stop: texts that end the stream.
+        hidden_ids: tokens that are never shown.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str],
+        hidden_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._hidden = hidden_ids
+        self._tokens: list[int] = []
+        self._begin = 0  # decoding starts here: a token's text depends on those before it
+        self._given = 0  # tokens before this have had their text taken
+        self._held = ""  # text that could still be the beginning of a stop text
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """Take one token; give the text that is certain now."""
+        if self.stopped or token in self._hidden:
+            return ""
+        self._tokens.append(token)
+        before = self._decode(self._tokens[self._begin : self._given])
+        now = self._decode(self._tokens[self._begin :])
+        if len(now) <= len(before) or now.endswith(UNFINISHED):
+            return ""
+        self._begin, self._given = self._given, len(self._tokens)
+        return self._pass(now[len(before) :])
+
+    def rest(self) -> str:
+        """Give what was held back, at the end of the stream; half characters are dropped."""
+        if self.stopped:
+            return ""
+        before = self._decode(self._tokens[self._begin : self._given])
+        now = self._decode(self._tokens[self._begin :]).rstrip(UNFINISHED)
+        self._given = len(self._tokens)
+        new = self._pass(now[len(before) :])
+        held, self._held = self._held, ""
+        return new + ("" if self.stopped else held)
+
+    def _pass(self, text: str) -> str:
+        text = self._held + text
+        found = [at for it in self._stop if (at := text.find(it)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max((_overlap(text, it) for it in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _decode(self, tokens: list[int]) -> str:
+        text = self._tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text if isinstance(text, str) else "".join(text)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Count the last characters of `text` that begin `stop`."""
+    for length in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
