@@ -15,12 +15,12 @@ from altered import DATA, ONE, plugins
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.openai.app import create_app
-from gptq_loader_extensions.openai.batching import BatchEngine
+from gptq_loader_extensions.openai.http.request_log import LOG
+from gptq_loader_extensions.openai.replies.batching import BatchEngine
+from gptq_loader_extensions.openai.replies.model_registry import Shelf
 from gptq_loader_extensions.openai.server import Server
 from gptq_loader_extensions.openai.serving import bind
 from gptq_loader_extensions.openai.settings import Settings
-from gptq_loader_extensions.openai.shelf import Shelf
-from gptq_loader_extensions.openai.traffic import LOG
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from served import load, running
 from transformers import AutoTokenizer
 
-from gptq_loader_extensions.openai.aliases import one_name_each
-from gptq_loader_extensions.openai.engine import Said
 from gptq_loader_extensions.openai.errors import ApiError
-from gptq_loader_extensions.openai.metrics import Metrics
-from gptq_loader_extensions.openai.probabilities import Aligned
-from gptq_loader_extensions.openai.processors import Bias, RecentPenalty, SaidPenalty
-from gptq_loader_extensions.openai.scores import Step
-from gptq_loader_extensions.openai.tools import Call, CallReader, TaggedCalls, WholeCall
-from gptq_loader_extensions.openai.words import TokenWords
+from gptq_loader_extensions.openai.http.metrics import Metrics
+from gptq_loader_extensions.openai.replies.engine import Said
+from gptq_loader_extensions.openai.replies.logprobs import Aligned
+from gptq_loader_extensions.openai.replies.processors import Bias, RecentPenalty, SaidPenalty
+from gptq_loader_extensions.openai.replies.scores import Step
+from gptq_loader_extensions.openai.replies.token_text import TokenWords
+from gptq_loader_extensions.openai.replies.tools import Call, CallReader, TaggedCalls, WholeCall
+from gptq_loader_extensions.openai.schema.aliases import one_name_each
 from gptq_loader_plugin.generation.generate import Piece
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from gptq_loader_extensions.gradio.models import (
 )
 from gptq_loader_extensions.gradio.page import Parts
 from gptq_loader_extensions.gradio.serving import mount
-from gptq_loader_extensions.openai.engine import Ended, Failed, Run, Said, Work
-from gptq_loader_extensions.openai.engine import Ready as Begun
 from gptq_loader_extensions.openai.errors import ApiError
+from gptq_loader_extensions.openai.replies.engine import Ended, Failed, Run, Said, Work
+from gptq_loader_extensions.openai.replies.engine import Ready as Begun
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.events import Progress
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_extensions.gradio.catalog import Entry
     from gptq_loader_extensions.gradio.models import Prompt
-    from gptq_loader_extensions.openai.engine import Event
+    from gptq_loader_extensions.openai.replies.engine import Event
     from gptq_loader_extensions.openai.server import Server
     from gptq_loader_plugin.generation.generate import Piece
     from gptq_loader_plugin.generation.loaded import LoadedModel

@@ -11,15 +11,15 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match
 
-from gptq_loader_extensions.openai.about import about_routes
-from gptq_loader_extensions.openai.chat import chat_routes
-from gptq_loader_extensions.openai.completions import completion_routes
 from gptq_loader_extensions.openai.errors import ApiError, as_api_error, invalid
-from gptq_loader_extensions.openai.guard import Guard
-from gptq_loader_extensions.openai.internal import internal_routes
-from gptq_loader_extensions.openai.kobold import kobold_routes
-from gptq_loader_extensions.openai.traffic import ANSWERED_BY_NOBODY, Traffic
-from gptq_loader_extensions.openai.waiting import ClientGone
+from gptq_loader_extensions.openai.http.guard import Guard
+from gptq_loader_extensions.openai.http.request_log import ANSWERED_BY_NOBODY, Traffic
+from gptq_loader_extensions.openai.replies.reply_events import ClientGone
+from gptq_loader_extensions.openai.routes.chat import chat_routes
+from gptq_loader_extensions.openai.routes.completions import completion_routes
+from gptq_loader_extensions.openai.routes.info import about_routes
+from gptq_loader_extensions.openai.routes.kobold import kobold_routes
+from gptq_loader_extensions.openai.routes.webui import internal_routes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

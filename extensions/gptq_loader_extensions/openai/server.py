@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from gptq_loader_extensions.openai.metrics import Metrics
-from gptq_loader_extensions.openai.traffic import record_of
-from gptq_loader_extensions.openai.waiting import Reply, whole
-from gptq_loader_extensions.openai.words import TokenWords
+from gptq_loader_extensions.openai.http.metrics import Metrics
+from gptq_loader_extensions.openai.http.request_log import record_of
+from gptq_loader_extensions.openai.replies.reply_events import Reply, whole
+from gptq_loader_extensions.openai.replies.token_text import TokenWords
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from fastapi import Request
     from transformers import PreTrainedTokenizerBase
 
-    from gptq_loader_extensions.openai.engine import Engine, Run
+    from gptq_loader_extensions.openai.replies.engine import Engine, Run
+    from gptq_loader_extensions.openai.replies.model_registry import Shelf
     from gptq_loader_extensions.openai.settings import Settings
-    from gptq_loader_extensions.openai.shelf import Shelf
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["Server"]

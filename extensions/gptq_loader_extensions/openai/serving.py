@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from gptq_loader_extensions.openai.app import create_app
-from gptq_loader_extensions.openai.batching import BatchEngine
+from gptq_loader_extensions.openai.http.request_log import LOG
+from gptq_loader_extensions.openai.replies.batching import BatchEngine
+from gptq_loader_extensions.openai.replies.model_registry import Shelf
 from gptq_loader_extensions.openai.server import Server
-from gptq_loader_extensions.openai.shelf import Shelf
-from gptq_loader_extensions.openai.traffic import LOG
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.system.heap import share_heaps
 

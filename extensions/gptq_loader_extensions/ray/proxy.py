@@ -14,7 +14,7 @@ import json
 from typing import TYPE_CHECKING
 
 from gptq_loader_extensions.openai.errors import ApiError
-from gptq_loader_extensions.openai.sse import DONE, event
+from gptq_loader_extensions.openai.routes.sse import DONE, event
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

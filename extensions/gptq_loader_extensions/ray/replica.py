@@ -31,10 +31,10 @@ class Replica:
 
     def __init__(self, options: Options) -> None:
         import gptq_loader_plugin as gptq
-        from gptq_loader_extensions.openai.batching import BatchEngine
+        from gptq_loader_extensions.openai.replies.batching import BatchEngine
+        from gptq_loader_extensions.openai.replies.model_registry import Shelf
         from gptq_loader_extensions.openai.server import Server
         from gptq_loader_extensions.openai.serving import log_requests
-        from gptq_loader_extensions.openai.shelf import Shelf
 
         settings, how = options.settings(), options.loading()
         shelf = Shelf(settings, load=lambda it: gptq.load(it, **how), environ=NO_FOLDERS)

@@ -9,7 +9,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_extensions.openai.guard import Guard
+from gptq_loader_extensions.openai.http.guard import Guard
 from gptq_loader_extensions.openai.settings import Settings
 from gptq_loader_extensions.vllm.stops import ChatStops
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from gptq_loader_extensions.openai.engine import Said
-    from gptq_loader_extensions.openai.scores import Step
-    from gptq_loader_extensions.openai.words import TokenWords
+    from gptq_loader_extensions.openai.replies.engine import Said
+    from gptq_loader_extensions.openai.replies.scores import Step
+    from gptq_loader_extensions.openai.replies.token_text import TokenWords
 
 __all__ = ["Aligned", "chat_logprobs", "completion_logprobs"]
 

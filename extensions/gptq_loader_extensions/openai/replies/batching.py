@@ -8,16 +8,16 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gptq_loader_extensions.openai.engine import Ended, Failed, Ready, Run, Said, Work
 from gptq_loader_extensions.openai.errors import ApiError, as_api_error
-from gptq_loader_extensions.openai.room import free_memory
-from gptq_loader_extensions.openai.scores import Scores
+from gptq_loader_extensions.openai.replies.engine import Ended, Failed, Ready, Run, Said, Work
+from gptq_loader_extensions.openai.replies.scores import Scores
 from gptq_loader_plugin.errors import is_out_of_memory
+from gptq_loader_plugin.system.free_memory import free_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gptq_loader_extensions.openai.shelf import Shelf
+    from gptq_loader_extensions.openai.replies.model_registry import Shelf
     from gptq_loader_plugin.generation.batch import Batch
     from gptq_loader_plugin.generation.generate import Generation, Piece
     from gptq_loader_plugin.generation.loaded import LoadedModel

@@ -14,7 +14,7 @@ from gptq_loader_extensions.openai.errors import invalid
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gptq_loader_extensions.openai.schemas import Message, Sampling
+    from gptq_loader_extensions.openai.schema.schemas import Message, Sampling
 
 __all__ = ["check_extra", "check_message"]
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_extensions.openai.engine import Run
 from gptq_loader_extensions.openai.errors import invalid
-from gptq_loader_extensions.openai.processors import Bias, RecentPenalty, SaidPenalty, read_bias
+from gptq_loader_extensions.openai.replies.engine import Run
+from gptq_loader_extensions.openai.replies.processors import (
+    Bias,
+    RecentPenalty,
+    SaidPenalty,
+    read_bias,
+)
 from gptq_loader_plugin.generation.options import GenerateOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from gptq_loader_extensions.openai.schemas import Sampling
+    from gptq_loader_extensions.openai.schema.schemas import Sampling
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["make_options", "make_runs", "stop_texts"]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gptq_loader_extensions.openai.aliases import one_name_each
+from gptq_loader_extensions.openai.schema.aliases import one_name_each
 
 __all__ = [
     "ChatRequest",

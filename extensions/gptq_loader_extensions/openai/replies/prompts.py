@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_extensions.openai.scores import Step, score
+from gptq_loader_extensions.openai.replies.scores import Step, score
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

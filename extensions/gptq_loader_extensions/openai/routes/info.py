@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 
-from gptq_loader_extensions.openai.documented import ERRORS, NOT_DONE
 from gptq_loader_extensions.openai.errors import ApiError
+from gptq_loader_extensions.openai.schema.openapi import ERRORS, NOT_DONE
 
 if TYPE_CHECKING:
+    from gptq_loader_extensions.openai.replies.model_registry import Entry
     from gptq_loader_extensions.openai.server import Server
-    from gptq_loader_extensions.openai.shelf import Entry
 
 __all__ = ["about_routes"]
 

@@ -10,28 +10,28 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from gptq_loader_extensions.openai.asked import make_runs
-from gptq_loader_extensions.openai.chat import FINISH, usage
-from gptq_loader_extensions.openai.documented import ERRORS, EVENTS
-from gptq_loader_extensions.openai.engine import Run, Said
 from gptq_loader_extensions.openai.errors import invalid
-from gptq_loader_extensions.openai.probabilities import Aligned, completion_logprobs
-from gptq_loader_extensions.openai.prompts import score_prompt
-from gptq_loader_extensions.openai.schemas import CompletionRequest
-from gptq_loader_extensions.openai.sse import event, stream, told
-from gptq_loader_extensions.openai.traffic import record_of
-from gptq_loader_extensions.openai.unsupported import check_extra
-from gptq_loader_extensions.openai.waiting import whole
+from gptq_loader_extensions.openai.http.request_log import record_of
+from gptq_loader_extensions.openai.replies.engine import Run, Said
+from gptq_loader_extensions.openai.replies.logprobs import Aligned, completion_logprobs
+from gptq_loader_extensions.openai.replies.prompts import score_prompt
+from gptq_loader_extensions.openai.replies.reply_events import whole
+from gptq_loader_extensions.openai.replies.runs import make_runs
+from gptq_loader_extensions.openai.routes.chat import FINISH, usage
+from gptq_loader_extensions.openai.routes.sse import event, stream, told
+from gptq_loader_extensions.openai.schema.openapi import ERRORS, EVENTS
+from gptq_loader_extensions.openai.schema.schemas import CompletionRequest
+from gptq_loader_extensions.openai.schema.unsupported import check_extra
 from gptq_loader_plugin.errors import PromptTooLong
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from gptq_loader_extensions.openai.engine import Ready
-    from gptq_loader_extensions.openai.scores import Step
+    from gptq_loader_extensions.openai.replies.engine import Ready
+    from gptq_loader_extensions.openai.replies.reply_events import Reply
+    from gptq_loader_extensions.openai.replies.scores import Step
+    from gptq_loader_extensions.openai.replies.token_text import TokenWords
     from gptq_loader_extensions.openai.server import Server
-    from gptq_loader_extensions.openai.waiting import Reply
-    from gptq_loader_extensions.openai.words import TokenWords
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["check_ids", "completion_routes", "cut_prompt"]

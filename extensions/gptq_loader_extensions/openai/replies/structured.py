@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from gptq_loader_extensions.openai.schemas import ResponseFormat
+    from gptq_loader_extensions.openai.schema.schemas import ResponseFormat
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["GrammarMask", "make_grammar"]

@@ -7,16 +7,16 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_extensions.openai.engine import Ended, Failed, Ready, Said, Work
 from gptq_loader_extensions.openai.errors import ApiError, as_api_error
+from gptq_loader_extensions.openai.replies.engine import Ended, Failed, Ready, Said, Work
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
     from fastapi import Request
 
-    from gptq_loader_extensions.openai.engine import Engine, Event, Run
-    from gptq_loader_extensions.openai.traffic import Record
+    from gptq_loader_extensions.openai.http.request_log import Record
+    from gptq_loader_extensions.openai.replies.engine import Engine, Event, Run
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["ClientGone", "Reply", "whole"]

@@ -10,27 +10,27 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from gptq_loader_extensions.openai.asked import make_runs
-from gptq_loader_extensions.openai.documented import ERRORS, EVENTS
-from gptq_loader_extensions.openai.engine import Run, Said
 from gptq_loader_extensions.openai.errors import invalid
-from gptq_loader_extensions.openai.probabilities import Aligned, chat_logprobs
-from gptq_loader_extensions.openai.schemas import ChatRequest
-from gptq_loader_extensions.openai.sse import event, stream, told
-from gptq_loader_extensions.openai.structured import make_grammar
-from gptq_loader_extensions.openai.tools import offer_tools, to_template
-from gptq_loader_extensions.openai.traffic import record_of
-from gptq_loader_extensions.openai.unsupported import check_extra, check_message
-from gptq_loader_extensions.openai.waiting import whole
+from gptq_loader_extensions.openai.http.request_log import record_of
+from gptq_loader_extensions.openai.replies.engine import Run, Said
+from gptq_loader_extensions.openai.replies.logprobs import Aligned, chat_logprobs
+from gptq_loader_extensions.openai.replies.reply_events import whole
+from gptq_loader_extensions.openai.replies.runs import make_runs
+from gptq_loader_extensions.openai.replies.structured import make_grammar
+from gptq_loader_extensions.openai.replies.tools import offer_tools, to_template
+from gptq_loader_extensions.openai.routes.sse import event, stream, told
+from gptq_loader_extensions.openai.schema.openapi import ERRORS, EVENTS
+from gptq_loader_extensions.openai.schema.schemas import ChatRequest
+from gptq_loader_extensions.openai.schema.unsupported import check_extra, check_message
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from gptq_loader_extensions.openai.engine import Ready
+    from gptq_loader_extensions.openai.replies.engine import Ready
+    from gptq_loader_extensions.openai.replies.reply_events import Reply
+    from gptq_loader_extensions.openai.replies.token_text import TokenWords
+    from gptq_loader_extensions.openai.replies.tools import Call, CallReader
     from gptq_loader_extensions.openai.server import Server
-    from gptq_loader_extensions.openai.tools import Call, CallReader
-    from gptq_loader_extensions.openai.waiting import Reply
-    from gptq_loader_extensions.openai.words import TokenWords
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["FINISH", "chat_routes", "usage"]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from transformers import LogitsProcessor
 
-    from gptq_loader_extensions.openai.scores import Step
+    from gptq_loader_extensions.openai.replies.scores import Step
     from gptq_loader_plugin.generation.generate import Piece
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.generation.options import GenerateOptions

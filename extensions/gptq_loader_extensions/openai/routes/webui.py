@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 
-from gptq_loader_extensions.openai.documented import ERRORS
 from gptq_loader_extensions.openai.errors import invalid
-from gptq_loader_extensions.openai.prompts import next_logits
-from gptq_loader_extensions.openai.schemas import (
+from gptq_loader_extensions.openai.replies.prompts import next_logits
+from gptq_loader_extensions.openai.schema.openapi import ERRORS
+from gptq_loader_extensions.openai.schema.schemas import (
     InternalLoad,
     InternalLogits,
     InternalText,

@@ -14,7 +14,7 @@ from gptq_loader_plugin.chat.templates import JinjaTemplate
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from gptq_loader_extensions.openai.schemas import ChatRequest
+    from gptq_loader_extensions.openai.schema.schemas import ChatRequest
     from gptq_loader_plugin.chat.template import Template
     from gptq_loader_plugin.generation.loaded import LoadedModel
 

@@ -15,10 +15,10 @@ from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
 from gptq_loader_extensions.openai.errors import ApiError
-from gptq_loader_extensions.openai.room import free_memory
 from gptq_loader_plugin.catalog.local import local_models
 from gptq_loader_plugin.hub.hub_reference import parse_hub_reference
 from gptq_loader_plugin.reference import models_folders
+from gptq_loader_plugin.system.free_memory import free_memory
 from gptq_loader_plugin.system.paths import local_path
 
 if TYPE_CHECKING:

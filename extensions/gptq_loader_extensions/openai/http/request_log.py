@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from fastapi import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from gptq_loader_extensions.openai.engine import Ready, Said
-    from gptq_loader_extensions.openai.metrics import Metrics
+    from gptq_loader_extensions.openai.http.metrics import Metrics
+    from gptq_loader_extensions.openai.replies.engine import Ready, Said
 
 __all__ = ["LOG", "Record", "Traffic", "record_of"]
 
