@@ -295,7 +295,7 @@ def test_explain_says_which_kernel(llm: Run) -> None:
 def test_one_model_is_kept_and_another_takes_its_place(python: Run) -> None:
     code = f"""
 import asyncio, gc, llm
-from gptq_loader_extensions.llm.keeping import the_keeper
+from gptq_loader_extensions.llm.model_cache import the_keeper
 
 def ask(name, text="Hello"):
     return llm.get_model("gptq/" + name).prompt(text, temperature=0, max_tokens=8)

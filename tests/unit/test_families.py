@@ -675,7 +675,7 @@ def test_a_plugins_reader_may_know_another_family(tmp_path: Path) -> None:
 
 def test_transformers_is_left_what_is_not_quantised(tmp_path: Path) -> None:
     """A Qwen in float16 is transformers' own affair, with its own code or without."""
-    from gptq_loader_extensions.transformers.finding import find_checkpoint
+    from gptq_loader_extensions.transformers.detect import find_checkpoint
 
     publish(CASES["qwen"], tmp_path)
     edit_config(tmp_path, seq_length=...)

@@ -24,20 +24,20 @@ from typer.testing import CliRunner
 from gptq_loader_extensions.openai.settings import Settings
 from gptq_loader_extensions.vllm import VllmHost
 from gptq_loader_extensions.vllm.command import environment, write_command
+from gptq_loader_extensions.vllm.eligibility import refusal, taken_unasked
 from gptq_loader_extensions.vllm.explaining import plan_for_vllm
+from gptq_loader_extensions.vllm.fused_layers import expert_layers, joined_layers
 from gptq_loader_extensions.vllm.guard import ServerGuard, as_environment
-from gptq_loader_extensions.vllm.joined import expert_layers, joined_layers
 from gptq_loader_extensions.vllm.process import ServerProcess, find_reason
-from gptq_loader_extensions.vllm.serving import Asked, _announce
-from gptq_loader_extensions.vllm.shards import describe, join
-from gptq_loader_extensions.vllm.stops import with_stops
-from gptq_loader_extensions.vllm.taking import refusal, taken_unasked
-from gptq_loader_extensions.vllm.told import (
+from gptq_loader_extensions.vllm.server_files import (
     end_texts,
     end_tokens,
     write_generation_config,
     write_template,
 )
+from gptq_loader_extensions.vllm.serving import Asked, _announce
+from gptq_loader_extensions.vllm.shards import describe, join
+from gptq_loader_extensions.vllm.stops import with_stops
 from gptq_loader_plugin.chat.find_template import NoTemplate
 from gptq_loader_plugin.chat.templates import CardTemplate, ChatML, JinjaTemplate
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint

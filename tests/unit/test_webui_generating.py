@@ -12,7 +12,7 @@ from altered import DATA, ONE
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import gptq_loader_plugin as gptq
-from gptq_loader_extensions.webui.generating import Generating, generating_of
+from gptq_loader_extensions.webui.generate import Generating, generating_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

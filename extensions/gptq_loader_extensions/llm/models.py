@@ -19,15 +19,15 @@ import click
 import llm
 from pydantic import BeforeValidator, Field
 
-from gptq_loader_extensions.llm.keeping import Wanted, the_keeper
 from gptq_loader_extensions.llm.listing import PREFIX, added, list_models
+from gptq_loader_extensions.llm.model_cache import Wanted, the_keeper
 from gptq_loader_plugin.errors import GPTQLoaderError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator, Iterator
 
-    from gptq_loader_extensions.llm.keeping import Keeper
     from gptq_loader_extensions.llm.listing import Listed
+    from gptq_loader_extensions.llm.model_cache import Keeper
     from gptq_loader_plugin.generation.options import GenerateOptions
 
 __all__ = ["AsyncGPTQModel", "GPTQModel", "ModelFailed", "Options", "make_models"]

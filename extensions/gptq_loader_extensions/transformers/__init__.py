@@ -33,7 +33,7 @@ class TransformersHost:
                 f"the transformers host has no option {', '.join(sorted(options))}",
                 hint="give each load its options: from_pretrained(...)",
             )
-        from gptq_loader_extensions.transformers.handover import install
+        from gptq_loader_extensions.transformers.patch import install
 
         install()
 
@@ -42,7 +42,7 @@ class TransformersHost:
 
         Models that were loaded meanwhile go on as they are.
         """
-        from gptq_loader_extensions.transformers.handover import remove
+        from gptq_loader_extensions.transformers.patch import remove
 
         remove()
 

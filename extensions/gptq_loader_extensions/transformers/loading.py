@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptq_loader_extensions.transformers.finding import fetch
+from gptq_loader_extensions.transformers.detect import fetch
 from gptq_loader_extensions.transformers.linear import present_as_linear
 from gptq_loader_extensions.transformers.options import (
     check_options,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from gptq_loader_extensions.transformers.finding import Found
+    from gptq_loader_extensions.transformers.detect import Found
     from gptq_loader_plugin.model.build import FilledModel
     from gptq_loader_plugin.planning.plan import Plan
 

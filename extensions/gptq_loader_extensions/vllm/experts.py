@@ -13,9 +13,9 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 
-from gptq_loader_extensions.vllm.arrivals import PARTS, Arrivals, empty_parameter
+from gptq_loader_extensions.vllm.error_messages import in_words
 from gptq_loader_extensions.vllm.shards import Cut, cut_pieces, take
-from gptq_loader_extensions.vllm.words import in_words
+from gptq_loader_extensions.vllm.tensor_collector import PARTS, Arrivals, empty_parameter
 from gptq_loader_plugin.system.heap import release_freed
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from gptq_loader_extensions.vllm.arrivals import PARTS, Arrivals, empty_parameter
+from gptq_loader_extensions.vllm.error_messages import in_words
 from gptq_loader_extensions.vllm.operator import multiply_layer
 from gptq_loader_extensions.vllm.shards import (
     Cut,
@@ -32,7 +32,7 @@ from gptq_loader_extensions.vllm.shards import (
     join,
     take,
 )
-from gptq_loader_extensions.vllm.words import in_words
+from gptq_loader_extensions.vllm.tensor_collector import PARTS, Arrivals, empty_parameter
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.planning.choose import choose
 from gptq_loader_plugin.system.heap import release_freed

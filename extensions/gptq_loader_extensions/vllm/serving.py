@@ -16,7 +16,7 @@ from gptq_loader_extensions.openai.settings import Settings
 from gptq_loader_extensions.vllm.command import environment, write_command
 from gptq_loader_extensions.vllm.explaining import plan_for_vllm
 from gptq_loader_extensions.vllm.process import ServerProcess
-from gptq_loader_extensions.vllm.told import (
+from gptq_loader_extensions.vllm.server_files import (
     end_texts,
     end_tokens,
     write_generation_config,

@@ -6,8 +6,8 @@ import functools
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from gptq_loader_extensions.webui.host_modules import NAME, is_ours
 from gptq_loader_extensions.webui.loading import AUTO, option
-from gptq_loader_extensions.webui.names import NAME, is_ours
 from gptq_loader_extensions.webui.recognise import is_gptq
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.system.atomic_file import write_whole
@@ -15,8 +15,8 @@ from gptq_loader_plugin.system.atomic_file import write_whole
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from gptq_loader_extensions.webui.host_modules import Webui
     from gptq_loader_extensions.webui.loading import Loads
-    from gptq_loader_extensions.webui.names import Webui
     from gptq_loader_plugin.plugins import Plugins
 
 __all__ = ["add_controls"]
@@ -125,7 +125,7 @@ def _connect(webui: Webui, plugins: Plugins) -> None:
 def _explain(webui: Webui, plugins: Plugins, model: str | None, backend: str | None) -> str:
     """Say which kernel runs a model and why, from its headers; or how the loaded one runs."""
     import gptq_loader_plugin as gptq
-    from gptq_loader_extensions.webui.generating import generating_of
+    from gptq_loader_extensions.webui.generate import generating_of
 
     shared = webui.shared
     if not model or model == "None":

@@ -6,7 +6,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_extensions.webui.names import NAME, TRANSFORMERS, is_ours
+from gptq_loader_extensions.webui.host_modules import NAME, TRANSFORMERS, is_ours
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
 from gptq_loader_plugin.hookspecs import hookimpl
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from gptq_loader_extensions.webui.names import Webui
+    from gptq_loader_extensions.webui.host_modules import Webui
     from gptq_loader_plugin.events import Progress
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
@@ -119,7 +119,7 @@ def load(webui: Webui, folder: Path) -> tuple[LoadedModel, dict[str, object]]:
         GPTQLoaderError: see `errors`.
     """
     import gptq_loader_plugin as gptq
-    from gptq_loader_extensions.webui.generating import Generating
+    from gptq_loader_extensions.webui.generate import Generating
     from gptq_loader_extensions.webui.templates import template_for
 
     folder = folder.absolute()  # a folder that is not there is no repository on the hub
@@ -152,7 +152,7 @@ def wrap_unload(webui: Webui) -> Callable[..., None]:
     theirs = webui.models.unload_model
 
     def unload_model(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the host's
-        from gptq_loader_extensions.webui.generating import generating_of
+        from gptq_loader_extensions.webui.generate import generating_of
         from gptq_loader_plugin.system.heap import release_freed
 
         ours = None if webui.shared.model is None else generating_of(webui.shared.model)

@@ -9,14 +9,14 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_extensions.webui.loading import Loads, option, wrap_unload
-from gptq_loader_extensions.webui.names import (
+from gptq_loader_extensions.webui.host_modules import (
     NAME,
     TRANSFORMERS,
     import_page,
     import_webui,
     is_ours,
 )
+from gptq_loader_extensions.webui.loading import Loads, option, wrap_unload
 from gptq_loader_extensions.webui.recognise import is_gptq
 from gptq_loader_plugin.errors import GPTQLoaderError, PluginError
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from gptq_loader_extensions.webui.names import Webui
+    from gptq_loader_extensions.webui.host_modules import Webui
     from gptq_loader_plugin.plugins import Plugins
 
 __all__ = ["add_loader", "register"]
@@ -145,7 +145,7 @@ def _template_settings(
 
 
 def _take_over_loading(webui: Webui) -> Loads:
-    from gptq_loader_extensions.webui.usage import attach_to_api
+    from gptq_loader_extensions.webui.api_patches import attach_to_api
 
     theirs, unload_theirs = webui.models.load_model, webui.models.unload_model
     attach_to_api(webui)
@@ -167,7 +167,7 @@ def _listen_to_cancellation(webui: Webui) -> None:
         *args: Any,  # noqa: ANN401 - the host's
         **kwargs: Any,  # noqa: ANN401 - the host's
     ) -> Any:  # noqa: ANN401 - the host's
-        from gptq_loader_extensions.webui.generating import generating_of
+        from gptq_loader_extensions.webui.generate import generating_of
 
         ours = generating_of(webui.shared.model)
         if ours is not None:

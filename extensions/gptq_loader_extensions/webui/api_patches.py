@@ -9,13 +9,13 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_extensions.webui.generating import generating_of
+from gptq_loader_extensions.webui.generate import generating_of
 from gptq_loader_plugin.errors import GPTQLoaderError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from gptq_loader_extensions.webui.names import Webui
+    from gptq_loader_extensions.webui.host_modules import Webui
 
 __all__ = ["attach_to_api"]
 

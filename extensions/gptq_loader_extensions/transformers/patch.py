@@ -86,7 +86,7 @@ def _owners() -> tuple[Any, ...]:
 def _for_models(original: Any, asked: ContextVar[Any]) -> Callable[..., Any]:  # noqa: ANN401
     @functools.wraps(original.__func__)
     def from_pretrained(cls: Any, name: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        from gptq_loader_extensions.transformers.finding import find_checkpoint
+        from gptq_loader_extensions.transformers.detect import find_checkpoint
 
         name = kwargs.pop("pretrained_model_name_or_path", name)
         found = find_checkpoint(name, kwargs)
@@ -122,7 +122,7 @@ def _known_class(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     """
     from transformers import CONFIG_MAPPING
 
-    from gptq_loader_extensions.transformers.finding import find_checkpoint
+    from gptq_loader_extensions.transformers.detect import find_checkpoint
 
     if kwargs.get("config") is not None:
         return None
