@@ -189,7 +189,7 @@ def test_the_key_may_be_in_the_environment_and_is_not_shown() -> None:
 
 
 def test_every_option_it_takes_is_read() -> None:
-    from gptq_loader_plugin.cli.serving import serve
+    from gptq_loader_plugin.cli.serve import serve
 
     known = set(serve.__annotations__)
     assert RayHost().takes <= known

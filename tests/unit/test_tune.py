@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gptq_loader_plugin.cli.app import app
-from gptq_loader_plugin.cli.tuning import tune_kernels
+from gptq_loader_plugin.cli.tune import tune_kernels
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import Device, find_device
 from gptq_loader_plugin.errors import OptionInvalid

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptq_loader_plugin.cli.output import DeviceMap, MaxMemory, ProgressBars, reported, say
-from gptq_loader_plugin.cli.talking import (
+from gptq_loader_plugin.cli.chat import (
     Backend,
     Check,
     Device,
@@ -18,6 +17,7 @@ from gptq_loader_plugin.cli.talking import (
     OffloadFolder,
     Template,
 )
+from gptq_loader_plugin.cli.output import DeviceMap, MaxMemory, ProgressBars, reported, say
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.host import Engine
