@@ -11,16 +11,7 @@ from typing import Annotated
 
 import typer
 
-from gptq_loader_plugin.cli import (
-    benching,
-    checkpoints,
-    hosting,
-    hub,
-    making,
-    serving,
-    talking,
-    tuning,
-)
+from gptq_loader_plugin.cli import bench, chat, hosts, hub, inspect, quantize, serve, tune
 from gptq_loader_plugin.cli.output import say
 
 __all__ = ["app", "run"]
@@ -33,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for commands in (talking, serving, checkpoints, hub, making, benching, tuning, hosting):
+for commands in (chat, serve, inspect, hub, quantize, bench, tune, hosts):
     commands.add_to(app)
 
 

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
 
 import typer
 
+from gptq_loader_plugin.cli.options import DeviceMap, MaxMemory
 from gptq_loader_plugin.cli.output import (
-    DeviceMap,
-    MaxMemory,
     group_text,
     print_json,
     print_table,

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.events import Progress
 
 __all__ = [
-    "DeviceMap",
-    "MaxMemory",
     "ProgressBars",
     "group_text",
     "plain",
@@ -33,14 +31,6 @@ __all__ = [
     "show",
     "text_of",
     "yes_no",
-]
-
-DeviceMap = Annotated[
-    str | None, typer.Option("--device-map", help="auto: over several devices, block by block.")
-]
-MaxMemory = Annotated[
-    str | None,
-    typer.Option("--max-memory", help="With --device-map: cuda:0=8GB,cpu=10GB,disk."),
 ]
 
 P = ParamSpec("P")

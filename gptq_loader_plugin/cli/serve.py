@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptq_loader_plugin.cli.chat import (
+from gptq_loader_plugin.cli.options import (
     Backend,
     Check,
     Device,
+    DeviceMap,
     Head,
     KvCache,
+    MaxMemory,
     OffloadFolder,
     Template,
 )
-from gptq_loader_plugin.cli.output import DeviceMap, MaxMemory, ProgressBars, reported, say
+from gptq_loader_plugin.cli.output import ProgressBars, reported, say
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.host import Engine
