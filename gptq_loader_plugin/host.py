@@ -2,7 +2,7 @@
 
 A host may also say whether its program is here (`Checkable`); `gptq-loader plugins` asks it. One
 that serves a checkpoint to OpenAI's clients in its own way is an `Engine`, which `gptq-loader serve
---engine` names.
+--engine` names; one whose page the server can show beside its API is `Mountable`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol, runtime_checkable
 
-__all__ = ["Checkable", "Engine", "Host", "NotReady", "Readiness", "Ready", "check_package"]
+__all__ = [
+    "Checkable",
+    "Engine",
+    "Host",
+    "Mountable",
+    "NotReady",
+    "Readiness",
+    "Ready",
+    "check_package",
+]
 
 
 @runtime_checkable
@@ -59,6 +68,20 @@ class Engine(Protocol):
         Raises:
             PluginError: its program is not installed, or is one it does not know.
             OptionInvalid: it cannot serve so.
+        """
+        ...
+
+
+@runtime_checkable
+class Mountable(Protocol):
+    """A host with a page that the server of the host "openai" shows at "/", behind its routes."""
+
+    def mount(self, app: object, server: object) -> None:
+        """Add the page to the server's application.
+
+        Args:
+            app: a `fastapi.FastAPI`.
+            server: a `gptq_loader_extensions.openai.server.Server`: the model and its queue.
         """
         ...
 

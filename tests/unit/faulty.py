@@ -67,7 +67,7 @@ def tell(**what: object) -> None:
 
 def save_settings(folder: str, first: str) -> None:
     """Save the settings of one model after the other, for ever; tell what was saved."""
-    from gptq_loader_extensions.gradio.settings_file import ModelSettings, SettingsFile
+    from gptq_loader_extensions.gradio.storage.settings_file import ModelSettings, SettingsFile
 
     file = SettingsFile(Path(folder))
     for number in count(int(first)):
@@ -77,7 +77,7 @@ def save_settings(folder: str, first: str) -> None:
 
 def save_without_room(folder: str) -> None:
     """Save settings that the disk has no room for; tell what was said."""
-    from gptq_loader_extensions.gradio.settings_file import ModelSettings, SettingsFile
+    from gptq_loader_extensions.gradio.storage.settings_file import ModelSettings, SettingsFile
 
     with _little_room():
         SettingsFile(Path(folder)).save("model", ModelSettings(system="words " * 2000))

@@ -25,7 +25,7 @@ from faulty import Jobs
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
-from gptq_loader_extensions.gradio.settings_file import ModelSettings, SettingsFile
+from gptq_loader_extensions.gradio.storage.settings_file import ModelSettings, SettingsFile
 from gptq_loader_plugin.catalog.local import local_models
 from gptq_loader_plugin.quantize.options import KEPT
 from gptq_loader_plugin.system.free_memory import free_memory

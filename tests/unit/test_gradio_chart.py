@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gptq_loader_extensions.gradio.catalog import Catalog
-from gptq_loader_extensions.gradio.chart import chart_html
-from gptq_loader_extensions.gradio.measuring import measure, named_text
-from gptq_loader_extensions.gradio.models import LoadOptions, Stopped
-from gptq_loader_extensions.gradio.one_model import OneModel
+from gptq_loader_extensions.gradio.jobs.local_models import OneModel
+from gptq_loader_extensions.gradio.jobs.measuring import measure, named_text
+from gptq_loader_extensions.gradio.jobs.models import LoadOptions, Stopped
+from gptq_loader_extensions.gradio.storage.catalog import Catalog
+from gptq_loader_extensions.gradio.views.chart import chart_html
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.measure.perplexity import measure_perplexity, sample_text
 from gptq_loader_plugin.measure.results import Measured, MeasuredText

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from gptq_loader_extensions.gradio.export import as_json, as_markdown, file_name
-from gptq_loader_extensions.gradio.keeping import new_key, read_list, write_kept
-from gptq_loader_extensions.gradio.settings_file import (
+from gptq_loader_extensions.gradio.storage.settings_file import (
     ModelSettings,
     SettingsFile,
     config_folder,
 )
+from gptq_loader_extensions.gradio.tabs.export import as_json, as_markdown, file_name
+from gptq_loader_extensions.gradio.tabs.saved_chats import new_key, read_list, write_kept
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.generation.options import GenerateOptions
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 import gptq_loader_plugin as gptq
-from gptq_loader_extensions.gradio.catalog import Catalog
-from gptq_loader_extensions.gradio.loading import load_watched
-from gptq_loader_extensions.gradio.models import LoadOptions, Ready, Stopped
-from gptq_loader_extensions.gradio.one_model import OneModel
-from gptq_loader_extensions.gradio.prompt_view import prompt_html
-from gptq_loader_extensions.gradio.reply import chat_prompt, raw_prompt
+from gptq_loader_extensions.gradio.jobs.loading import load_watched
+from gptq_loader_extensions.gradio.jobs.local_models import OneModel
+from gptq_loader_extensions.gradio.jobs.models import LoadOptions, Ready, Stopped
+from gptq_loader_extensions.gradio.jobs.reply import chat_prompt, raw_prompt
+from gptq_loader_extensions.gradio.storage.catalog import Catalog
+from gptq_loader_extensions.gradio.views.prompt_view import prompt_html
 from gptq_loader_plugin.errors import CheckpointNotFound, GPTQLoaderError, OptionInvalid
 from gptq_loader_plugin.generation.options import GenerateOptions
 
@@ -212,7 +212,7 @@ def test_a_reply_that_is_given_up_does_not_hold_a_change_up(catalog: Catalog) ->
 def test_a_model_that_would_not_fit_is_refused(
     catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptq_loader_extensions.gradio.models.free_bytes", lambda: 1000)
+    monkeypatch.setattr("gptq_loader_extensions.gradio.jobs.models.free_bytes", lambda: 1000)
     with pytest.raises(GPTQLoaderError, match="of memory, and 1 kB is free"):
         OneModel(environ=ENVIRON).put(catalog.find(FIRST), LoadOptions(), lambda _: None)
 

@@ -17,9 +17,9 @@ import pytest
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.gradio import GradioHost, gptq_hosts
-from gptq_loader_extensions.gradio.about import entry_name, head, title
-from gptq_loader_extensions.gradio.conversation import Moment, answer, take_back
-from gptq_loader_extensions.gradio.models import Loaded, Ready
+from gptq_loader_extensions.gradio.jobs.conversation import Moment, answer, take_back
+from gptq_loader_extensions.gradio.jobs.models import Loaded, Ready
+from gptq_loader_extensions.gradio.tabs.header import entry_name, head, title
 from gptq_loader_extensions.gradio.versions import known, to_pairs
 from gptq_loader_plugin.chat.templates import ChatML
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid, PluginError, PromptTooLong
@@ -29,7 +29,7 @@ from gptq_loader_plugin.generation.options import GenerateOptions
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from gptq_loader_extensions.gradio.models import Prompt
+    from gptq_loader_extensions.gradio.jobs.models import Prompt
 
 ENVIRON = {"GPTQ_LOADER_PLUGINS": "core,kernel-dense,kernel-reference"}
 CHECKPOINT = Path(__file__).parents[1] / "data" / "checkpoints" / "gptq-4bit-32g-act-sym"
@@ -269,7 +269,7 @@ def drawing() -> Iterator[Any]:
     pytest.importorskip("gradio")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
-        from gptq_loader_extensions.gradio import drawing
+        from gptq_loader_extensions.gradio.tabs import chat_updates as drawing
 
         gc.collect()
     return drawing

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import gptq_loader_plugin as gptq
-from gptq_loader_extensions.gradio.comparing import by_turns, where_they_part
-from gptq_loader_extensions.gradio.facts import facts_html
-from gptq_loader_extensions.gradio.jobs import Done, progress_bar, watched
+from gptq_loader_extensions.gradio.error_messages import alert, as_words
+from gptq_loader_extensions.gradio.jobs.comparing import by_turns, where_they_part
+from gptq_loader_extensions.gradio.jobs.models import Ready
+from gptq_loader_extensions.gradio.jobs.progress import Done, progress_bar, watched
+from gptq_loader_extensions.gradio.jobs.reply import raw_prompt
 from gptq_loader_extensions.gradio.machine import free_bytes, resident_bytes
-from gptq_loader_extensions.gradio.models import Ready
-from gptq_loader_extensions.gradio.plan_view import memory_html, memory_of, plan_html
-from gptq_loader_extensions.gradio.presets import PRESETS, own_sampling, preset_of
-from gptq_loader_extensions.gradio.reply import raw_prompt
-from gptq_loader_extensions.gradio.words import alert, as_words
+from gptq_loader_extensions.gradio.storage.presets import PRESETS, own_sampling, preset_of
+from gptq_loader_extensions.gradio.views.facts import facts_html
+from gptq_loader_extensions.gradio.views.plan_view import memory_html, memory_of, plan_html
 from gptq_loader_plugin.errors import GPTQLoaderError, PromptTooLong
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.generation.options import GenerateOptions

@@ -9,11 +9,11 @@ import pytest
 from altered import DATA, ONE
 from served import OTHER, Brake, running
 
-from gptq_loader_extensions.gradio.catalog import Catalog
-from gptq_loader_extensions.gradio.measuring import measure
-from gptq_loader_extensions.gradio.models import LoadOptions, Ready, Stopped
-from gptq_loader_extensions.gradio.reply import raw_prompt
-from gptq_loader_extensions.gradio.served import ServedModels
+from gptq_loader_extensions.gradio.jobs.measuring import measure
+from gptq_loader_extensions.gradio.jobs.models import LoadOptions, Ready, Stopped
+from gptq_loader_extensions.gradio.jobs.reply import raw_prompt
+from gptq_loader_extensions.gradio.jobs.server_models import ServedModels
+from gptq_loader_extensions.gradio.storage.catalog import Catalog
 from gptq_loader_plugin.generation.options import GenerateOptions
 
 if TYPE_CHECKING:

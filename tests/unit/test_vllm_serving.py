@@ -28,6 +28,7 @@ from gptq_loader_extensions.vllm.eligibility import refusal, taken_unasked
 from gptq_loader_extensions.vllm.explaining import plan_for_vllm
 from gptq_loader_extensions.vllm.fused_layers import expert_layers, joined_layers
 from gptq_loader_extensions.vllm.guard import ServerGuard, as_environment
+from gptq_loader_extensions.vllm.options import ServeOptions
 from gptq_loader_extensions.vllm.process import ServerProcess, find_reason
 from gptq_loader_extensions.vllm.server_files import (
     end_texts,
@@ -35,7 +36,7 @@ from gptq_loader_extensions.vllm.server_files import (
     write_generation_config,
     write_template,
 )
-from gptq_loader_extensions.vllm.serving import Asked, _announce
+from gptq_loader_extensions.vllm.serving import _announce
 from gptq_loader_extensions.vllm.shards import describe, join
 from gptq_loader_extensions.vllm.stops import with_stops
 from gptq_loader_plugin.chat.find_template import NoTemplate
@@ -241,12 +242,14 @@ def test_without_vllm_the_next_step_is_said() -> None:
 
 def test_strangers_are_not_let_in_unasked() -> None:
     with pytest.raises(OptionInvalid, match=r"everyone who can reach 0\.0\.0\.0"):
-        Asked.of({"listen": True})
-    asked = Asked.of({"listen": True, "api_key": "K", "cors": ["http://a.example"], "context": 9})
+        ServeOptions.of({"listen": True})
+    asked = ServeOptions.of(
+        {"listen": True, "api_key": "K", "cors": ["http://a.example"], "context": 9}
+    )
     assert asked.settings.host == "0.0.0.0"
     assert asked.context == 9
     with pytest.raises(OptionInvalid, match="computes in int8"):
-        Asked.of({"dtype": "int8"})
+        ServeOptions.of({"dtype": "int8"})
 
 
 def planned(device: Device, **options: Any) -> Any:
@@ -261,7 +264,7 @@ def planned(device: Device, **options: Any) -> Any:
 
 
 def command(device: Device, **options: Any) -> list[str]:
-    asked = Asked.of(options)
+    asked = ServeOptions.of(options)
     return write_command(
         asked,
         planned(device, backend=asked.backend, dtype=asked.dtype),

@@ -54,6 +54,12 @@ class GradioHost:
             models_dir=options.get("models_dir"),
         )
 
+    def mount(self, app: Any, server: Any) -> None:  # noqa: ANN401 - Mountable's signature
+        """Show the page in the server "openai", over the model that it serves."""
+        from gptq_loader_extensions.gradio.serving import mount_page
+
+        mount_page(app, server)
+
     def check(self) -> Readiness:
         """Look for Gradio."""
         return check_package("gradio", oldest="4.37", newest="6.31", install=EXTRA)

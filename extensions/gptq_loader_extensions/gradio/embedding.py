@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from gptq_loader_extensions.gradio.about import entry_name
-from gptq_loader_extensions.gradio.conversation import with_system
-from gptq_loader_extensions.gradio.models import Loaded
-from gptq_loader_extensions.gradio.one_model import OneModel
-from gptq_loader_extensions.gradio.reply import chat_prompt, write_reply
+from gptq_loader_extensions.gradio.error_messages import as_words
+from gptq_loader_extensions.gradio.jobs.conversation import with_system
+from gptq_loader_extensions.gradio.jobs.local_models import OneModel
+from gptq_loader_extensions.gradio.jobs.models import Loaded
+from gptq_loader_extensions.gradio.jobs.reply import chat_prompt, write_reply
+from gptq_loader_extensions.gradio.tabs.header import entry_name
 from gptq_loader_extensions.gradio.versions import known
-from gptq_loader_extensions.gradio.words import as_words
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.generation.options import GenerateOptions
 

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from gradio.themes import Base
 
-from gptq_loader_extensions.gradio.about import title
-from gptq_loader_extensions.gradio.catalog import Catalog
-from gptq_loader_extensions.gradio.chat_tab import ChatTab
-from gptq_loader_extensions.gradio.compare_tab import CompareTab
 from gptq_loader_extensions.gradio.events import AT_ONCE
-from gptq_loader_extensions.gradio.model_tab import ModelTab
-from gptq_loader_extensions.gradio.raw_tab import RawTab
-from gptq_loader_extensions.gradio.settings_file import SettingsFile, config_folder
-from gptq_loader_extensions.gradio.settings_panel import SettingsPanel
+from gptq_loader_extensions.gradio.storage.catalog import Catalog
+from gptq_loader_extensions.gradio.storage.settings_file import SettingsFile, config_folder
+from gptq_loader_extensions.gradio.tabs.chat_tab import ChatTab
+from gptq_loader_extensions.gradio.tabs.compare_tab import CompareTab
+from gptq_loader_extensions.gradio.tabs.header import title
+from gptq_loader_extensions.gradio.tabs.model_tab import ModelTab
+from gptq_loader_extensions.gradio.tabs.raw_tab import RawTab
+from gptq_loader_extensions.gradio.tabs.settings_panel import SettingsPanel
 from gptq_loader_extensions.gradio.versions import known
 from gptq_loader_plugin.measure.results import MeasuredFiles, data_folder
 
 if TYPE_CHECKING:
-    from gptq_loader_extensions.gradio.models import Models
+    from gptq_loader_extensions.gradio.jobs.models import Models
 
 __all__ = ["Parts", "build_page", "launch_style"]
 

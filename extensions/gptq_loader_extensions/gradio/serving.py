@@ -11,6 +11,9 @@ import time
 import webbrowser
 from typing import TYPE_CHECKING, Any
 
+from gptq_loader_extensions.gradio.jobs.models import Loaded
+from gptq_loader_extensions.gradio.page import Parts
+from gptq_loader_extensions.gradio.storage.catalog import Catalog
 from gptq_loader_plugin.errors import OptionInvalid, PluginError
 
 if TYPE_CHECKING:
@@ -21,10 +24,10 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from gptq_loader_extensions.gradio.page import Parts
+    from gptq_loader_extensions.openai.server import Server
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
-__all__ = ["mount", "open_page", "parts_for", "serve"]
+__all__ = ["mount", "mount_page", "open_page", "parts_for", "serve"]
 
 WAITING = 64  # events of all browsers together that may wait for their turn
 UPLOADS = 1  # the most bytes of a file that a browser may send: the page takes none
@@ -132,13 +135,23 @@ def mount(
     gr.mount_gradio_app(app, page, path=path, **options)
 
 
+def mount_page(app: FastAPI, server: Server) -> None:
+    """Put the page at "/", behind the API's routes."""
+    from gptq_loader_extensions.gradio.jobs.server_models import ServedModels
+
+    settings = server.settings
+    catalog = Catalog(models_dir=settings.models_dir, cache=settings.cached_models)
+    if (own := server.shelf.own) is not None:
+        catalog.add(own.name, own.target)
+    mount(app, Parts(ServedModels(server), catalog, downloads=settings.downloads))
+
+
 def parts_for(model: LoadedModel | None, *, models_dir: Path | None = None) -> Parts:
     """Put together what a page of this process alone stands on."""
-    from gptq_loader_extensions.gradio.about import entry_name
-    from gptq_loader_extensions.gradio.catalog import Catalog
-    from gptq_loader_extensions.gradio.models import Loaded
-    from gptq_loader_extensions.gradio.one_model import OneModel
+    from gptq_loader_extensions.gradio.jobs.local_models import OneModel
     from gptq_loader_extensions.gradio.page import Parts
+    from gptq_loader_extensions.gradio.storage.catalog import Catalog
+    from gptq_loader_extensions.gradio.tabs.header import entry_name
 
     catalog = Catalog(models_dir=models_dir)
     if model is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from gptq_loader_extensions.gradio.conversation import Message
+    from gptq_loader_extensions.gradio.jobs.conversation import Message
 
 __all__ = ["known", "takes_messages", "to_pairs"]
 

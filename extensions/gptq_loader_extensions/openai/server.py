@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from gptq_loader_extensions.openai.http.metrics import Metrics
-from gptq_loader_extensions.openai.http.request_log import record_of
+from gptq_loader_extensions.openai.replies.record import record_of
 from gptq_loader_extensions.openai.replies.reply_events import Reply, whole
 from gptq_loader_extensions.openai.replies.token_text import TokenWords
 

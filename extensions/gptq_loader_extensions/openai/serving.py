@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import importlib.util
 import json
 import logging
 import socket
@@ -22,6 +21,8 @@ from gptq_loader_extensions.openai.replies.batching import BatchEngine
 from gptq_loader_extensions.openai.replies.model_registry import Shelf
 from gptq_loader_extensions.openai.server import Server
 from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.host import Checkable, Mountable, Ready
+from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.system.heap import share_heaps
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def serve(
         log_requests()
         _announce(server, listening)
         config = uvicorn.Config(
-            create_app(server, page=None if page is None else partial(page, server=server)),
+            create_app(server, page=None if page is None else partial(page.mount, server=server)),
             log_config=None,
             access_log=False,
             lifespan="on",
@@ -97,13 +98,14 @@ def serve(
             engine.close()
 
 
-def _page() -> Callable[..., object] | None:
-    """Find the page, where gradio is installed."""
-    if importlib.util.find_spec("gradio") is None:
-        return None
-    from gptq_loader_extensions.gradio.served import mount_page
-
-    return mount_page
+def _page() -> Mountable | None:
+    """Find a host whose page can be shown here, and whose program is installed."""
+    for host in Plugins(installed=True).hosts():
+        if not isinstance(host, Mountable):
+            continue
+        if not isinstance(host, Checkable) or isinstance(host.check(), Ready):
+            return host
+    return None
 
 
 async def _run(

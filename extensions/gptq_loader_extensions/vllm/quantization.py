@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
-from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
@@ -26,26 +24,20 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.utils import WeightsMapper
 
-from gptq_loader_extensions.vllm import NAME
+from gptq_loader_extensions.vllm.context import LoadContext
 from gptq_loader_extensions.vllm.eligibility import METHODS
 from gptq_loader_extensions.vllm.eligibility import refusal as wrong_in_vllm
 from gptq_loader_extensions.vllm.error_messages import in_words
 from gptq_loader_extensions.vllm.experts import GPTQLoaderExpertsMethod, expert_names
 from gptq_loader_extensions.vllm.folder import find_folder
 from gptq_loader_extensions.vllm.linear import GPTQLoaderLinearMethod
-from gptq_loader_extensions.vllm.names import Names
+from gptq_loader_extensions.vllm.options import NAME
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
-from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
+from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.plugins import Plugins
-
-if TYPE_CHECKING:
-    from gptq_loader_plugin.checkpoint.reader import Checkpoint
-    from gptq_loader_plugin.kernel import Kernel
-    from gptq_loader_plugin.planning.choose import Choice
 
 __all__ = ["GPTQLoaderConfig"]
 
-OPTIONS = ("backend",)  # of vLLM's additional_config, under our name
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 logger = logging.getLogger("vllm.gptq_loader")
 
@@ -60,11 +52,11 @@ class GPTQLoaderConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not 
         super().__init__()
         self._model = ""
         self._revision: str | None = None
-        self._opened: _Opened | None = None
+        self._context: LoadContext | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the open checkpoint."""
-        return {**self.__dict__, "_opened": None}
+        return {**self.__dict__, "_context": None}
 
     def get_name(self) -> str:
         """Give the method's name."""
@@ -150,84 +142,13 @@ class GPTQLoaderConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not 
         with in_words():
             names = self._open().names.claim(prefix, self.packed_modules_mapping)
         if names:
-            return GPTQLoaderLinearMethod(self, prefix, names)
+            return GPTQLoaderLinearMethod(self._open(), prefix, names)
         return UnquantizedEmbeddingMethod() if head else UnquantizedLinearMethod()
 
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """The open checkpoint."""
-        return self._open().checkpoint
-
-    @property
-    def kernels(self) -> tuple[Kernel, ...]:
-        """Every installed kernel."""
-        return self._open().kernels
-
-    def backend(self) -> str | None:
-        """Give the kernel the user names in vLLM's additional_config, if any.
-
-        Raises:
-            OptionInvalid: something else is named there.
-        """
-        options = (get_current_vllm_config().additional_config or {}).get(NAME, {})
-        if unknown := sorted(set(options) - set(OPTIONS)):
-            raise OptionInvalid(
-                f"additional_config has {', '.join(unknown)} under {NAME}",
-                hint=f"the options there are {', '.join(OPTIONS)}",
-            )
-        backend = options.get("backend")
-        return None if backend is None else str(backend)
-
-    def log(self, choice: Choice) -> None:
-        """Say a layer's kernel and the reasons, once for layers that are alike."""
-        kind = (str(choice.layer), choice.reasons())
-        opened = self._open()
-        level = logging.DEBUG if kind in opened.logged else logging.INFO
-        opened.logged.add(kind)
-        reasons = "; ".join(f"{name}: {words}" for name, words in choice.reasons())
-        logger.log(
-            level,
-            "gptq_loader: %s and layers like it (%s): %s",
-            choice.layer.name,
-            kind[0],
-            reasons,
-        )
-
-    def log_experts(self, name: str, count: int) -> None:
-        """Say once what the experts of a mixture became."""
-        opened = self._open()
-        level = logging.DEBUG if "experts" in opened.logged else logging.INFO
-        opened.logged.add("experts")
-        logger.log(
-            level,
-            "gptq_loader: %s, %d layers, and mixtures like it: dequantised once, because vLLM runs "
-            "all experts of a layer in one kernel over plain weights",
-            name,
-            count,
-        )
-
-    def check_claimed(self) -> None:
-        """Check once, before the first layer is prepared, that no quantised layer is left over.
-
-        One stage of a pipeline has some of the layers, and is not checked.
-        """
-        opened = self._open()
-        if opened.checked or get_pp_group().world_size > 1:
-            return
-        opened.checked = True
-        for warning in opened.checkpoint.warnings:
-            logger.warning("%s", warning)
-        if left := opened.names.check_claimed():
-            logger.warning(
-                "%d quantised layers are of parts that this model lacks, and were not read: %s",
-                len(left),
-                left[0],
-            )
-
-    def _open(self) -> _Opened:
-        if self._opened is None:
-            self._opened = _Opened(find_folder(self._model, self._revision))
-        return self._opened
+    def _open(self) -> LoadContext:
+        if self._context is None:
+            self._context = LoadContext(find_folder(self._model, self._revision))
+        return self._context
 
     def _experts(self, layer: Any, prefix: str) -> UnquantizedFusedMoEMethod:  # noqa: ANN401 - vLLM's
         with in_words():
@@ -236,19 +157,7 @@ class GPTQLoaderConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not 
         if not found:
             return UnquantizedFusedMoEMethod(layer.moe_config)
         names = dict(zip(wanted, found, strict=True))
-        return GPTQLoaderExpertsMethod(self, names, layer.moe_config)
-
-
-class _Opened:
-    """What one process has open: the checkpoint, its names, the kernels, and what was said."""
-
-    def __init__(self, folder: Path) -> None:
-        plugins = Plugins(installed=True)
-        self.checkpoint = open_checkpoint(folder, plugins.readers())
-        self.names = Names(self.checkpoint.layers, self.checkpoint.path)
-        self.kernels = plugins.kernels()
-        self.logged: set[object] = set()
-        self.checked = False
+        return GPTQLoaderExpertsMethod(self._open(), names, layer.moe_config)
 
 
 def _refusal(config: dict[str, Any]) -> str | None:

@@ -8,13 +8,12 @@ import re
 import signal
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gptq_loader_extensions.openai.settings import Settings
 from gptq_loader_extensions.vllm.command import environment, write_command
 from gptq_loader_extensions.vllm.explaining import plan_for_vllm
+from gptq_loader_extensions.vllm.options import LOOPBACK, ServeOptions
 from gptq_loader_extensions.vllm.process import ServerProcess
 from gptq_loader_extensions.vllm.server_files import (
     end_texts,
@@ -27,7 +26,6 @@ from gptq_loader_plugin.chat.tokenizer import read_tokenizer
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.errors import OptionInvalid
-from gptq_loader_plugin.opening import DTYPES
 from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.reference import resolve
 
@@ -35,68 +33,19 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import FrameType
 
+    from gptq_loader_extensions.openai.settings import Settings
     from gptq_loader_extensions.vllm.explaining import VllmPlan
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
 
-__all__ = ["Asked", "serve"]
+__all__ = ["serve"]
 
-LOOPBACK = "127.0.0.1"
 EVERYWHERE = {"0.0.0.0": LOOPBACK, "::": "::1", "": LOOPBACK}  # noqa: S104 - compared, not bound
 TAKEN_OVER = "gptq_loader takes this checkpoint"
 OWN = re.compile(r"Using (?P<kernel>\w+) for AutoGPTQLinearMethod")
 CHOSEN = re.compile(r"gptq_loader: .* and layers like it \(.*\): (?P<kernel>[\w-]+): chosen.*")
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What the user asked for.
-
-    Attributes:
-        settings: where to listen, and whom to let in.
-        tensor_parallel: how many devices share each layer.
-        backend: the kernel to use, or None.
-        template: the template's name, or a .jinja file; None finds the checkpoint's.
-        context: the longest sequence; None takes the model's.
-        dtype: what is not quantised; None takes what kernels compute in, or vLLM's choice.
-        most_at_once: how many replies are written side by side; None is vLLM's choice.
-    """
-
-    settings: Settings
-    tensor_parallel: int = 1
-    backend: str | None = None
-    template: str | None = None
-    context: int | None = None
-    dtype: str | None = None
-    most_at_once: int | None = None
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Asked:
-        """Read the options of `gptq-loader serve`, by their names there.
-
-        Raises:
-            OptionInvalid: one makes no sense, or lets strangers in unasked.
-        """
-        given = dict(options)
-        host = given.pop("host", LOOPBACK)
-        if given.pop("listen", False) and host == LOOPBACK:
-            host = "0.0.0.0"  # noqa: S104 - as asked for
-        names = ("port", "api_key", "no_auth", "max_body", "max_new_tokens", "grace", "as_json")
-        settings = Settings(
-            host=host,
-            allowed_hosts=tuple(given.pop("allow_host", None) or ()),
-            cors=tuple(given.pop("cors", None) or ()),
-            **{name: given.pop(name) for name in names if name in given},
-        )
-        settings.check()
-        asked = cls(settings, **given)
-        if asked.dtype not in (None, *DTYPES):
-            raise OptionInvalid(
-                f"no model computes in {asked.dtype}", hint=f"name one of {', '.join(DTYPES)}"
-            )
-        return asked
-
-
-def serve(reference: str, asked: Asked, *, installed: str) -> None:
+def serve(reference: str, asked: ServeOptions, *, installed: str) -> None:
     """Serve until Ctrl-C.
 
     Args:
@@ -164,7 +113,7 @@ def serve(reference: str, asked: Asked, *, installed: str) -> None:
 def _run(
     command: Sequence[str],
     environ: Mapping[str, str],
-    asked: Asked,
+    asked: ServeOptions,
     planned: VllmPlan,
     *,
     port: int,

@@ -5,62 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import time
-import uuid
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gptq_loader_extensions.openai.replies.record import Record
+
 if TYPE_CHECKING:
-    from fastapi import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from gptq_loader_extensions.openai.http.metrics import Metrics
-    from gptq_loader_extensions.openai.replies.engine import Ready, Said
 
-__all__ = ["LOG", "Record", "Traffic", "record_of"]
+__all__ = ["LOG", "Traffic"]
 
 LOG = "gptq_loader_plugin.requests"  # the logger whose every message is a JSON object
 ANSWERED_BY_NOBODY = 499  # what nginx logs when a client hangs up
 
 logger = logging.getLogger(LOG)
-
-
-@dataclass(slots=True)
-class Record:
-    """What is known of one request.
-
-    Attributes:
-        request_id: sent back in the header x-request-id.
-        began: when it came, by time.monotonic.
-        model: the name of the model that answered.
-        prompt_tokens: how many tokens its prompts have together.
-        tokens: how many were generated, by reply.
-        finish: why the last reply ended.
-        ready: when a model had it.
-        first: when the first piece of text was there.
-        ignored: options that had no effect.
-    """
-
-    request_id: str = field(default_factory=lambda: f"req-{uuid.uuid4().hex}")
-    began: float = field(default_factory=time.monotonic)
-    model: str | None = None
-    prompt_tokens: int = 0
-    tokens: dict[int, int] = field(default_factory=dict)
-    finish: str | None = None
-    ready: float | None = None
-    first: float | None = None
-    ignored: tuple[str, ...] = ()
-
-    def started(self, event: Ready) -> None:
-        """Take down that a model has the request."""
-        self.model = event.model
-        self.ready = time.monotonic()
-        self.prompt_tokens = sum(len(run.ids) for run in event.runs)
-
-    def said(self, event: Said) -> None:
-        """Take down a piece of text."""
-        self.first = self.first or time.monotonic()
-        self.tokens[event.index] = event.piece.tokens
-        self.finish = event.piece.finish or self.finish
 
 
 class Traffic:
@@ -131,9 +90,3 @@ class Traffic:
         if record.ignored:
             line["ignored_options"] = record.ignored
         logger.info("%s", json.dumps(line))
-
-
-def record_of(request: Request) -> Record:
-    """Find what is taken down of a request."""
-    record: Record = request.state.record
-    return record

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from fastapi import Request
 
-    from gptq_loader_extensions.openai.http.request_log import Record
     from gptq_loader_extensions.openai.replies.engine import Engine, Event, Run
+    from gptq_loader_extensions.openai.replies.record import Record
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["ClientGone", "Reply", "whole"]

@@ -11,10 +11,10 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from gptq_loader_extensions.openai.errors import invalid
-from gptq_loader_extensions.openai.http.request_log import record_of
 from gptq_loader_extensions.openai.replies.engine import Run, Said
 from gptq_loader_extensions.openai.replies.logprobs import Aligned, completion_logprobs
 from gptq_loader_extensions.openai.replies.prompts import score_prompt
+from gptq_loader_extensions.openai.replies.record import record_of
 from gptq_loader_extensions.openai.replies.reply_events import whole
 from gptq_loader_extensions.openai.replies.runs import make_runs
 from gptq_loader_extensions.openai.routes.chat import FINISH, usage

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
-    from gptq_loader_extensions.openai.http.request_log import Record
+    from gptq_loader_extensions.openai.replies.record import Record
     from gptq_loader_extensions.openai.replies.reply_events import Reply
 
 __all__ = ["DONE", "EventStream", "event", "stream", "told"]

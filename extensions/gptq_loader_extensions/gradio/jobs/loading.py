@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
-from gptq_loader_extensions.gradio.facts import facts_html
-from gptq_loader_extensions.gradio.jobs import Done, progress_bar, watched
-from gptq_loader_extensions.gradio.models import Listener, Stopped
-from gptq_loader_extensions.gradio.plan_view import memory_html, memory_of, plan_html
-from gptq_loader_extensions.gradio.words import alert, as_words
+from gptq_loader_extensions.gradio.error_messages import alert, as_words
+from gptq_loader_extensions.gradio.jobs.models import Listener, Stopped
+from gptq_loader_extensions.gradio.jobs.progress import Done, progress_bar, watched
+from gptq_loader_extensions.gradio.views.facts import facts_html
+from gptq_loader_extensions.gradio.views.plan_view import memory_html, memory_of, plan_html
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.events import Progress
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterator
 
-    from gptq_loader_extensions.gradio.catalog import Entry
-    from gptq_loader_extensions.gradio.models import Loaded, LoadOptions, Models
+    from gptq_loader_extensions.gradio.jobs.models import Loaded, LoadOptions, Models
+    from gptq_loader_extensions.gradio.storage.catalog import Entry
     from gptq_loader_plugin.catalog.report import CheckpointReport
     from gptq_loader_plugin.planning.plan import Plan
 

@@ -9,13 +9,13 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gptq_loader_extensions.gradio.models import Prompt, Ready
+from gptq_loader_extensions.gradio.jobs.models import Prompt, Ready
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from gptq_loader_extensions.gradio.models import Models
+    from gptq_loader_extensions.gradio.jobs.models import Models
     from gptq_loader_plugin.generation.generate import Finish, Piece
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.generation.options import GenerateOptions

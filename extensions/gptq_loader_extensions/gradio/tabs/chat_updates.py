@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from gptq_loader_extensions.gradio.conversation import Message, Moment, answer
-from gptq_loader_extensions.gradio.keeping import write_kept
-from gptq_loader_extensions.gradio.settings_panel import read_options
+from gptq_loader_extensions.gradio.error_messages import as_words
+from gptq_loader_extensions.gradio.jobs.conversation import Message, Moment, answer
+from gptq_loader_extensions.gradio.tabs.saved_chats import write_kept
+from gptq_loader_extensions.gradio.tabs.settings_panel import read_options
 from gptq_loader_extensions.gradio.versions import takes_messages, to_pairs
-from gptq_loader_extensions.gradio.words import as_words
 from gptq_loader_plugin.errors import GPTQLoaderError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from gptq_loader_extensions.gradio.models import Models
+    from gptq_loader_extensions.gradio.jobs.models import Models
 
 __all__ = ["Conversation", "Drawing", "drawn", "from_markdown", "stream_reply"]
 

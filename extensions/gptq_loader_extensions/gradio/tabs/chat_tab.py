@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from gptq_loader_extensions.gradio.chat_events import NEW_CONVERSATION, ChatEvents
 from gptq_loader_extensions.gradio.events import AT_ONCE, PRIVATE, REPLIES, stop, tell
-from gptq_loader_extensions.gradio.export_box import ExportBox
+from gptq_loader_extensions.gradio.tabs.chat_events import NEW_CONVERSATION, ChatEvents
+from gptq_loader_extensions.gradio.tabs.export_box import ExportBox
 from gptq_loader_extensions.gradio.versions import known
 
 if TYPE_CHECKING:
-    from gptq_loader_extensions.gradio.models import Models
-    from gptq_loader_extensions.gradio.settings_panel import SettingsPanel
+    from gptq_loader_extensions.gradio.jobs.models import Models
+    from gptq_loader_extensions.gradio.tabs.settings_panel import SettingsPanel
 
 __all__ = ["ChatTab"]
 

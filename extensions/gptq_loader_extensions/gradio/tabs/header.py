@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
-    from gptq_loader_extensions.gradio.models import Loaded
+    from gptq_loader_extensions.gradio.jobs.models import Loaded
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["NO_MODEL", "entry_name", "facts_of", "head", "title"]

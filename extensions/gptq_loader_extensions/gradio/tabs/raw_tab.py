@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from gptq_loader_extensions.gradio.error_messages import alert, as_words
 from gptq_loader_extensions.gradio.events import AT_ONCE, REPLIES, stop
-from gptq_loader_extensions.gradio.reply import raw_prompt, write_reply
-from gptq_loader_extensions.gradio.settings_panel import read_options
-from gptq_loader_extensions.gradio.words import alert, as_words
+from gptq_loader_extensions.gradio.jobs.reply import raw_prompt, write_reply
+from gptq_loader_extensions.gradio.tabs.settings_panel import read_options
 from gptq_loader_plugin.errors import GPTQLoaderError
 
 if TYPE_CHECKING:
-    from gptq_loader_extensions.gradio.models import Models
-    from gptq_loader_extensions.gradio.settings_panel import SettingsPanel
+    from gptq_loader_extensions.gradio.jobs.models import Models
+    from gptq_loader_extensions.gradio.tabs.settings_panel import SettingsPanel
 
 __all__ = ["RawTab"]
 

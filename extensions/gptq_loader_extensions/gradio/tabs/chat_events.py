@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from gptq_loader_extensions.gradio.about import head
-from gptq_loader_extensions.gradio.conversation import Moment, take_back
-from gptq_loader_extensions.gradio.drawing import (
+from gptq_loader_extensions.gradio.jobs.conversation import Moment, take_back
+from gptq_loader_extensions.gradio.tabs.chat_updates import (
     Conversation,
     Drawing,
     drawn,
     from_markdown,
     stream_reply,
 )
-from gptq_loader_extensions.gradio.keeping import new_key, read_list
+from gptq_loader_extensions.gradio.tabs.header import head
+from gptq_loader_extensions.gradio.tabs.saved_chats import new_key, read_list
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from gptq_loader_extensions.gradio.keeping import KeptTitle
-    from gptq_loader_extensions.gradio.models import Models
+    from gptq_loader_extensions.gradio.jobs.models import Models
+    from gptq_loader_extensions.gradio.tabs.saved_chats import KeptTitle
 
 __all__ = ["NEW_CONVERSATION", "ChatEvents"]
 

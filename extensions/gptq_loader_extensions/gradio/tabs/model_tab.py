@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from gptq_loader_extensions.gradio.about import head
-from gptq_loader_extensions.gradio.download_box import DownloadBox
+from gptq_loader_extensions.gradio.error_messages import alert, as_words
 from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, stop
-from gptq_loader_extensions.gradio.loading import LoadView, describe_loaded, load_watched
+from gptq_loader_extensions.gradio.jobs.loading import LoadView, describe_loaded, load_watched
+from gptq_loader_extensions.gradio.jobs.models import LoadOptions
 from gptq_loader_extensions.gradio.machine import resident_bytes
-from gptq_loader_extensions.gradio.models import LoadOptions
-from gptq_loader_extensions.gradio.settings_file import ModelSettings
-from gptq_loader_extensions.gradio.settings_panel import SettingsPanel, read_options
-from gptq_loader_extensions.gradio.words import alert, as_words
+from gptq_loader_extensions.gradio.storage.settings_file import ModelSettings
+from gptq_loader_extensions.gradio.tabs.download_box import DownloadBox
+from gptq_loader_extensions.gradio.tabs.header import head
+from gptq_loader_extensions.gradio.tabs.settings_panel import SettingsPanel, read_options
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
-    from gptq_loader_extensions.gradio.catalog import Catalog, Entry
-    from gptq_loader_extensions.gradio.models import Models
-    from gptq_loader_extensions.gradio.settings_file import SettingsFile
+    from gptq_loader_extensions.gradio.jobs.models import Models
+    from gptq_loader_extensions.gradio.storage.catalog import Catalog, Entry
+    from gptq_loader_extensions.gradio.storage.settings_file import SettingsFile
 
 __all__ = ["ModelTab"]
 

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from gptq_loader_extensions.gradio.chart import chart_html, text_title
+from gptq_loader_extensions.gradio.error_messages import alert, as_words
 from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, stop
-from gptq_loader_extensions.gradio.jobs import Done, progress_bar, watched
-from gptq_loader_extensions.gradio.measuring import measure
-from gptq_loader_extensions.gradio.models import Stopped
-from gptq_loader_extensions.gradio.words import alert, as_words
+from gptq_loader_extensions.gradio.jobs.measuring import measure
+from gptq_loader_extensions.gradio.jobs.models import Stopped
+from gptq_loader_extensions.gradio.jobs.progress import Done, progress_bar, watched
+from gptq_loader_extensions.gradio.views.chart import chart_html, text_title
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.events import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gptq_loader_extensions.gradio.models import Models
+    from gptq_loader_extensions.gradio.jobs.models import Models
     from gptq_loader_plugin.measure.results import MeasuredFiles
 
 __all__ = ["MeasureBox"]

@@ -8,8 +8,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from gptq_loader_extensions.gradio.machine import resident_bytes
-from gptq_loader_extensions.gradio.models import (
+from gptq_loader_extensions.gradio.jobs.models import (
     WAIT_SECONDS,
     Loaded,
     Ready,
@@ -17,14 +16,15 @@ from gptq_loader_extensions.gradio.models import (
     check_stopped,
     planned,
 )
+from gptq_loader_extensions.gradio.machine import resident_bytes
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.events import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from gptq_loader_extensions.gradio.catalog import Entry
-    from gptq_loader_extensions.gradio.models import LoadOptions, Prompt
+    from gptq_loader_extensions.gradio.jobs.models import LoadOptions, Prompt
+    from gptq_loader_extensions.gradio.storage.catalog import Entry
     from gptq_loader_plugin.generation.generate import Piece
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.generation.options import GenerateOptions

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from gptq_loader_extensions.gradio.events import PRIVATE
-from gptq_loader_extensions.gradio.presets import (
+from gptq_loader_extensions.gradio.storage.presets import (
     OWN,
     PRESETS,
     SAMPLING,
@@ -19,8 +19,8 @@ from gptq_loader_plugin.generation.options import GenerateOptions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gptq_loader_extensions.gradio.models import Models
-    from gptq_loader_extensions.gradio.settings_file import ModelSettings
+    from gptq_loader_extensions.gradio.jobs.models import Models
+    from gptq_loader_extensions.gradio.storage.settings_file import ModelSettings
 
 __all__ = ["OPTIONS", "SettingsPanel", "read_options"]
 

@@ -6,7 +6,7 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING
 
-from gptq_loader_extensions.gradio.models import check_stopped
+from gptq_loader_extensions.gradio.jobs.models import check_stopped
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.measure.perplexity import (
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from gptq_loader_extensions.gradio.models import Models
+    from gptq_loader_extensions.gradio.jobs.models import Models
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["measure", "named_text"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gptq_loader_extensions.gradio.conversation import Message
+    from gptq_loader_extensions.gradio.jobs.conversation import Message
 
 __all__ = ["as_json", "as_markdown", "file_name"]
 

@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from gptq_loader_extensions.gradio.about import facts_of, title
-from gptq_loader_extensions.gradio.comparing import by_turns, where_they_part
-from gptq_loader_extensions.gradio.conversation import with_system
+from gptq_loader_extensions.gradio.error_messages import alert, as_words
 from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, REPLIES, stop
-from gptq_loader_extensions.gradio.loading import load_watched
-from gptq_loader_extensions.gradio.measure_box import MeasureBox
-from gptq_loader_extensions.gradio.models import LoadOptions
-from gptq_loader_extensions.gradio.one_model import OneModel
-from gptq_loader_extensions.gradio.reply import chat_prompt
-from gptq_loader_extensions.gradio.settings_panel import read_options
-from gptq_loader_extensions.gradio.words import alert, as_words
+from gptq_loader_extensions.gradio.jobs.comparing import by_turns, where_they_part
+from gptq_loader_extensions.gradio.jobs.conversation import with_system
+from gptq_loader_extensions.gradio.jobs.loading import load_watched
+from gptq_loader_extensions.gradio.jobs.local_models import OneModel
+from gptq_loader_extensions.gradio.jobs.models import LoadOptions
+from gptq_loader_extensions.gradio.jobs.reply import chat_prompt
+from gptq_loader_extensions.gradio.tabs.header import facts_of, title
+from gptq_loader_extensions.gradio.tabs.measure_box import MeasureBox
+from gptq_loader_extensions.gradio.tabs.settings_panel import read_options
 from gptq_loader_plugin.errors import GPTQLoaderError
 
 if TYPE_CHECKING:
-    from gptq_loader_extensions.gradio.catalog import Catalog
-    from gptq_loader_extensions.gradio.models import Loaded, Models
-    from gptq_loader_extensions.gradio.settings_panel import SettingsPanel
+    from gptq_loader_extensions.gradio.jobs.models import Loaded, Models
+    from gptq_loader_extensions.gradio.storage.catalog import Catalog
+    from gptq_loader_extensions.gradio.tabs.settings_panel import SettingsPanel
     from gptq_loader_plugin.measure.results import MeasuredFiles
 
 __all__ = ["CompareTab"]

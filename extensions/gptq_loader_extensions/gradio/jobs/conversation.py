@@ -9,13 +9,13 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gptq_loader_extensions.gradio.reply import chat_prompt, write_reply
+from gptq_loader_extensions.gradio.jobs.reply import chat_prompt, write_reply
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterator, Sequence
 
-    from gptq_loader_extensions.gradio.models import Models
+    from gptq_loader_extensions.gradio.jobs.models import Models
     from gptq_loader_plugin.generation.options import GenerateOptions
 
 __all__ = ["Message", "Moment", "answer", "take_back", "with_system"]

@@ -7,9 +7,7 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
-from gptq_loader_extensions.gradio.catalog import Catalog
-from gptq_loader_extensions.gradio.machine import resident_bytes
-from gptq_loader_extensions.gradio.models import (
+from gptq_loader_extensions.gradio.jobs.models import (
     WAIT_SECONDS,
     Loaded,
     LoadOptions,
@@ -18,8 +16,7 @@ from gptq_loader_extensions.gradio.models import (
     check_memory,
     planned,
 )
-from gptq_loader_extensions.gradio.page import Parts
-from gptq_loader_extensions.gradio.serving import mount
+from gptq_loader_extensions.gradio.machine import resident_bytes
 from gptq_loader_extensions.openai.errors import ApiError
 from gptq_loader_extensions.openai.replies.engine import Ended, Failed, Run, Said, Work
 from gptq_loader_extensions.openai.replies.engine import Ready as Begun
@@ -29,29 +26,18 @@ from gptq_loader_plugin.events import Progress
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from fastapi import FastAPI
-
-    from gptq_loader_extensions.gradio.catalog import Entry
-    from gptq_loader_extensions.gradio.models import Prompt
+    from gptq_loader_extensions.gradio.jobs.models import Prompt
+    from gptq_loader_extensions.gradio.storage.catalog import Entry
     from gptq_loader_extensions.openai.replies.engine import Event
     from gptq_loader_extensions.openai.server import Server
     from gptq_loader_plugin.generation.generate import Piece
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.generation.options import GenerateOptions
 
-__all__ = ["ServedModels", "mount_page"]
+__all__ = ["ServedModels"]
 
 T = TypeVar("T")
 STOPPED = "stopped"  # the engine's code for work that was cancelled before its turn
-
-
-def mount_page(app: FastAPI, server: Server) -> None:
-    """Put the page at "/", behind the API's routes."""
-    settings = server.settings
-    catalog = Catalog(models_dir=settings.models_dir, cache=settings.cached_models)
-    if (own := server.shelf.own) is not None:
-        catalog.add(own.name, own.target)
-    mount(app, Parts(ServedModels(server), catalog, downloads=settings.downloads))
 
 
 class ServedModels:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gptq_loader_extensions.gradio.conversation import Message
+    from gptq_loader_extensions.gradio.jobs.conversation import Message
 
 __all__ = ["KeptConversation", "KeptList", "new_key", "read_kept", "read_list", "write_kept"]
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from gptq_loader_extensions.gradio.branches_view import branches_html
+from gptq_loader_extensions.gradio.error_messages import alert, as_words
 from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS
-from gptq_loader_extensions.gradio.jobs import Done, progress_bar, watched
-from gptq_loader_extensions.gradio.words import alert, as_words
+from gptq_loader_extensions.gradio.jobs.progress import Done, progress_bar, watched
+from gptq_loader_extensions.gradio.views.branches_view import branches_html
 from gptq_loader_plugin.errors import DownloadCancelled, GPTQLoaderError, OptionInvalid
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.hub.hub_reference import parse_hub_reference
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from gptq_loader_extensions.gradio.catalog import Catalog
+    from gptq_loader_extensions.gradio.storage.catalog import Catalog
     from gptq_loader_plugin.catalog.branches import RepoReport
     from gptq_loader_plugin.hub.hub_reference import HubReference
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from gptq_loader_extensions.gradio.catalog import Entry
+    from gptq_loader_extensions.gradio.storage.catalog import Entry
     from gptq_loader_plugin.events import Progress
     from gptq_loader_plugin.generation.generate import Piece
     from gptq_loader_plugin.generation.loaded import LoadedModel

@@ -6,14 +6,14 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from gptq_loader_extensions.gradio.reply import write_reply
+from gptq_loader_extensions.gradio.jobs.reply import write_reply
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterator, Sequence
 
-    from gptq_loader_extensions.gradio.models import Models, Prompt
-    from gptq_loader_extensions.gradio.reply import Shown
+    from gptq_loader_extensions.gradio.jobs.models import Models, Prompt
+    from gptq_loader_extensions.gradio.jobs.reply import Shown
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.generation.options import GenerateOptions
 

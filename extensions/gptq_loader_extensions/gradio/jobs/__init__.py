@@ -1,0 +1,1 @@
+"""What the page does: load, download, measure, reply; no file here knows a component."""

@@ -1,0 +1,1 @@
+"""What the page keeps, and what may be loaded by name."""

@@ -1,0 +1,1 @@
+"""Facts, plans and prompts as HTML."""

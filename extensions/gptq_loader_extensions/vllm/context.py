@@ -1,0 +1,101 @@
+"""What a process of vLLM has open as it loads: the checkpoint and the kernels; imports vLLM."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_pp_group
+
+from gptq_loader_extensions.vllm.names import Names
+from gptq_loader_extensions.vllm.options import NAME
+from gptq_loader_plugin.checkpoint.reader import open_checkpoint
+from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.plugins import Plugins
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gptq_loader_plugin.planning.choose import Choice
+
+__all__ = ["LoadContext"]
+
+OPTIONS = ("backend",)  # of vLLM's additional_config, under our name
+logger = logging.getLogger("vllm.gptq_loader")
+
+
+class LoadContext:
+    """An open checkpoint, its layers' names in vLLM's model, the kernels, and what was logged.
+
+    Attributes:
+        checkpoint: the open checkpoint.
+        names: which layers of it stand behind one of vLLM's.
+        kernels: every installed kernel.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        plugins = Plugins(installed=True)
+        self.checkpoint = open_checkpoint(folder, plugins.readers())
+        self.names = Names(self.checkpoint.layers, self.checkpoint.path)
+        self.kernels = plugins.kernels()
+        self._logged: set[object] = set()
+        self._checked = False
+
+    def backend(self) -> str | None:
+        """Give the kernel the user names in vLLM's additional_config, if any.
+
+        Raises:
+            OptionInvalid: something else is named there.
+        """
+        options = (get_current_vllm_config().additional_config or {}).get(NAME, {})
+        if unknown := sorted(set(options) - set(OPTIONS)):
+            raise OptionInvalid(
+                f"additional_config has {', '.join(unknown)} under {NAME}",
+                hint=f"the options there are {', '.join(OPTIONS)}",
+            )
+        backend = options.get("backend")
+        return None if backend is None else str(backend)
+
+    def log(self, choice: Choice) -> None:
+        """Say a layer's kernel and the reasons, once for layers that are alike."""
+        kind = (str(choice.layer), choice.reasons())
+        level = logging.DEBUG if kind in self._logged else logging.INFO
+        self._logged.add(kind)
+        reasons = "; ".join(f"{name}: {words}" for name, words in choice.reasons())
+        logger.log(
+            level,
+            "gptq_loader: %s and layers like it (%s): %s",
+            choice.layer.name,
+            kind[0],
+            reasons,
+        )
+
+    def log_experts(self, name: str, count: int) -> None:
+        """Say once what the experts of a mixture became."""
+        level = logging.DEBUG if "experts" in self._logged else logging.INFO
+        self._logged.add("experts")
+        logger.log(
+            level,
+            "gptq_loader: %s, %d layers, and mixtures like it: dequantised once, because vLLM runs "
+            "all experts of a layer in one kernel over plain weights",
+            name,
+            count,
+        )
+
+    def check_claimed(self) -> None:
+        """Check once, before the first layer is prepared, that no quantised layer is left over.
+
+        One stage of a pipeline has some of the layers, and is not checked.
+        """
+        if self._checked or get_pp_group().world_size > 1:
+            return
+        self._checked = True
+        for warning in self.checkpoint.warnings:
+            logger.warning("%s", warning)
+        if left := self.names.check_claimed():
+            logger.warning(
+                "%d quantised layers are of parts that this model lacks, and were not read: %s",
+                len(left),
+                left[0],
+            )
