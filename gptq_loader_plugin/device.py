@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.system.memory import total_memory
 
 __all__ = ["Device", "DeviceType", "find_device", "find_devices"]
 
@@ -162,11 +163,7 @@ def _cpu() -> Device:
                 case _:
                     continue
     known = frozenset(flags & {*CPU_FLAGS, *CPU_FLAGS_ARM})
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
-        memory = None
-    return Device("cpu", name=name, memory_bytes=memory, features=known)
+    return Device("cpu", name=name, memory_bytes=total_memory(), features=known)
 
 
 def _cuda() -> tuple[Device, ...]:

@@ -11,6 +11,7 @@
     - UnsafeFile .............. a pickle that wants to run code; nothing of it was run
     - CorruptCheckpoint ....... a file is cut short, or holds values no checkpoint can have
   + NoBackend ................. every kernel declined; carries each one's reason
+  + NotEnoughMemory ........... a model that does not fit into memory; carries the bytes
   + OptionInvalid ............. an option of a call is misspelt or out of range
   + PromptTooLong ............. a prompt that does not fit the context
   + TemplateError ............. there is no chat template, or it cannot render these messages
@@ -42,6 +43,7 @@ __all__ = [
     "GPTQLoaderError",
     "HubError",
     "NoBackend",
+    "NotEnoughMemory",
     "OptionInvalid",
     "PluginError",
     "PromptTooLong",
@@ -163,6 +165,20 @@ class NoBackend(GPTQLoaderError):
         )
         self.layer = layer
         self.declined = tuple(declined)
+
+
+class NotEnoughMemory(GPTQLoaderError):
+    """A model needs more memory than is free.
+
+    Attributes:
+        needed: the bytes it needs.
+        free: the bytes that are free.
+    """
+
+    def __init__(self, message: str, *, needed: int, free: int, hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.needed = needed
+        self.free = free
 
 
 class OptionInvalid(GPTQLoaderError):

@@ -36,7 +36,7 @@ def withhold(suffix: str) -> None:
     """Have vLLM's model drop tensors, as vLLM's own quantization methods have it drop g_idx."""
     from vllm.model_executor.models.utils import WeightsMapper
 
-    from gptq_loader_extensions.vllm.quantization import GPTQLoaderConfig
+    from gptq_loader_extensions.vllm.layers.quantization import GPTQLoaderConfig
 
     dropping = staticmethod(lambda: WeightsMapper(orig_to_new_suffix={suffix: None}))
     GPTQLoaderConfig.get_checkpoint_weight_mapper = dropping
@@ -44,7 +44,7 @@ def withhold(suffix: str) -> None:
 
 def count_operator_calls() -> list[None]:
     """Have the operator that compiled code calls leave a mark at each call."""
-    from gptq_loader_extensions.vllm import operator
+    from gptq_loader_extensions.vllm.layers import operator
 
     calls: list[None] = []
     real = operator.get_forward_context

@@ -14,8 +14,8 @@ from vllm_process import ask, ours
 from vllm_server import VllmServer, serving, start, wait_until_gone
 
 import gptq_loader_plugin as gptq
-from gptq_loader_extensions.vllm.eligibility import label_refusal, refusal, stored_label
-from gptq_loader_extensions.vllm.fused_layers import joined_layers
+from gptq_loader_extensions.vllm.planning.eligibility import label_refusal, refusal, stored_label
+from gptq_loader_extensions.vllm.planning.fused_layers import joined_layers
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.device import find_device
 

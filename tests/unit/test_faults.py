@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from gptq_loader_extensions.gradio.storage.settings_file import ModelSettings, SettingsFile
 from gptq_loader_plugin.catalog.local import local_models
 from gptq_loader_plugin.quantize.options import KEPT
-from gptq_loader_plugin.system.free_memory import free_memory
+from gptq_loader_plugin.system.memory import free_memory, total_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -412,6 +412,10 @@ def test_the_memory_of_a_container_counts(tmp_path: Path) -> None:
     assert free_memory(membership=membership, cgroups=groups) == 400
     nothing = tmp_path / "none"
     assert free_memory(membership=nothing, cgroups=nothing) > 10**6
+    assert total_memory(membership=membership, cgroups=groups) == 3000
+    (inner / "memory.max").write_text("max")
+    assert total_memory(membership=membership, cgroups=groups) == 5000
+    assert total_memory(membership=nothing, cgroups=nothing) > 10**6
 
 
 def test_no_secret_is_ever_written_down(served: Served) -> None:

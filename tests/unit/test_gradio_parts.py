@@ -17,7 +17,6 @@ from gptq_loader_extensions.gradio.jobs.comparing import by_turns, where_they_pa
 from gptq_loader_extensions.gradio.jobs.models import Ready
 from gptq_loader_extensions.gradio.jobs.progress import Done, progress_bar, watched
 from gptq_loader_extensions.gradio.jobs.reply import raw_prompt
-from gptq_loader_extensions.gradio.machine import free_bytes, resident_bytes
 from gptq_loader_extensions.gradio.storage.presets import PRESETS, own_sampling, preset_of
 from gptq_loader_extensions.gradio.views.facts import facts_html
 from gptq_loader_extensions.gradio.views.plan_view import memory_html, memory_of, plan_html
@@ -109,14 +108,6 @@ def test_the_plan_shows_every_answer() -> None:
     drawn = memory_html(memory, before=10**6, after=2 * 10**6)
     assert "the process held 1 MB before, and 2 MB after" in drawn
     assert drawn.count("<i class=") == 3
-
-
-def test_memory_is_read_where_the_system_tells(tmp_path: Path) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 9 kB\nMemAvailable:    1234 kB\n")
-    assert free_bytes(meminfo) == 1234 * 1024
-    assert free_bytes(tmp_path / "none") is None
-    assert resident_bytes(tmp_path / "none") is None
 
 
 def test_errors_are_words() -> None:

@@ -23,22 +23,22 @@ from typer.testing import CliRunner
 
 from gptq_loader_extensions.openai.settings import Settings
 from gptq_loader_extensions.vllm import VllmHost
-from gptq_loader_extensions.vllm.command import environment, write_command
-from gptq_loader_extensions.vllm.eligibility import refusal, taken_unasked
-from gptq_loader_extensions.vllm.explaining import plan_for_vllm
-from gptq_loader_extensions.vllm.fused_layers import expert_layers, joined_layers
-from gptq_loader_extensions.vllm.guard import ServerGuard, as_environment
+from gptq_loader_extensions.vllm.layers.shards import describe, join
 from gptq_loader_extensions.vllm.options import ServeOptions
-from gptq_loader_extensions.vllm.process import ServerProcess, find_reason
-from gptq_loader_extensions.vllm.server_files import (
+from gptq_loader_extensions.vllm.planning.eligibility import refusal, taken_unasked
+from gptq_loader_extensions.vllm.planning.explain import plan_for_vllm
+from gptq_loader_extensions.vllm.planning.fused_layers import expert_layers, joined_layers
+from gptq_loader_extensions.vllm.server.command import environment, write_command
+from gptq_loader_extensions.vllm.server.guard import ServerGuard, as_environment
+from gptq_loader_extensions.vllm.server.process import ServerProcess, find_reason
+from gptq_loader_extensions.vllm.server.server_files import (
     end_texts,
     end_tokens,
     write_generation_config,
     write_template,
 )
-from gptq_loader_extensions.vllm.serving import _announce
-from gptq_loader_extensions.vllm.shards import describe, join
-from gptq_loader_extensions.vllm.stops import with_stops
+from gptq_loader_extensions.vllm.server.serving import _announce
+from gptq_loader_extensions.vllm.server.stops import with_stops
 from gptq_loader_plugin.chat.find_template import NoTemplate
 from gptq_loader_plugin.chat.templates import CardTemplate, ChatML, JinjaTemplate
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
@@ -455,7 +455,7 @@ LOG = [
 
 
 def test_a_reason_is_found_in_what_vllm_writes() -> None:
-    from gptq_loader_extensions.vllm.process import message_of
+    from gptq_loader_extensions.vllm.server.process import message_of
 
     assert find_reason(map(message_of, LOG)) == ("x is cut", "use another size")
     pydantic = ["(APIServer pid=3)   Value error, heads (9) must be divisible [type=value_error]"]

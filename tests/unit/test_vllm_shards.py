@@ -16,8 +16,7 @@ import torch
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.vllm import VllmHost, gptq_hosts, register
 from gptq_loader_extensions.vllm.error_messages import in_words
-from gptq_loader_extensions.vllm.names import Names
-from gptq_loader_extensions.vllm.shards import (
+from gptq_loader_extensions.vllm.layers.shards import (
     Cut,
     Piece,
     cut_pieces,
@@ -26,7 +25,8 @@ from gptq_loader_extensions.vllm.shards import (
     join,
     take,
 )
-from gptq_loader_extensions.vllm.tensor_collector import PARTS, Arrivals, empty_parameter
+from gptq_loader_extensions.vllm.layers.tensor_collector import PARTS, Arrivals, empty_parameter
+from gptq_loader_extensions.vllm.planning.names import Names
 from gptq_loader_plugin.checkpoint.reader import GPTQReader
 from gptq_loader_plugin.errors import OptionInvalid, TensorMismatch, UnsupportedFormat
 

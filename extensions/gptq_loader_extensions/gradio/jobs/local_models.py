@@ -12,13 +12,13 @@ from gptq_loader_extensions.gradio.jobs.models import (
     WAIT_SECONDS,
     Loaded,
     Ready,
-    check_memory,
     check_stopped,
     planned,
 )
-from gptq_loader_extensions.gradio.machine import resident_bytes
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.events import Progress
+from gptq_loader_plugin.planning.memory import check_memory
+from gptq_loader_plugin.system.memory import resident_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -73,11 +73,12 @@ class OneModel:
         cancel = cancel or threading.Event()
         load = planned(entry, options, tell, cancel=cancel, environ=self._environ)
         with self._change(tell, cancel):
-            check_memory(entry, load.plan, self._loaded)
+            loaded = self._loaded
+            check_memory(entry.name, load.plan, replaced=loaded.model.plan if loaded else None)
             self._free()
-            before = resident_bytes()
+            before = resident_memory()
             model = load.run()
-            self._loaded = Loaded(entry.name, model, options, before, resident_bytes())
+            self._loaded = Loaded(entry.name, model, options, before, resident_memory())
             return self._loaded
 
     def drop(self) -> None:

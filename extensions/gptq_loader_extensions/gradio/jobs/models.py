@@ -9,10 +9,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from gptq_loader_extensions.gradio.machine import free_bytes
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.hookspecs import hookimpl
-from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
     import threading
@@ -35,14 +33,12 @@ __all__ = [
     "Prompt",
     "Ready",
     "Stopped",
-    "check_memory",
     "check_stopped",
     "planned",
 ]
 
 T = TypeVar("T")
 WAIT_SECONDS = 0.2  # between two looks whether a load that waits for replies was stopped
-SPARE = 1.1  # of a model's weights: what a prompt's activations and the load itself take besides
 
 
 class Stopped(GPTQLoaderError):
@@ -248,22 +244,3 @@ def check_stopped(cancel: threading.Event) -> None:
     """
     if cancel.is_set():
         raise Stopped
-
-
-def check_memory(entry: Entry, plan: Plan, loaded: Loaded | None) -> None:
-    """Refuse a model that would not fit, before the system ends this process for it.
-
-    Raises:
-        GPTQLoaderError: says what it takes and what there is.
-    """
-    free = free_bytes()
-    if plan.device.type != "cpu" or free is None:
-        return
-    if loaded is not None and loaded.model.plan.device.type == "cpu":
-        free += loaded.model.plan.weight_bytes
-    needed = int(plan.weight_bytes * SPARE)
-    if needed > free:
-        raise GPTQLoaderError(
-            f"{entry.name} needs {write_size(needed)} of memory, and {write_size(free)} is free",
-            hint="choose a smaller one: fewer bits, or a smaller model",
-        )

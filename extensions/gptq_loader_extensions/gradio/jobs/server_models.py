@@ -13,15 +13,15 @@ from gptq_loader_extensions.gradio.jobs.models import (
     LoadOptions,
     Ready,
     Stopped,
-    check_memory,
     planned,
 )
-from gptq_loader_extensions.gradio.machine import resident_bytes
 from gptq_loader_extensions.openai.errors import ApiError
 from gptq_loader_extensions.openai.replies.engine import Ended, Failed, Run, Said, Work
 from gptq_loader_extensions.openai.replies.engine import Ready as Begun
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.events import Progress
+from gptq_loader_plugin.planning.memory import check_memory
+from gptq_loader_plugin.system.memory import resident_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -79,10 +79,11 @@ class ServedModels:
         load = planned(entry, options, tell, cancel=cancel)
 
         def exchange() -> None:
-            check_memory(entry, load.plan, self.loaded)
-            before = resident_bytes()
+            loaded = self.loaded
+            check_memory(entry.name, load.plan, replaced=loaded.model.plan if loaded else None)
+            before = resident_memory()
             model = self._server.shelf.exchange(entry.name, load.run)
-            self._last = Loaded(entry.name, model, options, before, resident_bytes())
+            self._last = Loaded(entry.name, model, options, before, resident_memory())
 
         if any(self._server.engine.counts()):
             tell(Progress("waiting", 0, 0, "replies", "replies are still being written"))

@@ -14,12 +14,12 @@ from gptq_loader_extensions.gradio.error_messages import alert, as_words
 from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, stop
 from gptq_loader_extensions.gradio.jobs.loading import LoadView, describe_loaded, load_watched
 from gptq_loader_extensions.gradio.jobs.models import LoadOptions
-from gptq_loader_extensions.gradio.machine import resident_bytes
 from gptq_loader_extensions.gradio.storage.settings_file import ModelSettings
 from gptq_loader_extensions.gradio.tabs.download_box import DownloadBox
 from gptq_loader_extensions.gradio.tabs.header import head
 from gptq_loader_extensions.gradio.tabs.settings_panel import SettingsPanel, read_options
 from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.system.memory import resident_memory
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
@@ -154,9 +154,9 @@ class ModelTab:
             return f"<p class='done'>Saved for {escape(named)}.</p>{_noted(note)}"
 
         def unload() -> dict[Any, Any]:
-            before = resident_bytes()
+            before = resident_memory()
             self._models.drop()
-            after = resident_bytes()
+            after = resident_memory()
             sizes = (
                 f" The process held {write_size(before)}, and holds {write_size(after)} now."
                 if before is not None and after is not None

@@ -12,7 +12,7 @@ from gptq_loader_extensions.openai.errors import ApiError, as_api_error
 from gptq_loader_extensions.openai.replies.engine import Ended, Failed, Ready, Run, Said, Work
 from gptq_loader_extensions.openai.replies.scores import Scores
 from gptq_loader_plugin.errors import is_out_of_memory
-from gptq_loader_plugin.system.free_memory import free_memory
+from gptq_loader_plugin.system.memory import free_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable

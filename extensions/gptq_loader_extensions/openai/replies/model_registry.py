@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from gptq_loader_extensions.openai.errors import ApiError
 from gptq_loader_plugin.catalog.local import local_models
+from gptq_loader_plugin.errors import NotEnoughMemory
 from gptq_loader_plugin.hub.hub_reference import parse_hub_reference
+from gptq_loader_plugin.planning.memory import check_memory
 from gptq_loader_plugin.reference import models_folders
-from gptq_loader_plugin.system.free_memory import free_memory
 from gptq_loader_plugin.system.paths import local_path
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ __all__ = ["Entry", "Shelf"]
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
-
-SPARE = 1.1  # of a model's weights: what a prompt's activations and the load itself take besides
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,20 +264,11 @@ class Shelf:
         """Refuse a model that would not fit, before the system ends this process for it."""
         import gptq_loader_plugin as gptq
 
-        plan = gptq.explain(entry.target)
-        free = free_memory()
-        if self._loaded is not None:  # whose memory is free by then
-            free += self._loaded[1].plan.weight_bytes
-        if plan.device.type == "cpu" and plan.weight_bytes * SPARE > free:
-            from gptq_loader_plugin.system.units import write_size
-
-            raise ApiError(
-                503,
-                f"{entry.name} needs {write_size(int(plan.weight_bytes * SPARE))} of memory, and "
-                f"{write_size(free)} is free",
-                kind="server_error",
-                code="out_of_memory",
-            )
+        replaced = None if self._loaded is None else self._loaded[1].plan
+        try:
+            check_memory(entry.name, gptq.explain(entry.target), replaced=replaced)
+        except NotEnoughMemory as error:
+            raise ApiError(503, error.message, kind="server_error", code="out_of_memory") from error
 
 
 def _own_entry(model: LoadedModel, reference: str | None) -> Entry:

@@ -10,6 +10,7 @@ from fastapi.responses import PlainTextResponse
 
 from gptq_loader_extensions.openai.errors import ApiError
 from gptq_loader_extensions.openai.schema.openapi import ERRORS, NOT_DONE
+from gptq_loader_plugin.system.memory import resident_memory
 
 if TYPE_CHECKING:
     from gptq_loader_extensions.openai.replies.model_registry import Entry
@@ -84,8 +85,6 @@ def _model(entry: Entry) -> dict[str, Any]:
 
 
 def _gauges(server: Server) -> dict[str, float]:
-    import psutil
-
     running, waiting = server.engine.counts()
     loaded = server.shelf.loaded
     weights = 0 if loaded is None else loaded[1].plan.weight_bytes
@@ -93,7 +92,7 @@ def _gauges(server: Server) -> dict[str, float]:
         "gptq_requests_running": running,
         "gptq_requests_waiting": waiting,
         "gptq_model_weight_bytes": weights,
-        "process_resident_memory_bytes": psutil.Process().memory_info().rss,
+        "process_resident_memory_bytes": resident_memory(),
     }
 
 

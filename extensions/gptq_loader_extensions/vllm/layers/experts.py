@@ -14,14 +14,14 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 
 from gptq_loader_extensions.vllm.error_messages import in_words
-from gptq_loader_extensions.vllm.shards import Cut, cut_pieces, take
-from gptq_loader_extensions.vllm.tensor_collector import PARTS, Arrivals, empty_parameter
+from gptq_loader_extensions.vllm.layers.shards import Cut, cut_pieces, take
+from gptq_loader_extensions.vllm.layers.tensor_collector import PARTS, Arrivals, empty_parameter
 from gptq_loader_plugin.system.heap import release_freed
 
 if TYPE_CHECKING:
     import torch
 
-    from gptq_loader_extensions.vllm.context import LoadContext
+    from gptq_loader_extensions.vllm.layers.context import LoadContext
     from gptq_loader_plugin.kernel import PackedLinear
 
 __all__ = ["GPTQLoaderExpertsMethod", "expert_names"]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_pp_group
 
-from gptq_loader_extensions.vllm.names import Names
 from gptq_loader_extensions.vllm.options import NAME
+from gptq_loader_extensions.vllm.planning.names import Names
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.plugins import Plugins

@@ -11,11 +11,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptq_loader_extensions.vllm.command import environment, write_command
-from gptq_loader_extensions.vllm.explaining import plan_for_vllm
 from gptq_loader_extensions.vllm.options import LOOPBACK, ServeOptions
-from gptq_loader_extensions.vllm.process import ServerProcess
-from gptq_loader_extensions.vllm.server_files import (
+from gptq_loader_extensions.vllm.planning.explain import plan_for_vllm
+from gptq_loader_extensions.vllm.server.command import environment, write_command
+from gptq_loader_extensions.vllm.server.process import ServerProcess
+from gptq_loader_extensions.vllm.server.server_files import (
     end_texts,
     end_tokens,
     write_generation_config,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from gptq_loader_extensions.openai.settings import Settings
-    from gptq_loader_extensions.vllm.explaining import VllmPlan
+    from gptq_loader_extensions.vllm.planning.explain import VllmPlan
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
 
 __all__ = ["serve"]

@@ -22,8 +22,8 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from gptq_loader_extensions.vllm.error_messages import in_words
-from gptq_loader_extensions.vllm.operator import multiply_layer
-from gptq_loader_extensions.vllm.shards import (
+from gptq_loader_extensions.vllm.layers.operator import multiply_layer
+from gptq_loader_extensions.vllm.layers.shards import (
     Cut,
     Piece,
     cut_pieces,
@@ -32,7 +32,7 @@ from gptq_loader_extensions.vllm.shards import (
     join,
     take,
 )
-from gptq_loader_extensions.vllm.tensor_collector import PARTS, Arrivals, empty_parameter
+from gptq_loader_extensions.vllm.layers.tensor_collector import PARTS, Arrivals, empty_parameter
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.planning.choose import choose
 from gptq_loader_plugin.system.heap import release_freed
@@ -40,8 +40,8 @@ from gptq_loader_plugin.system.heap import release_freed
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gptq_loader_extensions.vllm.context import LoadContext
-    from gptq_loader_extensions.vllm.shards import Span
+    from gptq_loader_extensions.vllm.layers.context import LoadContext
+    from gptq_loader_extensions.vllm.layers.shards import Span
     from gptq_loader_plugin.kernel import Device, PackedLinear
 
 __all__ = ["GPTQLoaderLinearMethod"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptq_loader_extensions.openai.http.guard import Guard
 from gptq_loader_extensions.openai.settings import Settings
-from gptq_loader_extensions.vllm.stops import ChatStops
+from gptq_loader_extensions.vllm.server.stops import ChatStops
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

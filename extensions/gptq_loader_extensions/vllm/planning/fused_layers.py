@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gptq_loader_extensions.vllm.names import Names
+from gptq_loader_extensions.vllm.planning.names import Names
 from gptq_loader_plugin.checkpoint.infer import row_groups
 
 if TYPE_CHECKING:

@@ -24,14 +24,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.utils import WeightsMapper
 
-from gptq_loader_extensions.vllm.context import LoadContext
-from gptq_loader_extensions.vllm.eligibility import METHODS
-from gptq_loader_extensions.vllm.eligibility import refusal as wrong_in_vllm
 from gptq_loader_extensions.vllm.error_messages import in_words
-from gptq_loader_extensions.vllm.experts import GPTQLoaderExpertsMethod, expert_names
-from gptq_loader_extensions.vllm.folder import find_folder
-from gptq_loader_extensions.vllm.linear import GPTQLoaderLinearMethod
+from gptq_loader_extensions.vllm.layers.context import LoadContext
+from gptq_loader_extensions.vllm.layers.experts import GPTQLoaderExpertsMethod, expert_names
+from gptq_loader_extensions.vllm.layers.folder import find_folder
+from gptq_loader_extensions.vllm.layers.linear import GPTQLoaderLinearMethod
 from gptq_loader_extensions.vllm.options import NAME
+from gptq_loader_extensions.vllm.planning.eligibility import METHODS
+from gptq_loader_extensions.vllm.planning.eligibility import refusal as wrong_in_vllm
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.plugins import Plugins

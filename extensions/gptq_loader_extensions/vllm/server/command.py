@@ -7,17 +7,18 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from gptq_loader_extensions.vllm.guard import as_environment
 from gptq_loader_extensions.vllm.options import NAME
+from gptq_loader_extensions.vllm.server.guard import as_environment
 from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.system.memory import free_memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from gptq_loader_extensions.openai.settings import Settings
-    from gptq_loader_extensions.vllm.explaining import VllmPlan
     from gptq_loader_extensions.vllm.options import ServeOptions
+    from gptq_loader_extensions.vllm.planning.explain import VllmPlan
 
 __all__ = ["environment", "write_command"]
 
@@ -59,7 +60,7 @@ def write_command(
         "--served-model-name": name,
         "--chat-template": template,
         "--generation-config": generation,
-        "--middleware": "gptq_loader_extensions.vllm.guard.ServerGuard",
+        "--middleware": "gptq_loader_extensions.vllm.server.guard.ServerGuard",
         "--shutdown-timeout": settings.grace,
         "--disable-access-log-for-endpoints": "/health",
         "--max-num-seqs": asked.most_at_once,
@@ -117,11 +118,9 @@ def _written(flags: Mapping[str, object]) -> list[str]:
 
 def _cache_gib(planned: VllmPlan, context: int | None, workers: int) -> int:
     """Give the room for keys and values, in GiB, for each worker; vLLM would take nearly all."""
-    import psutil
-
     each = planned.plan.kv_bytes_per_token
     wanted = each * context * CONTEXTS if each and context else UNKNOWN
-    most: int = psutil.virtual_memory().available // SHARE
+    most = free_memory() // SHARE
     return max(1, -(-min(wanted, most) // (GIB * workers)))
 
 

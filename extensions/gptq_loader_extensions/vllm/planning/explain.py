@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from gptq_loader_extensions.vllm.eligibility import reason_for_us, refusal, taken_unasked
-from gptq_loader_extensions.vllm.fused_layers import expert_layers, joined_layers
 from gptq_loader_extensions.vllm.options import NAME
+from gptq_loader_extensions.vllm.planning.eligibility import reason_for_us, refusal, taken_unasked
+from gptq_loader_extensions.vllm.planning.fused_layers import expert_layers, joined_layers
 from gptq_loader_plugin.opening import plan_load
 from gptq_loader_plugin.planning.choose import choose
 

@@ -1,0 +1,1 @@
+"""Say what vLLM will do with a checkpoint, without importing vLLM."""

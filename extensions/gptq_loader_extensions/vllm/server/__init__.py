@@ -1,0 +1,1 @@
+"""Start vLLM's own server, and tell it what the checkpoint says."""
