@@ -31,6 +31,7 @@ from .generation.options import GenerateOptions
 from .hookspecs import hookimpl
 from .host import Host
 from .kernel import Device, Kernel, LayerSpec, PackedLinear
+from .load_options import LoadOptions
 from .loading import explain, inspect, load
 from .planning.plan import Plan
 from .plugins.manager import Plugins
@@ -55,6 +56,7 @@ __all__ = [
     "HubError",
     "Kernel",
     "LayerSpec",
+    "LoadOptions",
     "LoadRequest",
     "LoadedModel",
     "NoBackend",

@@ -6,16 +6,16 @@ import logging
 import time
 from codecs import BOM_UTF8
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from gptq_loader_plugin.chat.find_template import find_template
 from gptq_loader_plugin.chat.tokenizer import read_tokenizer
 from gptq_loader_plugin.checkpoint.architectures.translate import translate
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.errors import ConfigInvalid, OptionInvalid
-from gptq_loader_plugin.events import Head
+from gptq_loader_plugin.load_options import LoadOptions
 from gptq_loader_plugin.model.shortlist import shorten
-from gptq_loader_plugin.opening import find_first_device, open_planned, plan_load
+from gptq_loader_plugin.opening import open_planned, plan_load
 from gptq_loader_plugin.planning.shortlist import plan_shortlist
 from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.reference import resolve
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.catalog.report import CheckpointReport
     from gptq_loader_plugin.chat.template import Template
+    from gptq_loader_plugin.events import Head
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.model.build import FilledModel
     from gptq_loader_plugin.opening import Opened
@@ -56,6 +57,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     max_memory: Mapping[str, str | int] | None = None,
     offload_folder: str | Path | None = None,
     kv_cache: Literal["int8"] | None = None,
+    options: LoadOptions | None = None,
     plugins: Plugins | None = None,
 ) -> LoadedModel:
     """Load a GPTQ checkpoint.
@@ -76,38 +78,42 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         device_map: over several devices: "auto" fills those of `max_memory` in order, block by
             block; or a place for each part of the model, {"": "cpu", "model.layers.0": "disk"}.
         max_memory: the most bytes of weights in each place, {"cuda:0": "8GB", "cpu": "10GB",
-            "disk": ""}; None takes the devices of this machine.
+            "disk": ""}, or "cuda:0=8GB,cpu=10GB,disk"; None takes the devices of this machine.
         offload_folder: where the weights go whose place is the disk. They are computed with on
             the CPU, and read whenever they are needed.
         kv_cache: "int8" keeps the context's keys and values in 8 bits, half the memory, slower
             and less exact; needs the package hqq. None keeps them in the model's dtype.
+        options: all of the above in one; in place of them.
         plugins: the plugins in force; None takes those installed.
 
     Raises:
         GPTQLoaderError: see `errors`; each says what to do next.
     """
     plugins = plugins or Plugins(installed=True)
-    if kv_cache not in (None, "int8"):
-        raise OptionInvalid(
-            f"a context cannot be kept as {kv_cache!r}", hint='write "int8", or leave it out'
-        )
-    if head is not None and head not in get_args(Head):
-        raise OptionInvalid(f"no head is {head!r}", hint=f"name {' or '.join(get_args(Head))}")
-    opened = open_planned(
-        reference,
-        plugins,
-        device=device,
-        backend=backend,
-        dtype=dtype,
-        revision=revision,
-        device_map=device_map,
-        max_memory=max_memory,
-        offload_folder=offload_folder,
-        int8_cache=kv_cache == "int8",
+    options = _one_set(
+        options,
+        LoadOptions(
+            device=device,
+            backend=backend,
+            dtype=dtype,
+            template=template,
+            revision=revision,
+            context=context,
+            head=head,
+            check=check,
+            device_map=device_map,
+            max_memory=max_memory,
+            offload_folder=offload_folder,
+            kv_cache=kv_cache,
+        ),
     )
+    opened = open_planned(reference, options, plugins)
     checkpoint, plan = opened.checkpoint, opened.plan
-    chosen = find_template(
-        checkpoint.folder, card=checkpoint.card, named=template, offered=plugins.templates()
+    template_found = find_template(
+        checkpoint.folder,
+        card=checkpoint.card,
+        named=options.template,
+        offered=plugins.templates(),
     )
     from gptq_loader_plugin.checkpoint.transformers_config import read_config
     from gptq_loader_plugin.model.build import build_model
@@ -115,20 +121,20 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     _check_marks(checkpoint.folder)
     config = read_config(checkpoint)  # before the tokenizer, which would be blamed for it
     tokenizer = read_tokenizer(checkpoint)
-    if kv_cache == "int8":
+    if options.kv_cache == "int8":
         from gptq_loader_plugin.generation.kv_cache import check_int8
 
         check_int8(config)
 
-    filled = build_model(checkpoint, plan, plugins, offload_folder, check=check)
+    filled = build_model(checkpoint, plan, plugins, options.offload_folder, check=options.check)
     model, notes = filled.model, filled.notes
-    if head == "int8":
+    if options.head == "int8":
         from gptq_loader_plugin.model.int8_head import narrow_head
 
-        note, grown = narrow_head(model, plan.device, plugins.kernels(), only=backend)
+        note, grown = narrow_head(model, plan.device, plugins.kernels(), only=options.backend)
         plan = replace(plan, weight_bytes=plan.weight_bytes + grown)
         notes = (*notes, note)
-    if head is None:
+    if options.head is None:
         plan, done = shorten(model, plan, plugins.kernels())
         notes = (*notes, *done)
     _tell_loaded(opened, plugins)
@@ -138,71 +144,61 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         model,
         tokenizer,
         plan=plan,
-        template=chosen,
+        template=template_found,
         card=checkpoint.card,
-        context=_context(model, context),
+        context=_context(model, options.context),
         warnings=filled.warnings,
         notes=notes,
-        kv_cache=kv_cache,
+        kv_cache="int8" if options.kv_cache == "int8" else None,
     )
     _never_sample_padding(loaded)
     return loaded
 
 
+def _one_set(options: LoadOptions | None, arguments: LoadOptions) -> LoadOptions:
+    """Return the options that a call gives, in one of the two ways."""
+    if options is None:
+        return arguments
+    if arguments != LoadOptions():
+        raise OptionInvalid(
+            "options are given as LoadOptions and as arguments",
+            hint="give them in one of the two ways",
+        )
+    return options
+
+
 def load_model(
     path: Path,
+    options: LoadOptions,
     *,
     reference: str | None = None,
-    device: str | None = None,
-    backend: str | None = None,
-    dtype: str | torch.dtype | None = None,
-    device_map: str | Mapping[str, str] | None = None,
-    max_memory: Mapping[str, str | int] | None = None,
-    offload_folder: str | Path | None = None,
     config: PreTrainedConfig | None = None,
     model_class: type[PreTrainedModel] | None = None,
-    check: bool = True,
     plugins: Plugins | None = None,
 ) -> FilledModel:
     """Load the transformers model alone, without tokenizer or template: for a host.
 
     Args:
         path: the checkpoint's folder or file.
+        options: how to load it; `template`, `context`, `head` and `kv_cache` have no effect.
         reference: what the user typed, where that is not the path.
-        device: as for `load`, and so are the options down to `offload_folder`.
-        backend: as for `load`.
-        dtype: as for `load`.
-        device_map: as for `load`.
-        max_memory: as for `load`.
-        offload_folder: as for `load`.
         config: the model's config, where it is not what config.json says.
         model_class: the class to build; None takes transformers' own for the config.
-        check: as for `load`.
         plugins: as for `load`.
 
     Raises:
         GPTQLoaderError: see `errors`; each says what to do next.
     """
     plugins = plugins or Plugins(installed=True)
-    opened = open_planned(
-        path,
-        plugins,
-        named=reference,
-        device=device,
-        backend=backend,
-        dtype=dtype,
-        device_map=device_map,
-        max_memory=max_memory,
-        offload_folder=offload_folder,
-    )
+    opened = open_planned(path, options, plugins, named=reference)
     from gptq_loader_plugin.model.build import build_model
 
     filled = build_model(
         opened.checkpoint,
         opened.plan,
         plugins,
-        offload_folder,
-        check=check,
+        options.offload_folder,
+        check=options.check,
         config=config,
         model_class=model_class,
     )
@@ -218,6 +214,7 @@ def explain(
     revision: str | None = None,
     device_map: str | Mapping[str, str] | None = None,
     max_memory: Mapping[str, str | int] | None = None,
+    options: LoadOptions | None = None,
     plugins: Plugins | None = None,
 ) -> Plan:
     """Plan a load without reading weights, for this machine or another.
@@ -229,24 +226,26 @@ def explain(
         revision: as for `load`.
         device_map: as for `load`, with devices that need not be here.
         max_memory: as for `load`: {"cuda:sm86": "8GB", "cpu": "16GB"}.
+        options: as for `load`.
         plugins: as for `load`.
 
     Raises:
         GPTQLoaderError: see `errors`; each says what to do next.
     """
     plugins = plugins or Plugins(installed=True)
-    where = find_first_device(device, device_map, max_memory)
-    path = resolve(reference, plugins=plugins, revision=revision, download=False)
-    checkpoint = translate(open_checkpoint(path, plugins.readers()))
-    plan = plan_load(
-        checkpoint,
-        where,
-        plugins,
-        reference=str(reference),
-        backend=backend,
-        device_map=device_map,
-        max_memory=max_memory,
+    options = _one_set(
+        options,
+        LoadOptions(
+            device=device,
+            backend=backend,
+            revision=revision,
+            device_map=device_map,
+            max_memory=max_memory,
+        ),
     )
+    path = resolve(reference, plugins=plugins, revision=options.revision, download=False)
+    checkpoint = translate(open_checkpoint(path, plugins.readers()))
+    plan = plan_load(checkpoint, options, plugins, reference=str(reference))
     return plan_shortlist(plan, checkpoint, plugins.kernels())
 
 

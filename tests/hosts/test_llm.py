@@ -295,16 +295,16 @@ def test_explain_says_which_kernel(llm: Run) -> None:
 def test_one_model_is_kept_and_another_takes_its_place(python: Run) -> None:
     code = f"""
 import asyncio, gc, llm
-from gptq_loader_extensions.llm.model_cache import the_keeper
+from gptq_loader_extensions.llm.model_cache import shared_cache
 
 def ask(name, text="Hello"):
     return llm.get_model("gptq/" + name).prompt(text, temperature=0, max_tokens=8)
 
 ask("{ONE}").text()
-first = the_keeper()._kept.model
+first = shared_cache()._entry.model
 conversation = llm.get_model("gptq/{ONE}").conversation()
 conversation.prompt("Hello", temperature=0, max_tokens=8).text()
-assert the_keeper()._kept.model is first
+assert shared_cache()._entry.model is first
 before = conversation.responses[0].input_tokens
 reads = []
 take = first._cache.take
@@ -316,7 +316,7 @@ assert 0 < before <= reused < length, (before, reused, length)
 half = iter(ask("{ONE}"))
 next(half)
 ask("{OTHER}").text()
-assert the_keeper()._kept.model is not first
+assert shared_cache()._entry.model is not first
 rest = list(half)
 assert rest, "a reply under way is not cut off"
 assert first._closed, "and then the first model's memory is given back"

@@ -12,10 +12,11 @@ import pytest
 
 from gptq_loader_extensions.gradio.jobs.local_models import OneModel
 from gptq_loader_extensions.gradio.jobs.measuring import measure, named_text
-from gptq_loader_extensions.gradio.jobs.models import LoadOptions, Stopped
+from gptq_loader_extensions.gradio.jobs.models import Stopped
 from gptq_loader_extensions.gradio.storage.catalog import Catalog
 from gptq_loader_extensions.gradio.views.chart import chart_html
 from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.load_options import LoadOptions
 from gptq_loader_plugin.measure.perplexity import measure_perplexity, sample_text
 from gptq_loader_plugin.measure.results import Measured, MeasuredText
 

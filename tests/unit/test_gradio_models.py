@@ -13,12 +13,13 @@ import pytest
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.gradio.jobs.loading import load_watched
 from gptq_loader_extensions.gradio.jobs.local_models import OneModel
-from gptq_loader_extensions.gradio.jobs.models import LoadOptions, Ready, Stopped
+from gptq_loader_extensions.gradio.jobs.models import Ready, Stopped
 from gptq_loader_extensions.gradio.jobs.reply import chat_prompt, raw_prompt
 from gptq_loader_extensions.gradio.storage.catalog import Catalog
 from gptq_loader_extensions.gradio.views.prompt_view import prompt_html
 from gptq_loader_plugin.errors import CheckpointNotFound, GPTQLoaderError, OptionInvalid
 from gptq_loader_plugin.generation.options import GenerateOptions
+from gptq_loader_plugin.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.events import Progress

@@ -10,11 +10,12 @@ from altered import DATA, ONE
 from served import OTHER, Brake, running
 
 from gptq_loader_extensions.gradio.jobs.measuring import measure
-from gptq_loader_extensions.gradio.jobs.models import LoadOptions, Ready, Stopped
+from gptq_loader_extensions.gradio.jobs.models import Ready, Stopped
 from gptq_loader_extensions.gradio.jobs.reply import raw_prompt
 from gptq_loader_extensions.gradio.jobs.server_models import ServedModels
 from gptq_loader_extensions.gradio.storage.catalog import Catalog
 from gptq_loader_plugin.generation.options import GenerateOptions
+from gptq_loader_plugin.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from pathlib import Path

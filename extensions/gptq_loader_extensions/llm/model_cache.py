@@ -15,85 +15,74 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gptq_loader_plugin.generation.loaded import LoadedModel
+    from gptq_loader_plugin.load_options import LoadOptions
     from gptq_loader_plugin.plugins import Plugins
 
-__all__ = ["Keeper", "Wanted", "the_keeper"]
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What is to be loaded, and how.
-
-    Attributes:
-        reference: the checkpoint.
-        backend: the kernel asked for by name, or None.
-        template: the template asked for by name, or None.
-        context: the longest sequence, or None.
-    """
-
-    reference: str
-    backend: str | None = None
-    template: str | None = None
-    context: int | None = None
+__all__ = ["ModelCache", "shared_cache"]
 
 
 @dataclass(slots=True)
-class _Kept:
-    wanted: Wanted
+class _Entry:
+    reference: str
+    options: LoadOptions
     model: LoadedModel
     users: int = 0
-    retired: bool = False
+    evicted: bool = False
 
 
-class Keeper:
+class ModelCache:
     """Lend the loaded model out; another one takes its place once nobody uses it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: _Kept | None = None
+        self._entry: _Entry | None = None
 
     @contextmanager
-    def lend(self, wanted: Wanted) -> Iterator[LoadedModel]:
-        """Give the model that is wanted: the one that is kept, or load it.
+    def borrow(self, reference: str, options: LoadOptions) -> Iterator[LoadedModel]:
+        """Lend a model: the one that is loaded, where it was loaded so, or load it.
+
+        Args:
+            reference: the checkpoint.
+            options: how to load it.
 
         Raises:
             GPTQLoaderError: it cannot be loaded.
         """
         with self._lock:
-            kept = self._kept
-            if kept is None or kept.wanted != wanted:
-                self._retire()
-                kept = self._kept = _Kept(wanted, _load(wanted))
-            kept.users += 1
+            entry = self._entry
+            if entry is None or (entry.reference, entry.options) != (reference, options):
+                self._evict()
+                entry = self._entry = _Entry(reference, options, _load(reference, options))
+            entry.users += 1
         try:
-            yield kept.model
+            yield entry.model
         finally:
             with self._lock:
-                kept.users -= 1
-                if kept.retired and not kept.users:
-                    kept.model.close()
+                entry.users -= 1
+                if entry.evicted and not entry.users:
+                    entry.model.close()
 
-    def _retire(self) -> None:
-        """Close the kept model, now or when the last reply that uses it ends."""
-        kept, self._kept = self._kept, None
-        if kept is None:
+    def _evict(self) -> None:
+        """Close the loaded model, now or when the last reply that uses it ends."""
+        entry, self._entry = self._entry, None
+        if entry is None:
             return
-        kept.retired = True
-        if not kept.users:
-            kept.model.close()
+        entry.evicted = True
+        if not entry.users:
+            entry.model.close()
 
 
 @functools.cache
-def the_keeper() -> Keeper:
-    """Give this process's one keeper.
+def shared_cache() -> ModelCache:
+    """Return this process's one cache.
 
     llm asks for every model anew whenever one is looked up, so what is loaded must outlive the
     models that llm holds.
     """
-    return Keeper()
+    return ModelCache()
 
 
-def _load(wanted: Wanted) -> LoadedModel:
+def _load(reference: str, options: LoadOptions) -> LoadedModel:
     """Load quietly, but for bars where stderr is a terminal."""
     import gptq_loader_plugin as gptq
     from gptq_loader_plugin.cli.output import ProgressBars
@@ -101,13 +90,7 @@ def _load(wanted: Wanted) -> LoadedModel:
     bars = ProgressBars()
     plugins = gptq.Plugins(bars, installed=True)
     try:
-        return gptq.load(
-            _folder(wanted.reference, plugins),
-            backend=wanted.backend,
-            template=wanted.template,
-            context=wanted.context,
-            plugins=plugins,
-        )
+        return gptq.load(_folder(reference, plugins), options=options, plugins=plugins)
     finally:
         bars.close()
 

@@ -20,14 +20,15 @@ import llm
 from pydantic import BeforeValidator, Field
 
 from gptq_loader_extensions.llm.listing import PREFIX, added, list_models
-from gptq_loader_extensions.llm.model_cache import Wanted, the_keeper
+from gptq_loader_extensions.llm.model_cache import shared_cache
 from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator, Iterator
 
     from gptq_loader_extensions.llm.listing import Listed
-    from gptq_loader_extensions.llm.model_cache import Keeper
+    from gptq_loader_extensions.llm.model_cache import ModelCache
     from gptq_loader_plugin.generation.options import GenerateOptions
 
 __all__ = ["AsyncGPTQModel", "GPTQModel", "ModelFailed", "Options", "make_models"]
@@ -103,15 +104,15 @@ class Options(llm.Options):  # type: ignore[misc] # llm is not typed
 
 
 class _Checkpoint:
-    """What both kinds of model share: a checkpoint, and the keeper of what is loaded."""
+    """What both kinds of model share: a checkpoint, and the cache of what is loaded."""
 
     can_stream = True
     Options = Options
 
-    def __init__(self, listed: Listed, keeper: Keeper) -> None:
+    def __init__(self, listed: Listed, cache: ModelCache) -> None:
         self.model_id = PREFIX + listed.name
         self._reference = listed.reference
-        self._keeper = keeper
+        self._cache = cache
 
     def __str__(self) -> str:
         return f"GPTQ: {self.model_id}"
@@ -130,12 +131,14 @@ class _Checkpoint:
         """
         from gptq_loader_extensions.llm.answering import answer, messages_of
 
-        asked: Options = prompt.options
-        wanted = Wanted(self._reference, asked.backend, asked.template, asked.context)
+        requested: Options = prompt.options
         try:
-            options = asked.generate()
+            load = LoadOptions(
+                backend=requested.backend, template=requested.template, context=requested.context
+            )
+            options = requested.generate()
             messages = messages_of(prompt, conversation)
-            with self._keeper.lend(wanted) as model:
+            with self._cache.borrow(self._reference, load) as model:
                 prompt_tokens, pieces = answer(model, messages, options, cancel=cancel)
                 last = None
                 for last in pieces:
@@ -198,5 +201,7 @@ def make_models() -> list[tuple[GPTQModel, AsyncGPTQModel]]:
     except GPTQLoaderError as error:
         logger.warning("%s; %s", error.message, error.hint)
         names = {}
-    keeper = the_keeper()
-    return [(GPTQModel(it, keeper), AsyncGPTQModel(it, keeper)) for it in list_models(names)]
+    cache = shared_cache()
+    return [
+        (GPTQModel(listed, cache), AsyncGPTQModel(listed, cache)) for listed in list_models(names)
+    ]

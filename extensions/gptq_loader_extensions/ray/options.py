@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gptq_loader_extensions.openai.settings import Settings
 from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -107,10 +108,14 @@ class Options(BaseModel):
         settings.check()
         return settings
 
-    def loading(self) -> dict[str, Any]:
-        """Give what `gptq_loader_plugin.load` is told."""
+    def load_options(self) -> LoadOptions:
+        """Return how each replica loads the model.
+
+        Raises:
+            OptionInvalid: an option has an impossible value.
+        """
         names = ("device", "backend", "template", "context", "head", "check", "kv_cache")
-        return {it: getattr(self, it) for it in names}
+        return LoadOptions(**{name: getattr(self, name) for name in names})
 
 
 def read_options(given: Mapping[str, object], environ: Mapping[str, str] = os.environ) -> Options:

@@ -36,9 +36,9 @@ class Replica:
         from gptq_loader_extensions.openai.server import Server
         from gptq_loader_extensions.openai.serving import log_requests
 
-        settings, how = options.settings(), options.loading()
-        shelf = Shelf(settings, load=lambda it: gptq.load(it, **how), environ=NO_FOLDERS)
-        shelf.start(options.name or options.reference, gptq.load(options.reference, **how))
+        settings, how = options.settings(), options.load_options()
+        shelf = Shelf(settings, load=lambda it: gptq.load(it, options=how), environ=NO_FOLDERS)
+        shelf.start(options.name or options.reference, gptq.load(options.reference, options=how))
         self._engine = BatchEngine(shelf, max_queue=settings.max_queue, most=settings.most_at_once)
         self._server = Server(settings, shelf, self._engine)
         log_requests()  # to stderr, which Ray Serve keeps in its own logs

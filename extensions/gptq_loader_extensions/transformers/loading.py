@@ -18,6 +18,7 @@ from gptq_loader_extensions.transformers.options import (
 )
 from gptq_loader_extensions.transformers.quantizer import Quantizer, StoredConfig
 from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.load_options import LoadOptions
 from gptq_loader_plugin.loading import load_model
 
 if TYPE_CHECKING:
@@ -87,11 +88,10 @@ def load_found(
     generating = _generating(cls)
     filled = load_model(
         folder,
+        LoadOptions(dtype=dtype, **placement),
         reference=found.name,
-        dtype=dtype,
         config=config,
         model_class=cls if generating is not None and issubclass(cls, generating) else None,
-        **placement,
     )
     for warning in filled.warnings:
         logger.warning("%s: %s", found.name, warning)

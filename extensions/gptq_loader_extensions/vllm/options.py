@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_extensions.openai.settings import Settings
-from gptq_loader_plugin.errors import OptionInvalid
-from gptq_loader_plugin.opening import DTYPES
+from gptq_loader_plugin.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-__all__ = ["NAME", "ServeOptions"]
+__all__ = ["LOOPBACK", "NAME", "WRITTEN_FOR", "ServeOptions"]
 
+NAME = "gptq_loader"  # what users pass as vLLM's `quantization`
+WRITTEN_FOR = "0.32"
 LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """What the user asked for.
+    """How vLLM's server is to serve.
 
     Attributes:
         settings: where to listen, and whom to let in.
+        load: the kernel, the template, the context and the dtype; None of a dtype takes what
+            kernels compute in, or vLLM's choice.
         tensor_parallel: how many devices share each layer.
-        backend: the kernel to use, or None.
-        template: the template's name, or a .jinja file; None finds the checkpoint's.
-        context: the longest sequence; None takes the model's.
-        dtype: what is not quantised; None takes what kernels compute in, or vLLM's choice.
         most_at_once: how many replies are written side by side; None is vLLM's choice.
     """
 
     settings: Settings
+    load: LoadOptions = field(default_factory=LoadOptions)
     tensor_parallel: int = 1
-    backend: str | None = None
-    template: str | None = None
-    context: int | None = None
-    dtype: str | None = None
     most_at_once: int | None = None
 
     @classmethod
@@ -59,13 +55,6 @@ class ServeOptions:
             **{name: given.pop(name) for name in names if name in given},
         )
         settings.check()
-        asked = cls(settings, **given)
-        if asked.dtype not in (None, *DTYPES):
-            raise OptionInvalid(
-                f"no model computes in {asked.dtype}", hint=f"name one of {', '.join(DTYPES)}"
-            )
-        return asked
-
-
-NAME = "gptq_loader"  # what users pass as vLLM's `quantization`
-WRITTEN_FOR = "0.32"
+        how = ("backend", "template", "context", "dtype")
+        load = LoadOptions(**{name: given.pop(name) for name in how if name in given})
+        return cls(settings, load, **given)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gptq_loader_extensions.webui.host_modules import NAME, TRANSFORMERS, is_ours
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
 from gptq_loader_plugin.hookspecs import hookimpl
+from gptq_loader_plugin.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,14 +129,13 @@ def load(webui: Webui, folder: Path) -> tuple[LoadedModel, dict[str, object]]:
     named = option(args.gptq_template)
     if named is not None and (template := template_for(folder, plugins, named=named)):
         settings["instruction_template_str"] = template.jinja
-    loaded = gptq.load(
-        folder,
+    options = LoadOptions(
         device="cpu" if args.cpu else None,
         backend=option(args.gptq_backend),
         template=named,
         context=_context(args.gptq_context),
-        plugins=plugins,
     )
+    loaded = gptq.load(folder, options=options, plugins=plugins)
     Generating(loaded)
     settings["truncation_length"] = loaded.context
     webui.logger.info("KERNELS: %s", loaded.plan.headline())

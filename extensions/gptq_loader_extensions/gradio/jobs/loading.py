@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterator
 
-    from gptq_loader_extensions.gradio.jobs.models import Loaded, LoadOptions, Models
+    from gptq_loader_extensions.gradio.jobs.models import Loaded, Models
     from gptq_loader_extensions.gradio.storage.catalog import Entry
     from gptq_loader_plugin.catalog.report import CheckpointReport
+    from gptq_loader_plugin.load_options import LoadOptions
     from gptq_loader_plugin.planning.plan import Plan
 
 __all__ = ["LoadView", "describe", "describe_loaded", "load_watched"]

@@ -23,11 +23,12 @@ from gptq_loader_plugin.system.memory import resident_memory
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from gptq_loader_extensions.gradio.jobs.models import LoadOptions, Prompt
+    from gptq_loader_extensions.gradio.jobs.models import Prompt
     from gptq_loader_extensions.gradio.storage.catalog import Entry
     from gptq_loader_plugin.generation.generate import Piece
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.generation.options import GenerateOptions
+    from gptq_loader_plugin.load_options import LoadOptions
 
 __all__ = ["OneModel"]
 

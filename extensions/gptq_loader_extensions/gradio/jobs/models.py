@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.hookspecs import hookimpl
+from gptq_loader_plugin.load_options import LoadOptions
 
 if TYPE_CHECKING:
     import threading
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = [
     "WAIT_SECONDS",
     "Listener",
-    "LoadOptions",
     "Loaded",
     "Models",
     "Planned",
@@ -49,23 +49,6 @@ class Stopped(GPTQLoaderError):
 
 
 @dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """How to load a model; None leaves the choice to the loader.
-
-    Attributes:
-        device: where it runs.
-        backend: the kernel, or fail.
-        context: the longest sequence.
-        template: the chat template's name.
-    """
-
-    device: str | None = None
-    backend: str | None = None
-    context: int | None = None
-    template: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Loaded:
     """A model in memory.
 
@@ -79,7 +62,7 @@ class Loaded:
 
     name: str
     model: LoadedModel
-    options: LoadOptions = LoadOptions()
+    options: LoadOptions = field(default_factory=LoadOptions)
     before: int | None = None
     after: int | None = None
 
@@ -196,20 +179,11 @@ def planned(
     import gptq_loader_plugin as gptq
 
     plugins = gptq.Plugins(Listener(tell, cancel), installed=True, environ=environ)
-    plan = gptq.explain(
-        entry.target, device=options.device, backend=options.backend, plugins=plugins
-    )
+    plan = gptq.explain(entry.target, options=options, plugins=plugins)
     check_stopped(cancel)
 
     def run() -> LoadedModel:
-        return gptq.load(
-            entry.target,
-            device=options.device,
-            backend=options.backend,
-            context=options.context,
-            template=options.template,
-            plugins=plugins,
-        )
+        return gptq.load(entry.target, options=options, plugins=plugins)
 
     return Planned(plan, run)
 

@@ -7,14 +7,7 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
-from gptq_loader_extensions.gradio.jobs.models import (
-    WAIT_SECONDS,
-    Loaded,
-    LoadOptions,
-    Ready,
-    Stopped,
-    planned,
-)
+from gptq_loader_extensions.gradio.jobs.models import WAIT_SECONDS, Loaded, Ready, Stopped, planned
 from gptq_loader_extensions.openai.errors import ApiError
 from gptq_loader_extensions.openai.replies.engine import Ended, Failed, Run, Said, Work
 from gptq_loader_extensions.openai.replies.engine import Ready as Begun
@@ -33,6 +26,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.generation.generate import Piece
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.generation.options import GenerateOptions
+    from gptq_loader_plugin.load_options import LoadOptions
 
 __all__ = ["ServedModels"]
 

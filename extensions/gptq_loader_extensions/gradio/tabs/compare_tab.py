@@ -16,12 +16,12 @@ from gptq_loader_extensions.gradio.jobs.comparing import by_turns, where_they_pa
 from gptq_loader_extensions.gradio.jobs.conversation import with_system
 from gptq_loader_extensions.gradio.jobs.loading import load_watched
 from gptq_loader_extensions.gradio.jobs.local_models import OneModel
-from gptq_loader_extensions.gradio.jobs.models import LoadOptions
 from gptq_loader_extensions.gradio.jobs.reply import chat_prompt
 from gptq_loader_extensions.gradio.tabs.header import facts_of, title
 from gptq_loader_extensions.gradio.tabs.measure_box import MeasureBox
 from gptq_loader_extensions.gradio.tabs.settings_panel import read_options
 from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.jobs.models import Loaded, Models

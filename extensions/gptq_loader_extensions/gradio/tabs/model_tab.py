@@ -13,12 +13,12 @@ import gradio as gr
 from gptq_loader_extensions.gradio.error_messages import alert, as_words
 from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, stop
 from gptq_loader_extensions.gradio.jobs.loading import LoadView, describe_loaded, load_watched
-from gptq_loader_extensions.gradio.jobs.models import LoadOptions
 from gptq_loader_extensions.gradio.storage.settings_file import ModelSettings
 from gptq_loader_extensions.gradio.tabs.download_box import DownloadBox
 from gptq_loader_extensions.gradio.tabs.header import head
 from gptq_loader_extensions.gradio.tabs.settings_panel import SettingsPanel, read_options
 from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.load_options import LoadOptions
 from gptq_loader_plugin.system.memory import resident_memory
 from gptq_loader_plugin.system.units import write_size
 
@@ -273,7 +273,12 @@ class ModelTab:
 
 
 def _options(settings: ModelSettings) -> LoadOptions:
-    return LoadOptions(settings.device, settings.backend, settings.context, settings.template)
+    return LoadOptions(
+        device=settings.device,
+        backend=settings.backend,
+        context=settings.context,
+        template=settings.template,
+    )
 
 
 def _how_values(options: LoadOptions) -> list[Any]:
@@ -287,7 +292,12 @@ def _how_values(options: LoadOptions) -> list[Any]:
 
 def _load_options(how: Any) -> LoadOptions:  # noqa: ANN401 - the components' values
     device, backend, context, template = how
-    return LoadOptions(device or None, backend or None, context or None, template or None)
+    return LoadOptions(
+        device=device or None,
+        backend=backend or None,
+        context=context or None,
+        template=template or None,
+    )
 
 
 def _named(name: str | None) -> str:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
-    from gptq_loader_plugin.device import Device
     from gptq_loader_plugin.kernel import LayerSpec
+    from gptq_loader_plugin.load_options import LoadOptions
     from gptq_loader_plugin.planning.plan import Plan
     from gptq_loader_plugin.plugins import Plugins
 
@@ -102,24 +102,21 @@ class VllmPlan:
 
 def plan_for_vllm(
     checkpoint: Checkpoint,
-    device: Device,
+    options: LoadOptions,
     plugins: Plugins,
     *,
     reference: str,
     installed: str,
-    backend: str | None = None,
-    dtype: str | None = None,
 ) -> VllmPlan:
     """Plan a load by vLLM from headers, g_idx and qzeros.
 
     Args:
         checkpoint: the open checkpoint.
-        device: where vLLM will run it.
+        options: the device where vLLM will run it, a kernel for every layer, the dtype to compute
+            in.
         plugins: whose kernels are asked.
         reference: what the user typed.
         installed: which vLLM is here, in words.
-        backend: use this kernel for every layer, or fail.
-        dtype: what the user wants the model to compute in; None lets the kernels say.
 
     Raises:
         NoBackend: a layer that no kernel, or not the one named, can run.
@@ -127,14 +124,13 @@ def plan_for_vllm(
     """
     layers, experts = joined_layers(checkpoint), expert_layers(checkpoint)
     # a mixture's experts are dequantised, so what kernels say of them is left out below
-    whole = plan_load(
-        checkpoint, device, plugins, reference=reference, backend=backend, dtype=dtype
-    )
+    whole = plan_load(checkpoint, options, plugins, reference=reference)
+    backend = options.backend
     return VllmPlan(
         plan=_chosen_anew(whole, layers, experts, plugins, backend),
-        refused=refusal(checkpoint, layers, device),
+        refused=refusal(checkpoint, layers, whole.device),
         unasked=taken_unasked(checkpoint),
-        asked=reason_for_us(device, backend=backend, dtype=dtype),
+        asked=reason_for_us(whole.device, backend=backend, dtype=options.dtype_name),
         experts=len(experts),
         installed=installed,
     )

