@@ -1,6 +1,7 @@
 # The public names, each with its home; __init__.py finds them there on first use.
 
 from .catalog.report import CheckpointReport
+from .chat.encode import encode_messages
 from .chat.template import Template
 from .checkpoint.config import QuantConfig
 from .errors import (
@@ -79,6 +80,7 @@ __all__ = [
     "UnsupportedFormat",
     "disable_transformers",
     "enable_transformers",
+    "encode_messages",
     "explain",
     "hookimpl",
     "inspect",

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
+    import typer
+
     from gptq_loader_plugin.chat.template import Template
     from gptq_loader_plugin.checkpoint.reader import Reader
     from gptq_loader_plugin.events import LoadRequest, Progress
@@ -70,6 +72,18 @@ def gptq_templates() -> Iterable[Template]:  # type: ignore[empty-body]
 @hookspec
 def gptq_hosts() -> Iterable[Host]:  # type: ignore[empty-body]
     """Offer ways into a host: a page, an extension, another library's registry."""
+
+
+@hookspec
+def gptq_commands(app: typer.Typer) -> None:
+    """Add commands to `gptq-loader`, with `app.command()` and typer's annotations.
+
+    Errors of theirs are written as those of the built-in commands are, and so is Ctrl-C. A name
+    that is taken is refused.
+
+    Args:
+        app: the command's application.
+    """
 
 
 @hookspec

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_plugin import Accepted, Declined, hookimpl
+from gptq_loader_plugin import Accepted, Declined, encode_messages, hookimpl
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,9 +93,10 @@ class Plain:
         *,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        text = self.render(messages, add_generation_prompt=add_generation_prompt)
-        # contents are a user's: nothing in them may become a control token
-        return list(tokenizer(text, split_special_tokens=True)["input_ids"])
+        # nothing that a user types becomes a control token; the template's own tokens count
+        return encode_messages(
+            self, messages, tokenizer, add_generation_prompt=add_generation_prompt
+        )
 
 
 @hookimpl

@@ -30,10 +30,13 @@ def encode_messages(
     messages: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    add_generation_prompt: bool,
-    begin: bool,
+    add_generation_prompt: bool = True,
+    add_bos: bool = True,
 ) -> list[int]:
     """Tokenise a template's prompt so that no content becomes a control token.
+
+    What a `Template.encode` is made of: the template's own control tokens are tokens, and what a
+    user typed is text, even where it spells one.
 
     Where no message spells a control token, the prompt is tokenised in one go, as training code
     does. Where one does, what it spells is rendered as a stand-in, the prompt is cut at the
@@ -44,15 +47,18 @@ def encode_messages(
         messages: with contents as users typed them.
         tokenizer: the checkpoint's.
         add_generation_prompt: whether to end with the assistant's header.
-        begin: whether to put the tokenizer's beginning-of-text token first where it does so by
+        add_bos: whether to put the tokenizer's beginning-of-text token first where it does so by
             itself and the prompt does not have it.
+
+    Returns:
+        The prompt's token ids.
 
     Raises:
         TemplateError: the template does not take these messages.
     """
     checked = check_messages(messages)
     controls = control_tokens(tokenizer)
-    start = _beginning(tokenizer) if begin else []
+    start = _beginning(tokenizer) if add_bos else []
     said = "\0".join(text for message in checked for text in _texts(message))
     spelled = [token for token in controls if token in said]
     if not spelled:

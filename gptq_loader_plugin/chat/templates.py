@@ -28,7 +28,6 @@ __all__ = [
     "CardTemplate",
     "ChatML",
     "JinjaTemplate",
-    "encode_messages",
 ]
 
 CHATML_START = "<|im_start|>"
@@ -78,7 +77,7 @@ class ChatML:
     ) -> list[int]:
         """Make the token ids the model gets; contents never become control tokens."""
         return encode_messages(
-            self, messages, tokenizer, add_generation_prompt=add_generation_prompt, begin=True
+            self, messages, tokenizer, add_generation_prompt=add_generation_prompt, add_bos=True
         )
 
 
@@ -138,7 +137,7 @@ class JinjaTemplate:
     ) -> list[int]:
         """Make the token ids the model gets; contents never become control tokens."""
         return encode_messages(
-            self, messages, tokenizer, add_generation_prompt=add_generation_prompt, begin=False
+            self, messages, tokenizer, add_generation_prompt=add_generation_prompt, add_bos=False
         )
 
     def _render_alone(self, messages: Sequence[Message]) -> str:
@@ -231,7 +230,7 @@ class CardTemplate:
     ) -> list[int]:
         """Make the token ids the model gets; contents never become control tokens."""
         return encode_messages(
-            self, messages, tokenizer, add_generation_prompt=add_generation_prompt, begin=True
+            self, messages, tokenizer, add_generation_prompt=add_generation_prompt, add_bos=True
         )
 
     def _turn(self, *, first: bool, system: str | None) -> str:

@@ -6,15 +6,37 @@ import io
 import logging
 import os
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptq_loader_plugin.cli import bench, chat, hosts, hub, inspect, quantize, serve, tune
-from gptq_loader_plugin.cli.output import say
+from gptq_loader_plugin.cli import (
+    bench,
+    branches,
+    chat,
+    demo,
+    download,
+    explain,
+    generate,
+    inspect,
+    models,
+    perplexity,
+    plugins,
+    quantize,
+    serve,
+    tune,
+    webui,
+)
+from gptq_loader_plugin.cli.output import reported, say
+from gptq_loader_plugin.errors import GPTQLoaderError, PluginError
+from gptq_loader_plugin.plugins import Plugins
 
-__all__ = ["app", "run"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["add_plugin_commands", "app", "run"]
 
 app = typer.Typer(
     name="gptq-loader",
@@ -24,8 +46,76 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for commands in (chat, serve, inspect, hub, quantize, bench, tune, hosts):
-    commands.add_to(app)
+for command in (
+    demo,
+    chat,
+    generate,
+    serve,
+    inspect,
+    explain,
+    plugins,
+    branches,
+    download,
+    models,
+    quantize,
+    perplexity,
+    bench,
+    tune,
+    webui,
+):
+    command.add_to(app)
+
+
+BUILT_IN = frozenset(
+    it.name or getattr(it.callback, "__name__", "") for it in app.registered_commands
+) | {it.name for it in app.registered_groups}
+
+
+def add_plugin_commands(arguments: Sequence[str], plugins: Callable[[], Plugins]) -> None:
+    """Add the commands of plugins, unless a built-in one is called: finding plugins takes time.
+
+    A plugin that fails costs its commands, and is told.
+
+    Args:
+        arguments: those of the command line.
+        plugins: finds the plugins in force.
+    """
+    called = next((it for it in arguments if not it.startswith("-")), None)
+    if called in BUILT_IN:
+        return
+    before = len(app.registered_commands), len(app.registered_groups)
+    try:
+        plugins().hook.gptq_commands(app=app)
+        _check_names(app)
+    except GPTQLoaderError as error:
+        del app.registered_commands[before[0] :], app.registered_groups[before[1] :]
+        say(f"warning: {error.message}\nhint: {error.hint}")
+        return
+    for command in app.registered_commands[before[0] :]:
+        if command.callback is not None:
+            command.callback = reported(command.callback)
+    for group in app.registered_groups[before[1] :]:
+        for command in group.typer_instance.registered_commands if group.typer_instance else ():
+            if command.callback is not None:
+                command.callback = reported(command.callback)
+
+
+def _check_names(app: typer.Typer) -> None:
+    """Refuse two commands of one name, of which typer would run the last.
+
+    Raises:
+        PluginError: a plugin's command has the name of another one.
+    """
+    names = Counter(
+        it.name or getattr(it.callback, "__name__", "").replace("_", "-")
+        for it in app.registered_commands
+    )
+    names.update(it.name or "" for it in app.registered_groups)
+    if taken := sorted(name for name, count in names.items() if count > 1):
+        raise PluginError(
+            f"a plugin adds the command {taken[0]!r}, which is there already",
+            hint="find it with gptq-loader plugins; leave it out with GPTQ_LOADER_PLUGINS",
+        )
 
 
 def _version(value: bool) -> None:  # noqa: FBT001 - typer's callback
@@ -63,6 +153,7 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    add_plugin_commands(sys.argv[1:], lambda: Plugins(installed=True))
     try:
         app()
     except OSError as error:  # of typer's own: help, usage, the version; commands say theirs

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptq_loader_plugin.cli.output import ProgressBars, print_json, reported, say, show
-from gptq_loader_plugin.events import Head  # noqa: TC001 - typer reads it
+from gptq_loader_plugin.cli.loading import load_with_bars
+from gptq_loader_plugin.cli.options import JSON, Checkpoint, load_options
+from gptq_loader_plugin.cli.output import print_json, reported, say, show
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.generation.loaded import LoadedModel
+    from gptq_loader_plugin.load_options import LoadOptions
     from gptq_loader_plugin.measure.speed import Rates, Speed
 
 __all__ = ["add_to"]
@@ -25,48 +27,25 @@ def add_to(app: typer.Typer) -> None:
     app.command(short_help="Measure a load, a prompt, a reply and their memory.")(reported(bench))
 
 
+@load_options()
 def bench(
-    reference: Annotated[
-        str, typer.Argument(metavar="REF", help="A folder, a file, owner/repo:branch, or demo.")
-    ],
+    reference: Checkpoint,
     *,
     tokens: Annotated[int, typer.Option("--tokens", help="The reply's length.")] = 128,
     prompt: Annotated[int, typer.Option("--prompt", help="The prompt's length, in tokens.")] = 512,
     rounds: Annotated[int, typer.Option("--rounds", help="How often to measure.")] = 3,
-    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, xpu.")] = None,
-    backend: Annotated[
-        str | None, typer.Option("--backend", help="Use this kernel, or fail.")
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option("--revision", help="A branch, tag or commit on the hub.")
-    ] = None,
-    head: Annotated[
-        Head | None, typer.Option("--head", help="int8 makes the head 8-bit at load.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Write the result as JSON.")] = False,
+    load: LoadOptions,
+    as_json: JSON = False,
 ) -> None:
     """Measure a load, a prompt, a reply and the memory they take, and say which kernels run."""
     import torch
     import transformers  # noqa: F401 - so that its import is no part of the load
 
-    import gptq_loader_plugin as gptq
     from gptq_loader_plugin.measure.speed import measure_speed, peak_memory
-    from gptq_loader_plugin.plugins import Plugins
 
     before = peak_memory()
-    bars = ProgressBars()
     began = time.monotonic()
-    try:
-        model = gptq.load(
-            reference,
-            device=device,
-            backend=backend,
-            revision=revision,
-            head=head,
-            plugins=Plugins(bars, installed=True),
-        )
-    finally:
-        bars.close()
+    model = load_with_bars(reference, load)
     seconds = time.monotonic() - began
     with model:
         say(model.plan.headline())

@@ -1,12 +1,12 @@
-"""Commands that report: inspect, explain, plugins."""
+"""The command that says what a checkpoint is: inspect."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptq_loader_plugin.cli.options import DeviceMap, MaxMemory
+from gptq_loader_plugin.cli.options import JSON
 from gptq_loader_plugin.cli.output import (
     group_text,
     print_json,
@@ -17,8 +17,6 @@ from gptq_loader_plugin.cli.output import (
     text_of,
     yes_no,
 )
-from gptq_loader_plugin.errors import OptionInvalid
-from gptq_loader_plugin.planning.placement import read_limits
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
@@ -26,10 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_to"]
 
-JSON = Annotated[bool, typer.Option("--json", help="Write the result as JSON.")]
-Revision = Annotated[
-    str | None, typer.Option("--revision", help="A branch, tag or commit on the hub.")
-]
 COLUMNS = (
     "Branch",
     "Bits",
@@ -43,30 +37,11 @@ COLUMNS = (
 )
 
 
-class _Explained(Protocol):
-    """What an engine says of a checkpoint."""
-
-    def explain(self) -> str: ...
-
-    def to_json(self) -> dict[str, Any]: ...
-
-
-@runtime_checkable
-class _Explaining(Protocol):
-    """An engine that can say what it would run, beside what `Engine` has."""
-
-    def explain(
-        self, reference: str, *, device: str | None, backend: str | None, revision: str | None
-    ) -> _Explained: ...
-
-
 def add_to(app: typer.Typer) -> None:
-    """Add these commands to the application."""
+    """Add this command to the application."""
     app.command(short_help="Say what a checkpoint is, without reading its weights.")(
         reported(inspect)
     )
-    app.command(short_help="Say which kernel would run each layer, and why.")(reported(explain))
-    app.command(short_help="List what is installed, and whether it works here.")(reported(plugins))
 
 
 def inspect(
@@ -74,7 +49,9 @@ def inspect(
         list[str], typer.Argument(metavar="REF...", help="A checkpoint; several make a table.")
     ],
     *,
-    revision: Revision = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="A branch, tag or commit on the hub.")
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Say what a checkpoint is, from its headers, and where each fact came from."""
@@ -88,91 +65,6 @@ def inspect(
         _show(reports[0])
     else:
         _table(reports)
-
-
-def explain(
-    reference: Annotated[str, typer.Argument(metavar="REF", help="A checkpoint.")],
-    *,
-    device: Annotated[
-        str | None,
-        typer.Option("--device", help="cpu, cuda, cuda:1, or one not here: cuda:sm86."),
-    ] = None,
-    backend: Annotated[
-        str | None, typer.Option("--backend", help="Ask about one kernel by name.")
-    ] = None,
-    revision: Revision = None,
-    device_map: DeviceMap = None,
-    max_memory: MaxMemory = None,
-    engine: Annotated[
-        str | None,
-        typer.Option("--engine", help="Explain what runs inside another engine: vllm."),
-    ] = None,
-    as_json: JSON = False,
-) -> None:
-    """Say which kernel would run each layer, and why not the others, without reading weights."""
-    import gptq_loader_plugin as gptq
-
-    if engine is not None:
-        if device_map or max_memory:
-            raise OptionInvalid(
-                f"a device map is not for {engine}, which divides a model in its own way",
-                hint="leave out --device-map and --max-memory",
-            )
-        explaining = _engine(engine)
-        explained = explaining.explain(reference, device=device, backend=backend, revision=revision)
-        _show_plan(explained, as_json=as_json)
-        return
-    plan = gptq.explain(
-        reference,
-        device=device,
-        backend=backend,
-        revision=revision,
-        device_map=device_map,
-        max_memory=read_limits(max_memory),
-    )
-    _show_plan(plan, as_json=as_json)
-
-
-def _engine(name: str) -> _Explaining:
-    """Find an engine that can say what it would run.
-
-    Raises:
-        OptionInvalid: there is none of that name.
-    """
-    from gptq_loader_plugin.plugins import Plugins
-
-    found = {it.name: it for it in Plugins(installed=True).hosts() if isinstance(it, _Explaining)}
-    if name not in found:
-        raise OptionInvalid(
-            f"no engine {name!r} can say what it would run",
-            hint=f"name {' or '.join(sorted(found))}, or leave out --engine",
-        )
-    return found[name]
-
-
-def _show_plan(plan: _Explained, *, as_json: bool) -> None:
-    if as_json:
-        print_json(plan.to_json())
-    else:
-        show(plan.explain())
-
-
-def plugins(*, as_json: JSON = False) -> None:
-    """List kernels, templates, readers, hosts and plugins: what works here, and if not why."""
-    from gptq_loader_plugin.plugins.discovery import discover, to_json, write_plugins
-
-    found = discover()
-    if as_json:
-        print_json(to_json(found))
-    else:
-        show(write_plugins(found))
-    broken = [it.name for it in found if it.state == "broken"]
-    if broken:
-        others = ",".join(it.name for it in found if it.state == "in force")
-        say(
-            f"warning: {', '.join(broken)} stands in the way of every load\n"
-            f"hint: update or uninstall it, or leave it out: GPTQ_LOADER_PLUGINS={others}"
-        )
 
 
 def _show(report: CheckpointReport) -> None:

@@ -1,31 +1,23 @@
-"""Commands that make and measure: quantize, perplexity."""
+"""The command that makes a GPTQ checkpoint: quantize."""
 
 from __future__ import annotations
 
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from gptq_loader_plugin.cli.options import JSON
 from gptq_loader_plugin.cli.output import ProgressBars, print_json, reported, say
-from gptq_loader_plugin.errors import GPTQLoaderError
-from gptq_loader_plugin.events import Head  # noqa: TC001 - typer reads the annotations
-
-if TYPE_CHECKING:
-    from gptq_loader_plugin.generation.loaded import LoadedModel
-    from gptq_loader_plugin.measure.perplexity import Perplexity
 
 __all__ = ["add_to"]
 
-JSON = Annotated[bool, typer.Option("--json", help="Write the result as JSON.")]
-
 
 def add_to(app: typer.Typer) -> None:
-    """Add these commands to the application."""
+    """Add this command to the application."""
     app.command(short_help="Quantise a model with GPTQ; an interrupted run goes on.")(
         reported(quantize)
     )
-    app.command(short_help="Measure how well a checkpoint predicts a text.")(reported(perplexity))
 
 
 def quantize(  # noqa: PLR0913 - each is an option a user may want
@@ -118,85 +110,3 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
         return
     say(f"quantised in {seconds:.0f} s; chat with it: gptq-loader chat {folder}")
     typer.echo(folder)
-
-
-def perplexity(
-    reference: Annotated[str, typer.Argument(metavar="REF", help="A checkpoint.")],
-    *,
-    text: Annotated[
-        Path | None, typer.Option("--text", help="The text to predict; else a short sample.")
-    ] = None,
-    characters: Annotated[
-        int | None,
-        typer.Option("--characters", min=1, help="Read only the first so many characters."),
-    ] = None,
-    windows: Annotated[int, typer.Option("--windows", help="The most windows.")] = 20,
-    window_tokens: Annotated[
-        int | None, typer.Option("--window-tokens", help="Tokens of each: 1024, of the sample 256.")
-    ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...")] = None,
-    backend: Annotated[str | None, typer.Option("--backend", help="Use this kernel.")] = None,
-    head: Annotated[
-        Head | None, typer.Option("--head", help="int8 makes the head 8-bit at load.")
-    ] = None,
-    as_json: JSON = False,
-) -> None:
-    """Measure how well a checkpoint predicts a text; lower is better.
-
-    The figure is kept, and drawn beside those of other checkpoints in the page's Compare tab.
-    """
-    import gptq_loader_plugin as gptq
-    from gptq_loader_plugin.measure.perplexity import (
-        SAMPLE,
-        SAMPLE_WINDOW,
-        measure_perplexity,
-        sample_text,
-    )
-    from gptq_loader_plugin.plugins import Plugins
-    from gptq_loader_plugin.system.paths import read_words
-
-    content = (read_words(text) if text else sample_text())[:characters]
-    bars = ProgressBars()
-    try:
-        listening = Plugins(bars, installed=True)
-        with gptq.load(
-            reference, device=device, backend=backend, head=head, plugins=listening
-        ) as model:
-            say(model.plan.headline())
-            measured = measure_perplexity(
-                model,
-                content,
-                windows=windows,
-                window_tokens=window_tokens or (1024 if text else SAMPLE_WINDOW),
-                progress=listening.progress,
-            )
-            kept = _keep(model, measured, text=content, text_name=text.name if text else SAMPLE)
-    finally:
-        bars.close()
-    if as_json:
-        print_json(
-            {
-                "reference": reference,
-                "kept": kept,
-                "perplexity": measured.perplexity,
-                "windows": measured.windows,
-                "window_tokens": measured.window_tokens,
-                "kernels": model.plan.kernels(),
-            }
-        )
-        return
-    typer.echo(f"{measured.perplexity:.3f}")
-
-
-def _keep(model: LoadedModel, found: Perplexity, *, text: str, text_name: str) -> str | None:
-    """Keep a figure and say where; one that cannot be kept is told nevertheless."""
-    from gptq_loader_plugin.measure.results import MeasuredFiles, data_folder, measurement
-
-    try:
-        figure = measurement(model, found, text=text, text_name=text_name)
-        kept = MeasuredFiles(data_folder()).keep(figure)
-    except GPTQLoaderError as error:
-        say(f"{error.message}; {error.hint}")
-        return None
-    say(f"kept in {kept}; the page's Compare tab draws it")
-    return str(kept)

@@ -8,25 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptq_loader_plugin.cli.options import (
-    Backend,
-    Check,
-    Device,
-    DeviceMap,
-    Head,
-    KvCache,
-    MaxMemory,
-    OffloadFolder,
-    Template,
-)
-from gptq_loader_plugin.cli.output import ProgressBars, reported, say
+from gptq_loader_plugin.cli.loading import load_with_bars
+from gptq_loader_plugin.cli.options import JSON, load_options
+from gptq_loader_plugin.cli.output import reported
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.host import Engine
-from gptq_loader_plugin.planning.placement import read_limits
 
 if TYPE_CHECKING:
-    from gptq_loader_plugin.generation.loaded import LoadedModel
+    from gptq_loader_plugin.load_options import LoadOptions
     from gptq_loader_plugin.plugins import Plugins
 
 __all__ = ["add_to"]
@@ -41,6 +31,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(short_help="Serve OpenAI's API, and Kobold's, to their clients.")(reported(serve))
 
 
+@load_options()
 def serve(  # noqa: PLR0913 - each is an option a user may want
     command: typer.Context,
     reference: Annotated[
@@ -125,25 +116,8 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
     grace: Annotated[
         int, typer.Option("--grace", help="Seconds that running replies get after Ctrl-C.")
     ] = 5,
-    device: Device = None,
-    backend: Backend = None,
-    template: Template = None,
-    context: Annotated[
-        int | None, typer.Option("--context", help="The longest sequence; shorter takes less.")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="What is not quantised: float32, float16 or bfloat16."),
-    ] = None,
-    head: Head = None,
-    check: Check = True,
-    device_map: DeviceMap = None,
-    max_memory: MaxMemory = None,
-    offload_folder: OffloadFolder = None,
-    kv_cache: KvCache = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Say on stdout, as JSON, where it listens.")
-    ] = False,
+    load: LoadOptions,
+    as_json: JSON = False,
 ) -> None:
     """Serve OpenAI's API, and Kobold's, to the clients you already use."""
     from gptq_loader_plugin.plugins import Plugins
@@ -158,23 +132,10 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
             "another engine",
             hint="name it: --engine vllm, or --engine ray",
         )
-    how = {
-        "device": device,
-        "backend": backend,
-        "template": template,
-        "context": context,
-        "dtype": dtype,
-        "head": head,
-        "check": check,
-        "device_map": device_map,
-        "max_memory": read_limits(max_memory),
-        "offload_folder": offload_folder,
-        "kv_cache": kv_cache,
-    }
     stop = threading.Event()
     plugins.host(OWN).install(
         reference=reference,
-        load=lambda target: _load(target, how, stop),
+        load=lambda target: load_with_bars(target, load, _Stopper(stop)),
         stop=stop,
         host="0.0.0.0" if listen and host == LOOPBACK else host,  # noqa: S104 - as asked for
         port=port,
@@ -248,18 +209,3 @@ class _Stopper:
         """Go on, or not."""
         if self._stop.is_set():
             raise GPTQLoaderError("the server is stopping", hint="start it again")
-
-
-def _load(target: str | Path, how: dict[str, Any], stop: threading.Event) -> LoadedModel:
-    """Load with a progress bar, until told to stop; say on stderr what was chosen."""
-    import gptq_loader_plugin as gptq
-    from gptq_loader_plugin.plugins import Plugins
-
-    bars = ProgressBars()
-    try:
-        model = gptq.load(target, plugins=Plugins(bars, _Stopper(stop), installed=True), **how)
-    finally:
-        bars.close()
-    for warning in model.warnings:
-        say(f"warning: {warning}")
-    return model

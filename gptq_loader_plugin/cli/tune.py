@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gptq_loader_plugin.cli.options import JSON
 from gptq_loader_plugin.cli.output import ProgressBars, print_json, reported
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def tune(
     revision: Annotated[
         str | None, typer.Option("--revision", help="A branch, tag or commit on the hub.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Write the result as JSON.")] = False,
+    as_json: JSON = False,
 ) -> None:
     """Measure on this GPU how kernels run best, and keep it for every later load."""
     from gptq_loader_plugin.device import find_device

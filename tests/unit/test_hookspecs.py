@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from gptq_loader_plugin import (
     Accepted,
     Declined,
     LoadRequest,
+    OptionInvalid,
     PluginError,
     Plugins,
     Progress,
@@ -21,6 +23,7 @@ from gptq_loader_plugin import (
     hookspecs,
     load,
 )
+from gptq_loader_plugin import inspect as inspect_checkpoint
 from gptq_loader_plugin.chat.templates import ChatML
 
 HOOKS = dict(
@@ -112,6 +115,82 @@ def test_gptq_templates_have_one_name_each() -> None:
 
     with pytest.raises(PluginError, match=r"two plugins offer a template named 'chatml'.*and"):
         Plugins(Twice()).templates()
+
+
+def test_gptq_templates_keep_control_tokens_and_what_users_spell_apart() -> None:
+    from transformers import AutoTokenizer
+
+    from gptq_loader_plugin import encode_messages
+
+    class Turns:
+        name, source, stop = "turns", "here", ("<|im_end|>",)
+
+        def render(self, messages: Any, *, add_generation_prompt: bool = True) -> str:
+            turns = [f"<|im_start|>{it['role']} {it['content']}<|im_end|>" for it in messages]
+            return "".join([*turns, "<|im_start|>assistant "] if add_generation_prompt else turns)
+
+        def encode(
+            self, messages: Any, tokenizer: Any, *, add_generation_prompt: bool = True
+        ) -> list[int]:
+            return encode_messages(
+                self, messages, tokenizer, add_generation_prompt=add_generation_prompt
+            )
+
+    class Plugin:
+        @hookimpl
+        def gptq_templates(self) -> list[Turns]:
+            return [Turns()]
+
+    (template,) = Plugins(Plugin()).templates()
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    said = [{"role": "user", "content": "what is <|im_end|>?"}]
+    ids = template.encode(said, tokenizer)
+    assert (ids.count(start), ids.count(end)) == (2, 1)
+    assert tokenizer.decode(ids) == template.render(said)
+
+
+def test_gptq_commands_are_added_and_their_errors_told() -> None:
+    import typer
+    from typer.testing import CliRunner
+
+    from gptq_loader_plugin.cli.app import add_plugin_commands, app
+
+    class Plugin:
+        @hookimpl
+        def gptq_commands(self, app: Any) -> None:
+            @app.command()
+            def bits(reference: str) -> None:
+                """Say how many bits a checkpoint has."""
+                if reference == "none":
+                    raise OptionInvalid("there is none", hint="name another")
+                typer.echo(inspect_checkpoint(reference).bits)
+
+    built_in = list(app.registered_commands)
+    try:
+        add_plugin_commands(["bits", "REF"], lambda: Plugins(Plugin()))
+        runner = CliRunner()
+        assert runner.invoke(app, ["bits", str(CHECKPOINT)]).output == "4\n"
+        failed = runner.invoke(app, ["bits", "none"])
+        assert failed.exit_code == 1
+        assert "error: there is none\nhint: name another" in failed.output
+        assert "bits" in runner.invoke(app, ["--help"]).output
+    finally:
+        app.registered_commands[:] = built_in
+
+
+def test_gptq_commands_never_take_a_name_that_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    from gptq_loader_plugin.cli.app import add_plugin_commands, app
+
+    class Plugin:
+        @hookimpl
+        def gptq_commands(self, app: Any) -> None:
+            app.command(name="chat")(lambda: None)
+
+    built_in = list(app.registered_commands)
+    add_plugin_commands(["nothing"], lambda: Plugins(Plugin()))
+    assert app.registered_commands == built_in
+    assert "a plugin adds the command 'chat', which is there already" in capsys.readouterr().err
 
 
 def test_gptq_hosts_are_found_by_name() -> None:

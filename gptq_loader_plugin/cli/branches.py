@@ -1,0 +1,121 @@
+"""The command that lists a repository's branches: branches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gptq_loader_plugin.cli.options import JSON, FitContext, FitDevice, hub_reference
+from gptq_loader_plugin.cli.output import (
+    ProgressBars,
+    group_text,
+    print_json,
+    print_table,
+    reported,
+    say,
+    show,
+    text_of,
+    yes_no,
+)
+from gptq_loader_plugin.system.units import write_size
+
+if TYPE_CHECKING:
+    from gptq_loader_plugin.catalog.branches import BranchReport, RepoReport
+
+__all__ = ["add_to"]
+
+COLUMNS = (
+    "Branch",
+    "Bits",
+    "GS",
+    "Act Order",
+    "Damp %",
+    "GPTQ Dataset",
+    "Seq Len",
+    "Size",
+    "ExLlama",
+    "Fits",
+    "Desc",
+)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add this command to the application."""
+    app.command(short_help="List a repository's branches, and which fit this machine.")(
+        reported(branches)
+    )
+
+
+def branches(
+    reference: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the hub.")],
+    *,
+    device: FitDevice = None,
+    context: FitContext = 4096,
+    as_json: JSON = False,
+) -> None:
+    """List a repository's branches as its card does, and which fit this machine."""
+    from gptq_loader_plugin.catalog.branches import list_branches
+    from gptq_loader_plugin.device import find_device
+    from gptq_loader_plugin.plugins import Plugins
+
+    hub = hub_reference(reference)
+    bars = ProgressBars()
+    plugins = Plugins(bars, installed=True)
+    try:
+        report = list_branches(
+            hub,
+            device=find_device(device),
+            kernels=plugins.kernels(),
+            context=context,
+            alone=":" in reference,
+            progress=plugins.progress,
+        )
+    finally:
+        bars.close()
+    if as_json:
+        print_json(report.to_json())
+    else:
+        _show(report)
+
+
+def _show(report: RepoReport) -> None:
+    from gptq_loader_plugin.hub.words import hub_name
+
+    gated = "; gated: its owner lets people in" if report.gated else ""
+    show(f"{report.repo} on {hub_name()}, licence {report.license or 'not given'}{gated}")
+    print_table(COLUMNS, [_row(it) for it in report.branches])
+    show(
+        f"Fits {report.device} with {report.context:,} tokens of context; "
+        f"{write_size(report.free_bytes)} of disk free"
+    )
+    for it in report.branches:
+        if it.error:
+            show(f"  {it.branch}: {'not GPTQ' if it.is_gptq is False else 'not read'}: {it.error}")
+        else:
+            exllama = it.exllama
+            slow = f"; ExLlama: {exllama.reason}" if exllama and not exllama.compatible else ""
+            show(f"  {it.branch}: {yes_no(it.fit.fits, unknown='?')}: {it.fit.reason}{slow}")
+    for it in report.branches:
+        for warning in it.warnings:
+            say(f"warning: {it.branch}: {warning}")
+    for warning in report.warnings:
+        say(f"warning: {warning}")
+
+
+def _row(it: BranchReport) -> tuple[str, ...]:
+    return (
+        it.branch,
+        text_of(it.bits),
+        group_text(it.group_size),
+        yes_no(it.desc_act),
+        text_of(it.damp_percent),
+        text_of(it.dataset),
+        text_of(it.seq_len),
+        "-" if it.size_bytes is None else write_size(it.size_bytes),
+        yes_no(it.exllama.compatible if it.exllama else None),
+        "-" if it.is_gptq is False else yes_no(it.fit.fits, unknown="?"),
+        "not GPTQ"
+        if it.is_gptq is False
+        else (it.desc or "") + ("" if not it.here else " (here)" if it.desc else "here"),
+    )

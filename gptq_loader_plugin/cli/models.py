@@ -1,0 +1,71 @@
+"""The command that lists the checkpoints on this machine: models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gptq_loader_plugin.cli.options import JSON, FitContext, FitDevice
+from gptq_loader_plugin.cli.output import (
+    group_text,
+    print_json,
+    print_table,
+    reported,
+    say,
+    show,
+    text_of,
+    yes_no,
+)
+from gptq_loader_plugin.system.units import write_size
+
+if TYPE_CHECKING:
+    import typer
+
+    from gptq_loader_plugin.catalog.local import LocalReport
+
+__all__ = ["add_to"]
+
+COLUMNS = ("Model", "Bits", "GS", "Act Order", "Layers", "Size", "Fits", "Where")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add this command to the application."""
+    app.command(short_help="List the checkpoints on this machine.")(reported(models))
+
+
+def models(*, device: FitDevice = None, context: FitContext = 4096, as_json: JSON = False) -> None:
+    """List the checkpoints on this machine: of the models directories and the hub's cache."""
+    from gptq_loader_plugin.catalog.local import local_models, report_model
+    from gptq_loader_plugin.device import find_device
+    from gptq_loader_plugin.plugins import Plugins
+    from gptq_loader_plugin.reference import models_folders
+
+    where, kernels = find_device(device), Plugins(installed=True).kernels()
+    reports = [report_model(it, where, kernels, context=context) for it in local_models()]
+    if as_json:
+        print_json([it.to_json() for it in reports])
+        return
+    if not reports:
+        folders = ", ".join(str(it) for it in models_folders())
+        say(f"there is no checkpoint in {folders}, nor in the Hugging Face cache")
+        say("fetch one: gptq-loader download owner/repo:branch; or try gptq-loader demo")
+        return
+    print_table(COLUMNS, [_row(it) for it in reports])
+    show(f"Fits {where} with {context:,} tokens of context")
+    for it in reports:
+        if it.error:
+            say(f"{it.model.name} is damaged: {it.error}\n  hint: {it.hint}")
+        elif not it.fit.fits:
+            show(f"  {it.model.name}: {yes_no(it.fit.fits, unknown='?')}: {it.fit.reason}")
+
+
+def _row(it: LocalReport) -> tuple[str, ...]:
+    return (
+        it.model.name,
+        text_of(it.bits),
+        group_text(it.group_size),
+        yes_no(it.desc_act),
+        text_of(it.layers),
+        write_size(it.model.size_bytes),
+        "damaged" if it.error else yes_no(it.fit.fits, unknown="?"),
+        it.model.source,
+    )
