@@ -276,17 +276,13 @@ def _spec(
     desc_act = not seen.ordered
     if layer.groups == 1:
         desc_act = bool(override.get("desc_act", stored.desc_act))
-    return LayerSpec(
-        name=layer.name,
-        in_features=layer.rows,
+    return LayerSpec.from_groups(
+        layer.name,
+        counts,
         out_features=layer.columns,
         bits=cast("Bits", layer.bits),
         group_size=size,
         desc_act=desc_act,
-        sym=zeros[0] == zeros[1],
-        groups=layer.groups,
-        group_rows=(int(counts.min()), int(counts.max())),
-        group_unit=int(np.gcd.reduce(counts)),
         zero_range=zeros,
         layout=seen.layout,
         scales_dtype=layer.scales_dtype,

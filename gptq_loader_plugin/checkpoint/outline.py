@@ -18,7 +18,7 @@ from gptq_loader_plugin.checkpoint.infer import (
     power_of_two,
     read_layer,
 )
-from gptq_loader_plugin.checkpoint.reader import Checkpoint, model_dtype, not_gptq
+from gptq_loader_plugin.checkpoint.reader import GPTQCheckpoint, model_dtype, not_gptq
 from gptq_loader_plugin.checkpoint.tensors import TensorFiles
 from gptq_loader_plugin.kernel import LayerSpec
 
@@ -35,7 +35,7 @@ __all__ = ["outline"]
 
 def outline(
     headers: dict[str, TensorInfo], stored: StoredConfig, *, folder: Path, size_bytes: int
-) -> Checkpoint:
+) -> GPTQCheckpoint:
     """Describe a checkpoint whose tensors will not be read.
 
     Args:
@@ -56,7 +56,7 @@ def outline(
         replace(_layer(read_layer(name, headers, stored, folder), stored), model_dtype=dtype)
         for name in names
     )
-    checkpoint = Checkpoint(
+    checkpoint = GPTQCheckpoint(
         folder,
         config=_config(layers, stored),
         layers=layers,

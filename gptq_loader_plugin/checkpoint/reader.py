@@ -5,21 +5,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from gptq_loader_plugin.checkpoint.card import read_card
-from gptq_loader_plugin.checkpoint.config import read_json, read_stored_config
+from gptq_loader_plugin.checkpoint.config import read_stored_config
 from gptq_loader_plugin.checkpoint.headers import read_headers
 from gptq_loader_plugin.checkpoint.infer import FLOAT_DTYPES, infer, row_groups
+from gptq_loader_plugin.checkpoint.protocol import Checkpoint, Reader, missing_members
 from gptq_loader_plugin.checkpoint.tensor_info import DAMAGED
 from gptq_loader_plugin.checkpoint.tensors import TensorFiles, is_finite
 from gptq_loader_plugin.checkpoint.weight_files import find_weight_files
 from gptq_loader_plugin.checkpoint.zeros import true_zeros
 from gptq_loader_plugin.errors import (
-    ConfigInvalid,
     CorruptCheckpoint,
     GPTQLoaderError,
     PluginError,
@@ -34,12 +32,12 @@ if TYPE_CHECKING:
 
     import torch
 
-    from gptq_loader_plugin.checkpoint.card import Card
     from gptq_loader_plugin.checkpoint.config import QuantConfig
     from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
 
 __all__ = [
     "Checkpoint",
+    "GPTQCheckpoint",
     "GPTQReader",
     "Reader",
     "model_dtype",
@@ -61,17 +59,11 @@ OTHER_FORMATS = (  # how other methods name their tensors
 )
 
 
-class Checkpoint:
-    """An open checkpoint.
+class GPTQCheckpoint(Checkpoint):
+    """An open GPTQ checkpoint.
 
     Attributes:
-        path: its folder, or the one file that was named.
-        config: how it was quantised, corrected by its tensors.
-        layers: every quantised layer, by its name.
-        warnings: what a user should know, one sentence each.
         tensors: its tensors, by name.
-        translated: what config.json says in the words of another transformers class, as which
-            the checkpoint is read, or None.
     """
 
     def __init__(
@@ -87,54 +79,10 @@ class Checkpoint:
         self.path = path
         self.config = config
         self.layers = {layer.name: layer for layer in layers}
+        self.headers = tensors.headers
         self.warnings = warnings
         self.tensors = tensors
         self.translated = translated
-
-    @property
-    def folder(self) -> Path:
-        """The folder with its config and tokenizer."""
-        return self.path if self.path.is_dir() else self.path.parent
-
-    @property
-    def headers(self) -> dict[str, TensorInfo]:
-        """Every tensor's header, by its name."""
-        return self.tensors.headers
-
-    @cached_property
-    def size_bytes(self) -> int:
-        """The bytes of its weight files."""
-        return sum(file.stat().st_size for file in {info.file for info in self.headers.values()})
-
-    @cached_property
-    def model_config(self) -> dict[str, Any]:
-        """What `config.json` says of the model's shape.
-
-        Raises:
-            ConfigInvalid: there is none, or it does not parse, or it names no model type.
-        """
-        if self.translated is not None:
-            return self.translated
-        file = self.folder / "config.json"
-        if not file.is_file():
-            raise ConfigInvalid(
-                "there is no config.json, so the model's shape is not known",
-                path=self.folder,
-                hint="copy config.json (and the tokenizer's files) from the model this was made of",
-            )
-        config = read_json(file)
-        if not isinstance(config.get("model_type"), str):
-            raise ConfigInvalid(
-                "model_type is missing",
-                path=file,
-                hint="copy config.json from the model this was made of",
-            )
-        return config
-
-    @cached_property
-    def card(self) -> Card:
-        """What its model card says."""
-        return read_card(self.folder)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor, on the CPU, in the dtype it is stored in."""
@@ -195,8 +143,8 @@ class Checkpoint:
             bias=self._bias(name),
         )
 
-    def parts(self, name: str) -> list[str]:
-        """Name the tensors that make up one layer."""
+    def layer_tensors(self, name: str) -> list[str]:
+        """Return the names of the tensors that make up one layer, its bias among them."""
         return [f"{name}.{part}" for part in PACKED_PARTS if f"{name}.{part}" in self.headers]
 
     def close(self) -> None:
@@ -211,27 +159,13 @@ class Checkpoint:
         return bias if bool(bias.any()) else None
 
 
-@runtime_checkable
-class Reader(Protocol):
-    """A way to open a checkpoint format."""
-
-    @property
-    def name(self) -> str:
-        """The format's name."""
-        ...
-
-    def open(self, path: Path) -> Checkpoint | None:
-        """Open the folder or file at `path`, or answer None where it is another format's."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class GPTQReader:
     """Open GPTQ checkpoints, of every writer and every year."""
 
     name: str = "gptq"
 
-    def open(self, path: Path) -> Checkpoint:
+    def open(self, path: Path) -> GPTQCheckpoint:
         """Open the checkpoint at `path`, reading headers, g_idx and qzeros.
 
         Raises:
@@ -250,7 +184,7 @@ class GPTQReader:
             raise not_gptq(tensors.headers, path)
         inferred = infer(tensors, stored, path=path)
         dtype = model_dtype(tensors.headers)
-        return Checkpoint(
+        return GPTQCheckpoint(
             path,
             config=inferred.config,
             layers=tuple(replace(it, model_dtype=dtype) for it in inferred.layers),
@@ -279,12 +213,14 @@ def _opened(reader: Reader, path: Path) -> Checkpoint | None:
             f"the reader {reader.name} failed at {path}: {error}",
             hint="update the package that brings it, or leave it out with GPTQ_LOADER_PLUGINS",
         ) from error
-    if opened is None or isinstance(opened, Checkpoint):
-        return opened
-    raise PluginError(
-        f"the reader {reader.name} answered {opened!r}",
-        hint="answer a Checkpoint, or None where the files are another format's",
-    )
+    if opened is None:
+        return None
+    if missing := missing_members(opened):
+        raise PluginError(
+            f"the reader {reader.name} answered {opened!r}, which has no {missing[0]}",
+            hint="answer a Checkpoint, or None where the files are another format's",
+        )
+    return cast("Checkpoint", opened)
 
 
 def model_dtype(headers: dict[str, TensorInfo]) -> str:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gptq_loader_plugin.kernel.packing import pack_rows, unpack_rows
 
 if TYPE_CHECKING:
+    from typing import Any
+
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from gptq_loader_plugin.kernel.packing import Bits, Layout
 
 __all__ = ["LayerSpec", "PackedLinear"]
+
+FLOATS = ("float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,55 @@ class LayerSpec:
     bias: bool = False
     model_dtype: str = "float16"
 
+    @classmethod
+    def from_groups(
+        cls,
+        name: str,
+        rows_of_groups: NDArray[np.integer[Any]],
+        *,
+        out_features: int,
+        bits: Bits,
+        group_size: int,
+        desc_act: bool,
+        zero_range: tuple[int, int],
+        layout: Layout = "continuous",
+        scales_dtype: str = "float16",
+        bias: bool = False,
+        model_dtype: str = "float16",
+    ) -> LayerSpec:
+        """Describe a layer by how many rows each group has, as a reader of a format does.
+
+        Args:
+            name: the module's path in the checkpoint.
+            rows_of_groups: [G], the rows of each group: np.bincount(g_idx).
+            out_features: as for the class, and so are the others.
+            bits: the width of a code.
+            group_size: input rows that share a scale, or -1 for one group.
+            desc_act: whether the rows' groups are out of order.
+            zero_range: the least and the greatest true zero.
+            layout: how codes lie in words.
+            scales_dtype: "float16", "bfloat16" or "float32".
+            bias: whether the checkpoint has a bias beside it.
+            model_dtype: the dtype of most of the model's plain weights.
+        """
+        return cls(
+            name=name,
+            in_features=int(rows_of_groups.sum()),
+            out_features=out_features,
+            bits=bits,
+            group_size=group_size,
+            desc_act=desc_act,
+            sym=zero_range[0] == zero_range[1],
+            groups=len(rows_of_groups),
+            group_rows=(int(rows_of_groups.min()), int(rows_of_groups.max())),
+            group_unit=math.gcd(*map(int, rows_of_groups)),
+            zero_range=zero_range,
+            layout=layout,
+            scales_dtype=scales_dtype,
+            bias=bias,
+            model_dtype=model_dtype,
+        )
+
     def __str__(self) -> str:
         """Say what kind of layer this is, without its name."""
         group = "no groups" if self.group_size < 0 else f"groups of {self.group_size}"
@@ -81,6 +137,8 @@ class LayerSpec:
 class PackedLinear:
     """A layer's tensors, checked: codes as the checkpoint packs them, zeros made true.
 
+    Tensors that do not fit each other are a ValueError: no kernel compares them again.
+
     The weight is w[n, k] = scales[g, n] * (codes[k, n] - zeros[g, n]) with g = g_idx[k].
 
     Attributes:
@@ -100,6 +158,28 @@ class PackedLinear:
     bits: Bits
     layout: Layout = "continuous"
     bias: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Compare the tensors' dtypes and shapes."""
+        rows, columns = len(self.g_idx), self.qweight.shape[-1]
+        groups = len(self.scales)
+        expected = {
+            "qweight": (self.qweight, ("int32",), (rows * self.bits // 32, columns)),
+            "zeros": (self.zeros, ("uint8",), (groups, columns)),
+            "scales": (self.scales, FLOATS, (groups, columns)),
+            "g_idx": (self.g_idx, ("int32",), (rows,)),
+            "bias": (self.bias, FLOATS, (columns,)),
+        }
+        for name, (tensor, dtypes, shape) in expected.items():
+            if tensor is None:
+                continue
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            if dtype not in dtypes or tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{name} is {dtype} {list(tensor.shape)}; a {self.bits}-bit layer of "
+                    f"{rows}x{columns} with {groups} groups needs {' or '.join(dtypes)} "
+                    f"{list(shape)}"
+                )
 
     def permutation(self) -> torch.Tensor | None:
         """Order the rows by group: int64 [K], or None where they are in order as they are.

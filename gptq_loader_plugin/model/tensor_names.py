@@ -122,7 +122,7 @@ class Names:
             f"{name} is quantised, and a {checkpoint.model_config['model_type']} model has "
             "no such layer",
             path=checkpoint.path,
-            tensor=f"{name}.qweight",
+            tensor=checkpoint.layer_tensors(name)[0],
             hint="check that config.json is of this checkpoint; update transformers if the "
             "model is newer than it",
         )

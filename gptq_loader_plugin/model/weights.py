@@ -89,16 +89,13 @@ class Filled:
 def reading_order(checkpoint: Checkpoint) -> list[tuple[str, list[TensorInfo]]]:
     """List what `fill` reads, in its order: a layer's name with its parts, a tensor's with it."""
     headers = checkpoint.headers
-    parts = {name: checkpoint.parts(name) for name in checkpoint.layers}
-    packed = {part for names in parts.values() for part in names}
-    order: list[tuple[str, list[TensorInfo]]] = []
-    for name, info in headers.items():
-        layer = name.removesuffix(".qweight")
-        if layer in parts and layer != name:
-            order.append((layer, [headers[part] for part in parts[layer]]))
-        elif name not in packed:
-            order.append((name, [info]))
-    return order
+    owners = {
+        tensor: layer for layer in checkpoint.layers for tensor in checkpoint.layer_tensors(layer)
+    }
+    order: dict[str, list[TensorInfo]] = {}
+    for name, info in headers.items():  # a layer is read where its first tensor lies
+        order.setdefault(owners.get(name, name), []).append(info)
+    return list(order.items())
 
 
 class _Filling:
@@ -171,16 +168,16 @@ class _Filling:
         shape = linear_shape(module)
         if shape is None:
             raise self._mismatch(
-                f"{layer.name}.qweight", f"{path} is a {type(module).__name__}, not a linear layer"
+                layer.name, f"{path} is a {type(module).__name__}, not a linear layer"
             )
         if shape != (layer.in_features, layer.out_features):
             raise self._mismatch(
-                f"{layer.name}.qweight",
+                layer.name,
                 f"holds a layer of {layer.in_features}x{layer.out_features}; config.json makes it "
                 f"{shape[0]}x{shape[1]}",
             )
         has_bias = getattr(module, "bias", None) is not None
-        if has_bias and f"{layer.name}.bias" not in self.checkpoint.headers:
+        if has_bias and not layer.bias:
             raise self._mismatch(f"{layer.name}.bias", "is missing")
 
     def _place_tensor(self, name: str) -> None:

@@ -127,7 +127,7 @@ def _fill(
     layers: dict[str, list[Any]] = defaultdict(list)
     for layer in checkpoint.layers.values():
         layers[_unit(layer.name)].append(layer)
-    packed = {part for name in checkpoint.layers for part in checkpoint.parts(name)}
+    packed = {part for name in checkpoint.layers for part in checkpoint.layer_tensors(name)}
     others: dict[str, int] = defaultdict(int)
     for name, info in checkpoint.headers.items():
         others[_unit(name)] += 0 if name in packed else info.nbytes

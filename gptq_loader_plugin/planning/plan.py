@@ -247,7 +247,7 @@ def _weight_bytes(
 ) -> dict[str, int]:
     """Count what the weights take in each place; "" where there is one device."""
     size = 4 if dtype == "float32" else 2
-    parts = {part for choice in choices for part in checkpoint.parts(choice.layer.name)}
+    parts = {part for choice in choices for part in checkpoint.layer_tensors(choice.layer.name)}
     taken: Counter[str] = Counter()
     for name, info in checkpoint.headers.items():
         if name not in parts and info.dtype in ("F16", "BF16", "F32"):

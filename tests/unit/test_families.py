@@ -26,6 +26,7 @@ from gptq_loader_plugin.checkpoint.architectures.translate import translate
 from gptq_loader_plugin.checkpoint.architectures.unsupported import REFUSED
 from gptq_loader_plugin.checkpoint.reader import Checkpoint, GPTQReader
 from gptq_loader_plugin.conformance.packer import write_qweight, write_qzeros
+from gptq_loader_plugin.load_options import LoadOptions
 from gptq_loader_plugin.loading import load_model
 
 BASE = Path(__file__).parents[1] / "data" / "checkpoints" / "base"
@@ -465,7 +466,7 @@ def test_it_answers_as_the_class_that_computes_the_same(name: str, tmp_path: Pat
     if name == "baichuan 2":  # its head's rows have length one
         head = model.lm_head.weight
         head.data = head.data / head.data.norm(dim=1, keepdim=True)
-    loaded = load_model(tmp_path, backend="reference", device="cpu")
+    loaded = load_model(tmp_path, LoadOptions(backend="reference", device="cpu"))
     with torch.inference_mode():
         found, expected = loaded.model(IDS).logits, model(IDS).logits
     assert type(loaded.model) is type(model)
@@ -477,7 +478,7 @@ def test_it_answers_as_the_class_that_computes_the_same(name: str, tmp_path: Pat
 
 
 def error_of(folder: Path, model: Any) -> float:
-    loaded = load_model(folder, backend="reference", device="cpu")
+    loaded = load_model(folder, LoadOptions(backend="reference", device="cpu"))
     with torch.inference_mode():
         found, expected = loaded.model(IDS).logits, model(IDS).logits
     return float((found - expected).norm() / expected.norm())
@@ -667,7 +668,7 @@ def test_a_plugins_reader_may_know_another_family(tmp_path: Path) -> None:
             return [MyReader()]
 
     plugins = gptq.Plugins(Plugin(), installed=True)
-    loaded = load_model(tmp_path, backend="reference", device="cpu", plugins=plugins)
+    loaded = load_model(tmp_path, LoadOptions(backend="reference", device="cpu"), plugins=plugins)
     with torch.inference_mode():
         found, expected = loaded.model(IDS).logits, model(IDS).logits
     assert float((found - expected).norm() / expected.norm()) < 1e-5

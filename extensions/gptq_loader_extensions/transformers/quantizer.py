@@ -101,7 +101,7 @@ class Quantizer(HfQuantizer):
         checkpoint = self._opened()
         names = Names(model)
         state: dict[str, torch.Tensor] = {}
-        packed = {part for name in checkpoint.layers for part in checkpoint.parts(name)}
+        packed = {part for name in checkpoint.layers for part in checkpoint.layer_tensors(name)}
         for name in checkpoint.headers:
             if name in packed:
                 state[name] = checkpoint.tensor(name)

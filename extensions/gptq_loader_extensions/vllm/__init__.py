@@ -136,8 +136,8 @@ class VllmHost:
         Raises:
             GPTQLoaderError: the checkpoint cannot be found or read, or no kernel runs a layer.
         """
+        from gptq_loader_extensions.vllm.planning.checkpoint import open_gptq
         from gptq_loader_extensions.vllm.planning.explain import plan_for_vllm
-        from gptq_loader_plugin.checkpoint.reader import open_checkpoint
         from gptq_loader_plugin.load_options import LoadOptions
         from gptq_loader_plugin.plugins import Plugins
         from gptq_loader_plugin.reference import resolve
@@ -149,7 +149,7 @@ class VllmHost:
         )
         path = resolve(reference, plugins=plugins, revision=revision, download=False)
         return plan_for_vllm(
-            open_checkpoint(path, plugins.readers()),
+            open_gptq(path, plugins),
             options,
             plugins,
             reference=reference,

@@ -16,7 +16,7 @@ import numpy as np
 
 from gptq_loader_plugin.checkpoint.architectures.families import FAMILIES
 from gptq_loader_plugin.checkpoint.architectures.unsupported import REFUSED, SAME_CODE
-from gptq_loader_plugin.checkpoint.reader import Checkpoint
+from gptq_loader_plugin.checkpoint.reader import GPTQCheckpoint
 from gptq_loader_plugin.checkpoint.tensors import TensorFiles, View
 from gptq_loader_plugin.errors import ConfigInvalid, UnsupportedFormat
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from gptq_loader_plugin.checkpoint.architectures.families import Family
+    from gptq_loader_plugin.checkpoint.reader import Checkpoint
     from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
     from gptq_loader_plugin.kernel import LayerSpec
 
@@ -59,6 +60,8 @@ def translate(checkpoint: Checkpoint, *, families: Sequence[Family] = FAMILIES) 
         ConfigInvalid: config.json lacks what it takes to build the model.
     """
     path = checkpoint.folder / "config.json"
+    if not isinstance(checkpoint, GPTQCheckpoint):
+        return checkpoint  # whose reader knows its format
     if not path.is_file():
         return checkpoint  # a plan can be made without it; building says what is missing
     config = checkpoint.model_config
@@ -129,7 +132,7 @@ def _incomplete(model_type: str, path: Path, error: Exception) -> ConfigInvalid:
     )
 
 
-def _replace(checkpoint: Checkpoint, **parts: Any) -> Checkpoint:  # noqa: ANN401
+def _replace(checkpoint: GPTQCheckpoint, **parts: Any) -> GPTQCheckpoint:  # noqa: ANN401
     """Make a checkpoint like another one, with some parts of its own."""
     same = {
         "config": checkpoint.config,
@@ -138,14 +141,14 @@ def _replace(checkpoint: Checkpoint, **parts: Any) -> Checkpoint:  # noqa: ANN40
         "tensors": checkpoint.tensors,
         "translated": checkpoint.translated,
     }
-    return Checkpoint(checkpoint.path, **{**same, **parts})
+    return GPTQCheckpoint(checkpoint.path, **{**same, **parts})
 
 
 @dataclass(frozen=True, slots=True)
 class _Translation:
     """One checkpoint, the family it is read by, and its config in transformers' words."""
 
-    checkpoint: Checkpoint
+    checkpoint: GPTQCheckpoint
     family: Family
     config: dict[str, Any]
 

@@ -9,8 +9,8 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import get_pp_group
 
 from gptq_loader_extensions.vllm.options import NAME
+from gptq_loader_extensions.vllm.planning.checkpoint import open_gptq
 from gptq_loader_extensions.vllm.planning.names import Names
-from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.plugins import Plugins
 
@@ -36,7 +36,7 @@ class LoadContext:
 
     def __init__(self, folder: Path) -> None:
         plugins = Plugins(installed=True)
-        self.checkpoint = open_checkpoint(folder, plugins.readers())
+        self.checkpoint = open_gptq(folder, plugins)
         self.names = Names(self.checkpoint.layers, self.checkpoint.path)
         self.kernels = plugins.kernels()
         self._logged: set[object] = set()

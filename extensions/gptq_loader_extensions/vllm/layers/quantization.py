@@ -30,9 +30,9 @@ from gptq_loader_extensions.vllm.layers.experts import GPTQLoaderExpertsMethod, 
 from gptq_loader_extensions.vllm.layers.folder import find_folder
 from gptq_loader_extensions.vllm.layers.linear import GPTQLoaderLinearMethod
 from gptq_loader_extensions.vllm.options import NAME
+from gptq_loader_extensions.vllm.planning.checkpoint import open_gptq
 from gptq_loader_extensions.vllm.planning.eligibility import METHODS
 from gptq_loader_extensions.vllm.planning.eligibility import refusal as wrong_in_vllm
-from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.plugins import Plugins
 
@@ -100,7 +100,7 @@ class GPTQLoaderConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not 
         path = Path(getattr(hf_config, "_name_or_path", "") or "")
         if path.is_dir():
             try:
-                checkpoint = open_checkpoint(path, Plugins(installed=True).readers())
+                checkpoint = open_gptq(path, Plugins(installed=True))
             except GPTQLoaderError as error:
                 logger.info("gptq_loader leaves this checkpoint to vLLM: %s", error.message)
                 return None

@@ -11,7 +11,7 @@ from gptq_loader_plugin.errors import TensorMismatch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from gptq_loader_plugin.checkpoint.reader import Checkpoint
+    from gptq_loader_plugin.checkpoint.reader import GPTQCheckpoint
     from gptq_loader_plugin.kernel import PackedLinear
 
 __all__ = ["PARTS", "Arrivals", "empty_parameter"]
@@ -26,7 +26,7 @@ class Arrivals:
         checkpoint: whose headers say what must arrive.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: GPTQCheckpoint) -> None:
         self._checkpoint = checkpoint
         self._parts: dict[str, dict[str, torch.Tensor]] = {}
         self._complete: set[str] = set()

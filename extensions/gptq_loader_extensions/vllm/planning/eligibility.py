@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from gptq_loader_plugin.checkpoint.reader import Checkpoint
+    from gptq_loader_plugin.checkpoint.reader import GPTQCheckpoint
     from gptq_loader_plugin.device import Device
     from gptq_loader_plugin.kernel import LayerSpec
 
@@ -42,7 +42,7 @@ def stored_label(folder: Path) -> Mapping[str, Any]:
 
 
 def refusal(
-    checkpoint: Checkpoint, layers: Iterable[LayerSpec], device: Device | None
+    checkpoint: GPTQCheckpoint, layers: Iterable[LayerSpec], device: Device | None
 ) -> str | None:
     """Say why vLLM's own GPTQ would not run a checkpoint rightly; None where it would.
 
@@ -76,7 +76,7 @@ def label_refusal(label: Mapping[str, Any]) -> str | None:
     return None
 
 
-def taken_unasked(checkpoint: Checkpoint) -> bool:
+def taken_unasked(checkpoint: GPTQCheckpoint) -> bool:
     """Whether the plug-in takes a checkpoint when vLLM loads it and no method was named."""
     method = str(stored_label(checkpoint.folder).get("quant_method", "")).lower()
     wrong = refusal(checkpoint, checkpoint.layers.values(), None)

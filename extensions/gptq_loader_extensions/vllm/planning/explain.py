@@ -15,7 +15,7 @@ from gptq_loader_plugin.planning.choose import choose
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gptq_loader_plugin.checkpoint.reader import Checkpoint
+    from gptq_loader_plugin.checkpoint.reader import GPTQCheckpoint
     from gptq_loader_plugin.kernel import LayerSpec
     from gptq_loader_plugin.load_options import LoadOptions
     from gptq_loader_plugin.planning.plan import Plan
@@ -101,7 +101,7 @@ class VllmPlan:
 
 
 def plan_for_vllm(
-    checkpoint: Checkpoint,
+    checkpoint: GPTQCheckpoint,
     options: LoadOptions,
     plugins: Plugins,
     *,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from gptq_loader_plugin.checkpoint.reader import Checkpoint
+    from gptq_loader_plugin.checkpoint.reader import GPTQCheckpoint
     from gptq_loader_plugin.kernel import LayerSpec
 
 __all__ = ["expert_layers", "joined_layers"]
@@ -30,12 +30,12 @@ JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 EXPERT = re.compile(r".*\.experts\.\d+\..*")
 
 
-def expert_layers(checkpoint: Checkpoint) -> list[LayerSpec]:
+def expert_layers(checkpoint: GPTQCheckpoint) -> list[LayerSpec]:
     """List the layers that are an expert's of a mixture: vLLM's kernels never see them packed."""
     return [it for it in checkpoint.layers.values() if EXPERT.fullmatch(it.name)]
 
 
-def joined_layers(checkpoint: Checkpoint) -> tuple[LayerSpec, ...]:
+def joined_layers(checkpoint: GPTQCheckpoint) -> tuple[LayerSpec, ...]:
     """Describe the layers as vLLM has them, for kernels to consider; experts are left out.
 
     Raises:
@@ -54,7 +54,7 @@ def joined_layers(checkpoint: Checkpoint) -> tuple[LayerSpec, ...]:
     return tuple(described)
 
 
-def _joined_name(name: str, checkpoint: Checkpoint) -> str:
+def _joined_name(name: str, checkpoint: GPTQCheckpoint) -> str:
     """Name vLLM's layer that a layer is part of; its own name where there is no such layer."""
     parent, _, last = name.rpartition(".")
     for joined, parts in JOINED.items():
@@ -68,7 +68,7 @@ def _joined_name(name: str, checkpoint: Checkpoint) -> str:
     return name
 
 
-def _join(layers: Sequence[LayerSpec], name: str, checkpoint: Checkpoint) -> list[LayerSpec]:
+def _join(layers: Sequence[LayerSpec], name: str, checkpoint: GPTQCheckpoint) -> list[LayerSpec]:
     """Join layers with the same groups; where they differ, each stays by itself."""
     first = layers[0]
     if len(layers) == 1:
@@ -100,7 +100,7 @@ def _as_vllm(layer: LayerSpec) -> LayerSpec:
     return layer if layer.groups > 1 else replace(layer, desc_act=False, group_size=-1)
 
 
-def _groups(layer: LayerSpec, checkpoint: Checkpoint) -> NDArray[np.int32]:
+def _groups(layer: LayerSpec, checkpoint: GPTQCheckpoint) -> NDArray[np.int32]:
     stored = f"{layer.name}.g_idx"
     return row_groups(
         checkpoint.tensors.integers(stored) if stored in checkpoint.headers else None,

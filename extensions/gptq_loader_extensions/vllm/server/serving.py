@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptq_loader_extensions.vllm.options import LOOPBACK, ServeOptions
+from gptq_loader_extensions.vllm.planning.checkpoint import open_gptq
 from gptq_loader_extensions.vllm.planning.explain import plan_for_vllm
 from gptq_loader_extensions.vllm.server.command import environment, write_command
 from gptq_loader_extensions.vllm.server.process import ServerProcess
@@ -24,7 +25,6 @@ from gptq_loader_extensions.vllm.server.server_files import (
 )
 from gptq_loader_plugin.chat.find_template import find_template
 from gptq_loader_plugin.chat.tokenizer import read_tokenizer
-from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.reference import resolve
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_extensions.openai.settings import Settings
     from gptq_loader_extensions.vllm.planning.explain import VllmPlan
-    from gptq_loader_plugin.checkpoint.reader import Checkpoint
+    from gptq_loader_plugin.checkpoint.reader import GPTQCheckpoint
 
 __all__ = ["serve"]
 
@@ -61,7 +61,7 @@ def serve(reference: str, options: ServeOptions, *, installed: str) -> None:
 
     settings = options.settings
     plugins, path = _find(reference)
-    checkpoint = open_checkpoint(path, plugins.readers())
+    checkpoint = open_gptq(path, plugins)
     _check_alone(checkpoint)
     template = find_template(
         checkpoint.folder,
@@ -150,7 +150,7 @@ def _find(reference: str) -> tuple[Plugins, Path]:
         bars.close()
 
 
-def _check_alone(checkpoint: Checkpoint) -> None:
+def _check_alone(checkpoint: GPTQCheckpoint) -> None:
     """Refuse a folder with files of other checkpoints: vLLM would load them all."""
     used = {it.file.resolve() for it in checkpoint.headers.values()}
     there = {it.resolve() for it in checkpoint.folder.glob("*.safetensors")}
