@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gptq_loader_plugin.catalog.fit import Fit, check_fit
 from gptq_loader_plugin.checkpoint.config import read_stored_config
+from gptq_loader_plugin.checkpoint.detect import detect
 from gptq_loader_plugin.checkpoint.headers import read_headers
 from gptq_loader_plugin.checkpoint.outline import outline
 from gptq_loader_plugin.checkpoint.weight_files import WEIGHT_SUFFIXES, find_weight_files
@@ -131,14 +132,14 @@ def local_models(
     found: dict[str, LocalModel] = {}
     for folder in models_folders(environ):
         for name, path in _folders(folder):
-            if name not in found and _is_gptq(path):
+            if name not in found and detect(path).is_gptq:
                 found[name] = LocalModel(name, path, "models directory", _weight_bytes(path))
     listed = sorted(found.values(), key=lambda it: it.name.casefold())
     if cache:
         cached = [
             LocalModel(name, path, "Hugging Face cache", _weight_bytes(path))
             for name, path in _cached()
-            if name not in found and _is_gptq(path)
+            if name not in found and detect(path).is_gptq
         ]
         listed += sorted(cached, key=lambda it: it.name.casefold())
     return listed
@@ -191,20 +192,3 @@ def _has_weights(folder: Path) -> bool:
 def _weight_bytes(folder: Path) -> int:
     files = (it for it in folder.iterdir() if it.suffix in WEIGHT_SUFFIXES)
     return sum(it.stat().st_size for it in files if it.exists())
-
-
-def _is_gptq(folder: Path) -> bool:
-    """Tell whether a folder's config or tensors are GPTQ's; the loader will say what is wrong.
-
-    Pickles are not opened for a list: without a config, their names must say it.
-    """
-    try:
-        stored, _ = read_stored_config(folder)
-        if stored.quant_method is not None or stored.bits is not None:
-            return True
-        files = find_weight_files(folder)
-        if all(it.suffix == ".safetensors" for it in files):
-            return any(name.endswith(".qweight") for name in read_headers(files))
-    except GPTQLoaderError:
-        return (folder / "quantize_config.json").is_file()
-    return any("bit" in it.stem.lower() or "gptq" in it.stem.lower() for it in files)

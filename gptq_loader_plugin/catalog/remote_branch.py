@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gptq_loader_plugin.catalog.exllama import ask_exllama
 from gptq_loader_plugin.catalog.fit import Fit, check_fit
 from gptq_loader_plugin.checkpoint.config import CONFIG_FILES, read_stored_config
+from gptq_loader_plugin.checkpoint.detect import detect
 from gptq_loader_plugin.checkpoint.headers import read_safetensors_header
 from gptq_loader_plugin.checkpoint.outline import outline
 from gptq_loader_plugin.checkpoint.weight_files import find_weight_files
@@ -102,7 +103,7 @@ def _open(remote: RemoteBranch, folder: Path, asker: Asker, stop: Stop) -> Seen:
             facts=told,
             sources=dict(stored.sources),
             fit=Fit(fits=None, reason=why),
-            is_gptq=True if stored.bits is not None else None,
+            is_gptq=True if detect(folder).is_gptq else None,
         )
     headers: dict[str, TensorInfo] = {}
     for file in files:

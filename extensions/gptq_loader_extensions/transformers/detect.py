@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.checkpoint.architectures.translate import translate_config
-from gptq_loader_plugin.checkpoint.headers import read_headers
-from gptq_loader_plugin.checkpoint.weight_files import find_weight_files
-from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.checkpoint.config import CONFIG_FILES
+from gptq_loader_plugin.checkpoint.detect import detect, detect_by_configs
 from gptq_loader_plugin.hub.remote import PICKLE_FILES, SMALL_FILES, WEIGHT_FILES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from gptq_loader_plugin.checkpoint.detect import Detection
+
 __all__ = ["Found", "fetch", "find_checkpoint"]
 
-METHODS = ("gptq", "gptq_v2")
 OTHER_SOURCES = ("gguf_file", "state_dict")
 STOCK_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -67,16 +67,18 @@ def find_checkpoint(name: object, kwargs: Mapping[str, Any]) -> Found | None:
     if config is None:
         return None
     quantization = config.get("quantization_config")
+    detection: Detection | None = None
     if isinstance(quantization, dict) and quantization:
-        return _translated(found, config) if _method(quantization) in METHODS else None
-    found = replace(found, known=False)
-    for file in ("quantize_config.json", "quant_config.json"):
-        stored = _table(found, file)
-        if stored is not None and "bits" in stored:
-            return _translated(found, config) if _method(stored) in METHODS else None
-    if found.folder is not None and _holds_codes(found.folder):
-        return _translated(found, config)
-    return None
+        detection = detect_by_configs([("config.json", {"bits": 0, **quantization})])
+    else:
+        found = replace(found, known=False)
+        stored = ((file, _table(found, file) or {}) for file in CONFIG_FILES)
+        detection = detect_by_configs(stored)
+    if detection is None and found.folder is not None and not _is_stock(found.folder):
+        detection = detect(found.folder, open_pickles=True)
+    if detection is None or not detection.is_gptq:
+        return None
+    return _translated(found, config)
 
 
 def fetch(found: Found) -> Path:
@@ -110,10 +112,6 @@ def _translated(found: Found, config: dict[str, Any]) -> Found:
     return replace(found, translated=translate_config(config, path))
 
 
-def _method(stored: Mapping[str, Any]) -> str:
-    return str(stored.get("quant_method") or "gptq").lower()
-
-
 def _table(found: Found, file: str) -> dict[str, Any] | None:
     """Read a JSON file of the checkpoint; None where there is none, or it holds something else."""
     if found.folder is not None:
@@ -145,15 +143,8 @@ def _from_hub(found: Found, file: str) -> Path | None:
     return None if path is None else Path(path)
 
 
-def _holds_codes(folder: Path) -> bool:
-    """Say whether the tensors are GPTQ's though no config says so, from headers alone."""
-    if not any(folder.glob("*.safetensors")) and any(
-        (folder / it).is_file() for it in STOCK_PICKLES
-    ):
-        return False
-    try:
-        names = set(read_headers(find_weight_files(folder)))
-    except GPTQLoaderError:
-        return False
-    layers = {it.removesuffix(".qweight") for it in names if it.endswith(".qweight")}
-    return any(f"{it}.qzeros" in names and f"{it}.scales" in names for it in layers)
+def _is_stock(folder: Path) -> bool:
+    """Whether a folder's pickles have the names that transformers writes: of no use to open."""
+    return not any(folder.glob("*.safetensors")) and any(
+        (folder / name).is_file() for name in STOCK_PICKLES
+    )

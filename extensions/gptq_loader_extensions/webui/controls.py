@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptq_loader_extensions.webui.host_modules import NAME, is_ours
 from gptq_loader_extensions.webui.loading import AUTO, option
-from gptq_loader_extensions.webui.recognise import is_gptq
+from gptq_loader_plugin.checkpoint.detect import detect
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.system.atomic_file import write_whole
 
@@ -134,7 +134,7 @@ def _explain(webui: Webui, plugins: Plugins, model: str | None, backend: str | N
     ours = None if shared.model is None else generating_of(shared.model)
     if ours is not None and (model, backend) == (shared.model_name, shared.args.gptq_backend):
         return _shown(ours.loaded.explain().replace(str(folder), model, 1))
-    if not is_gptq(folder):
+    if not detect(folder).is_gptq:
         return _shown(f"{model} is no GPTQ checkpoint; choose another loader for it.")
     try:
         plan = gptq.explain(

@@ -17,7 +17,7 @@ from gptq_loader_extensions.webui.host_modules import (
     is_ours,
 )
 from gptq_loader_extensions.webui.loading import Loads, option, wrap_unload
-from gptq_loader_extensions.webui.recognise import is_gptq
+from gptq_loader_plugin.checkpoint.detect import detect
 from gptq_loader_plugin.errors import GPTQLoaderError, PluginError
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _recognise_checkpoints(webui: Webui, plugins: Plugins) -> None:
     ) -> str | None:
         loader: str | None = infer_theirs(model_name, model_settings, hf_quant_method)
         folder = webui.utils.resolve_model_path(model_name)
-        if loader != TRANSFORMERS or not is_gptq(folder):
+        if loader != TRANSFORMERS or not detect(folder).is_gptq:
             return loader
         # The host puts a template over this one where the checkpoint or the user brings one.
         model_settings.update(_template_settings(webui, folder, plugins))
@@ -194,7 +194,7 @@ def _warn_of_model_loaded_before(webui: Webui) -> None:
     name = webui.shared.model_name
     if webui.shared.model is None or webui.shared.args.loader != TRANSFORMERS:
         return
-    if is_gptq(webui.utils.resolve_model_path(name)):
+    if detect(webui.utils.resolve_model_path(name)).is_gptq:
         webui.logger.warning(
             "%s was loaded at start-up, before the GPTQ loader was there, and its weights may not "
             "have been read. Load it again in the Model tab, or start with: gptq-loader webui run",
