@@ -16,6 +16,7 @@ from gptq_loader_plugin.errors import ConfigInvalid, OptionInvalid
 from gptq_loader_plugin.load_options import LoadOptions
 from gptq_loader_plugin.model.shortlist import shorten
 from gptq_loader_plugin.opening import open_planned, plan_load
+from gptq_loader_plugin.planning.model_shape import ModelShape
 from gptq_loader_plugin.planning.shortlist import plan_shortlist
 from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.reference import resolve
@@ -290,22 +291,14 @@ def _check_marks(folder: Path) -> None:
                 )
 
 
-def _context(model: PreTrainedModel, asked: int | None) -> int:
-    config: Any = model.config.get_text_config()
-    longest = next(
-        (
-            value
-            for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-            if isinstance(value := getattr(config, name, None), int)
-        ),
-        UNKNOWN_CONTEXT,
-    )
-    if asked is not None and not 1 < asked <= longest:
+def _context(model: PreTrainedModel, requested: int | None) -> int:
+    longest = ModelShape.of_config(model.config).context or UNKNOWN_CONTEXT
+    if requested is not None and not 1 < requested <= longest:
         raise OptionInvalid(
-            f"a context of {asked:,} tokens was asked for; this model takes 2 to {longest:,}",
+            f"a context of {requested:,} tokens was asked for; this model takes 2 to {longest:,}",
             hint="ask for less, or leave context out",
         )
-    return asked or longest
+    return requested or longest
 
 
 def _never_sample_padding(loaded: LoadedModel) -> None:

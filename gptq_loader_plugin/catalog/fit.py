@@ -72,8 +72,7 @@ def check_fit(
         plan = plan_shortlist(plan, checkpoint, kernels)
     except NoBackend as error:
         return Fit(fits=False, reason=error.message.partition(":")[0])
-    known = (checkpoint.folder / "config.json").is_file()
-    context = min(context, (_longest(checkpoint) if known else None) or context)
+    context = min(context, plan.shape.context or context)
     kv_bytes = (plan.kv_bytes_per_token or 0) * context
     fit = Fit(
         fits=None,
@@ -122,10 +121,3 @@ def _judged(fit: Fit, taken: int, device: Device, disk: tuple[int, int] | None) 
     if device.present and device.type != "cpu" and taken <= together:
         reason += "; with --device-map auto the CPU takes the rest"
     return replace(fit, fits=False, reason=reason)
-
-
-def _longest(checkpoint: Checkpoint) -> int | None:
-    """Find the longest context that the model was made for."""
-    config = checkpoint.model_config
-    length = config.get("text_config", config).get("max_position_embeddings")
-    return length if isinstance(length, int) and length > 0 else None

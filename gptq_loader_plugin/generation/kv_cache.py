@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 )
 
 from gptq_loader_plugin.errors import OptionInvalid
-from gptq_loader_plugin.planning.model_shape import cache_group
+from gptq_loader_plugin.planning.model_shape import ModelShape, cache_group
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -123,7 +123,7 @@ def make_cache(model: PreTrainedModel) -> DynamicCache:
     """Make an empty cache for `model`, with room where its layers are plain attention."""
     cache = DynamicCache(config=model.config)
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    alike = not _is_latent(model.config)
+    alike = ModelShape.of_config(model.config).latent_size is None  # of the same width
     if cache.layers and alike and all(type(layer) in plain for layer in cache.layers):
         cache.layers = [RoomyLayer() for _ in cache.layers]  # type: ignore[no-untyped-call]
     return cache
@@ -141,7 +141,8 @@ def check_int8(config: PreTrainedConfig) -> None:
             hint="pip install hqq, or leave the 8 bits out",
         )
     plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
-    if not plain or _is_latent(config) or not cache_group(_head_dim(config)):
+    shape = ModelShape.of_config(config)
+    if not plain or shape.latent_size is not None or not cache_group(shape.head_dim or 1):
         raise OptionInvalid(
             f"this {config.model_type} model's context cannot be kept in 8 bits",
             hint="leave the 8 bits out",
@@ -153,19 +154,8 @@ def make_int8_cache(model: PreTrainedModel) -> QuantizedCache:
 
     It is slower, and cannot be cut short: each reply reads its whole prompt.
     """
-    size = cache_group(_head_dim(model.config))
+    size = cache_group(ModelShape.of_config(model.config).head_dim or 1)
     return QuantizedCache("hqq", model.config, nbits=8, axis_key=1, axis_value=1, q_group_size=size)
-
-
-def _is_latent(config: PreTrainedConfig) -> bool:
-    """Say whether attention keeps two things of different widths, as DeepSeek-V2's does."""
-    return getattr(config.get_text_config(), "kv_lora_rank", None) is not None
-
-
-def _head_dim(config: PreTrainedConfig) -> int:
-    text: Any = config.get_text_config()
-    own = getattr(text, "head_dim", None)
-    return int(own or text.hidden_size // text.num_attention_heads)
 
 
 class KeptCache:

@@ -1,44 +1,140 @@
-"""What shape a model is, by its config.json: its cache of keys and values above all."""
+"""What shape a model is, by its config.json, whatever its family calls each number."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PreTrainedConfig
+
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
 
-__all__ = ["cache_group", "kv_bytes_per_token"]
+__all__ = ["ModelShape", "cache_group", "kv_bytes_per_token", "shape_of"]
+
+# The names that transformers' configs have for a number, the commonest first.
+CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+LAYERS = ("num_hidden_layers", "n_layer")
+HEADS = ("num_attention_heads", "n_head")
+HIDDEN = ("hidden_size", "n_embd")
+INNER = ("intermediate_size", "n_inner")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The sizes of a model; None where config.json does not tell.
+
+    Attributes:
+        layers: decoder layers.
+        hidden_size: the width of the residual stream.
+        intermediate_size: the width inside an MLP.
+        heads: query heads of a layer.
+        kv_heads: heads of its keys and values.
+        head_dim: the width of a head.
+        latent_size: values of a position that latent attention keeps for all heads together
+            (DeepSeek-V2); None elsewhere.
+        vocab_size: the rows of the embedding.
+        context: the longest sequence.
+    """
+
+    layers: int | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    latent_size: int | None = None
+    vocab_size: int | None = None
+    context: int | None = None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> ModelShape:
+        """Read the shape of a model's language part.
+
+        Args:
+            config: a config.json, or a transformers config as a mapping.
+        """
+        text = config.get("text_config")
+        text = text if isinstance(text, dict) else config
+        hidden, heads = _number(text, *HIDDEN), _number(text, *HEADS)
+        head_dim = _number(text, "head_dim")
+        if head_dim is None and hidden and heads:
+            head_dim = hidden // heads
+        latent = _number(text, "kv_lora_rank")
+        if latent is not None:
+            latent += _number(text, "qk_rope_head_dim") or 0
+        return cls(
+            layers=_number(text, *LAYERS),
+            hidden_size=hidden,
+            intermediate_size=_number(text, *INNER),
+            heads=heads,
+            kv_heads=_kv_heads(text, heads),
+            head_dim=head_dim,
+            latent_size=latent,
+            vocab_size=_number(text, "vocab_size"),
+            context=_number(text, *CONTEXT),
+        )
+
+    @classmethod
+    def of_config(cls, config: PreTrainedConfig) -> ModelShape:
+        """Read the shape of transformers' own config, by its attributes' other names too."""
+        text: Any = config.get_text_config()
+        aliases = {name: getattr(text, name, None) for name in text.attribute_map}
+        return cls.of({**text.to_dict(), **aliases})
+
+    @property
+    def kv_width(self) -> int | None:
+        """The values that one layer keeps of one position."""
+        if self.latent_size is not None:
+            return self.latent_size
+        if self.kv_heads is None or self.head_dim is None:
+            return None
+        return 2 * self.kv_heads * self.head_dim
+
+
+def shape_of(checkpoint: Checkpoint) -> ModelShape:
+    """Return the shape of a checkpoint's model, of which nothing is known without config.json.
+
+    Raises:
+        ConfigInvalid: its config.json does not parse, or names no model type.
+    """
+    known = (checkpoint.folder / "config.json").is_file()
+    return ModelShape.of(checkpoint.model_config) if known else ModelShape()
+
+
+def kv_bytes_per_token(shape: ModelShape, dtype: str, *, int8_cache: bool) -> int | None:
+    """Return what keys and values of one token take; None where the shape does not tell.
+
+    The cache keeps room for up to a quarter more tokens than it holds.
+
+    Args:
+        shape: the model's.
+        dtype: of keys and values, as torch names it.
+        int8_cache: whether they are kept in 8 bits.
+    """
+    if shape.layers is None or shape.kv_width is None:
+        return None
+    values, size = shape.layers * shape.kv_width, 4 if dtype == "float32" else 2
+    if int8_cache and shape.head_dim and (group := cache_group(shape.head_dim)):
+        return values + values // group * 2 * size  # a scale and a zero for each group
+    return values * size
 
 
 def cache_group(head_dim: int) -> int:
-    """Give how many values of a head share a scale where keys and values have 8 bits, or 0."""
-    return next((it for it in (64, 32, 16, 8) if head_dim % it == 0), 0)
+    """Return how many values of a head share a scale where keys and values have 8 bits, or 0."""
+    return next((size for size in (64, 32, 16, 8) if head_dim % size == 0), 0)
 
 
-def kv_bytes_per_token(checkpoint: Checkpoint, dtype: str, *, int8_cache: bool) -> int | None:
-    """Work out what keys and values of one token take, from config.json where it tells.
-
-    The cache keeps room for up to a quarter more tokens than it holds.
-    """
-    if not (checkpoint.folder / "config.json").is_file():
-        return None
-    config = checkpoint.model_config
-    text = config.get("text_config", config)
-    layers = text.get("num_hidden_layers", text.get("n_layer"))
-    heads = text.get("num_attention_heads", text.get("n_head"))
-    hidden = text.get("hidden_size", text.get("n_embd"))
-    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int)):
-        return None
-    kv_heads = text.get("num_key_value_heads") or text.get("n_head_kv") or heads
+def _kv_heads(text: Mapping[str, Any], heads: int | None) -> int | None:
     if text.get("new_decoder_architecture"):  # Falcon-40B's
-        kv_heads = text.get("num_kv_heads") or kv_heads
-    elif text.get("multi_query", text.get("model_type") in ("falcon", "gpt_bigcode")):
-        kv_heads = 1
-    head_dim = text.get("head_dim") or hidden // heads
-    widths = 2 * kv_heads * head_dim
-    if (latent := text.get("kv_lora_rank")) is not None:  # DeepSeek-V2's, one for all heads
-        widths = latent + (text.get("qk_rope_head_dim") or 0)
-    values, size = layers * widths, 4 if dtype == "float32" else 2
-    if int8_cache and (group := cache_group(head_dim)):
-        return values + values // group * 2 * size  # a scale and a zero for each group
-    return int(values * size)
+        return _number(text, "num_kv_heads") or heads
+    if text.get("multi_query", text.get("model_type") in ("falcon", "gpt_bigcode")):
+        return 1
+    return _number(text, "num_key_value_heads", "n_head_kv") or heads
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int | None:
+    values = (config.get(name) for name in names)
+    return next((it for it in values if isinstance(it, int) and not isinstance(it, bool)), None)

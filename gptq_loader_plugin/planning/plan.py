@@ -11,7 +11,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.planning.choose import choose
-from gptq_loader_plugin.planning.model_shape import kv_bytes_per_token
+from gptq_loader_plugin.planning.model_shape import ModelShape, kv_bytes_per_token, shape_of
 from gptq_loader_plugin.planning.placement import Place, place_of
 from gptq_loader_plugin.planning.plan_text import describe_layers, layer_json
 from gptq_loader_plugin.system.units import write_size
@@ -47,6 +47,7 @@ class Plan:
         placed: where there is more than one device, the places of the model's parts, by the
             beginnings of their names.
         place_bytes: what the weights take in each place.
+        shape: the model's sizes, as far as config.json tells.
     """
 
     reference: str
@@ -62,6 +63,7 @@ class Plan:
     not_built: Plan | None = None
     placed: Mapping[str, Place] = field(default_factory=dict)
     place_bytes: Mapping[str, int] = field(default_factory=dict)
+    shape: ModelShape = field(default_factory=ModelShape)
 
     def place(self, name: str) -> Place:
         """Find the place of a layer or a tensor by its name."""
@@ -214,6 +216,7 @@ def make_plan(
         for layer in checkpoint.layers.values()
     )
     chosen_dtype = dtype or _usual_dtype(choices)
+    shape = shape_of(checkpoint)
     taken = _weight_bytes(checkpoint, choices, chosen_dtype, placed)
     return Plan(
         reference=reference,
@@ -224,11 +227,12 @@ def make_plan(
         dtype=chosen_dtype,
         weight_bytes=sum(taken.values()),
         checkpoint_bytes=checkpoint.size_bytes,
-        kv_bytes_per_token=kv_bytes_per_token(checkpoint, chosen_dtype, int8_cache=int8_cache),
+        kv_bytes_per_token=kv_bytes_per_token(shape, chosen_dtype, int8_cache=int8_cache),
         warnings=checkpoint.warnings,
         not_built=not_built,
         placed=placed,
         place_bytes=taken if placed else {},
+        shape=shape,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from gptq_loader_plugin.checkpoint.config import CONFIG_FILES, read_json
 from gptq_loader_plugin.errors import BadReference, QuantizeError
 from gptq_loader_plugin.events import Progress
+from gptq_loader_plugin.planning.model_shape import ModelShape
 from gptq_loader_plugin.quantize.algorithm import QuantizedWeight, quantize_weight
 from gptq_loader_plugin.quantize.blocks import (
     find_blocks,
@@ -84,8 +85,7 @@ def quantize_model(
     progress(Progress("read model", 1, 1, "files", str(source)))
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-    config: Any = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT
+    context = ModelShape.of_config(model.config).context or UNKNOWN_CONTEXT
     content = calibration_text(model, tokenizer, options, text=text, progress=progress)
     samples = calibration_samples(tokenizer, options, content, context=context)
     return quantize(

@@ -51,7 +51,7 @@ def test_without_its_package_it_is_refused() -> None:
 
 
 def test_other_kinds_are_refused() -> None:
-    with pytest.raises(gptq.OptionInvalid, match="cannot be kept as 'int3'"):
+    with pytest.raises(gptq.OptionInvalid, match="unknown kv_cache 'int3'"):
         gptq.load(DATA / ONE, kv_cache="int3", plugins=plugins())  # type: ignore[arg-type]
 
 

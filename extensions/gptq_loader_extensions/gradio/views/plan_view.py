@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gptq_loader_plugin.checkpoint.config import read_json
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from gptq_loader_plugin.planning.choose import Choice
     from gptq_loader_plugin.planning.plan import Plan
 
@@ -41,13 +38,13 @@ class Memory:
 
 def memory_of(plan: Plan, *, context: int | None = None) -> Memory:
     """Add up what a plan takes; config.json says how long the context is where nobody chose."""
-    config = _text_config(plan.path)
-    longest = context or _number(config, "max_position_embeddings", "n_positions") or 0
+    shape = plan.shape
+    longest = context or shape.context or 0
     size = 4 if plan.dtype == "float32" else 2
-    hidden = _number(config, "hidden_size", "n_embd") or 0
-    inner = _number(config, "intermediate_size", "n_inner") or 4 * hidden
+    hidden = shape.hidden_size or 0
+    inner = shape.intermediate_size or 4 * hidden
     rows = min(PROMPT_PART, longest or PROMPT_PART)
-    scratch = rows * (4 * hidden + 2 * inner) * size + 4 * (_number(config, "vocab_size") or 0)
+    scratch = rows * (4 * hidden + 2 * inner) * size + 4 * (shape.vocab_size or 0)
     return Memory(
         weights=plan.weight_bytes,
         kv=(plan.kv_bytes_per_token or 0) * longest,
@@ -110,14 +107,3 @@ def memory_html(memory: Memory, *, before: int | None = None, after: int | None 
         f"<figure class='memory'><figcaption>{said}</figcaption>"
         f"<div role='img' aria-label='{escape(said)}'>{bars}</div><ul>{legend}</ul></figure>"
     )
-
-
-def _text_config(path: Path) -> dict[str, Any]:
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    config = read_json(file) if file.is_file() else {}
-    text = config.get("text_config", config)
-    return text if isinstance(text, dict) else {}
-
-
-def _number(config: dict[str, Any], *names: str) -> int | None:
-    return next((it for name in names if isinstance(it := config.get(name), int)), None)

@@ -83,7 +83,7 @@ def serve(reference: str, options: ServeOptions, *, installed: str) -> None:
         port = free.getsockname()[1]
     name = _name(reference, path)
     ends = end_tokens(template, tokenizer, checkpoint.folder)
-    longest = options.load.context or checkpoint.model_config.get("max_position_embeddings")
+    longest = options.load.context or planned.plan.shape.context
     with tempfile.TemporaryDirectory(prefix="gptq-loader-") as told:
         command = write_command(
             options,
