@@ -13,6 +13,7 @@
   + NoBackend ................. every kernel declined; carries each one's reason
   + NotEnoughMemory ........... a model that does not fit into memory; carries the bytes
   + OptionInvalid ............. an option of a call is misspelt or out of range
+    - EmptyPrompt ............. there is nothing to go on with
   + PromptTooLong ............. a prompt that does not fit the context
   + TemplateError ............. there is no chat template, or it cannot render these messages
   + PluginError ............... a plugin broke its side of a hook, or is not installed
@@ -40,6 +41,7 @@ __all__ = [
     "ConfigInvalid",
     "CorruptCheckpoint",
     "DownloadCancelled",
+    "EmptyPrompt",
     "GPTQLoaderError",
     "HubError",
     "NoBackend",
@@ -74,6 +76,8 @@ class GPTQLoaderError(Exception):
     """
 
     def __init__(self, message: str, *, hint: str) -> None:
+        if not message or not hint:
+            raise ValueError("an error says what is wrong, and what to do next")
         super().__init__(message)
         self.message = message
         self.hint = hint
@@ -183,6 +187,10 @@ class NotEnoughMemory(GPTQLoaderError):
 
 class OptionInvalid(GPTQLoaderError):
     """An option of a call is misspelt or out of range."""
+
+
+class EmptyPrompt(OptionInvalid):
+    """A prompt has no tokens, and the tokenizer has none that begins a text."""
 
 
 class PromptTooLong(GPTQLoaderError):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from gptq_loader_plugin.chat.messages import check_text
 from gptq_loader_plugin.chat.templates import CHATML_START
-from gptq_loader_plugin.errors import GPTQLoaderError, PromptTooLong
+from gptq_loader_plugin.errors import EmptyPrompt, GPTQLoaderError, PromptTooLong
 from gptq_loader_plugin.generation.generate import Generation, Piece, Reply, generate_pieces
 from gptq_loader_plugin.generation.kv_cache import KeptCache
 from gptq_loader_plugin.generation.options import GenerateOptions
@@ -147,7 +147,7 @@ class LoadedModel:
         Raises:
             PromptTooLong: the tokens do not fit the context.
         """
-        self._check_fits(ids)
+        self.check_fits(ids)
         return self._pieces(ids, options, stop, cancel, processors=processors, watch=watch)
 
     def begin(
@@ -165,7 +165,7 @@ class LoadedModel:
         Raises:
             PromptTooLong: the tokens do not fit the context.
         """
-        self._check_fits(ids)
+        self.check_fits(ids)
         return self._begin(ids, options, stop, cancel, processors, watch)
 
     def chat(
@@ -196,7 +196,8 @@ class LoadedModel:
         """Tokenise a prompt; its special tokens count.
 
         Raises:
-            PromptTooLong: the prompt does not fit the context, or is empty.
+            EmptyPrompt: the prompt is empty.
+            PromptTooLong: the prompt does not fit the context.
             TemplateError: the prompt is no valid text.
         """
         check_text(prompt, "the prompt")
@@ -204,7 +205,7 @@ class LoadedModel:
         beginning: Any = self.tokenizer.bos_token_id
         if not ids and beginning is not None:
             ids = [int(beginning)]
-        self._check_fits(ids)
+        self.check_fits(ids)
         return ids
 
     def encode_chat(
@@ -220,7 +221,7 @@ class LoadedModel:
                 break
             del kept[first : following[0]]
             ids = self.template.encode(kept, self.tokenizer)
-        self._check_fits(ids)
+        self.check_fits(ids)
         dropped = len(messages) - len(kept)
         if not dropped:
             return ids, ""
@@ -272,11 +273,15 @@ class LoadedModel:
 
             torch.cuda.empty_cache()
 
-    def _check_fits(self, ids: Sequence[int]) -> None:
+    def check_fits(self, ids: Sequence[int]) -> None:
+        """Refuse a prompt that leaves no room for a reply.
+
+        Raises:
+            EmptyPrompt: there are no tokens.
+            PromptTooLong: there are more than the context takes.
+        """
         if not ids:
-            raise PromptTooLong(
-                "the prompt is empty", tokens=0, context=self.context, hint="write something"
-            )
+            raise EmptyPrompt("the prompt is empty", hint="write something")
         if len(ids) >= self.context:
             raise PromptTooLong(
                 f"the prompt has {len(ids):,} tokens, and the context is {self.context:,}",

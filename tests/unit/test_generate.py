@@ -197,8 +197,8 @@ def test_a_prompt_that_does_not_fit_is_an_error(model: gptq.LoadedModel) -> None
         with pytest.raises(gptq.PromptTooLong) as caught:
             ask()
         assert (caught.value.context, caught.value.tokens > 512) == (512, True)
-    with pytest.raises(gptq.PromptTooLong, match="empty"):
-        model._check_fits([])
+    with pytest.raises(gptq.EmptyPrompt, match="empty"):
+        model.check_fits([])
 
 
 def test_the_oldest_turns_are_left_out_where_asked_and_said(model: gptq.LoadedModel) -> None:

@@ -42,5 +42,5 @@ def test_a_head_is_made_narrow_by_name_and_said(backend: str | None) -> None:
 
 
 def test_an_unknown_head_is_said() -> None:
-    with pytest.raises(gptq.OptionInvalid, match="no head is 'int4'"):
+    with pytest.raises(gptq.OptionInvalid, match="unknown head 'int4'"):
         gptq.load(DATA / ONE, device="cpu", head="int4", plugins=plugins())  # type: ignore[arg-type]

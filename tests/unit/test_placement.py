@@ -102,7 +102,7 @@ def test_every_layer_gets_the_kernel_of_its_own_device() -> None:
         ({"device_map": "balanced"}, "no device map is called"),
         ({"device_map": "auto", "max_memory": {"cpu": "1kB"}}, "parts fit"),
         ({"device_map": "auto", "max_memory": {"cpu": "much"}}, "is no size"),
-        ({"device_map": "auto", "device": "cpu"}, "a device and a device map"),
+        ({"device_map": "auto", "device": "cpu"}, "both a device and a device map"),
         ({"max_memory": {"cpu": "1GB"}}, "memory limits are for"),
         ({"device_map": BLOCKS}, "no folder is named"),
     ],

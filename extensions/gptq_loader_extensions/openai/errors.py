@@ -65,13 +65,11 @@ def invalid(message: str, *, param: str | None = None, code: str | None = None) 
     return ApiError(400, message, param=param, code=code)
 
 
-def as_api_error(error: Exception) -> ApiError:  # noqa: PLR0911 - one for each kind
+def as_api_error(error: Exception) -> ApiError:
     """Turn what a request's work raised into an answer."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, PromptTooLong):
-        if not error.tokens:
-            return invalid("the prompt is empty; write something")
         return invalid(
             f"this model's maximum context length is {error.context:,} tokens, and the prompt has "
             f"{error.tokens:,}; shorten it, or leave the oldest turns out",

@@ -22,7 +22,6 @@ from gptq_loader_extensions.openai.routes.sse import event, stream, told
 from gptq_loader_extensions.openai.schema.openapi import ERRORS, EVENTS
 from gptq_loader_extensions.openai.schema.schemas import CompletionRequest
 from gptq_loader_extensions.openai.schema.unsupported import check_extra
-from gptq_loader_plugin.errors import PromptTooLong
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -215,8 +214,7 @@ def _ids(
         ids = model.tokenizer(prompt, verbose=False)["input_ids"] or model.encode(prompt)
     if body.truncation_length is not None:
         return cut_prompt(ids, model, length=body.truncation_length, reply=reply)
-    if len(ids) >= model.context:
-        raise PromptTooLong("", tokens=len(ids), context=model.context, hint="")
+    model.check_fits(ids)
     return ids
 
 
