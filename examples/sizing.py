@@ -300,12 +300,12 @@ def measure(reference: str, *, seconds: float, clock: Callable[[], float]) -> di
             begun = [model.begin([*ids[it:], *ids[:it]], options) for it in range(sequences)]
             for generation in begun:
                 batch.add(generation)
-            while any(len(it.unread) > 1 for it in begun):
-                alone = all(it.unread for it in begun)
-                before, began = sum(len(it.unread) for it in begun), clock()
+            while any(len(it.pending) > 1 for it in begun):
+                alone = all(it.pending for it in begun)
+                before, began = sum(len(it.pending) for it in begun), clock()
                 list(batch.step())
                 if alone:
-                    read = before - sum(len(it.unread) for it in begun)
+                    read = before - sum(len(it.pending) for it in begun)
                     reading.append((read, clock() - began))
         until = time.monotonic() + seconds
         while time.monotonic() < until and all(len(it) == n for n, it in batches.items()):

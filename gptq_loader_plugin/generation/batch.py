@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptq_loader_plugin.generation.generate import read_head, short_head
+from gptq_loader_plugin.generation.generate import compute_logits, top_logits_head
 from gptq_loader_plugin.kernel import Batcher
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Batch:
     def __init__(self, model: LoadedModel) -> None:
         self._model: Any = model.model
         self._batcher = _batcher(self._model)
-        self._short = short_head(self._model)
+        self._short = top_logits_head(self._model)
         self._written: list[Generation] = []
 
     def __len__(self) -> int:
@@ -66,67 +66,67 @@ class Batch:
         """
         for generation in list(self._written):
             if (piece := generation.cancelled()) is not None:
-                yield self._given(generation, piece)
-        long = [it for it in self._written if len(it.unread) > FEW]
-        few = [it for it in self._written if len(it.unread) <= FEW]
+                yield self._emit(generation, piece)
+        long = [it for it in self._written if len(it.pending) > FEW]
+        few = [it for it in self._written if len(it.pending) <= FEW]
         left = PART if few else WHOLE
         for generation in long:
-            count = min(left, len(generation.unread))
+            count = min(left, len(generation.pending))
             if count > 0:
-                yield from self._read(generation, count)
+                yield from self._prefill(generation, count)
             left -= count
         try:
             states = self._step_many(few)
         except Exception as error:  # noqa: BLE001 - the caller's to tell: memory may be short
             for generation in few:
-                yield self._given(generation, error)
+                yield self._emit(generation, error)
             return
         for i, generation in enumerate(few):
             if states is None:
-                yield from self._read(generation, FEW)
+                yield from self._prefill(generation, FEW)
             else:
-                yield from self._take(generation, states[i])
+                yield from self._sample(generation, states[i])
 
     def _step_many(self, few: list[Generation]) -> torch.Tensor | None:
         """Read what is unread of some replies in one step: logits [replies, 1, vocabulary]."""
         if self._batcher is None or len(few) < 2:
             return None
-        tokens = [it.unread for it in few]
+        tokens = [it.pending for it in few]
         states = self._batcher.step_many(tokens, [it.cache for it in few])
         if states is None:
             return None
         for generation in few:
-            generation.unread = []
+            generation.pending = []
         last = torch.tensor([len(it) for it in tokens]).cumsum(0) - 1
         states = states[last]
         if self._short is not None:
-            return read_head(self._short, few, states)[:, None]
+            return compute_logits(self._short, few, states)[:, None]
         logits: torch.Tensor = self._model.get_output_embeddings()(states)
         return logits[:, None]
 
-    def _read(
-        self, generation: Generation, most: int
+    def _prefill(
+        self, generation: Generation, max_tokens: int
     ) -> Iterator[tuple[Generation, Piece | Exception]]:
         try:
-            logits = generation.read_part(most)
+            logits = generation.prefill_chunk(max_tokens)
         except Exception as error:  # noqa: BLE001 - the caller's to tell; the others go on
-            yield self._given(generation, error)
+            yield self._emit(generation, error)
             return
-        if not generation.unread:
-            yield from self._take(generation, logits)
+        if not generation.pending:
+            yield from self._sample(generation, logits)
 
-    def _take(
+    def _sample(
         self, generation: Generation, logits: torch.Tensor
     ) -> Iterator[tuple[Generation, Piece | Exception]]:
         try:
-            piece = generation.take(logits)
+            piece = generation.sample(logits)
         except Exception as error:  # noqa: BLE001 - a caller's processor may fail
-            yield self._given(generation, error)
+            yield self._emit(generation, error)
             return
         if piece is not None:
-            yield self._given(generation, piece)
+            yield self._emit(generation, piece)
 
-    def _given(
+    def _emit(
         self, generation: Generation, what: Piece | Exception
     ) -> tuple[Generation, Piece | Exception]:
         if isinstance(what, Exception) or generation.finished:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from gptq_loader_plugin.generation.kv_cache import KeptCache
+from gptq_loader_plugin.generation.kv_cache import PrefixCache
 from gptq_loader_plugin.generation.sampling import Sampler
 from gptq_loader_plugin.generation.text_stream import TextStream
 from gptq_loader_plugin.kernel import ShortHead
@@ -31,9 +31,9 @@ __all__ = [
     "Piece",
     "Reply",
     "cache_name",
+    "compute_logits",
     "generate_pieces",
-    "read_head",
-    "short_head",
+    "top_logits_head",
 ]
 
 Finish = Literal["stop", "length", "cancelled"]
@@ -80,8 +80,8 @@ def generate_pieces(begin: Callable[[], Generation]) -> Iterator[Piece]:
     generation = begin()
     try:
         while not generation.finished:
-            logits = generation.read()
-            piece = generation.cancelled() or generation.take(logits)
+            logits = generation.prefill()
+            piece = generation.cancelled() or generation.sample(logits)
             if piece is not None:
                 yield piece
     finally:
@@ -91,8 +91,8 @@ def generate_pieces(begin: Callable[[], Generation]) -> Iterator[Piece]:
 class Generation:
     """One reply as it is written: until a stop token, a stop text, the length or a cancellation.
 
-    `read` reads what the model has not seen, and `take` picks the token that follows. Whoever
-    writes several replies at a time reads `unread` into `cache` itself.
+    `prefill` runs the model over the pending tokens, a prompt's or the last one, and `sample` picks
+    the token that follows. `Batch`, which writes several replies, runs them itself.
 
     Args:
         model: a causal language model.
@@ -102,8 +102,8 @@ class Generation:
         max_new_tokens: the ceiling, already cut to the context.
         stop: texts that end the reply; they are not part of it.
         stop_ids: tokens that end the reply.
-        hidden_ids: tokens that are never shown.
-        never_ids: tokens that are never sampled: the embedding's padding.
+        silent_ids: tokens that are never shown.
+        banned_ids: tokens that are never sampled: the embedding's padding.
         cancel: ends the reply once it is set.
         kept: the caches of replies before this one; tokens one of them holds are not read again.
         processors: change the logits before a token is picked, after those that `options` ask for.
@@ -112,7 +112,7 @@ class Generation:
 
     Attributes:
         cache: keys and values of what was read.
-        unread: the tokens to read next.
+        pending: the tokens to read next.
         finished: whether the reply has ended.
     """
 
@@ -126,56 +126,56 @@ class Generation:
         max_new_tokens: int,
         stop: Sequence[str],
         stop_ids: frozenset[int],
-        hidden_ids: frozenset[int] = frozenset(),
-        never_ids: Sequence[int] = (),
+        silent_ids: frozenset[int] = frozenset(),
+        banned_ids: Sequence[int] = (),
         cancel: threading.Event | None = None,
-        kept: KeptCache | None = None,
+        kept: PrefixCache | None = None,
         processors: Sequence[LogitsProcessor] = (),
         watch: Callable[[int, torch.Tensor], object] | None = None,
     ) -> None:
         if not ids:
             raise ValueError("an empty prompt")
         self._model = model
-        self._short = short_head(model)
-        self._text = TextStream(tokenizer, stop, hidden_ids)
-        self._sampler = Sampler(options, never_ids, model.device, processors)
-        self._most, self._stop_ids = max_new_tokens, stop_ids
+        self._short = top_logits_head(model)
+        self._text = TextStream(tokenizer, stop, silent_ids)
+        self._sampler = Sampler(options, banned_ids, model.device, processors)
+        self._max_new_tokens, self._stop_ids = max_new_tokens, stop_ids
         self._cancel, self._watch = cancel, watch
-        self._kept = kept or KeptCache()
+        self._kept = kept or PrefixCache()
         self._read = list(ids)  # whose keys and values the cache has, or will have once it is used
         self._sequence = torch.tensor([self._read], device=model.device)
         self._tokens = 0
-        self.cache, held = self._kept.take(model, ids)
-        self.unread = self._read[held:]
+        self.cache, held = self._kept.reuse(model, ids)
+        self.pending = self._read[held:]
         self.finished = False
 
-    def read(self, most: int = PREFILL_TOKENS) -> torch.Tensor:
-        """Read all that is unread, `most` tokens at a time; give the logits [1, vocabulary]."""
+    def prefill(self, max_tokens: int = PREFILL_TOKENS) -> torch.Tensor:
+        """Run the model over all pending tokens, so many at a time: logits [1, vocabulary]."""
         while True:
-            logits = self.read_part(most)
-            if not self.unread:
+            logits = self.prefill_chunk(max_tokens)
+            if not self.pending:
                 return logits
 
-    def read_part(self, most: int) -> torch.Tensor:
-        """Read at most `most` of the unread tokens; give the logits after them [1, vocabulary]."""
-        part, self.unread = self.unread[:most], self.unread[most:]
+    def prefill_chunk(self, max_tokens: int) -> torch.Tensor:
+        """Run the model over some pending tokens; return the logits after them [1, vocabulary]."""
+        part, self.pending = self.pending[:max_tokens], self.pending[max_tokens:]
         cached = {cache_name(self._model): self.cache, "use_cache": True, "logits_to_keep": 1}
         ids = torch.tensor([part], device=self._model.device)
         if self._short is not None:
             decoder: Any = self._model.get_decoder()
             del cached["logits_to_keep"]
             states = decoder(input_ids=ids, **cached).last_hidden_state[:, -1]
-            return read_head(self._short, [self], states)
+            return compute_logits(self._short, [self], states)
         logits: torch.Tensor = self._model(input_ids=ids, **cached).logits[:, -1]
         return logits
 
-    def wanted(self) -> int:
+    def needed_logits(self) -> int:
         """Say how many of the greatest logits `take` needs; 0 where it needs all of them."""
-        return 0 if self._watch is not None else self._sampler.wanted()
+        return 0 if self._watch is not None else self._sampler.needed_logits()
 
-    def aside(self, vocabulary: int) -> torch.Tensor | None:
+    def excluded(self, vocabulary: int) -> torch.Tensor | None:
         """Mark the tokens that do not count among those wanted: bool [vocabulary]."""
-        return self._sampler.aside(self._sequence, vocabulary)
+        return self._sampler.excluded(self._sequence, vocabulary)
 
     def cancelled(self) -> Piece | None:
         """Give the last piece where the reply was cancelled."""
@@ -183,9 +183,9 @@ class Generation:
             return None
         return self._end(self._text.rest(), "cancelled")
 
-    def take(self, logits: torch.Tensor) -> Piece | None:
+    def sample(self, logits: torch.Tensor) -> Piece | None:
         """Pick the token that follows what was read; give the text that is certain with it."""
-        token = self._sampler.pick(self._sequence, logits)
+        token = self._sampler.sample(self._sequence, logits)
         self._tokens += 1
         if self._watch is not None:
             self._watch(token, logits)
@@ -194,9 +194,9 @@ class Generation:
         new = self._text.add(token)
         if self._text.stopped:
             return self._end(new, "stop")
-        if self._tokens == self._most:
+        if self._tokens == self._max_new_tokens:
             return self._end(new + self._text.rest(), "length")
-        self.unread = [token]
+        self.pending = [token]
         self._read.append(token)
         step = torch.tensor([[token]], device=self._model.device)
         self._sequence = torch.cat((self._sequence, step), dim=1)
@@ -205,29 +205,29 @@ class Generation:
     def close(self) -> None:
         """End the reply, where it has not ended, and keep its cache for the next one."""
         self.finished = True
-        self._kept.put(self._read, self.cache)
+        self._kept.store(self._read, self.cache)
 
     def _end(self, text: str, finish: Finish) -> Piece:
         self.finished = True
         return Piece(text, self._tokens, finish)
 
 
-def short_head(model: PreTrainedModel) -> ShortHead | None:
+def top_logits_head(model: PreTrainedModel) -> ShortHead | None:
     """Find a head that can give its greatest logits alone, of a model that nobody watches."""
     head: object = model.get_output_embeddings()
     return head if isinstance(head, ShortHead) and not _is_watched(model) else None
 
 
-def read_head(
+def compute_logits(
     head: ShortHead, generations: Sequence[Generation], states: torch.Tensor
 ) -> torch.Tensor:
     """Give the logits that some generations need [generations, vocabulary], from their states.
 
     All of them, or where no generation needs all, the greatest ones alone.
     """
-    wanted = [it.wanted() for it in generations]
+    wanted = [it.needed_logits() for it in generations]
     if all(wanted):
-        marks = [it.aside(head.out_features) for it in generations]
+        marks = [it.excluded(head.out_features) for it in generations]
         aside = None
         if any(it is not None for it in marks):
             none = torch.zeros(head.out_features, dtype=torch.bool)

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["KeptCache", "RoomyLayer", "check_int8", "make_cache", "make_int8_cache"]
+__all__ = ["GrowableLayer", "PrefixCache", "check_int8", "make_cache", "make_int8_cache"]
 
-LEAST_ROOM = 256  # positions
+MIN_CAPACITY = 256  # positions
 GROWTH = 1.25
 
 
-class RoomyLayer(DynamicLayer):
+class GrowableLayer(DynamicLayer):
     """One layer's keys and values, [batch, kv_heads, length, head_dim], in memory that has room.
 
     A layer that slides sees the same through its mask: all of its positions are kept.
@@ -86,7 +86,7 @@ class RoomyLayer(DynamicLayer):
         if old is not None and old.shape[3] >= length:
             return old
         batch, heads, _, size = like.shape
-        capacity = max(LEAST_ROOM, int(length * GROWTH))
+        capacity = max(MIN_CAPACITY, int(length * GROWTH))
         self.room = torch.empty(
             2, batch, heads, capacity, size, dtype=like.dtype, device=like.device
         )
@@ -125,7 +125,7 @@ def make_cache(model: PreTrainedModel) -> DynamicCache:
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     alike = ModelShape.of_config(model.config).latent_size is None  # of the same width
     if cache.layers and alike and all(type(layer) in plain for layer in cache.layers):
-        cache.layers = [RoomyLayer() for _ in cache.layers]  # type: ignore[no-untyped-call]
+        cache.layers = [GrowableLayer() for _ in cache.layers]  # type: ignore[no-untyped-call]
     return cache
 
 
@@ -158,21 +158,21 @@ def make_int8_cache(model: PreTrainedModel) -> QuantizedCache:
     return QuantizedCache("hqq", model.config, nbits=8, axis_key=1, axis_value=1, q_group_size=size)
 
 
-class KeptCache:
+class PrefixCache:
     """The caches of the last sequences, for those that begin the same.
 
     Args:
         kind: "int8" keeps keys and values in 8 bits, and none of them for the next sequence.
-        most: how many sequences are kept.
+        max_sequences: how many sequences are kept.
     """
 
-    def __init__(self, kind: Literal["int8"] | None = None, *, most: int = 1) -> None:
+    def __init__(self, kind: Literal["int8"] | None = None, *, max_sequences: int = 1) -> None:
         self._make = make_cache if kind is None else make_int8_cache
         self._lock = threading.Lock()
         self._kept: list[tuple[list[int], Any]] = []  # the newest last
-        self.most = most
+        self.max_sequences = max_sequences
 
-    def take(self, model: PreTrainedModel, ids: Sequence[int]) -> tuple[Any, int]:
+    def reuse(self, model: PreTrainedModel, ids: Sequence[int]) -> tuple[Any, int]:
         """Give a cache for `ids`, and how many of them it holds: never the last one.
 
         A cache in use is nobody else's: two replies at a time have one each.
@@ -181,7 +181,7 @@ class KeptCache:
             same, at = max(
                 ((_same(old, ids), i) for i, (old, _) in enumerate(self._kept)), default=(0, 0)
             )
-            if same and len(self._kept) < self.most and same < len(self._kept[at][0]) // 2:
+            if same and len(self._kept) < self.max_sequences and same < len(self._kept[at][0]) // 2:
                 same = 0  # another conversation's: there is room for both
             cache = self._kept.pop(at)[1] if same else None
         if cache is None:
@@ -190,13 +190,13 @@ class KeptCache:
             layer.crop(same - layer.length)
         return cache, same
 
-    def put(self, ids: list[int], cache: Any) -> None:  # noqa: ANN401 - transformers' caches
+    def store(self, ids: list[int], cache: Any) -> None:  # noqa: ANN401 - transformers' caches
         """Keep the cache of `ids`, where it can be cut short."""
-        if not all(isinstance(layer, RoomyLayer) for layer in cache.layers):
+        if not all(isinstance(layer, GrowableLayer) for layer in cache.layers):
             return
         held = min((layer.length for layer in cache.layers), default=0)
         with self._lock:
-            self._kept = [*self._kept, (ids[:held], cache)][-self.most :]
+            self._kept = [*self._kept, (ids[:held], cache)][-self.max_sequences :]
 
     def clear(self) -> None:
         """Give the memory back."""
@@ -206,5 +206,5 @@ class KeptCache:
 
 def _same(old: Sequence[int], ids: Sequence[int]) -> int:
     """Count the first tokens that are the same, the last of `ids` left out."""
-    most = min(len(old), len(ids) - 1)
-    return next((i for i in range(most) if old[i] != ids[i]), most)
+    limit = min(len(old), len(ids) - 1)
+    return next((i for i in range(limit) if old[i] != ids[i]), limit)

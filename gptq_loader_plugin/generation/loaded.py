@@ -10,7 +10,7 @@ from gptq_loader_plugin.chat.messages import check_text
 from gptq_loader_plugin.chat.templates import CHATML_START
 from gptq_loader_plugin.errors import EmptyPrompt, GPTQLoaderError, PromptTooLong
 from gptq_loader_plugin.generation.generate import Generation, Piece, Reply, generate_pieces
-from gptq_loader_plugin.generation.kv_cache import KeptCache
+from gptq_loader_plugin.generation.kv_cache import PrefixCache
 from gptq_loader_plugin.generation.options import GenerateOptions
 from gptq_loader_plugin.kernel import Closable
 
@@ -71,7 +71,7 @@ class LoadedModel:
         self.context = context
         self.warnings = warnings
         self.notes = notes
-        self._cache = KeptCache(kv_cache)
+        self._cache = PrefixCache(kv_cache)
         self._closed = False
 
     @property
@@ -243,7 +243,7 @@ class LoadedModel:
 
     def keep(self, sequences: int) -> None:
         """Keep the keys and values of so many sequences for those that begin the same."""
-        self._cache.most = sequences
+        self._cache.max_sequences = sequences
 
     def forget(self) -> None:
         """Give the memory of kept sequences back; the next ones are read from their beginnings."""
@@ -323,8 +323,8 @@ class LoadedModel:
             max_new_tokens=min(options.max_new_tokens, self.context - len(ids)),
             stop=[it for it in (*stop, *options.stop) if self._single(it) not in stop_ids],
             stop_ids=stop_ids,
-            hidden_ids=self._hidden_ids(),
-            never_ids=self._padding_ids(),
+            silent_ids=self._silent_ids(),
+            banned_ids=self._padding_ids(),
             cancel=cancel,
             kept=self._cache,
             processors=processors,
@@ -345,7 +345,7 @@ class LoadedModel:
         """The tokenizer's, once: it takes 20 ms to list."""
         return self.tokenizer.get_vocab()
 
-    def _hidden_ids(self) -> frozenset[int]:
+    def _silent_ids(self) -> frozenset[int]:
         start = self._single(CHATML_START)
         return frozenset(() if start is None else (start,))
 

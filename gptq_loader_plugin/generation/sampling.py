@@ -27,7 +27,7 @@ class Sampler:
 
     Args:
         options: how to sample.
-        never_ids: tokens that are never picked: the embedding's padding.
+        banned_ids: tokens that are never picked: the embedding's padding.
         device: where the logits are.
         processors: a caller's own, which see the whole vocabulary and come last of those that do.
     """
@@ -35,18 +35,18 @@ class Sampler:
     def __init__(
         self,
         options: GenerateOptions,
-        never_ids: Sequence[int],
+        banned_ids: Sequence[int],
         device: torch.device,
         processors: Sequence[LogitsProcessor] = (),
     ) -> None:
         self._greedy = options.temperature == 0
         self._top_k = 0 if self._greedy else options.top_k
-        self._whole = _of_the_vocabulary(options, never_ids, device)
+        self._whole = _of_the_vocabulary(options, banned_ids, device)
         self._whole.extend(processors)
         # What a caller's processor, or a penalty that rewards, makes likeliest cannot be foreseen.
         self._foreseen = not processors and options.repetition_penalty >= 1
         self._penalised = options.repetition_penalty > 1
-        self._never_ids = list(never_ids)
+        self._banned_ids = list(banned_ids)
         self._some = _of_candidates(options)
         self._generator = None if self._greedy else torch.Generator(device=device)
         if self._generator is None:
@@ -56,7 +56,7 @@ class Sampler:
         else:
             self._generator.manual_seed(options.seed)
 
-    def pick(self, sequence: torch.Tensor, logits: torch.Tensor) -> int:
+    def sample(self, sequence: torch.Tensor, logits: torch.Tensor) -> int:
         """Pick a token to follow `sequence` [1, n] by its logits [1, vocabulary]."""
         if self._greedy:
             scores = self._scores(sequence, logits)
@@ -65,21 +65,21 @@ class Sampler:
         at = torch.multinomial(probabilities, 1, generator=self._generator)
         return int(at if ids is None else ids[0, at[0]])
 
-    def wanted(self) -> int:
+    def needed_logits(self) -> int:
         """Say how many of the greatest logits a pick needs; 0 where it needs all of them."""
         if not self._foreseen:
             return 0
         return 1 if self._greedy else self._top_k
 
-    def aside(self, sequence: torch.Tensor, vocabulary: int) -> torch.Tensor | None:
+    def excluded(self, sequence: torch.Tensor, vocabulary: int) -> torch.Tensor | None:
         """Mark the tokens that a pick makes less likely: bool [vocabulary], None where it does not.
 
         As many others as are wanted must then be there.
         """
-        if not self._penalised and not self._never_ids:
+        if not self._penalised and not self._banned_ids:
             return None
         marks = torch.zeros(vocabulary, dtype=torch.bool)
-        marks[self._never_ids] = True
+        marks[self._banned_ids] = True
         if self._penalised:
             marks[sequence[0]] = True
         return marks
@@ -94,7 +94,7 @@ class Sampler:
         scores = self._scores(sequence, logits)
         ids = None
         if 0 < self._top_k < scores.shape[-1]:
-            scores, ids = _likeliest(scores, self._top_k)
+            scores, ids = _top_k_and_ties(scores, self._top_k)
         scores = self._some(sequence, scores.to(torch.float32))  # type: ignore[arg-type]
         return scores.softmax(dim=-1), ids
 
@@ -104,19 +104,19 @@ class Sampler:
         return self._whole(sequence, logits.to(torch.float32))  # type: ignore[arg-type]
 
 
-def _likeliest(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _top_k_and_ties(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Take the `top_k` greatest scores, and what ties with the last of them, in order of ids."""
     best, ids = scores.topk(min(top_k + TIES, scores.shape[-1]))
-    least = best[0, top_k - 1]
-    if best[0, -1] == least:
-        ids = (scores[0] >= least).nonzero().T
+    threshold = best[0, top_k - 1]
+    if best[0, -1] == threshold:
+        ids = (scores[0] >= threshold).nonzero().T
         return scores[:, ids[0]], ids
-    ids = ids[:, best[0] >= least].sort().values
+    ids = ids[:, best[0] >= threshold].sort().values
     return scores[:, ids[0]], ids
 
 
 def _of_the_vocabulary(
-    options: GenerateOptions, never_ids: Sequence[int], device: torch.device
+    options: GenerateOptions, banned_ids: Sequence[int], device: torch.device
 ) -> LogitsProcessorList:
     """Line up the processors that go by token, in the order transformers' `generate` has them."""
     from transformers import LogitsProcessorList
@@ -125,9 +125,9 @@ def _of_the_vocabulary(
     processors = LogitsProcessorList()
     if options.repetition_penalty != 1.0:
         processors.append(process.RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
-    if never_ids:
+    if banned_ids:
         processors.append(
-            process.SuppressTokensLogitsProcessor(list(never_ids), device=str(device))
+            process.SuppressTokensLogitsProcessor(list(banned_ids), device=str(device))
         )
     return processors
 

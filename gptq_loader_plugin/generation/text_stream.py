@@ -21,43 +21,43 @@ class TextStream:
     Args:
         tokenizer: turns tokens into text.
         stop: texts that end the stream.
-        hidden_ids: tokens that are never shown.
+        silent_ids: tokens that are never shown.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         stop: Sequence[str],
-        hidden_ids: frozenset[int] = frozenset(),
+        silent_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._hidden = hidden_ids
+        self._silent = silent_ids
         self._tokens: list[int] = []
         self._begin = 0  # decoding starts here: a token's text depends on those before it
-        self._given = 0  # tokens before this have had their text taken
+        self._decoded = 0  # tokens before this have had their text taken
         self._held = ""  # text that could still be the beginning of a stop text
         self.stopped = False
 
     def add(self, token: int) -> str:
         """Take one token; give the text that is certain now."""
-        if self.stopped or token in self._hidden:
+        if self.stopped or token in self._silent:
             return ""
         self._tokens.append(token)
-        before = self._decode(self._tokens[self._begin : self._given])
+        before = self._decode(self._tokens[self._begin : self._decoded])
         now = self._decode(self._tokens[self._begin :])
         if len(now) <= len(before) or now.endswith(UNFINISHED):
             return ""
-        self._begin, self._given = self._given, len(self._tokens)
+        self._begin, self._decoded = self._decoded, len(self._tokens)
         return self._pass(now[len(before) :])
 
     def rest(self) -> str:
         """Give what was held back, at the end of the stream; half characters are dropped."""
         if self.stopped:
             return ""
-        before = self._decode(self._tokens[self._begin : self._given])
+        before = self._decode(self._tokens[self._begin : self._decoded])
         now = self._decode(self._tokens[self._begin :]).rstrip(UNFINISHED)
-        self._given = len(self._tokens)
+        self._decoded = len(self._tokens)
         new = self._pass(now[len(before) :])
         held, self._held = self._held, ""
         return new + ("" if self.stopped else held)

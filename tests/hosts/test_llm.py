@@ -307,8 +307,8 @@ conversation.prompt("Hello", temperature=0, max_tokens=8).text()
 assert shared_cache()._entry.model is first
 before = conversation.responses[0].input_tokens
 reads = []
-take = first._cache.take
-first._cache.take = lambda model, ids: reads.append((len(ids), take(model, ids))) or reads[-1][1]
+reuse = first._cache.reuse
+first._cache.reuse = lambda model, ids: reads.append((len(ids), reuse(model, ids))) or reads[-1][1]
 conversation.prompt("And then?", temperature=0, max_tokens=8).text()
 (length, (_, reused)), = reads
 assert 0 < before <= reused < length, (before, reused, length)

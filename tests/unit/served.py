@@ -54,12 +54,12 @@ class Brake:
         def braked(*args: Any, **options: Any) -> Generation:
             generation = begin(*args, **options)
             self.began.release()
-            take, cancelled = generation.take, generation.cancelled
+            sample, cancelled = generation.sample, generation.cancelled
             given = 0
 
             def counted(logits: torch.Tensor) -> Piece | None:
                 nonlocal given
-                piece = take(logits)
+                piece = sample(logits)
                 given += piece is not None and piece.finish is None
                 return piece
 
@@ -72,7 +72,7 @@ class Brake:
                 self.cancelled += piece is not None
                 return piece
 
-            generation.take, generation.cancelled = counted, held  # type: ignore[method-assign]
+            generation.sample, generation.cancelled = counted, held  # type: ignore[method-assign]
             return generation
 
         model.begin = braked  # type: ignore[method-assign]

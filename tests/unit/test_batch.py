@@ -121,7 +121,7 @@ def test_a_long_prompt_does_not_hold_up_the_others(model: gptq.LoadedModel) -> N
     long = model.begin(ids, options(2))
     batch.add(long)
     steps, given = 0, 0
-    while long.unread != [] and len(long.unread) > 8:
+    while long.pending != [] and len(long.pending) > 8:
         given += sum(it is short for it, _ in batch.step())
         steps += 1
     assert steps >= len(ids) // 256
@@ -139,10 +139,10 @@ def test_conversations_side_by_side_read_only_what_is_new(model: gptq.LoadedMode
         write(Batch(model), [lambda ids=ids: model.begin(ids, options(3)) for ids in first])
         for ids in first:
             again = model.begin([*ids, *model.encode(" and more")], options(3))
-            assert len(again.unread) < 12
+            assert len(again.pending) < 12
             again.close()
         other = model.begin(model.encode("Three " * 40), options(3))
-        assert len(other.unread) >= 40
+        assert len(other.pending) >= 40
         other.close()
     finally:
         model.keep(1)

@@ -14,7 +14,7 @@ from gptq_loader_kernels.cpu.library import Isa, find_library, load_library
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.generation.generate import Generation, generate_pieces
-from gptq_loader_plugin.generation.kv_cache import KeptCache, RoomyLayer, make_cache
+from gptq_loader_plugin.generation.kv_cache import GrowableLayer, PrefixCache, make_cache
 from gptq_loader_plugin.generation.options import GenerateOptions
 
 pytestmark = pytest.mark.skipif(find_library() is None, reason="the native library was not built")
@@ -219,7 +219,7 @@ def test_a_turn_reads_only_what_is_new() -> None:
     model.register_forward_pre_hook(
         lambda _module, _args, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
     )
-    kept = KeptCache()
+    kept = PrefixCache()
 
     def reply(ids: list[int]) -> str:
         read.clear()
@@ -245,7 +245,7 @@ def test_a_turn_reads_only_what_is_new() -> None:
 
 
 def test_a_cache_grows_and_is_cut_short() -> None:
-    layer = RoomyLayer()
+    layer = GrowableLayer()
     keys = torch.randn(1, 2, 700, 8)
     for part in keys.split(90, dim=2):
         all_keys, all_values = layer.update(part, -part)

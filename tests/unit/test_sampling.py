@@ -69,8 +69,8 @@ def test_a_greedy_pick_is_the_first_of_the_likeliest() -> None:
     logits = torch.zeros(1, VOCABULARY, dtype=torch.bfloat16)
     logits[0, [7, 300, 490]] = torch.tensor([2.0, 2.0, 3.0], dtype=torch.bfloat16)
     options = GenerateOptions(temperature=0)
-    assert Sampler(options, (), torch.device("cpu")).pick(SEQUENCE, logits) == 490
-    assert Sampler(options, NEVER, torch.device("cpu")).pick(SEQUENCE, logits) == 7
+    assert Sampler(options, (), torch.device("cpu")).sample(SEQUENCE, logits) == 490
+    assert Sampler(options, NEVER, torch.device("cpu")).sample(SEQUENCE, logits) == 7
 
 
 def test_picks_follow_the_probabilities() -> None:
@@ -78,6 +78,6 @@ def test_picks_follow_the_probabilities() -> None:
     logits[0, 3], logits[0, 9] = 0.0, torch.log(torch.tensor(3.0))
     options = GenerateOptions(temperature=1.0, top_p=1.0, top_k=40, seed=1)
     sampler = Sampler(options, NEVER, torch.device("cpu"))
-    picked = [sampler.pick(SEQUENCE, logits) for _ in range(2000)]
+    picked = [sampler.sample(SEQUENCE, logits) for _ in range(2000)]
     assert set(picked) == {3, 9}
     assert abs(picked.count(9) / len(picked) - 0.75) < 0.04

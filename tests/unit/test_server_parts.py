@@ -142,13 +142,13 @@ class Scripted:
             generation = begin(*args, **options)
             pieces = iter([*self.text, None])
 
-            def take(logits: torch.Tensor) -> Piece:
+            def sample(logits: torch.Tensor) -> Piece:
                 letter = next(pieces)
-                generation.unread = [1]
+                generation.pending = [1]
                 generation.finished = letter is None
                 return Piece(letter or "", 1, "stop" if letter is None else None)
 
-            generation.take = take  # type: ignore[method-assign]
+            generation.sample = sample  # type: ignore[method-assign]
             return generation
 
         model.begin = scripted  # type: ignore[method-assign]

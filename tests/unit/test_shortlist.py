@@ -12,7 +12,7 @@ from test_native_step import build
 
 import gptq_loader_plugin as gptq
 from gptq_loader_kernels.cpu.library import Isa, find_library, load_library
-from gptq_loader_plugin.generation.generate import short_head
+from gptq_loader_plugin.generation.generate import top_logits_head
 from gptq_loader_plugin.generation.sampling import Sampler
 from gptq_loader_plugin.kernel import ShortHead
 
@@ -142,14 +142,14 @@ def test_tokens_that_are_never_picked_do_not_count() -> None:
                 how = gptq.GenerateOptions(repetition_penalty=1.5, **options)
                 sequence = torch.tensor([best[2:20:3]])
                 picks = [Sampler(how, best[:25:2], x.device) for _ in range(2)]
-                aside = picks[0].aside(sequence, 4096)
+                aside = picks[0].excluded(sequence, 4096)
                 assert aside is not None
-                found = head.likeliest(x, [picks[0].wanted()], aside[None])
-                assert picks[0].pick(sequence, found) == picks[1].pick(sequence, head(x))
+                found = head.likeliest(x, [picks[0].needed_logits()], aside[None])
+                assert picks[0].sample(sequence, found) == picks[1].sample(sequence, head(x))
 
 
 def test_a_head_that_is_not_short_is_not_taken_for_one() -> None:
-    assert short_head(build("llama")) is None
+    assert top_logits_head(build("llama")) is None
 
 
 @pytest.mark.parametrize("head", [None, "stored"])

@@ -15,7 +15,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from gptq_loader_plugin.errors import GPTQLoaderError
-from gptq_loader_plugin.generation.kv_cache import KeptCache
+from gptq_loader_plugin.generation.kv_cache import PrefixCache
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.generation.loaded import LoadedModel
@@ -45,7 +45,7 @@ class Generating:
         self.cancel: threading.Event | None = None
         self.chat = False
         self.keep = True
-        self._kept = KeptCache()
+        self._kept = PrefixCache()
         self._generate: Any = loaded.model.generate
         self._running = threading.RLock()
         self._closed = False
@@ -74,11 +74,11 @@ class Generating:
                 self._kept.clear()
                 return self._generate(**options)
             ids: list[int] = prompt[0].tolist()
-            cache, _ = self._kept.take(model, ids)
+            cache, _ = self._kept.reuse(model, ids)
             try:
                 return self._generate(**options, **{_cache_name(model): cache})
             finally:
-                self._kept.put([*ids, *self.answer.tolist()], cache)
+                self._kept.store([*ids, *self.answer.tolist()], cache)
 
     def stop(self) -> None:
         """Wait for the reply that is being written to end, and allow no other."""

@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from gptq_loader_kernels.cpu.library import Cache
-from gptq_loader_plugin.generation.kv_cache import RoomyLayer
+from gptq_loader_plugin.generation.kv_cache import GrowableLayer
 
 if TYPE_CHECKING:
     import ctypes
@@ -60,7 +60,7 @@ def is_roomy(cache: Any, layers: int, dtype: torch.dtype) -> bool:  # noqa: ANN4
     if type(cache) is not DynamicCache or len(cache.layers) != layers:
         return False
     for layer in cache.layers:
-        if type(layer) is not RoomyLayer:
+        if type(layer) is not GrowableLayer:
             return False
         room: torch.Tensor | None = layer.room
         if room is not None and (room.dtype != dtype or room.shape[1] != 1):
@@ -81,7 +81,7 @@ def give_room(cache: Any) -> None:  # noqa: ANN401
 def _make_roomy(layer: Any) -> None:  # noqa: ANN401 - a DynamicLayer
     """Turn transformers' own layer of a cache into one with room, keeping what it holds."""
     keys, values = layer.__dict__.pop("keys", None), layer.__dict__.pop("values", None)
-    layer.__class__ = RoomyLayer
+    layer.__class__ = GrowableLayer
     if keys is not None and keys.numel():
         layer.room = torch.stack((keys, values))
         layer.length = keys.shape[-2]
