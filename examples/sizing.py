@@ -4,7 +4,7 @@
     python examples/sizing.py --measure demo      # the step times of your machine, for --steps
     python examples/sizing.py --clients 4         # what 4 clients see who never pause
 
-A replica writes up to --most-at-once replies side by side. A step gives each of them a token and
+A replica writes up to --max-num-seqs replies side by side. A step gives each of them a token and
 takes as long as --steps says for that many; prompts are read between the steps, in parts, at
 --prompt-speed. Requests come at random (Poisson). The most that one replica can take within
 --first-token and --each-token is searched for; the users' requests are shared among as many as
@@ -341,7 +341,7 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=200, help="of a reply, in the mean")
     parser.add_argument("--steps", type=read_steps, default=read_steps(STEPS), metavar="N:MS,...")
     parser.add_argument("--prompt-speed", type=float, default=1300, help="tokens a second")
-    parser.add_argument("--most-at-once", type=int, default=16)
+    parser.add_argument("--max-num-seqs", type=int, default=16)
     parser.add_argument("--first-token", type=float, default=2.0, help="seconds, for 95 of 100")
     parser.add_argument("--each-token", type=float, default=0.1, help="seconds, for 95 of 100")
     parser.add_argument("--weights-mb", type=float, default=115, help="gptq-loader explain says it")
@@ -371,7 +371,7 @@ def main() -> None:
         words = f"--steps {found['steps']} --prompt-speed {found['prompt_speed']:.0f}"
         print(json.dumps(found) if arguments.json else words)
         return
-    replica = Replica(arguments.steps, arguments.prompt_speed, arguments.most_at_once)
+    replica = Replica(arguments.steps, arguments.prompt_speed, arguments.max_num_seqs)
     work = Work(arguments.prompt, arguments.tokens, vary=not arguments.same_length)
     if arguments.clients:
         show([watch(it, replica, work) for it in arguments.clients], as_json=arguments.json)

@@ -101,9 +101,14 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
         bool, typer.Option("--allow-pickle", help="Load .bin and .pt files that are named.")
     ] = False,
     max_queue: Annotated[int, typer.Option("--max-queue", help="How many requests may wait.")] = 64,
-    most_at_once: Annotated[
+    max_num_seqs: Annotated[
         int,
-        typer.Option("--most-at-once", min=1, help="How many replies are written side by side."),
+        typer.Option(
+            "--max-num-seqs",
+            "--most-at-once",
+            min=1,
+            help="How many replies are written side by side.",
+        ),
     ] = 16,
     timeout: Annotated[
         float, typer.Option("--timeout", help="Seconds a request may take, its wait included.")
@@ -148,7 +153,7 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
         downloads=downloads,
         pickles=pickles,
         max_queue=max_queue,
-        most_at_once=most_at_once,
+        max_num_seqs=max_num_seqs,
         timeout=timeout,
         max_body=max_body,
         max_new_tokens=max_new_tokens,

@@ -59,11 +59,11 @@ def hub() -> Iterator[HubServer]:
 
 
 @pytest.fixture(scope="session")
-def shelf(
+def registry(
     models: Path, config: Path, hub: HubServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """A page without a model, which loads those of the models directory and of the hub."""
-    folder = tmp_path_factory.mktemp("shelf")
+    folder = tmp_path_factory.mktemp("registry")
     environ = {
         "GPTQ_LOADER_CONFIG": str(config),
         "GPTQ_LOADER_MODELS": str(models),
@@ -90,8 +90,8 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
 
 
 @pytest.fixture
-def empty(browser: Browser, shelf: Server) -> Iterator[Page]:
+def empty(browser: Browser, registry: Server) -> Iterator[Page]:
     """The page that began without a model, with a console that must stay free of errors."""
-    with opened(browser, shelf) as (fresh, errors):
+    with opened(browser, registry) as (fresh, errors):
         yield fresh
     assert errors == [], errors

@@ -37,7 +37,7 @@ def complete(page: Page) -> None:
     expect(page.locator("#raw-status")).to_contain_text("cut off")
 
 
-def test_one_prompt_goes_through_two_models(empty: Page, shelf: Server) -> None:
+def test_one_prompt_goes_through_two_models(empty: Page, registry: Server) -> None:
     alone = {}
     for side, name in (("two", SECOND), ("one", FIRST)):
         load(empty, name)
@@ -72,7 +72,7 @@ def test_one_prompt_goes_through_two_models(empty: Page, shelf: Server) -> None:
     empty.locator("#compare-unload").click()
     expect(empty.locator("#name-two")).to_contain_text("No model is loaded")
     expect(empty.locator("#about h1")).to_have_text(FIRST)
-    assert "Traceback" not in shelf.log()
+    assert "Traceback" not in registry.log()
 
 
 def test_models_are_measured_and_drawn(browser: Browser, models: Path, tmp_path: Path) -> None:

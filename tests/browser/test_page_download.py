@@ -41,7 +41,7 @@ def open_box(page: Page, text: str) -> None:
 
 
 def test_the_nine_steps_of_a_model_card(
-    empty: Page, mended: HubServer, shelf: Server, tmp_path: Path
+    empty: Page, mended: HubServer, registry: Server, tmp_path: Path
 ) -> None:
     """Download slowly, cancel, go on, choose, load, save, reload, chat."""
     mended.misbehave(WEIGHTS, slow=weight_bytes(mended, WANTED) // 20)
@@ -90,13 +90,13 @@ def test_the_nine_steps_of_a_model_card(
     else:
         finish(empty)
     assert len(replies(empty)) == 1
-    assert "Traceback" not in shelf.log()
-    assert "OUTSIDE" not in shelf.log()
+    assert "Traceback" not in registry.log()
+    assert "OUTSIDE" not in registry.log()
 
 
 @pytest.mark.parametrize("how", ["cut", "reset"])
 def test_a_connection_that_breaks_is_taken_up_again(
-    empty: Page, mended: HubServer, shelf: Server, how: str
+    empty: Page, mended: HubServer, registry: Server, how: str
 ) -> None:
     """Twice broken after some bytes: the page goes on by itself, from where it was."""
     branch = {"cut": "gptq-4bit-32g-actorder_True", "reset": "gptq-3bit--1g-actorder_True"}[how]
@@ -108,7 +108,7 @@ def test_a_connection_that_breaks_is_taken_up_again(
     asked = [it for it in mended.requests[before:] if it.path.endswith(".safetensors")]
     assert [it for it in asked if it.range and not it.range.startswith("bytes=0-")], "it went on"
     load(empty, f"{REPO}:{branch}")
-    assert "Traceback" not in shelf.log()
+    assert "Traceback" not in registry.log()
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_connection_that_breaks_is_taken_up_again(
     ],
 )
 def test_a_hub_that_fails_is_told_in_words(
-    empty: Page, mended: HubServer, shelf: Server, how: dict[str, Any], words: str
+    empty: Page, mended: HubServer, registry: Server, how: dict[str, Any], words: str
 ) -> None:
     branch = "gptq-3bit-128g-actorder_True"
     mended.misbehave(WEIGHTS, **how)
@@ -128,7 +128,7 @@ def test_a_hub_that_fails_is_told_in_words(
     alert = empty.locator("#downloading [role=alert]")
     expect(alert).to_contain_text(words, timeout=60_000)
     expect(empty.locator("#start")).to_be_enabled()
-    assert "Traceback" not in shelf.log()
+    assert "Traceback" not in registry.log()
 
 
 def test_what_is_no_repository_is_not_asked_for(empty: Page, mended: HubServer) -> None:

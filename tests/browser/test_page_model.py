@@ -39,8 +39,8 @@ WATCH = """window.seen = new Set(); new MutationObserver(() => {
 FIRST, SECOND = "gptq-4bit-32g-act-sym", "gptq-3bit-128g-act-sym"
 
 
-def test_without_a_model_it_opens_where_one_is_chosen(browser: Browser, shelf: Server) -> None:
-    with opened(browser, shelf) as (page, errors):
+def test_without_a_model_it_opens_where_one_is_chosen(browser: Browser, registry: Server) -> None:
+    with opened(browser, registry) as (page, errors):
         page.get_by_role("tab", name="Model").click()
         if page.locator("#about h1").inner_text() != "No model is loaded":  # of another test
             page.locator("#unload").click()
@@ -103,7 +103,9 @@ def test_another_model_takes_the_place_of_the_first(empty: Page) -> None:
     expect(empty.locator("#facts table")).to_have_count(0)
 
 
-def test_what_cannot_be_loaded_says_why_and_leaves_the_old_one(empty: Page, shelf: Server) -> None:
+def test_what_cannot_be_loaded_says_why_and_leaves_the_old_one(
+    empty: Page, registry: Server
+) -> None:
     load(empty, FIRST)
     choose(empty, "damaged")
     alert = empty.locator("#loading [role=alert]")
@@ -113,7 +115,7 @@ def test_what_cannot_be_loaded_says_why_and_leaves_the_old_one(empty: Page, shel
     empty.get_by_role("tab", name="Chat").click()
     ask(empty, "Are you still there?", tokens=4)
     finish(empty)
-    assert "Traceback" not in shelf.log()
+    assert "Traceback" not in registry.log()
 
 
 def test_a_load_is_cancelled_and_says_what_became_of_the_old_one(
@@ -160,7 +162,7 @@ def test_refresh_finds_what_came_later(empty: Page, models: Path) -> None:
 
 
 def test_settings_are_saved_and_used_and_survive_a_restart(
-    browser: Browser, shelf: Server, empty: Page, config: Path, models: Path, tmp_path: Path
+    browser: Browser, registry: Server, empty: Page, config: Path, models: Path, tmp_path: Path
 ) -> None:
     load(empty, FIRST)
     empty.locator("#how button").first.click()
@@ -195,7 +197,7 @@ def test_settings_are_saved_and_used_and_survive_a_restart(
 
 
 def test_damaged_settings_are_put_aside_with_a_word(
-    empty: Page, shelf: Server, config: Path
+    empty: Page, registry: Server, config: Path
 ) -> None:
     file = config / "page-settings.json"
     before = file.read_bytes() if file.exists() else None
@@ -208,10 +210,10 @@ def test_damaged_settings_are_put_aside_with_a_word(
     assert not file.exists()
     if before is not None:
         file.write_bytes(before)
-    assert "Traceback" not in shelf.log()
+    assert "Traceback" not in registry.log()
 
 
-def test_a_name_that_is_not_listed_is_not_loaded(empty: Page, shelf: Server) -> None:
+def test_a_name_that_is_not_listed_is_not_loaded(empty: Page, registry: Server) -> None:
     """Neither by typing it, nor by sending it to the server past the page."""
     empty.get_by_role("tab", name="Model").click()
     before = empty.locator("#about h1").inner_text()
@@ -230,14 +232,14 @@ def test_a_name_that_is_not_listed_is_not_loaded(empty: Page, shelf: Server) -> 
     empty.wait_for_timeout(1000)
     empty.reload(wait_until="domcontentloaded")
     expect(empty.locator("#about h1")).to_have_text(before)
-    shelf.forget_log()  # gradio itself refuses what is not in its list, and logs it
+    registry.forget_log()  # gradio itself refuses what is not in its list, and logs it
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_every_tab_without_scrolling_sideways(
-    browser: Browser, shelf: Server, scheme: str
+    browser: Browser, registry: Server, scheme: str
 ) -> None:
-    with opened(browser, shelf, viewport=PHONE, color_scheme=scheme) as (page, errors):
+    with opened(browser, registry, viewport=PHONE, color_scheme=scheme) as (page, errors):
         load(page, FIRST)
         for name in ("Model", "Raw", "Chat"):
             page.get_by_role("tab", name=name).click()

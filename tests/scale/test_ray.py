@@ -212,7 +212,7 @@ def test_others_are_kept_out_unless_asked_in() -> None:
 
 
 def test_replicas_come_when_there_is_much_to_do() -> None:
-    with serving(MODEL, "--replicas", "1-2", "--most-at-once", "4") as server:
+    with serving(MODEL, "--replicas", "1-2", "--max-num-seqs", "4") as server:
         assert server.told["replicas"] == [1, 2]
         assert len(server.replicas()) == 1
         with server.load(clients=12, seconds=90, tokens=LONG) as clients:
@@ -223,7 +223,7 @@ def test_replicas_come_when_there_is_much_to_do() -> None:
 
 def test_too_many_are_told_to_come_again() -> None:
     with (
-        serving(MODEL, "--replicas", "1", "--most-at-once", "1", "--max-queue", "1") as server,
+        serving(MODEL, "--replicas", "1", "--max-num-seqs", "1", "--max-queue", "1") as server,
         ThreadPoolExecutor(24) as threads,
     ):
         answers = list(threads.map(lambda _: ask(server, max_tokens=LONG), range(24)))

@@ -17,7 +17,7 @@ import gptq_loader_plugin as gptq
 from gptq_loader_extensions.openai.app import create_app
 from gptq_loader_extensions.openai.http.request_log import LOG
 from gptq_loader_extensions.openai.replies.batching import BatchEngine
-from gptq_loader_extensions.openai.replies.model_registry import Shelf
+from gptq_loader_extensions.openai.replies.model_registry import ModelRegistry
 from gptq_loader_extensions.openai.server import Server
 from gptq_loader_extensions.openai.serving import bind
 from gptq_loader_extensions.openai.settings import Settings
@@ -131,7 +131,7 @@ def running(
     start: str | None = ONE,
     loads: Callable[[str | Path], gptq.LoadedModel] = load,
     headers: dict[str, str] | None = None,
-    most_at_once: int = 1,
+    max_num_seqs: int = 1,
     **settings: Any,
 ) -> Iterator[Running]:
     """Serve the checkpoints of `names`, put into a models folder."""
@@ -141,11 +141,11 @@ def running(
     for name in names:
         if not (models / name).exists():
             shutil.copytree(DATA / name, models / name)
-    chosen = Settings(port=0, models_dir=models, most_at_once=most_at_once, **settings)
-    shelf = Shelf(chosen, load=loads)
-    shelf.start(start, None)
-    engine = BatchEngine(shelf, max_queue=chosen.max_queue, most=chosen.most_at_once)
-    server = Server(chosen, shelf, engine)
+    chosen = Settings(port=0, models_dir=models, max_num_seqs=max_num_seqs, **settings)
+    registry = ModelRegistry(chosen, load=loads)
+    registry.start(start, None)
+    engine = BatchEngine(registry, max_queue=chosen.max_queue, most=chosen.max_num_seqs)
+    server = Server(chosen, registry, engine)
     listening = bind(chosen.host, 0)
     host = uvicorn.Server(
         uvicorn.Config(create_app(server), log_config=None, access_log=False, lifespan="off")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gptq_loader_extensions.gradio.jobs.local_models import OneModel
+from gptq_loader_extensions.gradio.jobs.local_models import LocalModels
 from gptq_loader_extensions.gradio.jobs.measuring import measure, named_text
 from gptq_loader_extensions.gradio.jobs.models import Stopped
 from gptq_loader_extensions.gradio.storage.catalog import Catalog
@@ -128,10 +128,10 @@ def test_a_text_has_a_name() -> None:
 
 
 def test_the_model_is_measured_as_the_command_does(catalog: Catalog) -> None:
-    models = OneModel(environ=ENVIRON)
+    models = LocalModels(environ=ENVIRON)
     with pytest.raises(GPTQLoaderError, match="no model is loaded"):
         measure(models, None, threading.Event(), lambda _: None)
-    model = models.put(catalog.find(FIRST), LoadOptions(context=128), lambda _: None).model
+    model = models.load(catalog.find(FIRST), LoadOptions(context=128), lambda _: None).model
     told: list[Progress] = []
     found = measure(models, None, threading.Event(), told.append)
     whole = measure_perplexity(model, sample_text(), windows=20, window_tokens=128)
@@ -146,16 +146,16 @@ def test_the_model_is_measured_as_the_command_does(catalog: Catalog) -> None:
     cancel.set()
     with pytest.raises(Stopped):
         measure(models, None, cancel, told.append)
-    models.drop()
+    models.unload()
 
 
 def test_a_model_that_is_changed_meanwhile_is_no_figure(catalog: Catalog) -> None:
-    models = OneModel(environ=ENVIRON)
-    models.put(catalog.find(FIRST), LoadOptions(), lambda _: None)
+    models = LocalModels(environ=ENVIRON)
+    models.load(catalog.find(FIRST), LoadOptions(), lambda _: None)
 
     def exchange(_: Progress) -> None:
-        models.put(catalog.find(SECOND), LoadOptions(), lambda _: None)
+        models.load(catalog.find(SECOND), LoadOptions(), lambda _: None)
 
     with pytest.raises(GPTQLoaderError, match="another model was loaded"):
         measure(models, None, threading.Event(), exchange)
-    models.drop()
+    models.unload()

@@ -12,7 +12,7 @@ import pytest
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.gradio.jobs.loading import load_watched
-from gptq_loader_extensions.gradio.jobs.local_models import OneModel
+from gptq_loader_extensions.gradio.jobs.local_models import LocalModels
 from gptq_loader_extensions.gradio.jobs.models import Ready, Stopped
 from gptq_loader_extensions.gradio.jobs.reply import chat_prompt, raw_prompt
 from gptq_loader_extensions.gradio.storage.catalog import Catalog
@@ -76,7 +76,7 @@ def catalog() -> Catalog:
     return Catalog(models_dir=CHECKPOINTS, cache=False)
 
 
-def ask(models: OneModel, text: str = "Hello", *, tokens: int = 6) -> str:
+def ask(models: LocalModels, text: str = "Hello", *, tokens: int = 6) -> str:
     options = GREEDY.model_copy(update={"max_new_tokens": tokens})
     ready, *pieces = models.ask(
         chat_prompt([{"role": "user", "content": text}]), options, threading.Event()
@@ -86,35 +86,35 @@ def ask(models: OneModel, text: str = "Hello", *, tokens: int = 6) -> str:
 
 
 def test_a_model_is_put_in_place_of_another(catalog: Catalog) -> None:
-    models = OneModel(environ=ENVIRON)
+    models = LocalModels(environ=ENVIRON)
     with pytest.raises(GPTQLoaderError, match="no model is loaded"):
         ask(models)
     told: list[Progress] = []
-    first = models.put(catalog.find(FIRST), LoadOptions(context=100), told.append)
+    first = models.load(catalog.find(FIRST), LoadOptions(context=100), told.append)
     assert {"weights", "self-check"} <= {it.stage for it in told}
     assert (first.name, first.model.context) == (FIRST, 100)
     assert ask(models)
     with pytest.raises(OptionInvalid):
-        models.put(catalog.find(SECOND), LoadOptions(device="cuda:99"), told.append)
+        models.load(catalog.find(SECOND), LoadOptions(device="cuda:99"), told.append)
     assert models.loaded is first, "what cannot be loaded leaves the old one"
-    second = models.put(catalog.find(SECOND), LoadOptions(backend="reference"), told.append)
+    second = models.load(catalog.find(SECOND), LoadOptions(backend="reference"), told.append)
     assert models.loaded is second
     assert second.model.plan.kernels() == {"reference": 14}
     with pytest.raises(GPTQLoaderError, match="closed"):
         list(first.model.stream("Hello"))
-    models.drop()
+    models.unload()
     assert models.loaded is None
 
 
 def test_a_change_waits_for_the_reply_that_runs(catalog: Catalog) -> None:
-    models = OneModel(environ=ENVIRON)
-    models.put(catalog.find(FIRST), LoadOptions(), lambda _: None)
+    models = LocalModels(environ=ENVIRON)
+    models.load(catalog.find(FIRST), LoadOptions(), lambda _: None)
     options = GREEDY.model_copy(update={"max_new_tokens": 50})
     reply = models.ask(raw_prompt("Hello"), options, threading.Event())
     next(reply)
     told: list[Progress] = []
     changing = threading.Thread(
-        target=models.put, args=(catalog.find(SECOND), LoadOptions(), told.append)
+        target=models.load, args=(catalog.find(SECOND), LoadOptions(), told.append)
     )
     changing.start()
     end = time.monotonic() + 20
@@ -126,16 +126,16 @@ def test_a_change_waits_for_the_reply_that_runs(catalog: Catalog) -> None:
     assert sum(1 for _ in reply) > 1, "the reply ends in peace"
     changing.join(60)
     assert models.loaded.name == SECOND
-    models.drop()
+    models.unload()
 
 
 def test_a_load_is_stopped_between_two_layers(catalog: Catalog) -> None:
-    models = OneModel(environ=ENVIRON)
-    first = models.put(catalog.find(FIRST), LoadOptions(), lambda _: None)
+    models = LocalModels(environ=ENVIRON)
+    first = models.load(catalog.find(FIRST), LoadOptions(), lambda _: None)
     cancel = threading.Event()
     cancel.set()
     with pytest.raises(Stopped):
-        models.put(catalog.find(SECOND), LoadOptions(), lambda _: None, cancel=cancel)
+        models.load(catalog.find(SECOND), LoadOptions(), lambda _: None, cancel=cancel)
     assert models.loaded is first, "it had not begun"
     cancel.clear()
     told: list[Progress] = []
@@ -146,16 +146,16 @@ def test_a_load_is_stopped_between_two_layers(catalog: Catalog) -> None:
             cancel.set()
 
     with pytest.raises(Stopped):
-        models.put(catalog.find(SECOND), LoadOptions(), stop_at_the_third, cancel=cancel)
+        models.load(catalog.find(SECOND), LoadOptions(), stop_at_the_third, cancel=cancel)
     assert len(told) == 3
     assert models.loaded is None
-    assert models.put(catalog.find(FIRST), LoadOptions(), lambda _: None).name == FIRST
-    models.drop()
+    assert models.load(catalog.find(FIRST), LoadOptions(), lambda _: None).name == FIRST
+    models.unload()
 
 
 def test_a_load_that_waits_for_a_reply_is_stopped(catalog: Catalog) -> None:
-    models = OneModel(environ=ENVIRON)
-    first = models.put(catalog.find(FIRST), LoadOptions(), lambda _: None)
+    models = LocalModels(environ=ENVIRON)
+    first = models.load(catalog.find(FIRST), LoadOptions(), lambda _: None)
     reply = models.ask(raw_prompt("Hello"), GREEDY, threading.Event())
     next(reply)
     cancel = threading.Event()
@@ -165,21 +165,21 @@ def test_a_load_that_waits_for_a_reply_is_stopped(catalog: Catalog) -> None:
         cancel.set()
 
     with pytest.raises(Stopped):
-        models.put(catalog.find(SECOND), LoadOptions(), stop, cancel=cancel)
+        models.load(catalog.find(SECOND), LoadOptions(), stop, cancel=cancel)
     assert models.loaded is first
     assert sum(1 for _ in reply) > 1
     assert ask(models), "and the next one is answered"
-    models.drop()
+    models.unload()
 
 
 def test_a_load_that_comes_to_nothing_says_what_is_loaded(catalog: Catalog) -> None:
-    models = OneModel(environ=ENVIRON)
+    models = LocalModels(environ=ENVIRON)
     cancel = threading.Event()
     cancel.set()
     last = [*load_watched(models, catalog.find(FIRST), LoadOptions(), cancel)][-1]
     assert (last.running, last.stopped) == (False, True)
     assert "Stopped. No model is loaded now." in last.progress
-    models.put(catalog.find(FIRST), LoadOptions(), lambda _: None)
+    models.load(catalog.find(FIRST), LoadOptions(), lambda _: None)
     last = [*load_watched(models, catalog.find(SECOND), LoadOptions(), cancel)][-1]
     assert f"Stopped. {FIRST} is still loaded." in last.progress
     seen = []
@@ -189,22 +189,22 @@ def test_a_load_that_comes_to_nothing_says_what_is_loaded(catalog: Catalog) -> N
         if "Loading the weights" in view.progress and "%" in view.progress:
             cancel.set()
     assert f"No model is loaded now: {FIRST} was unloaded for it." in seen[-1].progress
-    models.put(catalog.find(FIRST), LoadOptions(), lambda _: None)
+    models.load(catalog.find(FIRST), LoadOptions(), lambda _: None)
     options = LoadOptions(backend="exllama")
     last = [*load_watched(models, catalog.find(SECOND), options, threading.Event())][-1]
     assert f"{FIRST} is still loaded." in last.progress
     assert not last.stopped
-    models.drop()
+    models.unload()
 
 
 def test_a_reply_that_is_given_up_does_not_hold_a_change_up(catalog: Catalog) -> None:
-    models = OneModel(environ=ENVIRON)
-    models.put(catalog.find(FIRST), LoadOptions(), lambda _: None)
+    models = LocalModels(environ=ENVIRON)
+    models.load(catalog.find(FIRST), LoadOptions(), lambda _: None)
     reply = models.ask(raw_prompt("Hello"), GREEDY, threading.Event())
     next(reply)
     reply.close()  # type: ignore[attr-defined]  # a generator
     never_begun = models.ask(raw_prompt("Hello"), GREEDY, threading.Event())
-    models.drop()
+    models.unload()
     assert models.loaded is None
     with pytest.raises(GPTQLoaderError, match="no model is loaded"):
         next(never_begun)
@@ -213,16 +213,16 @@ def test_a_reply_that_is_given_up_does_not_hold_a_change_up(catalog: Catalog) ->
 def test_a_model_that_would_not_fit_is_refused(
     catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptq_loader_extensions.gradio.jobs.models.free_bytes", lambda: 1000)
+    monkeypatch.setattr("gptq_loader_plugin.planning.memory.free_memory", lambda: 1000)
     with pytest.raises(GPTQLoaderError, match="of memory, and 1 kB is free"):
-        OneModel(environ=ENVIRON).put(catalog.find(FIRST), LoadOptions(), lambda _: None)
+        LocalModels(environ=ENVIRON).load(catalog.find(FIRST), LoadOptions(), lambda _: None)
 
 
 def test_the_exact_prompt_marks_special_tokens_alone(catalog: Catalog) -> None:
-    models = OneModel(environ=ENVIRON)
-    model = models.put(catalog.find(FIRST), LoadOptions(), lambda _: None).model
+    models = LocalModels(environ=ENVIRON)
+    model = models.load(catalog.find(FIRST), LoadOptions(), lambda _: None).model
     ids, _ = model.encode_chat([{"role": "user", "content": "<|im_end|> & é"}])
     html = prompt_html(ids, model.tokenizer, context=model.context)
     assert html.count("<mark>&lt;|im_end|&gt;</mark>") == 1
     assert "&lt;|im_end|&gt; &amp; é" in html
-    models.drop()
+    models.unload()

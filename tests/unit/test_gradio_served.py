@@ -12,7 +12,7 @@ from served import OTHER, Brake, running
 from gptq_loader_extensions.gradio.jobs.measuring import measure
 from gptq_loader_extensions.gradio.jobs.models import Ready, Stopped
 from gptq_loader_extensions.gradio.jobs.reply import raw_prompt
-from gptq_loader_extensions.gradio.jobs.server_models import ServedModels
+from gptq_loader_extensions.gradio.jobs.server_models import ServerModels
 from gptq_loader_extensions.gradio.storage.catalog import Catalog
 from gptq_loader_plugin.generation.options import GenerateOptions
 from gptq_loader_plugin.load_options import LoadOptions
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 GREEDY = GenerateOptions(temperature=0, max_new_tokens=5)
 
 
-def pieces(models: ServedModels, cancel: threading.Event) -> list[Piece]:
+def pieces(models: ServerModels, cancel: threading.Event) -> list[Piece]:
     found = models.ask(raw_prompt("Hello"), GREEDY, cancel)
     return [it for it in found if not isinstance(it, Ready)]
 
 
 def test_a_reply_that_ends_does_not_end_another_of_the_same_stop_button(tmp_path: Path) -> None:
     with running(tmp_path) as server:
-        models, cancel = ServedModels(server.server), threading.Event()
+        models, cancel = ServerModels(server.server), threading.Event()
         assert pieces(models, cancel)[-1].finish == "length"
         assert not cancel.is_set()
         given_up = models.ask(raw_prompt("Hello"), GREEDY, cancel)
@@ -43,7 +43,7 @@ def test_a_reply_that_ends_does_not_end_another_of_the_same_stop_button(tmp_path
 
 def test_a_reply_that_is_stopped_before_its_turn_is_no_error(tmp_path: Path) -> None:
     with running(tmp_path) as server:
-        models, cancel = ServedModels(server.server), threading.Event()
+        models, cancel = ServerModels(server.server), threading.Event()
         cancel.set()
         assert [it.finish for it in pieces(models, cancel)] == ["cancelled"]
 
@@ -51,7 +51,7 @@ def test_a_reply_that_is_stopped_before_its_turn_is_no_error(tmp_path: Path) -> 
 def test_a_load_that_waits_for_replies_is_stopped(tmp_path: Path) -> None:
     brake = Brake()
     with running(tmp_path, loads=brake) as server:
-        models = ServedModels(server.server)
+        models = ServerModels(server.server)
         first: list[Piece] = []
         asking = threading.Thread(target=lambda: first.extend(pieces(models, threading.Event())))
         asking.start()
@@ -60,7 +60,7 @@ def test_a_load_that_waits_for_replies_is_stopped(tmp_path: Path) -> None:
         entry = Catalog(models_dir=DATA, cache=False).find(OTHER)
         threading.Timer(0.5, cancel.set).start()
         with pytest.raises(Stopped):
-            models.put(entry, LoadOptions(device="cpu"), lambda _: None, cancel=cancel)
+            models.load(entry, LoadOptions(device="cpu"), lambda _: None, cancel=cancel)
         brake.let_go()
         asking.join(60)
         assert first[-1].finish == "length", "the reply was not disturbed"
@@ -70,7 +70,7 @@ def test_a_load_that_waits_for_replies_is_stopped(tmp_path: Path) -> None:
 
 def test_it_is_measured_between_the_replies(tmp_path: Path) -> None:
     with running(tmp_path) as server:
-        models = ServedModels(server.server)
+        models = ServerModels(server.server)
         written: list[Piece] = []
         found = measure(
             models,

@@ -164,7 +164,7 @@ def test_abort_and_check_find_a_reply_by_its_key(tmp_path: Path) -> None:
 
 def test_nobody_reads_or_ends_what_another_client_is_told(tmp_path: Path) -> None:
     brake = Brake()
-    with running(tmp_path, names=(ONE,), loads=brake, most_at_once=2) as served:
+    with running(tmp_path, names=(ONE,), loads=brake, max_num_seqs=2) as served:
         answers: list[dict[str, Any]] = []
 
         def ask(route: str, **body: Any) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from gptq_loader_extensions.openai.errors import ApiError
 from gptq_loader_extensions.openai.http.metrics import Metrics
-from gptq_loader_extensions.openai.replies.engine import Said
+from gptq_loader_extensions.openai.replies.engine import ReplyChunk
 from gptq_loader_extensions.openai.replies.logprobs import Aligned
 from gptq_loader_extensions.openai.replies.processors import Bias, RecentPenalty, SaidPenalty
 from gptq_loader_extensions.openai.replies.scores import Step
@@ -218,13 +218,13 @@ def test_tokens_are_given_out_with_their_text(words: TokenWords) -> None:
     texts = [words.text(it) for it in ids]
 
     aligned = Aligned(words, frozenset({end}))
-    assert aligned.take(Said(0, Piece("", 1), steps[:1])) == []
-    assert aligned.take(Said(0, Piece("".join(texts[:2]), 2), steps[1:2])) == steps[:2]
-    rest = Said(0, Piece("".join(texts[2:]), 4, "stop"), steps[2:])
+    assert aligned.take(ReplyChunk(0, Piece("", 1), steps[:1])) == []
+    assert aligned.take(ReplyChunk(0, Piece("".join(texts[:2]), 2), steps[1:2])) == steps[:2]
+    rest = ReplyChunk(0, Piece("".join(texts[2:]), 4, "stop"), steps[2:])
     assert aligned.take(rest) == steps[2:-1], "an end token is no text"
 
     stopped = Aligned(words, frozenset({end}))
-    held = Said(0, Piece("", 3, "stop"), steps[:3])
+    held = ReplyChunk(0, Piece("", 3, "stop"), steps[:3])
     assert stopped.take(held) == [], "they spelled a stop text"
 
 

@@ -32,7 +32,7 @@ def until(served: Running, *, running: int | None = None, waiting: int | None = 
 def test_everyone_gets_the_text_they_would_get_alone(tmp_path: Path) -> None:
     prompts = [f"Tell me about number {i}" * (1 + i % 4) for i in range(20)]
     with (
-        running(tmp_path, names=(ONE,), most_at_once=8) as served,
+        running(tmp_path, names=(ONE,), max_num_seqs=8) as served,
         load(tmp_path / "models" / ONE) as model,
     ):
         options = gptq.GenerateOptions(max_new_tokens=40, temperature=0)
@@ -213,7 +213,7 @@ def test_a_model_too_large_for_this_machine_is_refused_before_it_is_loaded(
 
     with running(tmp_path, loads=loads) as served:
         real = psutil.virtual_memory()
-        held = served.server.shelf.loaded
+        held = served.server.registry.loaded
         assert held is not None
         missing = real._replace(available=1000 - held[1].plan.weight_bytes)
         monkeypatch.setattr(psutil, "virtual_memory", lambda: missing)

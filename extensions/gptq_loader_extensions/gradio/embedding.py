@@ -11,7 +11,7 @@ import gradio as gr
 
 from gptq_loader_extensions.gradio.error_messages import as_words
 from gptq_loader_extensions.gradio.jobs.conversation import with_system
-from gptq_loader_extensions.gradio.jobs.local_models import OneModel
+from gptq_loader_extensions.gradio.jobs.local_models import LocalModels
 from gptq_loader_extensions.gradio.jobs.models import Loaded
 from gptq_loader_extensions.gradio.jobs.reply import chat_prompt, write_reply
 from gptq_loader_extensions.gradio.tabs.header import entry_name
@@ -29,7 +29,7 @@ DEFAULTS = GenerateOptions()
 
 def chat_interface(model: LoadedModel, *, system: str = "") -> gr.Blocks:
     """Build the chat; programs call it as `/chat`, with a message and, if they like, settings."""
-    models = OneModel(Loaded(entry_name(model), model))
+    models = LocalModels(Loaded(entry_name(model), model))
 
     def chat(
         message: Any,  # noqa: ANN401 - text, or gradio's parts of it

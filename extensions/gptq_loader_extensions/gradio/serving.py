@@ -137,29 +137,29 @@ def mount(
 
 def mount_page(app: FastAPI, server: Server) -> None:
     """Put the page at "/", behind the API's routes."""
-    from gptq_loader_extensions.gradio.jobs.server_models import ServedModels
+    from gptq_loader_extensions.gradio.jobs.server_models import ServerModels
 
     settings = server.settings
     catalog = Catalog(models_dir=settings.models_dir, cache=settings.cached_models)
-    if (own := server.shelf.own) is not None:
+    if (own := server.registry.own) is not None:
         catalog.add(own.name, own.target)
-    mount(app, Parts(ServedModels(server), catalog, downloads=settings.downloads))
+    mount(app, Parts(ServerModels(server), catalog, downloads=settings.downloads))
 
 
 def parts_for(model: LoadedModel | None, *, models_dir: Path | None = None) -> Parts:
     """Put together what a page of this process alone stands on."""
-    from gptq_loader_extensions.gradio.jobs.local_models import OneModel
+    from gptq_loader_extensions.gradio.jobs.local_models import LocalModels
     from gptq_loader_extensions.gradio.page import Parts
     from gptq_loader_extensions.gradio.storage.catalog import Catalog
     from gptq_loader_extensions.gradio.tabs.header import entry_name
 
     catalog = Catalog(models_dir=models_dir)
     if model is None:
-        return Parts(OneModel(), catalog)
+        return Parts(LocalModels(), catalog)
     name = entry_name(model)
     plan = model.plan
     catalog.add(name, "demo" if name == "demo" else plan.path)
-    return Parts(OneModel(Loaded(name, model)), catalog)
+    return Parts(LocalModels(Loaded(name, model)), catalog)
 
 
 def _check_gradio() -> None:

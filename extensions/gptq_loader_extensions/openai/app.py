@@ -98,7 +98,7 @@ class _Nowhere(BaseRoute):
 def _front(server: Server) -> Callable[[], dict[str, Any]]:
     def front() -> dict[str, Any]:
         """Say what is here."""
-        loaded = server.shelf.loaded
+        loaded = server.registry.loaded
         return {
             "name": "gptq-loader",
             "model": None if loaded is None else loaded[0],

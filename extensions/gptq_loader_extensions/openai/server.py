@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from gptq_loader_extensions.openai.replies.engine import Engine, Run
-    from gptq_loader_extensions.openai.replies.model_registry import Shelf
+    from gptq_loader_extensions.openai.replies.model_registry import ModelRegistry
     from gptq_loader_extensions.openai.settings import Settings
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
@@ -34,7 +34,7 @@ class Server:
 
     Attributes:
         settings: how to serve.
-        shelf: the models by name.
+        registry: the models by name.
         engine: does the work.
         metrics: counts.
         replies: those under way, with the key their client has for them: "" is a Kobold client's
@@ -44,7 +44,7 @@ class Server:
     """
 
     settings: Settings
-    shelf: Shelf
+    registry: ModelRegistry
     engine: Engine
     metrics: Metrics = field(default_factory=Metrics)
     replies: WeakKeyDictionary[Reply, str | None] = field(default_factory=WeakKeyDictionary)
@@ -70,7 +70,7 @@ class Server:
         Raises:
             ApiError: there is no such model.
         """
-        name = await asyncio.to_thread(self.shelf.known, model or None)
+        name = await asyncio.to_thread(self.registry.known, model or None)
         reply = Reply(
             self.engine,
             name if model else None,
@@ -100,9 +100,9 @@ class Server:
         Raises:
             ApiError: there is no model, or it cannot be loaded.
         """
-        if self.shelf.loaded is None:
+        if self.registry.loaded is None:
             await self.ask(request, lambda _: None)
-        return await asyncio.to_thread(self.shelf.with_tokenizer, use)
+        return await asyncio.to_thread(self.registry.with_tokenizer, use)
 
     def words_of(self, model: LoadedModel) -> TokenWords:
         """Give what writes a model's single tokens; a vocabulary takes some time to list."""

@@ -18,7 +18,7 @@ import uvicorn
 from gptq_loader_extensions.openai.app import create_app
 from gptq_loader_extensions.openai.http.request_log import LOG
 from gptq_loader_extensions.openai.replies.batching import BatchEngine
-from gptq_loader_extensions.openai.replies.model_registry import Shelf
+from gptq_loader_extensions.openai.replies.model_registry import ModelRegistry
 from gptq_loader_extensions.openai.server import Server
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.host import Checkable, Mountable, Ready
@@ -64,16 +64,16 @@ def serve(
         load = gptq.load
     share_heaps()
     with closing(bind(settings.host, settings.port)) as listening:
-        shelf = Shelf(settings, load=load)
-        shelf.start(reference, model)
+        registry = ModelRegistry(settings, load=load)
+        registry.start(reference, model)
         page = _page()
-        if not shelf.entries() and not settings.downloads and page is None:
+        if not registry.entries() and not settings.downloads and page is None:
             raise OptionInvalid(
                 "there is no model to serve",
                 hint="name one: gptq-loader serve REF; or a folder of models: --models-dir FOLDER",
             )
-        engine = BatchEngine(shelf, max_queue=settings.max_queue, most=settings.most_at_once)
-        server = Server(settings, shelf, engine)
+        engine = BatchEngine(registry, max_queue=settings.max_queue, most=settings.max_num_seqs)
+        server = Server(settings, registry, engine)
         log_requests()
         _announce(server, listening)
         config = uvicorn.Config(
@@ -162,10 +162,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 def _announce(server: Server, listening: socket.socket) -> None:
     """Say what is served, where, and how to point a client at it."""
-    settings, loaded = server.settings, server.shelf.loaded
+    settings, loaded = server.settings, server.registry.loaded
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host  # noqa: S104 - compared, not bound
     url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-    names = [it.name for it in server.shelf.entries()]
+    names = [it.name for it in server.registry.entries()]
     key = "your key" if settings.api_key else "anything"
     lines = [
         f"serving {loaded[0]}: {loaded[1].plan.headline()}"

@@ -30,7 +30,7 @@ class Settings:
         downloads: whether a name may make the server download a model.
         pickles: whether a name may make the server read .bin and .pt files.
         max_queue: how many requests may wait; the next one is refused.
-        most_at_once: how many replies are written side by side.
+        max_num_seqs: how many replies are written side by side.
         timeout: the seconds a request may take, its wait included.
         max_body: the most bytes of a request.
         max_new_tokens: the most tokens of a reply; None leaves it to the context.
@@ -49,7 +49,7 @@ class Settings:
     downloads: bool = False
     pickles: bool = False
     max_queue: int = 64
-    most_at_once: int = 16
+    max_num_seqs: int = 16
     timeout: float = 600.0
     max_body: int = 4 * 2**20
     max_new_tokens: int | None = None

@@ -34,7 +34,7 @@ TAKES = frozenset(
         "max_body",
         "max_new_tokens",
         "max_queue",
-        "most_at_once",
+        "max_num_seqs",
         "no_auth",
         "port",
         "replicas",

@@ -70,14 +70,14 @@ def application(options: Options, *, tries: int = 20) -> Application:
             "autoscaling_config": AutoscalingConfig(
                 min_replicas=least,
                 max_replicas=most,
-                target_ongoing_requests=max(1, options.most_at_once * BUSY),
+                target_ongoing_requests=max(1, options.max_num_seqs * BUSY),
             )
         }
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name=NAME,
         logging_config=LoggingConfig(enable_access_log=False),  # the server has its own
-        max_ongoing_requests=options.most_at_once + BESIDES,
+        max_ongoing_requests=options.max_num_seqs + BESIDES,
         max_queued_requests=settings.max_queue,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_SECONDS),
         max_constructor_retry_count=tries,

@@ -6,7 +6,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from gptq_loader_extensions.openai.settings import Settings
 from gptq_loader_plugin.errors import OptionInvalid
@@ -62,7 +62,9 @@ class Options(BaseModel):
     allowed_hosts: tuple[str, ...] = ()
     cors: tuple[str, ...] = ()
     max_queue: int = 64
-    most_at_once: int = Field(16, ge=1)
+    max_num_seqs: int = Field(
+        16, ge=1, validation_alias=AliasChoices("max_num_seqs", "most_at_once")
+    )
     timeout: float = 600.0
     max_body: int = 4 * 2**20
     max_new_tokens: int | None = None
@@ -98,7 +100,7 @@ class Options(BaseModel):
             allowed_hosts=self.allowed_hosts,
             cors=self.cors,
             max_queue=self.max_queue,
-            most_at_once=self.most_at_once,
+            max_num_seqs=self.max_num_seqs,
             timeout=self.timeout,
             max_body=self.max_body,
             max_new_tokens=self.max_new_tokens,

@@ -32,15 +32,19 @@ class Replica:
     def __init__(self, options: Options) -> None:
         import gptq_loader_plugin as gptq
         from gptq_loader_extensions.openai.replies.batching import BatchEngine
-        from gptq_loader_extensions.openai.replies.model_registry import Shelf
+        from gptq_loader_extensions.openai.replies.model_registry import ModelRegistry
         from gptq_loader_extensions.openai.server import Server
         from gptq_loader_extensions.openai.serving import log_requests
 
         settings, how = options.settings(), options.load_options()
-        shelf = Shelf(settings, load=lambda it: gptq.load(it, options=how), environ=NO_FOLDERS)
-        shelf.start(options.name or options.reference, gptq.load(options.reference, options=how))
-        self._engine = BatchEngine(shelf, max_queue=settings.max_queue, most=settings.most_at_once)
-        self._server = Server(settings, shelf, self._engine)
+        registry = ModelRegistry(
+            settings, load=lambda it: gptq.load(it, options=how), environ=NO_FOLDERS
+        )
+        registry.start(options.name or options.reference, gptq.load(options.reference, options=how))
+        self._engine = BatchEngine(
+            registry, max_queue=settings.max_queue, most=settings.max_num_seqs
+        )
+        self._server = Server(settings, registry, self._engine)
         log_requests()  # to stderr, which Ray Serve keeps in its own logs
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # the name Ray Serve asks for

@@ -36,7 +36,7 @@ TAKES = frozenset(
         "listen",
         "max_body",
         "max_new_tokens",
-        "most_at_once",
+        "max_num_seqs",
         "no_auth",
         "port",
         "template",

@@ -28,13 +28,13 @@ class ServeOptions:
         load: the kernel, the template, the context and the dtype; None of a dtype takes what
             kernels compute in, or vLLM's choice.
         tensor_parallel: how many devices share each layer.
-        most_at_once: how many replies are written side by side; None is vLLM's choice.
+        max_num_seqs: how many replies are written side by side; None is vLLM's choice.
     """
 
     settings: Settings
     load: LoadOptions = field(default_factory=LoadOptions)
     tensor_parallel: int = 1
-    most_at_once: int | None = None
+    max_num_seqs: int | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> ServeOptions:

@@ -59,7 +59,7 @@ def load_watched(
                 yield LoadView(waiting, *looked.value)
             else:
                 yield LoadView(progress_bar(looked))
-        for event in watched(lambda tell: models.put(entry, options, tell, cancel=cancel)):
+        for event in watched(lambda tell: models.load(entry, options, tell, cancel=cancel)):
             if isinstance(event, Done):
                 said = f"<p class='done'>Loaded in {event.seconds:.1f} s.</p>"
                 yield LoadView(said, plan=_loaded_plan(event.value), running=False)

@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.generation.options import GenerateOptions
     from gptq_loader_plugin.load_options import LoadOptions
 
-__all__ = ["OneModel"]
+__all__ = ["LocalModels"]
 
 T = TypeVar("T")
 
 
-class OneModel:
+class LocalModels:
     """A model in this process; replies run at once, and a change of the model waits for them.
 
     Args:
@@ -57,7 +57,7 @@ class OneModel:
         """The model in memory."""
         return self._loaded
 
-    def put(
+    def load(
         self,
         entry: Entry,
         options: LoadOptions,
@@ -82,7 +82,7 @@ class OneModel:
             self._loaded = Loaded(entry.name, model, options, before, resident_memory())
             return self._loaded
 
-    def drop(self) -> None:
+    def unload(self) -> None:
         """Free the memory of the model, once its replies have ended."""
         with self._change(lambda _: None, threading.Event()):
             self._free()

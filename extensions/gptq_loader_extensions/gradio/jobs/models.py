@@ -107,7 +107,7 @@ class Models(Protocol):
         """The model in memory."""
         ...
 
-    def put(
+    def load(
         self,
         entry: Entry,
         options: LoadOptions,
@@ -123,7 +123,7 @@ class Models(Protocol):
         """
         ...
 
-    def drop(self) -> None:
+    def unload(self) -> None:
         """Free the memory of the model, once its replies have ended."""
         ...
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from gptq_loader_extensions.gradio.jobs.models import WAIT_SECONDS, Loaded, Ready, Stopped, planned
 from gptq_loader_extensions.openai.errors import ApiError
-from gptq_loader_extensions.openai.replies.engine import Ended, Failed, Run, Said, Work
+from gptq_loader_extensions.openai.replies.engine import Ended, Failed, ReplyChunk, Run, Work
 from gptq_loader_extensions.openai.replies.engine import Ready as Begun
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.events import Progress
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.generation.options import GenerateOptions
     from gptq_loader_plugin.load_options import LoadOptions
 
-__all__ = ["ServedModels"]
+__all__ = ["ServerModels"]
 
 T = TypeVar("T")
 STOPPED = "stopped"  # the engine's code for work that was cancelled before its turn
 
 
-class ServedModels:
+class ServerModels:
     """The server's model, as the page asks for it (`models.Models`).
 
     Args:
@@ -48,14 +48,14 @@ class ServedModels:
     @property
     def loaded(self) -> Loaded | None:
         """The model in memory; a request may have put it there by its name."""
-        found = self._server.shelf.loaded
+        found = self._server.registry.loaded
         if found is None:
             return None
         if self._last is None or self._last.model is not found[1]:
             self._last = Loaded(*found)
         return self._last
 
-    def put(
+    def load(
         self,
         entry: Entry,
         options: LoadOptions,
@@ -76,7 +76,7 @@ class ServedModels:
             loaded = self.loaded
             check_memory(entry.name, load.plan, replaced=loaded.model.plan if loaded else None)
             before = resident_memory()
-            model = self._server.shelf.exchange(entry.name, load.run)
+            model = self._server.registry.exchange(entry.name, load.run)
             self._last = Loaded(entry.name, model, options, before, resident_memory())
 
         if any(self._server.engine.counts()):
@@ -85,10 +85,10 @@ class ServedModels:
         assert self._last is not None
         return self._last
 
-    def drop(self) -> None:
+    def unload(self) -> None:
         """Free the memory of the model, once its replies have ended."""
         self._last = None
-        self._alone(self._server.shelf.unload)
+        self._alone(self._server.registry.unload)
 
     def ask(
         self,
@@ -118,7 +118,7 @@ class ServedModels:
         ended = False
         try:
             for event in self._events(work, events, cancel):
-                yield event.piece if isinstance(event, Said) else event.value
+                yield event.piece if isinstance(event, ReplyChunk) else event.value
             ended = True
         except Stopped:
             yield Piece("", 0, "cancelled")
@@ -156,7 +156,7 @@ class ServedModels:
 
     def _events(
         self, work: Work, events: queue.SimpleQueue[Event], cancel: threading.Event
-    ) -> Iterator[Begun | Said]:
+    ) -> Iterator[Begun | ReplyChunk]:
         """Hand work in and give its events, to its end.
 
         Raises:

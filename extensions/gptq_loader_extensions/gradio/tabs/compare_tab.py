@@ -15,7 +15,7 @@ from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, REPLIES, stop
 from gptq_loader_extensions.gradio.jobs.comparing import by_turns, where_they_part
 from gptq_loader_extensions.gradio.jobs.conversation import with_system
 from gptq_loader_extensions.gradio.jobs.loading import load_watched
-from gptq_loader_extensions.gradio.jobs.local_models import OneModel
+from gptq_loader_extensions.gradio.jobs.local_models import LocalModels
 from gptq_loader_extensions.gradio.jobs.reply import chat_prompt
 from gptq_loader_extensions.gradio.tabs.header import facts_of, title
 from gptq_loader_extensions.gradio.tabs.measure_box import MeasureBox
@@ -44,7 +44,7 @@ class CompareTab:
     """
 
     def __init__(self, models: Models, catalog: Catalog, measured: MeasuredFiles) -> None:
-        self._sides: tuple[Models, Models] = (models, OneModel())
+        self._sides: tuple[Models, Models] = (models, LocalModels())
         self._catalog = catalog
         self._cancel = gr.State(None)
         with gr.Row(elem_id="choose-other"):
@@ -114,7 +114,7 @@ class CompareTab:
                 }
 
         def unload() -> dict[Any, Any]:
-            self._sides[1].drop()
+            self._sides[1].unload()
             return {self._progress: "", self._other: gr.update(value=None), **self._named()}
 
         def shown() -> dict[Any, Any]:

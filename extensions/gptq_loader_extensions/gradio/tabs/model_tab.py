@@ -155,7 +155,7 @@ class ModelTab:
 
         def unload() -> dict[Any, Any]:
             before = resident_memory()
-            self._models.drop()
+            self._models.unload()
             after = resident_memory()
             sizes = (
                 f" The process held {write_size(before)}, and holds {write_size(after)} now."

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gptq_loader_extensions.openai.errors import ApiError, as_api_error
-from gptq_loader_extensions.openai.replies.engine import Ended, Failed, Ready, Run, Said, Work
+from gptq_loader_extensions.openai.replies.engine import Ended, Failed, Ready, ReplyChunk, Run, Work
 from gptq_loader_extensions.openai.replies.scores import Scores
 from gptq_loader_plugin.errors import is_out_of_memory
 from gptq_loader_plugin.system.memory import free_memory
@@ -17,7 +17,7 @@ from gptq_loader_plugin.system.memory import free_memory
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gptq_loader_extensions.openai.replies.model_registry import Shelf
+    from gptq_loader_extensions.openai.replies.model_registry import ModelRegistry
     from gptq_loader_plugin.generation.batch import Batch
     from gptq_loader_plugin.generation.generate import Generation, Piece
     from gptq_loader_plugin.generation.loaded import LoadedModel
@@ -56,13 +56,13 @@ class BatchEngine:
     nobody is overtaken for ever.
 
     Args:
-        shelf: gives models by name.
+        registry: gives models by name.
         max_queue: how many works may wait.
         most: how many replies are written at a time.
     """
 
-    def __init__(self, shelf: Shelf, *, max_queue: int, most: int = 16) -> None:
-        self._shelf = shelf
+    def __init__(self, registry: ModelRegistry, *, max_queue: int, most: int = 16) -> None:
+        self._registry = registry
         self._max_queue = max_queue
         self._most = most
         self._waiting: deque[Work] = deque()
@@ -127,7 +127,7 @@ class BatchEngine:
         """Stop, wait for the thread to end, and close the model."""
         self.stop()
         self._thread.join()
-        self._shelf.close()
+        self._registry.close()
 
     def _serve(self) -> None:
         idle = True
@@ -135,7 +135,7 @@ class BatchEngine:
             with self._changed:
                 resting = not (self._waiting or self._running or self._closed)
             if resting and not idle:
-                self._shelf.tidy()
+                self._registry.tidy()
             idle = resting
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._running or self._closed)
@@ -155,7 +155,7 @@ class BatchEngine:
                 return None
             if len(self._jobs) >= self._most:
                 return None
-            loaded, wanted = self._shelf.loaded, self._waiting[0].model
+            loaded, wanted = self._registry.loaded, self._waiting[0].model
             same = loaded is not None and wanted in (None, loaded[0])
             same = same and self._waiting[0].alone is None
             if self._running and not same:
@@ -171,7 +171,7 @@ class BatchEngine:
         if work.alone is not None:
             return self._do_alone(work, work.alone)
         try:
-            name, model = self._shelf.take(work.model, cancelled=work.cancel.is_set)
+            name, model = self._registry.take(work.model, cancelled=work.cancel.is_set)
             self._use(model)
             value, runs = work.prepare(model)
         except Exception as error:  # noqa: BLE001 - one request's fault must not end the others
@@ -260,7 +260,9 @@ class BatchEngine:
                 self._said(job, what)
 
     def _said(self, job: Job, piece: Piece) -> None:
-        job.work.send(Said(job.index, piece, () if job.scores is None else job.scores.taken()))
+        job.work.send(
+            ReplyChunk(job.index, piece, () if job.scores is None else job.scores.taken())
+        )
         if piece.finish is None:
             return
         with self._changed:
@@ -279,7 +281,7 @@ class BatchEngine:
         with self._changed:
             del self._running[work]
         if is_out_of_memory(error):
-            self._shelf.forget()
+            self._registry.forget()
         elif as_api_error(error).status == 500:
             logger.error("a request failed", exc_info=error)
         work.send(Failed(error))

@@ -26,8 +26,8 @@ __all__ = [
     "Event",
     "Failed",
     "Ready",
+    "ReplyChunk",
     "Run",
-    "Said",
     "Work",
 ]
 
@@ -68,7 +68,7 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class ReplyChunk:
     """A piece of a reply.
 
     Attributes:
@@ -94,7 +94,7 @@ class Ended:
     """The work is done."""
 
 
-Event = Ready | Said | Failed | Ended
+Event = Ready | ReplyChunk | Failed | Ended
 
 
 @dataclass(eq=False, slots=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from gptq_loader_extensions.openai.replies.engine import Said
+    from gptq_loader_extensions.openai.replies.engine import ReplyChunk
     from gptq_loader_extensions.openai.replies.scores import Step
     from gptq_loader_extensions.openai.replies.token_text import TokenWords
 
@@ -31,7 +31,7 @@ class Aligned:
         self._given = 0  # bytes of text
         self._begin = 0  # where the first held token begins
 
-    def take(self, said: Said) -> list[Step]:
+    def take(self, said: ReplyChunk) -> list[Step]:
         """Take a piece; give the tokens whose text has begun to be given out."""
         self._held += said.steps
         self._given += len(said.piece.text.encode())

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.hub.hub_reference import HubReference
 
-__all__ = ["Entry", "Shelf"]
+__all__ = ["Entry", "ModelRegistry"]
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ class Entry:
     created: int
 
 
-class Shelf:
+class ModelRegistry:
     """The models that may be served by name, and the one that is loaded.
 
     Args:

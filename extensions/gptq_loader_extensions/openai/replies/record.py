@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastapi import Request
 
-    from gptq_loader_extensions.openai.replies.engine import Ready, Said
+    from gptq_loader_extensions.openai.replies.engine import Ready, ReplyChunk
 
 __all__ = ["Record", "record_of"]
 
@@ -47,7 +47,7 @@ class Record:
         self.ready = time.monotonic()
         self.prompt_tokens = sum(len(run.ids) for run in event.runs)
 
-    def said(self, event: Said) -> None:
+    def chunk(self, event: ReplyChunk) -> None:
         """Take down a piece of text."""
         self.first = self.first or time.monotonic()
         self.tokens[event.index] = event.piece.tokens

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_extensions.openai.errors import ApiError, as_api_error
-from gptq_loader_extensions.openai.replies.engine import Ended, Failed, Ready, Said, Work
+from gptq_loader_extensions.openai.replies.engine import Ended, Failed, Ready, ReplyChunk, Work
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -62,7 +62,7 @@ class Reply:
         self.text = ""
         self.ended = False
 
-    async def start(self, request: Request) -> Said | Ended:
+    async def start(self, request: Request) -> ReplyChunk | Ended:
         """Queue the work and wait for its first piece.
 
         Raises:
@@ -83,7 +83,7 @@ class Reply:
             for task in (first, gone):
                 task.cancel()
 
-    async def after(self, first: Said) -> AsyncIterator[Said]:
+    async def after(self, first: ReplyChunk) -> AsyncIterator[ReplyChunk]:
         """Give the first piece and those that follow; whoever stops listening ends the work.
 
         Raises:
@@ -92,7 +92,7 @@ class Reply:
         yield first
         try:
             while not isinstance(event := await self._next(), Ended):
-                if isinstance(event, Said):
+                if isinstance(event, ReplyChunk):
                     yield event
         finally:
             self.cancel()
@@ -102,13 +102,13 @@ class Reply:
         self.ended = True
         self._engine.cancel(self._work)
 
-    async def _first(self) -> Said | Ended:
+    async def _first(self) -> ReplyChunk | Ended:
         while True:
             event = await self._next()
             if isinstance(event, Ready):
                 self.ready = event
                 self._record.started(event)
-            elif isinstance(event, Said | Ended):
+            elif isinstance(event, ReplyChunk | Ended):
                 return event
 
     async def _next(self) -> Event:
@@ -127,13 +127,13 @@ class Reply:
             raise as_api_error(event.error) from event.error
         if isinstance(event, Ended):
             self.ended = True
-        if isinstance(event, Said):
-            self._record.said(event)
+        if isinstance(event, ReplyChunk):
+            self._record.chunk(event)
             self.text += event.piece.text
         return event
 
 
-async def whole(reply: Reply, request: Request) -> tuple[Ready, list[Said]]:
+async def whole(reply: Reply, request: Request) -> tuple[Ready, list[ReplyChunk]]:
     """Wait for all of a reply; a client that hangs up ends it.
 
     Raises:
@@ -145,7 +145,7 @@ async def whole(reply: Reply, request: Request) -> tuple[Ready, list[Said]]:
     if isinstance(first, Ended):
         return reply.ready, []
 
-    async def collect() -> list[Said]:
+    async def collect() -> list[ReplyChunk]:
         return [it async for it in reply.after(first)]
 
     rest = asyncio.ensure_future(collect())

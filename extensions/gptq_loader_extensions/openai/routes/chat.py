@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from gptq_loader_extensions.openai.errors import invalid
-from gptq_loader_extensions.openai.replies.engine import Run, Said
+from gptq_loader_extensions.openai.replies.engine import ReplyChunk, Run
 from gptq_loader_extensions.openai.replies.logprobs import Aligned, chat_logprobs
 from gptq_loader_extensions.openai.replies.record import record_of
 from gptq_loader_extensions.openai.replies.reply_events import whole
@@ -56,7 +56,7 @@ class Choice:
         self.tokens = 0
         self.finish: str | None = None
 
-    def take(self, said: Said) -> dict[str, Any]:
+    def take(self, said: ReplyChunk) -> dict[str, Any]:
         """Take a piece; give the delta that a stream sends for it."""
         text, calls = self._reader.add(said.piece.text)
         if said.piece.finish is not None:
@@ -75,7 +75,7 @@ class Choice:
             self.finish = "tool_calls" if self.calls else FINISH[said.piece.finish]
         return delta
 
-    def score(self, said: Said) -> dict[str, Any] | None:
+    def score(self, said: ReplyChunk) -> dict[str, Any] | None:
         """Give the probabilities of a piece's tokens, where they were asked for."""
         if self._aligned is None or self._words is None:
             return None
@@ -136,7 +136,7 @@ def chat_routes(server: Server) -> APIRouter:
             ready, said = await whole(reply, request)
             return JSONResponse(_completion(ready, said, about), headers=told(record))
         first = await reply.start(request)
-        assert isinstance(first, Said), "a chat has at least one reply"
+        assert isinstance(first, ReplyChunk), "a chat has at least one reply"
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         return stream(_chunks(reply, first, about, with_usage=with_usage), reply, record)
 
@@ -162,7 +162,7 @@ def _prepare(server: Server, body: ChatRequest, model: LoadedModel) -> tuple[Pre
     return Prepared(reader, ends, words), runs
 
 
-def _completion(ready: Ready, said: list[Said], about: dict[str, Any]) -> dict[str, Any]:
+def _completion(ready: Ready, said: list[ReplyChunk], about: dict[str, Any]) -> dict[str, Any]:
     choices = [Choice(ready.value) for _ in ready.runs]
     for piece in said:
         choices[piece.index].take(piece)
@@ -177,7 +177,7 @@ def _completion(ready: Ready, said: list[Said], about: dict[str, Any]) -> dict[s
 
 
 async def _chunks(
-    reply: Reply, first: Said, about: dict[str, Any], *, with_usage: bool
+    reply: Reply, first: ReplyChunk, about: dict[str, Any], *, with_usage: bool
 ) -> AsyncIterator[str]:
     ready = reply.ready
     assert ready is not None

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from gptq_loader_extensions.openai.errors import invalid
-from gptq_loader_extensions.openai.replies.engine import Run, Said
+from gptq_loader_extensions.openai.replies.engine import ReplyChunk, Run
 from gptq_loader_extensions.openai.replies.logprobs import Aligned, completion_logprobs
 from gptq_loader_extensions.openai.replies.prompts import score_prompt
 from gptq_loader_extensions.openai.replies.record import record_of
@@ -92,7 +92,7 @@ class Choice:
         self.tokens = 0
         self.finish: str | None = None
 
-    def take(self, said: Said) -> str:
+    def take(self, said: ReplyChunk) -> str:
         """Take a piece; give its text."""
         self.text += said.piece.text
         self.tokens = said.piece.tokens
@@ -143,7 +143,7 @@ def completion_routes(server: Server) -> APIRouter:
             answer = _completion(ready, said, about)
             return JSONResponse(answer, headers=told(record))
         first = await reply.start(request)
-        assert isinstance(first, Said), "a completion has at least one reply"
+        assert isinstance(first, ReplyChunk), "a completion has at least one reply"
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         return stream(_chunks(reply, first, about, with_usage=with_usage), reply, record)
 
@@ -218,7 +218,7 @@ def _ids(
     return ids
 
 
-def _completion(ready: Ready, said: list[Said], about: dict[str, Any]) -> dict[str, Any]:
+def _completion(ready: Ready, said: list[ReplyChunk], about: dict[str, Any]) -> dict[str, Any]:
     prepared: Prepared = ready.value
     choices = [Choice(prepared, i) for i in range(len(prepared.prompts) * prepared.copies)]
     for piece in said:
@@ -239,7 +239,7 @@ def _completion(ready: Ready, said: list[Said], about: dict[str, Any]) -> dict[s
 
 
 async def _chunks(
-    reply: Reply, first: Said, about: dict[str, Any], *, with_usage: bool
+    reply: Reply, first: ReplyChunk, about: dict[str, Any], *, with_usage: bool
 ) -> AsyncIterator[str]:
     ready = reply.ready
     assert ready is not None

@@ -26,13 +26,13 @@ def about_routes(server: Server) -> APIRouter:
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
         """List the models that may be named."""
-        entries = await asyncio.to_thread(server.shelf.entries)
+        entries = await asyncio.to_thread(server.registry.entries)
         return {"object": "list", "data": [_model(it) for it in entries]}
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         """Say what one model is."""
-        for entry in await asyncio.to_thread(server.shelf.entries):
+        for entry in await asyncio.to_thread(server.registry.entries):
             if entry.name == name:
                 return _model(entry)
         raise ApiError(
@@ -57,7 +57,7 @@ def about_routes(server: Server) -> APIRouter:
     @router.get("/health")
     async def health() -> dict[str, Any]:
         """Say that the server runs, and what it has loaded."""
-        loaded = server.shelf.loaded
+        loaded = server.registry.loaded
         running, waiting = server.engine.counts()
         return {
             "status": "ok",
@@ -86,7 +86,7 @@ def _model(entry: Entry) -> dict[str, Any]:
 
 def _gauges(server: Server) -> dict[str, float]:
     running, waiting = server.engine.counts()
-    loaded = server.shelf.loaded
+    loaded = server.registry.loaded
     weights = 0 if loaded is None else loaded[1].plan.weight_bytes
     return {
         "gptq_requests_running": running,
@@ -97,9 +97,9 @@ def _gauges(server: Server) -> dict[str, float]:
 
 
 def _info(server: Server) -> dict[str, str]:
-    if server.shelf.loaded is None:
+    if server.registry.loaded is None:
         return {}
-    name, model = server.shelf.loaded
+    name, model = server.registry.loaded
     return {
         "model": name,
         "kernels": ",".join(model.plan.kernels()),

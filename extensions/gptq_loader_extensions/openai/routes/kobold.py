@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from gptq_loader_extensions.openai.errors import invalid
-from gptq_loader_extensions.openai.replies.engine import Run, Said
+from gptq_loader_extensions.openai.replies.engine import ReplyChunk, Run
 from gptq_loader_extensions.openai.replies.record import record_of
 from gptq_loader_extensions.openai.replies.reply_events import whole
 from gptq_loader_extensions.openai.replies.runs import make_runs
@@ -66,7 +66,7 @@ def kobold_routes(server: Server) -> APIRouter:  # noqa: C901 - one small functi
             raise invalid("a stream has one reply; leave n out", param="n")
         reply = await _reply(server, body, request)
         first = await reply.start(request)
-        assert isinstance(first, Said), "there is at least one reply"
+        assert isinstance(first, ReplyChunk), "there is at least one reply"
         return stream(_tokens(reply, first), reply, record_of(request), done="")
 
     @router.post("/api/extra/generate/check")
@@ -87,7 +87,7 @@ def kobold_routes(server: Server) -> APIRouter:  # noqa: C901 - one small functi
     @router.get("/api/v1/model")
     async def model() -> dict[str, Any]:
         """Name the model that is loaded."""
-        loaded = server.shelf.loaded
+        loaded = server.registry.loaded
         return {"result": "ReadOnly" if loaded is None else loaded[0]}
 
     @router.put("/api/v1/model")
@@ -117,7 +117,7 @@ def kobold_routes(server: Server) -> APIRouter:  # noqa: C901 - one small functi
     @router.get("/api/extra/true_max_context_length")
     async def max_context_length(request: Request) -> dict[str, Any]:
         """Say how long a prompt and its reply may be together."""
-        loaded = server.shelf.loaded
+        loaded = server.registry.loaded
         if loaded is not None:
             return {"value": loaded[1].context}
         return {"value": await server.ask(request, lambda model: model.context)}
@@ -166,13 +166,13 @@ def _prepare(server: Server, body: KoboldRequest, model: LoadedModel) -> list[Ru
     return make_runs(body, model, ids or model.encode(""), max_tokens=most)
 
 
-async def _tokens(reply: Reply, first: Said) -> AsyncIterator[str]:
+async def _tokens(reply: Reply, first: ReplyChunk) -> AsyncIterator[str]:
     async for said in reply.after(first):
         finish = None if said.piece.finish is None else FINISH[said.piece.finish]
         yield event({"token": said.piece.text, "finish_reason": finish}, name="message")
 
 
-def _finish(said: list[Said], index: int) -> str | None:
+def _finish(said: list[ReplyChunk], index: int) -> str | None:
     ends = [it.piece.finish for it in said if it.index == index and it.piece.finish is not None]
     return FINISH[ends[-1]] if ends else None
 

@@ -31,14 +31,14 @@ def internal_routes(server: Server) -> APIRouter:  # noqa: C901 - one small func
     @router.get("/model/info")
     async def info() -> dict[str, Any]:
         """Name the model that is loaded."""
-        loaded = server.shelf.loaded
+        loaded = server.registry.loaded
         name = None if loaded is None else loaded[0]
         return {"model_name": name, "lora_names": [], "loader": "gptq_loader_plugin"}
 
     @router.get("/model/list")
     async def names() -> dict[str, Any]:
         """List the models that may be loaded."""
-        entries = await asyncio.to_thread(server.shelf.entries)
+        entries = await asyncio.to_thread(server.registry.entries)
         return {"model_names": [it.name for it in entries]}
 
     @router.post("/model/load")

@@ -63,7 +63,7 @@ def write_command(
         "--middleware": "gptq_loader_extensions.vllm.server.guard.ServerGuard",
         "--shutdown-timeout": settings.grace,
         "--disable-access-log-for-endpoints": "/health",
-        "--max-num-seqs": options.most_at_once,
+        "--max-num-seqs": options.max_num_seqs,
         "--max-model-len": options.load.context,
         "--dtype": dtype,
         "--tensor-parallel-size": options.tensor_parallel,
