@@ -9,7 +9,7 @@ help: ## say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
 
 demo: ## open a chat page with a small model; PROMPT="..." answers in the terminal instead
-	@$(PYTHON) tools/set_up.py demo
+	@$(PYTHON) tools/set_up.py $(if $(PROMPT),demo,page)
 	@if [ -n "$$PROMPT" ]; then $(BIN)/gptq-loader demo "$$PROMPT"; \
 	else $(BIN)/gptq-loader demo $(if $(PORT),--port $(PORT)); fi
 
@@ -24,6 +24,7 @@ check: ## format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/pyright
 	PYTHONPATH=.:kernels:extensions $(BIN)/lint-imports
+	$(BIN)/python -m pip check
 
 hosts: ## drive the real host programs; WEBUI_DIR is a checkout of text-generation-webui
 	@$(PYTHON) tools/set_up.py hosts $(HOSTS)

