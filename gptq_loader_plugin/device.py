@@ -100,9 +100,9 @@ def find_device(name: str | None = None) -> Device:
     Raises:
         OptionInvalid: the name is of no kind known, or names a device that is not here.
     """
-    found = find_devices()
+    devices = find_devices()
     if name is None:
-        return found[0]
+        return devices[0]
     match = NAMED.fullmatch(name.strip().lower())
     if match is None:
         raise OptionInvalid(
@@ -113,13 +113,15 @@ def find_device(name: str | None = None) -> Device:
     if which and (absent := _absent(kind, which)) is not None:
         return absent
     index = int(which) if which and which.isdigit() else 0
-    for device in found:
+    for device in devices:
         same = device.type == kind or (device.type == "rocm" and kind == "cuda")
         if same and device.index == index:
             return device
     if kind == "rocm" and not which:
         return _absent_rocm(ROCM_ARCH)
-    here = ", ".join(f"{it.type}:{it.index}" if it.type != "cpu" else "cpu" for it in found)
+    here = ", ".join(
+        f"{device_.type}:{device_.index}" if device_.type != "cpu" else "cpu" for device_ in devices
+    )
     raise OptionInvalid(
         f"there is no {name} on this machine; there is {here}",
         hint=f"name one that is here, or ask explain about one that is not: {ABSENT[kind]}"
@@ -201,7 +203,7 @@ def _cuda() -> tuple[Device, ...]:
 def _rocm(nodes: Path = Path("/sys/class/kfd/kfd/topology/nodes")) -> tuple[Device, ...]:
     """Read the kernel's topology of AMD GPUs: a node with a gfx version is a GPU."""
     devices: list[Device] = []
-    for properties in sorted(nodes.glob("*/properties"), key=lambda it: int(it.parent.name)):
+    for properties in sorted(nodes.glob("*/properties"), key=lambda path: int(path.parent.name)):
         fields = dict(line.split(maxsplit=1) for line in properties.read_text().splitlines())
         version = int(fields.get("gfx_target_version", "0"))
         if not version:

@@ -163,7 +163,7 @@ class NoBackend(GPTQLoaderError):
     """
 
     def __init__(self, layer: str, declined: Sequence[Declined], *, hint: str) -> None:
-        reasons = "".join(f"\n  {it.kernel:<10} {it.reason}" for it in declined)
+        reasons = "".join(f"\n  {verdict.kernel:<10} {verdict.reason}" for verdict in declined)
         super().__init__(
             f"no kernel can run {layer}:{reasons or ' no kernel is installed'}", hint=hint
         )
@@ -242,7 +242,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             return True
-        if isinstance(error, RuntimeError) and any(it in str(error) for it in OUT_OF_MEMORY):
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY):
             return True
         error = error.__cause__
     return False

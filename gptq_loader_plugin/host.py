@@ -136,22 +136,24 @@ def check_package(
         install: what a user runs to get it; None is pip with the package's name.
     """
     try:
-        found = version(package)
+        installed = version(package)
     except PackageNotFoundError:
         return NotReady(f"{package} is not installed", install or f"pip install {package}")
-    if _numbers(found) < _numbers(oldest):
+    if _numbers(installed) < _numbers(oldest):
         return NotReady(
-            f"{package} {found} is too old; {oldest} or newer is needed",
+            f"{package} {installed} is too old; {oldest} or newer is needed",
             install or f"pip install --upgrade {package}",
         )
-    newer = _numbers(found) > _numbers(newest)
-    return Ready(f"{package} {found}", f"newer than {newest}, the last one tried" if newer else "")
+    newer = _numbers(installed) > _numbers(newest)
+    return Ready(
+        f"{package} {installed}", f"newer than {newest}, the last one tried" if newer else ""
+    )
 
 
 def _numbers(text: str) -> tuple[int, ...]:
     """Read the numbers of a version, as far as they are numbers: 5.6.0.dev0 is (5, 6)."""
     match = re.match(r"\d+(?:\.\d+)*", text)
-    numbers = [int(it) for it in match[0].split(".")] if match else []
+    numbers = [int(part) for part in match[0].split(".")] if match else []
     while numbers and numbers[-1] == 0:
         numbers.pop()
     return tuple(numbers)

@@ -110,7 +110,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     )
     opened = open_planned(reference, options, plugins)
     checkpoint, plan = opened.checkpoint, opened.plan
-    template_found = find_template(
+    chat_template = find_template(
         checkpoint.folder,
         card=checkpoint.card,
         named=options.template,
@@ -130,22 +130,22 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     filled = build_model(checkpoint, plan, plugins, options.offload_folder, check=options.check)
     model, notes = filled.model, filled.notes
     if options.head == "int8":
-        from gptq_loader_plugin.model.int8_head import narrow_head
+        from gptq_loader_plugin.model.int8_head import quantize_head
 
-        note, grown = narrow_head(model, plan.device, plugins.kernels(), only=options.backend)
+        note, grown = quantize_head(model, plan.device, plugins.kernels(), only=options.backend)
         plan = replace(plan, weight_bytes=plan.weight_bytes + grown)
         notes = (*notes, note)
     if options.head is None:
         plan, done = shorten(model, plan, plugins.kernels())
         notes = (*notes, *done)
-    _tell_loaded(opened, plugins)
+    _report_loaded(opened, plugins)
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
     loaded = LoadedModel(
         model,
         tokenizer,
         plan=plan,
-        template=template_found,
+        template=chat_template,
         card=checkpoint.card,
         context=_context(model, options.context),
         warnings=filled.warnings,
@@ -203,7 +203,7 @@ def load_model(
         config=config,
         model_class=model_class,
     )
-    _tell_loaded(opened, plugins)
+    _report_loaded(opened, plugins)
     return filled
 
 
@@ -271,7 +271,7 @@ def inspect(
     return make_report(checkpoint, plugins.kernels(), reference=str(reference))
 
 
-def _tell_loaded(opened: Opened, plugins: Plugins) -> None:
+def _report_loaded(opened: Opened, plugins: Plugins) -> None:
     opened.checkpoint.close()
     seconds = time.monotonic() - opened.began
     plugins.hook.gptq_after_load(request=opened.request, seconds=seconds)

@@ -36,7 +36,11 @@ WHAT_TO_NAME = "name a folder, a .safetensors or .pt file, owner/repo:branch on 
 def models_folders(environ: Mapping[str, str] = os.environ) -> list[Path]:
     """List the folders whose folders are models: `GPTQ_LOADER_MODELS`, or ./models."""
     named = environ.get("GPTQ_LOADER_MODELS")
-    return [local_path(it) for it in (named.split(os.pathsep) if named else ["models"]) if it]
+    return [
+        local_path(folder)
+        for folder in (named.split(os.pathsep) if named else ["models"])
+        if folder
+    ]
 
 
 def resolve(
@@ -55,7 +59,7 @@ def resolve(
         plugins: asked first.
         revision: the branch, tag or commit of a hub repository.
         download: whether to fetch a hub repository that is not on this machine yet.
-        progress: told how far a download, or the demo's preparation, has come.
+        progress: called with how far a download, or the demo's preparation, has come.
         environ: where `GPTQ_LOADER_MODELS` is looked up.
 
     Raises:
@@ -139,7 +143,7 @@ def _checked(text: str, path: Path) -> Path:
 
 
 def _is_near(path: Path) -> bool:
-    """Tell whether what looks like a repository was rather meant to be in a folder that is here."""
+    """Return whether what looks like a repository was rather meant as a folder that is here."""
     return path.parent.is_dir() and path.parent != Path()
 
 

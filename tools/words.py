@@ -67,6 +67,7 @@ def own_word(name):
     """Find the word of the list that an identifier is, or holds."""
     if name in WHOLE:
         return name
+    name = re.sub(r"not_?found", "", name, flags=re.IGNORECASE)  # as in FileNotFoundError
     parts = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower().split("_")
     return next((it for it in PARTS if it in parts), None)
 

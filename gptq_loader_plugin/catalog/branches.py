@@ -13,13 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.catalog.card_table import CardRow, read_branch_name, read_card_table
 from gptq_loader_plugin.catalog.fit import Fit
-from gptq_loader_plugin.catalog.remote_branch import FACTS, Asker, Seen, see
+from gptq_loader_plugin.catalog.remote_branch import (
+    FACTS,
+    BranchContents,
+    FitQuestion,
+    inspect_branch,
+)
 from gptq_loader_plugin.errors import DownloadCancelled
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.hub.cache import cached_folder
+from gptq_loader_plugin.hub.error_messages import explained
 from gptq_loader_plugin.hub.fetch import LOOK_UP_LIMIT, free_bytes
 from gptq_loader_plugin.hub.remote import list_names, look_up, read
-from gptq_loader_plugin.hub.words import explained
 from gptq_loader_plugin.hub.workers import Cancelled, run_jobs
 
 if TYPE_CHECKING:
@@ -106,7 +111,7 @@ class RepoReport:
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Give the report as plain data, for `branches --json`."""
+        """Return the report as plain data, for `branches --json`."""
         return asdict(self)
 
 
@@ -128,7 +133,7 @@ def list_branches(
         kernels: the kernels to ask.
         context: the tokens of context to keep room for.
         alone: whether to list the branch that `hub` names alone.
-        progress: told how many branches are read.
+        progress: called with how many branches are read.
         cancelled: asked all the time; once it says yes this ends.
 
     Raises:
@@ -139,23 +144,26 @@ def list_branches(
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
-    asker = Asker(device, kernels, context, cache)
+    question = FitQuestion(device, kernels, context, cache)
     try:
         names = run_jobs(
             [partial(_names, hub, alone=alone)], workers=1, cancelled=cancelled, limit=LOOK_UP_LIMIT
         )[0]
-        seen, card, license_, warnings = _ask_all(hub, names, asker, progress, cancelled)
+        contents, card, license_, warnings = _ask_all(hub, names, question, progress, cancelled)
     except Cancelled:
         raise DownloadCancelled(f"the list of {hub.repo} was stopped", hint="ask again") from None
     except Exception as error:
         raise explained(hub, error) from error
     order = {name: at for at, name in enumerate(dict.fromkeys(("main", *card)))}
-    reports = [_report(replace(hub, branch=it), names[it], seen[it], card.get(it)) for it in names]
-    reports.sort(key=lambda it: (order.get(it.branch, len(order)), it.branch))
+    reports = [
+        _report(replace(hub, branch=name), names[name], contents[name], card.get(name))
+        for name in names
+    ]
+    reports.sort(key=lambda report: (order.get(report.branch, len(order)), report.branch))
     return RepoReport(
         repo=hub.repo,
         license=license_,
-        gated=any(it.remote.gated for it in seen.values() if it.remote),
+        gated=any(branch.remote.gated for branch in contents.values() if branch.remote),
         device=str(device),
         context=context,
         free_bytes=free_bytes(cache),
@@ -174,30 +182,30 @@ def _names(hub: HubReference, stop: Stop, *, alone: bool) -> dict[str, str]:
 def _ask_all(
     hub: HubReference,
     names: dict[str, str],
-    asker: Asker,
+    question: FitQuestion,
     progress: Callable[[Progress], None] | None,
     cancelled: Callable[[], bool] | None,
-) -> tuple[dict[str, Seen], dict[str, CardRow], str, tuple[str, ...]]:
+) -> tuple[dict[str, BranchContents], dict[str, CardRow], str, tuple[str, ...]]:
     """Read every branch and the card, a few at a time; what fails is in its `Seen`."""
-    seen: dict[str, Seen] = {}
-    told = -1
+    contents: dict[str, BranchContents] = {}
+    reported = -1
 
-    def look() -> None:
-        nonlocal told
-        if progress is not None and told != (told := len(seen)):
-            progress(Progress("branches", told, len(names), "branches", hub.repo))
+    def on_poll() -> None:
+        nonlocal reported
+        if progress is not None and reported != (reported := len(contents)):
+            progress(Progress("branches", reported, len(names), "branches", hub.repo))
 
     def branch(name: str, stop: Stop) -> None:
-        seen[name] = see(replace(hub, branch=name), asker, stop)
+        contents[name] = inspect_branch(replace(hub, branch=name), question, stop)
 
     card: dict[str, CardRow] = {}
-    said: list[str] = []
+    licenses: list[str] = []
     warnings: list[str] = []
 
     def read_card(stop: Stop) -> None:
         try:
             remote = look_up(replace(hub, branch="main"), stop)
-            said.append(remote.license)
+            licenses.append(remote.license)
             file = remote.file("README.md")
             if file is not None:
                 card.update(read_card_table(read(file, stop).decode("utf-8", errors="replace")))
@@ -206,19 +214,24 @@ def _ask_all(
         except Exception as error:  # noqa: BLE001 - the branches tell most of what the card does
             warnings.append(f"the model card cannot be read: {explained(hub, error).message}")
 
-    jobs: list[Callable[[Stop], None]] = [read_card, *(partial(branch, it) for it in names)]
+    jobs: list[Callable[[Stop], None]] = [read_card, *(partial(branch, name) for name in names)]
     run_jobs(
         jobs,
         workers=WORKERS,
         cancelled=cancelled,
-        look=look,
+        on_poll=on_poll,
     )
-    return seen, card, said[0] if said else "", tuple(warnings)
+    return contents, card, licenses[0] if licenses else "", tuple(warnings)
 
 
-def _report(hub: HubReference, commit: str, seen: Seen, card: CardRow | None) -> BranchReport:
+def _report(
+    hub: HubReference, commit: str, contents: BranchContents, card: CardRow | None
+) -> BranchReport:
     """Put together what the branch, the card and the name tell; the branch itself wins."""
-    facts, sources = dict(seen.facts), {it: seen.sources.get(it, "") for it in seen.facts}
+    facts, sources = (
+        dict(contents.facts),
+        {fact: contents.sources.get(fact, "") for fact in contents.facts},
+    )
     warnings = []
     for row, source in ((card, "model card"), (read_branch_name(hub.branch), "branch name")):
         for fact in FACTS:
@@ -229,21 +242,21 @@ def _report(hub: HubReference, commit: str, seen: Seen, card: CardRow | None) ->
                 facts[fact], sources[fact] = value, source
             elif facts[fact] != value and fact in ("bits", "group_size", "desc_act"):
                 warnings.append(f"the {source} says {_fact(fact, value)}, and it is not so")
-    remote = seen.remote
+    remote = contents.remote
     return BranchReport(
         branch=hub.branch,
         commit=commit,
-        is_gptq=seen.is_gptq,
-        **(facts if seen.is_gptq is not False else {}),
-        size_bytes=sum(it.size for it in remote.weight_files) if remote else None,
+        is_gptq=contents.is_gptq,
+        **(facts if contents.is_gptq is not False else {}),
+        size_bytes=sum(weight_file.size for weight_file in remote.weight_files) if remote else None,
         download_bytes=remote.size if remote else None,
-        exllama=seen.exllama,
+        exllama=contents.exllama,
         desc=card.desc if card else None,
-        fit=seen.fit or Fit(fits=None, reason=seen.error or "it could not be read"),
+        fit=contents.fit or Fit(fits=None, reason=contents.error or "it could not be read"),
         here=cached_folder(replace(hub, branch=commit)) is not None,
-        sources={it: source for it, source in sources.items() if source},
+        sources={field: source for field, source in sources.items() if source},
         warnings=tuple(warnings),
-        error=seen.error,
+        error=contents.error,
     )
 
 

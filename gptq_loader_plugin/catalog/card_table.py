@@ -65,11 +65,13 @@ class CardRow:
 def read_card_table(card: str) -> dict[str, CardRow]:
     """Find a card's table of branches; a card without one gives none."""
     for header, rows in _tables(card.splitlines()):
-        names = [COLUMNS.get(_plain(it).lower(), "") for it in header]
+        names = [COLUMNS.get(_plain(cell).lower(), "") for cell in header]
         if not {"branch", "bits"} <= set(names):
             continue
-        found = [_row(dict(zip(names, map(_plain, row), strict=False))) for row in rows if any(row)]
-        return {it.branch: it for it in found if it.branch}
+        parsed = [
+            _row(dict(zip(names, map(_plain, row), strict=False))) for row in rows if any(row)
+        ]
+        return {row.branch: row for row in parsed if row.branch}
     return {}
 
 
@@ -88,7 +90,7 @@ def read_branch_name(branch: str) -> CardRow:
 
 
 def _tables(lines: Sequence[str]) -> Iterator[tuple[list[str], list[list[str]]]]:
-    """Give every table: its header's cells, and its rows' cells."""
+    """Return every table: its header's cells, and its rows' cells."""
     for at, line in enumerate(lines[1:], start=1):
         if not RULE.fullmatch(line.strip()) or "|" not in lines[at - 1]:
             continue
@@ -102,7 +104,7 @@ def _tables(lines: Sequence[str]) -> Iterator[tuple[list[str], list[list[str]]]]
 
 def _cells(line: str) -> list[str]:
     inner = line.strip().removeprefix("|").removesuffix("|")
-    return [it.replace("\\|", "|").strip() for it in re.split(r"(?<!\\)\|", inner)]
+    return [cell.replace("\\|", "|").strip() for cell in re.split(r"(?<!\\)\|", inner)]
 
 
 def _plain(cell: str) -> str:

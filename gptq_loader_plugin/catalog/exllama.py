@@ -1,4 +1,4 @@
-"""Say whether ExLlama's kernels could run a checkpoint: the card's own column."""
+"""Whether ExLlama's kernels could run a checkpoint: the card's own column."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ask_exllama(checkpoint: Checkpoint, kernels: Sequence[Kernel]) -> ExllamaRep
     if exllama is None:
         return ExllamaReport(compatible=False, reason="the exllama plugin is not installed")
     verdicts = [exllama.consider(layer, AMPERE) for layer in checkpoint.layers.values()]
-    reasons = [it.reason for it in verdicts if isinstance(it, Declined)]
+    reasons = [verdict.reason for verdict in verdicts if isinstance(verdict, Declined)]
     if not reasons:
         return ExllamaReport(compatible=True, reason=f"runs all {len(verdicts)} layers")
     part = (

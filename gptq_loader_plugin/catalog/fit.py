@@ -1,4 +1,4 @@
-"""Say whether a checkpoint fits this machine, and why: its weights and a context, and the disk."""
+"""Whether a checkpoint fits this machine, and why: its weights and a context, and the disk."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def check_fit(
         ConfigInvalid: its config.json does not parse, or names no model type.
     """
     try:
-        kinds = {name: replace(it, name="") for name, it in checkpoint.layers.items()}
+        kinds = {name: replace(layer, name="") for name, layer in checkpoint.layers.items()}
         plan = make_plan(
             checkpoint,
             device,
-            [_Remembering(it, kinds) for it in kernels],
+            [_Remembering(kernel, kinds) for kernel in kernels],
             reference=str(checkpoint.path),
         )
         plan = plan_shortlist(plan, checkpoint, kernels)
@@ -108,7 +108,7 @@ def _judged(fit: Fit, taken: int, device: Device, disk: tuple[int, int] | None) 
         else "; what a context takes is not known)"
     )
     if disk is not None and disk[0] > disk[1]:
-        size, free = (write_size(it) for it in disk)
+        size, free = (write_size(count) for count in disk)
         return replace(fit, fits=False, reason=f"{size} to download, and {free} of disk are free")
     if device.memory_bytes is None:
         return replace(fit, reason=f"{needs}; how much memory {device} has is not known")
@@ -117,7 +117,7 @@ def _judged(fit: Fit, taken: int, device: Device, disk: tuple[int, int] | None) 
     if taken <= usable:
         return replace(fit, fits=True, reason=f"{needs}; {has}")
     reason = f"{needs}; {has}, a tenth of which is left free"
-    together = sum(it.memory_bytes or 0 for it in find_devices()) * LEFT_FREE
+    together = sum(device.memory_bytes or 0 for device in find_devices()) * LEFT_FREE
     if device.present and device.type != "cpu" and taken <= together:
         reason += "; with --device-map auto the CPU takes the rest"
     return replace(fit, fits=False, reason=reason)

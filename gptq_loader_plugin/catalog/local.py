@@ -71,7 +71,7 @@ class LocalReport:
     hint: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Give the report as plain data, for `models --json`."""
+        """Return the report as plain data, for `models --json`."""
         data = asdict(self)
         about = data.pop("model")
         return {**about, "path": str(about["path"]), **data}
@@ -91,7 +91,7 @@ def report_model(
     try:
         stored, _ = read_stored_config(model.path)
         files = find_weight_files(model.path, base_name=stored.model_file_base_name)
-        if any(it.suffix != ".safetensors" for it in files):
+        if any(file.suffix != ".safetensors" for file in files):
             return LocalReport(
                 model,
                 bits=stored.bits,
@@ -100,8 +100,8 @@ def report_model(
                 fit=Fit(fits=None, reason="a pickle (.pt, .bin) is not opened for a list"),
             )
         headers = read_headers(files)
-        found = outline(headers, stored, folder=model.path, size_bytes=model.size_bytes)
-        fit = check_fit(found, device, kernels, context=context)
+        checkpoint = outline(headers, stored, folder=model.path, size_bytes=model.size_bytes)
+        fit = check_fit(checkpoint, device, kernels, context=context)
     except GPTQLoaderError as error:
         return LocalReport(model, error=error.message, hint=error.hint)
     except OSError as error:
@@ -109,10 +109,10 @@ def report_model(
         return LocalReport(model, error=why, hint="check that folder and its permissions")
     return LocalReport(
         model,
-        bits=found.config.bits,
-        group_size=found.config.group_size,
-        desc_act=found.config.desc_act,
-        layers=len(found.layers),
+        bits=checkpoint.config.bits,
+        group_size=checkpoint.config.group_size,
+        desc_act=checkpoint.config.desc_act,
+        layers=len(checkpoint.layers),
         fit=fit,
     )
 
@@ -129,19 +129,19 @@ def local_models(
         cache: whether to look into the hub's cache too (`HF_HUB_CACHE`, `HF_HOME`).
         environ: where `GPTQ_LOADER_MODELS` is looked up.
     """
-    found: dict[str, LocalModel] = {}
+    by_name: dict[str, LocalModel] = {}
     for folder in models_folders(environ):
         for name, path in _folders(folder):
-            if name not in found and detect(path).is_gptq:
-                found[name] = LocalModel(name, path, "models directory", _weight_bytes(path))
-    listed = sorted(found.values(), key=lambda it: it.name.casefold())
+            if name not in by_name and detect(path).is_gptq:
+                by_name[name] = LocalModel(name, path, "models directory", _weight_bytes(path))
+    listed = sorted(by_name.values(), key=lambda model: model.name.casefold())
     if cache:
         cached = [
             LocalModel(name, path, "Hugging Face cache", _weight_bytes(path))
             for name, path in _cached()
-            if name not in found and detect(path).is_gptq
+            if name not in by_name and detect(path).is_gptq
         ]
-        listed += sorted(cached, key=lambda it: it.name.casefold())
+        listed += sorted(cached, key=lambda model: model.name.casefold())
     return listed
 
 
@@ -158,7 +158,7 @@ def _folders(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _subfolders(folder: Path) -> list[Path]:
     try:
-        return sorted(it for it in folder.iterdir() if it.is_dir() and it.name[0] != ".")
+        return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
     except OSError:  # there is none, or it may not be read
         return []
 
@@ -184,11 +184,11 @@ def _cached() -> Iterator[tuple[str, Path]]:
 
 def _has_weights(folder: Path) -> bool:
     try:
-        return any(it.suffix in WEIGHT_SUFFIXES for it in folder.iterdir())
+        return any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir())
     except OSError:
         return False
 
 
 def _weight_bytes(folder: Path) -> int:
-    files = (it for it in folder.iterdir() if it.suffix in WEIGHT_SUFFIXES)
-    return sum(it.stat().st_size for it in files if it.exists())
+    files = (path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+    return sum(file.stat().st_size for file in files if file.exists())

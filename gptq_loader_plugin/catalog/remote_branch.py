@@ -17,9 +17,9 @@ from gptq_loader_plugin.checkpoint.outline import outline
 from gptq_loader_plugin.checkpoint.weight_files import find_weight_files
 from gptq_loader_plugin.errors import CheckpointError, GPTQLoaderError, UnsupportedFormat
 from gptq_loader_plugin.hub.cache import RepoCache
+from gptq_loader_plugin.hub.error_messages import explained
 from gptq_loader_plugin.hub.fetch import free_bytes
 from gptq_loader_plugin.hub.remote import look_up, read
-from gptq_loader_plugin.hub.words import explained
 from gptq_loader_plugin.hub.workers import Cancelled
 
 if TYPE_CHECKING:
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.hub.workers import Stop
     from gptq_loader_plugin.kernel import Kernel
 
-__all__ = ["FACTS", "Asker", "Seen", "see"]
+__all__ = ["FACTS", "BranchContents", "FitQuestion", "inspect_branch"]
 
 FIRST = 100_000  # bytes asked for first: the whole header of a model of 30 blocks
 FACTS = ("bits", "group_size", "desc_act", "damp_percent", "dataset", "seq_len")
 
 
 @dataclass(frozen=True, slots=True)
-class Asker:
+class FitQuestion:
     """What every branch is asked with."""
 
     device: Device
@@ -51,7 +51,7 @@ class Asker:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class BranchContents:
     """What a branch itself tells."""
 
     remote: RemoteBranch | None = None
@@ -63,29 +63,31 @@ class Seen:
     error: str = ""
 
 
-def see(hub: HubReference, asker: Asker, stop: Stop) -> Seen:
+def inspect_branch(hub: HubReference, question: FitQuestion, stop: Stop) -> BranchContents:
     """Read one branch; what it is not, or what failed, is in the answer."""
     try:
         remote = look_up(hub, stop)
     except Cancelled:
         raise
     except Exception as error:  # noqa: BLE001 - one branch's failure is not the others'
-        return Seen(error=_words(hub, error))
+        return BranchContents(error=_words(hub, error))
     if not remote.weight_files:
-        return Seen(remote, is_gptq=False, error="it holds no weights that this package reads")
+        return BranchContents(
+            remote, is_gptq=False, error="it holds no weights that this package reads"
+        )
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         try:
-            return _open(remote, folder, asker, stop)
+            return _open(remote, folder, question, stop)
         except Cancelled:
             raise
         except UnsupportedFormat as error:
-            return Seen(remote, is_gptq=False, error=_words(hub, error))
+            return BranchContents(remote, is_gptq=False, error=_words(hub, error))
         except Exception as error:  # noqa: BLE001 - one branch's failure is not the others'
-            return Seen(remote, error=_words(hub, error))
+            return BranchContents(remote, error=_words(hub, error))
 
 
-def _open(remote: RemoteBranch, folder: Path, asker: Asker, stop: Stop) -> Seen:
+def _open(remote: RemoteBranch, folder: Path, question: FitQuestion, stop: Stop) -> BranchContents:
     """Read a branch's config files and the headers of its weights."""
     for file in remote.files:
         if file.name in (*CONFIG_FILES, "config.json") or file.name.endswith(".index.json"):
@@ -93,37 +95,43 @@ def _open(remote: RemoteBranch, folder: Path, asker: Asker, stop: Stop) -> Seen:
     for file in remote.weight_files:
         (folder / file.name).touch()  # for its name: nothing reads it
     stored, _ = read_stored_config(folder)
-    found = find_weight_files(folder, base_name=stored.model_file_base_name)
-    files = [it for it in remote.weight_files if it.name in {path.name for path in found}]
-    if any(not it.name.endswith(".safetensors") for it in files):
-        told = {name: value for name in FACTS if (value := getattr(stored, name, None)) is not None}
+    paths = find_weight_files(folder, base_name=stored.model_file_base_name)
+    files = [
+        weight_file
+        for weight_file in remote.weight_files
+        if weight_file.name in {path.name for path in paths}
+    ]
+    if any(not file.name.endswith(".safetensors") for file in files):
+        facts = {
+            name: value for name in FACTS if (value := getattr(stored, name, None)) is not None
+        }
         why = "a pickle (.pt, .bin) is not looked into before it is here"
-        return Seen(
+        return BranchContents(
             remote,
-            facts=told,
+            facts=facts,
             sources=dict(stored.sources),
             fit=Fit(fits=None, reason=why),
             is_gptq=True if detect(folder).is_gptq else None,
         )
     headers: dict[str, TensorInfo] = {}
     for file in files:
-        headers |= {it.name: it for it in _headers(file, folder, stop)}
-    size = sum(it.size for it in files)
+        headers |= {header.name: header for header in _headers(file, folder, stop)}
+    size = sum(file.size for file in files)
     checkpoint = outline(headers, stored, folder=folder, size_bytes=size)
-    cache = RepoCache(asker.cache, remote.hub.repo)
-    missing = sum(it.size for it in remote.files if not cache.has(it))
+    cache = RepoCache(question.cache, remote.hub.repo)
+    missing = sum(file.size for file in remote.files if not cache.has(file))
     fit = check_fit(
         checkpoint,
-        asker.device,
-        asker.kernels,
-        context=asker.context,
-        disk=(missing, free_bytes(asker.cache)),
+        question.device,
+        question.kernels,
+        context=question.context,
+        disk=(missing, free_bytes(question.cache)),
     )
-    return Seen(
+    return BranchContents(
         remote,
-        facts=_facts(checkpoint, told_order=stored.desc_act is not None),
+        facts=_facts(checkpoint, order_is_known=stored.desc_act is not None),
         sources=checkpoint.config.sources,
-        exllama=ask_exllama(checkpoint, asker.kernels),
+        exllama=ask_exllama(checkpoint, question.kernels),
         fit=fit,
         is_gptq=True,
     )
@@ -138,13 +146,13 @@ def _headers(file: RemoteFile, folder: Path, stop: Stop) -> list[TensorInfo]:
     return read_safetensors_header(BytesIO(first).read, file=folder / file.name, size=file.size)
 
 
-def _facts(checkpoint: Checkpoint, *, told_order: bool) -> dict[str, Any]:
+def _facts(checkpoint: Checkpoint, *, order_is_known: bool) -> dict[str, Any]:
     config = checkpoint.config
     extra = config.model_extra or {}
     facts = {
         "bits": config.bits,
         "group_size": config.group_size,
-        "desc_act": config.desc_act if told_order else None,
+        "desc_act": config.desc_act if order_is_known else None,
         "damp_percent": config.damp_percent,
         "dataset": extra.get("dataset"),
         "seq_len": extra.get("model_seqlen") or extra.get("seq_len"),
@@ -153,7 +161,7 @@ def _facts(checkpoint: Checkpoint, *, told_order: bool) -> dict[str, Any]:
 
 
 def _words(hub: HubReference, error: Exception) -> str:
-    """Say what failed, without the folder that only this list knows."""
+    """Describe what failed, without the folder that only this list knows."""
     ours = error if isinstance(error, GPTQLoaderError) else explained(hub, error)
     if isinstance(ours, CheckpointError):
         return ours.message.removeprefix(f"{ours.path}: ")

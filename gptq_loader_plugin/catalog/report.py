@@ -72,7 +72,7 @@ class CheckpointReport:
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Give the report as plain data, for `inspect --json`."""
+        """Return the report as plain data, for `inspect --json`."""
         return {**asdict(self), "path": str(self.path)}
 
 

@@ -59,13 +59,13 @@ def encode_messages(
     checked = check_messages(messages)
     controls = control_tokens(tokenizer)
     start = _beginning(tokenizer) if add_bos else []
-    said = "\0".join(text for message in checked for text in _texts(message))
-    spelled = [token for token in controls if token in said]
+    contents = "\0".join(text for message in checked for text in _texts(message))
+    spelled = [token for token in controls if token in contents]
     if not spelled:
         text = template.render(checked, add_generation_prompt=add_generation_prompt)
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return _joined(start, ids)
-    mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in said)
+    mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in contents)
     stand_ins = {token: f"{mark}{i}{mark}" for i, token in enumerate(spelled)}
     disguised = [{**_replaced(message, stand_ins), "role": message["role"]} for message in checked]
     text = template.render(disguised, add_generation_prompt=add_generation_prompt)
@@ -120,16 +120,16 @@ def _split(text: str, tokenizer: PreTrainedTokenizerBase, anchor: str) -> list[i
         return []
 
     def ids(of: str) -> list[int]:
-        found: list[int] = tokenizer(of, add_special_tokens=False, split_special_tokens=True)[
+        token_ids: list[int] = tokenizer(of, add_special_tokens=False, split_special_tokens=True)[
             "input_ids"
         ]
-        return found
+        return token_ids
 
     return ids(anchor + text)[len(ids(anchor)) :] if anchor else ids(text)
 
 
 def _anchor(tokenizer: PreTrainedTokenizerBase, controls: Mapping[str, int]) -> str:
-    """Give what to write before a text so that it is tokenised as it is after a control token.
+    """Return what to write before a text so that it is tokenised as it is after a control token.
 
     SentencePiece tokenizers of transformers 5 put a space before the first word of a prompt alone:
     "a" is `▁a` on its own and `a` after a control token.
@@ -141,7 +141,9 @@ def _anchor(tokenizer: PreTrainedTokenizerBase, controls: Mapping[str, int]) -> 
 
 
 def _any_of(controls: Mapping[str, int]) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(it) for it in sorted(controls, key=len, reverse=True)))
+    return re.compile(
+        "|".join(re.escape(control) for control in sorted(controls, key=len, reverse=True))
+    )
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -158,9 +160,9 @@ def _texts(value: object) -> list[str]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
-        return [text for key, it in value.items() for text in (*_texts(key), *_texts(it))]
+        return [text for key, item in value.items() for text in (*_texts(key), *_texts(item))]
     if isinstance(value, list | tuple):
-        return [text for it in value for text in _texts(it)]
+        return [text for item in value for text in _texts(item)]
     return []
 
 
@@ -168,9 +170,9 @@ def _replaced(value: Any, table: Mapping[str, str]) -> Any:  # noqa: ANN401 - a 
     if isinstance(value, str):
         return _replace(value, table)
     if isinstance(value, dict):
-        return {_replaced(key, table): _replaced(it, table) for key, it in value.items()}
+        return {_replaced(key, table): _replaced(item, table) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_replaced(it, table) for it in value]
+        return [_replaced(item, table) for item in value]
     return value
 
 

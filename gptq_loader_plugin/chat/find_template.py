@@ -103,12 +103,12 @@ def known_tokens(folder: Path) -> set[str]:
     for entry in config.get("added_tokens_decoder", {}).values():
         known.add(str(entry.get("content")))
     tokenizer = _table(folder / "tokenizer.json")
-    known.update(str(it.get("content")) for it in tokenizer.get("added_tokens", []))
+    known.update(str(token.get("content")) for token in tokenizer.get("added_tokens", []))
     vocabulary = tokenizer.get("model", {}).get("vocab", {})
     if isinstance(vocabulary, dict):
-        known.update(it for it in (CHATML_START, CHATML_END) if it in vocabulary)
+        known.update(token for token in (CHATML_START, CHATML_END) if token in vocabulary)
     else:
-        known.update(it[0] for it in vocabulary if it[0] in (CHATML_START, CHATML_END))
+        known.update(entry[0] for entry in vocabulary if entry[0] in (CHATML_START, CHATML_END))
     if (folder / RANKS).is_file():  # Qwen's own code adds them
         known.update((CHATML_START, CHATML_END))
     return known
@@ -128,9 +128,9 @@ def _named(
     if named == "chatml":
         return ChatML(source="template=chatml")
     if named in ("checkpoint", "card"):
-        found = _own(folder, tokens) if named == "checkpoint" else _cards(card)
-        if found is not None:
-            return found
+        own = _own(folder, tokens) if named == "checkpoint" else _cards(card)
+        if own is not None:
+            return own
         raise TemplateError(
             f"the {'checkpoint' if named == 'checkpoint' else 'model card'} brings no template",
             hint='leave template out, or name another: template="chatml"',
@@ -143,7 +143,9 @@ def _named(
     if file.is_file():
         text = _text(file)
         return JinjaTemplate(text, name=file.stem, source=file.name, tokens=tokens).with_stop()
-    names = ", ".join(dict.fromkeys(["chatml", "checkpoint", "card", *(it.name for it in offered)]))
+    names = ", ".join(
+        dict.fromkeys(["chatml", "checkpoint", "card", *(template.name for template in offered)])
+    )
     raise TemplateError(
         f"no template is called {named!r}", hint=f"name one of {names}, or a .jinja file"
     )
@@ -157,7 +159,9 @@ def _own(folder: Path, tokens: dict[str, str]) -> Template | None:
     for name in ("chat_template.json", "tokenizer_config.json"):
         value = _table(folder / name).get("chat_template")
         if isinstance(value, list):  # several, by name
-            value = next((it.get("template") for it in value if it.get("name") == "default"), None)
+            value = next(
+                (entry.get("template") for entry in value if entry.get("name") == "default"), None
+            )
         if isinstance(value, str) and value:
             return JinjaTemplate(value, source=name, tokens=tokens).with_stop()
     return None

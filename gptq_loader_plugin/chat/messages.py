@@ -15,7 +15,7 @@ EXAMPLE = 'write {"role": "user", "content": "..."}'
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Give the messages with plain texts as contents; parts of text are joined by newlines.
+    """Return the messages with plain texts as contents; parts of text are joined by newlines.
 
     Raises:
         TemplateError: there are none, or one of them is not a message.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["as_jinja"]
 
-SYSTEM, ASKED, REPLY, NEXT = "gptq-system", "gptq-asked", "gptq-reply", "gptq-next"
+SYSTEM, QUESTION, REPLY, NEXT = "gptq-system", "gptq-question", "gptq-reply", "gptq-next"
 
 
 def as_jinja(template: Template) -> str:
@@ -37,16 +37,20 @@ def as_jinja(template: Template) -> str:
 
 def _put_together(template: Template) -> str:
     """Write down what `template` puts before, between and after contents."""
-    asked, answered, then = _turn("user", ASKED), _turn("assistant", REPLY), _turn("user", NEXT)
-    first, after = _around(template, [asked], ASKED)
-    _, unanswered = _around(template, [asked], ASKED, answer=False)
-    _, end = _around(template, [asked, answered], REPLY, answer=False)
-    _, following = _around(template, [asked, answered, then], REPLY)
+    question, answered, then = (
+        _turn("user", QUESTION),
+        _turn("assistant", REPLY),
+        _turn("user", NEXT),
+    )
+    first, after = _around(template, [question], QUESTION)
+    _, unanswered = _around(template, [question], QUESTION, answer=False)
+    _, end = _around(template, [question, answered], REPLY, answer=False)
+    _, following = _around(template, [question, answered, then], REPLY)
     later = following.partition(NEXT)[0].removeprefix(end)
     system = f"{{{{ {_quoted(first)} }}}}{{{{ ns.system }}}}{{{{ {_quoted(chr(10) * 2)} }}}}"
     if _takes_system(template):
-        before, between = _around(template, [_turn("system", SYSTEM), asked], SYSTEM)
-        between = between.partition(ASKED)[0]
+        before, between = _around(template, [_turn("system", SYSTEM), question], SYSTEM)
+        between = between.partition(QUESTION)[0]
         system = f"{{{{ {_quoted(before)} }}}}{{{{ ns.system }}}}{{{{ {_quoted(between)} }}}}"
     return (
         "{% set ns = namespace(system=none, first=true) %}{% for message in messages %}"
@@ -64,17 +68,17 @@ def _put_together(template: Template) -> str:
 def _around(
     template: Template, messages: Sequence[dict[str, str]], content: str, *, answer: bool = True
 ) -> tuple[str, str]:
-    before, found, after = template.render(messages, add_generation_prompt=answer).partition(
+    before, marker, after = template.render(messages, add_generation_prompt=answer).partition(
         content
     )
-    if not found:
+    if not marker:
         raise _cannot(template)
     return before, after
 
 
 def _takes_system(template: Template) -> bool:
     try:
-        template.render([_turn("system", SYSTEM), _turn("user", ASKED)])
+        template.render([_turn("system", SYSTEM), _turn("user", QUESTION)])
     except TemplateError:
         return False
     return True
@@ -85,7 +89,7 @@ def _samples(template: Template) -> list[list[dict[str, str]]]:
     turns += [_turn("assistant", "Four."), _turn("user", "Five?")]
     samples = [turns[:count] for count in (1, 2, 3, 5)]
     if _takes_system(template):
-        samples += [[_turn("system", "Be brief."), *it] for it in samples]
+        samples += [[_turn("system", "Be brief."), *sample] for sample in samples]
     return samples
 
 

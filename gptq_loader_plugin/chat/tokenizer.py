@@ -111,8 +111,8 @@ def _read_ranks(file: Path) -> Any:  # noqa: ANN401 - a tokenizer
     ]
     tokenizer = Qwen2Tokenizer(vocab=ranks, merges=merges)
     tokenizer.backend_tokenizer.model.ignore_merges = True
-    special = ["<|im_start|>", "<|im_end|>", *(f"<|extra_{it}|>" for it in range(EXTRAS))]
-    tokenizer.add_tokens([AddedToken(it, special=True, normalized=False) for it in special])
+    special = ["<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(EXTRAS))]
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     config = file.with_name("tokenizer_config.json")
     tokenizer.model_max_length = json.loads(config.read_text("utf-8")).get("model_max_length")
     return tokenizer

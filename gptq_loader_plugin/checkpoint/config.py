@@ -127,7 +127,7 @@ def read_stored_config(folder: Path) -> tuple[StoredConfig, list[str]]:
         field = str(wrong["loc"][0])
         raise ConfigInvalid(
             f"{field} is {json.dumps(fields.get(field), default=str)} in "
-            f"{sources.get(field, 'the config')}; it must be {_wanted(wrong['type'])}",
+            f"{sources.get(field, 'the config')}; it must be {_expected(wrong['type'])}",
             path=folder,
             hint=f"correct {field}, or delete it: what the config does not say is taken from the "
             "tensors",
@@ -157,8 +157,8 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _wanted(error: str) -> str:
-    """Say what a field must hold, by the type of pydantic's error."""
+def _expected(error: str) -> str:
+    """Describe what a field must hold, by the type of pydantic's error."""
     kinds = {"int": "a whole number", "float": "a number", "bool": "true or false"}
     kinds |= {"string": "a text", "dict": "a table of tables"}
     return kinds.get(error.partition("_")[0], "something else")
@@ -172,7 +172,7 @@ def _kind(content: object) -> str:
 
 
 def _expression(pattern: str) -> str:
-    """Give a key of `dynamic` without the mark before it."""
+    """Return a key of `dynamic` without the mark before it."""
     return pattern[2:] if pattern.startswith(("-:", "+:")) else pattern
 
 

@@ -96,5 +96,5 @@ def _by_tensors(folder: Path, *, open_pickles: bool) -> Detection:
     except (GPTQLoaderError, OSError):
         return Detection(is_gptq=False)
     layers = [name.removesuffix(".qweight") for name in headers if name.endswith(".qweight")]
-    packed = any(f"{it}.qzeros" in headers and f"{it}.scales" in headers for it in layers)
+    packed = any(f"{layer}.qzeros" in headers and f"{layer}.scales" in headers for layer in layers)
     return Detection(packed, "tensors" if packed else "")

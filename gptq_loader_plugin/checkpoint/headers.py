@@ -122,8 +122,8 @@ def _tensor(
     again: str,
 ) -> TensorInfo:
     try:
-        dtype, shape = str(entry["dtype"]), tuple(int(it) for it in entry["shape"])
-        start, end = (int(it) for it in entry["data_offsets"])
+        dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+        start, end = (int(offset) for offset in entry["data_offsets"])
     except (TypeError, KeyError, ValueError) as error:
         raise CorruptCheckpoint(
             f"the header's entry for {name} is malformed", path=file, tensor=name, hint=again

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from gptq_loader_plugin.checkpoint.config import QuantConfig
-from gptq_loader_plugin.checkpoint.layer_data import LayerHeaders, Survey, survey
+from gptq_loader_plugin.checkpoint.layer_data import LayerData, LayerHeaders, read_layer_data
 from gptq_loader_plugin.checkpoint.tensor_info import DAMAGED
 from gptq_loader_plugin.checkpoint.zeros import decide_format, lost_columns
 from gptq_loader_plugin.errors import TensorMismatch, UnsupportedFormat
@@ -43,7 +43,7 @@ __all__ = [
     "check_codes",
     "infer",
     "layout_of",
-    "power_of_two",
+    "next_power_of_two",
     "read_layer",
     "row_groups",
 ]
@@ -77,24 +77,29 @@ def infer(tensors: TensorFiles, stored: StoredConfig, *, path: Path) -> Inferred
     headers = tensors.headers
     names = [name.removesuffix(".qweight") for name in headers if name.endswith(".qweight")]
     check_codes(headers, path)
-    found = [read_layer(name, headers, stored, path) for name in names]
-    seen = [survey(it, layout_of(it.bits, stored), tensors, path) for it in found]
+    read = [read_layer(name, headers, stored, path) for name in names]
+    data = [
+        read_layer_data(layer_headers, layout_of(layer_headers.bits, stored), tensors, path)
+        for layer_headers in read
+    ]
     planar_zeros = stored.checkpoint_format == "gptq_p"
     zeros_format, warning = decide_format(
-        [] if planar_zeros else [it.zeros for it in seen if it.zeros.bits in CONTINUOUS_BITS],
+        []
+        if planar_zeros
+        else [layer_data.zeros for layer_data in data if layer_data.zeros.bits in CONTINUOUS_BITS],
         label="gptq_v2" if planar_zeros else stored.checkpoint_format,
     )
     warnings = [warning] if warning else []
-    guess = _common_group_size(found, seen, stored)
+    guess = _common_group_size(read, data, stored)
     layers: list[LayerSpec] = []
     lost: list[str] = []
-    for it, found_in in zip(found, seen, strict=True):
-        own: ZerosFormat = zeros_format if it.bits in CONTINUOUS_BITS else "v2"
-        layer = _spec(it, found_in, found_in.ranges[own], stored, guess)
+    for layer_headers, layer_data in zip(read, data, strict=True):
+        own: ZerosFormat = zeros_format if layer_headers.bits in CONTINUOUS_BITS else "v2"
+        layer = _spec(layer_headers, layer_data, layer_data.ranges[own], stored, guess)
         layers.append(layer)
-        _check_lost(layer, it.qzeros.shape[1], path)
-        if own == "v1" and not layer.sym and found_in.overwritten:
-            lost.append(it.name)
+        _check_lost(layer, layer_headers.qzeros.shape[1], path)
+        if own == "v1" and not layer.sym and layer_data.overwritten:
+            lost.append(layer_headers.name)
     if lost:
         warnings.append(
             f"the program that wrote this checkpoint destroyed some zeros of {lost[0]}"
@@ -102,14 +107,14 @@ def infer(tensors: TensorFiles, stored: StoredConfig, *, path: Path) -> Inferred
             + ", a known fault of GPTQ-for-LLaMa and early AutoGPTQ without --sym; answers may "
             "suffer, in every program"
         )
-    config, said = _config(layers, stored, zeros_format)
-    return Inferred(config, tuple(layers), (*warnings, *said))
+    config, contradictions = _config(layers, stored, zeros_format)
+    return Inferred(config, tuple(layers), (*warnings, *contradictions))
 
 
 def row_groups(
     g_idx: NDArray[np.int32] | None, *, rows: int, groups: int, group_size: int
 ) -> NDArray[np.int32]:
-    """Give the group of every row: g_idx where there is one, else groups in sequence."""
+    """Return the group of every row: g_idx where there is one, else groups in sequence."""
     if g_idx is not None:
         return g_idx
     size = group_size if group_size > 0 else rows
@@ -198,7 +203,7 @@ def _stored_bits(name: str, stored: StoredConfig) -> int | None:
 
 
 def _bits(
-    qweight: TensorInfo, qzeros: TensorInfo, g_idx: TensorInfo | None, told: int | None
+    qweight: TensorInfo, qzeros: TensorInfo, g_idx: TensorInfo | None, stored_bits: int | None
 ) -> int | None:
     """Find the width that fits all the shapes; the writers round N * bits / 32 down."""
     columns = qweight.shape[1]
@@ -209,71 +214,81 @@ def _bits(
         and qweight.shape[0] * 32 % bits == 0
         and (g_idx is None or qweight.shape[0] * 32 // bits == g_idx.shape[0])
     ]
-    if told in fitting:
-        return told
+    if stored_bits in fitting:
+        return stored_bits
     return fitting[0] if fitting else None
 
 
 def layout_of(bits: int, stored: StoredConfig) -> Layout:
-    """Say how codes of this width lie in words."""
+    """Return how codes of this width lie in words."""
     planar = bits not in CONTINUOUS_BITS or stored.checkpoint_format == "gptq_p"
     return "planar" if planar else "continuous"
 
 
 def _common_group_size(
-    layers: Sequence[LayerHeaders], seen: Sequence[Survey], stored: StoredConfig
+    layers: Sequence[LayerHeaders], data: Sequence[LayerData], stored: StoredConfig
 ) -> int:
     """Find the group size that fits every layer without an override, and -1 where none groups."""
-    plain = [it for it in layers if "group_size" not in (stored.override(it.name) or {})] or layers
-    grouped = [it for it in plain if it.groups > 1]
+    plain = [
+        layer for layer in layers if "group_size" not in (stored.override(layer.name) or {})
+    ] or layers
+    grouped = [layer for layer in plain if layer.groups > 1]
     if not grouped:
         return -1
-    told = stored.group_size
-    if told is not None and told > 0 and all(it.fits(told) for it in plain):
-        return told
-    most = {it.name: found_in.most_rows for it, found_in in zip(layers, seen, strict=True)}
-    counted = {rows for it in grouped if (rows := most[it.name]) is not None}
+    stored_size = stored.group_size
+    if (
+        stored_size is not None
+        and stored_size > 0
+        and all(layer.fits(stored_size) for layer in plain)
+    ):
+        return stored_size
+    largest = {
+        layer.name: layer_data.largest_group for layer, layer_data in zip(layers, data, strict=True)
+    }
+    counted = {rows for layer in grouped if (rows := largest[layer.name]) is not None}
     if len(counted) == 1:
         return counted.pop()
-    whole = {it.rows // it.groups for it in grouped if it.rows % it.groups == 0}
-    if len(whole) == 1 and all(it.fits(min(whole)) for it in plain):
+    whole = {layer.rows // layer.groups for layer in grouped if layer.rows % layer.groups == 0}
+    if len(whole) == 1 and all(layer.fits(min(whole)) for layer in plain):
         return whole.pop()
-    return power_of_two(max(-(-it.rows // it.groups) for it in grouped))
+    return next_power_of_two(max(-(-layer.rows // layer.groups) for layer in grouped))
 
 
-def _group_size(layer: LayerHeaders, most_rows: int | None, told: object, guess: int) -> int:
+def _group_size(
+    layer: LayerHeaders, largest_group: int | None, stored_size: object, guess: int
+) -> int:
     if layer.groups == 1:
         return -1
-    if most_rows is not None:
-        return most_rows
-    for size in (told, guess):
+    if largest_group is not None:
+        return largest_group
+    for size in (stored_size, guess):
         if isinstance(size, int) and size > 0 and layer.fits(size):
             return size
     if layer.rows % layer.groups == 0:
         return layer.rows // layer.groups
-    return power_of_two(-(-layer.rows // layer.groups))
+    return next_power_of_two(-(-layer.rows // layer.groups))
 
 
-def power_of_two(least: int) -> int:
-    """Give the least power of two that is no less."""
-    return 1 << (least - 1).bit_length()
+def next_power_of_two(minimum: int) -> int:
+    """Return the least power of two that is no less."""
+    return 1 << (minimum - 1).bit_length()
 
 
 def _spec(
     layer: LayerHeaders,
-    seen: Survey,
+    data: LayerData,
     zeros: tuple[int, int],
     stored: StoredConfig,
     guess: int,
 ) -> LayerSpec:
     override = stored.override(layer.name) or {}
-    told = override.get("group_size", stored.group_size)
-    size = _group_size(layer, seen.most_rows, told, guess)
-    counts = seen.counts
+    stored_size = override.get("group_size", stored.group_size)
+    size = _group_size(layer, data.largest_group, stored_size, guess)
+    counts = data.counts
     if counts is None:
         rows = row_groups(None, rows=layer.rows, groups=layer.groups, group_size=size)
         counts = np.bincount(rows, minlength=layer.groups)
-    desc_act = not seen.ordered
+    desc_act = not data.ordered
     if layer.groups == 1:
         desc_act = bool(override.get("desc_act", stored.desc_act))
     return LayerSpec.from_groups(
@@ -284,7 +299,7 @@ def _spec(
         group_size=size,
         desc_act=desc_act,
         zero_range=zeros,
-        layout=seen.layout,
+        layout=data.layout,
         scales_dtype=layer.scales_dtype,
         bias=layer.bias,
     )
@@ -308,37 +323,41 @@ def _config(
     """Merge the stored config and the layers; where they disagree the layers win."""
     if not layers:
         return _merge({}, stored, zeros_format), []
-    plain = [it for it in layers if not (stored.override(it.name) or {})] or layers
-    grouped = [it for it in plain if it.groups > 1]
+    plain = [layer for layer in layers if not (stored.override(layer.name) or {})] or layers
+    grouped = [layer for layer in plain if layer.groups > 1]
     # one group changes no number, so a flag that no file gives is the tensors' "no"
-    ordered = any(it.desc_act for it in grouped or plain)
-    seen: dict[str, Any] = {
-        "bits": _most_common([it.bits for it in plain]),
-        "group_size": _most_common([it.group_size for it in grouped]) if grouped else -1,
+    ordered = any(layer.desc_act for layer in grouped or plain)
+    inferred: dict[str, Any] = {
+        "bits": _mode([layer.bits for layer in plain]),
+        "group_size": _mode([layer.group_size for layer in grouped]) if grouped else -1,
         "desc_act": ordered,
-        "sym": all(it.sym for it in layers),
+        "sym": all(layer.sym for layer in layers),
     }
-    told = {name: getattr(stored, name) for name in seen}
+    labels = {name: getattr(stored, name) for name in inferred}
     if stored.static_groups:  # act-order that leaves groups in sequence
-        told["desc_act"] = ordered
+        labels["desc_act"] = ordered
     warnings = [
-        f"{name} is {told[name]} in {stored.sources[name]}; the tensors say {value}, and they win"
-        for name, value in seen.items()
-        if told[name] is not None and told[name] != value and not _same_groups(name, told, plain)
+        f"{name} is {labels[name]} in {stored.sources[name]}; the tensors say {value}, and they win"
+        for name, value in inferred.items()
+        if labels[name] is not None
+        and labels[name] != value
+        and not _same_groups(name, labels, plain)
     ]
-    return _merge(seen, stored, zeros_format), warnings
+    return _merge(inferred, stored, zeros_format), warnings
 
 
-def _same_groups(name: str, told: dict[str, Any], layers: Sequence[LayerSpec]) -> bool:
+def _same_groups(name: str, labels: dict[str, Any], layers: Sequence[LayerSpec]) -> bool:
     """Whether a group size that is at least every layer's rows means no groups, as it does."""
-    size = told["group_size"]
-    return name == "group_size" and size >= max(it.in_features for it in layers)
+    size = labels["group_size"]
+    return name == "group_size" and size >= max(layer.in_features for layer in layers)
 
 
-def _merge(seen: dict[str, Any], stored: StoredConfig, zeros_format: ZerosFormat) -> QuantConfig:
+def _merge(
+    inferred: dict[str, Any], stored: StoredConfig, zeros_format: ZerosFormat
+) -> QuantConfig:
     sources = dict(stored.sources)
-    fields: dict[str, Any] = stored.model_dump(exclude={"sources", *seen}, exclude_none=True)
-    for name, value in seen.items():
+    fields: dict[str, Any] = stored.model_dump(exclude={"sources", *inferred}, exclude_none=True)
+    for name, value in inferred.items():
         fields[name] = value
         if getattr(stored, name) != value:
             sources[name] = "tensors"
@@ -355,5 +374,5 @@ def _merge(seen: dict[str, Any], stored: StoredConfig, zeros_format: ZerosFormat
     return QuantConfig(**fields, zeros=zeros_format, sources=sources)
 
 
-def _most_common(values: Sequence[int]) -> int:
+def _mode(values: Sequence[int]) -> int:
     return max(sorted(set(values)), key=values.count)

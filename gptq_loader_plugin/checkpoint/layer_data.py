@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.zeros import StoredZeros, ZerosFormat
     from gptq_loader_plugin.kernel.packing import Layout
 
-__all__ = ["LayerHeaders", "Survey", "survey"]
+__all__ = ["LayerData", "LayerHeaders", "read_layer_data"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class LayerHeaders:
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class LayerData:
     """What one layer's g_idx and qzeros say, read once.
 
     Attributes:
@@ -65,20 +65,22 @@ class Survey:
     overwritten: bool
 
     @property
-    def most_rows(self) -> int | None:
+    def largest_group(self) -> int | None:
         """The rows of the largest group, or None without a g_idx."""
         return None if self.counts is None else int(self.counts.max())
 
 
-def survey(layer: LayerHeaders, layout: Layout, tensors: TensorFiles, path: Path) -> Survey:
+def read_layer_data(
+    layer: LayerHeaders, layout: Layout, tensors: TensorFiles, path: Path
+) -> LayerData:
     """Read a layer's g_idx and qzeros, once, and keep what the rest needs to know of them."""
     counts, ordered = None, True
     if layer.g_idx is not None:
         g_idx = tensors.integers(layer.g_idx.name)
-        least, greatest = int(g_idx.min()), int(g_idx.max())
-        if least < 0 or greatest >= layer.groups:
+        lowest, highest = int(g_idx.min()), int(g_idx.max())
+        if lowest < 0 or highest >= layer.groups:
             raise CorruptCheckpoint(
-                f"{layer.g_idx.name} names group {least if least < 0 else greatest}; there are "
+                f"{layer.g_idx.name} names group {lowest if lowest < 0 else highest}; there are "
                 f"{layer.groups} groups",
                 path=path,
                 tensor=layer.g_idx.name,
@@ -91,7 +93,7 @@ def survey(layer: LayerHeaders, layout: Layout, tensors: TensorFiles, path: Path
         how: true_range(qzeros, bits=bits, layout=layout, columns=layer.columns, zeros_format=how)
         for how in (("v1", "v2") if bits in CONTINUOUS_BITS else ("v2",))
     }
-    return Survey(
+    return LayerData(
         counts=counts,
         ordered=ordered,
         layout=layout,

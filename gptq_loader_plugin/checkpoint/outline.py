@@ -15,7 +15,7 @@ from gptq_loader_plugin.checkpoint.config import QuantConfig
 from gptq_loader_plugin.checkpoint.infer import (
     check_codes,
     layout_of,
-    power_of_two,
+    next_power_of_two,
     read_layer,
 )
 from gptq_loader_plugin.checkpoint.reader import GPTQCheckpoint, model_dtype, not_gptq
@@ -67,45 +67,45 @@ def outline(
     return checkpoint
 
 
-def _layer(found: LayerHeaders, stored: StoredConfig) -> LayerSpec:
-    override = stored.override(found.name) or {}
-    size = _group_size(found, override.get("group_size", stored.group_size))
-    last = found.rows - size * (found.groups - 1) if size > 0 else found.rows
-    whole = size if size > 0 else found.rows
+def _layer(headers: LayerHeaders, stored: StoredConfig) -> LayerSpec:
+    override = stored.override(headers.name) or {}
+    size = _group_size(headers, override.get("group_size", stored.group_size))
+    last = headers.rows - size * (headers.groups - 1) if size > 0 else headers.rows
+    whole = size if size > 0 else headers.rows
     sym = override.get("sym", stored.sym) is not False
-    middle, most = 1 << (found.bits - 1), (1 << found.bits) - 1
+    middle, highest = 1 << (headers.bits - 1), (1 << headers.bits) - 1
     return LayerSpec(
-        name=found.name,
-        in_features=found.rows,
-        out_features=found.columns,
-        bits=cast("Bits", found.bits),
+        name=headers.name,
+        in_features=headers.rows,
+        out_features=headers.columns,
+        bits=cast("Bits", headers.bits),
         group_size=size,
         desc_act=bool(override.get("desc_act", stored.desc_act)),
         sym=sym,
-        groups=found.groups,
+        groups=headers.groups,
         group_rows=(last, whole),
         group_unit=math.gcd(last, whole),
-        zero_range=(middle, middle) if sym else (0, most),
-        layout=layout_of(found.bits, stored),
-        scales_dtype=found.scales_dtype,
-        bias=found.bias,
+        zero_range=(middle, middle) if sym else (0, highest),
+        layout=layout_of(headers.bits, stored),
+        scales_dtype=headers.scales_dtype,
+        bias=headers.bias,
     )
 
 
-def _group_size(found: LayerHeaders, told: object) -> int:
-    if found.groups == 1:
+def _group_size(headers: LayerHeaders, stored_size: object) -> int:
+    if headers.groups == 1:
         return -1
-    if isinstance(told, int) and told > 0 and found.fits(told):
-        return told
-    if found.rows % found.groups == 0:
-        return found.rows // found.groups
-    return power_of_two(-(-found.rows // found.groups))
+    if isinstance(stored_size, int) and stored_size > 0 and headers.fits(stored_size):
+        return stored_size
+    if headers.rows % headers.groups == 0:
+        return headers.rows // headers.groups
+    return next_power_of_two(-(-headers.rows // headers.groups))
 
 
 def _config(layers: tuple[LayerSpec, ...], stored: StoredConfig) -> QuantConfig:
-    """Say how most layers were quantised; widths and groups are the tensors', as they win."""
-    grouped = [it.group_size for it in layers if it.groups > 1]
-    bits = Counter(it.bits for it in layers).most_common(1)[0][0]
+    """Describe how most layers were quantised; widths and groups are the tensors', as they win."""
+    grouped = [layer.group_size for layer in layers if layer.groups > 1]
+    bits = Counter(layer.bits for layer in layers).most_common(1)[0][0]
     group_size = Counter(grouped).most_common(1)[0][0] if grouped else -1
     sources = {
         **stored.sources,

@@ -126,7 +126,7 @@ class Reader(Protocol):
 
 def missing_members(checkpoint: object) -> list[str]:
     """Return what a `Checkpoint` must have and an object lacks; nothing of it is evaluated."""
-    needed = {*Checkpoint.__annotations__} | {it for it in vars(Checkpoint) if it[0] != "_"}
+    needed = {*Checkpoint.__annotations__} | {var for var in vars(Checkpoint) if var[0] != "_"}
     absent = object()
     return sorted(
         name for name in needed if inspect.getattr_static(checkpoint, name, absent) is absent

@@ -30,7 +30,7 @@ class ReadAhead:
     """
 
     def __init__(self, tensors: Sequence[TensorInfo], *, ahead: int = AHEAD_BYTES) -> None:
-        self._tensors = [it for it in tensors if it.start >= 0]
+        self._tensors = [tensor for tensor in tensors if tensor.start >= 0]
         self._ahead = ahead
         self._used = 0
         self._stopped = False
@@ -48,20 +48,20 @@ class ReadAhead:
         self._thread.join()
 
     def used(self, count: int) -> None:
-        """Say how many bytes of the tensors, in their order, are done with."""
+        """Note how many bytes of the tensors, in their order, are done with."""
         with self._changed:
             self._used = count
             self._changed.notify()
 
     def _run(self) -> None:
-        asked = 0
+        advised = 0
         for tensor in self._tensors:
             for first in range(0, tensor.nbytes, PIECE_BYTES):
                 count = min(PIECE_BYTES, tensor.nbytes - first)
-                if not self._wait(asked + count):
+                if not self._wait(advised + count):
                     return
                 _advise(tensor, first, count)
-                asked += count
+                advised += count
 
     def _wait(self, end: int) -> bool:
         """Wait until `end` is not too far ahead; False once it is time to stop."""

@@ -97,7 +97,9 @@ class GPTQCheckpoint(Checkpoint):
         Raises:
             CorruptCheckpoint: a scale is not finite.
         """
-        parts = [it for it in PACKED_PARTS if it != "bias" and f"{name}.{it}" in self.headers]
+        parts = [
+            part for part in PACKED_PARTS if part != "bias" and f"{name}.{part}" in self.headers
+        ]
         return self.assemble(name, {part: self.tensor(f"{name}.{part}") for part in parts})
 
     def assemble(self, name: str, parts: Mapping[str, torch.Tensor]) -> PackedLinear:
@@ -187,7 +189,7 @@ class GPTQReader:
         return GPTQCheckpoint(
             path,
             config=inferred.config,
-            layers=tuple(replace(it, model_dtype=dtype) for it in inferred.layers),
+            layers=tuple(replace(layer, model_dtype=dtype) for layer in inferred.layers),
             warnings=(*warnings, *inferred.warnings),
             tensors=tensors,
         )
@@ -233,7 +235,7 @@ def model_dtype(headers: dict[str, TensorInfo]) -> str:
 
 
 def not_gptq(headers: dict[str, TensorInfo], path: Path) -> UnsupportedFormat:
-    """Say which other kind of checkpoint this is."""
+    """Return the error that names which other kind of checkpoint this is."""
     for suffix, method, hint in OTHER_FORMATS:
         if any(name.endswith(suffix) for name in headers):
             return UnsupportedFormat(

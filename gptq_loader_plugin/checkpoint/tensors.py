@@ -141,7 +141,7 @@ class TensorFiles:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Say whether every value is finite; for a large tensor, a part at a time is faster."""
+    """Return whether every value is finite; for a large tensor, a part at a time is faster."""
     import torch
 
     if not tensor.numel():

@@ -44,16 +44,18 @@ def find_weight_files(folder: Path, *, base_name: str | None = None) -> list[Pat
     """
     for suffixes in ((".safetensors",), PICKLE_SUFFIXES):
         files = sorted(
-            it
-            for it in folder.iterdir()
-            if it.is_file() and it.suffix in suffixes and not NOT_WEIGHTS.fullmatch(it.name)
+            path
+            for path in folder.iterdir()
+            if path.is_file() and path.suffix in suffixes and not NOT_WEIGHTS.fullmatch(path.name)
         )
-        indexes = sorted(it for suffix in suffixes for it in folder.glob(f"*{suffix}.index.json"))
+        indexes = sorted(
+            path for suffix in suffixes for path in folder.glob(f"*{suffix}.index.json")
+        )
         if len(indexes) == 1:
             return _indexed(indexes[0])
         if not files:
             continue
-        named = [it for it in files if base_name and it.stem == base_name]
+        named = [file for file in files if base_name and file.stem == base_name]
         if named:
             return named
         return _one_set(folder, files)
@@ -61,7 +63,7 @@ def find_weight_files(folder: Path, *, base_name: str | None = None) -> list[Pat
 
 
 def _no_weights(folder: Path) -> CheckpointNotFound:
-    """Say what is in a folder in place of weights."""
+    """Describe what is in a folder in place of weights."""
     what = f"{folder} holds no .safetensors, .pt or .bin file"
     hint = (
         "name the folder that holds the checkpoint's weights; if it came by git clone, install "
@@ -69,15 +71,17 @@ def _no_weights(folder: Path) -> CheckpointNotFound:
     )
     inside = sorted(folder.iterdir())
     lost = [
-        it for it in inside if it.suffix in WEIGHT_SUFFIXES and it.is_symlink() and not it.exists()
+        path
+        for path in inside
+        if path.suffix in WEIGHT_SUFFIXES and path.is_symlink() and not path.exists()
     ]
     if lost:
         what = f"{folder}: {lost[0].name} is a link to a file that is not there"
         hint = "download the checkpoint again, or put the file back"
-    elif any(it.suffix == ".gguf" for it in inside):
+    elif any(path.suffix == ".gguf" for path in inside):
         what += ", but GGUF ones"
         hint = "load GGUF files with llama.cpp, or look for a GPTQ version of this model"
-    elif below := [it for it in inside if it.is_dir() and _has_weights(it)]:
+    elif below := [path for path in inside if path.is_dir() and _has_weights(path)]:
         what += f"; its folder {below[0].name} does"
         hint = f"name that folder: {below[0]}"
     return CheckpointNotFound(what, reference=str(folder), tried=[str(folder)], hint=hint)
@@ -85,7 +89,7 @@ def _no_weights(folder: Path) -> CheckpointNotFound:
 
 def _has_weights(folder: Path) -> bool:
     try:
-        inside = {it.suffix for it in folder.iterdir()}
+        inside = {path.suffix for path in folder.iterdir()}
         return ".safetensors" in inside or ((folder / "config.json").is_file() and ".bin" in inside)
     except OSError:  # it may not be read
         return False
@@ -113,8 +117,8 @@ def _one_set(folder: Path, files: list[Path]) -> list[Path]:
     shards = [(file, match) for file in files if (match := SHARD.fullmatch(file.name))]
     sets = {(match["stem"], match["total"], match["suffix"]) for _, match in shards}
     if len(sets) == 1 and len(shards) == len(files):
-        found = {int(match["index"]) for _, match in shards}
-        if missing := sorted(set(range(1, int(shards[0][1]["total"]) + 1)) - found):
+        present = {int(match["index"]) for _, match in shards}
+        if missing := sorted(set(range(1, int(shards[0][1]["total"]) + 1)) - present):
             raise TensorMismatch(
                 f"of {shards[0][1]['total']} shards, {missing} are missing",
                 path=folder,
@@ -123,12 +127,12 @@ def _one_set(folder: Path, files: list[Path]) -> list[Path]:
         return files
     if len(files) == 1:
         return files
-    whole = [it for it in files if it.stem in ("model", "pytorch_model")]
+    whole = [file for file in files if file.stem in ("model", "pytorch_model")]
     if len(whole) == 1:
         return whole
     raise AmbiguousReference(
-        f"{folder} holds several checkpoints: {', '.join(it.name for it in files)}",
+        f"{folder} holds several checkpoints: {', '.join(file.name for file in files)}",
         reference=str(folder),
-        tried=[it.name for it in files],
+        tried=[file.name for file in files],
         hint="name the file itself instead of the folder",
     )

@@ -60,16 +60,16 @@ class StoredZeros:
         count: how many zeros there are.
         total: their sum, as stored.
         squares: the sum of their squares.
-        least: the smallest, as stored.
-        greatest: the largest, as stored.
+        minimum: the smallest, as stored.
+        maximum: the largest, as stored.
     """
 
     bits: int
     count: int
     total: int
     squares: int
-    least: int
-    greatest: int
+    minimum: int
+    maximum: int
 
 
 def decide_format(
@@ -86,40 +86,42 @@ def decide_format(
     """
     layers = list(layers)
     labelled: ZerosFormat | None = None if label is None else ("v2" if label == "gptq_v2" else "v1")
-    count = sum(it.count for it in layers)
+    count = sum(layer.count for layer in layers)
     if not count:
         return labelled or "v1", None
-    middle = {it.bits: 1 << (it.bits - 1) for it in layers}
-    if all(it.least == it.greatest == middle[it.bits] for it in layers):
-        seen: ZerosFormat = "v2"
-    elif all(it.least == it.greatest == middle[it.bits] - 1 for it in layers):
-        seen = "v1"
+    middle = {layer.bits: 1 << (layer.bits - 1) for layer in layers}
+    if all(layer.minimum == layer.maximum == middle[layer.bits] for layer in layers):
+        inferred: ZerosFormat = "v2"
+    elif all(layer.minimum == layer.maximum == middle[layer.bits] - 1 for layer in layers):
+        inferred = "v1"
     else:
-        above = sum(it.total - _mean_v1(it) * it.count for it in layers) / count
+        above = sum(layer.total - _mean_v1(layer) * layer.count for layer in layers) / count
         error = _error(layers, count)
-        least = V2_ABOVE if labelled else V2_ABOVE + ODDS * error**2
-        seen = "v2" if above > least else "v1"
+        threshold = V2_ABOVE if labelled else V2_ABOVE + ODDS * error**2
+        inferred = "v2" if above > threshold else "v1"
         unsure = abs(above - V2_ABOVE) <= max(CLEARLY, CHANCE * error) or count < ENOUGH_ZEROS
-        if labelled is not None and seen != labelled and unsure:
+        if labelled is not None and inferred != labelled and unsure:
             return labelled, None
-    if labelled is None or seen == labelled:
-        return seen, None
+    if labelled is None or inferred == labelled:
+        return inferred, None
     names = {"v1": "gptq (zero - 1)", "v2": "gptq_v2 (zero)"}
-    return seen, (
+    return inferred, (
         f"the config says zeros are stored as {names[labelled]}; the zeros themselves are "
-        f"{names[seen]}, and they win"
+        f"{names[inferred]}, and they win"
     )
 
 
 def _mean_v1(zeros: StoredZeros) -> float:
-    """Give what a layer's zeros are on average where they are stored as v1."""
+    """Return what a layer's zeros are on average where they are stored as v1."""
     middle = 1 << (zeros.bits - 1)
-    return middle - 1 if zeros.least == zeros.greatest else middle - 1.5
+    return middle - 1 if zeros.minimum == zeros.maximum else middle - 1.5
 
 
 def _error(layers: Iterable[StoredZeros], count: int) -> float:
-    """Give the standard error of the mean of stored zeros, as far as each is drawn by itself."""
-    spread = sum(it.squares - it.total * it.total / it.count for it in layers) / count
+    """Return the standard error of the mean of stored zeros, as far as each is drawn by itself."""
+    spread = (
+        sum(layer.squares - layer.total * layer.total / layer.count for layer in layers) / count
+    )
     return math.sqrt(max(spread, 0.0) / count)
 
 
@@ -132,8 +134,8 @@ def stored_zeros(
     fields = unpack_columns(different, bits, layout, kept)
     wide = fields.astype(np.int64)
     total, squares = int(wide.sum()) * times, int((wide * wide).sum()) * times
-    least, greatest = int(fields.min()), int(fields.max())
-    return StoredZeros(bits, fields.size * times, total, squares, least, greatest)
+    minimum, maximum = int(fields.min()), int(fields.max())
+    return StoredZeros(bits, fields.size * times, total, squares, minimum, maximum)
 
 
 def true_zeros(
@@ -192,7 +194,7 @@ def lost_columns(words: int, *, bits: int, columns: int) -> int:
 
 
 def _different_groups(qzeros: NDArray[np.int32]) -> tuple[NDArray[np.int32], int]:
-    """Give one group, and how often, where all are alike, as in a symmetric layer; else all."""
+    """Return one group, and how often, where all are alike, as in a symmetric layer; else all."""
     if len(qzeros) > 1 and bool((qzeros[1:] == qzeros[0]).all()):
         return np.ascontiguousarray(qzeros[:1]), len(qzeros)
     return np.ascontiguousarray(qzeros), 1

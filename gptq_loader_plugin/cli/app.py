@@ -67,20 +67,21 @@ for command in (
 
 
 BUILT_IN = frozenset(
-    it.name or getattr(it.callback, "__name__", "") for it in app.registered_commands
-) | {it.name for it in app.registered_groups}
+    registered_command.name or getattr(registered_command.callback, "__name__", "")
+    for registered_command in app.registered_commands
+) | {registered_group.name for registered_group in app.registered_groups}
 
 
 def add_plugin_commands(arguments: Sequence[str], plugins: Callable[[], Plugins]) -> None:
     """Add the commands of plugins, unless a built-in one is called: finding plugins takes time.
 
-    A plugin that fails costs its commands, and is told.
+    A plugin that fails costs its commands, with a warning.
 
     Args:
         arguments: those of the command line.
         plugins: finds the plugins in force.
     """
-    called = next((it for it in arguments if not it.startswith("-")), None)
+    called = next((argument for argument in arguments if not argument.startswith("-")), None)
     if called in BUILT_IN:
         return
     before = len(app.registered_commands), len(app.registered_groups)
@@ -107,10 +108,11 @@ def _check_names(app: typer.Typer) -> None:
         PluginError: a plugin's command has the name of another one.
     """
     names = Counter(
-        it.name or getattr(it.callback, "__name__", "").replace("_", "-")
-        for it in app.registered_commands
+        registered_command.name
+        or getattr(registered_command.callback, "__name__", "").replace("_", "-")
+        for registered_command in app.registered_commands
     )
-    names.update(it.name or "" for it in app.registered_groups)
+    names.update(registered_group.name or "" for registered_group in app.registered_groups)
     if taken := sorted(name for name, count in names.items() if count > 1):
         raise PluginError(
             f"a plugin adds the command {taken[0]!r}, which is there already",

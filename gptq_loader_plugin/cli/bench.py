@@ -85,11 +85,11 @@ def bench(
 
 
 def _why(model: LoadedModel) -> dict[str, str]:
-    """Give what each kernel in use said when it accepted its first layer."""
-    said: dict[str, str] = {}
+    """Return what each kernel in use said when it accepted its first layer."""
+    notes: dict[str, str] = {}
     for choice in model.plan.choices:
-        said.setdefault(choice.chosen.kernel, choice.chosen.note)
-    return said
+        notes.setdefault(choice.chosen.kernel, choice.chosen.note)
+    return notes
 
 
 def _rows(data: dict[str, Any], speed: Speed) -> list[tuple[str, str]]:

@@ -80,42 +80,45 @@ def branches(
 
 
 def _show(report: RepoReport) -> None:
-    from gptq_loader_plugin.hub.words import hub_name
+    from gptq_loader_plugin.hub.error_messages import hub_name
 
     gated = "; gated: its owner lets people in" if report.gated else ""
     show(f"{report.repo} on {hub_name()}, licence {report.license or 'not given'}{gated}")
-    print_table(COLUMNS, [_row(it) for it in report.branches])
+    print_table(COLUMNS, [_row(branch) for branch in report.branches])
     show(
         f"Fits {report.device} with {report.context:,} tokens of context; "
         f"{write_size(report.free_bytes)} of disk free"
     )
-    for it in report.branches:
-        if it.error:
-            show(f"  {it.branch}: {'not GPTQ' if it.is_gptq is False else 'not read'}: {it.error}")
+    for branch in report.branches:
+        if branch.error:
+            problem = "not GPTQ" if branch.is_gptq is False else "not read"
+            show(f"  {branch.branch}: {problem}: {branch.error}")
         else:
-            exllama = it.exllama
+            exllama = branch.exllama
             slow = f"; ExLlama: {exllama.reason}" if exllama and not exllama.compatible else ""
-            show(f"  {it.branch}: {yes_no(it.fit.fits, unknown='?')}: {it.fit.reason}{slow}")
-    for it in report.branches:
-        for warning in it.warnings:
-            say(f"warning: {it.branch}: {warning}")
+            fits = yes_no(branch.fit.fits, unknown="?")
+            show(f"  {branch.branch}: {fits}: {branch.fit.reason}{slow}")
+    for branch in report.branches:
+        for warning in branch.warnings:
+            say(f"warning: {branch.branch}: {warning}")
     for warning in report.warnings:
         say(f"warning: {warning}")
 
 
-def _row(it: BranchReport) -> tuple[str, ...]:
+def _row(report: BranchReport) -> tuple[str, ...]:
     return (
-        it.branch,
-        text_of(it.bits),
-        group_text(it.group_size),
-        yes_no(it.desc_act),
-        text_of(it.damp_percent),
-        text_of(it.dataset),
-        text_of(it.seq_len),
-        "-" if it.size_bytes is None else write_size(it.size_bytes),
-        yes_no(it.exllama.compatible if it.exllama else None),
-        "-" if it.is_gptq is False else yes_no(it.fit.fits, unknown="?"),
+        report.branch,
+        text_of(report.bits),
+        group_text(report.group_size),
+        yes_no(report.desc_act),
+        text_of(report.damp_percent),
+        text_of(report.dataset),
+        text_of(report.seq_len),
+        "-" if report.size_bytes is None else write_size(report.size_bytes),
+        yes_no(report.exllama.compatible if report.exllama else None),
+        "-" if report.is_gptq is False else yes_no(report.fit.fits, unknown="?"),
         "not GPTQ"
-        if it.is_gptq is False
-        else (it.desc or "") + ("" if not it.here else " (here)" if it.desc else "here"),
+        if report.is_gptq is False
+        else (report.desc or "")
+        + ("" if not report.here else " (here)" if report.desc else "here"),
     )

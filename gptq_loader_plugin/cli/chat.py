@@ -61,15 +61,15 @@ def chat(
             case "/explain":
                 say(model.explain())
             case _:
-                asked = [*messages, {"role": "user", "content": text}]
+                turns = [*messages, {"role": "user", "content": text}]
                 try:
-                    reply = _turn(model, asked, options)
+                    reply = _turn(model, turns, options)
                 except GPTQLoaderError as error:
                     if not sys.stdin.isatty():
                         raise
                     say(f"error: {error.message}\nhint: {error.hint}")  # and the next may be better
                     continue
-                messages = [*asked, {"role": "assistant", "content": reply}]
+                messages = [*turns, {"role": "assistant", "content": reply}]
 
 
 def _turn(model: LoadedModel, messages: list[dict[str, str]], options: GenerateOptions) -> str:

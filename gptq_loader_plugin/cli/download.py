@@ -53,10 +53,10 @@ def download(
     hub = hub_reference(reference, revision=revision)
     if to is None and to_models:
         to = models_folders()[0] / hub.folder_name
-    told: list[Downloading] = []
+    started: list[Downloading] = []
 
     def announce(coming: Downloading) -> None:
-        told.append(coming)
+        started.append(coming)
         _announce(hub, coming)
 
     bars = ProgressBars()
@@ -68,7 +68,7 @@ def download(
     if not as_json:
         typer.echo(folder)
         return
-    branch = told[0].branch
+    branch = started[0].branch
     print_json(
         {
             "reference": reference,
@@ -76,13 +76,13 @@ def download(
             "commit": branch.commit,
             "license": branch.license,
             "size_bytes": branch.size,
-            "fetched_bytes": told[0].missing,
+            "fetched_bytes": started[0].missing,
         }
     )
 
 
 def _announce(hub: HubReference, coming: Downloading) -> None:
-    from gptq_loader_plugin.hub.words import hub_name
+    from gptq_loader_plugin.hub.error_messages import hub_name
 
     branch = coming.branch
     say(f"{hub} from {hub_name()}, commit {branch.commit[:8]}")

@@ -81,13 +81,15 @@ def _engine(name: str) -> _Explaining:
     """
     from gptq_loader_plugin.plugins import Plugins
 
-    found = {it.name: it for it in Plugins(installed=True).hosts() if isinstance(it, _Explaining)}
-    if name not in found:
+    engines = {
+        host.name: host for host in Plugins(installed=True).hosts() if isinstance(host, _Explaining)
+    }
+    if name not in engines:
         raise OptionInvalid(
             f"no engine {name!r} can say what it would run",
-            hint=f"name {' or '.join(sorted(found))}, or leave out --engine",
+            hint=f"name {' or '.join(sorted(engines))}, or leave out --engine",
         )
-    return found[name]
+    return engines[name]
 
 
 def _show_plan(plan: _Explained, *, as_json: bool) -> None:

@@ -57,7 +57,7 @@ def inspect(
     """Say what a checkpoint is, from its headers, and where each fact came from."""
     import gptq_loader_plugin as gptq
 
-    reports = [gptq.inspect(it, revision=revision) for it in references]
+    reports = [gptq.inspect(reference, revision=revision) for reference in references]
     if as_json:
         data = [report.to_json() for report in reports]
         print_json(data[0] if len(data) == 1 else data)
@@ -95,9 +95,9 @@ def _show(report: CheckpointReport) -> None:
 
 
 def _calibration(report: CheckpointReport) -> list[tuple[str, str, str]]:
-    """Give a row for what the config tells of the calibration, which few do."""
+    """Return a row for what the config tells of the calibration, which few do."""
     length = f"samples of {report.seq_len:,} tokens" if report.seq_len else ""
-    words = ", ".join(it for it in (report.dataset or "", length) if it)
+    words = ", ".join(word for word in (report.dataset or "", length) if word)
     return [("calibration", words, "dataset")] if words else []
 
 

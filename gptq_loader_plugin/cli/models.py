@@ -40,32 +40,33 @@ def models(*, device: FitDevice = None, context: FitContext = 4096, as_json: JSO
     from gptq_loader_plugin.reference import models_folders
 
     where, kernels = find_device(device), Plugins(installed=True).kernels()
-    reports = [report_model(it, where, kernels, context=context) for it in local_models()]
+    reports = [report_model(model, where, kernels, context=context) for model in local_models()]
     if as_json:
-        print_json([it.to_json() for it in reports])
+        print_json([report.to_json() for report in reports])
         return
     if not reports:
-        folders = ", ".join(str(it) for it in models_folders())
+        folders = ", ".join(str(models_folder) for models_folder in models_folders())
         say(f"there is no checkpoint in {folders}, nor in the Hugging Face cache")
         say("fetch one: gptq-loader download owner/repo:branch; or try gptq-loader demo")
         return
-    print_table(COLUMNS, [_row(it) for it in reports])
+    print_table(COLUMNS, [_row(report) for report in reports])
     show(f"Fits {where} with {context:,} tokens of context")
-    for it in reports:
-        if it.error:
-            say(f"{it.model.name} is damaged: {it.error}\n  hint: {it.hint}")
-        elif not it.fit.fits:
-            show(f"  {it.model.name}: {yes_no(it.fit.fits, unknown='?')}: {it.fit.reason}")
+    for report in reports:
+        if report.error:
+            say(f"{report.model.name} is damaged: {report.error}\n  hint: {report.hint}")
+        elif not report.fit.fits:
+            fits = yes_no(report.fit.fits, unknown="?")
+            show(f"  {report.model.name}: {fits}: {report.fit.reason}")
 
 
-def _row(it: LocalReport) -> tuple[str, ...]:
+def _row(report: LocalReport) -> tuple[str, ...]:
     return (
-        it.model.name,
-        text_of(it.bits),
-        group_text(it.group_size),
-        yes_no(it.desc_act),
-        text_of(it.layers),
-        write_size(it.model.size_bytes),
-        "damaged" if it.error else yes_no(it.fit.fits, unknown="?"),
-        it.model.source,
+        report.model.name,
+        text_of(report.bits),
+        group_text(report.group_size),
+        yes_no(report.desc_act),
+        text_of(report.layers),
+        write_size(report.model.size_bytes),
+        "damaged" if report.error else yes_no(report.fit.fits, unknown="?"),
+        report.model.source,
     )

@@ -171,7 +171,7 @@ SAMPLING: dict[str, tuple[Any, Any]] = {
 def load_options(
     *names: str, device: object = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of a load, in place of its parameter `load`, a LoadOptions.
+    """Return a command the options of a load, in place of its parameter `load`, a LoadOptions.
 
     Args:
         *names: the options it takes; none named are all.
@@ -186,7 +186,7 @@ def load_options(
 
 
 def sampling(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the sampling options, in place of its parameter `options`."""
+    """Return a command the sampling options, in place of its parameter `options`."""
     return _expand(command, parameter="options", options=SAMPLING, make=_generate_options)
 
 
@@ -207,15 +207,15 @@ def _expand(
 
     @functools.wraps(command)
     def run(*args: Any, **values: Any) -> None:  # noqa: ANN401 - the command's own
-        given = {name: values.pop(name) for name in options}
-        command(*args, **values, **{parameter: make(given)})
+        fields = {name: values.pop(name) for name in options}
+        command(*args, **values, **{parameter: make(fields)})
 
     hints = _type_hints(command)
     expanded: list[inspect.Parameter] = []
     signature = inspect.signature(command)
-    for it in signature.parameters.values():
-        if it.name != parameter:
-            expanded.append(it.replace(annotation=hints[it.name]))
+    for parameter_ in signature.parameters.values():
+        if parameter_.name != parameter:
+            expanded.append(parameter_.replace(annotation=hints[parameter_.name]))
             continue
         expanded += [
             inspect.Parameter(
@@ -224,7 +224,7 @@ def _expand(
             for name, (annotation, default) in options.items()
         ]
     vars(run)["__signature__"] = signature.replace(parameters=expanded)
-    run.__annotations__ = {it.name: it.annotation for it in expanded}
+    run.__annotations__ = {option.name: option.annotation for option in expanded}
     return run
 
 

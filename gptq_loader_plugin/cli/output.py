@@ -51,7 +51,7 @@ def show(text: str) -> None:
 
 def plain(text: str) -> str:
     """Make control characters visible, which names and cards may hold and terminals obey."""
-    return CONTROL.sub(lambda it: it[0].encode("unicode_escape").decode(), text)
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def print_json(data: object) -> None:
@@ -149,7 +149,7 @@ class ProgressBars:
         self._bar: Any = None
         self._stage = ""
         self._task: Any = None
-        self._said: tuple[str, int, str] = ("", -1, "")
+        self._last_line: tuple[str, int, str] = ("", -1, "")
 
     @hookimpl
     def gptq_progress(self, progress: Progress) -> None:
@@ -204,12 +204,12 @@ class ProgressBars:
         self._bar.start()
 
     def _line(self, progress: Progress) -> None:
-        """Say every tenth of a long work, so that a log shows it is alive."""
+        """Print every tenth of a long work, so that a log shows it is alive."""
         if progress.stage in ("weights", "self-check", "branches"):
             return
         tenth = 10 * progress.done // progress.total
         # a download's detail says who is waited for
-        said = (progress.stage, tenth, progress.detail if progress.stage == "download" else "")
-        if said != self._said:
-            self._stage, self._said = progress.stage, said
+        line = (progress.stage, tenth, progress.detail if progress.stage == "download" else "")
+        if line != self._last_line:
+            self._stage, self._last_line = progress.stage, line
             say(f"{progress.stage}: {10 * tenth} % {progress.detail}".rstrip())

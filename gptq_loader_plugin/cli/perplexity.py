@@ -87,12 +87,12 @@ def perplexity(
     typer.echo(f"{measured.perplexity:.3f}")
 
 
-def _keep(model: LoadedModel, found: Perplexity, *, text: str, text_name: str) -> str | None:
-    """Keep a figure and say where; one that cannot be kept is told nevertheless."""
+def _keep(model: LoadedModel, measured: Perplexity, *, text: str, text_name: str) -> str | None:
+    """Keep a figure and return its file; one that cannot be kept is reported all the same."""
     from gptq_loader_plugin.measure.results import MeasuredFiles, data_folder, measurement
 
     try:
-        figure = measurement(model, found, text=text, text_name=text_name)
+        figure = measurement(model, measured, text=text, text_name=text_name)
         kept = MeasuredFiles(data_folder()).keep(figure)
     except GPTQLoaderError as error:
         say(f"{error.message}; {error.hint}")

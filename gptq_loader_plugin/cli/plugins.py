@@ -22,14 +22,14 @@ def plugins(*, as_json: JSON = False) -> None:
     """List kernels, templates, readers, hosts and plugins: what works here, and if not why."""
     from gptq_loader_plugin.plugins.discovery import discover, to_json, write_plugins
 
-    found = discover()
+    installed = discover()
     if as_json:
-        print_json(to_json(found))
+        print_json(to_json(installed))
     else:
-        show(write_plugins(found))
-    broken = [it.name for it in found if it.state == "broken"]
+        show(write_plugins(installed))
+    broken = [plugin.name for plugin in installed if plugin.state == "broken"]
     if broken:
-        others = ",".join(it.name for it in found if it.state == "in force")
+        others = ",".join(plugin.name for plugin in installed if plugin.state == "in force")
         say(
             f"warning: {', '.join(broken)} stands in the way of every load\n"
             f"hint: update or uninstall it, or leave it out: GPTQ_LOADER_PLUGINS={others}"

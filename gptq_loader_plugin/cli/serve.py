@@ -168,7 +168,7 @@ def _serve_by(plugins: Plugins, name: str, reference: str | None, command: typer
     Raises:
         OptionInvalid: there is no such engine, or it does not take one of the options.
     """
-    engines = {it.name: it for it in plugins.hosts() if isinstance(it, Engine)}
+    engines = {host.name: host for host in plugins.hosts() if isinstance(host, Engine)}
     if name not in engines:
         raise OptionInvalid(
             f"there is no engine {name!r}",
@@ -179,18 +179,18 @@ def _serve_by(plugins: Plugins, name: str, reference: str | None, command: typer
             f"{name} serves one model, and none was named",
             hint=f"name it: gptq-loader serve REF --engine {name}",
         )
-    engine, given = engines[name], _given(command)
-    if others := sorted(given.keys() - engine.takes):
+    engine, values = engines[name], _passed_options(command)
+    if others := sorted(values.keys() - engine.takes):
         raise OptionInvalid(
-            f"{name} does not take {', '.join(_flag(it, command) for it in others)}",
-            hint=f"it takes {', '.join(_flag(it, command) for it in sorted(engine.takes))}",
+            f"{name} does not take {', '.join(_flag(other, command) for other in others)}",
+            hint=f"it takes {', '.join(_flag(take, command) for take in sorted(engine.takes))}",
         )
-    engine.serve(reference, **given)
+    engine.serve(reference, **values)
 
 
-def _given(command: typer.Context) -> dict[str, Any]:
-    """Give the options that the user gave, on the command line or by the environment."""
-    sources = {it: command.get_parameter_source(it) for it in command.params}
+def _passed_options(command: typer.Context) -> dict[str, Any]:
+    """Return the options that the user gave, on the command line or by the environment."""
+    sources = {parameter: command.get_parameter_source(parameter) for parameter in command.params}
     return {
         name: command.params[name]
         for name, source in sources.items()
@@ -200,7 +200,11 @@ def _given(command: typer.Context) -> dict[str, Any]:
 
 def _flag(name: str, command: typer.Context) -> str:
     """Write an option of this command as the user does."""
-    return next(max(it.opts, key=len) for it in command.command.params if it.name == name)
+    return next(
+        max(parameter.opts, key=len)
+        for parameter in command.command.params
+        if parameter.name == name
+    )
 
 
 class _Stopper:

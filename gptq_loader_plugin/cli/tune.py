@@ -58,18 +58,18 @@ def tune(
     plugins = Plugins(bars, installed=True)
     try:
         layers = _layers(reference, plugins, revision)
-        found = tune_kernels(layers, where, plugins)
+        results = tune_kernels(layers, where, plugins)
     finally:
         bars.close()
     if as_json:
-        print_json({"device": str(where), "gpu": where.name, "kernels": found})
+        print_json({"device": str(where), "gpu": where.name, "kernels": results})
         return
-    for name, words in found.items():
+    for name, words in results.items():
         typer.echo(f"{name}: {words}")
 
 
 def tune_kernels(layers: Sequence[LayerSpec], device: Device, plugins: Plugins) -> dict[str, str]:
-    """Let every kernel that can be tuned measure the layers it accepts; give what each found.
+    """Let every kernel that can be tuned measure the layers it accepts; return what each found.
 
     Raises:
         OptionInvalid: no kernel that can be tuned accepts any of the layers.
@@ -78,24 +78,24 @@ def tune_kernels(layers: Sequence[LayerSpec], device: Device, plugins: Plugins) 
     from gptq_loader_plugin.kernel import Tunable
     from gptq_loader_plugin.verdict import Accepted
 
-    found: dict[str, str] = {}
+    results: dict[str, str] = {}
     reasons: list[str] = []
     for kernel in plugins.kernels():
         if not isinstance(kernel, Tunable):
             continue
-        verdicts = [(it, kernel.consider(it, device)) for it in layers]
+        verdicts = [(layer, kernel.consider(layer, device)) for layer in layers]
         taken = [layer for layer, verdict in verdicts if isinstance(verdict, Accepted)]
         if taken:
-            found[kernel.name] = kernel.tune(taken, device, plugins.progress)
+            results[kernel.name] = kernel.tune(taken, device, plugins.progress)
         elif verdicts and not isinstance(declined := verdicts[0][1], Accepted):
             reasons.append(f"{kernel.name}: {declined.reason}")
-    if not found:
+    if not results:
         raise OptionInvalid(
             f"no kernel that can be tuned runs these layers on {device}"
-            + "".join(f"; {it}" for it in reasons),
+            + "".join(f"; {reason}" for reason in reasons),
             hint="ask gptq-loader explain which kernel runs them; it needs no tuning",
         )
-    return found
+    return results
 
 
 def _layers(reference: str | None, plugins: Plugins, revision: str | None) -> list[LayerSpec]:

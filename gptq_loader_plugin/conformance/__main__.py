@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         device = find_device(options.device)
-        offered = [it.name for it in Plugins(installed=True).kernels()]
+        offered = [kernel.name for kernel in Plugins(installed=True).kernels()]
     except GPTQLoaderError as error:
         parser.error(f"{error.message}; {error.hint}")
     names = tuple(options.kernel or offered)
@@ -38,18 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = by_layer(pairwise_cover(layers) if options.cells == "cover" else None, layers)
     work = work[options.part[0] - 1 :: options.part[1]]
     reports = {name: Report(name) for name in names}
-    for done, found in run_in_parts(names, device, work, jobs=options.jobs):
-        for report in found:
+    for done, part in run_in_parts(names, device, work, jobs=options.jobs):
+        for report in part:
             reports[report.kernel].update(report)
-        failed = sum(len(it.failed) for it in reports.values())
+        failed = sum(len(report.failed) for report in reports.values())
         sys.stderr.write(f"\r{done:,} of {len(work):,} layers, {failed:,} cells failed ")
         sys.stderr.flush()
     sys.stderr.write("\n")
     if options.json:
-        sys.stdout.write(json.dumps([it.json() for it in reports.values()], indent=2) + "\n")
+        sys.stdout.write(
+            json.dumps([report.json() for report in reports.values()], indent=2) + "\n"
+        )
     else:
-        sys.stdout.write("\n".join(it.text() for it in reports.values()))
-    return int(any(it.failed for it in reports.values()))
+        sys.stdout.write("\n".join(report.text() for report in reports.values()))
+    return int(any(report.failed for report in reports.values()))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.kernel import Kernel, LayerSpec
     from gptq_loader_plugin.verdict import Verdict
 
-__all__ = ["SPIKE", "TOLERANCE", "Oracle", "consider", "measure", "most_off", "off_by"]
+__all__ = ["SPIKE", "TOLERANCE", "Oracle", "consider", "measure", "off_by", "tolerance"]
 
 # A product's error is the root mean square of what it is off by, over that of the right answers
 # (of its rows, or where they are small, of the layer), for x as it is given, rounded to its dtype
@@ -33,7 +33,7 @@ TOLERANCE = {
 # The answer is rounded once more, to the dtype of x: 3.1e-4 and 2.5e-3 measured of short rows.
 ROUNDING = {"float32": 0.0, "float16": 3.5e-4, "bfloat16": 2.8e-3}
 SPIKE = 6  # times that is what a single value may be off by
-MOST_WORDS = 100  # of a reason, so that it fits a line
+MAX_REASON = 100  # of a reason, so that it fits a line
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,8 @@ def consider(kernel: Kernel, spec: LayerSpec, device: Device) -> Verdict:
         raise AssertionError(f"the kernel {kernel.name!r} answers as {verdict.kernel!r}")
     if isinstance(verdict, Declined):
         reason = verdict.reason
-        if reason != reason.strip() or not 0 < len(reason) <= MOST_WORDS or "\n" in reason:
-            raise AssertionError(f"no reason of one line, {MOST_WORDS} letters at most: {reason!r}")
+        if reason != reason.strip() or not 0 < len(reason) <= MAX_REASON or "\n" in reason:
+            raise AssertionError(f"no reason of one line, {MAX_REASON} letters at most: {reason!r}")
     elif verdict.dtype not in TOLERANCE or verdict.prepared_bytes <= 0:
         raise AssertionError(f"no dtype, or no bytes, that can be: {verdict}")
     return verdict
@@ -86,7 +86,7 @@ def measure(
         AssertionError: the answer's shape or dtype is wrong.
     """
     dtype: torch.dtype = getattr(torch, cell.dtype)
-    x = _seen(oracle.x[: cell.rows].to(dtype).to(device), cell.view)
+    x = _as_view(oracle.x[: cell.rows].to(dtype).to(device), cell.view)
     right = oracle.answers[cell.dtype][: cell.rows]
     with torch.inference_mode():
         y = module(x)
@@ -106,8 +106,8 @@ def off_by(y: torch.Tensor, right: torch.Tensor, all_right: torch.Tensor) -> tup
     return _size(off) / scale, float((off.abs() / right.abs().clamp(min=scale)).max())
 
 
-def most_off(computes_in: str, dtype: str) -> float:
-    """Say how far off an answer of a dtype may be, from a kernel that says it computes in another.
+def tolerance(computes_in: str, dtype: str) -> float:
+    """Return how far off an answer of a dtype may be, of a kernel that computes in another.
 
     A kernel of 16 bits may compute in x's own.
     """
@@ -126,8 +126,8 @@ def _rows_of_x(features: int) -> torch.Tensor:
     return torch.randn(max(AXES["rows"]), features, generator=random, dtype=torch.float64)
 
 
-def _seen(x: torch.Tensor, view: View) -> torch.Tensor:
-    """Give x, [M, K], as a model would: whole, as a view of something else, or with a batch."""
+def _as_view(x: torch.Tensor, view: View) -> torch.Tensor:
+    """Return x, [M, K], as a model would: whole, as a view of something else, or with a batch."""
     match view:
         case "plain":
             return x

@@ -41,7 +41,7 @@ def pairwise_cover(layers: Iterable[Cell], *, times: int = TIMES, seed: int = SE
     """
     random = np.random.default_rng(seed)
     number = {pair: index for index, pair in enumerate(VALUES)}
-    rows = _unique([number[axis, getattr(it, axis)] for axis in FIXED] for it in layers)
+    rows = _unique([number[axis, getattr(layer, axis)] for axis in FIXED] for layer in layers)
     fillings = _unique(
         [number[axis, value] for axis, value in zip(FREE, values, strict=True)]
         for values in product(*(AXES[axis] for axis in FREE))
@@ -58,12 +58,14 @@ def pairwise_cover(layers: Iterable[Cell], *, times: int = TIMES, seed: int = SE
         whole = np.concatenate([np.tile(layer, (len(fillings), 1)), fillings], axis=1)
         gain = _gain(missing, whole) + random.random(len(whole))
         best = next(
-            it for index in np.argsort(-gain) if (it := tuple(whole[index].tolist())) not in cells
+            cell
+            for index in np.argsort(-gain)
+            if (cell := tuple(whole[index].tolist())) not in cells
         )
         cells[best] = None
         for pair in combinations(best, 2):
             missing[pair] = max(missing[pair] - 1, 0)
-    return [Cell(**dict(VALUES[it] for it in cell)) for cell in cells]
+    return [Cell(**dict(VALUES[index] for index in cell)) for cell in cells]
 
 
 def _unique(rows: Iterable[list[int]]) -> NDArray[np.int64]:

@@ -61,16 +61,18 @@ class DeclinedTable:
         alike: defaultdict[str, list[str]] = defaultdict(list)
         for reason in self._cells:
             alike[NUMBER.sub(ANY, reason)].append(reason)
-        found = []
+        reasons = []
         for several in alike.values():
-            layers = set().union(*(self._layers[it] for it in several))
+            layers = set().union(*(self._layers[name] for name in several))
             axes = {}
             for axis in LAYER_AXES:
-                values = {getattr(it, axis) for it in layers}
+                values = {getattr(layer, axis) for layer in layers}
                 if len(values) < len(AXES[axis]):
-                    axes[axis] = [it for it in AXES[axis] if it in values]
-            found.append(Reason(_words(several), sum(self._cells[it] for it in several), axes))
-        return sorted(found, key=lambda it: (-it.cells, it.words))
+                    axes[axis] = [value for value in AXES[axis] if value in values]
+            reasons.append(
+                Reason(_words(several), sum(self._cells[name] for name in several), axes)
+            )
+        return sorted(reasons, key=lambda reason: (-reason.cells, reason.words))
 
     def text(self) -> str:
         """Write the table: a line for each reason, and one for the values it is about."""
@@ -86,6 +88,6 @@ class DeclinedTable:
 
 def _words(reasons: list[str]) -> str:
     """Merge reasons that differ in numbers alone."""
-    numbers = zip(*(NUMBER.findall(it) for it in reasons), strict=True)
-    merged = iter([it[0] if len(set(it)) == 1 else ANY for it in numbers])
+    numbers = zip(*(NUMBER.findall(reason) for reason in reasons), strict=True)
+    merged = iter([number[0] if len(set(number)) == 1 else ANY for number in numbers])
     return NUMBER.sub(lambda _: next(merged), reasons[0])

@@ -77,7 +77,7 @@ class Cell:
     @property
     def case(self) -> Case:
         """The layer."""
-        rows, columns = (int(it) for it in self.shape.split("x"))
+        rows, columns = (int(size) for size in self.shape.split("x"))
         size = _group_size(self.group, rows)
         stored, _, kind = self.zeros.partition("-")
         uneven = {"uneven": 1, "steps": size // 2}

@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run every test that takes `kernel` for the one named, or for all; `cell` for the cover."""
     if "kernel" in metafunc.fixturenames:
-        kernels = {it.name: it for it in Plugins(installed=True).kernels()}
+        kernels = {kernel.name: kernel for kernel in Plugins(installed=True).kernels()}
         named = metafunc.config.getoption("--kernel")
         if named is not None and named not in kernels:
             raise pytest.UsageError(
@@ -26,7 +26,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 f"{', '.join(kernels)}"
             )
         chosen = [kernels[named]] if named else list(kernels.values())
-        metafunc.parametrize("kernel", chosen, ids=lambda it: it.name, scope="module")
+        metafunc.parametrize("kernel", chosen, ids=lambda kernel: kernel.name, scope="module")
     if "cell" in metafunc.fixturenames:
         from gptq_loader_plugin.conformance.cover import pairwise_cover
         from gptq_loader_plugin.conformance.grid import possible_layers

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_plugin.conformance.check import SPIKE, Oracle, consider, measure, most_off
+from gptq_loader_plugin.conformance.check import SPIKE, Oracle, consider, measure, tolerance
 from gptq_loader_plugin.conformance.declined import DeclinedTable
 from gptq_loader_plugin.conformance.grid import cells_of
 from gptq_loader_plugin.conformance.layers import make_layer
@@ -71,7 +71,9 @@ class Report:
         self.failed += other.failed
         self.declined.update(other.declined)
         for key, worst in other.worst.items():
-            self.worst[key] = max(self.worst.get(key, worst), worst, key=lambda it: it.error)
+            self.worst[key] = max(
+                self.worst.get(key, worst), worst, key=lambda worst_case: worst_case.error
+            )
 
     def text(self) -> str:
         """Write it out for people."""
@@ -79,8 +81,10 @@ class Report:
             f"{self.passed:,} passed, {self.declined.cells:,} declined, {len(self.failed):,} failed"
         )
         lines = [f"{self.kernel}: {self.cells:,} cells: {counts}\n"]
-        for key, it in sorted(self.worst.items()):
-            lines.append(f"  {key}: off by {it.error:.1e} of {it.allowed:.1e} at most: {it.cell}\n")
+        for key, worst in sorted(self.worst.items()):
+            lines.append(
+                f"  {key}: off by {worst.error:.1e} of {worst.allowed:.1e} at most: {worst.cell}\n"
+            )
         lines += [f"  FAILED {cell}: {why}\n" for cell, why in self.failed[:SHOWN]]
         return "".join(lines) + self.declined.text()
 
@@ -90,9 +94,9 @@ class Report:
             "kernel": self.kernel,
             "cells": self.cells,
             "passed": self.passed,
-            "declined": [asdict(it) for it in self.declined.reasons()],
+            "declined": [asdict(reason) for reason in self.declined.reasons()],
             "failed": [{"cell": cell, "why": why} for cell, why in self.failed],
-            "worst": {key: asdict(it) for key, it in sorted(self.worst.items())},
+            "worst": {key: asdict(worst) for key, worst in sorted(self.worst.items())},
         }
 
 
@@ -146,7 +150,7 @@ def _hold(
     except Exception as raised:  # noqa: BLE001 - a plugin may raise anything; it has failed
         report.failed.append((str(cell), _why(raised)))
         return
-    allowed = most_off(computes_in, cell.dtype)
+    allowed = tolerance(computes_in, cell.dtype)
     if not (error <= allowed and spike <= SPIKE * allowed):
         report.failed.append((str(cell), f"off by {error:.1e}, one value by {spike:.1e}"))
         return

@@ -61,5 +61,5 @@ def _use_one_thread() -> None:
 
 def _answer(task: Task) -> list[Report]:
     names, device, work = task
-    kernels = {it.name: it for it in Plugins(installed=True).kernels()}
+    kernels = {kernel.name: kernel for kernel in Plugins(installed=True).kernels()}
     return run([kernels[name] for name in names], device, work)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from gptq_loader_plugin.conformance.check import SPIKE, Oracle, consider, most_off, off_by
+from gptq_loader_plugin.conformance.check import SPIKE, Oracle, consider, off_by, tolerance
 from gptq_loader_plugin.conformance.cover import pairwise_cover
 from gptq_loader_plugin.conformance.grid import AXES, possible_layers
 from gptq_loader_plugin.conformance.layers import Case, make_layer, make_spec
@@ -42,14 +42,17 @@ class Layer:
     computes_in: str
 
     def rows(self, dtype: str, device: Device) -> torch.Tensor:
-        """Give 17 rows of x."""
+        """Return 17 rows of x."""
         return self.oracle.x[:17].to(getattr(torch, dtype)).to(device.torch_name)
 
     def hold(self, y: torch.Tensor, dtype: str, rows: slice, *, lowered: str | None = None) -> None:
         """Hold some rows of the answer to the tolerance, or that of a dtype it was lowered to."""
         answers = self.oracle.answers[dtype]
         error, spike = off_by(y[rows], answers[:17][rows], answers)
-        allowed = max(most_off(it, dtype) for it in (self.computes_in, lowered or self.computes_in))
+        allowed = max(
+            tolerance(dtype_name, dtype)
+            for dtype_name in (self.computes_in, lowered or self.computes_in)
+        )
         assert y.dtype == getattr(torch, dtype)
         assert error <= allowed, f"{self.cell}: off by {error:.1e}"
         assert spike <= SPIKE * allowed, f"{self.cell}: one value is off by {spike:.1e}"
@@ -58,7 +61,7 @@ class Layer:
 @pytest.fixture(scope="module")
 def layers(kernel: Kernel, device: Device) -> list[Layer]:
     """Some layers that the kernel accepts."""
-    found: list[Layer] = []
+    layers: list[Layer] = []
     reason = ""
     for cell in pairwise_cover(possible_layers()):
         verdict = consider(kernel, make_spec(cell.case), device)
@@ -66,12 +69,12 @@ def layers(kernel: Kernel, device: Device) -> list[Layer]:
             reason = reason or verdict.reason
             continue
         spec, packed, weight = make_layer(cell.case)
-        found.append(Layer(cell, spec, packed, Oracle.of(weight, packed.bias), verdict.exactness))
-        if len(found) == LAYERS:
-            return found
-    if not found:
+        layers.append(Layer(cell, spec, packed, Oracle.of(weight, packed.bias), verdict.exactness))
+        if len(layers) == LAYERS:
+            return layers
+    if not layers:
         pytest.skip(f"{kernel.name}: {reason}")
-    return found
+    return layers
 
 
 def test_leaves_the_checkpoint_alone_and_prepares_twice(
@@ -81,12 +84,12 @@ def test_leaves_the_checkpoint_alone_and_prepares_twice(
     for layer in layers:
         before = _tensors(layer.packed, copied=True)
         x = layer.rows("float32", device)
-        given = x.clone()
+        original = x.clone()
         for _ in range(2):
             module = kernel.prepare(layer.spec, layer.packed, device)
             with torch.inference_mode():
                 layer.hold(module(x), "float32", slice(None))
-        assert torch.equal(x, given), f"{layer.cell}: x was changed"
+        assert torch.equal(x, original), f"{layer.cell}: x was changed"
         for name, after in _tensors(layer.packed).items():
             assert torch.equal(before[name], after), f"{layer.cell}: {name} was changed"
 
@@ -123,7 +126,9 @@ def test_saving_the_model_saves_no_packed_numbers(
     """A file with a kernel's own layout in it is one that nothing reads."""
     for layer in layers:
         module = kernel.prepare(layer.spec, layer.packed, device)
-        kept = [name for name, it in module.state_dict().items() if not it.is_floating_point()]
+        kept = [
+            name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()
+        ]
         assert not kept, f"{layer.cell}: register {kept} with persistent=False"
 
 
@@ -150,8 +155,8 @@ def test_takes_the_bytes_it_says(kernel: Kernel, device: Device, case: Case) -> 
         pytest.skip(f"{kernel.name}: {verdict.reason}")
     module = kernel.prepare(spec, packed, device)
     storages = {
-        it.untyped_storage().data_ptr(): it.untyped_storage().nbytes()
-        for it in (*module.buffers(), *module.parameters())
+        buffer.untyped_storage().data_ptr(): buffer.untyped_storage().nbytes()
+        for buffer in (*module.buffers(), *module.parameters())
     }
     assert verdict.prepared_bytes == pytest.approx(sum(storages.values()), rel=0.03)
 
@@ -161,7 +166,7 @@ def test_answers_from_shapes_alone_and_the_same_each_time(kernel: Kernel, device
     specs = [make_spec(cell.case) for cell in pairwise_cover(possible_layers(), times=1)]
     verdicts = [consider(kernel, spec, device) for spec in specs]
     assert verdicts == [kernel.consider(spec, device) for spec in specs]
-    assert all(isinstance(it, Accepted | Declined) for it in verdicts)
+    assert all(isinstance(verdict, Accepted | Declined) for verdict in verdicts)
     done = subprocess.run(  # noqa: S603 - our own words, in this Python
         [sys.executable, "-c", ELSEWHERE],
         input=pickle.dumps((kernel.name, device, specs)),
@@ -187,7 +192,11 @@ sys.stdout.buffer.write(pickle.dumps(verdicts))
 
 
 def _tensors(packed: PackedLinear, *, copied: bool = False) -> dict[str, torch.Tensor]:
-    found = {
+    tensors = {
         name: getattr(packed, name) for name in ("qweight", "zeros", "scales", "g_idx", "bias")
     }
-    return {name: it.clone() if copied else it for name, it in found.items() if it is not None}
+    return {
+        name: tensor.clone() if copied else tensor
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gptq_loader_plugin.conformance.check import SPIKE, Oracle, consider, measure, most_off
+from gptq_loader_plugin.conformance.check import SPIKE, Oracle, consider, measure, tolerance
 from gptq_loader_plugin.conformance.layers import make_layer
 from gptq_loader_plugin.verdict import Declined
 
@@ -25,6 +25,6 @@ def test_product_is_right_or_declined(kernel: Kernel, device: Device, cell: Cell
     module = kernel.prepare(spec, packed, device)
     oracle = Oracle.of(weight, packed.bias)
     error, spike = measure(module, cell, oracle, device.torch_name)
-    allowed = most_off(verdict.exactness, cell.dtype)
+    allowed = tolerance(verdict.exactness, cell.dtype)
     assert error <= allowed, f"off by {error:.1e}"
     assert spike <= SPIKE * allowed, f"one value is off by {spike:.1e}"

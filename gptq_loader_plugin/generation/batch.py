@@ -67,8 +67,8 @@ class Batch:
         for generation in list(self._written):
             if (piece := generation.cancelled()) is not None:
                 yield self._emit(generation, piece)
-        long = [it for it in self._written if len(it.pending) > FEW]
-        few = [it for it in self._written if len(it.pending) <= FEW]
+        long = [generation for generation in self._written if len(generation.pending) > FEW]
+        few = [generation for generation in self._written if len(generation.pending) <= FEW]
         left = PART if few else WHOLE
         for generation in long:
             count = min(left, len(generation.pending))
@@ -91,13 +91,13 @@ class Batch:
         """Read what is unread of some replies in one step: logits [replies, 1, vocabulary]."""
         if self._batcher is None or len(few) < 2:
             return None
-        tokens = [it.pending for it in few]
-        states = self._batcher.step_many(tokens, [it.cache for it in few])
+        tokens = [generation.pending for generation in few]
+        states = self._batcher.step_many(tokens, [generation.cache for generation in few])
         if states is None:
             return None
         for generation in few:
             generation.pending = []
-        last = torch.tensor([len(it) for it in tokens]).cumsum(0) - 1
+        last = torch.tensor([len(token) for token in tokens]).cumsum(0) - 1
         states = states[last]
         if self._short is not None:
             return compute_logits(self._short, few, states)[:, None]

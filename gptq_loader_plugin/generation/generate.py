@@ -170,21 +170,21 @@ class Generation:
         return logits
 
     def needed_logits(self) -> int:
-        """Say how many of the greatest logits `take` needs; 0 where it needs all of them."""
+        """Return how many of the greatest logits `sample` needs; 0 where it needs all of them."""
         return 0 if self._watch is not None else self._sampler.needed_logits()
 
     def excluded(self, vocabulary: int) -> torch.Tensor | None:
-        """Mark the tokens that do not count among those wanted: bool [vocabulary]."""
+        """Mark the tokens that do not count among those needed: bool [vocabulary]."""
         return self._sampler.excluded(self._sequence, vocabulary)
 
     def cancelled(self) -> Piece | None:
-        """Give the last piece where the reply was cancelled."""
+        """Return the last piece where the reply was cancelled."""
         if self._cancel is None or not self._cancel.is_set():
             return None
         return self._end(self._text.rest(), "cancelled")
 
     def sample(self, logits: torch.Tensor) -> Piece | None:
-        """Pick the token that follows what was read; give the text that is certain with it."""
+        """Pick the token that follows what was read; return the text that is certain with it."""
         token = self._sampler.sample(self._sequence, logits)
         self._tokens += 1
         if self._watch is not None:
@@ -221,25 +221,25 @@ def top_logits_head(model: PreTrainedModel) -> ShortHead | None:
 def compute_logits(
     head: ShortHead, generations: Sequence[Generation], states: torch.Tensor
 ) -> torch.Tensor:
-    """Give the logits that some generations need [generations, vocabulary], from their states.
+    """Return the logits that some generations need [generations, vocabulary], from their states.
 
     All of them, or where no generation needs all, the greatest ones alone.
     """
-    wanted = [it.needed_logits() for it in generations]
-    if all(wanted):
-        marks = [it.excluded(head.out_features) for it in generations]
-        aside = None
-        if any(it is not None for it in marks):
+    needed = [generation.needed_logits() for generation in generations]
+    if all(needed):
+        marks = [generation.excluded(head.out_features) for generation in generations]
+        excluded = None
+        if any(mark is not None for mark in marks):
             none = torch.zeros(head.out_features, dtype=torch.bool)
-            aside = torch.stack([none if it is None else it for it in marks])
-        logits = head.likeliest(states, wanted, aside)
+            excluded = torch.stack([none if mark is None else mark for mark in marks])
+        logits = head.likeliest(states, needed, excluded)
         if logits is not None:
             return logits
     return head(states)
 
 
 def _is_watched(model: Any) -> bool:  # noqa: ANN401 - a transformers model
-    """Say whether something wants to see what goes into a model, or comes out of it."""
+    """Return whether something wants to see what goes into a model, or comes out of it."""
     hooks = model._forward_hooks or model._forward_pre_hooks  # noqa: SLF001 - torch has no other way to tell
     return bool(hooks) or "forward" in model.__dict__
 

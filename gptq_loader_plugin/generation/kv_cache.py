@@ -69,7 +69,7 @@ class GrowableLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add new keys and values; give all of them."""
+        """Add new keys and values; return all of them."""
         del args, kwargs
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -173,7 +173,7 @@ class PrefixCache:
         self.max_sequences = max_sequences
 
     def reuse(self, model: PreTrainedModel, ids: Sequence[int]) -> tuple[Any, int]:
-        """Give a cache for `ids`, and how many of them it holds: never the last one.
+        """Return a cache for `ids`, and how many of them it holds: never the last one.
 
         A cache in use is nobody else's: two replies at a time have one each.
         """
@@ -199,7 +199,7 @@ class PrefixCache:
             self._kept = [*self._kept, (ids[:held], cache)][-self.max_sequences :]
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Return the memory back."""
         with self._lock:
             self._kept.clear()
 

@@ -80,7 +80,7 @@ class LoadedModel:
         return self.plan.config
 
     def __enter__(self) -> Self:
-        """Give the model itself."""
+        """Return the model itself."""
         return self
 
     def __exit__(
@@ -211,7 +211,7 @@ class LoadedModel:
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], *, when_too_long: WhenTooLong = "error"
     ) -> tuple[list[int], str]:
-        """Tokenise messages; give the ids, and a warning where turns were left out."""
+        """Tokenise messages; return the ids, and a warning where turns were left out."""
         kept = list(messages)
         ids = self.template.encode(kept, self.tokenizer)
         while len(ids) >= self.context and when_too_long == "drop-oldest":
@@ -236,21 +236,21 @@ class LoadedModel:
         """Collect the end tokens of the template, the generation config and the tokenizer."""
         config: Any = self.model.generation_config
         ends = config.eos_token_id if config is not None else None
-        found = set(ends if isinstance(ends, list) else [ends])
-        found.add(self.tokenizer.eos_token_id)
-        found.update(self._single(it) for it in stop)
-        return frozenset(it for it in found if it is not None)
+        end_ids = set(ends if isinstance(ends, list) else [ends])
+        end_ids.add(self.tokenizer.eos_token_id)
+        end_ids.update(self._single(text) for text in stop)
+        return frozenset(token for token in end_ids if token is not None)
 
     def keep(self, sequences: int) -> None:
-        """Keep the keys and values of so many sequences for those that begin the same."""
+        """Keep the keys and values of so many sequences, for prompts that begin the same."""
         self._cache.max_sequences = sequences
 
     def forget(self) -> None:
-        """Give the memory of kept sequences back; the next ones are read from their beginnings."""
+        """Free the memory of kept prefixes; the next prompts are read from their beginnings."""
         self._cache.clear()
 
     def explain(self) -> str:
-        """Say which kernel runs each kind of layer and why, and which template is used."""
+        """Describe which kernel runs each kind of layer and why, and which template is used."""
         stops = ", ".join(self.template.stop) or "the tokenizer's end token"
         notes = "".join(f"\n  {note}" for note in self.notes)
         return (
@@ -321,7 +321,7 @@ class LoadedModel:
             ids,
             options,
             max_new_tokens=min(options.max_new_tokens, self.context - len(ids)),
-            stop=[it for it in (*stop, *options.stop) if self._single(it) not in stop_ids],
+            stop=[text for text in (*stop, *options.stop) if self._single(text) not in stop_ids],
             stop_ids=stop_ids,
             silent_ids=self._silent_ids(),
             banned_ids=self._padding_ids(),

@@ -58,7 +58,7 @@ class GenerateOptions(BaseModel):
             return cls(**fields)
         except ValidationError as error:
             first = error.errors()[0]
-            name = ".".join(str(it) for it in first["loc"])
+            name = ".".join(str(part) for part in first["loc"])
             raise OptionInvalid(
                 f"the option {name}: {first['msg'][0].lower()}{first['msg'][1:]}",
                 hint=f"the options are {', '.join(cls.model_fields)}",

@@ -66,15 +66,15 @@ class Sampler:
         return int(at if ids is None else ids[0, at[0]])
 
     def needed_logits(self) -> int:
-        """Say how many of the greatest logits a pick needs; 0 where it needs all of them."""
+        """Return how many of the greatest logits sampling needs; 0 where it needs all of them."""
         if not self._foreseen:
             return 0
         return 1 if self._greedy else self._top_k
 
     def excluded(self, sequence: torch.Tensor, vocabulary: int) -> torch.Tensor | None:
-        """Mark the tokens that a pick makes less likely: bool [vocabulary], None where it does not.
+        """Mark the tokens that sampling makes less probable: bool [vocabulary], or None.
 
-        As many others as are wanted must then be there.
+        As many others as are needed must then be there.
         """
         if not self._penalised and not self._banned_ids:
             return None
@@ -87,7 +87,7 @@ class Sampler:
     def candidates(
         self, sequence: torch.Tensor, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Give the probabilities [1, n] of the tokens that may be picked, and which those are.
+        """Return the probabilities [1, n] of the tokens that may be picked, and which those are.
 
         No ids stand for the whole vocabulary.
         """

@@ -40,7 +40,7 @@ class TextStream:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Take one token; give the text that is certain now."""
+        """Take one token; return the text that is certain now."""
         if self.stopped or token in self._silent:
             return ""
         self._tokens.append(token)
@@ -52,7 +52,7 @@ class TextStream:
         return self._pass(now[len(before) :])
 
     def rest(self) -> str:
-        """Give what was held back, at the end of the stream; half characters are dropped."""
+        """Return what was held back, at the end of the stream; half characters are dropped."""
         if self.stopped:
             return ""
         before = self._decode(self._tokens[self._begin : self._decoded])
@@ -64,11 +64,11 @@ class TextStream:
 
     def _pass(self, text: str) -> str:
         text = self._held + text
-        found = [at for it in self._stop if (at := text.find(it)) >= 0]
-        if found:
+        ends = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if ends:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = max((_overlap(text, it) for it in self._stop), default=0)
+            return text[: min(ends)]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 

@@ -90,7 +90,7 @@ class RepoCache:
         return path
 
     def has(self, file: RemoteFile) -> bool:
-        """Say whether a content is there, by its size."""
+        """Return whether a content is there, by its size."""
         blob = self.blob(file)
         return blob.is_file() and blob.stat().st_size == file.size
 
@@ -98,13 +98,13 @@ class RepoCache:
         """Link a commit's files, weights last, then give the branch its commit."""
         folder = self.snapshot(commit)
         folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted(files, key=lambda it: (it.size, it.name)):
+        for file in sorted(files, key=lambda remote_file: (remote_file.size, remote_file.name)):
             _link(self.blob(file), folder / file.name)
         if branch != commit:
             ref = self.ref(branch)
             if not ref.is_file() or ref.read_text(encoding="utf-8") != commit:
                 ref.parent.mkdir(parents=True, exist_ok=True)
-                _replace(ref, lambda it: it.write_text(commit, encoding="utf-8"))
+                _replace(ref, lambda path: path.write_text(commit, encoding="utf-8"))
         return folder
 
 

@@ -1,4 +1,4 @@
-"""Say in words what the hub, the network or the disk refused, and what to do about it."""
+"""What the hub, the network or the disk refused, and what to do about it."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from gptq_loader_plugin.errors import CheckpointNotFound, GPTQLoaderError, HubEr
 if TYPE_CHECKING:
     from gptq_loader_plugin.hub.hub_reference import HubReference
 
-__all__ = ["GOES_ON", "explained", "hub_name", "is_away", "is_passing", "status_of", "wait_asked"]
+__all__ = ["GOES_ON", "explained", "hub_name", "is_away", "is_passing", "retry_after", "status_of"]
 
 GOES_ON = "run the same command again: it goes on where it stopped"
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be others in a moment
 PROXIES = ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
-MOST_WAIT = 60.0  # seconds; a server that asks for more is told about instead
+MAX_WAIT = 60.0  # seconds; a server that asks for more is told about instead
 
 
 def status_of(error: BaseException) -> int | None:
-    """Give the HTTP status that an error is about, if it is about one."""
+    """Return the HTTP status that an error is about, if it is about one."""
     response: Any = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     return status if isinstance(status, int) else None
 
 
 def is_passing(error: BaseException) -> bool:
-    """Say whether the same request may be answered in a moment."""
+    """Return whether the same request may be answered in a moment."""
     status = status_of(error)
     return status in PASSING if status is not None else "TransportError" in _kinds(error)
 
 
 def is_away(error: BaseException) -> bool:
-    """Say whether the hub did not answer at all, or has a fault of its own: a cache may do."""
+    """Return whether the hub did not answer at all, or has a fault of its own: a cache may do."""
     status = status_of(error)
     if status is not None:
         return status in PASSING
     return isinstance(error, OSError | TimeoutError) or "TransportError" in _kinds(error)
 
 
-def wait_asked(error: BaseException) -> float | None:
-    """Give the seconds that the server asks to wait before the next request."""
+def retry_after(error: BaseException) -> float | None:
+    """Return the seconds that the server asks to wait before the next request."""
     response: Any = getattr(error, "response", None)
-    asked = response.headers.get("Retry-After", "") if response is not None else ""
-    return min(float(asked), MOST_WAIT) if asked.isdigit() else None
+    seconds = response.headers.get("Retry-After", "") if response is not None else ""
+    return min(float(seconds), MAX_WAIT) if seconds.isdigit() else None
 
 
 def hub_name() -> str:
@@ -54,7 +54,7 @@ def hub_name() -> str:
 
 
 def _address() -> str:
-    """Give the hub's address without the name and password that may be in it."""
+    """Return the hub's address without the name and password that may be in it."""
     from huggingface_hub import constants
 
     place = urlsplit(constants.ENDPOINT)
@@ -104,8 +104,10 @@ def _refused(hub: HubReference, error: BaseException, status: int) -> GPTQLoader
             tried=[str(hub)],
             hint=f"list its branches: gptq-loader branches {hub.repo}",
         )
-    said = str(getattr(getattr(error, "response", None), "headers", {}).get("X-Error-Message", ""))
-    if status == 401 and "credentials" in said:
+    message = str(
+        getattr(getattr(error, "response", None), "headers", {}).get("X-Error-Message", "")
+    )
+    if status == 401 and "credentials" in message:
         return HubError(
             f"{hub_name()} does not know your token",
             hint="log in again (hf auth login), or correct or unset HF_TOKEN",
@@ -118,13 +120,13 @@ def _refused(hub: HubReference, error: BaseException, status: int) -> GPTQLoader
             tried=[str(hub)],
             hint="check its spelling; for a private one, log in (hf auth login) or set HF_TOKEN",
         )
-    told = {
+    answers = {
         401: (f"wants to know who you are before it gives {hub}", "log in: hf auth login"),
         403: (f"does not let you have {hub}", f"look at {page} for what it asks of you"),
         404: (f"does not have a file of {hub}", "its owner may just have changed it: try again"),
         429: ("says this machine asks too often", f"wait some minutes, then {GOES_ON}"),
     }
-    words, hint = told.get(
+    words, hint = answers.get(
         status, (f"could not answer for {hub}", f"wait some minutes, then {GOES_ON}")
     )
     return HubError(f"{hub_name()} {words} (status {status})", hint=hint, status=status)
@@ -132,7 +134,7 @@ def _refused(hub: HubReference, error: BaseException, status: int) -> GPTQLoader
 
 def _unreached(hub: HubReference, error: BaseException) -> HubError:
     kinds = _kinds(error)
-    proxy = next((it for it in PROXIES if os.environ.get(it)), None)
+    proxy = next((name for name in PROXIES if os.environ.get(name)), None)
     if "ProxyError" in kinds or (proxy and "ConnectError" in kinds):
         return HubError(
             f"the proxy named by {proxy or 'your settings'} does not lead to {hub_name()} "
@@ -168,4 +170,4 @@ def _first_line(error: BaseException) -> str:
 
 def _kinds(error: BaseException) -> set[str]:
     """Name an error's classes: huggingface_hub uses httpx or httpx2, which name them alike."""
-    return {it.__name__ for it in type(error).__mro__}
+    return {base.__name__ for base in type(error).__mro__}

@@ -21,9 +21,9 @@ from gptq_loader_plugin.errors import (
 )
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.hub.cache import RepoCache, cached_folder, held, lock_of
+from gptq_loader_plugin.hub.error_messages import GOES_ON, explained, is_away
 from gptq_loader_plugin.hub.remote import look_up
 from gptq_loader_plugin.hub.transfer import WAITS, fetch_file, has_content
-from gptq_loader_plugin.hub.words import GOES_ON, explained, is_away
 from gptq_loader_plugin.hub.workers import Cancelled, run_jobs
 from gptq_loader_plugin.system.units import write_size
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["Downloading", "download", "download_folder", "free_bytes"]
 
 WORKERS = 4  # files at a time: a hub limits each connection, and a checkpoint has few large files
-TELL = 0.1  # seconds between two words about progress
+REPORT_SECONDS = 0.1  # seconds between two words about progress
 LOOK_UP_LIMIT = 60.0  # seconds; the hub's answer is one small page, asked for up to three times
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def download(
     Args:
         hub: the repository and the branch.
         to: a folder for its files; None puts them into the Hugging Face cache.
-        progress: told how many bytes are here, ten times a second, on this thread.
+        progress: called with how many bytes are here, ten times a second, on this thread.
         cancelled: asked all the time, such as an `Event`'s `is_set`; a yes ends the download.
         announced: told what is about to be fetched, before it is.
         waits: the seconds before each further try where nothing new came.
@@ -155,8 +155,8 @@ class _Tally:
     name: str
     done: dict[str, int] = field(default_factory=dict)
     waits_for: str = ""
-    told: tuple[int, str] = (-1, "")
-    told_at: float = 0.0
+    reported: tuple[int, str] = (-1, "")
+    reported_at: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, file: RemoteFile, done: int) -> None:
@@ -169,14 +169,14 @@ class _Tally:
             self.done[file.name] = done
             self.waits_for = file.name
 
-    def tell(self, progress: Callable[[Progress], None]) -> None:
+    def report(self, progress: Callable[[Progress], None]) -> None:
         with self.lock:
             done, name = min(sum(self.done.values()), self.total), self.waits_for
         detail = f"another process is downloading {name}" if name else self.name
-        often = time.monotonic() - self.told_at < TELL and done < self.total
-        if often or (done, detail) == self.told:
+        often = time.monotonic() - self.reported_at < REPORT_SECONDS and done < self.total
+        if often or (done, detail) == self.reported:
             return
-        self.told, self.told_at = (done, detail), time.monotonic()
+        self.reported, self.reported_at = (done, detail), time.monotonic()
         progress(Progress("download", done, self.total, "bytes", detail))
 
 
@@ -193,7 +193,7 @@ class _InCache:
 
     def files(self) -> list[RemoteFile]:
         """List the contents to have; two names may hold the same."""
-        return list({it.digest: it for it in self.branch.files}.values())
+        return list({file.digest: file for file in self.branch.files}.values())
 
     def here(self, file: RemoteFile) -> int:
         if self.cache.has(file):
@@ -210,8 +210,8 @@ class _InCache:
         partial_file = self.cache.partial(file)
         with held(self.cache.lock(file), stop, lambda: tally.wait(file, self.here(file))):
             if not self.cache.has(file):
-                told = partial(tally.count, file)
-                fetch_file(file, partial_file, stop, told=told, waits=waits)
+                on_bytes = partial(tally.count, file)
+                fetch_file(file, partial_file, stop, on_bytes=on_bytes, waits=waits)
                 partial_file.replace(self.cache.blob(file))
 
     def finish(self) -> Path:
@@ -226,11 +226,11 @@ class _InFolder:
         self.branch = branch
         self.folder = folder.expanduser().absolute()
         self.staging = self.folder.with_name(f".{self.folder.name}.download")
-        names = {it.name for it in branch.files}
-        suffixes = {Path(it.name).suffix for it in branch.weight_files}
+        names = {file.name for file in branch.files}
+        suffixes = {Path(weight_file.name).suffix for weight_file in branch.weight_files}
         if self.folder.is_dir():
-            found = {it.name for it in self.folder.iterdir() if it.suffix in suffixes}
-            if other := sorted(found - names):
+            present = {path.name for path in self.folder.iterdir() if path.suffix in suffixes}
+            if other := sorted(present - names):
                 raise OptionInvalid(
                     f"{self.folder} holds another checkpoint's {other[0]}",
                     hint="name an empty folder, or one that is not there yet",
@@ -241,7 +241,7 @@ class _InFolder:
 
     def here(self, file: RemoteFile) -> int:
         places = (self.folder / file.name, self.staging / file.name, self._partial(file))
-        return max(_size(it) for it in places)
+        return max(_size(place) for place in places)
 
     @contextmanager
     def guarded(self, stop: Stop, tally: _Tally) -> Iterator[None]:
@@ -255,10 +255,10 @@ class _InFolder:
             yield
 
     def fetch(self, file: RemoteFile, stop: Stop, tally: _Tally, waits: Sequence[float]) -> None:
-        told = partial(tally.count, file)
+        on_bytes = partial(tally.count, file)
         places = (self.folder / file.name, self.staging / file.name)
-        if not any(has_content(file, it, stop, told=told) for it in places):
-            fetch_file(file, self._partial(file), stop, told=told, waits=waits)
+        if not any(has_content(file, place, stop, on_bytes=on_bytes) for place in places):
+            fetch_file(file, self._partial(file), stop, on_bytes=on_bytes, waits=waits)
             self._partial(file).replace(self.staging / file.name)
 
     def finish(self) -> Path:
@@ -268,7 +268,7 @@ class _InFolder:
             self.staging.replace(self.folder)
             return self.folder
         # weights last: a folder without any is no checkpoint to anybody
-        for file in sorted(self.branch.files, key=lambda it: it.size):
+        for file in sorted(self.branch.files, key=lambda remote_file: remote_file.size):
             if (self.staging / file.name).is_file():
                 (self.staging / file.name).replace(self.folder / file.name)
         shutil.rmtree(self.staging)
@@ -295,9 +295,9 @@ def _fetch(
             hint=f"list the branches: gptq-loader branches {branch.hub.repo}",
         )
     files = place.files()
-    here = {it.name: min(place.here(it), it.size) for it in files}
+    here = {file.name: min(place.here(file), file.size) for file in files}
     tally = _Tally(
-        total=sum(it.size for it in files),
+        total=sum(file.size for file in files),
         name=f"{branch.hub}, licence {branch.license}" if branch.license else str(branch.hub),
         done={} if isinstance(place, _InFolder) else here,  # a folder's files are hashed again
     )
@@ -315,13 +315,13 @@ def _fetch(
 
     def whole(stop: Stop) -> Path:
         with place.guarded(stop, tally):
-            jobs = [partial(_one, place, it, tally, waits) for it in files]
+            jobs = [partial(_one, place, file, tally, waits) for file in files]
             run_jobs(jobs, workers=WORKERS, cancelled=stop.is_set)
             return place.finish()
 
     done = sum(tally.done.values()) == tally.total
-    look = None if progress is None or done else partial(tally.tell, progress)
-    return run_jobs([whole], workers=1, cancelled=cancelled, look=look)[0]
+    on_poll = None if progress is None or done else partial(tally.report, progress)
+    return run_jobs([whole], workers=1, cancelled=cancelled, on_poll=on_poll)[0]
 
 
 def _one(
@@ -336,8 +336,8 @@ def _one(
 
 
 def free_bytes(folder: Path) -> int:
-    """Give the free bytes of the disk that a folder is on, or will be."""
-    there = next(it for it in (folder, *folder.parents) if it.exists())
+    """Return the free bytes of the disk that a folder is on, or will be."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
     return shutil.disk_usage(there).free
 
 

@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from gptq_loader_plugin.errors import HubError
-from gptq_loader_plugin.hub.words import is_passing, wait_asked
+from gptq_loader_plugin.hub.error_messages import is_passing, retry_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -96,16 +96,18 @@ class RemoteBranch:
     @property
     def size(self) -> int:
         """The bytes of all files."""
-        return sum(it.size for it in self.files)
+        return sum(file.size for file in self.files)
 
     @property
     def weight_files(self) -> tuple[RemoteFile, ...]:
         """The files with weights."""
-        return tuple(it for it in self.files if _matches(it.name, (*WEIGHT_FILES, *PICKLE_FILES)))
+        return tuple(
+            file for file in self.files if _matches(file.name, (*WEIGHT_FILES, *PICKLE_FILES))
+        )
 
     def file(self, name: str) -> RemoteFile | None:
         """Find a file by its name."""
-        return next((it for it in self.files if it.name == name), None)
+        return next((file for file in self.files if file.name == name), None)
 
 
 def headers() -> dict[str, str]:
@@ -125,8 +127,8 @@ def ask(call: Callable[[], Answer], stop: Stop, *, waits: Sequence[float] = ASK_
         except HfHubHTTPError as error:
             if not is_passing(error):
                 raise
-            asked = wait_asked(error)
-            stop.sleep(wait if asked is None else asked)
+            requested = retry_after(error)
+            stop.sleep(wait if requested is None else requested)
     return call()
 
 
@@ -135,8 +137,8 @@ def list_names(repo: str, stop: Stop) -> dict[str, str]:
     from huggingface_hub import HfApi
 
     refs = ask(lambda: HfApi().list_repo_refs(repo), stop)
-    names = {it.name: it.target_commit for it in refs.branches}
-    return dict(sorted(names.items(), key=lambda it: (it[0] != "main", it[0])))
+    names = {branch.name: branch.target_commit for branch in refs.branches}
+    return dict(sorted(names.items(), key=lambda item: (item[0] != "main", item[0])))
 
 
 def look_up(hub: HubReference, stop: Stop) -> RemoteBranch:
@@ -157,7 +159,11 @@ def look_up(hub: HubReference, stop: Stop) -> RemoteBranch:
     commit = str(info.sha)
     if not SHA1.fullmatch(commit):
         raise _unusable(hub, f"commit {commit!r}")
-    listed = {it.rfilename: it for it in info.siblings or () if "/" not in it.rfilename}
+    listed = {
+        sibling.rfilename: sibling
+        for sibling in info.siblings or ()
+        if "/" not in sibling.rfilename
+    }
     safe = any(_matches(name, WEIGHT_FILES) for name in listed)
     weights = WEIGHT_FILES if safe else PICKLE_FILES
     chosen = sorted(name for name in listed if _matches(name, (*SMALL_FILES, *weights)))
@@ -189,7 +195,7 @@ def read(file: RemoteFile, stop: Stop, *, begin: int = 0, count: int | None = No
     span = {"range": f"bytes={begin}-{begin + count - 1}"}
 
     def fetch() -> bytes:
-        found = bytearray()
+        content = bytearray()
         with get_session().stream(
             "GET",
             file.url,
@@ -202,12 +208,12 @@ def read(file: RemoteFile, stop: Stop, *, begin: int = 0, count: int | None = No
             with stop.reading(response):
                 for chunk in response.iter_bytes():
                     stop.check()
-                    found += chunk
-                    if len(found) >= skip + count:
+                    content += chunk
+                    if len(content) >= skip + count:
                         break
-        if len(found) < skip + count:
+        if len(content) < skip + count:
             raise HubError(f"{file.name} came cut short", hint="run the same command again")
-        return bytes(found[skip : skip + count])
+        return bytes(content[skip : skip + count])
 
     content = ask(fetch, stop) if count > 0 else b""
     if count == file.size:
@@ -232,7 +238,7 @@ def _file(hub: HubReference, commit: str, listed: Any) -> RemoteFile:  # noqa: A
 
 
 def _unusable(hub: HubReference, what: str) -> HubError:
-    from gptq_loader_plugin.hub.words import hub_name
+    from gptq_loader_plugin.hub.error_messages import hub_name
 
     return HubError(
         f"{hub_name()} gives {what} for {hub}, so nothing it sends could be checked",
@@ -243,17 +249,17 @@ def _unusable(hub: HubReference, what: str) -> HubError:
 def _license(info: Any) -> str:  # noqa: ANN401 - the hub's type
     """Read the licence from the card's front matter; the name of an unusual one stands beside."""
     card = info.card_data
-    said, name = (getattr(card, it, None) for it in ("license", "license_name"))
-    if isinstance(said, list):
-        said = ", ".join(map(str, said))
-    if said == "other" and name:
-        said = name
-    if not said:
-        tags = [it for it in info.tags or () if it.startswith("license:")]
-        said = tags[0].removeprefix("license:") if tags else ""
+    license_, name = (getattr(card, field, None) for field in ("license", "license_name"))
+    if isinstance(license_, list):
+        license_ = ", ".join(map(str, license_))
+    if license_ == "other" and name:
+        license_ = name
+    if not license_:
+        tags = [tag for tag in info.tags or () if tag.startswith("license:")]
+        license_ = tags[0].removeprefix("license:") if tags else ""
     link = getattr(card, "license_link", None)
-    return f"{said} ({link})" if said and link else str(said)
+    return f"{license_} ({link})" if license_ and link else str(license_)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, it) for it in patterns)
+    return any(fnmatch(name, pattern) for pattern in patterns)

@@ -12,8 +12,8 @@ import re
 from typing import TYPE_CHECKING, Self
 
 from gptq_loader_plugin.errors import HubError
+from gptq_loader_plugin.hub.error_messages import hub_name, is_passing, retry_after, status_of
 from gptq_loader_plugin.hub.remote import headers
-from gptq_loader_plugin.hub.words import hub_name, is_passing, status_of, wait_asked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +39,7 @@ def fetch_file(
     partial: Path,
     stop: Stop,
     *,
-    told: Callable[[int], None],
+    on_bytes: Callable[[int], None],
     waits: Sequence[float] = WAITS,
 ) -> None:
     """Fetch a file into `partial`, going on with what is there, until its hash is right.
@@ -48,13 +48,13 @@ def fetch_file(
         file: the file.
         partial: where its bytes go; left where it is when this fails.
         stop: ends it.
-        told: told how many bytes are there.
+        on_bytes: called with how many bytes are there.
         waits: the seconds before each further try, of those that bring nothing new.
 
     Raises:
         HubError: it arrived damaged, twice.
     """
-    with _Partial(file, partial, stop, told) as part:
+    with _Partial(file, partial, stop, on_bytes) as part:
         damaged = 0
         while True:
             _fill(part, stop, waits)
@@ -62,32 +62,34 @@ def fetch_file(
                 part.keep()
                 return
             damaged += 1
-            found = part.found
+            digest = part.digest
             part.restart()
             if damaged == 2:
                 raise HubError(
-                    f"{file.name} arrived damaged twice: its hash is {found[:12]}..., and the hub "
+                    f"{file.name} arrived damaged twice: its hash is {digest[:12]}..., and the hub "
                     f"promised {file.digest[:12]}...",
                     hint="try another network or another time; a proxy, or the mirror that "
                     f"HF_ENDPOINT names, may change files ({hub_name()} was asked)",
                 )
 
 
-def has_content(file: RemoteFile, path: Path, stop: Stop, *, told: Callable[[int], None]) -> bool:
-    """Say whether the file at `path` has this content; reads all of it."""
+def has_content(
+    file: RemoteFile, path: Path, stop: Stop, *, on_bytes: Callable[[int], None]
+) -> bool:
+    """Return whether the file at `path` has this content; reads all of it."""
     if not path.is_file() or path.stat().st_size != file.size:
         return False
     hasher, length = file.hasher(), 0
     for block in _blocks(path):
         stop.check()
         hasher.update(block)
-        told(length := length + len(block))
+        on_bytes(length := length + len(block))
     return hasher.hexdigest() == file.digest
 
 
 def _fill(part: _Partial, stop: Stop, waits: Sequence[float]) -> None:
     """Ask for what is missing until all is there."""
-    most, tries = part.length, 0
+    longest, tries = part.length, 0
     while part.length < part.file.size:
         stop.check()
         try:
@@ -96,12 +98,12 @@ def _fill(part: _Partial, stop: Stop, waits: Sequence[float]) -> None:
             stop.check()  # it was this that ended the body
             if not _may_pass(error):
                 raise
-            tries = 0 if part.length > most else tries + 1
-            most = max(most, part.length)
+            tries = 0 if part.length > longest else tries + 1
+            longest = max(longest, part.length)
             if tries > len(waits):
                 raise
-            asked = wait_asked(error)
-            stop.sleep(waits[max(tries - 1, 0)] if asked is None and waits else asked or 0)
+            requested = retry_after(error)
+            stop.sleep(waits[max(tries - 1, 0)] if requested is None and waits else requested or 0)
 
 
 def _append(part: _Partial, stop: Stop) -> None:
@@ -140,7 +142,7 @@ def _append(part: _Partial, stop: Stop) -> None:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Say whether to try again; a signed address, on another host than the hub, runs out."""
+    """Return whether to try again; a signed address, on another host than the hub, runs out."""
     if isinstance(error, _CutShort):
         return True
     if status_of(error) in (401, 403):
@@ -153,14 +155,14 @@ class _Partial:
     """A partial file, and the hash of what is in it."""
 
     def __init__(
-        self, file: RemoteFile, path: Path, stop: Stop, told: Callable[[int], None]
+        self, file: RemoteFile, path: Path, stop: Stop, on_bytes: Callable[[int], None]
     ) -> None:
         self.file = file
         self.length = 0
-        self.found = ""
+        self.digest = ""
         self._path = path
         self._stop = stop
-        self._told = told
+        self._on_bytes = on_bytes
         self._hasher = file.hasher()
 
     def __enter__(self) -> Self:
@@ -192,12 +194,12 @@ class _Partial:
         """Forget what is there."""
         self._stream.truncate(0)
         self.length, self._hasher = 0, self.file.hasher()
-        self._told(0)
+        self._on_bytes(0)
 
     def is_right(self) -> bool:
-        """Say whether it is the file."""
-        self.found = self._hasher.hexdigest()
-        return self.length == self.file.size and self.found == self.file.digest
+        """Return whether it is the file."""
+        self.digest = self._hasher.hexdigest()
+        return self.length == self.file.size and self.digest == self.file.digest
 
     def keep(self) -> None:
         """Have the system write it to the disk, so that a power cut leaves no empty file."""
@@ -206,7 +208,7 @@ class _Partial:
     def _count(self, chunk: bytes) -> None:
         self._hasher.update(chunk)
         self.length += len(chunk)
-        self._told(self.length)
+        self._on_bytes(self.length)
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Cancelled", "Stop", "run_jobs"]
 
-LOOK = 0.02  # seconds between two looks: a cancel must be heard within a tenth of a second
-LEAVE = 0.03  # seconds that threads are given to let go of their locks once they are stopped
+POLL_SECONDS = 0.02  # seconds between two looks: a cancel must be heard within a tenth of a second
+JOIN_SECONDS = 0.03  # seconds that threads are given to let go of their locks once they are stopped
 
 Result = TypeVar("Result")
 
@@ -38,7 +38,7 @@ class Stop:
         self._sockets: set[int] = set()
 
     def is_set(self) -> bool:
-        """Say whether jobs are to end."""
+        """Return whether jobs are to end."""
         return self._event.is_set()
 
     def check(self) -> None:
@@ -82,7 +82,7 @@ def run_jobs(
     *,
     workers: int,
     cancelled: Callable[[], bool] | None = None,
-    look: Callable[[], None] | None = None,
+    on_poll: Callable[[], None] | None = None,
     limit: float | None = None,
 ) -> list[Result]:
     """Run jobs on threads and give their results in order; the first error ends them all.
@@ -91,7 +91,7 @@ def run_jobs(
         jobs: each is given a `Stop` to look at.
         workers: the most threads.
         cancelled: asked again and again; once it says yes, `Cancelled` is raised.
-        look: called on this thread again and again, while jobs run and once after them.
+        on_poll: called on this thread again and again, while jobs run and once after them.
         limit: the most seconds they may take together.
 
     Raises:
@@ -99,27 +99,27 @@ def run_jobs(
         TimeoutError: the limit was reached.
     """
     stop = Stop()
-    crew = _Crew(jobs, stop)
+    pool = _Pool(jobs, stop)
     until = None if limit is None else time.monotonic() + limit
     try:
-        crew.start(workers)
-        while not crew.has_all():
+        pool.start(workers)
+        while not pool.done():
             if cancelled is not None and cancelled():
                 raise Cancelled
             if until is not None and time.monotonic() > until:
                 raise TimeoutError(f"no answer in {limit:.0f} seconds")
-            if look is not None:
-                look()
-            crew.take(LOOK)
+            if on_poll is not None:
+                on_poll()
+            pool.collect(POLL_SECONDS)
     finally:
         stop.set()
-        crew.leave()
-    if look is not None:
-        look()
-    return crew.results()
+        pool.join()
+    if on_poll is not None:
+        on_poll()
+    return pool.results()
 
 
-class _Crew(Generic[Result]):
+class _Pool(Generic[Result]):
     """Threads that take one job after another, and what came of them."""
 
     def __init__(self, jobs: Sequence[Callable[[Stop], Result]], stop: Stop) -> None:
@@ -139,10 +139,10 @@ class _Crew(Generic[Result]):
             thread.start()
             self._threads.append(thread)
 
-    def has_all(self) -> bool:
+    def done(self) -> bool:
         return len(self._results) == len(self._jobs)
 
-    def take(self, seconds: float) -> None:
+    def collect(self, seconds: float) -> None:
         """Wait for the next job to end, and raise its error."""
         try:
             number, result, error = self._ended.get(timeout=seconds)
@@ -152,9 +152,9 @@ class _Crew(Generic[Result]):
             raise error
         self._results[number] = result
 
-    def leave(self) -> None:
-        """Give threads a moment to let go of their locks."""
-        until = time.monotonic() + LEAVE
+    def join(self) -> None:
+        """Return threads a moment to let go of their locks."""
+        until = time.monotonic() + JOIN_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
 

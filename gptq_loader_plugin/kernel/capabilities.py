@@ -66,7 +66,7 @@ class Shortener(Protocol):
         ...
 
     def shorten(self, model: PreTrainedModel) -> int:
-        """Make what it takes, once the model is finished; give its bytes, 0 where it is not done.
+        """Make what it takes, once the model is finished; return its bytes, 0 where it is not done.
 
         The head of the model is a `ShortHead` from then on.
         """
@@ -88,13 +88,13 @@ class ShortHead(Protocol):
         ...
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """Give all logits [rows, vocabulary]."""
+        """Return all logits [rows, vocabulary]."""
         ...
 
     def likeliest(
         self, states: torch.Tensor, wanted: Sequence[int], aside: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        """Give each row's greatest logits, and minus infinity in place of some others.
+        """Return each row's greatest logits, and minus infinity in place of some others.
 
         Args:
             states: the decoder's states [rows, hidden].
@@ -114,7 +114,7 @@ class Closable(Protocol):
     """A prepared module that holds more than its tensors, such as what a library allocated."""
 
     def close(self) -> None:
-        """Give it all back; the module is not called again."""
+        """Return it all back; the module is not called again."""
         ...
 
 
@@ -137,5 +137,5 @@ class Meter(Protocol):
     """A kernel that can measure how fast its device's memory is read."""
 
     def read_bandwidth(self, size: int, device: Device) -> float | None:
-        """Read `size` bytes of the device's memory; give bytes a second, None where it cannot."""
+        """Read `size` bytes of the device's memory; return bytes a second, None where it cannot."""
         ...

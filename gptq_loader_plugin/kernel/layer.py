@@ -110,7 +110,7 @@ class LayerSpec:
         )
 
     def __str__(self) -> str:
-        """Say what kind of layer this is, without its name."""
+        """Describe what kind of layer this is, without its name."""
         group = "no groups" if self.group_size < 0 else f"groups of {self.group_size}"
         order = ", act-order" if self.desc_act else ""
         return f"{self.bits}-bit {self.in_features}x{self.out_features}, {group}{order}"
@@ -200,7 +200,7 @@ class PackedLinear:
         return unpacked if permutation is None else unpacked[permutation]
 
     def words(self, permutation: torch.Tensor | None = None) -> torch.Tensor:
-        """Give the codes packed continuously: int32 [K * bits / 32, N], rows in that order.
+        """Return the codes packed continuously: int32 [K * bits / 32, N], rows in that order.
 
         Raises:
             ValueError: 5, 6 and 7 bits have no continuous form.

@@ -69,7 +69,7 @@ def measure_perplexity(
         text: tokenised in one go, without a template.
         windows: the most windows to read.
         window_tokens: the tokens of a window, at most the context.
-        progress: told the windows done.
+        progress: called with the windows done.
 
     Raises:
         OptionInvalid: the text has not even one window, or a window exceeds the context.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gptq_loader_plugin.errors import GPTQLoaderError
-from gptq_loader_plugin.system.atomic_file import is_aside, put_aside, write_whole
+from gptq_loader_plugin.system.atomic_file import is_quarantined, quarantine, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -95,13 +95,18 @@ class _Stored(BaseModel):
 
 
 def measurement(
-    model: LoadedModel, found: Perplexity, *, text: str, text_name: str, name: str | None = None
+    model: LoadedModel,
+    perplexity: Perplexity,
+    *,
+    text: str,
+    text_name: str,
+    name: str | None = None,
 ) -> Measured:
-    """Say what was measured of which checkpoint on which text.
+    """Describe what was measured of which checkpoint on which text.
 
     Args:
         model: the model.
-        found: its perplexity.
+        perplexity: its perplexity.
         text: what was read.
         text_name: what a person calls the text.
         name: what a person calls the checkpoint; None takes the reference, or its folder's name.
@@ -109,9 +114,9 @@ def measurement(
     Raises:
         GPTQLoaderError: the perplexity is no number.
     """
-    if not math.isfinite(found.perplexity):
+    if not math.isfinite(perplexity.perplexity):
         raise GPTQLoaderError(
-            f"the perplexity is {found.perplexity}: the model answers with what is no number",
+            f"the perplexity is {perplexity.perplexity}: the model answers with what is no number",
             hint="download the checkpoint again, or try the kernel called reference",
         )
     plan, config = model.plan, model.config
@@ -126,10 +131,10 @@ def measurement(
         text=MeasuredText(
             name=text_name,
             digest=digest,
-            windows=found.windows,
-            window_tokens=found.window_tokens,
+            windows=perplexity.windows,
+            window_tokens=perplexity.window_tokens,
         ),
-        perplexity=found.perplexity,
+        perplexity=perplexity.perplexity,
         kernels=tuple(plan.kernels()),
         seconds=time.time(),
     )
@@ -150,16 +155,16 @@ class MeasuredFiles:
 
         A damaged file is put aside under another name; it costs no figure of another checkpoint.
         """
-        found: list[Measured] = []
+        kept: list[Measured] = []
         notes: list[str] = []
         for file in sorted(self.folder.glob("*.json")):
-            if is_aside(file) or file.name.startswith("."):
+            if is_quarantined(file) or file.name.startswith("."):
                 continue
             figures, note = _read(file)
-            found += figures
+            kept += figures
             notes += [note] if note else []
-        found.sort(key=lambda it: -it.seconds)
-        return found, "; ".join(notes)
+        kept.sort(key=lambda figure: -figure.seconds)
+        return kept, "; ".join(notes)
 
     def keep(self, measured: Measured) -> Path:
         """Keep a figure in place of the one before on the same text; tell the file.
@@ -169,7 +174,7 @@ class MeasuredFiles:
         """
         file = self.folder / _file_name(measured)
         figures, _ = _read(file)
-        others = [it for it in figures if it.text.key != measured.text.key]
+        others = [figure for figure in figures if figure.text.key != measured.text.key]
         stored = _Stored(measured=[*others, measured])
         try:
             write_whole(file, stored.model_dump_json(indent=2))
@@ -183,7 +188,7 @@ class MeasuredFiles:
 
 
 def data_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Give the folder for a person's data: `GPTQ_LOADER_DATA`, else the system's usual."""
+    """Return the folder for a person's data: `GPTQ_LOADER_DATA`, else the system's usual."""
     if named := environ.get("GPTQ_LOADER_DATA"):
         return Path(named).expanduser()
     if sys.platform == "win32" and (local := environ.get("LOCALAPPDATA")):
@@ -215,7 +220,7 @@ def _read(file: Path) -> tuple[list[Measured], str]:
     except ValidationError:
         pass
     try:
-        aside = put_aside(file)
+        quarantined = quarantine(file)
     except OSError as error:
         return [], f"a file of figures is damaged: {file} ({error.strerror})"
-    return [], f"a file of figures was damaged; it was put aside as {aside.name}"
+    return [], f"a file of figures was damaged; it was put aside as {quarantined.name}"

@@ -36,9 +36,9 @@ class Rates:
     best: float
 
     @classmethod
-    def of(cls, found: list[float]) -> Rates:
+    def of(cls, rates: list[float]) -> Rates:
         """Sum up rounds."""
-        return cls(statistics.median(found), max(found))
+        return cls(statistics.median(rates), max(rates))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,22 +99,22 @@ def measure_speed(
     prompt_seconds(model, prompt)
     reply_seconds(model, min(tokens, 8))
     peak = peak_memory(model.plan.device)  # before memory is measured, which takes some
-    found: dict[str, list[float]] = {"prompt": [], "reply": [], "memory": [], "again": []}
+    rates: dict[str, list[float]] = {"prompt": [], "reply": [], "memory": [], "again": []}
     for count in range(1, rounds + 1):
         progress(f"round {count} of {rounds}: memory")
-        found["memory"] += _bandwidth(model, MEMORY_BYTES)
-        found["again"] += _bandwidth(model, min(size, MEMORY_BYTES))
+        rates["memory"] += _bandwidth(model, MEMORY_BYTES)
+        rates["again"] += _bandwidth(model, min(size, MEMORY_BYTES))
         progress(f"round {count} of {rounds}: a prompt of {prompt} tokens")
-        found["prompt"].append(prompt / prompt_seconds(model, prompt))
+        rates["prompt"].append(prompt / prompt_seconds(model, prompt))
         progress(f"round {count} of {rounds}: a reply of {tokens} tokens")
-        found["reply"].append(tokens / reply_seconds(model, tokens))
+        rates["reply"].append(tokens / reply_seconds(model, tokens))
     return Speed(
-        prompt=Rates.of(found["prompt"]),
-        reply=Rates.of(found["reply"]),
+        prompt=Rates.of(rates["prompt"]),
+        reply=Rates.of(rates["reply"]),
         token_bytes=size,
         peak_bytes=peak,
-        memory=Rates.of(found["memory"]) if found["memory"] else None,
-        again=Rates.of(found["again"]) if found["again"] else None,
+        memory=Rates.of(rates["memory"]) if rates["memory"] else None,
+        again=Rates.of(rates["again"]) if rates["again"] else None,
     )
 
 
@@ -153,7 +153,7 @@ def bytes_read_a_token(model: LoadedModel) -> int:
 
 
 def peak_memory(device: Device | None = None) -> int | None:
-    """Give the most bytes this process has held: of a GPU where `device` is one, else of memory."""
+    """Return the peak bytes this process has held: a GPU's where `device` is one, else memory."""
     if device is not None and device.type in ("cuda", "rocm"):
         import torch
 
@@ -180,7 +180,7 @@ class _Clock(threading.Event):
 
 
 def _run(model: LoadedModel, prompt: int, tokens: int) -> list[float]:
-    """Write a reply that nothing ends early; give the time at which each token was known."""
+    """Write a reply that nothing ends early; return the time at which each token was known."""
     clock = _Clock()
     vocabulary = len(model.tokenizer)
     pieces = generate_pieces(
@@ -205,6 +205,6 @@ def _bandwidth(model: LoadedModel, size: int) -> list[float]:
     kernels = {choice.kernel.name: choice.kernel for choice in model.plan.choices}
     for kernel in kernels.values():
         if isinstance(kernel, Meter):
-            found = kernel.read_bandwidth(size, model.plan.device)
-            return [] if found is None else [found]
+            rate = kernel.read_bandwidth(size, model.plan.device)
+            return [] if rate is None else [rate]
     return []

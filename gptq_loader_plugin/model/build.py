@@ -64,7 +64,7 @@ def build_model(
     Args:
         checkpoint: where the tensors come from.
         plan: which kernel runs which layer, where.
-        plugins: told the progress.
+        plugins: called with the progress of the load.
         offload_folder: where the weights go whose place is the disk.
         check: whether to check the kernels and the logits once loaded.
         config: the model's config, where it is not what config.json says.
@@ -74,9 +74,9 @@ def build_model(
         GPTQLoaderError: see `errors`; each says what to do next.
     """
 
-    def progress(told: Progress) -> None:
-        ahead.used(told.done)
-        plugins.progress(told)
+    def progress(event: Progress) -> None:
+        ahead.used(event.done)
+        plugins.progress(event)
 
     tensors = [info for _, parts in reading_order(checkpoint) for info in parts]
     folder = None if offload_folder is None else Path(offload_folder)
@@ -99,7 +99,7 @@ def build_model(
         notes = ["decodes layer by layer, over several devices"]
     else:
         used = {choice.kernel.name: choice.kernel for choice in plan.choices}
-        notes = [it.finish(model) for it in used.values() if isinstance(it, Finisher)]
+        notes = [kernel.finish(model) for kernel in used.values() if isinstance(kernel, Finisher)]
     if checkpoint.translated is not None:
         model_type = checkpoint.translated["model_type"]
         notes.insert(0, f"built as a {model_type} model, which computes what its own code does")

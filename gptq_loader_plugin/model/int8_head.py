@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.kernel import Device, Kernel
 
-__all__ = ["narrow_head", "quantize_rows"]
+__all__ = ["quantize_head", "quantize_rows"]
 
-MOST = 127  # codes are 1 to 255
-LEAST_FLOAT16 = 2.0**-14  # below, float16 has fewer than 11 bits
+MAX_CODE = 127  # codes are 1 to 255
+SMALLEST_NORMAL = 2.0**-14  # below, float16 has fewer than 11 bits
 
 
-def narrow_head(
+def quantize_head(
     model: PreTrainedModel, device: Device, kernels: Sequence[Kernel], *, only: str | None = None
 ) -> tuple[str, int]:
     """Put an 8-bit head in the place of `model`'s.
@@ -82,12 +82,14 @@ def quantize_rows(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Pac
     scales = torch.empty(-(-rows // GROUP_SIZE), columns, dtype=torch.float32)
     parts = weight.cpu().split(GROUP_SIZE, dim=1)
     for group, part in enumerate(parts):
-        scales[group] = part.float().abs().amax(dim=1) / MOST
+        scales[group] = part.float().abs().amax(dim=1) / MAX_CODE
     scales.clamp_(min=torch.finfo(torch.float32).tiny)
-    if float(scales.min()) >= LEAST_FLOAT16:
+    if float(scales.min()) >= SMALLEST_NORMAL:
         scales = scales.half()
     for group, part in enumerate(parts):
-        rounded = (part.float() / scales[group].float()[:, None]).round_().clamp_(-MOST, MOST)
+        rounded = (
+            (part.float() / scales[group].float()[:, None]).round_().clamp_(-MAX_CODE, MAX_CODE)
+        )
         codes[group * GROUP_SIZE :][: part.shape[1]] = (rounded + ZERO).to(torch.uint8).t()
     return PackedLinear(
         qweight=codes.view(rows // 4, 4, columns).mT.contiguous().view(torch.int32)[..., 0],

@@ -12,7 +12,7 @@ __all__ = ["linear_shape"]
 
 
 def linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
-    """Give (in_features, out_features) of a linear module; GPT-2's Conv1D is one, transposed."""
+    """Return (in_features, out_features) of a linear module; GPT-2's Conv1D is one, transposed."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Hollow", "empty_parameters"]
+__all__ = ["MetaDevice", "empty_parameters"]
 
 UNSET = (torch.empty,)  # what these make has no values to lose
 WITHOUT_DTYPE = (
@@ -27,7 +27,7 @@ WITHOUT_DTYPE = (
 LARGE = 1 << 22
 
 
-class Hollow(TorchFunctionMode):
+class MetaDevice(TorchFunctionMode):
     """While it is entered, tensors without values are on the meta device, and so are large ones.
 
     Args:

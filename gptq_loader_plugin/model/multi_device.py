@@ -17,7 +17,7 @@ def follow_devices(model: PreTrainedModel, plan: Plan) -> bool:
 
     Keys and values stay where their block is: a cache is never moved.
     """
-    names = {it.device.torch_name for it in plan.placed.values()}
+    names = {place.device.torch_name for place in plan.placed.values()}
     if len(names) < 2:
         return False
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module

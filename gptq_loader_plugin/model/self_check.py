@@ -77,7 +77,9 @@ def check_finite(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     with torch.inference_mode():
         if bool(torch.isfinite(model(input_ids=ids).logits).all()):
             return
-        handles = [it.register_forward_hook(watch(name)) for name, it in model.named_modules()]
+        handles = [
+            module.register_forward_hook(watch(name)) for name, module in model.named_modules()
+        ]
         model(input_ids=ids)
         for handle in handles:
             handle.remove()

@@ -35,11 +35,11 @@ def shorten(
         The plan, with what that takes, and what was done, in words.
     """
     kernel = find_shortener(plan, kernels)
-    taken = 0 if kernel is None else kernel.shorten(model)
-    if not taken:
+    extra = 0 if kernel is None else kernel.shorten(model)
+    if not extra:
         return plan, ()
     note = (
-        f"picks tokens by a copy of the head in 8 bits ({write_size(taken)}), and by the head "
+        f"picks tokens by a copy of the head in 8 bits ({write_size(extra)}), and by the head "
         "itself where that may decide: the same tokens"
     )
-    return replace(plan, weight_bytes=plan.weight_bytes + taken), (note,)
+    return replace(plan, weight_bytes=plan.weight_bytes + extra), (note,)

@@ -12,7 +12,7 @@ from gptq_loader_plugin.checkpoint.transformers_config import (
     read_config,
     unknown_model,
 )
-from gptq_loader_plugin.model.meta import Hollow, empty_parameters
+from gptq_loader_plugin.model.meta import MetaDevice, empty_parameters
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ def build_skeleton(
         raise unknown_model(model_type, path, error) from error
     empty_parameters(model)
     parts = [getattr(model.config, name) for name in model.config.sub_configs]
-    for part in (model.config, *(it for it in parts if it is not None)):
+    for part in (model.config, *(part for part in parts if part is not None)):
         part.dtype = dtype
     model.eval()
     return model
@@ -69,7 +69,7 @@ def _build(
     from transformers import AutoModelForCausalLM
 
     built: PreTrainedModel
-    with Hollow(dtype):
+    with MetaDevice(dtype):
         if model_class is not None:
             built = model_class._from_config(config, dtype=default_dtype)  # noqa: SLF001 - what it calls
         else:
@@ -85,7 +85,7 @@ def _settle_buffers(
     dtype: torch.dtype,
     model_class: type[PreTrainedModel] | None,
 ) -> None:
-    """Give computed buffers the dtype they would have in a model that was made in `dtype`.
+    """Return computed buffers the dtype they would have in a model that was made in `dtype`.
 
     Rotary frequencies are float32 in every model, so few models need to be made once more for it.
     """

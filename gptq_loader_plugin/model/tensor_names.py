@@ -57,8 +57,12 @@ class Names:
         from transformers.core_model_loading import WeightConverter
 
         transforms = get_model_conversion_mapping(model)
-        self._renamings = [it for it in transforms if not isinstance(it, WeightConverter)]
-        self._converters = [it for it in transforms if isinstance(it, WeightConverter)]
+        self._renamings = [
+            transform for transform in transforms if not isinstance(transform, WeightConverter)
+        ]
+        self._converters = [
+            transform for transform in transforms if isinstance(transform, WeightConverter)
+        ]
         self._prefix = model.base_model_prefix
         self._known = set(model.state_dict().keys()) | {name for name, _ in model.named_buffers()}
         self._modules = {name for name, _ in model.named_modules()}
@@ -149,4 +153,6 @@ class Names:
             return name
         longer = f"{self._prefix}.{name}"
         shorter = name.removeprefix(f"{self._prefix}.")
-        return next((it for it in (longer, shorter) if it in self._known), name)
+        return next(
+            (candidate for candidate in (longer, shorter) if candidate in self._known), name
+        )

@@ -60,7 +60,7 @@ def fill(
         model: a skeleton, its parameters on the meta device; it is complete afterwards.
         checkpoint: where the tensors come from, read one layer at a time.
         plan: which kernel prepares which layer.
-        progress: told the bytes read so far, of all.
+        progress: called with the bytes read so far, of all.
         offload_folder: where the weights go that the plan has on the disk.
 
     Returns:
@@ -124,7 +124,7 @@ class _Filling:
 
     def run(self) -> Filled:
         places = {name: self.names.layer(name, self.checkpoint) for name in self.choices}
-        self._make_experts([it for it in places.values() if isinstance(it, ExpertPlace)])
+        self._make_experts([place for place in places.values() if isinstance(place, ExpertPlace)])
         order = reading_order(self.checkpoint)
         done, total = 0, sum(info.nbytes for _, parts in order for info in parts)
         for name, parts in order:
@@ -140,7 +140,7 @@ class _Filling:
         return Filled(self.modules, tuple(self._warnings()))
 
     def _make_experts(self, places: list[ExpertPlace]) -> None:
-        for parent in dict.fromkeys(it.parent for it in places):
+        for parent in dict.fromkeys(place.parent for place in places):
             fused: Any = self.model.get_submodule(parent)
             packed = PackedExperts(fused.num_experts, fused.act_fn)
             self.model.set_submodule(parent, packed)
@@ -211,7 +211,7 @@ class _Filling:
         if not tensor.is_floating_point():
             return self._placed(name, tensor.clone())  # the model outlives the file
         own = torch.empty(tensor.shape, dtype=self.dtype)
-        parts = (it.flatten().split(COPIED_VALUES) for it in (tensor, own))
+        parts = (values.flatten().split(COPIED_VALUES) for values in (tensor, own))
         for source, target in zip(*parts, strict=True):
             if not is_finite(source):
                 raise CorruptCheckpoint(
@@ -300,7 +300,7 @@ class _Filling:
         if not self.foreign:
             return []
         roots = dict.fromkeys(
-            re.sub(r"\.\d+\..*", "", it).rpartition(".")[0] or it for it in self.foreign
+            re.sub(r"\.\d+\..*", "", name).rpartition(".")[0] or name for name in self.foreign
         )
         named = ", ".join(list(roots)[:4])
         return [f"{len(self.foreign)} tensors of parts this model lacks were not read: {named}"]
@@ -319,4 +319,4 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
 
 def _natural(part: tuple[str, torch.Tensor]) -> list[int | str]:
     """Order names with numbers in them as people do: experts.2 before experts.10."""
-    return [int(it) if it.isdigit() else it for it in re.split(r"(\d+)", part[0])]
+    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", part[0])]

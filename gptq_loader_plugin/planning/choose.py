@@ -41,15 +41,15 @@ class Choice:
         return self.accepted[0]
 
     def reasons(self) -> tuple[tuple[str, str], ...]:
-        """Say what became of every kernel: (name, words), the chosen one first."""
+        """Return what became of every kernel: (name, words), the chosen one first."""
         chosen, *others = self.accepted
         note = f": {chosen.note}" if chosen.note else ""
         lines = [(chosen.kernel, f"chosen{note}")]
         lines += [
-            (it.kernel, f"could run it, in {it.dtype}; ranks below {chosen.kernel}")
-            for it in others
+            (other.kernel, f"could run it, in {other.dtype}; ranks below {chosen.kernel}")
+            for other in others
         ]
-        lines += [(it.kernel, it.reason) for it in self.declined]
+        lines += [(verdict.kernel, verdict.reason) for verdict in self.declined]
         return tuple(lines)
 
 

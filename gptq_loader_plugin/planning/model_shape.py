@@ -137,4 +137,6 @@ def _kv_heads(text: Mapping[str, Any], heads: int | None) -> int | None:
 
 def _number(config: Mapping[str, Any], *names: str) -> int | None:
     values = (config.get(name) for name in names)
-    return next((it for it in values if isinstance(it, int) and not isinstance(it, bool)), None)
+    return next(
+        (value for value in values if isinstance(value, int) and not isinstance(value, bool)), None
+    )

@@ -1,4 +1,4 @@
-"""Say which device each part of a model is on, where there is more than one."""
+"""Which device each part of a model is on, where there is more than one."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def place(
     max_memory: Mapping[str, str | int] | None = None,
     backend: str | None = None,
 ) -> dict[str, Place]:
-    """Give every part of the model a place.
+    """Return every part of the model a place.
 
     Args:
         checkpoint: its layers and other tensors.
@@ -69,7 +69,7 @@ def place(
         OptionInvalid: a part has no place, or not all of them fit.
     """
     if not isinstance(device_map, str):
-        placed = {name: _named(it) for name, it in device_map.items()}
+        placed = {name: _named(place_name) for name, place_name in device_map.items()}
         for name in checkpoint.headers:
             if place_of(placed, name) is None:
                 raise OptionInvalid(
@@ -89,8 +89,8 @@ def place_of(placed: Mapping[str, Place], name: str) -> Place | None:
     """Find the place of a tensor, a layer or a module by its name."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
-        if (found := placed.get(".".join(parts[:end]))) is not None:
-            return found
+        if (place := placed.get(".".join(parts[:end]))) is not None:
+            return place
     return placed.get("")
 
 
@@ -138,8 +138,8 @@ def _fill(
         while True:
             where, limit = limits[which]
             size = others[unit] + sum(
-                choose(it, where.device, kernels, only=backend).chosen.prepared_bytes
-                for it in layers[unit]
+                choose(layer, where.device, kernels, only=backend).chosen.prepared_bytes
+                for layer in layers[unit]
             )
             if limit is None or used + size <= limit:
                 break
@@ -155,12 +155,16 @@ def _fill(
 
 
 def _unit(name: str) -> str:
-    found = BLOCK.match(name)
-    return found[1] if found else ""
+    match = BLOCK.match(name)
+    return match[1] if match else ""
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
-    return [(it.isdigit(), int(it) if it.isdigit() else 0, it) for it in name.split(".") if it]
+    return [
+        (part.isdigit(), int(part) if part.isdigit() else 0, part)
+        for part in name.split(".")
+        if part
+    ]
 
 
 def _named(name: str) -> Place:
@@ -169,8 +173,8 @@ def _named(name: str) -> Place:
 
 def _bytes(size: str | int) -> int:
     """Read a size as people write it: 8GB is 8e9 bytes, 8GiB is 8 * 2**30."""
-    found = SIZE.fullmatch(str(size).strip())
-    if found is None:
+    match = SIZE.fullmatch(str(size).strip())
+    if match is None:
         raise OptionInvalid(f"{size!r} is no size", hint="write 8GB, 500MB or a number of bytes")
-    base = 1024 if found[3] else 1000
-    return int(float(found[1]) * base ** " kmgt".index(found[2].lower() or " "))
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))

@@ -72,14 +72,14 @@ class Plan:
     def kernels(self) -> dict[str, int]:
         """Count the layers of each kernel, the most first."""
         counted = Counter(choice.chosen.kernel for choice in self.choices)
-        return dict(sorted(counted.items(), key=lambda it: (-it[1], it[0])))
+        return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
 
     def headline(self) -> str:
-        """Say in one line which kernels run, how many layers each, and on what."""
+        """Describe in one line which kernels run, how many layers each, and on what."""
         return f"{self._counted()} on {self.device}, computing in {self.dtype}"
 
     def explain(self) -> str:
-        """Say which kernel runs each kind of layer, why, and what the others said."""
+        """Describe which kernel runs each kind of layer, why, and why not the others."""
         config = self.config
         group = "no groups" if config.group_size < 0 else f"groups of {config.group_size}"
         order = "act-order" if config.desc_act else "no act-order"
@@ -118,7 +118,7 @@ class Plan:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """Give the plan as plain data, for `explain --json`."""
+        """Return the plan as plain data, for `explain --json`."""
         data: dict[str, Any] = {
             "reference": self.reference,
             "path": str(self.path),

@@ -12,20 +12,20 @@ if TYPE_CHECKING:
 
 __all__ = ["describe_layers", "layer_json"]
 
-MOST_SHAPES = 4  # of one paragraph, so that it fits a line: a block of most models has three
+MAX_SHAPES = 4  # of one paragraph, so that it fits a line: a block of most models has three
 
 
 def describe_layers(layers: Sequence[LayerSpec], where: str) -> str:
-    """Say what the layers of one paragraph are: widths, groups, order and shapes."""
-    bits = dict.fromkeys(f"{width}-bit" for width in sorted({it.bits for it in layers}))
+    """Describe what the layers of one paragraph are: widths, groups, order and shapes."""
+    bits = dict.fromkeys(f"{width}-bit" for width in sorted({layer.bits for layer in layers}))
     groups = dict.fromkeys(
         "no groups" if size < 0 else f"groups of {size}"
-        for size in sorted({it.group_size for it in layers})
+        for size in sorted({layer.group_size for layer in layers})
     )
-    sorted_rows = [it.desc_act for it in layers]
+    sorted_rows = [layer.desc_act for layer in layers]
     order = ", act-order" if all(sorted_rows) else ", some in act-order" if any(sorted_rows) else ""
-    shapes = list(dict.fromkeys(f"{it.in_features}x{it.out_features}" for it in layers))
-    named, more = ", ".join(shapes[:MOST_SHAPES]), len(shapes) - MOST_SHAPES
+    shapes = list(dict.fromkeys(f"{layer.in_features}x{layer.out_features}" for layer in layers))
+    named, more = ", ".join(shapes[:MAX_SHAPES]), len(shapes) - MAX_SHAPES
     rest = f" and {more} more shape{'s' * (more > 1)}" if more > 0 else ""
     count = f"{len(layers)} layer{'s' * (len(layers) > 1)}{where}"
     return f"{count}, {' and '.join(bits)}, {' or '.join(groups)}{order}: {named}{rest}"
@@ -43,6 +43,8 @@ def layer_json(choice: Choice) -> dict[str, Any]:
         "desc_act": layer.desc_act,
         "kernel": choice.chosen.kernel,
         "note": choice.chosen.note,
-        "outranked": [it.kernel for it in choice.accepted[1:]],
-        "declined": [{"kernel": it.kernel, "reason": it.reason} for it in choice.declined],
+        "outranked": [verdict.kernel for verdict in choice.accepted[1:]],
+        "declined": [
+            {"kernel": verdict.kernel, "reason": verdict.reason} for verdict in choice.declined
+        ],
     }

@@ -50,7 +50,9 @@ def head_spec(
         sym=True,
         groups=-(-rows // GROUP_SIZE),
         group_rows=(last, whole),
-        group_unit=next(it for it in (64, 32, 16, 8, 4) if last % it == 0 and whole % it == 0),
+        group_unit=next(
+            unit for unit in (64, 32, 16, 8, 4) if last % unit == 0 and whole % unit == 0
+        ),
         zero_range=(ZERO, ZERO),
         scales_dtype=scales_dtype,
         bias=bias,
@@ -62,4 +64,7 @@ def find_shortener(plan: Plan, kernels: Iterable[Kernel]) -> Shortener | None:
     if plan.placed:
         return None
     chosen = plan.kernels()
-    return next((it for it in kernels if it.name in chosen and isinstance(it, Shortener)), None)
+    return next(
+        (kernel for kernel in kernels if kernel.name in chosen and isinstance(kernel, Shortener)),
+        None,
+    )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.kernel import Kernel
     from gptq_loader_plugin.kernel.packing import Bits
 
-__all__ = ["FoundPlugin", "Kind", "Offer", "State", "discover", "to_json", "write_plugins"]
+__all__ = ["InstalledPlugin", "Kind", "Offer", "State", "discover", "to_json", "write_plugins"]
 
 Kind = Literal["kernel", "template", "reader", "host"]
 State = Literal["in force", "left out", "broken"]
@@ -39,7 +39,7 @@ Named = TypeVar("Named")
 SIDE, GROUP_SIZE = 4096, 128
 BITS: tuple[Bits, ...] = (2, 3, 4, 5, 6, 7, 8)
 COMMON_BITS: Bits = 4  # what is refused of these is said of the kernel
-SAID = {True: "yes", False: "no", None: "?"}
+YES_NO = {True: "yes", False: "no", None: "?"}
 STATED = {"in force": "", "left out": "left out by GPTQ_LOADER_PLUGINS", "broken": ""}
 
 
@@ -61,7 +61,7 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True)
-class FoundPlugin:
+class InstalledPlugin:
     """An installed plugin.
 
     Attributes:
@@ -90,7 +90,7 @@ class FoundPlugin:
 
 def discover(
     *, entries: Iterable[EntryPoint] | None = None, environ: Mapping[str, str] = os.environ
-) -> tuple[FoundPlugin, ...]:
+) -> tuple[InstalledPlugin, ...]:
     """Find the installed plugins, in the order of their names; nothing they do is raised.
 
     Args:
@@ -101,25 +101,25 @@ def discover(
         PluginError: `GPTQ_LOADER_PLUGINS` names a plugin that is not installed.
     """
     every = list(entry_points(group=GROUP) if entries is None else entries)
-    wanted = limited_to(environ, {it.name for it in every})
+    limited = limited_to(environ, {entry.name for entry in every})
     devices = find_devices()
-    found = [
+    plugins = [
         _look(entry, devices)
-        if wanted is None or entry.name in wanted
+        if limited is None or entry.name in limited
         else replace(_of(entry), state="left out")
-        for entry in sorted(every, key=lambda it: it.name)
+        for entry in sorted(every, key=lambda entry: entry.name)
     ]
-    return _without_clashes(found)
+    return _without_clashes(plugins)
 
 
-def write_plugins(found: Iterable[FoundPlugin]) -> str:
+def write_plugins(installed: Iterable[InstalledPlugin]) -> str:
     """Write what was found as tables: what is offered, kind by kind, and the plugins."""
-    plugins = list(found)
+    plugins = list(installed)
     rows: list[tuple[str, str, str, str]] = []
     for kind in get_args(Kind):
         rows.append((f"{kind}s", "here", "plugin", ""))
         rows += sorted(
-            (offer.name, SAID[offer.works], plugin.name, offer.detail)
+            (offer.name, YES_NO[offer.works], plugin.name, offer.detail)
             for plugin in plugins
             for offer in plugin.offers
             if offer.kind == kind
@@ -127,8 +127,13 @@ def write_plugins(found: Iterable[FoundPlugin]) -> str:
         rows.append(("", "", "", ""))
     rows.append(("plugins", "here", "from", ""))
     rows += [
-        (it.name, SAID[it.state == "in force"], it.source, it.error or STATED[it.state])
-        for it in plugins
+        (
+            plugin.name,
+            YES_NO[plugin.state == "in force"],
+            plugin.source,
+            plugin.error or STATED[plugin.state],
+        )
+        for plugin in plugins
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = (
@@ -137,9 +142,9 @@ def write_plugins(found: Iterable[FoundPlugin]) -> str:
     return "\n".join(lines)
 
 
-def to_json(found: Iterable[FoundPlugin]) -> dict[str, list[dict[str, Any]]]:
-    """Give what was found as plain values: a list for each kind, and one of the plugins."""
-    plugins = list(found)
+def to_json(installed: Iterable[InstalledPlugin]) -> dict[str, list[dict[str, Any]]]:
+    """Return what was found as plain values: a list for each kind, and one of the plugins."""
+    plugins = list(installed)
     lists: dict[str, list[dict[str, Any]]] = {
         f"{kind}s": [
             {
@@ -158,44 +163,47 @@ def to_json(found: Iterable[FoundPlugin]) -> dict[str, list[dict[str, Any]]]:
     }
     lists["plugins"] = [
         {
-            "name": it.name,
-            "module": it.module,
-            "distribution": it.distribution,
-            "version": it.version,
-            "state": it.state,
-            "error": it.error or None,
+            "name": plugin.name,
+            "module": plugin.module,
+            "distribution": plugin.distribution,
+            "version": plugin.version,
+            "state": plugin.state,
+            "error": plugin.error or None,
         }
-        for it in plugins
+        for plugin in plugins
     ]
     return lists
 
 
-def _look(entry: EntryPoint, devices: tuple[Device, ...]) -> FoundPlugin:
+def _look(entry: EntryPoint, devices: tuple[Device, ...]) -> InstalledPlugin:
     """Import one plugin and ask it for everything it may offer."""
     plugin = _of(entry)
     try:
-        asked = Plugins(import_plugin(entry), environ={})
+        plugin_only = Plugins(import_plugin(entry), environ={})
     except PluginError as error:
         return replace(plugin, state="broken", error=error.message)
     errors: list[str] = []
     offers = [
-        *(_kernel(it, devices) for it in _ask(asked.kernels, errors)),
-        *(_always("template", it.name, it.source) for it in _ask(asked.templates, errors)),
-        *(_always("reader", it.name, "") for it in _ask(asked.readers, errors)),
-        *(_host(it) for it in _ask(asked.hosts, errors)),
+        *(_kernel(kernel, devices) for kernel in _ask(plugin_only.kernels, errors)),
+        *(
+            _always("template", template.name, template.source)
+            for template in _ask(plugin_only.templates, errors)
+        ),
+        *(_always("reader", reader.name, "") for reader in _ask(plugin_only.readers, errors)),
+        *(_host(host) for host in _ask(plugin_only.hosts, errors)),
     ]
     state: State = "broken" if errors else "in force"
     return replace(plugin, state=state, error="; ".join(errors), offers=tuple(offers))
 
 
-def _of(entry: EntryPoint) -> FoundPlugin:
+def _of(entry: EntryPoint) -> InstalledPlugin:
     if entry.dist is None:
-        return FoundPlugin(entry.name, entry.value, "unknown", "")
-    return FoundPlugin(entry.name, entry.value, entry.dist.name, entry.dist.version)
+        return InstalledPlugin(entry.name, entry.value, "unknown", "")
+    return InstalledPlugin(entry.name, entry.value, entry.dist.name, entry.dist.version)
 
 
 def _ask(offers: Callable[[], tuple[Named, ...]], errors: list[str]) -> tuple[Named, ...]:
-    """Give what a plugin offers of one kind; add to `errors` what is wrong with it."""
+    """Return what a plugin offers of one kind; add to `errors` what is wrong with it."""
     try:
         return offers()
     except PluginError as error:
@@ -204,7 +212,7 @@ def _ask(offers: Callable[[], tuple[Named, ...]], errors: list[str]) -> tuple[Na
 
 
 def _always(kind: Kind, name: str, detail: str) -> Offer:
-    """Give an offer that works wherever it is installed."""
+    """Return an offer that works wherever it is installed."""
     return Offer(kind, name, works=True, detail=detail)
 
 
@@ -217,9 +225,9 @@ def _kernel(kernel: Kernel, devices: tuple[Device, ...]) -> Offer:
             verdicts = {bits: kernel.consider(_layer(bits), device) for bits in BITS}
         except Exception as error:  # noqa: BLE001 - a plugin's own code, which may raise anything
             return Offer("kernel", kernel.name, works=False, detail=f"it failed: {error}")
-        taken = [bits for bits, it in verdicts.items() if isinstance(it, Accepted)]
-        if taken:
-            runs.append(f"{_range(taken)} on {device}")
+        accepted = [bits for bits, verdict in verdicts.items() if isinstance(verdict, Accepted)]
+        if accepted:
+            runs.append(f"{_range(accepted)} on {device}")
         elif isinstance(refusal := verdicts[COMMON_BITS], Declined):
             reasons.append(refusal.reason)
     detail = "; ".join(runs or dict.fromkeys(reasons))
@@ -247,7 +255,7 @@ def _range(bits: Sequence[int]) -> str:
     """Write widths as people do: "2 to 8 bits", "2, 3, 4, 8 bits"."""
     if len(bits) > 2 and bits[-1] - bits[0] == len(bits) - 1:
         return f"{bits[0]} to {bits[-1]} bits"
-    return f"{', '.join(str(it) for it in bits)} bits"
+    return f"{', '.join(str(bit) for bit in bits)} bits"
 
 
 def _host(host: Host) -> Offer:
@@ -264,17 +272,19 @@ def _host(host: Host) -> Offer:
     return Offer("host", host.name, works=True, detail=detail)
 
 
-def _without_clashes(found: list[FoundPlugin]) -> tuple[FoundPlugin, ...]:
+def _without_clashes(plugins: list[InstalledPlugin]) -> tuple[InstalledPlugin, ...]:
     """Mark what two plugins offer by one name: neither works until one of them is gone."""
     owners: dict[tuple[Kind, str], list[str]] = {}
-    for plugin in found:
+    for plugin in plugins:
         for offer in plugin.offers:
             owners.setdefault((offer.kind, offer.name), []).append(plugin.name)
     clashing = {key: names for key, names in owners.items() if len(names) > 1}
-    return tuple(_marked(it, clashing) for it in found)
+    return tuple(_marked(plugin, clashing) for plugin in plugins)
 
 
-def _marked(plugin: FoundPlugin, clashing: Mapping[tuple[Kind, str], list[str]]) -> FoundPlugin:
+def _marked(
+    plugin: InstalledPlugin, clashing: Mapping[tuple[Kind, str], list[str]]
+) -> InstalledPlugin:
     offers, errors = [], []
     for offer in plugin.offers:
         names = clashing.get((offer.kind, offer.name))

@@ -130,7 +130,7 @@ class Plugins:
         )
 
     def progress(self, progress: Progress) -> None:
-        """Tell every listener how far a piece of work has come."""
+        """Call every listener with how far a piece of work has come."""
         self.hook.gptq_progress(progress=progress)
 
     def with_plugin(self, plugin: object) -> Plugins:
@@ -146,10 +146,10 @@ class Plugins:
         return more
 
     def _register_installed(self, environ: Mapping[str, str]) -> None:
-        found = {it.name: it for it in entry_points(group=GROUP)}
-        wanted = limited_to(environ, set(found))
-        for name in sorted(found if wanted is None else wanted):
-            entry = found[name]
+        installed = {entry_point.name: entry_point for entry_point in entry_points(group=GROUP)}
+        limited = limited_to(environ, set(installed))
+        for name in sorted(installed if limited is None else limited):
+            entry = installed[name]
             self._register(import_plugin(entry), name, _source(entry))
             self._guard(name)
 
@@ -186,21 +186,21 @@ class Plugins:
                 f"a plugin that offers a {word} failed: {error}",
                 hint="find it with gptq-loader plugins; leave it out with GPTQ_LOADER_PLUGINS",
             ) from error
-        found: dict[str, Offer] = {}
+        by_name: dict[str, Offer] = {}
         for offer in offers:
             if not isinstance(offer, kind):
                 raise PluginError(
                     f"{offer!r} is not a {word}",
                     hint=f"give it what a {word} needs (docs/hooks.md)",
                 )
-            if offer.name in found:
-                first, second = _whence(found[offer.name]), _whence(offer)
+            if offer.name in by_name:
+                first, second = _whence(by_name[offer.name]), _whence(offer)
                 raise PluginError(
                     f"two plugins offer a {word} named {offer.name!r}: {first} and {second}",
                     hint="uninstall one, or leave it out with GPTQ_LOADER_PLUGINS",
                 )
-            found[offer.name] = offer
-        return tuple(found[name] for name in sorted(found))
+            by_name[offer.name] = offer
+        return tuple(by_name[name] for name in sorted(by_name))
 
 
 def _blamed(function: Callable[..., object], plugin: str, hook: str) -> Callable[..., object]:
@@ -228,13 +228,13 @@ def limited_to(environ: Mapping[str, str], installed: set[str]) -> set[str] | No
     named = environ.get("GPTQ_LOADER_PLUGINS")
     if named is None:
         return None
-    wanted = {name.strip() for name in named.split(",")} - {""}
-    if missing := wanted - installed:
+    names = {name.strip() for name in named.split(",")} - {""}
+    if missing := names - installed:
         raise PluginError(
             f"GPTQ_LOADER_PLUGINS names {', '.join(sorted(missing))}, which is not installed",
             hint=f"name some of: {', '.join(sorted(installed))}",
         )
-    return wanted
+    return names
 
 
 def import_plugin(entry: EntryPoint) -> object:

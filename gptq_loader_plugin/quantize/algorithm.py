@@ -165,14 +165,14 @@ def _best_grid(
     """Find the scale and zero with the least squared error for a group [N, rows]: each [N]."""
     greatest = (1 << options.bits) - 1
     scale, zero = _grid(weights, options)
-    least = torch.full_like(scale, torch.inf)
+    lowest = torch.full_like(scale, torch.inf)
     for shrink in SHRINK:
         scale_now, zero_now = _grid(weights, options, shrink=shrink)
         codes = torch.round(weights / scale_now[:, None]).add_(zero_now[:, None])
         codes.clamp_(0, greatest).sub_(zero_now[:, None]).mul_(scale_now[:, None])
         error = codes.sub_(weights).square_().sum(dim=1)
-        better = error < least
-        least = torch.where(better, error, least)
+        better = error < lowest
+        lowest = torch.where(better, error, lowest)
         scale = torch.where(better, scale_now, scale)
         zero = torch.where(better, zero_now, zero)
     return scale, zero

@@ -64,7 +64,7 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
     best: tuple[int, str, nn.ModuleList] | None = None
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module):
-            weights = sum(it.numel() for it in module.parameters())
+            weights = sum(parameter.numel() for parameter in module.parameters())
             if best is None or weights > best[0]:
                 best = (weights, path, module)
     if best is None:
@@ -110,12 +110,12 @@ def separate_experts(model: PreTrainedModel, written: Collection[str]) -> None:
 
 def linears(block: Block) -> dict[str, nn.Module]:
     """List a block's linear modules that can be quantised, by their path in the model."""
-    found = {}
+    linears = {}
     for name, module in block.module.named_modules():
         shape = linear_shape(module)
         if shape is not None and not shape[0] % MULTIPLE and not shape[1] % MULTIPLE:
-            found[f"{block.path}.{name}"] = module
-    return found
+            linears[f"{block.path}.{name}"] = module
+    return linears
 
 
 @torch.inference_mode()
@@ -169,30 +169,30 @@ def subsets(block: Block, hidden: torch.Tensor, call: Call) -> list[list[str]]:
         hidden: a batch of hidden states.
         call: what the block is called with.
     """
-    found: list[list[str]] = []
+    groups: list[list[str]] = []
     inputs: list[torch.Tensor] = []  # kept, so that no other tensor can take their place in memory
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
             x = arguments[0]
-            for names, seen in zip(found, inputs, strict=True):
-                if seen is x and name not in names:
+            for names, group_input in zip(groups, inputs, strict=True):
+                if group_input is x and name not in names:
                     names.append(name)
                     return
-            found.append([name])
+            groups.append([name])
             inputs.append(x)
 
         return hook
 
     modules = linears(block)
-    handles = [it.register_forward_pre_hook(watch(name)) for name, it in modules.items()]
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
     try:
         run_block(block, hidden, call)
     finally:
         for handle in handles:
             handle.remove()
-    never_called = [[name] for name in modules if not any(name in names for names in found)]
-    return found + never_called
+    never_called = [[name] for name in modules if not any(name in names for names in groups)]
+    return groups + never_called
 
 
 @torch.inference_mode()
@@ -270,10 +270,10 @@ def _output_shape(
     model: PreTrainedModel, block: Block, ids: torch.Tensor
 ) -> tuple[Any, ...] | None:
     """Learn whether a block answers with a tensor (None) or a tuple: what follows in it."""
-    seen: list[Any] = []
+    outputs: list[Any] = []
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:  # noqa: ANN401
-        seen.append(output)
+        outputs.append(output)
         raise _StopForwardError
 
     handle = block.module.register_forward_hook(hook)
@@ -281,7 +281,7 @@ def _output_shape(
         model(input_ids=ids, use_cache=False)
     except _StopForwardError:
         handle.remove()
-    return seen[0][1:] if isinstance(seen[0], tuple) else None
+    return outputs[0][1:] if isinstance(outputs[0], tuple) else None
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:

@@ -39,7 +39,7 @@ def calibration_text(
         tokenizer: the model's.
         options: `samples`, `seq_len` and `offset` say how much the model is to write.
         text: a text, or a .jsonl of chats; "own"; or None for prose that comes with Python.
-        progress: told how much is written.
+        progress: called with how much is written.
 
     Raises:
         QuantizeError: a chat is malformed, or the model cannot write any.
@@ -87,7 +87,7 @@ def calibration_samples(
 
 
 def built_in_text() -> str:
-    """Give the language reference that Python carries for `help()`: some 80,000 words of prose."""
+    """Return the language reference that Python carries for `help()`: 80,000 words of prose."""
     from pydoc_data.topics import topics
 
     pages: dict[str, str] = topics

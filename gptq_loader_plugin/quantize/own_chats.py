@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["write_chats"]
 
 PLACE = "PLACE OF THE QUESTION"
-MOST_AT_ONCE = 128  # chats
+BATCH_SIZE = 128  # chats
 LIKELY_TOKENS = 170  # of a chat; decides how many are written at once
 QUESTION_TOKENS, ANSWER_TOKENS = 64, 128
 SHORTEST = 8  # characters of a question worth an answer
@@ -45,7 +45,7 @@ def write_chats(
         tokenizer: its tokenizer, with a chat template.
         tokens: how many tokens of chat are wanted.
         seed: of the sampling, so that an interrupted run meets the same samples.
-        progress: told the decoding steps done.
+        progress: called with the decoding steps done.
 
     Returns:
         The chats as the template renders them, one after the other.
@@ -60,20 +60,22 @@ def write_chats(
         )
     writer = _Writer(model, tokenizer, progress)
     opening, closing = _user_turn(tokenizer)
-    count = min(-(-tokens // LIKELY_TOKENS), MOST_AT_ONCE)
+    count = min(-(-tokens // LIKELY_TOKENS), BATCH_SIZE)
     chats: list[str] = []
     written = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         while written < tokens:
             writer.expect(QUESTION_TOKENS + ANSWER_TOKENS)
-            asked = writer.go_on([opening] * count, QUESTION_TOKENS, closing)
-            asked = [question for question in asked if len(question) >= SHORTEST]
-            prompts = [_render(tokenizer, [_turn("user", it)], ask=True) for it in asked]
+            questions = writer.go_on([opening] * count, QUESTION_TOKENS, closing)
+            questions = [question for question in questions if len(question) >= SHORTEST]
+            prompts = [
+                _render(tokenizer, [_turn("user", question)], ask=True) for question in questions
+            ]
             answers = writer.go_on(prompts, ANSWER_TOKENS, None) if prompts else []
             new = [
                 _render(tokenizer, [_turn("user", question), _turn("assistant", answer)])
-                for question, answer in zip(asked, answers, strict=True)
+                for question, answer in zip(questions, answers, strict=True)
                 if answer
             ]
             if not new:
@@ -100,24 +102,24 @@ class _Writer:
         self._tokenizer = tokenizer
         self._progress = progress
         self._done = self._total = 0
-        told = getattr(model.generation_config, "eos_token_id", None)
-        ends = [*(told if isinstance(told, list) else [told]), tokenizer.eos_token_id]
+        eos = getattr(model.generation_config, "eos_token_id", None)
+        ends = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
         self._ends = {end for end in ends if end is not None}
 
     def expect(self, steps: int) -> None:
         """Raise the number of steps that progress counts to."""
         self._total += steps
-        self._tell()
+        self._report()
 
     def catch_up(self) -> None:
         """Count the steps that were not needed as done."""
         self._done = self._total
-        self._tell()
+        self._report()
 
-    def go_on(self, prompts: Sequence[str], most: int, closing: str | None) -> list[str]:
+    def go_on(self, prompts: Sequence[str], max_new_tokens: int, closing: str | None) -> list[str]:
         """Sample what follows each prompt, up to its end of turn or `closing`."""
         tokenizer = self._tokenizer
-        inputs = _padded([tokenizer.encode(it, add_special_tokens=False) for it in prompts])
+        inputs = _padded([tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts])
         ends, stop = set(self._ends), {}
         if closing:
             ids = tokenizer.encode(closing, add_special_tokens=False)
@@ -130,7 +132,7 @@ class _Writer:
             do_sample=True,
             temperature=1.0,
             top_k=50,
-            max_new_tokens=most,
+            max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.eos_token_id or 0,
             eos_token_id=sorted(ends) or None,
             stopping_criteria=[self._step],
@@ -142,10 +144,10 @@ class _Writer:
     def _step(self, input_ids: torch.Tensor, _: torch.Tensor, **__: object) -> torch.Tensor:
         """Count a step; as a criterion, stop nothing."""
         self._done += 1
-        self._tell()
+        self._report()
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         self._progress(Progress("write chats", self._done, self._total, "steps", ""))
 
 
@@ -161,7 +163,7 @@ def _padded(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
 
 
 def _user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Give what stands before a user's words in the first turn, and what ends them."""
+    """Return what stands before a user's words in the first turn, and what ends them."""
     opening, _, closing = _render(tokenizer, [_turn("user", PLACE)]).partition(PLACE)
     return opening, closing.strip()
 
@@ -177,5 +179,5 @@ def _render(
 
 
 def _before(marks: Sequence[str], text: str) -> str:
-    """Give a text up to the first of some marks."""
+    """Return a text up to the first of some marks."""
     return text[: min((text.find(mark) for mark in marks if mark in text), default=len(text))]

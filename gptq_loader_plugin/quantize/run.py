@@ -69,7 +69,7 @@ def quantize_model(
         text: the calibration text, or a .jsonl of chats; "own" lets the model write the chats
             itself; None takes prose that comes with Python.
         chat_template: a Jinja template to use and to write in place of the model's own.
-        progress: told the layers done.
+        progress: called with the layers done.
 
     Returns:
         The folder.
@@ -118,7 +118,7 @@ def quantize(
         out: the folder to write; an interrupted run into it goes on.
         options: how to quantise.
         samples: token ids, all of one length.
-        progress: told the layers done.
+        progress: called with the layers done.
 
     Raises:
         QuantizeError: the model has no blocks, experts that cannot be written, or activations
@@ -141,7 +141,9 @@ def quantize(
         work.apply(block, done)
         for path, weight in done.items():
             packed[path] = pack_weight(weight, options, name="")
-        hidden = [run_block(block, it, call) for it, call in zip(hidden, calls[i], strict=True)]
+        hidden = [
+            run_block(block, states, call) for states, call in zip(hidden, calls[i], strict=True)
+        ]
     write_checkpoint(model, tokenizer, packed, out, options=options, names=names)
     kept.remove()
     return out
@@ -164,11 +166,11 @@ class _Work:
         self, block: Block, hidden: Sequence[torch.Tensor], calls: Sequence[Call]
     ) -> dict[str, QuantizedWeight]:
         modules = linears(block)
-        found = subsets(block, hidden[0], calls[0])
+        groups = subsets(block, hidden[0], calls[0])
         if not self._options.true_sequential:
-            found = [[name for names in found for name in names]]
+            groups = [[name for names in groups for name in names]]
         quantized: dict[str, QuantizedWeight] = {}
-        for together in found:
+        for together in groups:
             sums = hessians(block, together, hidden, calls)
             for names in _same_input(together, sums):
                 weight = torch.cat([_weight(modules[name]) for name in names])
@@ -178,18 +180,18 @@ class _Work:
                     quantized[name] = part
                     _set_weight(modules[name], part.dequantize())
                 self._fresh += len(names)
-                self._tell(len(names), names[-1])
+                self._report(len(names), names[-1])
         return quantized
 
     def apply(self, block: Block, done: dict[str, QuantizedWeight]) -> None:
-        """Give a block its quantised weights, where another run has made them."""
+        """Return a block its quantised weights, where another run has made them."""
         modules = linears(block)
         for name, part in done.items():
             _set_weight(modules[name], part.dequantize())
         if not self._fresh:
-            self._tell(len(done), block.path)
+            self._report(len(done), block.path)
 
-    def _tell(self, layers: int, name: str) -> None:
+    def _report(self, layers: int, name: str) -> None:
         self._done += layers
         left = self._total - self._done
         detail = name
@@ -263,7 +265,7 @@ def _same_input(names: Sequence[str], sums: dict[str, torch.Tensor]) -> list[lis
 
 
 def _weight(module: nn.Module) -> torch.Tensor:
-    """Give a linear's weight as float32 [N, K]; GPT-2's Conv1D keeps it transposed."""
+    """Return a linear's weight as float32 [N, K]; GPT-2's Conv1D keeps it transposed."""
     weight: Any = module.weight
     tensor: torch.Tensor = weight.detach().float()
     return tensor.t().contiguous() if type(module).__name__ == "Conv1D" else tensor
@@ -337,7 +339,7 @@ def _check_plain(folder: Path) -> None:
     """Refuse a model that is quantised already."""
     config = folder / "config.json"
     stated = read_json(config).get("quantization_config") if config.is_file() else None
-    if stated or any((folder / it).is_file() for it in CONFIG_FILES):
+    if stated or any((folder / name).is_file() for name in CONFIG_FILES):
         method = stated.get("quant_method") if isinstance(stated, dict) else None
         raise QuantizeError(
             f"{folder} is quantised already ({method or 'gptq'})",
@@ -346,7 +348,7 @@ def _check_plain(folder: Path) -> None:
 
 
 def _unpacked() -> dict[str, Any]:
-    """Give the option by which transformers unpacks a GGUF file, where it could leave it packed."""
+    """Return the option that has transformers unpack a GGUF file where it could leave it packed."""
     import transformers
 
     config: Any = getattr(transformers, "GgufConfig", None)
@@ -354,4 +356,4 @@ def _unpacked() -> dict[str, Any]:
 
 
 def _ignore(_: Progress) -> None:
-    """Hear no progress."""
+    """Ignore progress."""

@@ -125,7 +125,7 @@ def _tensors(
         path = target.removesuffix(".weight")
         if target.endswith(".weight") and path in packed:
             prefix = hub_name.removesuffix(".weight")
-            tensors.update({f"{prefix}{part}": it for part, it in packed[path].items()})
+            tensors.update({f"{prefix}{part}": tensor for part, tensor in packed[path].items()})
             continue
         tensor = state[target]
         if target == tied:
@@ -139,7 +139,9 @@ def _tied_head(model: PreTrainedModel) -> str | None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return None
-    return next((f"{name}.weight" for name, it in model.named_modules() if it is head), None)
+    return next(
+        (f"{name}.weight" for name, module in model.named_modules() if module is head), None
+    )
 
 
 def _write_shards(tensors: dict[str, torch.Tensor], out: Path, *, shard_bytes: int) -> None:
@@ -155,7 +157,7 @@ def _write_shards(tensors: dict[str, torch.Tensor], out: Path, *, shard_bytes: i
     if len(shards) > 1:
         files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         index = {
-            "metadata": {"total_size": sum(it.nbytes for it in tensors.values())},
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
             "weight_map": {
                 name: file for file, shard in zip(files, shards, strict=True) for name in shard
             },
@@ -186,7 +188,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
             os.fsync(written.fileno())
         partial.replace(file)
     except SafetensorError as error:
-        if not any(it in str(error) for it in FULL):
+        if not any(text in str(error) for text in FULL):
             raise
         raise QuantizeError(
             f"the disk is full: {file} could not be written",

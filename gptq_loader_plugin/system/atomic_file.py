@@ -12,9 +12,9 @@ from uuid import uuid4
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["is_aside", "put_aside", "write_whole"]
+__all__ = ["is_quarantined", "quarantine", "write_whole"]
 
-ASIDE = ".damaged-"
+MARK = ".damaged-"
 LONGEST = 3600.0  # seconds that a write may take: a part of before is a killed process's
 
 
@@ -47,18 +47,18 @@ def write_whole(path: Path, text: str, *, mode: int = 0o666) -> None:
         part.unlink(missing_ok=True)
 
 
-def put_aside(path: Path) -> Path:
-    """Give a damaged file a name that no file has; tell it.
+def quarantine(path: Path) -> Path:
+    """Return a damaged file a name that no file has; tell it.
 
     Raises:
         OSError: it cannot be renamed.
     """
     number = 1
-    while (aside := path.with_name(f"{path.stem}{ASIDE}{number}{path.suffix}")).exists():
+    while (target := path.with_name(f"{path.stem}{MARK}{number}{path.suffix}")).exists():
         number += 1
-    return path.replace(aside)
+    return path.replace(target)
 
 
-def is_aside(path: Path) -> bool:
+def is_quarantined(path: Path) -> bool:
     """Whether a file is one that was put aside."""
-    return ASIDE in path.name
+    return MARK in path.name

@@ -14,7 +14,7 @@ __all__ = ["cache_folder"]
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Give the folder for what is made once: `GPTQ_LOADER_CACHE`, else the user's cache."""
+    """Return the folder for what is made once: `GPTQ_LOADER_CACHE`, else the user's cache."""
     if named := environ.get("GPTQ_LOADER_CACHE"):
         return Path(named).expanduser()
     base = environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")

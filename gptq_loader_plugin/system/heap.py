@@ -1,4 +1,4 @@
-"""Give memory that was freed back to the system.
+"""Return freed memory to the system.
 
 Preparing a layer takes and frees several times its size. Between two layers that stay, glibc keeps
 what was freed: a load of 50 MB then took 112 MB (tests/unit/test_memory.py).

@@ -53,7 +53,9 @@ def total_memory(*, membership: Path = MEMBERSHIP, cgroups: Path = CGROUPS) -> i
     import psutil
 
     limits = [_limit(group) for group in _control_groups(membership, cgroups)]
-    return min([int(psutil.virtual_memory().total), *(it for it in limits if it is not None)])
+    return min(
+        [int(psutil.virtual_memory().total), *(limit for limit in limits if limit is not None)]
+    )
 
 
 def resident_memory() -> int:
@@ -69,7 +71,7 @@ def _control_groups(membership: Path, cgroups: Path) -> Iterator[Path]:
         lines = membership.read_text().splitlines()
     except OSError:
         return
-    inside = next((it.removeprefix("0::/") for it in lines if it.startswith("0::/")), "")
+    inside = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
     group = cgroups / inside
     while group.is_relative_to(cgroups):
         yield group

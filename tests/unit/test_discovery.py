@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from gptq_loader_plugin.plugins.discovery import FoundPlugin, Offer
+    from gptq_loader_plugin.plugins.discovery import InstalledPlugin, Offer
 
-    Found = Callable[..., dict[str, FoundPlugin]]
+    Found = Callable[..., dict[str, InstalledPlugin]]
 
 HEAD = "from gptq_loader_plugin import Accepted, Declined, hookimpl\n"
 KERNEL = (
@@ -61,7 +61,7 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Found:
         "gptq_loader_plugin.plugins.discovery.find_devices", lambda: (find_device("cpu"),)
     )
 
-    def write(environ: dict[str, str] | None = None, **sources: str) -> dict[str, FoundPlugin]:
+    def write(environ: dict[str, str] | None = None, **sources: str) -> dict[str, InstalledPlugin]:
         entries = []
         for name, source in sources.items():
             module = f"found_{tmp_path.name}_{name}".replace("-", "_").replace("[", "_")
@@ -72,7 +72,7 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Found:
     return write
 
 
-def only(plugin: FoundPlugin) -> Offer:
+def only(plugin: InstalledPlugin) -> Offer:
     (offer,) = plugin.offers
     return offer
 

@@ -17,9 +17,9 @@ from huggingface_hub import close_session, snapshot_download, try_to_load_from_c
 
 import gptq_loader_plugin as gptq
 from gptq_loader_plugin.hub import Downloading, cached_folder, download
+from gptq_loader_plugin.hub.error_messages import explained
 from gptq_loader_plugin.hub.fetch import download_folder
 from gptq_loader_plugin.hub.hub_reference import HubReference
-from gptq_loader_plugin.hub.words import explained
 from gptq_loader_plugin.reference import resolve
 
 if TYPE_CHECKING:

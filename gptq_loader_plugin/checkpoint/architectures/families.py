@@ -71,17 +71,17 @@ class Family:
 
 
 def _falcon(config: Config) -> Config:
-    """Tell Falcon-40B's block, which has heads of keys and values of its own number."""
+    """Recognise Falcon-40B's block, which has heads of keys and values of its own number."""
     return {"new_decoder_architecture": "n_head_kv" in config}
 
 
 def _biased(config: Config) -> Config:
-    """Give its attention biases where config.json does not say."""
+    """Return its attention biases where config.json does not say."""
     return {"attention_bias": config.get("bias", True)}
 
 
 def _ungrouped(config: Config) -> Config:
-    """Give every head its own keys and values where config.json does not say."""
+    """Return every head its own keys and values where config.json does not say."""
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     return {"num_key_value_heads": heads}
 
@@ -97,7 +97,7 @@ def _internlm(config: Config) -> Config:
 
 
 def _is_rotary_baichuan(config: Config) -> bool:
-    """Tell the 7B models, which rotate, from the 13B ones, whose config has no such limit."""
+    """Recognise the 7B models, which rotate, from the 13B ones, whose config has no such limit."""
     return "max_position_embeddings" in config and config.get("hidden_size") != 5120
 
 
@@ -116,7 +116,7 @@ def _qwen(config: Config) -> Config:
 
 
 def _chatglm(config: Config) -> Config:
-    """Give its rotation's base, and its keys' and values' heads."""
+    """Return its rotation's base, and its keys' and values' heads."""
     grouped = config.get("multi_query_attention", False)
     heads = config["multi_query_group_num"] if grouped else config["num_attention_heads"]
     return {
@@ -138,7 +138,7 @@ def _minicpm(config: Config) -> Config:
 
 
 def _phi(config: Config) -> Config:
-    """Give the part of a head that is rotated."""
+    """Return the part of a head that is rotated."""
     return {
         "partial_rotary_factor": config["rotary_dim"] * config["n_head"] / config["n_embd"],
         "intermediate_size": config.get("n_inner") or 4 * config["n_embd"],
@@ -175,7 +175,7 @@ def _plain_rotation(config: Config) -> Config:
     return {
         **_language_model(config),
         "rope_scaling": None,
-        "rope_parameters": {key: it for key, it in new.items() if it is not None}
+        "rope_parameters": {key: value for key, value in new.items() if value is not None}
         | {"rope_theta": float(base)},
     }
 
@@ -338,7 +338,7 @@ FAMILIES = (
             (r"^layers\.0\.wte\.", "model.embed_tokens."),
             (r"^layers\.LAST\.ln\.", "model.final_layernorm."),
             (r"^layers\.LAST\.linear\.", "lm_head."),
-            (r"^layers\.(\d+)\.", lambda found: f"model.layers.{int(found[1]) - 1}."),
+            (r"^layers\.(\d+)\.", lambda match: f"model.layers.{int(match[1]) - 1}."),
             *PHI_BLOCK,
         ),
         fused=Fused("Wqkv"),

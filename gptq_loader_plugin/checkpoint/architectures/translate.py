@@ -37,7 +37,7 @@ __all__ = ["translate", "translate_config"]
 PARTS = ("q_proj", "k_proj", "v_proj")
 BY_ROWS = ("weight", "bias")  # every other tensor of a layer has its outputs along its last axis
 # Of config.json, what says nothing of the mathematics to a class of another name.
-SET_ASIDE = (
+DROPPED = (
     "architectures", "attn_implementation", "auto_map", "model_type", "quantization_config",
 )  # fmt: skip
 ELSEWHERE = (
@@ -47,7 +47,7 @@ ELSEWHERE = (
 
 
 def translate(checkpoint: Checkpoint, *, families: Sequence[Family] = FAMILIES) -> Checkpoint:
-    """Give a checkpoint in the words of the transformers class that computes the same.
+    """Return a checkpoint in the words of the transformers class that computes the same.
 
     Most have them already, and are given back as they are.
 
@@ -96,9 +96,9 @@ def translate_config(config: dict[str, Any], path: Path) -> dict[str, Any] | Non
 
 
 def _find(config: dict[str, Any], families: Sequence[Family], path: Path) -> Family | None:
-    of_its_name = (it for it in families if it.model_type == config.get("model_type"))
+    of_its_name = (family for family in families if family.model_type == config.get("model_type"))
     try:
-        return next((it for it in of_its_name if it.when(config)), None)
+        return next((family for family in of_its_name if family.when(config)), None)
     except (KeyError, TypeError, AttributeError) as error:
         raise _incomplete(config["model_type"], path, error) from error
 
@@ -115,7 +115,7 @@ def _write(config: dict[str, Any], family: Family, path: Path) -> dict[str, Any]
     written = {
         family.keys.get(key, key): value
         for key, value in config.items()
-        if key not in SET_ASIDE and value is not None
+        if key not in DROPPED and value is not None
     }
     try:
         written |= {**family.sets, **family.computed(config), "model_type": family.becomes}
@@ -157,7 +157,7 @@ class _Translation:
         normalised = self.family.normalised(self.checkpoint.model_config)
         cuts = self._cuts() if fused else {}
         last = str(self.config.get("num_hidden_layers", 0) + 1)
-        names = [(it.replace("LAST", last), become) for it, become in self.family.names]
+        names = [(pattern.replace("LAST", last), become) for pattern, become in self.family.names]
         headers: dict[str, TensorInfo] = {}
         views: dict[str, View] = {}
         for old, info in self.checkpoint.headers.items():
@@ -188,7 +188,7 @@ class _Translation:
         )
 
     def _cuts(self) -> dict[str, NDArray[np.int64]]:
-        """Say which columns of the fused layer are each part's."""
+        """Return which columns of the fused layer are each part's."""
         config = self.config
         heads = config["num_attention_heads"]
         groups = config.get("num_key_value_heads") or heads
@@ -228,7 +228,9 @@ class _Translation:
         parts: dict[str, tuple[TensorInfo, View | None]] = {}
         start = info.start
         for part, index in taken.items():
-            shape = tuple(len(index) if it == axis else n for it, n in enumerate(info.shape))
+            shape = tuple(
+                len(index) if dimension == axis else n for dimension, n in enumerate(info.shape)
+            )
             cut = replace(info, shape=shape, start=start)
             # Where it lies matters to reading ahead alone, which is to read the whole once.
             start += cut.nbytes if start >= 0 else 0
@@ -236,7 +238,7 @@ class _Translation:
         return parts
 
     def _words(self, columns: NDArray[np.int64], bits: int) -> NDArray[np.int64]:
-        """Say which words of qzeros hold those columns, all of whose fields must be theirs."""
+        """Return which words of qzeros hold those columns, all of whose fields must be theirs."""
         unit = 32 // gcd(32, bits)
         runs = columns.reshape(-1, unit) if len(columns) % unit == 0 else None
         if runs is None or (runs[:, 0] % unit).any() or (np.diff(runs) != 1).any():
@@ -272,12 +274,12 @@ def _rename(name: str, names: list[tuple[str, Any]]) -> str:
 
 
 def _taker(index: NDArray[np.int64], axis: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    def take(tensor: torch.Tensor) -> torch.Tensor:
+    def select(tensor: torch.Tensor) -> torch.Tensor:
         import torch
 
         return tensor.index_select(axis, torch.from_numpy(index))
 
-    return take
+    return select
 
 
 def _normalise(tensor: torch.Tensor) -> torch.Tensor:

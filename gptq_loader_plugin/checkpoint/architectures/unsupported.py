@@ -37,7 +37,7 @@ class Refused:
 
 
 def _mpt_differs(config: Config) -> bool:
-    """Tell an MPT model with what transformers' class passes over in silence."""
+    """Recognise an MPT model with what transformers' class passes over in silence."""
     attention = config.get("attn_config") or {}
     usual = {
         "alibi": True,

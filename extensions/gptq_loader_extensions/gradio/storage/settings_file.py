@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.generation.options import GenerateOptions
-from gptq_loader_plugin.system.atomic_file import put_aside, write_whole
+from gptq_loader_plugin.system.atomic_file import quarantine, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -102,7 +102,7 @@ class SettingsFile:
     def _put_aside(self) -> str:
         """Give a damaged file another name; say what became of it."""
         try:
-            aside = put_aside(self.path)
+            aside = quarantine(self.path)
         except OSError as error:
             return f"the file of settings is damaged: {self.path} ({error.strerror})"
         return f"the file of settings was damaged; it was put aside as {aside.name}"
