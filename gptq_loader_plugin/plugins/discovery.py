@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.kernel import Kernel
     from gptq_loader_plugin.kernel.packing import Bits
 
-__all__ = ["InstalledPlugin", "Kind", "Offer", "State", "discover", "to_json", "write_plugins"]
+__all__ = ["InstalledPlugin", "Kind", "Offer", "State", "discover", "to_json"]
 
 Kind = Literal["kernel", "template", "reader", "host"]
 State = Literal["in force", "left out", "broken"]
@@ -39,8 +39,6 @@ Named = TypeVar("Named")
 SIDE, GROUP_SIZE = 4096, 128
 BITS: tuple[Bits, ...] = (2, 3, 4, 5, 6, 7, 8)
 COMMON_BITS: Bits = 4  # what is refused of these is said of the kernel
-YES_NO = {True: "yes", False: "no", None: "?"}
-STATED = {"in force": "", "left out": "left out by GPTQ_LOADER_PLUGINS", "broken": ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,36 +108,6 @@ def discover(
         for entry in sorted(every, key=lambda entry: entry.name)
     ]
     return _without_clashes(plugins)
-
-
-def write_plugins(installed: Iterable[InstalledPlugin]) -> str:
-    """Write what was found as tables: what is offered, kind by kind, and the plugins."""
-    plugins = list(installed)
-    rows: list[tuple[str, str, str, str]] = []
-    for kind in get_args(Kind):
-        rows.append((f"{kind}s", "here", "plugin", ""))
-        rows += sorted(
-            (offer.name, YES_NO[offer.works], plugin.name, offer.detail)
-            for plugin in plugins
-            for offer in plugin.offers
-            if offer.kind == kind
-        )
-        rows.append(("", "", "", ""))
-    rows.append(("plugins", "here", "from", ""))
-    rows += [
-        (
-            plugin.name,
-            YES_NO[plugin.state == "in force"],
-            plugin.source,
-            plugin.error or STATED[plugin.state],
-        )
-        for plugin in plugins
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = (
-        "  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip() for row in rows
-    )
-    return "\n".join(lines)
 
 
 def to_json(installed: Iterable[InstalledPlugin]) -> dict[str, list[dict[str, Any]]]:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from gptq_loader_plugin.cli.plugins import describe
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.errors import PluginError
 from gptq_loader_plugin.host import NotReady, Ready, check_package
-from gptq_loader_plugin.plugins.discovery import discover, to_json, write_plugins
+from gptq_loader_plugin.plugins.discovery import discover, to_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,7 +119,7 @@ def test_a_broken_one_hides_no_other(found: Found) -> None:
     assert "gptq_kernel" in errors["misspelt"]
     assert "no screen" in errors["failing"]
     assert "'a string' is not a kernel" in errors["odd"]
-    text = write_plugins(plugins.values())
+    text = describe(plugins.values(), width=10_000)
     assert all(error in text for error in errors.values())
 
 
@@ -178,7 +179,7 @@ def test_what_the_environment_leaves_out_is_not_imported(found: Found) -> None:
     plugins = found(environ, fine=HEAD, broken="raise RuntimeError")
     assert plugins["broken"].state == "left out"
     assert plugins["broken"].offers == ()
-    assert "left out by GPTQ_LOADER_PLUGINS" in write_plugins(plugins.values())
+    assert "left out by GPTQ_LOADER_PLUGINS" in describe(plugins.values())
     with pytest.raises(PluginError, match="names nope, which is not installed"):
         found({"GPTQ_LOADER_PLUGINS": "nope"}, fine=HEAD)
 
