@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["CONFIG_FILES", "QuantConfig", "StoredConfig", "read_json", "read_stored_config"]
+__all__ = [
+    "CONFIG_FILES",
+    "QuantConfig",
+    "StoredConfig",
+    "method_of",
+    "read_json",
+    "read_stored_config",
+]
 
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")
 FORMATS = ("gptq", "gptq_v2", "gptq_p")
@@ -89,6 +96,33 @@ class StoredConfig(BaseModel):
 
 
 ALIASES = {"format": "checkpoint_format", "method": "quant_method", "wbits": "bits"}
+# What writers call GPTQ: AutoGPTQ and GPTQModel have had these.
+METHODS = ("gptq", "gptq_v2", "gptqmodel", "gptq_model", "autogptq", "auto_gptq", "auto-gptq")
+# AutoRound has names of its own for the method, and says beside it how the codes are packed:
+# auto_round:auto_gptq, auto_round:gptq:exllamav2 and such are GPTQ's tensors.
+AUTOROUND = ("auto-round", "auto_round", "autoround", "intel/auto-round", "inc")
+AUTOROUND_OTHERS = ("awq", "fp8", "fp4", "mx", "nv", "gguf", "llm_compressor")
+UNQUANTISED_BITS = 16  # and more, in AutoRound's extra_config: the module stays as it is
+
+
+def method_of(table: Mapping[str, Any]) -> str | None:
+    """Return the quantisation method a config names: "gptq", whatever its writer calls that.
+
+    Args:
+        table: a config file's content.
+
+    Returns:
+        "gptq", the name of another method in lower case, or None where none is named.
+    """
+    named = table.get("quant_method") or table.get("method")
+    if not isinstance(named, str):
+        return None
+    method = named.lower()
+    if method in AUTOROUND:
+        packing = str(table.get("packing_format") or table.get("backend") or "").lower()
+        other = next((it for it in AUTOROUND_OTHERS if it in packing), None)
+        return "gptq" if other is None else f"{method} ({packing})"
+    return "gptq" if method in METHODS else method
 
 
 def read_stored_config(folder: Path) -> tuple[StoredConfig, list[str]]:
@@ -110,6 +144,7 @@ def read_stored_config(folder: Path) -> tuple[StoredConfig, list[str]]:
                 continue
             for name, value in part.items():
                 field = ALIASES.get(name, name)
+                value = _normalised(field, value)  # noqa: PLW2901 - as one would write it today
                 if value is None or field == "meta":
                     continue
                 if field not in fields:
@@ -119,7 +154,9 @@ def read_stored_config(folder: Path) -> tuple[StoredConfig, list[str]]:
                         f"{field} is {fields[field]} in {sources[field]} and {value} in {where}; "
                         f"{sources[field]} is followed"
                     )
-    _check_method(fields.get("quant_method"), sources, folder)
+    _check_method(fields, sources, folder)
+    if not fields.get("dynamic") and (extra := fields.get("extra_config")):
+        fields["dynamic"], sources["dynamic"] = _overrides(extra), sources["extra_config"]
     try:
         stored = StoredConfig(**{**fields, "sources": sources})
     except ValidationError as error:
@@ -191,10 +228,51 @@ def _tables(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     return tables
 
 
-def _check_method(named: object, sources: Mapping[str, str], folder: Path) -> None:
+def _normalised(field: str, value: object) -> object:
+    """Return a value as it is usually written: "4" and 4.0 are 4, "torch.int32" is "int32"."""
+    match field:
+        case "bits":
+            value = _integer(value)
+        case "group_size":
+            value = _integer(value) or None  # 0 says nothing
+        case "desc_act" | "sym":
+            spelled = {"true": True, "false": False, "1": True, "0": False}
+            value = spelled.get(str(value).strip().lower(), value)
+        case "pack_dtype":
+            value = value.removeprefix("torch.") if isinstance(value, str) else value
+        case "dynamic":
+            value = value or None
+        case _:
+            pass
+    return value
+
+
+def _integer(value: object) -> object:
+    if isinstance(value, str) and re.fullmatch(r"\s*-?\d+\s*", value):
+        return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _overrides(extra: object) -> dict[str, dict[str, Any]]:
+    """Write AutoRound's `extra_config`, settings by a module's name, as `dynamic` has them."""
+    overrides: dict[str, dict[str, Any]] = {}
+    for name, settings in extra.items() if isinstance(extra, dict) else ():
+        if not isinstance(settings, dict):
+            continue
+        left = int(settings.get("bits") or 0) >= UNQUANTISED_BITS
+        pattern = name if any(it in name for it in "*+[(\\") else f"{re.escape(name)}$"
+        overrides[f"{'-:' if left else '+:'}{pattern}"] = {
+            key: _normalised(key, settings[key])
+            for key in ("bits", "group_size", "sym")
+            if settings.get(key) is not None
+        }
+    return overrides
+
+
+def _check_method(fields: Mapping[str, Any], sources: Mapping[str, str], folder: Path) -> None:
     """Refuse another method before its fields are read as GPTQ's: EXL2 has 4.25 bits."""
-    method = named.lower() if isinstance(named, str) else "gptq"
-    if method not in ("gptq", "gptq_v2"):
+    method = method_of(fields) or "gptq"
+    if method != "gptq":
         raise UnsupportedFormat(
             f"{sources['quant_method']} says the quantisation method is {method}, not gptq",
             path=folder,

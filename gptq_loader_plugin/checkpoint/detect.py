@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_plugin.checkpoint.config import CONFIG_FILES, read_json
+from gptq_loader_plugin.checkpoint.config import CONFIG_FILES, method_of, read_json
 from gptq_loader_plugin.checkpoint.headers import read_headers
 from gptq_loader_plugin.checkpoint.weight_files import find_weight_files
 from gptq_loader_plugin.errors import ConfigInvalid, GPTQLoaderError
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Detection", "detect", "detect_by_configs"]
 
-METHODS = ("gptq", "gptq_v2")
 # Names that GPTQ-for-LLaMa's and AutoGPTQ's files had: llama-7b-4bit-128g.pt, gptq_model-4bit.bin
 GPTQ_NAME = re.compile(r"gptq|(?<!\d)[2-8]-?bit", re.IGNORECASE)
 
@@ -64,9 +63,8 @@ def detect_by_configs(tables: Iterable[tuple[str, Mapping[str, Any]]]) -> Detect
         tables: each with the file's name, read one by one until one of them tells.
     """
     for source, table in tables:
-        method = table.get("quant_method") or table.get("method")
-        if isinstance(method, str):
-            return Detection(method.lower() in METHODS, source)
+        if (method := method_of(table)) is not None:
+            return Detection(method == "gptq", source)
         if "bits" in table or "wbits" in table:
             return Detection(is_gptq=True, source=source)
     return None

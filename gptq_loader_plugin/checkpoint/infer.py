@@ -18,7 +18,12 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from gptq_loader_plugin.checkpoint.config import QuantConfig
-from gptq_loader_plugin.checkpoint.layer_data import LayerData, LayerHeaders, read_layer_data
+from gptq_loader_plugin.checkpoint.layer_data import (
+    LayerData,
+    LayerHeaders,
+    is_set,
+    read_layer_data,
+)
 from gptq_loader_plugin.checkpoint.tensor_info import DAMAGED
 from gptq_loader_plugin.checkpoint.zeros import decide_format, lost_columns
 from gptq_loader_plugin.errors import TensorMismatch, UnsupportedFormat
@@ -93,6 +98,12 @@ def infer(tensors: TensorFiles, stored: StoredConfig, *, path: Path) -> Inferred
     guess = _common_group_size(read, data, stored)
     layers: list[LayerSpec] = []
     lost: list[str] = []
+    unset = [layer.name for layer, its in zip(read, data, strict=True) if its.unset]
+    if unset:
+        warnings.append(
+            f"{len(unset)} layers have a g_idx that was never filled in ({unset[0]}): their groups "
+            "are taken in sequence"
+        )
     for layer_headers, layer_data in zip(read, data, strict=True):
         own: ZerosFormat = zeros_format if layer_headers.bits in CONTINUOUS_BITS else "v2"
         layer = _spec(layer_headers, layer_data, layer_data.ranges[own], stored, guess)
@@ -114,8 +125,11 @@ def infer(tensors: TensorFiles, stored: StoredConfig, *, path: Path) -> Inferred
 def row_groups(
     g_idx: NDArray[np.int32] | None, *, rows: int, groups: int, group_size: int
 ) -> NDArray[np.int32]:
-    """Return the group of every row: g_idx where there is one, else groups in sequence."""
-    if g_idx is not None:
+    """Return the group of every row: g_idx where it is set, else groups in sequence.
+
+    A g_idx that names one of several groups alone was never filled in: its writer left zeros.
+    """
+    if g_idx is not None and is_set(g_idx, groups):
         return g_idx
     size = group_size if group_size > 0 else rows
     sequential: NDArray[np.int32] = np.arange(rows, dtype=np.int32) // np.int32(size)
@@ -158,7 +172,9 @@ def read_layer(
     qweight = need("qweight", ("I32",), 2)
     qzeros = need("qzeros", ("I32",), 2)
     scales = need("scales", tuple(FLOAT_DTYPES), 2)
-    g_idx = need("g_idx", ("I32",), 1) if f"{name}.g_idx" in headers else None
+    g_idx = None
+    if f"{name}.g_idx" in headers and headers[f"{name}.g_idx"].shape != (0,):
+        g_idx = need("g_idx", ("I32", "I64"), 1)
     columns, groups = qweight.shape[1], scales.shape[0]
     if columns * 8 == scales.shape[1] == qzeros.shape[1] * 8:
         raise UnsupportedFormat(

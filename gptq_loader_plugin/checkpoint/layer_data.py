@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.zeros import StoredZeros, ZerosFormat
     from gptq_loader_plugin.kernel.packing import Layout
 
-__all__ = ["LayerData", "LayerHeaders", "read_layer_data"]
+__all__ = ["LayerData", "LayerHeaders", "is_set", "read_layer_data"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,8 @@ class LayerData:
     """What one layer's g_idx and qzeros say, read once.
 
     Attributes:
-        counts: the rows of every group, or None without a g_idx.
+        counts: the rows of every group, or None without a g_idx that says so.
+        unset: whether there is a g_idx that was never filled in.
         ordered: whether groups follow one another.
         layout: how its fields lie in words.
         zeros: what qzeros hold as they are stored.
@@ -63,6 +64,7 @@ class LayerData:
     zeros: StoredZeros
     ranges: dict[ZerosFormat, tuple[int, int]]
     overwritten: bool
+    unset: bool = False
 
     @property
     def largest_group(self) -> int | None:
@@ -70,13 +72,21 @@ class LayerData:
         return None if self.counts is None else int(self.counts.max())
 
 
+def is_set(g_idx: NDArray[np.integer[Any]], groups: int) -> bool:
+    """Return whether a g_idx says anything: one that names one group of several does not."""
+    if len(g_idx) == 0:
+        return False
+    return groups == 1 or not 0 <= g_idx[0] < groups or bool((g_idx != g_idx[0]).any())
+
+
 def read_layer_data(
     layer: LayerHeaders, layout: Layout, tensors: TensorFiles, path: Path
 ) -> LayerData:
     """Read a layer's g_idx and qzeros, once, and keep what the rest needs to know of them."""
     counts, ordered = None, True
-    if layer.g_idx is not None:
-        g_idx = tensors.integers(layer.g_idx.name)
+    g_idx = tensors.integers(layer.g_idx.name) if layer.g_idx else None
+    unset = g_idx is not None and not is_set(g_idx, layer.groups)
+    if layer.g_idx is not None and g_idx is not None and not unset:
         lowest, highest = int(g_idx.min()), int(g_idx.max())
         if lowest < 0 or highest >= layer.groups:
             raise CorruptCheckpoint(
@@ -100,4 +110,5 @@ def read_layer_data(
         zeros=stored_zeros(qzeros, bits=bits, layout=layout, columns=layer.columns),
         ranges=ranges,
         overwritten=overwritten_words(qzeros, bits=bits) > 0,
+        unset=unset,
     )

@@ -28,6 +28,7 @@ TORCH_NAMES = {
     "F8_E5M2": "float8_e5m2", "F16": "float16", "BF16": "bfloat16", "F32": "float32",
     "F64": "float64",
 }  # fmt: skip
+MAX_INT32 = (1 << 31) - 1  # what is beyond is no index
 MAPPED_FROM = 1 << 20  # bytes: below, copying a tensor costs less than mapping it
 
 
@@ -63,16 +64,22 @@ class TensorFiles:
         self._pickles: dict[Path, Any] = {}
 
     def integers(self, name: str) -> NDArray[np.int32]:
-        """Read an int32 tensor as a numpy array; imports no torch for safetensors.
+        """Read an integer tensor as a numpy array; imports no torch for safetensors.
+
+        int64 is made int32: some writers keep g_idx so.
 
         Raises:
             CorruptCheckpoint: its file cannot be read any more.
         """
         info = self.headers[name]
         if info.start < 0 or name in self._views:
-            array: NDArray[np.int32] = self.tensor(name).numpy()
-            return array
-        return np.frombuffer(self._bytes(info), dtype=np.int32).reshape(info.shape)
+            values: NDArray[Any] = self.tensor(name).numpy()
+        else:
+            stored = np.int64 if info.dtype == "I64" else np.int32
+            values = np.frombuffer(self._bytes(info), dtype=stored).reshape(info.shape)
+        if values.dtype == np.int64:
+            values = values.clip(-1, MAX_INT32)
+        return values.astype(np.int32, copy=False)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor, on the CPU, in the dtype it is stored in.
