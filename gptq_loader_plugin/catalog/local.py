@@ -90,7 +90,7 @@ def report_model(
     """
     try:
         stored, _ = read_stored_config(model.path)
-        files = find_weight_files(model.path, base_name=stored.model_file_base_name)
+        files = find_weight_files(model.path, base_name=stored.model_file_base_name).files
         if any(file.suffix != ".safetensors" for file in files):
             return LocalReport(
                 model,

@@ -95,12 +95,21 @@ def _open(remote: RemoteBranch, folder: Path, question: FitQuestion, stop: Stop)
     for file in remote.weight_files:
         (folder / file.name).touch()  # for its name: nothing reads it
     stored, _ = read_stored_config(folder)
-    paths = find_weight_files(folder, base_name=stored.model_file_base_name)
-    files = [
-        weight_file
-        for weight_file in remote.weight_files
-        if weight_file.name in {path.name for path in paths}
-    ]
+    by_name = {file.name: file for file in remote.weight_files}
+    headers: dict[str, list[TensorInfo]] = {}
+
+    def tensors(name: str) -> list[TensorInfo]:
+        if name not in headers:
+            headers[name] = _headers(by_name[name], folder, stop)
+        return headers[name]
+
+    def is_packed(paths: list[Path]) -> bool:
+        return any(
+            header.name.endswith(".qweight") for path in paths for header in tensors(path.name)
+        )
+
+    weights = find_weight_files(folder, base_name=stored.model_file_base_name, is_packed=is_packed)
+    files = [by_name[path.name] for path in weights.files]
     if any(not file.name.endswith(".safetensors") for file in files):
         facts = {
             name: value for name in FACTS if (value := getattr(stored, name, None)) is not None
@@ -113,11 +122,9 @@ def _open(remote: RemoteBranch, folder: Path, question: FitQuestion, stop: Stop)
             fit=Fit(fits=None, reason=why),
             is_gptq=True if detect(folder).is_gptq else None,
         )
-    headers: dict[str, TensorInfo] = {}
-    for file in files:
-        headers |= {header.name: header for header in _headers(file, folder, stop)}
     size = sum(file.size for file in files)
-    checkpoint = outline(headers, stored, folder=folder, size_bytes=size)
+    all_headers = {header.name: header for file in files for header in tensors(file.name)}
+    checkpoint = outline(all_headers, stored, folder=folder, size_bytes=size)
     cache = RepoCache(question.cache, remote.hub.repo)
     missing = sum(file.size for file in remote.files if not cache.has(file))
     fit = check_fit(

@@ -6,13 +6,12 @@ it says what is wrong.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.checkpoint.config import CONFIG_FILES, method_of, read_json
 from gptq_loader_plugin.checkpoint.headers import read_headers
-from gptq_loader_plugin.checkpoint.weight_files import find_weight_files
+from gptq_loader_plugin.checkpoint.weight_files import GPTQ_NAME, find_weight_files
 from gptq_loader_plugin.errors import ConfigInvalid, GPTQLoaderError
 
 if TYPE_CHECKING:
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = ["Detection", "detect", "detect_by_configs"]
-
-# Names that GPTQ-for-LLaMa's and AutoGPTQ's files had: llama-7b-4bit-128g.pt, gptq_model-4bit.bin
-GPTQ_NAME = re.compile(r"gptq|(?<!\d)[2-8]-?bit", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +82,7 @@ def _tables(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _by_tensors(folder: Path, *, open_pickles: bool) -> Detection:
     try:
-        files = find_weight_files(folder)
+        files = find_weight_files(folder).files
         pickled = any(file.suffix != ".safetensors" for file in files)
         if pickled and not open_pickles:
             return Detection(any(GPTQ_NAME.search(file.name) for file in files), "file names")

@@ -15,7 +15,7 @@ from gptq_loader_plugin.checkpoint.infer import FLOAT_DTYPES, infer, row_groups
 from gptq_loader_plugin.checkpoint.protocol import Checkpoint, Reader, missing_members
 from gptq_loader_plugin.checkpoint.tensor_info import DAMAGED
 from gptq_loader_plugin.checkpoint.tensors import TensorFiles, is_finite
-from gptq_loader_plugin.checkpoint.weight_files import find_weight_files
+from gptq_loader_plugin.checkpoint.weight_files import WeightFiles, find_weight_files
 from gptq_loader_plugin.checkpoint.zeros import true_zeros
 from gptq_loader_plugin.errors import (
     CorruptCheckpoint,
@@ -176,12 +176,12 @@ class GPTQReader:
         """
         folder = path if path.is_dir() else path.parent
         stored, warnings = read_stored_config(folder)
-        files = (
-            [path]
+        weights = (
+            WeightFiles([path])
             if path.is_file()
             else find_weight_files(folder, base_name=stored.model_file_base_name)
         )
-        tensors = TensorFiles(read_headers(files))
+        tensors = TensorFiles(read_headers(weights.files))
         if not any(name.endswith(".qweight") for name in tensors.headers):
             raise not_gptq(tensors.headers, path)
         inferred = infer(tensors, stored, path=path)
@@ -190,7 +190,7 @@ class GPTQReader:
             path,
             config=inferred.config,
             layers=tuple(replace(layer, model_dtype=dtype) for layer in inferred.layers),
-            warnings=(*warnings, *inferred.warnings),
+            warnings=(*weights.warnings, *warnings, *inferred.warnings),
             tensors=tensors,
         )
 
