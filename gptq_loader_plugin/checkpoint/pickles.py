@@ -34,8 +34,6 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
         UnsafeFile: it holds something other than tensors and plain containers.
         CorruptCheckpoint: it is cut short, or is no torch file.
     """
-    import torch
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of pickle protocols
@@ -60,15 +58,28 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
             (content[key] for key in NESTED_UNDER if isinstance(content.get(key), dict)), None
         )
         if inner is None:
-            return {
-                str(name): value
-                for name, value in content.items()
-                if isinstance(value, torch.Tensor)
-            }
+            return _tensors(content)
         content = inner
     raise CorruptCheckpoint(
         "it holds no table of tensors", path=file, hint="name a file that holds a model's weights"
     )
+
+
+def _tensors(content: dict[Any, Any]) -> dict[str, torch.Tensor]:
+    """Name the tensors of a table, and those of tables in it, as HQQ's qmodel.pt has them."""
+    import torch
+
+    named: dict[str, torch.Tensor] = {}
+    for name, value in content.items():
+        if isinstance(value, torch.Tensor):
+            named[str(name)] = value
+        elif isinstance(value, dict):
+            named |= {
+                f"{name}.{inner}": tensor
+                for inner, tensor in value.items()
+                if isinstance(tensor, torch.Tensor)
+            }
+    return named
 
 
 def _unpickle(file: Path) -> Any:  # noqa: ANN401 - whatever the file holds

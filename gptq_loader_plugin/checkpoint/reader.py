@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from gptq_loader_plugin.checkpoint.config import read_stored_config
+from gptq_loader_plugin.checkpoint.early import EarlyCheckpoint, is_early
 from gptq_loader_plugin.checkpoint.headers import read_headers
 from gptq_loader_plugin.checkpoint.infer import FLOAT_DTYPES, infer, row_groups
 from gptq_loader_plugin.checkpoint.protocol import Checkpoint, Reader, missing_members
@@ -167,7 +168,7 @@ class GPTQReader:
 
     name: str = "gptq"
 
-    def open(self, path: Path) -> GPTQCheckpoint:
+    def open(self, path: Path) -> Checkpoint:
         """Open the checkpoint at `path`, reading headers, g_idx and qzeros.
 
         Raises:
@@ -184,8 +185,10 @@ class GPTQReader:
         tensors = TensorFiles(read_headers(weights.files))
         if not any(name.endswith(".qweight") for name in tensors.headers):
             raise not_gptq(tensors.headers, path)
-        inferred = infer(tensors, stored, path=path)
         dtype = model_dtype(tensors.headers)
+        if is_early(tensors.headers):
+            return EarlyCheckpoint(path, tensors, stored, model_dtype=dtype)
+        inferred = infer(tensors, stored, path=path)
         return GPTQCheckpoint(
             path,
             config=inferred.config,
@@ -239,8 +242,15 @@ def not_gptq(headers: dict[str, TensorInfo], path: Path) -> UnsupportedFormat:
     for suffix, method, hint in OTHER_FORMATS:
         if any(name.endswith(suffix) for name in headers):
             return UnsupportedFormat(
-                f"this is an {method} checkpoint, not a GPTQ one", path=path, hint=hint
+                f"this is a checkpoint of {method}, not of GPTQ", path=path, hint=hint
             )
+    mlx = [name.removesuffix(".biases") for name in headers if name.endswith(".biases")]
+    if mlx and headers.get(f"{mlx[0]}.weight", headers[f"{mlx[0]}.biases"]).dtype == "U32":
+        return UnsupportedFormat(
+            "this is a checkpoint of MLX, not of GPTQ",
+            path=path,
+            hint="load it with mlx-lm, on a Mac; or look for a GPTQ version of this model",
+        )
     if not headers:
         return UnsupportedFormat(
             "it holds no tensors",
