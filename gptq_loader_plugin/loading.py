@@ -14,10 +14,10 @@ from gptq_loader_plugin.checkpoint.architectures.translate import translate
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.errors import ConfigInvalid, OptionInvalid
 from gptq_loader_plugin.load_options import LoadOptions
-from gptq_loader_plugin.model.shortlist import shorten
+from gptq_loader_plugin.model.top_logits import add_top_logits
 from gptq_loader_plugin.opening import open_planned, plan_load
 from gptq_loader_plugin.planning.model_shape import ModelShape
-from gptq_loader_plugin.planning.shortlist import plan_shortlist
+from gptq_loader_plugin.planning.top_logits import plan_top_logits
 from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.reference import resolve
 
@@ -136,7 +136,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         plan = replace(plan, weight_bytes=plan.weight_bytes + grown)
         notes = (*notes, note)
     if options.head is None:
-        plan, done = shorten(model, plan, plugins.kernels())
+        plan, done = add_top_logits(model, plan, plugins.kernels())
         notes = (*notes, *done)
     _report_loaded(opened, plugins)
     from gptq_loader_plugin.generation.loaded import LoadedModel
@@ -150,6 +150,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         context=_context(model, options.context),
         warnings=filled.warnings,
         notes=notes,
+        batcher=filled.batcher,
         kv_cache="int8" if options.kv_cache == "int8" else None,
     )
     _never_sample_padding(loaded)
@@ -247,7 +248,7 @@ def explain(
     path = resolve(reference, plugins=plugins, revision=options.revision, download=False)
     checkpoint = translate(open_checkpoint(path, plugins.readers()))
     plan = plan_load(checkpoint, options, plugins, reference=str(reference))
-    return plan_shortlist(plan, checkpoint, plugins.kernels())
+    return plan_top_logits(plan, checkpoint, plugins.kernels())
 
 
 def inspect(

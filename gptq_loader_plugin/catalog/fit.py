@@ -9,7 +9,7 @@ from gptq_loader_plugin.device import find_devices
 from gptq_loader_plugin.errors import NoBackend
 from gptq_loader_plugin.planning.placement import LEFT_FREE
 from gptq_loader_plugin.planning.plan import make_plan
-from gptq_loader_plugin.planning.shortlist import plan_shortlist
+from gptq_loader_plugin.planning.top_logits import plan_top_logits
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def check_fit(
             [_Remembering(kernel, kinds) for kernel in kernels],
             reference=str(checkpoint.path),
         )
-        plan = plan_shortlist(plan, checkpoint, kernels)
+        plan = plan_top_logits(plan, checkpoint, kernels)
     except NoBackend as error:
         return Fit(fits=False, reason=error.message.partition(":")[0])
     context = min(context, plan.shape.context or context)

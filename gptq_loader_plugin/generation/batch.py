@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptq_loader_plugin.generation.generate import compute_logits, top_logits_head
-from gptq_loader_plugin.kernel import Batcher
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,8 +38,8 @@ class Batch:
 
     def __init__(self, model: LoadedModel) -> None:
         self._model: Any = model.model
-        self._batcher = _batcher(self._model)
-        self._short = top_logits_head(self._model)
+        self._batcher = model.batcher
+        self._head = top_logits_head(self._model)
         self._written: list[Generation] = []
 
     def __len__(self) -> int:
@@ -99,8 +98,8 @@ class Batch:
             generation.pending = []
         last = torch.tensor([len(token) for token in tokens]).cumsum(0) - 1
         states = states[last]
-        if self._short is not None:
-            return compute_logits(self._short, few, states)[:, None]
+        if self._head is not None:
+            return compute_logits(self._head, few, states)[:, None]
         logits: torch.Tensor = self._model.get_output_embeddings()(states)
         return logits[:, None]
 
@@ -133,10 +132,3 @@ class Batch:
             self._written.remove(generation)
             generation.close()
         return generation, what
-
-
-def _batcher(model: Any) -> Batcher | None:  # noqa: ANN401 - a transformers model
-    """Find what a kernel put behind the decoder's forward, where its head is a plain one."""
-    decoder: Any = getattr(model, "model", None)
-    found = getattr(getattr(decoder, "forward", None), "__self__", None)
-    return found if found is not decoder and isinstance(found, Batcher) else None

@@ -15,7 +15,7 @@ import torch
 from gptq_loader_plugin.generation.kv_cache import PrefixCache
 from gptq_loader_plugin.generation.sampling import Sampler
 from gptq_loader_plugin.generation.text_stream import TextStream
-from gptq_loader_plugin.kernel import ShortHead
+from gptq_loader_plugin.kernel import TopLogitsHead
 
 if TYPE_CHECKING:
     import threading
@@ -136,7 +136,7 @@ class Generation:
         if not ids:
             raise ValueError("an empty prompt")
         self._model = model
-        self._short = top_logits_head(model)
+        self._head = top_logits_head(model)
         self._text = TextStream(tokenizer, stop, silent_ids)
         self._sampler = Sampler(options, banned_ids, model.device, processors)
         self._max_new_tokens, self._stop_ids = max_new_tokens, stop_ids
@@ -161,16 +161,16 @@ class Generation:
         part, self.pending = self.pending[:max_tokens], self.pending[max_tokens:]
         cached = {cache_name(self._model): self.cache, "use_cache": True, "logits_to_keep": 1}
         ids = torch.tensor([part], device=self._model.device)
-        if self._short is not None:
+        if self._head is not None:
             decoder: Any = self._model.get_decoder()
             del cached["logits_to_keep"]
             states = decoder(input_ids=ids, **cached).last_hidden_state[:, -1]
-            return compute_logits(self._short, [self], states)
+            return compute_logits(self._head, [self], states)
         logits: torch.Tensor = self._model(input_ids=ids, **cached).logits[:, -1]
         return logits
 
     def needed_logits(self) -> int:
-        """Return how many of the greatest logits `sample` needs; 0 where it needs all of them."""
+        """Return how many of the top logits `sample` needs; 0 where it needs all of them."""
         return 0 if self._watch is not None else self._sampler.needed_logits()
 
     def excluded(self, vocabulary: int) -> torch.Tensor | None:
@@ -212,18 +212,18 @@ class Generation:
         return Piece(text, self._tokens, finish)
 
 
-def top_logits_head(model: PreTrainedModel) -> ShortHead | None:
-    """Find a head that can give its greatest logits alone, of a model that nobody watches."""
+def top_logits_head(model: PreTrainedModel) -> TopLogitsHead | None:
+    """Find a head that can return its top logits alone, of a model that nobody watches."""
     head: object = model.get_output_embeddings()
-    return head if isinstance(head, ShortHead) and not _is_watched(model) else None
+    return head if isinstance(head, TopLogitsHead) and not _is_watched(model) else None
 
 
 def compute_logits(
-    head: ShortHead, generations: Sequence[Generation], states: torch.Tensor
+    head: TopLogitsHead, generations: Sequence[Generation], states: torch.Tensor
 ) -> torch.Tensor:
     """Return the logits that some generations need [generations, vocabulary], from their states.
 
-    All of them, or where no generation needs all, the greatest ones alone.
+    All of them, or where no generation needs all, the top ones alone.
     """
     needed = [generation.needed_logits() for generation in generations]
     if all(needed):
@@ -232,7 +232,7 @@ def compute_logits(
         if any(mark is not None for mark in marks):
             none = torch.zeros(head.out_features, dtype=torch.bool)
             excluded = torch.stack([none if mark is None else mark for mark in marks])
-        logits = head.likeliest(states, needed, excluded)
+        logits = head.top_logits(states, needed, excluded)
         if logits is not None:
             return logits
     return head(states)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.chat.template import Template
     from gptq_loader_plugin.checkpoint.card import Card
     from gptq_loader_plugin.checkpoint.config import QuantConfig
+    from gptq_loader_plugin.kernel import Batcher
     from gptq_loader_plugin.planning.plan import Plan
 
 __all__ = ["LoadedModel", "WhenTooLong"]
@@ -48,6 +49,7 @@ class LoadedModel:
         context: the longest sequence, prompt and reply together.
         warnings: what a user should know, one sentence each.
         notes: what kernels did for the model as a whole.
+        batcher: steps several sequences in one call, where a kernel can.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class LoadedModel:
         context: int,
         warnings: tuple[str, ...] = (),
         notes: tuple[str, ...] = (),
+        batcher: Batcher | None = None,
         kv_cache: Literal["int8"] | None = None,
     ) -> None:
         self.model = model
@@ -71,6 +74,7 @@ class LoadedModel:
         self.context = context
         self.warnings = warnings
         self.notes = notes
+        self.batcher = batcher
         self._cache = PrefixCache(kv_cache)
         self._closed = False
 

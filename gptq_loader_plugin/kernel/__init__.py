@@ -9,10 +9,11 @@ from gptq_loader_plugin.device import Device
 from gptq_loader_plugin.kernel.capabilities import (
     Batcher,
     Closable,
+    Finished,
     Finisher,
     Meter,
-    Shortener,
-    ShortHead,
+    TopLogitsHead,
+    TopLogitsKernel,
     Tunable,
 )
 from gptq_loader_plugin.kernel.layer import LayerSpec, PackedLinear
@@ -25,13 +26,14 @@ __all__ = [
     "Closable",
     "Declined",
     "Device",
+    "Finished",
     "Finisher",
     "Kernel",
     "LayerSpec",
     "Meter",
     "PackedLinear",
-    "ShortHead",
-    "Shortener",
+    "TopLogitsHead",
+    "TopLogitsKernel",
     "Tunable",
     "Verdict",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -14,15 +15,37 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.events import Progress
     from gptq_loader_plugin.kernel.layer import LayerSpec
 
-__all__ = ["Batcher", "Closable", "Finisher", "Meter", "ShortHead", "Shortener", "Tunable"]
+__all__ = [
+    "Batcher",
+    "Closable",
+    "Finished",
+    "Finisher",
+    "Meter",
+    "TopLogitsHead",
+    "TopLogitsKernel",
+    "Tunable",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What a kernel did to a model as a whole.
+
+    Attributes:
+        note: that in words, as part of a sentence: "decodes natively".
+        batcher: steps several sequences in one call, where the kernel can; None elsewhere.
+    """
+
+    note: str
+    batcher: Batcher | None = None
 
 
 @runtime_checkable
 class Finisher(Protocol):
     """A kernel that does more for a whole model than for its layers one by one."""
 
-    def finish(self, model: PreTrainedModel) -> str:
-        """Look at a filled model once, every layer in place; say in words what was done.
+    def finish(self, model: PreTrainedModel) -> Finished:
+        """Look at a filled model once, every layer in place, and return what was done to it.
 
         The model must answer as before, to rounding.
         """
@@ -31,10 +54,7 @@ class Finisher(Protocol):
 
 @runtime_checkable
 class Batcher(Protocol):
-    """What a kernel's `finish` may put behind a decoder's `forward`: it steps several sequences.
-
-    `Batch` finds it as the owner of that method.
-    """
+    """Steps several sequences of one model in one call, for a kernel that finished the model."""
 
     def step_many(
         self, tokens: Sequence[Sequence[int]], caches: Sequence[Any]
@@ -47,17 +67,17 @@ class Batcher(Protocol):
 
         Returns:
             The decoder's states [tokens of all, hidden], or None where this cannot be done here
-            and nothing was read.
+            and nothing was read: the decoder's `forward` was replaced since, for one.
         """
         ...
 
 
 @runtime_checkable
-class Shortener(Protocol):
-    """A kernel that can have a model's head give its greatest logits without computing all."""
+class TopLogitsKernel(Protocol):
+    """A kernel that can have a model's head return its top logits without computing all of them."""
 
-    def shortlist_bytes(self, config: Mapping[str, Any], head: LayerSpec) -> int:
-        """Count what that takes in memory: 0 where it is not done.
+    def top_logits_bytes(self, config: Mapping[str, Any], head: LayerSpec) -> int:
+        """Return the memory this takes, in bytes: 0 where it is not done.
 
         Args:
             config: the model's config.json.
@@ -65,17 +85,18 @@ class Shortener(Protocol):
         """
         ...
 
-    def shorten(self, model: PreTrainedModel) -> int:
-        """Make what it takes, once the model is finished; return its bytes, 0 where it is not done.
+    def add_top_logits(self, model: PreTrainedModel) -> int:
+        """Make the head of a finished model a `TopLogitsHead`.
 
-        The head of the model is a `ShortHead` from then on.
+        Returns:
+            The memory this took, in bytes: 0 where it was not done.
         """
         ...
 
 
 @runtime_checkable
-class ShortHead(Protocol):
-    """A head, a plain linear layer, that can give its greatest logits alone."""
+class TopLogitsHead(Protocol):
+    """A head, a plain linear layer, that can return its top logits alone."""
 
     @property
     def out_features(self) -> int:
@@ -83,25 +104,25 @@ class ShortHead(Protocol):
         ...
 
     @property
-    def taken(self) -> int:
-        """The bytes it holds beside its weight, which it reads to find the greatest."""
+    def extra_bytes(self) -> int:
+        """The bytes it holds beside its weight, which it reads to find the top logits."""
         ...
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """Return all logits [rows, vocabulary]."""
         ...
 
-    def likeliest(
-        self, states: torch.Tensor, wanted: Sequence[int], aside: torch.Tensor | None = None
+    def top_logits(
+        self, states: torch.Tensor, needed: Sequence[int], excluded: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        """Return each row's greatest logits, and minus infinity in place of some others.
+        """Return each row's top logits, and minus infinity in place of some others.
 
         Args:
             states: the decoder's states [rows, hidden].
-            wanted: how many of each row's logits are to be there, and exact; those that tie with
-                the last of them too.
-            aside: bool [rows, vocabulary], tokens that do not count among these; their logits are
-                there where they are as great.
+            needed: how many of each row's logits must be there, and exact; those that tie with the
+                last of them are there too.
+            excluded: bool [rows, vocabulary], tokens that do not count among these; their logits
+                are there where they are as great.
 
         Returns:
             The logits [rows, vocabulary], or None where this cannot be done here.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.generation.generate import Generation, generate_pieces
 from gptq_loader_plugin.generation.options import GenerateOptions
-from gptq_loader_plugin.kernel import Meter, ShortHead
+from gptq_loader_plugin.kernel import Meter, TopLogitsHead
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -144,9 +144,9 @@ def bytes_read_a_token(model: LoadedModel) -> int:
     table: int = cast("Any", module.get_input_embeddings()).weight.data_ptr()
     weight: torch.Tensor | None = getattr(head, "weight", None)
     read = 0 if weight is None else weight.data_ptr()
-    if isinstance(head, ShortHead):
+    if isinstance(head, TopLogitsHead):
         sizes.pop(read, None)
-        read, sizes[0] = 0, head.taken
+        read, sizes[0] = 0, head.extra_bytes
     if read != table:
         sizes.pop(table, None)
     return sum(sizes.values())

@@ -12,7 +12,7 @@ import torch
 from gptq_loader_plugin.checkpoint.read_ahead import ReadAhead
 from gptq_loader_plugin.errors import ConfigInvalid
 from gptq_loader_plugin.events import Progress
-from gptq_loader_plugin.kernel import Finisher
+from gptq_loader_plugin.kernel import Finished, Finisher
 from gptq_loader_plugin.model.multi_device import follow_devices
 from gptq_loader_plugin.model.self_check import check_finite, check_layers
 from gptq_loader_plugin.model.skeleton import build_skeleton
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
+    from gptq_loader_plugin.kernel import Batcher
     from gptq_loader_plugin.planning.plan import Plan
     from gptq_loader_plugin.plugins import Plugins
 
@@ -39,6 +40,7 @@ class FilledModel:
         modules: the prepared module of every quantised layer, by the layer's name.
         warnings: what a user should know, one sentence each.
         notes: what was built, and what kernels did for the model as a whole.
+        batcher: steps several sequences in one call, where a kernel can.
     """
 
     model: PreTrainedModel
@@ -47,6 +49,7 @@ class FilledModel:
     modules: dict[str, torch.nn.Module]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
+    batcher: Batcher | None = None
 
 
 def build_model(
@@ -96,14 +99,16 @@ def build_model(
         plugins.progress(Progress("self-check", 2, 2, "checks"))
     warnings = (*checkpoint.warnings, *filled.warnings)
     if several:  # a kernel finishes a model whose every tensor is on its device
-        notes = ["decodes layer by layer, over several devices"]
+        done = [Finished("decodes layer by layer, over several devices")]
     else:
         used = {choice.kernel.name: choice.kernel for choice in plan.choices}
-        notes = [kernel.finish(model) for kernel in used.values() if isinstance(kernel, Finisher)]
+        done = [kernel.finish(model) for kernel in used.values() if isinstance(kernel, Finisher)]
+    notes = [finished.note for finished in done]
+    batcher = next((finished.batcher for finished in done if finished.batcher is not None), None)
     if checkpoint.translated is not None:
         model_type = checkpoint.translated["model_type"]
         notes.insert(0, f"built as a {model_type} model, which computes what its own code does")
-    return FilledModel(model, checkpoint, plan, filled.modules, warnings, tuple(notes))
+    return FilledModel(model, checkpoint, plan, filled.modules, warnings, tuple(notes), batcher)
 
 
 def _generation_config(folder: Path) -> Any:  # noqa: ANN401 - transformers' own

@@ -14,7 +14,7 @@ import torch
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.kernel import PackedLinear
 from gptq_loader_plugin.planning.choose import choose, prepared
-from gptq_loader_plugin.planning.shortlist import GROUP_SIZE, ZERO, head_spec
+from gptq_loader_plugin.planning.top_logits import GROUP_SIZE, ZERO, head_spec
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from gptq_loader_kernels.cpu import CpuKernel
 from gptq_loader_kernels.cpu.library import find_library
 from gptq_loader_plugin.cli.app import app
 from gptq_loader_plugin.device import find_device
-from gptq_loader_plugin.kernel import Meter, ShortHead
+from gptq_loader_plugin.kernel import Meter, TopLogitsHead
 from gptq_loader_plugin.measure import speed
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ def test_an_embedding_is_not_read_for_a_token() -> None:
     assert speed.bytes_read_a_token(model) == everything - head.numel() * head.element_size()
     short = gptq.load(DATA / ONE, device="cpu", check=False, plugins=plugins())
     narrow: Any = short.model.get_output_embeddings()
-    if isinstance(narrow, ShortHead):
-        assert speed.bytes_read_a_token(short) == untied - head.nbytes + narrow.taken
+    if isinstance(narrow, TopLogitsHead):
+        assert speed.bytes_read_a_token(short) == untied - head.nbytes + narrow.extra_bytes
 
 
 @native

@@ -14,7 +14,7 @@ from altered import CPU_KERNELS, DATA, NAMES, copy, plugins, set_field
 from safetensors.torch import save_file
 
 import gptq_loader_plugin as gptq
-from gptq_loader_plugin.kernel import ShortHead
+from gptq_loader_plugin.kernel import TopLogitsHead
 
 ROOT = Path(__file__).parents[2]
 MOST = 1.1  # times the checkpoint's bytes; 1.02 for seven billion weights
@@ -80,7 +80,7 @@ def test_what_is_planned_is_what_is_taken(name: str, backend: str) -> None:
         pytest.skip(next(it.reason for it in refused.declined if it.kernel == backend))
     with gptq.load(DATA / name, device="cpu", backend=backend, plugins=plugins()) as loaded:
         head = loaded.model.get_output_embeddings()
-        copied = head.taken if isinstance(head, ShortHead) else 0
+        copied = head.extra_bytes if isinstance(head, TopLogitsHead) else 0
         assert plan.weight_bytes == pytest.approx(held(loaded.model) + copied, rel=0.03)
         loaded.generate("Hi", gptq.GenerateOptions(max_new_tokens=3))
         ((_, kept),) = loaded._cache._kept

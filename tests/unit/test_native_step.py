@@ -65,10 +65,12 @@ def build(family: str, *, dtype: torch.dtype = torch.float32, bits: int | None =
 
 def install(model: Any) -> Any:
     """Install the step and give it."""
+    from gptq_loader_kernels.cpu.decoder import NativeStep
     from gptq_loader_kernels.cpu.install import install
 
-    assert install(model) is None
-    return model.model.forward.__self__
+    step = install(model)
+    assert isinstance(step, NativeStep), step
+    return step
 
 
 @torch.inference_mode()
@@ -311,6 +313,23 @@ def test_the_code_for_every_processor_answers_alike(isa: Isa, dtype: torch.dtype
         torch.testing.assert_close(got, exact, rtol=2e-4, atol=2e-4)
     else:
         assert (got - exact).norm() < 1.2 * (plain - exact).norm()
+
+
+@torch.inference_mode()
+def test_a_forward_put_in_its_place_sees_every_call() -> None:
+    model = build("llama")
+    step = install(model)
+    seen, own = [], model.model.forward
+    assert step.step_many([[5]], [make_cache(model.model)]) is not None
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["input_ids"].shape)
+        return own(*args, **kwargs)
+
+    model.model.forward = watched
+    assert step.step_many([[5]], [make_cache(model.model)]) is None
+    model(input_ids=torch.tensor([[5]]))
+    assert seen == [(1, 1)]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -15,7 +15,7 @@ from gptq_loader_kernels.cpu.library import (
     why_not,
 )
 from gptq_loader_plugin.hookspecs import hookimpl
-from gptq_loader_plugin.kernel import Accepted, Declined
+from gptq_loader_plugin.kernel import Accepted, Declined, Finished
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -76,16 +76,16 @@ class CpuKernel:
         del device
         return NativeLinear(packed, in_features=layer.in_features, out_features=layer.out_features)
 
-    def finish(self, model: PreTrainedModel) -> str:
-        """Have a Llama-like model decode in one native call a token; say so, or why not."""
+    def finish(self, model: PreTrainedModel) -> Finished:
+        """Have a Llama-like model decode in one native call a token; note why not elsewhere."""
         from gptq_loader_kernels.cpu.install import install
 
-        reason = install(model)
-        if reason is None:
-            return "decodes in native steps, one call a token"
-        return f"decodes by transformers, layer by layer: {reason}"
+        decoder = install(model)
+        if isinstance(decoder, str):
+            return Finished(f"decodes by transformers, layer by layer: {decoder}")
+        return Finished("decodes in native steps, one call a token", batcher=decoder)
 
-    def shortlist_bytes(self, config: Mapping[str, Any], head: LayerSpec) -> int:
+    def top_logits_bytes(self, config: Mapping[str, Any], head: LayerSpec) -> int:
         """Count the head's copy in 8 bits, for models that decode natively."""
         names, hidden = config.get("architectures") or [""], head.in_features
         heads = config.get("num_attention_heads") or 1
@@ -94,16 +94,16 @@ class CpuKernel:
             return 0
         return _prepared_bytes(head) + 4 * head.out_features
 
-    def shorten(self, model: PreTrainedModel) -> int:
+    def add_top_logits(self, model: PreTrainedModel) -> int:
         """Copy the head in 8 bits, where the model decodes natively."""
-        from gptq_loader_kernels.cpu.head import RowsLinear, ShortLinear
+        from gptq_loader_kernels.cpu.head import RowsLinear, TopLogitsLinear
 
         head = model.get_output_embeddings()
         if type(model).__name__ not in DECODERS or type(head) is not RowsLinear:
             return 0
-        short = ShortLinear.of(head, head.isa)
+        short = TopLogitsLinear.of(head, head.isa)
         model.set_output_embeddings(short)
-        return short.taken
+        return short.extra_bytes
 
     def read_bandwidth(self, size: int, device: Device) -> float | None:  # noqa: ARG002 - the CPU
         """Read `size` bytes of memory with torch's threads: bytes a second of the best round."""
@@ -152,7 +152,7 @@ class CpuInt8Kernel:
             packed, in_features=layer.in_features, out_features=layer.out_features, int8=True
         )
 
-    def finish(self, model: PreTrainedModel) -> str:
+    def finish(self, model: PreTrainedModel) -> Finished:
         """Have a Llama-like model decode in native steps, whose products are not rounded."""
         return CpuKernel().finish(model)
 

@@ -132,6 +132,8 @@ class NativeStep:
         Returns:
             The decoder's states [tokens of all, hidden], or None where this cannot be done here.
         """
+        if self.decoder.forward not in (self.forward, self.otherwise):
+            return None  # it was replaced since, by what is to see every call
         if torch.is_grad_enabled() or not all(0 < len(it) <= MOST_TOKENS for it in tokens):
             return None
         with self._lock:
@@ -145,7 +147,8 @@ class NativeStep:
                     return None
             if not self._build(x.dtype):
                 return None
-            return self._run(x, caches, [len(it) for it in tokens])[0]
+            states: torch.Tensor = self._run(x, caches, [len(it) for it in tokens])[0]
+            return states
 
     def _keeps_angles(self) -> bool:
         """Say whether a position's rotation is the same however long its sequence is."""

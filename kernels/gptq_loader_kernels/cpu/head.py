@@ -1,4 +1,4 @@
-"""A model's head through the native library: all logits, or exactly the greatest; imports torch."""
+"""A model's head through the native library: all logits, or exactly the top ones; imports torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gptq_loader_kernels.cpu.linear import TYPES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["RowsLinear", "ShortLinear"]
+__all__ = ["RowsLinear", "TopLogitsLinear"]
 
 GROUP_SIZE, ZERO = 64, 128  # of the narrow copy
 
@@ -55,18 +55,18 @@ class RowsLinear(nn.Linear):
         return plain and same and not torch.is_grad_enabled()
 
 
-class ShortLinear(RowsLinear):
-    """A head that gives its greatest logits without reading all of its weight.
+class TopLogitsLinear(RowsLinear):
+    """A head that returns its top logits without reading all of its weight.
 
     Attributes:
         narrow: the weight in 8 bits, as the library reads it.
         errors: float32 [out_features], what a unit of x may be off by, by that copy.
         longest: the length of the weight's longest row.
-        taken: the bytes that these take; they are no part of the model, which does not save them.
+        extra_bytes: the bytes these take; they are no part of the model, which does not save them.
     """
 
     @classmethod
-    def of(cls, linear: nn.Linear, isa: Isa) -> ShortLinear:
+    def of(cls, linear: nn.Linear, isa: Isa) -> TopLogitsLinear:
         """Take over a linear's weight, and copy it in 8 bits.
 
         Raises:
@@ -108,17 +108,17 @@ class ShortLinear(RowsLinear):
         )  # fmt: skip
         self.longest = float(lengths.max())
         self._copied = self._state()
-        self.taken = self.errors.nbytes + sum(it.nbytes for it in self._tensors.values())
+        self.extra_bytes = self.errors.nbytes + sum(it.nbytes for it in self._tensors.values())
 
-    def likeliest(
-        self, states: torch.Tensor, wanted: Sequence[int], aside: torch.Tensor | None = None
+    def top_logits(
+        self, states: torch.Tensor, needed: Sequence[int], excluded: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        """Give each row's greatest logits, and minus infinity in place of some others.
+        """Return each row's top logits, and minus infinity in place of some others.
 
         Args:
             states: x [rows, in_features].
-            wanted: how many of each row's logits are to be there, those that tie with the last too.
-            aside: bool [rows, out_features], tokens that do not count among these; their logits
+            needed: how many of each row's logits must be there, those that tie with the last too.
+            excluded: bool [rows, out_features], tokens that do not count among these; their logits
                 are there where they are as great.
 
         Returns:
@@ -126,16 +126,16 @@ class ShortLinear(RowsLinear):
         """
         if not self._takes(states) or self._copied != self._state():
             return None
-        if max(wanted) * COLUMNS > self.out_features:
+        if max(needed) * COLUMNS > self.out_features:
             return None
         x = states.contiguous()
-        counts = torch.tensor(wanted)
+        counts = torch.tensor(needed)
         out = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
         failed = load_library().gptq_likeliest(
             ctypes.addressof(self.narrow), self.errors.data_ptr(), self.longest,
-            self.weight.data_ptr(), x.data_ptr(), len(wanted), counts.data_ptr(),
-            None if aside is None else aside.data_ptr(), out.data_ptr(), TYPES[x.dtype], self.isa,
-            torch.get_num_threads(),
+            self.weight.data_ptr(), x.data_ptr(), len(needed), counts.data_ptr(),
+            None if excluded is None else excluded.data_ptr(), out.data_ptr(), TYPES[x.dtype],
+            self.isa, torch.get_num_threads(),
         )  # fmt: skip
         return None if failed else out
 

@@ -29,10 +29,11 @@ FEW = (5, 5)  # the same as steps alone
 TOLERANCE, ROUNDING, SPREAD = 1e-3, 8e-2, 1.5
 
 
-def install(model: Any) -> str | None:  # noqa: ANN401 - a transformers model
-    """Have a model decode natively; say why not where it cannot, None where it does.
+def install(model: Any) -> NativeStep | str:  # noqa: ANN401 - a transformers model
+    """Have a model decode natively, where its first steps answer as transformers' own do.
 
-    First steps are compared with transformers' own: a difference beyond rounding undoes it all.
+    Returns:
+        What decodes it, or in words why nothing was changed.
     """
     decoder: Any = getattr(model, "model", None)
     if (reason := why_not(decoder)) is not None:
@@ -45,7 +46,7 @@ def install(model: Any) -> str | None:  # noqa: ANN401 - a transformers model
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and head.bias is None:
         model.set_output_embeddings(RowsLinear.of(head, Isa(load_library().gptq_isa())))
-    return None
+    return step
 
 
 def _difference(step: NativeStep) -> str | None:

@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 from gptq_loader_kernels.exllama.extension import find_extension
 from gptq_loader_plugin.hookspecs import hookimpl
-from gptq_loader_plugin.kernel import Accepted, Declined
+from gptq_loader_plugin.kernel import Accepted, Declined, Finished
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
@@ -76,15 +76,17 @@ class ExllamaKernel:
         scratch = self.scratches.setdefault(device.torch_name, Scratch(device.torch_name))
         return ExllamaLinear(layer, packed, device=device.torch_name, scratch=scratch)
 
-    def finish(self, model: PreTrainedModel) -> str:
-        """Hand over every layer, now that the largest is known; say what they share."""
+    def finish(self, model: PreTrainedModel) -> Finished:
+        """Hand over every layer, now that the largest is known."""
         from gptq_loader_kernels.exllama.linear import ExllamaLinear
 
         for module in model.modules():
             if isinstance(module, ExllamaLinear):
                 module.hand_over()
         shared = sum(scratch.nbytes for scratch in self.scratches.values())
-        return f"prompts dequantise one layer at a time, in {write_size(shared)} that all share"
+        return Finished(
+            f"prompts dequantise one layer at a time, in {write_size(shared)} that all share"
+        )
 
 
 def _device_reason(device: Device) -> str | None:

@@ -14,7 +14,7 @@ import gptq_loader_plugin as gptq
 from gptq_loader_kernels.cpu.library import Isa, find_library, load_library
 from gptq_loader_plugin.generation.generate import top_logits_head
 from gptq_loader_plugin.generation.sampling import Sampler
-from gptq_loader_plugin.kernel import ShortHead
+from gptq_loader_plugin.kernel import TopLogitsHead
 
 pytestmark = pytest.mark.skipif(find_library() is None, reason="the native library was not built")
 
@@ -22,11 +22,11 @@ TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 def make_head(weight: torch.Tensor, isa: int) -> Any:
-    from gptq_loader_kernels.cpu.head import ShortLinear
+    from gptq_loader_kernels.cpu.head import TopLogitsLinear
 
     linear = torch.nn.Linear(*reversed(weight.shape), bias=False, dtype=weight.dtype)
     linear.weight.data = weight
-    return ShortLinear.of(linear, Isa(isa))
+    return TopLogitsLinear.of(linear, Isa(isa))
 
 
 def make_weight(columns: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
@@ -41,16 +41,18 @@ def make_weight(columns: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype)
 
 
-def check(head: Any, x: torch.Tensor, wanted: list[int], aside: torch.Tensor | None) -> float:
+def check(head: Any, x: torch.Tensor, needed: list[int], excluded: torch.Tensor | None) -> float:
     """Compare with all logits; give how many of them were left out."""
     with torch.inference_mode():
         exact = torch.cat([head(row[None]) for row in x])
-        found = head.likeliest(x, wanted, aside)
+        found = head.top_logits(x, needed, excluded)
     assert found is not None
     there = found > -torch.inf
     assert torch.equal(found[there], exact[there])
-    for row, count in enumerate(wanted):
-        counted = exact[row] if aside is None else exact[row].masked_fill(aside[row], -torch.inf)
+    for row, count in enumerate(needed):
+        counted = (
+            exact[row] if excluded is None else exact[row].masked_fill(excluded[row], -torch.inf)
+        )
         least = counted.topk(count).values[-1]
         assert bool(there[row][exact[row] >= least].all())
     return 1 - float(there.float().mean())
@@ -71,10 +73,10 @@ def test_the_greatest_logits_are_exact_and_there(
     x[1] = head.weight[0].float()  # many tie, and more are as near as can be
     x[2] = 1e-30
     x = x.to(dtype)
-    aside = torch.rand(9, columns, generator=generator) < 0.1
-    for wanted in ([1] * 9, [1, 2, 50, 5, 1, 7, 20, 3, 1]):
-        check(head, x, wanted, None)
-        check(head, x, wanted, aside)
+    excluded = torch.rand(9, columns, generator=generator) < 0.1
+    for needed in ([1] * 9, [1, 2, 50, 5, 1, 7, 20, 3, 1]):
+        check(head, x, needed, None)
+        check(head, x, needed, excluded)
     plain = torch.randn(4, rows, generator=generator).to(dtype)
     assert check(head, plain, [1] * 4, None) > 0.5, "it reads little of the head"
 
@@ -84,15 +86,15 @@ def test_it_says_when_it_cannot_tell() -> None:
     head = make_head(make_weight(4096, 64, torch.float32), isa)
     x = torch.randn(1, 64)
     with torch.inference_mode():
-        assert head.likeliest(x, [65]) is None, "more than there are tiles"
-        assert head.likeliest(x * torch.nan, [1]) is None
-        assert head.likeliest(x * torch.inf, [1]) is None
-        assert head.likeliest(x.bfloat16(), [1]) is None
-        assert head.likeliest(x, [1]) is not None
+        assert head.top_logits(x, [65]) is None, "more than there are tiles"
+        assert head.top_logits(x * torch.nan, [1]) is None
+        assert head.top_logits(x * torch.inf, [1]) is None
+        assert head.top_logits(x.bfloat16(), [1]) is None
+        assert head.top_logits(x, [1]) is not None
     copied = copy.deepcopy(head)
     with torch.no_grad():
         head.weight.mul_(2)
-    assert head.likeliest(x, [1]) is None, "the weight is another one now"
+    assert head.top_logits(x, [1]) is None, "the weight is another one now"
     check(copied, x, [1], None)
 
 
@@ -123,10 +125,10 @@ SAMPLING: list[dict[str, Any]] = [
 def test_replies_are_those_of_the_whole_head(options: dict[str, Any]) -> None:
     how = gptq.GenerateOptions(max_new_tokens=40, **options)
     with gptq.load(DATA / ONE, device="cpu", head="stored", plugins=plugins()) as model:
-        assert not isinstance(model.model.get_output_embeddings(), ShortHead)
+        assert not isinstance(model.model.get_output_embeddings(), TopLogitsHead)
         expected = model.generate("The quick brown", how)
     with gptq.load(DATA / ONE, device="cpu", plugins=plugins()) as model:
-        assert isinstance(model.model.get_output_embeddings(), ShortHead)
+        assert isinstance(model.model.get_output_embeddings(), TopLogitsHead)
         assert "by a copy of the head in 8 bits" in model.explain()
         assert model.generate("The quick brown", how) == expected
 
@@ -142,9 +144,9 @@ def test_tokens_that_are_never_picked_do_not_count() -> None:
                 how = gptq.GenerateOptions(repetition_penalty=1.5, **options)
                 sequence = torch.tensor([best[2:20:3]])
                 picks = [Sampler(how, best[:25:2], x.device) for _ in range(2)]
-                aside = picks[0].excluded(sequence, 4096)
-                assert aside is not None
-                found = head.likeliest(x, [picks[0].needed_logits()], aside[None])
+                excluded = picks[0].excluded(sequence, 4096)
+                assert excluded is not None
+                found = head.top_logits(x, [picks[0].needed_logits()], excluded[None])
                 assert picks[0].sample(sequence, found) == picks[1].sample(sequence, head(x))
 
 
@@ -158,7 +160,7 @@ def test_the_plan_counts_the_copy(head: Any) -> None:
         held = {it.data_ptr(): it.nbytes for it in model.model.parameters()}
         held |= {it.data_ptr(): it.nbytes for it in model.model.buffers()}
         short = model.model.get_output_embeddings()
-        copied = short.taken if isinstance(short, ShortHead) else 0
+        copied = short.extra_bytes if isinstance(short, TopLogitsHead) else 0
         assert (copied > 0) == (head is None)
         held_bytes = sum(held.values()) + copied
         assert model.plan.weight_bytes == pytest.approx(held_bytes, rel=0.03)

@@ -1,6 +1,6 @@
 """Measure replies with the head as stored, found by its 8-bit copy, and made 8-bit.
 
-    python bench/short_head.py [REF] [--tokens 128] [--rounds 5]
+    python bench/top_logits.py [REF] [--tokens 128] [--rounds 5]
 
 Three models of one checkpoint are loaded in one process and answer in turn, greedily and with the
 default sampling. Figures are the least processor time of this thread for a token: run it with
@@ -18,7 +18,7 @@ import torch
 from machine import describe
 
 import gptq_loader_plugin as gptq
-from gptq_loader_plugin.kernel import ShortHead
+from gptq_loader_plugin.kernel import TopLogitsHead
 
 PROMPT = "Write a long story about a river and a bridge in the mountains."
 SAMPLING = {
@@ -57,21 +57,23 @@ def main() -> None:
         )
     model = models["by its copy"]
     head = model.model.get_output_embeddings()
-    if not isinstance(head, ShortHead):
+    if not isinstance(head, TopLogitsHead):
         return
     began = time.process_time()
     copy: Any = type(head).of(head, head.isa)  # type: ignore[attr-defined]
     spent = time.process_time() - began
-    print(f"the copy takes {copy.taken / 1e6:.0f} MB, and was made in {spent:.2f} s of a processor")
+    print(
+        f"the copy takes {copy.extra_bytes / 1e6:.0f} MB, made in {spent:.2f} s of processor time"
+    )
     ids = torch.tensor([model.tokenizer(texts["stored"])["input_ids"]])
     with torch.inference_mode():
         states = model.model.get_decoder()(input_ids=ids).last_hidden_state[0]
-        for wanted in (1, 50):
-            logits = head.likeliest(states, [wanted] * len(states))
+        for needed in (1, 50):
+            logits = head.top_logits(states, [needed] * len(states))
             assert logits is not None
             taken = (logits > -torch.inf).sum(dim=1).float()
             print(
-                f"the {wanted} likeliest of {logits.shape[1]:,}: "
+                f"the {needed} likeliest of {logits.shape[1]:,}: "
                 f"{float(taken.median()):.0f} by the head itself, {float(taken.max()):.0f} at most"
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gptq_loader_plugin.kernel import LayerSpec, Shortener
+from gptq_loader_plugin.kernel import LayerSpec, TopLogitsKernel
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.kernel import Kernel
     from gptq_loader_plugin.planning.plan import Plan
 
-__all__ = ["GROUP_SIZE", "ZERO", "head_spec", "plan_shortlist"]
+__all__ = ["GROUP_SIZE", "ZERO", "head_spec", "plan_top_logits"]
 
 GROUP_SIZE = 64  # of a head that is made 8-bit here
 ZERO = 128
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def plan_shortlist(plan: Plan, checkpoint: Checkpoint, kernels: Iterable[Kernel]) -> Plan:
-    """Add to a plan what the narrower copy of the head takes, where one will be made."""
-    kernel = find_shortener(plan, kernels)
+def plan_top_logits(plan: Plan, checkpoint: Checkpoint, kernels: Iterable[Kernel]) -> Plan:
+    """Add to a plan the memory of the head's 8-bit copy, where one will be made."""
+    kernel = find_kernel(plan, kernels)
     if kernel is None or not (checkpoint.folder / "config.json").is_file():
         return plan
     config, headers = checkpoint.model_config, checkpoint.headers
@@ -31,7 +31,7 @@ def plan_shortlist(plan: Plan, checkpoint: Checkpoint, kernels: Iterable[Kernel]
     if name not in headers or HEAD.removesuffix(".weight") in checkpoint.layers:
         return plan
     head = head_spec(*headers[name].shape, scales_dtype="float32")
-    added = kernel.shortlist_bytes(config, head)
+    added = kernel.top_logits_bytes(config, head)
     return replace(plan, weight_bytes=plan.weight_bytes + added)
 
 
@@ -59,12 +59,16 @@ def head_spec(
     )
 
 
-def find_shortener(plan: Plan, kernels: Iterable[Kernel]) -> Shortener | None:
+def find_kernel(plan: Plan, kernels: Iterable[Kernel]) -> TopLogitsKernel | None:
     """Find the kernel in the plan that can do it, for a model on one device."""
     if plan.placed:
         return None
     chosen = plan.kernels()
     return next(
-        (kernel for kernel in kernels if kernel.name in chosen and isinstance(kernel, Shortener)),
+        (
+            kernel
+            for kernel in kernels
+            if kernel.name in chosen and isinstance(kernel, TopLogitsKernel)
+        ),
         None,
     )
