@@ -17,7 +17,7 @@ test: ## run the tests
 	@$(PYTHON) tools/set_up.py test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
-check: ## format, lint, types, layers
+check: ## format, lint, types, layers, commit messages
 	@$(PYTHON) tools/set_up.py check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -25,6 +25,7 @@ check: ## format, lint, types, layers
 	$(BIN)/pyright
 	PYTHONPATH=.:kernels:extensions $(BIN)/lint-imports
 	$(BIN)/python -m pip check
+	$(BIN)/python tools/check_commits.py
 
 hosts: ## drive the real host programs; WEBUI_DIR is a checkout of text-generation-webui
 	@$(PYTHON) tools/set_up.py hosts $(HOSTS)
