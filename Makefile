@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PROMPT
 
-.PHONY: help demo test check hosts scale conformance bench aot clean
+.PHONY: help demo test check docs hosts scale conformance bench aot clean
 
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -26,6 +26,11 @@ check: ## format, lint, types, layers, commit messages
 	PYTHONPATH=.:kernels:extensions $(BIN)/lint-imports
 	$(BIN)/python -m pip check
 	$(BIN)/python tools/check_commits.py
+
+docs: ## build the documentation site, build/site
+	@$(PYTHON) tools/set_up.py docs
+	@PYTHONPATH=.:kernels:extensions NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open build/site/index.html"
 
 hosts: ## drive the real host programs; WEBUI_DIR is a checkout of text-generation-webui
 	@$(PYTHON) tools/set_up.py hosts $(HOSTS)

@@ -1,6 +1,6 @@
 """Set up .venv for a make target, once; say what is going on; fail in one line with the next step.
 
-    python3 tools/set_up.py demo|page|test|check
+    python3 tools/set_up.py demo|page|test|check|docs
     python3 tools/set_up.py hosts [NAME...]
 
 "demo" is what an answer in the terminal takes, "page" what the chat page takes beside it.
@@ -34,7 +34,7 @@ EXTRAS = {
     "test": "demo,gradio,server",
     "check": "demo,gradio,server",
 }
-GROUPS = {"demo": (), "page": (), "test": ("test",), "check": ("test", "lint")}
+GROUPS = {"demo": (), "page": (), "test": ("test",), "check": ("test", "lint"), "docs": ("docs",)}
 
 
 def say(text):
@@ -175,13 +175,16 @@ def plan(target):
         groups = tomllib.load(file)["dependency-groups"]
     python = python_in(VENV)
     more = [it for group in GROUPS[target] for it in groups[group]]
-    package = "-e", ".[%s]" % EXTRAS[target]
     steps = []
     if not os.path.exists(python):
         steps.append(("creating .venv", [sys.executable, "-m", "venv", VENV]))
+    by_uv = "installing uv, which installs the rest", pip_install(python, "uv")
+    if target not in EXTRAS:  # docs: pages are made from the source, which is not installed
+        return [*steps, by_uv, ("installing what makes the pages", uv_install(python, *more))]
+    package = "-e", ".[%s]" % EXTRAS[target]
     words = "installing torch, the largest part, about 200 MB or more"
     steps.append((words, pip_install(python, TORCH)))
-    steps.append(("installing uv, which installs the rest", pip_install(python, "uv")))
+    steps.append(by_uv)
     words = "installing gptq-loader-plugin and what it needs"
     steps.append((words, uv_install(python, TORCH, *package, *more)))
     return steps

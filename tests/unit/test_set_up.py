@@ -122,6 +122,13 @@ def test_uv_looks_where_pip_is_told_to(set_up: Any, monkeypatch: pytest.MonkeyPa
     assert settings["UV_DEFAULT_INDEX"] == "https://packages.example/simple"
 
 
+def test_docs_need_neither_torch_nor_the_package(set_up: Any) -> None:
+    installed = [it for _, command in set_up.plan("docs") for it in command]
+    assert any(it.startswith("mkdocs-material") for it in installed)
+    assert "-e" not in installed
+    assert set_up.TORCH not in installed
+
+
 def test_a_host_gets_an_environment_of_its_own(
     set_up: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,7 +170,7 @@ def test_a_host_gets_an_environment_of_its_own(
 
 def test_make_says_what_there_is() -> None:
     done = subprocess.run(["make", "-C", ROOT, "help"], capture_output=True, text=True, check=True)
-    for target in ("demo", "test", "check", "hosts", "bench", "clean"):
+    for target in ("demo", "test", "check", "docs", "hosts", "bench", "clean"):
         assert f"make {target}" in done.stdout
 
 
