@@ -31,6 +31,9 @@ class Wheel(bdist_wheel):
 
 ARGUMENTS = ["-O3", "-g0", "-std=c++17", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
+# torch's own OpenMP runtime, where a wheel lies beside it: two in one process are two sets of
+# threads that wait for each other, and not every machine has one outside torch.
+TORCHS = ["-Wl,-rpath,$ORIGIN/../../torch/lib"] if sys.platform == "linux" else []
 
 setup(
     # Without a compiler the build goes on: the kernel says so, and torch's operator is used.
@@ -43,7 +46,7 @@ setup(
             depends=sorted(str(it) for it in SOURCES.glob("*.h")),
             language="c++",
             extra_compile_args=[*ARGUMENTS, *OPENMP],
-            extra_link_args=OPENMP,
+            extra_link_args=[*OPENMP, *TORCHS],
             optional=True,
         )
     ],
