@@ -140,11 +140,12 @@ class ModelTab:
                 named = _named(name)
                 system, sampling = read_options(chosen)
                 options = _load_options(how)
+                template = options.template
                 settings = ModelSettings(
                     device=options.device,
                     backend=options.backend,
                     context=options.context,
-                    template=options.template,
+                    template=template if isinstance(template, str) else None,
                     system=system,
                     sampling=sampling,
                 )
