@@ -453,7 +453,7 @@ def main() -> None:
             hub.add(repo, Path(folder), branch=branch or "main", access=arguments.access)
         sys.stdout.write(f"HF_ENDPOINT={hub.url}\n")
         sys.stdout.flush()
-        threading.Event().wait()
+        threading.Event().wait()  # until it is killed
 
 
 if __name__ == "__main__":

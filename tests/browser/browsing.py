@@ -9,16 +9,17 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from processes import start_process
+from waiting import eventually, join
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from playwright.sync_api import Browser, Page
 
@@ -83,32 +84,32 @@ class Server:
 @contextmanager
 def started(*arguments: object, record: Path, environ: Mapping[str, str]) -> Iterator[Server]:
     """Start page_server.py, and end it as Ctrl-C does."""
-    process = subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("page_server.py"), record, *arguments],
-        env={**os.environ, **ENVIRON, "GPTQ_LOADER_DATA": str(record.parent / "data"), **environ},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    served = Server(process, record)
-    assert process.stderr is not None
-    with process, process.stderr:
-        reader = threading.Thread(target=lambda: served.lines.extend(process.stderr or ()))
+    command = [sys.executable, Path(__file__).with_name("page_server.py"), record, *arguments]
+    environ = {**ENVIRON, "GPTQ_LOADER_DATA": str(record.parent / "data"), **environ}
+    with start_process(
+        command, env={**os.environ, **environ}, stdout=subprocess.DEVNULL
+    ) as process:
+        served = Server(process, record)
+        assert process.stderr is not None
+        stderr = process.stderr
+        reader = threading.Thread(target=lambda: served.lines.extend(stderr))
         reader.start()
+
+        def address() -> str:
+            assert process.poll() is None, served.log()
+            line = re.search(r"Open (\S+)", served.log())
+            return line[1] if line else ""
+
         try:
-            wait(lambda: "Open http" in served.log() or process.poll() is not None, seconds=120)
-            found = re.search(r"Open (\S+)", served.log())
-            assert found, served.log()
-            served.url = found[1]
+            served.url = eventually(address, seconds=120, awaited="the page", log=served.log)
             yield served
         finally:
             process.send_signal(signal.SIGINT)
             try:
                 process.wait(20)
-            except subprocess.TimeoutExpired:
+            finally:
                 process.kill()
-                raise
-            reader.join(5)
+                join(reader)
 
 
 class opened:  # noqa: N801 - a context manager
@@ -133,12 +134,6 @@ class opened:  # noqa: N801 - a context manager
 
     def __exit__(self, *_: object) -> None:
         self.context.close()
-
-
-def wait(until: Callable[[], bool], *, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not until() and time.monotonic() < end:
-        time.sleep(0.05)
 
 
 def send(page: Page, text: str, *, tokens: int = 8) -> None:

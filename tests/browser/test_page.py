@@ -22,6 +22,7 @@ from browsing import (
     replies,
     send,
 )
+from waiting import eventually
 
 import gptq_loader_plugin as gptq
 
@@ -54,9 +55,12 @@ def test_a_reply_streams_and_says_how_fast(page: Page) -> None:
     expect(page.locator("#stop")).to_be_visible()
     expect(page.locator("#message textarea")).to_have_value("")
     lengths = []
-    while page.locator("#stop").is_visible():
+
+    def ended() -> bool:
         lengths.append(len("".join(replies(page))))
-        page.wait_for_timeout(100)
+        return not page.locator("#stop").is_visible()
+
+    eventually(ended, awaited="the end of the reply")
     finish(page)
     assert questions(page) == ["Hello"]
     assert len(set(lengths)) > 4, "it grew in several steps"
@@ -184,10 +188,13 @@ def test_a_closed_tab_ends_its_reply(browser: Browser, server: Server) -> None:
     with opened(browser, server) as (page, _):
         ask(page, "Tell me everything", tokens=450)
         expect(page.locator("#status")).to_contain_text(RUNS)
-    time.sleep(2)
-    steps = server.steps()
-    time.sleep(1)
-    assert server.steps() == steps
+
+    def stands_still() -> bool:
+        steps = server.steps()
+        time.sleep(1)
+        return server.steps() == steps
+
+    eventually(stands_still, seconds=5, awaited="the model to stop")  # all of it takes nine seconds
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -20,8 +20,8 @@ from browsing import (
     opened,
     questions,
     replies,
-    wait,
 )
+from waiting import eventually
 
 if TYPE_CHECKING:
     from browsing import Server
@@ -170,15 +170,14 @@ def test_the_chat_follows_a_reply_until_somebody_scrolls(page: Page) -> None:
     box = page.locator("#chat .bubble-wrap")
     left = "it => it.scrollHeight - it.clientHeight - it.scrollTop"
     ask(page, "Hello", tokens=450)
-    wait(lambda: box.evaluate("it => it.scrollTop") > 0, seconds=30)
-    assert box.evaluate("it => it.scrollTop") > 0
+    eventually(lambda: box.evaluate("it => it.scrollTop") > 0, awaited="the chat to scroll")
     page.wait_for_timeout(300)
     assert box.evaluate(left) < 2, "it follows"
     box.hover()
     page.mouse.wheel(0, -20)  # one small step is enough
     page.wait_for_timeout(200)
     stays, shown = box.evaluate("it => it.scrollTop"), len(replies(page)[0])
-    wait(lambda: len(replies(page)[0]) > shown + 100, seconds=30)
+    eventually(lambda: len(replies(page)[0]) > shown + 100, awaited="more of the reply")
     assert box.evaluate("it => it.scrollTop") == stays
     box.evaluate("it => it.scrollTo(0, it.scrollHeight)")
     page.wait_for_timeout(500)
@@ -220,8 +219,8 @@ def test_a_long_conversation_of_every_kind_stays_in_its_place(
         page.reload(wait_until="domcontentloaded")
         expect(page.locator("#chat [data-testid=bot]")).to_have_count(30, timeout=30_000)
         box = page.locator("#chat .bubble-wrap")
-        wait(lambda: box.evaluate("it => it.scrollHeight - it.clientHeight - it.scrollTop") < 2)
-        assert box.evaluate("it => it.scrollHeight - it.clientHeight - it.scrollTop") < 2
+        left = "it => it.scrollHeight - it.clientHeight - it.scrollTop"
+        eventually(lambda: box.evaluate(left) < 2, awaited="the chat to be at its end")
         assert box.evaluate("it => it.scrollWidth - it.clientWidth") <= 1, "nothing is too wide"
         assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
         arabic = page.locator("#chat [data-testid=bot] p").first

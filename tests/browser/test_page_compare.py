@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 from browsing import ENVIRON, MARKS, PHONE, RUNS, TOO_WIDE, expect, load, opened, started
+from processes import run_process
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,20 +110,18 @@ def test_models_are_measured_and_drawn(browser: Browser, models: Path, tmp_path:
         page.locator("#measured-on input").click()
         page.get_by_role("option", name="Sample text").click()
         expect(page.locator(chart)).to_contain_text("Measured on Sample text")
-        done = subprocess.run(
+        completed = run_process(
             [sys.executable, "-m", "gptq_loader_plugin", "perplexity", models / SECOND],
             env={**os.environ, **ENVIRON, **environ, "GPTQ_LOADER_DATA": str(tmp_path / "data")},
-            capture_output=True,
-            text=True,
             check=True,
         )
-        assert str(tmp_path / "data" / "perplexity" / SECOND) in done.stderr
+        assert str(tmp_path / "data" / "perplexity" / SECOND) in completed.stderr
         page.get_by_role("tab", name="Chat").click()
         page.get_by_role("tab", name="Compare").click()
         expect(page.locator(f"{chart} .mark")).to_have_count(2)
         rows = page.locator(f"{chart} tbody tr")
         figures = {it.split("\t")[0]: float(it.split("\t")[1]) for it in rows.all_inner_texts()}
-        assert figures[SECOND] == pytest.approx(float(done.stdout), abs=0.001)
+        assert figures[SECOND] == pytest.approx(float(completed.stdout), abs=0.001)
         assert errors == []
     with (
         started(record=tmp_path / "steps", environ=environ) as served,

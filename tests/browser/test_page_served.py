@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from browsing import CHECKPOINTS, ENVIRON, MARKS, Server, ask, expect, finish, load, opened, replies
+from processes import start_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,19 +39,8 @@ def address(tmp_path: Path) -> Iterator[str]:
         "GPTQ_LOADER_DATA": str(tmp_path),
     }
     command = [sys.executable, "-m", "gptq_loader_plugin", "serve", "--port", "0", "--json"]
-    process = subprocess.Popen(
-        [*command, "--models-dir", models], env=environ, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    with process, process.stdout:
-        try:
-            told = ""
-            while "}" not in told and process.poll() is None:
-                told += process.stdout.readline()
-            yield json.loads(told)["url"]
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(30)
+    with start_server([*command, "--models-dir", models], env=environ) as server:
+        yield server.url
 
 
 def call(address: str, path: str, body: dict[str, Any] | None = None) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from processes import run_process
 from safetensors.torch import save_file
 
 from gptq_loader_kernels.reference import ReferenceKernel
@@ -237,15 +237,14 @@ def test_a_kernel_that_answers_neither_is_found() -> None:
 def test_the_command_reports_as_text_and_as_json(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gptq_loader_plugin.conformance", "--device", "cpu"]
     part = ["--cells", "cover", "--part", "1/20", "--kernel", "reference", "--kernel", "cpu-int4"]
-    options: dict[str, Any] = {"cwd": tmp_path, "capture_output": True, "text": True}
-    done = subprocess.run([*command, *part, "--json"], check=True, **options)
-    reference, other = json.loads(done.stdout)
+    completed = run_process([*command, *part, "--json"], cwd=tmp_path, check=True)
+    reference, other = json.loads(completed.stdout)
     assert reference["passed"] == reference["cells"] == other["cells"] > 10
     assert other["passed"] + sum(it["cells"] for it in other["declined"]) == other["cells"]
     assert not reference["failed"] + other["failed"]
-    again = subprocess.run([*command, *part, "--jobs", "2"], check=True, **options)
+    again = run_process([*command, *part, "--jobs", "2"], cwd=tmp_path, check=True)
     assert f"reference: {reference['cells']} cells: {reference['cells']} passed" in again.stdout
     assert all(it["words"] in again.stdout for it in other["declined"])
-    wrong = subprocess.run([*command, "--kernel", "nosuch"], check=False, **options)
+    wrong = run_process([*command, "--kernel", "nosuch"], cwd=tmp_path)
     assert wrong.returncode == 2
     assert "no installed plugin offers a kernel named 'nosuch'" in wrong.stderr

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from processes import run_process
 
 from gptq_loader_kernels.cpu.library import find_library
 from gptq_loader_plugin import Plugins
@@ -21,6 +22,9 @@ from gptq_loader_plugin.conformance.run import by_layer, run
 from gptq_loader_plugin.device import Device, find_device
 from gptq_loader_plugin.kernel import Declined
 
+if TYPE_CHECKING:
+    import subprocess
+
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parents[1] / "golden"
 SUITE = ("-m", "pytest", "--pyargs", "gptq_loader_plugin.conformance", "-q", "-W", "error")
@@ -32,11 +36,11 @@ HERE = ["reference", "dense", "cpu-int4", pytest.param("cpu", marks=native)]
 
 def suite(folder: Path, *options: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run the suite as a kernel's author would, from a folder of nothing."""
-    return subprocess.run(
+    return run_process(
         [sys.executable, *SUITE, "-p", "no:cacheprovider", *options],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
-        cwd=folder, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=folder,
+    )
 
 
 @pytest.mark.parametrize("kernel", HERE)

@@ -7,20 +7,23 @@ import os
 import re
 import shutil
 import socket
-import subprocess
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 from environments import needs_python_of, python_of
-from server_process import DATA, ONE, OTHER, ServerProcess, serving
+from processes import ServerProcess, run_process, start_process
+from server_process import DATA, ONE, OTHER, serving
+from waiting import eventually
 
 import gptq_loader_plugin as gptq
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator
+
+pytestmark = pytest.mark.timeout(900)  # seconds: the fuzzer alone may take eight minutes
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-for-the-tests"
@@ -36,15 +39,15 @@ needs_sillytavern = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    with serving("--api-key", KEY) as it:
-        yield it
+    with serving("--api-key", KEY) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[gptq.LoadedModel]:
     """The same model, by itself."""
-    with gptq.load(DATA / ONE, device="cpu") as it:
-        yield it
+    with gptq.load(DATA / ONE, device="cpu") as loaded:
+        yield loaded
 
 
 def greedy(count: int) -> gptq.GenerateOptions:
@@ -58,13 +61,10 @@ def chatted(model: gptq.LoadedModel, count: int) -> str:
 
 def in_clients(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run the Python of the clients' environment."""
-    return subprocess.run(
+    return run_process(
         [str(python_of("clients")), *args],
-        capture_output=True,
-        text=True,
-        check=False,
         env={**os.environ, "PYTHONPATH": "", **environ},
-        timeout=500,
+        seconds=500,
     )
 
 
@@ -131,7 +131,7 @@ def test_no_request_of_a_fuzzer_ends_in_a_fault(tmp_path: Path) -> None:
     with serving("--max-new-tokens", "16") as server:
         python = python_of("clients")
         assert python is not None
-        done = subprocess.run(
+        done = run_process(
             [
                 str(python.with_name("schemathesis")),
                 "run",
@@ -142,19 +142,16 @@ def test_no_request_of_a_fuzzer_ends_in_a_fault(tmp_path: Path) -> None:
                 "--max-examples=30",
                 "--seed=1",
             ],
-            capture_output=True,
-            text=True,
-            check=False,
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": ""},
-            timeout=500,
+            seconds=500,
         )
         assert done.returncode == 0, done.stdout[-4000:]
         statuses = {it["status"] for it in server.requests()}
         assert len(server.requests()) > 500
         assert 500 not in statuses
         assert "Traceback" not in "".join(server.lines)
-        assert httpx.get(f"{server.url}/health").json()["running"] == 0
+        assert httpx.get(f"{server.url}/health", timeout=60).json()["running"] == 0
 
 
 @pytest.fixture(scope="module")
@@ -173,19 +170,22 @@ def tavern(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         "--browserLaunchEnabled=false",
         "--disableCsrf",
     ]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=SILLYTAVERN, stdout=log, stderr=log)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-            for _ in range(240):
-                assert process.poll() is None, (folder / "log").read_text()
-                try:
-                    client.get("/")
-                    break
-                except httpx.TransportError:
-                    time.sleep(0.5)
-            yield client
-    finally:
+    with (
+        (folder / "log").open("w") as log,
+        start_process(command, cwd=SILLYTAVERN, stdout=log, stderr=log) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client,
+    ):
+
+        def answers() -> bool:
+            assert process.poll() is None, (folder / "log").read_text()
+            try:
+                client.get("/")
+            except httpx.TransportError:
+                return False
+            return True
+
+        eventually(answers, seconds=120, awaited="SillyTavern", log=(folder / "log").read_text)
+        yield client
         process.terminate()
         process.wait(timeout=60)
 
@@ -193,8 +193,8 @@ def tavern(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="module")
 def open_server() -> Iterator[ServerProcess]:
     """A server without a key: SillyTavern keeps keys in a store of its own."""
-    with serving() as it:
-        yield it
+    with serving() as started:
+        yield started
 
 
 # What SillyTavern's text-completion page sends with its own defaults.

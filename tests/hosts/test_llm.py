@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from environments import needs_python_of, python_of
+from processes import run_process
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable
 
     Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -61,15 +62,11 @@ def environ(tmp_path: Path) -> dict[str, str]:
 @pytest.fixture
 def python(environ: dict[str, str], tmp_path: Path) -> Run:
     def run(*arguments: str, text: str = "", **more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        return run_process(
             [str(python_of("llm")), *arguments],
             input=text,
             cwd=tmp_path,
             env={**environ, **more},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
         )
 
     return run

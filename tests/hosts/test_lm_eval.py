@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from environments import needs_python_of, python_of
+from processes import run_process
 
-pytestmark = [needs_python_of("lm-eval"), pytest.mark.host("lm-eval")]
+if TYPE_CHECKING:
+    import subprocess
+
+pytestmark = [
+    needs_python_of("lm-eval"),
+    pytest.mark.host("lm-eval"),
+    pytest.mark.timeout(1200),  # seconds: the harness is started twice
+]
 
 DATA = Path(__file__).parents[1] / "data" / "checkpoints"
 ONE = "gptq-3bit-32g-noact-asym"
@@ -98,15 +105,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [str(python_of("lm-eval")), *arguments],
-        cwd=folder,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    command = [str(python_of("lm-eval")), *arguments]
+    return run_process(command, cwd=folder, env=environ, seconds=500)
 
 
 def evaluate(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import time
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 from environments import needs_python_of, python_of
-from server_process import DATA, ONE, OTHER, ServerProcess, serving
+from processes import ServerProcess, start_process
+from server_process import DATA, ONE, OTHER, serving
+from waiting import eventually
 
 import gptq_loader_plugin as gptq
 
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = [pytest.mark.host("open-webui"), needs_python_of("open-webui")]
+pytestmark = [
+    pytest.mark.host("open-webui"),
+    pytest.mark.timeout(900),  # seconds: its first start takes minutes
+    needs_python_of("open-webui"),
+]
 
 KEY = "sk-for-open-webui"
 CHAT = "/api/chat/completions"
@@ -54,8 +58,8 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    with serving("--api-key", KEY) as it:
-        yield it
+    with serving("--api-key", KEY) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -75,24 +79,24 @@ def page(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Ite
         "RAG_OPENAI_API_BASE_URL": f"{server.url}/v1",
     }
     command = [str(python.with_name("open-webui")), "serve", "--host", "127.0.0.1"]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [*command, "--port", str(port)], env=environ, cwd=folder, stdout=log, stderr=log
-        )
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-            for _ in range(500):
-                assert process.poll() is None, (folder / "log").read_text()[-3000:]
-                try:
-                    if client.get("/health").status_code == 200:
-                        break
-                except httpx.TransportError:
-                    pass
-                time.sleep(1)
-            signed = client.post("/api/v1/auths/signin", json={"email": "", "password": ""}).json()
-            client.headers["authorization"] = f"Bearer {signed['token']}"
-            yield client
-    finally:
+    command += ["--port", str(port)]
+    with (
+        (folder / "log").open("w") as log,
+        start_process(command, env=environ, cwd=folder, stdout=log, stderr=log) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client,
+    ):
+
+        def answers() -> bool:
+            assert process.poll() is None, (folder / "log").read_text()[-3000:]
+            try:
+                return client.get("/health").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        eventually(answers, seconds=500, awaited="Open WebUI", log=(folder / "log").read_text)
+        signed = client.post("/api/v1/auths/signin", json={"email": "", "password": ""}).json()
+        client.headers["authorization"] = f"Bearer {signed['token']}"
+        yield client
         process.terminate()
         process.wait(timeout=60)
 

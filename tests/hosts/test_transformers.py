@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from environments import branches, python_of
+from processes import run_process
 
 DATA = Path(__file__).parents[1] / "data" / "checkpoints"
 ONE = DATA / "gptq-3bit-32g-noact-asym"
@@ -55,16 +55,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(python: Path, *arguments: object, cache: Path | None = None) -> dict[str, Any]:
     offline = {} if cache is None else {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [python, PROGRAM, *map(str, arguments)],
-        env={**os.environ, **offline},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    command = [python, PROGRAM, *arguments]
+    completed = run_process(command, env={**os.environ, **offline}, check=True)
+    answer: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
+    return answer
 
 
 @pytest.mark.parametrize("branch", [it.name for it in REAL] or [ONE.name])
@@ -87,8 +81,7 @@ def test_a_saved_checkpoint_loads_again(python: Path, checkpoint: Path, tmp_path
 
 @pytest.mark.parametrize("checkpoint", [ONE, *REAL[:1]], ids=lambda it: it.name)
 def test_an_adapter_is_trained_on_top(python: Path, checkpoint: Path, tmp_path: Path) -> None:
-    have = subprocess.run([python, "-c", "import peft"], capture_output=True, check=False)
-    if have.returncode:
+    if run_process([python, "-c", "import peft"]).returncode:
         pytest.skip("peft is not installed there")
     found = run(python, "lora", checkpoint, "main", tmp_path)
     assert found["trained"] == 2 * found["layers"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from environments import branches, needs_python_of
+from waiting import eventually
 from webui_process import WEBUI, Webui, in_webui
 
 import gptq_loader_plugin as gptq
@@ -260,10 +261,12 @@ def long_reply(host: Webui) -> dict[str, Any]:
 
 def ended(host: Webui, before: int) -> int:
     """Wait for a reply to end; give how many tokens it has."""
-    end = time.monotonic() + 60
-    while len(host.generated()) == before:
-        assert time.monotonic() < end, host.log()
-        time.sleep(0.05)
+    eventually(
+        lambda: len(host.generated()) > before,
+        seconds=60,
+        awaited="the end of the reply",
+        log=host.log,
+    )
     return host.generated()[-1]
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import subprocess
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import yaml
 from environments import branches, needs_python_of, python_of
+from processes import run_process
+from waiting import eventually
 from webui_process import WEBUI, Page, Webui
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ def has_page() -> bool:
     python = python_of("webui")
     if python is None:
         return False
-    done = subprocess.run([python, "-c", GRADIO], capture_output=True, check=False)
-    return done.returncode == 0
+    return run_process([python, "-c", GRADIO]).returncode == 0
 
 
 pytestmark = [
@@ -168,10 +167,12 @@ def test_a_restart_of_the_page_keeps_everything_once(host: Webui, page: Page) ->
     load(page)
     with contextlib.suppress(OSError):  # it restarts while it answers
         page.press(page.find("Apply flags/extensions and restart", "button"))
-    end = time.monotonic() + 120
-    while host.log().count("Running on local URL") < 2:
-        assert time.monotonic() < end, host.log()
-        time.sleep(0.2)
+    eventually(
+        lambda: host.log().count("Running on local URL") == 2,
+        seconds=120,
+        awaited="the page to start again",
+        log=host.log,
+    )
     again = Page(host)
     assert again.choices("Model loader") == [*OWN, NAME]
     assert sum(it["props"].get("label") == "gptq-backend" for it in again.components.values()) == 1

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 from environments import python_of
+from processes import run_process
+from waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -46,17 +48,14 @@ def environ(**more: str) -> dict[str, str]:
 
 def in_webui(code: str, *arguments: str, **more: str) -> str:
     """Run code with the host's modules to import, as server.py would be run; give its output."""
-    done = subprocess.run(
+    completed = run_process(
         [str(python_of("webui")), "-c", f"import sys; sys.path.insert(0, '.')\n{code}", *arguments],
         cwd=WEBUI,
         env=environ(**more),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=START_SECONDS,
+        seconds=START_SECONDS,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    return completed.stdout
 
 
 @dataclass
@@ -99,11 +98,13 @@ class Webui:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        end = time.monotonic() + START_SECONDS
-        while not self._answers():
-            assert self.running(), self.log()
-            assert time.monotonic() < end, self.log()
-            time.sleep(0.1)
+        try:
+            eventually(
+                self._answers, START_SECONDS, awaited="an answer of the host's API", log=self.log
+            )
+        except BaseException:
+            self.process.kill()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -113,7 +114,7 @@ class Webui:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            self.process.wait(20)
 
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
@@ -185,6 +186,7 @@ class Webui:
         return 1024 * int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0])
 
     def _answers(self) -> bool:
+        assert self.running(), self.log()
         try:
             self.get("/v1/models")
         except OSError:
@@ -210,11 +212,12 @@ class Page:
     def __init__(self, host: Webui) -> None:
         self.url = f"http://127.0.0.1:{host.page_port}"
         self.session = uuid.uuid4().hex[:10]
-        end = time.monotonic() + START_SECONDS
-        while "Running on local URL" not in host.log():
+
+        def runs() -> bool:
             assert host.running(), host.log()
-            assert time.monotonic() < end, host.log()
-            time.sleep(0.2)
+            return "Running on local URL" in host.log()
+
+        eventually(runs, START_SECONDS, awaited="the host's page", log=host.log)
         # Gradio now asks for its own page, and gives up after 3 seconds: a request beside that one
         # makes it late on a busy machine.
         time.sleep(SETTLE_SECONDS)

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,12 +18,18 @@ import psutil
 import pytest
 import yaml
 from environments import ROOT, needs_python_of, python_of
-from ray_process import END, KEY, START, RayProcess, command, environ, serving
+from processes import ServerProcess, run_process, start_process
+from ray_process import END, KEY, START, command, environ, load, processes_of, replicas, serving
+from waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.host("ray"), needs_python_of("ray")]
+pytestmark = [
+    pytest.mark.host("ray"),
+    pytest.mark.timeout(1800),  # seconds: a start alone may take ten minutes
+    needs_python_of("ray"),
+]
 
 NAME = "gptq-4bit-32g-act-sym"
 MODEL = os.environ.get("GPTQ_SCALE_MODEL") or str(altering.DATA / NAME)
@@ -35,31 +40,31 @@ MINUTES = 3  # for a replica to be replaced, on a machine with other work
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[RayProcess]:
-    with serving(MODEL, "--replicas", "2") as it:
-        yield it
+def server() -> Iterator[ServerProcess]:
+    with serving(MODEL, "--replicas", "2") as server:
+        yield server
 
 
-def ask(server: RayProcess, **options: Any) -> httpx.Response:
+def ask(server: ServerProcess, **options: Any) -> httpx.Response:
     body = {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0, "max_tokens": 16}
     with httpx.Client(timeout=120, headers=HEADERS) as client:
         return client.post(f"{server.url}/v1/chat/completions", json={**body, **options})
 
 
-def get(server: RayProcess, path: str) -> httpx.Response:
+def get(server: ServerProcess, path: str) -> httpx.Response:
     with httpx.Client(timeout=60, headers=HEADERS) as client:
         return client.get(f"{server.url}{path}")
 
 
-def logged(server: RayProcess) -> list[dict[str, Any]]:
+def logged(server: ServerProcess) -> list[dict[str, Any]]:
     """Read what the replicas wrote of each request."""
-    files = Path(server.told["logs"]).glob("replica_*.log")
+    files = Path(server.ready["logs"]).glob("replica_*.log")
     lines = [line for it in files for line in it.read_text(encoding="utf-8").splitlines()]
     return [json.loads(it[it.index(BEGIN) :]) for it in lines if BEGIN in it]
 
 
 @contextmanager
-def long_reply(server: RayProcess) -> Iterator[Iterator[str]]:
+def long_reply(server: ServerProcess) -> Iterator[Iterator[str]]:
     body = {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
     with (
         httpx.Client(timeout=120, headers=HEADERS) as client,
@@ -72,8 +77,8 @@ def long_reply(server: RayProcess) -> Iterator[Iterator[str]]:
         yield answer.iter_lines()
 
 
-def test_an_openai_client_chats_and_streams(server: RayProcess) -> None:
-    with server.load(clients=2, seconds=2, tokens=16) as clients:
+def test_an_openai_client_chats_and_streams(server: ServerProcess) -> None:
+    with load(server, clients=2, seconds=2, tokens=16) as clients:
         seen = json.loads(clients.communicate(timeout=120)[0])
     assert not [it for it in seen if it["error"]]
     assert {it["text"] for it in seen} == {seen[0]["text"]}, "streamed or whole, from any replica"
@@ -81,33 +86,35 @@ def test_an_openai_client_chats_and_streams(server: RayProcess) -> None:
     assert {it["stream"] for it in seen} == {True, False}
 
 
-def test_it_says_what_it_serves_and_nothing_else(server: RayProcess) -> None:
-    assert server.told["replicas"] == [2, 2]
-    assert len(server.replicas()) == 2
-    words = "".join(server.lines)
-    assert words.startswith(f"serving {server.told['model']}: ")
-    assert "replicas on Ray Serve: 2, 1 thread(s) each" in words
-    assert words.endswith("Ctrl-C ends it\n"), "Ray's own logs are in a folder"
+def test_it_says_what_it_serves_and_nothing_else(server: ServerProcess) -> None:
+    assert server.ready["replicas"] == [2, 2]
+    assert len(replicas(server)) == 2
+    assert server.log.startswith(f"serving {server.ready['model']}: ")
+    assert "replicas on Ray Serve: 2, 1 thread(s) each" in server.log
+    assert server.log.endswith("Ctrl-C ends it\n"), "Ray's own logs are in a folder"
     health = get(server, "/health")
     assert health.json()["status"] == "ok"
-    assert health.json()["model"] == server.told["model"]
-    assert [it["id"] for it in get(server, "/v1/models").json()["data"]] == [server.told["model"]]
+    assert health.json()["model"] == server.ready["model"]
+    assert [it["id"] for it in get(server, "/v1/models").json()["data"]] == [server.ready["model"]]
 
 
-def names(server: RayProcess) -> set[str]:
+def names(server: ServerProcess) -> set[str]:
     """Ask until both replicas have answered."""
-    until = time.monotonic() + END
     seen: set[str] = set()
-    while len(seen) < 2 and time.monotonic() < until:
+
+    def both() -> bool:
         seen.add(get(server, "/health").headers["x-replica"])
+        return len(seen) == 2
+
+    eventually(both, END, awaited="an answer of each replica")
     return seen
 
 
-def test_both_replicas_answer(server: RayProcess) -> None:
+def test_both_replicas_answer(server: ServerProcess) -> None:
     assert len(names(server)) == 2
 
 
-def test_the_key_is_asked_for(server: RayProcess) -> None:
+def test_the_key_is_asked_for(server: ServerProcess) -> None:
     with httpx.Client(timeout=60) as client:
         assert client.get(f"{server.url}/v1/models").status_code == 401
         answer = client.post(f"{server.url}/v1/chat/completions", json={})
@@ -116,39 +123,42 @@ def test_the_key_is_asked_for(server: RayProcess) -> None:
     assert len(answer.headers.get_list("x-request-id")) == 1
 
 
-def test_a_request_may_be_wrong(server: RayProcess) -> None:
+def test_a_request_may_be_wrong(server: ServerProcess) -> None:
     answer = ask(server, temprature=1)
     assert answer.status_code == 400
     assert "temprature" in answer.json()["error"]["message"]
 
 
-def test_a_client_that_hangs_up_ends_its_reply(server: RayProcess) -> None:
+def test_a_client_that_hangs_up_ends_its_reply(server: ServerProcess) -> None:
     with long_reply(server) as lines:
         for _ in range(4):
             next(lines)
-    until = time.monotonic() + END
-    while any(get(server, "/health").json()["running"] for _ in range(8)):
-        assert time.monotonic() < until
+    eventually(
+        lambda: not any(get(server, "/health").json()["running"] for _ in range(8)),
+        END,
+        awaited="the end of the reply",
+    )
     assert [it for it in logged(server) if it.get("finish", "") is None], "it was not cut short"
 
 
-def successor(server: RayProcess, before: set[str]) -> float:
+def successor(server: ServerProcess, before: set[str]) -> float:
     """Ask until a replica answers that was not there before; say when it did."""
-    until = time.monotonic() + 60 * MINUTES
-    while get(server, "/health").headers.get("x-replica") in {None, *before}:
-        assert time.monotonic() < until, "the replica was not replaced"
-        time.sleep(0.2)
+    eventually(
+        lambda: get(server, "/health").headers.get("x-replica") not in {None, *before},
+        60 * MINUTES,
+        awaited="another replica",
+    )
     return time.time()
 
 
 @pytest.mark.parametrize("count", [2, 16])
 def test_a_killed_replica_is_replaced_and_no_request_is_lost(
-    server: RayProcess, count: int
+    server: ServerProcess, count: int
 ) -> None:
     before = names(server)
-    with server.load(clients=count, seconds=60, tokens=LONG) as clients:
+    with load(server, clients=count, seconds=60, tokens=LONG) as clients:
         time.sleep(5)
-        victim = server.replicas()[0]
+        victim = replicas(server)[0]
         killed = time.time()
         victim.kill()
         recovered = successor(server, before)
@@ -165,13 +175,13 @@ def test_a_killed_replica_is_replaced_and_no_request_is_lost(
         "what had not begun was asked again by the proxy"
     )
     assert len(failed) <= count // 2
-    assert victim.pid not in {it.pid for it in server.replicas()}
+    assert victim.pid not in {it.pid for it in replicas(server)}
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_running_replies_end_before_the_server_does(sent: signal.Signals) -> None:
     with serving(MODEL, "--replicas", "1", "--grace", "60") as server:
-        started = server.all()
+        started = processes_of(server)
         with long_reply(server) as lines:
             seen = [next(lines) for _ in range(4)]
             server.process.send_signal(sent)
@@ -186,16 +196,9 @@ def test_running_replies_end_before_the_server_does(sent: signal.Signals) -> Non
 
 
 def test_what_no_replica_can_load_is_said_in_two_lines() -> None:
-    done = subprocess.run(
-        command(MODEL, "--template", "nonsense"),
-        env=environ(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=START,
-    )
-    assert done.returncode == 1
-    assert done.stderr.splitlines() == [
+    failed = run_process(command(MODEL, "--template", "nonsense"), env=environ(), seconds=START)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines() == [
         "error: the replicas could not start: no template is called 'nonsense'",
         "hint: name one of chatml, checkpoint, card, or a .jinja file",
     ]
@@ -203,19 +206,17 @@ def test_what_no_replica_can_load_is_said_in_two_lines() -> None:
 
 def test_others_are_kept_out_unless_asked_in() -> None:
     env = {name: value for name, value in environ().items() if name != "GPTQ_LOADER_API_KEY"}
-    done = subprocess.run(
-        command(MODEL, "--listen"), env=env, capture_output=True, text=True, check=False, timeout=60
-    )
-    assert done.returncode == 1
-    assert "could use this server" in done.stderr
-    assert "hint: set a key with --api-key" in done.stderr
+    refused = run_process(command(MODEL, "--listen"), env=env, seconds=60)
+    assert refused.returncode == 1
+    assert "could use this server" in refused.stderr
+    assert "hint: set a key with --api-key" in refused.stderr
 
 
 def test_replicas_come_when_there_is_much_to_do() -> None:
     with serving(MODEL, "--replicas", "1-2", "--max-num-seqs", "4") as server:
-        assert server.told["replicas"] == [1, 2]
-        assert len(server.replicas()) == 1
-        with server.load(clients=12, seconds=90, tokens=LONG) as clients:
+        assert server.ready["replicas"] == [1, 2]
+        assert len(replicas(server)) == 1
+        with load(server, clients=12, seconds=90, tokens=LONG) as clients:
             seen = json.loads(clients.communicate(timeout=60 * MINUTES)[0])
     assert not [it for it in seen if it["error"]]
     assert len({it["replica"] for it in seen}) == 2
@@ -245,30 +246,29 @@ def test_a_cluster_deploys_the_example(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
     program = Path(str(python_of("ray"))).with_name("serve")
     log = tmp_path / "log"
-    with log.open("w") as written:
-        process = psutil.Popen(
+    with (
+        log.open("w") as written,
+        start_process(
             [str(program), "run", str(file)],
             env={**environ(), "RAY_USAGE_STATS_ENABLED": "0"},
             cwd=tmp_path,
             stdout=written,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        until = time.monotonic() + START
-        server = RayProcess(process, {"url": f"http://127.0.0.1:{port}"})
-        while not answers(server):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < until, log.read_text()
-            time.sleep(1)
-        answer = ask(server)
-        assert answer.json()["usage"]["completion_tokens"] == 16
-        assert answer.headers["x-replica"]
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=END)
+            stderr=written,
+        ) as process,
+    ):
+        server = ServerProcess(process, {"url": f"http://127.0.0.1:{port}"})
+        try:
+            eventually(lambda: answers(server), START, awaited="the application", log=log.read_text)
+            answer = ask(server)
+            assert answer.json()["usage"]["completion_tokens"] == 16
+            assert answer.headers["x-replica"]
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=END)
 
 
-def answers(server: RayProcess) -> bool:
+def answers(server: ServerProcess) -> bool:
+    assert server.process.poll() is None
     try:
         return get(server, "/health").status_code == 200
     except httpx.TransportError:

@@ -17,7 +17,11 @@ from vllm_process import BY_NAME, CLOSE, FLOAT32, Answer, ask, ours
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [pytest.mark.host("vllm"), needs_python_of("vllm")]
+pytestmark = [
+    pytest.mark.host("vllm"),
+    pytest.mark.timeout(1800),  # seconds: a start alone may take ten minutes
+    needs_python_of("vllm"),
+]
 
 NAMES = sorted(it.name for it in altering.DATA.glob("gptq*"))
 BRANCHES = branches()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 from typing import TYPE_CHECKING
 
 import altering
 import pytest
 from environments import branches, needs_python_of, python_of
+from processes import ServerProcess, run_process
 from vllm_process import ask, ours
-from vllm_server import VllmServer, serving, start, wait_until_gone
+from vllm_server import ENVIRON, chat, command, family, post, serving, stream, wait_until_gone
+from waiting import eventually
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.vllm.planning.eligibility import label_refusal, refusal, stored_label
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = [pytest.mark.host("vllm"), needs_python_of("vllm")]
+pytestmark = [
+    pytest.mark.host("vllm"),
+    pytest.mark.timeout(1800),  # seconds: a start alone may take ten minutes
+    needs_python_of("vllm"),
+]
 
 BRANCHES = {it.name: it for it in branches()}
 REFUSED = "gptq-4bit-32g-actorder_True"  # by vLLM itself
@@ -50,7 +55,7 @@ needs_branches = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def refused() -> Iterator[VllmServer]:
+def refused() -> Iterator[ServerProcess]:
     """Serve in float32 a branch that vLLM would not, with a key."""
     folder = BRANCHES[REFUSED]
     with serving(
@@ -60,29 +65,27 @@ def refused() -> Iterator[VllmServer]:
 
 
 @needs_branches
-def test_it_says_where_it_listens_and_which_kernels_run(refused: VllmServer) -> None:
-    assert refused.told["model"] == REFUSED
-    assert refused.told["quantization"] == "gptq_loader"
+def test_it_says_where_it_listens_and_which_kernels_run(refused: ServerProcess) -> None:
+    assert refused.ready["model"] == REFUSED
+    assert refused.ready["quantization"] == "gptq_loader"
     program = [str(python_of("vllm")), "-P", "-m", "gptq_loader_plugin"]
-    explained = subprocess.run(
+    explained = run_process(
         [*program, "explain", str(BRANCHES[REFUSED]), "--engine", "vllm", "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
         env={"PYTHONPATH": "", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"},
+        check=True,
     )
     planned = json.loads(explained.stdout)
     assert planned["installed"].startswith("vllm")
-    assert planned["kernels"] == refused.told["kernels"]
-    assert sum(refused.told["kernels"].values()) == 120  # 4 of vLLM's in each of 30 blocks
-    assert "any client of OpenAI's" in refused.words
-    assert "qkv_proj and layers like it" in refused.words
-    assert "Traceback" not in refused.words
+    assert planned["kernels"] == refused.ready["kernels"]
+    assert sum(refused.ready["kernels"].values()) == 120  # 4 of vLLM's in each of 30 blocks
+    assert "any client of OpenAI's" in refused.log
+    assert "qkv_proj and layers like it" in refused.log
+    assert "Traceback" not in refused.log
 
 
 @needs_branches
-def test_a_chat_is_the_text_that_this_package_writes(refused: VllmServer) -> None:
-    answer = refused.chat(FRANCE, max_tokens=TOKENS)
+def test_a_chat_is_the_text_that_this_package_writes(refused: ServerProcess) -> None:
+    answer = chat(refused, FRANCE, max_tokens=TOKENS)
     greedy = gptq.GenerateOptions(temperature=0, max_new_tokens=TOKENS)
     with gptq.load(BRANCHES[REFUSED], device="cpu", dtype="float32") as loaded:
         messages = [{"role": "user", "content": FRANCE}]
@@ -94,10 +97,10 @@ def test_a_chat_is_the_text_that_this_package_writes(refused: VllmServer) -> Non
 
 
 @needs_branches
-def test_a_completion_is_the_text_that_this_package_writes(refused: VllmServer) -> None:
+def test_a_completion_is_the_text_that_this_package_writes(refused: ServerProcess) -> None:
     prompt = "The harbour was quiet before dawn."
     request = {"model": REFUSED, "prompt": prompt, "temperature": 0, "max_tokens": TOKENS}
-    found = refused.post("/v1/completions", request).json()["choices"][0]
+    found = post(refused, "/v1/completions", request).json()["choices"][0]
     with gptq.load(BRANCHES[REFUSED], device="cpu", dtype="float32") as loaded:
         greedy = gptq.GenerateOptions(temperature=0, max_new_tokens=TOKENS)
         reply = loaded.generate(prompt, greedy)
@@ -105,9 +108,9 @@ def test_a_completion_is_the_text_that_this_package_writes(refused: VllmServer) 
 
 
 @needs_branches
-def test_a_stream_is_the_whole_reply_in_pieces_with_its_usage(refused: VllmServer) -> None:
-    whole = refused.chat(FRANCE, max_tokens=TOKENS)
-    *pieces, last = refused.stream(FRANCE, max_tokens=TOKENS)
+def test_a_stream_is_the_whole_reply_in_pieces_with_its_usage(refused: ServerProcess) -> None:
+    whole = chat(refused, FRANCE, max_tokens=TOKENS)
+    *pieces, last = stream(refused, FRANCE, max_tokens=TOKENS)
     texts = [it["choices"][0]["delta"].get("content") or "" for it in pieces]
     assert sum(map(bool, texts)) > 1
     assert "".join(texts) == whole["choices"][0]["message"]["content"]
@@ -115,53 +118,53 @@ def test_a_stream_is_the_whole_reply_in_pieces_with_its_usage(refused: VllmServe
 
 
 @needs_branches
-def test_a_reply_ends_at_a_stop_and_at_the_limit(refused: VllmServer) -> None:
-    whole = refused.chat(FRANCE, max_tokens=TOKENS)["choices"][0]["message"]["content"]
+def test_a_reply_ends_at_a_stop_and_at_the_limit(refused: ServerProcess) -> None:
+    whole = chat(refused, FRANCE, max_tokens=TOKENS)["choices"][0]["message"]["content"]
     stop = whole.split()[2]
-    stopped = refused.chat(FRANCE, max_tokens=TOKENS, stop=[stop])["choices"][0]
+    stopped = chat(refused, FRANCE, max_tokens=TOKENS, stop=[stop])["choices"][0]
     assert stopped["message"]["content"] == whole.partition(stop)[0]
     assert stopped["finish_reason"] == "stop"
-    assert refused.chat(FRANCE, max_tokens=3)["choices"][0]["finish_reason"] == "length"
+    assert chat(refused, FRANCE, max_tokens=3)["choices"][0]["finish_reason"] == "length"
 
 
 @needs_branches
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/invocations", "/tokenize"])
-def test_without_the_key_no_path_answers(refused: VllmServer, path: str) -> None:
+def test_without_the_key_no_path_answers(refused: ServerProcess, path: str) -> None:
     request = {"model": REFUSED, "messages": [{"role": "user", "content": FRANCE}]}
     for key in ("wrong", None):
-        answer = refused.post(path, request, key=key)
+        answer = post(refused, path, request, key=key)
         assert answer.status_code == 401
         assert "API key" in answer.json()["error"]["message"]
 
 
 @needs_branches
-def test_ctrl_c_leaves_no_process(refused: VllmServer) -> None:
+def test_ctrl_c_leaves_no_process(refused: ServerProcess) -> None:
     """The last of those that share the server."""
-    family = refused.family()
-    session = family[0]
-    assert len(family) > 1
+    processes = family(refused)
+    session = processes[0]
+    assert len(processes) > 1
     refused.process.send_signal(signal.SIGINT)
     assert refused.process.wait(timeout=120) == 130
     wait_until_gone(session)
-    assert refused.words.rstrip().endswith("stopped")
+    eventually(lambda: refused.log.rstrip().endswith("stopped"), awaited="its last word")
 
 
 @needs_branches
 def test_a_branch_that_vllm_takes_is_served_and_ends_with_its_parent() -> None:
     with serving(BRANCHES[TAKEN], "--context", "512") as server:
-        assert server.told["quantization"] == "gptq_loader"  # on a CPU
-        answer = server.chat(FRANCE, max_tokens=TOKENS)
+        assert server.ready["quantization"] == "gptq_loader"  # on a CPU
+        answer = chat(server, FRANCE, max_tokens=TOKENS)
         assert answer["choices"][0]["message"]["content"]
-        session = server.family()[0]
+        session = family(server)[0]
         server.process.kill()
-        server.process.wait()
+        server.process.wait(timeout=60)
         wait_until_gone(session)
 
 
 def test_two_workers_write_what_one_process_writes() -> None:
     folder = altering.DATA / altering.ACT_ORDER
     with serving(folder, "--tensor-parallel", "2", "--dtype", "float32") as server:
-        found = server.chat(FRANCE, max_tokens=TOKENS)["choices"][0]["message"]["content"]
+        found = chat(server, FRANCE, max_tokens=TOKENS)["choices"][0]["message"]["content"]
     with gptq.load(folder, device="cpu", dtype="float32") as loaded:
         greedy = gptq.GenerateOptions(temperature=0, max_new_tokens=TOKENS)
         pieces = list(loaded.chat([{"role": "user", "content": FRANCE}], greedy))
@@ -171,28 +174,23 @@ def test_two_workers_write_what_one_process_writes() -> None:
 @needs_branches
 def test_a_start_that_fails_says_why_in_vllms_words() -> None:
     """SmolLM2 has nine heads."""
-    process = start(BRANCHES[REFUSED], "--tensor-parallel", "2")
-    out, words = process.communicate(timeout=600)
-    assert process.returncode == 1
-    assert out == ""
-    assert "error: vLLM did not start: " in words
-    assert "attention heads (9) must be divisible by tensor parallel size (2)" in words
-    assert "Traceback" not in words
+    failed = run_process(
+        command(BRANCHES[REFUSED], "--tensor-parallel", "2"), env=ENVIRON, seconds=600
+    )
+    assert failed.returncode == 1
+    assert failed.stdout == ""
+    assert "error: vLLM did not start: " in failed.stderr
+    assert "attention heads (9) must be divisible by tensor parallel size (2)" in failed.stderr
+    assert "Traceback" not in failed.stderr
 
 
 def test_the_rules_refuse_the_labels_that_vllm_refuses(tmp_path: Path) -> None:
     altered = [altering.make(it, tmp_path / it) for it in altering.ALTERED]
     folders = [altering.DATA / it for it in NAMES] + altered + list(BRANCHES.values())
     labels = [it for folder in folders if (it := stored_label(folder))]
-    done = subprocess.run(
-        [str(python_of("vllm")), "-c", ASK_VLLM, json.dumps(labels)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-        cwd=tmp_path,
-    )
-    answers = [it for it in done.stdout.splitlines() if it.startswith("ANSWER")]
+    program = [str(python_of("vllm")), "-c", ASK_VLLM, json.dumps(labels)]
+    completed = run_process(program, cwd=tmp_path, check=True)
+    answers = [it for it in completed.stdout.splitlines() if it.startswith("ANSWER")]
     said = ["ANSWER refuses" if label_refusal(it) else "ANSWER takes" for it in labels]
     assert answers == said
     assert len(set(said)) == 2

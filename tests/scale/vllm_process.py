@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from environments import python_of
+from processes import run_process
 
 import gptq_loader_plugin as gptq
 
@@ -95,7 +95,7 @@ def ask(
     }
     workers = options.get("tensor_parallel_size", 1) > 1
     with tempfile.TemporaryDirectory() as folder:  # where no source tree shadows what is installed
-        done = subprocess.run(
+        completed = run_process(
             [str(python_of("vllm")), str(PROBE), json.dumps(job)],
             cwd=folder,
             env={
@@ -108,19 +108,16 @@ def ask(
                 "PYTHONPATH": "",
                 **(environ or {}),
             },
-            capture_output=True,
-            text=True,
-            timeout=60 * MINUTES,
-            check=False,
+            seconds=60 * MINUTES,
         )
-    log = done.stdout + done.stderr
+    log = completed.stdout + completed.stderr
     found = {}
-    for line in done.stdout.splitlines():
+    for line in completed.stdout.splitlines():
         if line.startswith("ANSWER "):
             content = json.loads(line.removeprefix("ANSWER "))
             model = content.pop("model")
             found[model] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-    missing = {"error": f"vLLM ended with {done.returncode}"}
+    missing = {"error": f"vLLM ended with {completed.returncode}"}
     return [Answer(**(found.get(str(it)) or missing), log=log) for it in models]
 
 

@@ -4,78 +4,63 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import threading
-import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 from environments import python_of
+from processes import start_server
+from waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from processes import ServerProcess
+
 KEY = "sesame"
 MINUTES = 10  # for one start, on a machine with other work
-SECONDS = 60  # for the processes of a server to end
+ENVIRON = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
 
 
-@dataclass
-class VllmServer:
-    """A server in a process of its own.
+def post(
+    server: ServerProcess, path: str, content: dict[str, Any], *, key: str | None = KEY
+) -> httpx.Response:
+    """Send a request, with the right key unless another one is named."""
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    return httpx.post(f"{server.url}{path}", json=content, headers=headers, timeout=300)
 
-    Attributes:
-        process: `gptq-loader serve`.
-        told: what it said on stdout, as JSON.
-        lines: what it wrote to stderr.
-    """
 
-    process: subprocess.Popen[str]
-    told: dict[str, Any]
-    lines: list[str] = field(default_factory=list)
+def chat(server: ServerProcess, content: str, **options: Any) -> dict[str, Any]:
+    """Have it answer one message, greedily."""
+    messages = [{"role": "user", "content": content}]
+    request = {"model": server.ready["model"], "messages": messages, "temperature": 0, **options}
+    answer = post(server, "/v1/chat/completions", request)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
 
-    @property
-    def words(self) -> str:
-        """What it wrote to stderr."""
-        return "".join(self.lines)
 
-    def post(self, path: str, content: dict[str, Any], *, key: str | None = KEY) -> httpx.Response:
-        """Send a request, with the right key unless another one is named."""
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        return httpx.post(f"{self.told['url']}{path}", json=content, headers=headers, timeout=300)
+def stream(server: ServerProcess, content: str, **options: Any) -> list[dict[str, Any]]:
+    """Have it answer one message piece by piece."""
+    request = {
+        "model": server.ready["model"],
+        "messages": [{"role": "user", "content": content}],
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **options,
+    }
+    answer = post(server, "/v1/chat/completions", request)
+    events = [it.removeprefix("data: ") for it in answer.text.splitlines() if it]
+    assert events[-1] == "[DONE]"
+    return [json.loads(it) for it in events[:-1]]
 
-    def chat(self, content: str, **options: Any) -> dict[str, Any]:
-        """Have it answer one message, greedily."""
-        messages = [{"role": "user", "content": content}]
-        request = {"model": self.told["model"], "messages": messages, "temperature": 0, **options}
-        answer = self.post("/v1/chat/completions", request)
-        assert answer.status_code == 200, answer.text
-        found: dict[str, Any] = answer.json()
-        return found
 
-    def stream(self, content: str, **options: Any) -> list[dict[str, Any]]:
-        """Have it answer one message piece by piece."""
-        request = {
-            "model": self.told["model"],
-            "messages": [{"role": "user", "content": content}],
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            **options,
-        }
-        answer = self.post("/v1/chat/completions", request)
-        events = [it.removeprefix("data: ") for it in answer.text.splitlines() if it]
-        assert events[-1] == "[DONE]"
-        return [json.loads(it) for it in events[:-1]]
-
-    def family(self) -> list[int]:
-        """List the processes of vLLM's session that are alive: those of this process's child."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [pid for child in children.split() for pid in processes_of_session(int(child))]
+def family(server: ServerProcess) -> list[int]:
+    """List the processes of vLLM's session that are alive: those of this process's child."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()
+    return [pid for child in children.split() for pid in processes_of_session(int(child))]
 
 
 def processes_of_session(session: int) -> list[int]:
@@ -93,53 +78,22 @@ def processes_of_session(session: int) -> list[int]:
 
 def wait_until_gone(session: int) -> None:
     """Wait for the end of a session's last process."""
-    deadline = time.monotonic() + SECONDS
-    while processes_of_session(session) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert processes_of_session(session) == []
-
-
-def start(*args: str | Path, environ: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """Start `gptq-loader serve` with these arguments, on a free port."""
-    python = python_of("vllm")
-    assert python is not None
-    command = [python, "-P", "-m", "gptq_loader_plugin", "serve", *args, "--engine", "vllm"]
-    return subprocess.Popen(
-        [*map(str, command), "--port", "0", "--json"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": "",
-            **(environ or {}),
-        },
+    eventually(
+        lambda: not processes_of_session(session),
+        seconds=60,
+        awaited=f"the end of session {session}",
     )
 
 
+def command(*args: str | Path) -> list[str]:
+    """Write the command that serves with these arguments, on a free port."""
+    serve = [str(python_of("vllm")), "-P", "-m", "gptq_loader_plugin", "serve", *map(str, args)]
+    return [*serve, "--engine", "vllm", "--port", "0", "--json"]
+
+
 @contextmanager
-def serving(*args: str | Path, environ: dict[str, str] | None = None) -> Iterator[VllmServer]:
+def serving(*args: str | Path, environ: dict[str, str] | None = None) -> Iterator[ServerProcess]:
     """Serve until the block ends, or the test ends it itself."""
-    process = start(*args, environ=environ)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    stderr, lines = process.stderr, []
-    reader = threading.Thread(target=lambda: lines.extend(stderr))
-    reader.start()
-    clock = threading.Timer(60 * MINUTES, process.kill)
-    clock.start()
-    try:
-        told = process.stdout.readline()
-        clock.cancel()
-        assert told, "".join(lines)
-        yield VllmServer(process, json.loads(told), lines)
-    finally:
-        clock.cancel()
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-        process.wait(timeout=120)
-        reader.join()
-        process.stdout.close()
-        stderr.close()
+    env = {**ENVIRON, **(environ or {})}
+    with start_server(command(*args), seconds=60 * MINUTES, end=120, env=env) as server:
+        yield server

@@ -35,7 +35,10 @@ class Jobs:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.communicate()
+        try:
+            self._process.communicate(timeout=60)  # it ends where its input does
+        finally:
+            self._process.kill()
 
     def run(self, name: str, *args: Any, kill_after: float | None = None) -> list[Any]:
         """Run a job to its end, or kill it some seconds after its first words; give them all."""
@@ -55,9 +58,10 @@ class Jobs:
         return told
 
     def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        found: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return found
+        from processes import read_line  # of the tests: where this runs as a program, it is not
+
+        line: dict[str, Any] = json.loads(read_line(self._process))
+        return line
 
 
 def tell(**what: object) -> None:

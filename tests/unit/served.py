@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import uvicorn
 from altered import DATA, ONE, plugins
+from waiting import join
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.openai.app import create_app
@@ -78,7 +79,7 @@ class Brake:
         model.begin = braked  # type: ignore[method-assign]
         return model
 
-    def wait(self) -> None:
+    def wait_for_reply(self) -> None:
         """Wait until a reply has begun."""
         assert self.began.acquire(timeout=60)
 
@@ -165,7 +166,7 @@ def running(
         if isinstance(loads, Brake):
             loads.let_go()
         host.should_exit = True
-        thread.join()
+        join(thread)
         engine.close()
         listening.close()
         log.removeHandler(handler)

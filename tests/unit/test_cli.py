@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from altered import ALL, CPU_KERNELS, DATA, ONE, PLUGINS, copy, golden, plugins, set_field
+from processes import read_line, run_process, start_process
 from typer.testing import CliRunner
 
 import gptq_loader_plugin as gptq
@@ -113,11 +113,7 @@ def test_inspect_and_explain_import_no_torch() -> None:
         "assert not {'torch', 'transformers'} & set(sys.modules), 'heavy'\n"
     )
     for command in ("inspect", "explain"):
-        done = subprocess.run(
-            [sys.executable, "-c", code, command, str(DATA / ONE)],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        run_process([sys.executable, "-c", code, command, str(DATA / ONE)], check=True)
 
 
 def test_generate_writes_the_reply_alone_to_stdout() -> None:
@@ -176,9 +172,7 @@ def test_a_chat_in_a_terminal_goes_on_after_what_it_cannot_take(errors: str) -> 
     ours, theirs = os.openpty()
     command = [sys.executable, "-m", "gptq_loader_plugin", "chat", str(DATA / ONE), *FEW]
     environment = {**os.environ, **PLUGINS, "PYTHONIOENCODING": f"utf-8:{errors}"}
-    with subprocess.Popen(
-        command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
-    ) as chat:
+    with start_process(command, stdin=theirs, env=environment, text=False) as chat:
         os.write(ours, b"Hi \xff\nHello\n/quit\n")
         out, err = chat.communicate(timeout=100)
     os.close(ours)
@@ -289,9 +283,7 @@ def test_streams_that_are_closed_or_full(
     arguments: tuple[str, ...], redirection: str, code: int
 ) -> None:
     command = shlex.join([sys.executable, "-m", "gptq_loader_plugin", *arguments])
-    done = subprocess.run(
-        ["bash", "-c", f"{command} {redirection}"], capture_output=True, text=True, check=False
-    )
+    done = run_process(["bash", "-c", f"{command} {redirection}"])
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
@@ -301,14 +293,14 @@ def test_a_terminal_of_few_letters() -> None:
     folder, name = DATA / ONE, "é"
     command = [sys.executable, "-m", "gptq_loader_plugin", "inspect", f"{folder}{name}"]
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, capture_output=True, check=False, env=env)
+    done = run_process(command, text=False, env=env)
     assert done.stderr.startswith(b"error: ")
     assert b"\\xe9 names no checkpoint" in done.stderr
 
 
 def test_debug_shows_the_traceback() -> None:
     command = [sys.executable, "-m", "gptq_loader_plugin", "--debug", "inspect", "nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_process(command)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "hint: name a folder" in done.stderr
@@ -361,22 +353,17 @@ def test_plugins_says_how_to_leave_a_broken_one_out(
 def test_ctrl_c_ends_it_with_130() -> None:
     command = [sys.executable, "-m", "gptq_loader_plugin", "generate", DATA / ONE, "--prompt", "a"]
     command += ["--max-new-tokens", "500", "--temperature", "9", "--top-k", "0", "--top-p", "1"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | PLUGINS
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stderr.readline()  # the headline: it is loaded
+    with start_process(command, env=os.environ | PLUGINS) as process:
+        assert read_line(process, source="stderr"), "the headline: it is loaded"
         process.send_signal(signal.SIGINT)
-        process.wait(60)
-        rest = process.stderr.read()
+        _, rest = process.communicate(timeout=60)
     assert process.returncode in (130, 0), rest  # 0 where it was done before the signal came
     assert "Traceback" not in rest
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:
     command = f"{sys.executable} -m gptq_loader_plugin inspect {DATA / ONE} | true"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    done = run_process(["bash", "-c", command])
     assert "Traceback" not in done.stderr
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import struct
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from altered import ONE, Tensors, copy, edit_json, edit_tensors, plugins, read_tensors, set_field
+from processes import run_process
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -435,7 +435,7 @@ def test_the_process_itself_ends_with_1(tmp_path: Path) -> None:
     folder = copy(ONE, tmp_path / "model")
     pickle_with_code(folder)
     command = [sys.executable, "-m", "gptq_loader_plugin", "generate", folder, "--prompt", "a"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_process(command)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {folder}/model.pt: this pickle wants more than tensors")
     assert "Traceback" not in done.stderr

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from importlib.metadata import EntryPoint, version
 from typing import TYPE_CHECKING
 
 import pytest
+from processes import run_process
 
 from gptq_loader_plugin.cli.plugins import describe
 from gptq_loader_plugin.device import find_device
@@ -97,7 +97,7 @@ def test_looking_imports_no_torch() -> None:
         "assert len(discover(environ={})) > 5\n"
         "print({'torch', 'transformers', 'gradio', 'llm', 'lm_eval'} & set(sys.modules))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run_process([sys.executable, "-c", code], check=True)
     assert done.stdout == "set()\n"
 
 
@@ -232,5 +232,5 @@ def test_our_hosts_do_no_harm_where_their_programs_are_not(module: str) -> None:
         "print(offer.name, type(offer.check()).__name__ != '')\n"
         "print({'torch', 'transformers'} & set(sys.modules))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run_process([sys.executable, "-c", code], check=True)
     assert done.stdout == f"{module.replace('_', '-')} True\nset()\n"

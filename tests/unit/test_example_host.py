@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from installed_example import install_example
+from processes import run_process
+
+if TYPE_CHECKING:
+    import subprocess
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "tests" / "data" / "checkpoints" / "gptq-2bit-64g-noact-sym"
@@ -18,25 +21,13 @@ CHECKPOINT = ROOT / "tests" / "data" / "checkpoints" / "gptq-2bit-64g-noact-sym"
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment in which the example is installed, beside the packages of this one."""
-    source = tmp_path_factory.mktemp("source") / "my_host"
-    shutil.copytree(ROOT / "examples" / "my_host", source)
-    target = tmp_path_factory.mktemp("site")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run(
-        [*pip, "--no-deps", "--no-build-isolation", "--target", target, source],
-        check=True,
-        capture_output=True,
-    )
-    return {**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
+    return install_example("my_host", tmp_path_factory.mktemp("example"))
 
 
 def run(
     *arguments: str, env: dict[str, str], cwd: Path, text: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *arguments]
-    return subprocess.run(
-        command, env=env, cwd=cwd, input=text, capture_output=True, text=True, check=False
-    )
+    return run_process([sys.executable, *arguments], env=env, cwd=cwd, input=text)
 
 
 def test_it_is_listed_with_where_it_comes_from(installed: dict[str, str], tmp_path: Path) -> None:

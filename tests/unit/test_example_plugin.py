@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from installed_example import install_example
+from processes import run_process
+
+if TYPE_CHECKING:
+    import subprocess
 
 ROOT = Path(__file__).parents[2]
 EIGHT_BITS = ROOT / "tests" / "data" / "checkpoints" / "gptq-8bit-128g-act-sym"
@@ -17,23 +21,11 @@ EIGHT_BITS = ROOT / "tests" / "data" / "checkpoints" / "gptq-8bit-128g-act-sym"
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment in which the example is installed, beside the packages of this one."""
-    source = tmp_path_factory.mktemp("source")
-    for file in (ROOT / "examples" / "my_kernel").glob("*.*"):
-        (source / file.name).write_bytes(file.read_bytes())
-    target = tmp_path_factory.mktemp("site")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run(
-        [*pip, "--no-deps", "--no-build-isolation", "--target", target, source],
-        check=True,
-        capture_output=True,
-    )
-    return {**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
+    return install_example("my_kernel", tmp_path_factory.mktemp("example"))
 
 
 def run(*arguments: str, env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], env=env, cwd=cwd, capture_output=True, text=True, check=False
-    )
+    return run_process([sys.executable, *arguments], env=env, cwd=cwd)
 
 
 def test_it_is_listed(installed: dict[str, str], tmp_path: Path) -> None:

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import resource
 import signal
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -23,7 +23,9 @@ import torch
 from altered import DATA, ONE, copy, edit_json
 from faulty import Jobs
 from hub_server import HubServer
+from processes import ServerProcess, read_line, run_process, start_process, start_server
 from safetensors.torch import load_file, save_file
+from waiting import eventually
 
 from gptq_loader_extensions.gradio.storage.settings_file import ModelSettings, SettingsFile
 from gptq_loader_plugin.catalog.local import local_models
@@ -41,8 +43,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="limits another proce
 
 @pytest.fixture(scope="module")
 def jobs() -> Iterator[Jobs]:
-    with Jobs() as it:
-        yield it
+    with Jobs() as started:
+        yield started
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -167,14 +169,7 @@ def test_a_full_disk_ends_a_quantisation_that_goes_on_afterwards(
 # Ctrl-C, and out of memory, in the command
 
 
-def command(*args: str | Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 # Says where it is, and stays there until it is interrupted: at one of the tensors.
@@ -198,11 +193,11 @@ def test_ctrl_c_while_it_loads_ends_it_in_words() -> None:
     draw = random.Random(9)
     for _ in range(TIMES):
         after = str(draw.randrange(50_000))
-        process = command("-c", INTERRUPTED, "generate", DATA / ONE, "--prompt", "x", after)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "now\n"
-        process.send_signal(signal.SIGINT)
-        _, words = process.communicate(timeout=300)
+        command = [sys.executable, "-c", INTERRUPTED, "generate", DATA / ONE, "--prompt", "x"]
+        with start_process([*command, after], env=ONE_THREAD) as process:
+            assert read_line(process) == "now\n"
+            process.send_signal(signal.SIGINT)
+            _, words = process.communicate(timeout=60)
         assert process.returncode == 130, words
         assert words.strip().endswith("stopped")
         assert "Traceback" not in words
@@ -219,9 +214,9 @@ sys.meta_path.insert(0, Interrupted())
 from gptq_loader_plugin.cli import main
 main()
 """
-    process = command("-c", code, "models")
-    assert process.communicate(timeout=300) == ("", "\nstopped\n")
-    assert process.returncode == 130
+    completed = run_process([sys.executable, "-c", code, "models"])
+    assert (completed.stdout, completed.stderr) == ("", "\nstopped\n")
+    assert completed.returncode == 130
 
 
 LIMITED = """
@@ -238,13 +233,13 @@ main()
 
 @linux
 def test_a_command_that_runs_out_of_memory_says_so(models: Path) -> None:
-    process = command("-c", LIMITED, "generate", models / "big", "--prompt", "x")
-    _, words = process.communicate(timeout=300)
-    assert process.returncode == 1, words
-    error, hint = words.strip().splitlines()[-2:]
+    command = [sys.executable, "-c", LIMITED, "generate", models / "big", "--prompt", "x"]
+    completed = run_process(command, env=ONE_THREAD)
+    assert completed.returncode == 1, completed.stderr
+    error, hint = completed.stderr.strip().splitlines()[-2:]
     assert error == "error: out of memory"
     assert hint.startswith("hint: choose a smaller checkpoint")
-    assert "Traceback" not in words
+    assert "Traceback" not in completed.stderr
 
 
 # A server, and what the system does to it
@@ -253,52 +248,53 @@ def test_a_command_that_runs_out_of_memory_says_so(models: Path) -> None:
 KEY, TOKEN = "sk-of-this-server-alone", "hf_of_this_person_alone"
 
 
+@dataclass
 class Served:
-    """A server in a process of its own, which writes into a file beside its models folder."""
+    """A server in a process of its own.
 
-    hub: HubServer  # that it downloads from
+    Attributes:
+        server: the process, and what it has written.
+        client: asks it.
+        hub: what it downloads from.
+    """
 
-    def __init__(self, folder: Path, *args: str, port: int = 0, **environ: str) -> None:
-        self.words = folder.with_suffix(".log")
-        command = [sys.executable, "-m", "gptq_loader_plugin", "serve", "--models-dir", str(folder)]
-        with self.words.open("w") as words:
-            self.process = subprocess.Popen(
-                [*command, "--port", str(port), "--json", "--grace", "0", *args],
-                stdout=subprocess.PIPE,
-                stderr=words,
-                text=True,
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": "1",
-                    "TOKENIZERS_PARALLELISM": "0",
-                    **environ,
-                },
-            )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, self.words.read_text()
-        self.client = httpx.Client(base_url=json.loads(line)["url"], timeout=300)
+    server: ServerProcess
+    client: httpx.Client
+    hub: HubServer
 
     def complete(self, prompt: str = "Hello", **more: Any) -> httpx.Response:
         body = {"prompt": prompt, "max_tokens": 4, "temperature": 0, **more}
         return self.client.post("/v1/completions", json=body)
 
-    def end(self, number: int) -> int:
-        """Send a signal; give how the process ended."""
-        self.process.send_signal(number)
-        self.client.close()
-        self.process.communicate(timeout=300)
-        return self.process.returncode
-
     def limit(self, more: int) -> None:
         """Let the process have so many more bytes of addresses, and no more."""
-        process = psutil.Process(self.process.pid)
+        process = psutil.Process(self.server.process.pid)
         most = process.memory_info().vms + more
         process.rlimit(psutil.RLIMIT_AS, (most, resource.RLIM_INFINITY))
 
     def unlimit(self) -> None:
         infinite = resource.RLIM_INFINITY
-        psutil.Process(self.process.pid).rlimit(psutil.RLIMIT_AS, (infinite, infinite))
+        psutil.Process(self.server.process.pid).rlimit(psutil.RLIMIT_AS, (infinite, infinite))
+
+
+@contextmanager
+def serving(
+    folder: Path, hub: HubServer, *args: str, port: int = 0, key: str | None = None
+) -> Iterator[Served]:
+    """Serve the checkpoint "small" of a models folder."""
+    command = [sys.executable, "-m", "gptq_loader_plugin", "serve", "small", "--models-dir", folder]
+    options = ["--port", str(port), "--json", "--grace", "0", *args]
+    environ = {**ONE_THREAD, "TOKENIZERS_PARALLELISM": "0"}
+    environ |= hub.environment(folder.parent / "home", token=TOKEN)
+    headers = {}
+    if key is not None:
+        environ["GPTQ_LOADER_API_KEY"] = key
+        headers["authorization"] = f"Bearer {key}"
+    with (
+        start_server([*command, *options], env=environ) as server,
+        httpx.Client(base_url=server.url, headers=headers, timeout=300) as client,
+    ):
+        yield Served(server, client, hub)
 
 
 BIG_ROWS = 500_000
@@ -330,34 +326,35 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(models: Path) -> Iterator[Served]:
     """A server that was killed in a reply, started once more, and ends well at last."""
-    first = Served(models, "small")
-    port = first.client.base_url.port
-    asked = {"prompt": "Hello", "max_tokens": 100_000, "stream": True}
-    with first.client.stream("POST", "/v1/completions", json=asked) as answer:
-        lines = answer.iter_lines()
-        next(lines)
-        first.process.kill()
-        with pytest.raises(httpx.TransportError):
-            list(lines)
-    first.end(signal.SIGKILL)
-    home = models.parent / "home"
     with HubServer() as hub:
-        environ = {**hub.environment(home, token=TOKEN), "GPTQ_LOADER_API_KEY": KEY}
-        again = Served(models, "small", "--allow-downloads", port=port or 0, **environ)
-        again.client.headers["authorization"] = f"Bearer {KEY}"
-        again.hub = hub
-        yield again
-    again.unlimit()
-    assert again.complete(model="small").status_code == 200
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(again.complete, model="big")
-        while again.client.get("/health").json()["model"] is not None:
-            assert not asked.done()
-        # while it loads
-        again.process.send_signal(signal.SIGTERM)
-        assert asked.result().status_code in (200, 503)
-    assert again.end(signal.SIGTERM) == -signal.SIGTERM
-    assert "Traceback" not in again.words.read_text()
+        with serving(models, hub) as first:
+            port = first.client.base_url.port
+            request = {"prompt": "Hello", "max_tokens": 100_000, "stream": True}
+            with first.client.stream("POST", "/v1/completions", json=request) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                first.server.process.kill()
+                with pytest.raises(httpx.TransportError):
+                    list(lines)
+        with serving(models, hub, "--allow-downloads", port=port or 0, key=KEY) as again:
+            yield again
+            again.unlimit()
+            assert again.complete(model="small").status_code == 200
+            with ThreadPoolExecutor(1) as pool:
+                answering = pool.submit(again.complete, model="big")
+
+                def loads() -> bool:
+                    assert not answering.done()
+                    return again.client.get("/health").json()["model"] is None
+
+                eventually(loads, awaited="the load of the large model to begin")
+                again.server.process.send_signal(signal.SIGTERM)
+                assert answering.result(timeout=300).status_code in (200, 503)
+            again.server.process.send_signal(signal.SIGTERM)
+            assert again.server.process.wait(timeout=60) == -signal.SIGTERM
+        assert "Traceback" not in again.server.log
+        assert KEY not in again.server.log
+        assert TOKEN not in again.server.log
 
 
 @linux
@@ -440,7 +437,6 @@ def test_no_secret_is_ever_written_down(served: Served) -> None:
         served.client.get(f"/v1/models?key={KEY}", headers=headers)
     served.client.get(f"/v1/models/{KEY}")
     served.client.post(f"/v1/{KEY}", content=b"{", headers={"content-type": "application/json"})
-    words = served.words.read_text()
-    assert words
-    for it in secrets:
-        assert it not in words
+    assert served.server.log
+    for secret in secrets:
+        assert secret not in served.server.log

@@ -6,13 +6,13 @@ import gc
 import re
 import socket
 import threading
-import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from waiting import eventually, join
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.gradio.serving import mount, parts_for
@@ -68,14 +68,12 @@ def served(app: Any) -> Iterator[str]:
         server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
         running = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         running.start()
-        end = time.monotonic() + 30
-        while not server.started and time.monotonic() < end:
-            time.sleep(0.05)
         try:
+            eventually(lambda: server.started, awaited="the server to start")
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
-            running.join(30)
+            join(running)
 
 
 def test_gr_load_embeds_a_chat_that_programs_can_call(model: gptq.LoadedModel) -> None:
@@ -108,7 +106,7 @@ def test_the_documented_way_to_mount_the_page_works() -> None:
     import httpx
 
     with served(documented(1)["app"]) as url:
-        page = httpx.get(url)
+        page = httpx.get(url, timeout=60)
     assert page.status_code == 200
     assert "No model is loaded" in page.text
 
@@ -122,7 +120,7 @@ def test_the_page_is_mounted_behind_the_routes_of_an_application(
     app = FastAPI()
     app.add_api_route("/v1/models", lambda: {"data": []})
     mount(app, parts_for(model, models_dir=tmp_path))
-    with served(app) as url, httpx.Client(base_url=url) as client:
+    with served(app) as url, httpx.Client(base_url=url, timeout=60) as client:
         assert client.get("/v1/models").json() == {"data": []}
         page = client.get("/")
         assert page.status_code == 200
@@ -144,7 +142,10 @@ def test_a_mounted_page_can_ask_who_comes(model: gptq.LoadedModel, tmp_path: Pat
     app = FastAPI()
     parts = parts_for(model, models_dir=tmp_path)
     mount(app, parts, path="/page", allowed=lambda _, password: password == "key")
-    with served(app) as url, httpx.Client(base_url=url, follow_redirects=True) as client:
+    with (
+        served(app) as url,
+        httpx.Client(base_url=url, follow_redirects=True, timeout=60) as client,
+    ):
         assert client.get("/page/config").status_code == 401
         login = {"username": "anyone", "password": "wrong"}
         assert client.post("/page/login", data=login).status_code == 400

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from waiting import join
 
 from gptq_loader_extensions.gradio.storage.settings_file import (
     ModelSettings,
@@ -81,10 +82,9 @@ def test_many_save_at_once_and_nothing_is_lost(tmp_path: Path) -> None:
         threading.Thread(target=file.save, args=(str(i), ModelSettings(context=i + 2)))
         for i in range(16)
     ]
-    for it in saving:
-        it.start()
-    for it in saving:
-        it.join()
+    for thread in saving:
+        thread.start()
+    join(*saving)
     assert [file.read(str(i))[0] for i in range(16)] == [
         ModelSettings(context=i + 2) for i in range(16)
     ]

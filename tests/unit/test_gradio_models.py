@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from waiting import eventually, join
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.gradio.jobs.loading import load_watched
@@ -117,14 +117,12 @@ def test_a_change_waits_for_the_reply_that_runs(catalog: Catalog) -> None:
         target=models.load, args=(catalog.find(SECOND), LoadOptions(), told.append)
     )
     changing.start()
-    end = time.monotonic() + 20
-    while not told and time.monotonic() < end:
-        time.sleep(0.01)
+    eventually(lambda: told, awaited="progress of the load")
     assert told[0].stage == "waiting"
     assert models.loaded is not None
     assert models.loaded.name == FIRST
     assert sum(1 for _ in reply) > 1, "the reply ends in peace"
-    changing.join(60)
+    join(changing)
     assert models.loaded.name == SECOND
     models.unload()
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from altered import DATA, ONE
 from served import OTHER, Brake, running
+from waiting import join
 
 from gptq_loader_extensions.gradio.jobs.measuring import measure
 from gptq_loader_extensions.gradio.jobs.models import Ready, Stopped
@@ -55,14 +56,14 @@ def test_a_load_that_waits_for_replies_is_stopped(tmp_path: Path) -> None:
         first: list[Piece] = []
         asking = threading.Thread(target=lambda: first.extend(pieces(models, threading.Event())))
         asking.start()
-        brake.wait()
+        brake.wait_for_reply()
         cancel = threading.Event()
         entry = Catalog(models_dir=DATA, cache=False).find(OTHER)
         threading.Timer(0.5, cancel.set).start()
         with pytest.raises(Stopped):
             models.load(entry, LoadOptions(device="cpu"), lambda _: None, cancel=cancel)
         brake.let_go()
-        asking.join(60)
+        join(asking)
         assert first[-1].finish == "length", "the reply was not disturbed"
         assert models.loaded is not None
         assert models.loaded.name == ONE

@@ -6,16 +6,17 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
-import time
 from typing import TYPE_CHECKING
 
 import pytest
+from processes import read_line, run_process, start_process
 from test_hub_download import MODEL, REPO, WANTED, assert_whole, make_branch, partials
+from waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import subprocess
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from hub_server import HubServer
@@ -40,31 +41,30 @@ def source(tmp_path: Path, hub: HubServer) -> Path:
     return folder
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", DOWNLOAD, REPO, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def download(*arguments: str | Path) -> AbstractContextManager[subprocess.Popen[str]]:
+    """Start a download in a process of its own."""
+    return start_process([sys.executable, "-c", DOWNLOAD, REPO, *map(str, arguments)])
 
 
-def wait_until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Wait for something to happen, or for the process to end."""
-    until = time.monotonic() + 60
-    while process.poll() is None and not true():
-        assert time.monotonic() < until, "it never came"
-        time.sleep(0.005)
+def wait_for_bytes(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a folder holds more bytes, or the process has ended."""
+    eventually(
+        lambda: process.poll() is not None or held(folder) > count,
+        seconds=60,
+        awaited=f"more than {count} bytes in {folder}",
+    )
 
 
 def wait_for_words(process: subprocess.Popen[str], words: str) -> None:
     """Read what a process says until it says this."""
-    assert process.stderr
-    assert any(words in line for line in process.stderr), f"it ended without {words}"
+    lines = iter(lambda: read_line(process, source="stderr"), "")
+    assert any(words in line for line in lines), f"it ended without {words}"
 
 
 def held(folder: Path) -> int:
-    """The bytes that are in partial files and in those that are done."""
-    found = [it for it in folder.rglob("*") if it.is_file() and not it.is_symlink()]
-    return sum(it.stat().st_size for it in found if it.exists())
+    """Count the bytes of partial files and of whole ones."""
+    files = [it for it in folder.rglob("*") if it.is_file() and not it.is_symlink()]
+    return sum(it.stat().st_size for it in files if it.exists())
 
 
 @pytest.mark.parametrize(("plain", "kills"), [(False, 16), (True, 4)], ids=["cache", "folder"])
@@ -77,12 +77,11 @@ def test_killed_at_random_it_finishes_with_the_right_hashes(
     hub.misbehave(f"*/{MODEL}", slow=SIZE // 4)
     killed = 0
     for _ in range(kills):
-        process = start(*to)
-        before = held(place)
-        more = draw.randrange(SIZE // (2 * kills))
-        wait_until(lambda: held(place) > before + more, process)  # noqa: B023 - used at once
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        with download(*to) as process:
+            more = draw.randrange(SIZE // (2 * kills))
+            wait_for_bytes(place, held(place) + more, process)
+            process.kill()
+            process.communicate(timeout=60)
         killed += process.returncode == -signal.SIGKILL
         for partial in place.rglob("*.incomplete"):
             kept = partial.read_bytes()
@@ -91,8 +90,8 @@ def test_killed_at_random_it_finishes_with_the_right_hashes(
             assert not to[0].exists(), "a folder appears when all of it is there"
     assert killed > kills // 2, "most were killed on the way"
     hub.behave()
-    process = start(*to)
-    folder, words = process.communicate()
+    with download(*to) as process:
+        folder, words = process.communicate(timeout=60)
     assert process.returncode == 0, words
     assert_whole(type(source)(folder.strip()), source)
     assert not list(place.rglob("*.incomplete"))
@@ -106,10 +105,10 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
 ) -> None:
     hub.misbehave(f"*/{MODEL}", slow=SIZE // 5)
     command = [sys.executable, "-m", "gptq_loader_plugin", "download", REPO]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: held(tmp_path / "hf") > SIZE // 20, process)
-    process.send_signal(signal.SIGINT)
-    folder, words = process.communicate(timeout=30)
+    with start_process(command) as process:
+        wait_for_bytes(tmp_path / "hf", SIZE // 20, process)
+        process.send_signal(signal.SIGINT)
+        folder, words = process.communicate(timeout=60)
     assert process.returncode == 130, words
     assert "licence: llama2" in words
     assert re.search("stopped; .* is not all here yet; run the same command again", words)
@@ -117,9 +116,9 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
     assert not folder
     kept = partials(tmp_path)[-1].stat().st_size
     hub.behave()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert_whole(type(source)(done.stdout.strip()), source)
-    assert "are here" in done.stderr
+    completed = run_process(command, check=True)
+    assert_whole(type(source)(completed.stdout.strip()), source)
+    assert "are here" in completed.stderr
     assert hub.bodies(MODEL)[-1].range == f"bytes={kept}-"
 
 
@@ -129,15 +128,15 @@ def test_two_processes_fetch_one_thing_once(
 ) -> None:
     to = [tmp_path / "models" / "tiny"] if plain else []
     hub.misbehave(f"*/{MODEL}", slow=SIZE // 20)
-    first = start(*to)
-    wait_until(lambda: held(tmp_path / ("models" if plain else "hf")) > SIZE // 20, first)
-    second = start(*to)
-    wait_for_words(second, "another process is downloading")
-    hub.behave()
-    for process in (first, second):
-        folder, words = process.communicate(timeout=60)
-        assert process.returncode == 0, words
-        assert_whole(type(source)(folder.strip()), source)
+    with download(*to) as first:
+        wait_for_bytes(tmp_path / ("models" if plain else "hf"), SIZE // 20, first)
+        with download(*to) as second:
+            wait_for_words(second, "another process is downloading")
+            hub.behave()
+            for process in (first, second):
+                folder, words = process.communicate(timeout=60)
+                assert process.returncode == 0, words
+                assert_whole(type(source)(folder.strip()), source)
     assert len(hub.bodies(MODEL)) == 1
 
 
@@ -145,13 +144,12 @@ def test_one_of_two_is_killed_and_the_other_goes_on(
     hub: HubServer, source: Path, tmp_path: Path
 ) -> None:
     hub.misbehave(f"*/{MODEL}", slow=SIZE // 20, times=1)
-    first = start()
-    wait_until(lambda: held(tmp_path / "hf") > SIZE // 20, first)
-    second = start()
-    wait_for_words(second, "another process is downloading")
-    first.kill()
-    first.communicate()
-    folder, _ = second.communicate(timeout=60)
+    with download() as first:
+        wait_for_bytes(tmp_path / "hf", SIZE // 20, first)
+        with download() as second:
+            wait_for_words(second, "another process is downloading")
+            first.kill()
+            folder, _ = second.communicate(timeout=60)
     assert_whole(type(source)(folder.strip()), source)
     assert len(hub.bodies(MODEL)) == 2
     assert hub.bodies(MODEL)[-1].range, "it went on with what the first had"
@@ -160,20 +158,10 @@ def test_one_of_two_is_killed_and_the_other_goes_on(
 def test_the_program_serves_folders(source: Path, tmp_path: Path) -> None:
     from hub_server import __file__ as program
 
-    server = subprocess.Popen(
-        [sys.executable, program, "--folder", f"{REPO}:dev={source}"],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert server.stdout
-        name, _, url = server.stdout.readline().strip().partition("=")
-        done = subprocess.run(
-            [sys.executable, "-m", "gptq_loader_plugin", "download", f"{REPO}:dev", "--to-models"],
-            env=os.environ | {name: url}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() == str(tmp_path / "models" / "owner_tiny-GPTQ_dev")
-        assert_whole(tmp_path / "models" / "owner_tiny-GPTQ_dev", source)
-    finally:
-        server.kill()
-        server.communicate()
+    with start_process([sys.executable, program, "--folder", f"{REPO}:dev={source}"]) as server:
+        name, _, url = read_line(server).strip().partition("=")
+        command = ["-m", "gptq_loader_plugin", "download", f"{REPO}:dev", "--to-models"]
+        environ = os.environ | {name: url}
+        completed = run_process([sys.executable, *command], env=environ, check=True)
+    assert completed.stdout.strip() == str(tmp_path / "models" / "owner_tiny-GPTQ_dev")
+    assert_whole(tmp_path / "models" / "owner_tiny-GPTQ_dev", source)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from processes import run_process
 
 ROOT = Path(__file__).parents[2]
 PLUGINS = sorted({it.value for it in entry_points(group="gptq_loader_plugin")})
@@ -23,9 +23,7 @@ def test_source_roots_are_not_packages(folder: str) -> None:
 
 def imported_by(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*sorted(set(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
-    )
+    done = run_process([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
     return {name.partition(".")[0] for name in done.stdout.split()}
 
 

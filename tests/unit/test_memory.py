@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 import transformers
 from altered import CPU_KERNELS, DATA, NAMES, copy, plugins, set_field
+from processes import run_process
 from safetensors.torch import save_file
 
 import gptq_loader_plugin as gptq
@@ -53,11 +53,8 @@ def test_peak_memory_of_a_load(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     assert size > 40_000_000
-    done = subprocess.run(
-        [sys.executable, ROOT / "bench" / "memory.py", tmp_path, "--json"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, ROOT / "bench" / "memory.py", tmp_path, "--json"]
+    done = run_process(command, check=True)
     found = json.loads(done.stdout)
     assert set(found["kernels"]) == {CPU_KERNELS[0]}
     assert found["checkpoint"] == size

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from processes import run_process
 
 ROOT = Path(__file__).parents[2]
 MODULES = (
@@ -33,12 +33,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sdist, and the wheel that was built from it."""
     pytest.importorskip("build")
     out = tmp_path_factory.mktemp("dist")
-    done = subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT]
+    done = run_process(command)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -67,14 +63,8 @@ def test_the_wheel_is_complete_and_works_elsewhere(built: Path, tmp_path: Path) 
             "print(gptq_loader_plugin.__file__)",
         ]
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(site), "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    environ = {"PYTHONPATH": str(site), "PATH": ""}
+    done = run_process([sys.executable, "-c", code], cwd=tmp_path, env=environ, check=True)
     assert done.stdout.startswith(str(site))
 
 

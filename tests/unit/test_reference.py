@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from altered import DATA, ONE, copy, plugins
 from hub_server import HubServer
+from processes import run_process
 
 import gptq_loader_plugin as gptq
 from gptq_loader_plugin.hookspecs import hookimpl
@@ -20,6 +20,7 @@ from gptq_loader_plugin.hub.hub_reference import HubReference, parse_hub_referen
 from gptq_loader_plugin.reference import models_folders, resolve
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator
 
 
@@ -136,10 +137,7 @@ def machine(hub: HubServer, tmp_path: Path) -> dict[str, str]:
 
 def run(machine: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
     # a process of its own: huggingface_hub reads its environment once, when it is imported
-    return subprocess.run(
-        [sys.executable, "-m", "gptq_loader_plugin", *command],
-        env=machine, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
+    return run_process([sys.executable, "-m", "gptq_loader_plugin", *command], env=machine)
 
 
 def test_a_branch_is_fetched_once_and_then_found(hub: HubServer, machine: dict[str, str]) -> None:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
-from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 from altered import DATA, ONE
+from processes import ServerProcess, run_process, start_server
+from waiting import join
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,40 +28,25 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@contextmanager
-def serving(*args: str, **environ: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """Start the command; give the process, and what it says on stdout."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gptq_loader_plugin", "serve", "--port", "0", "--json", *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, process.communicate()[1]
-        yield process, json.loads(line)
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+def serving(*args: str, **environ: str) -> AbstractContextManager[ServerProcess]:
+    """Start the command."""
+    command = [sys.executable, "-m", "gptq_loader_plugin", "serve", "--port", "0", "--json", *args]
+    return start_server(command, env={**os.environ, "OMP_NUM_THREADS": "1", **environ})
 
 
 def test_it_serves_says_how_and_ends_well_on_ctrl_c() -> None:
     key = "sk-from-the-environment"
-    with serving(str(DATA / ONE), "--grace", "1", GPTQ_LOADER_API_KEY=key) as (process, told):
-        assert told["model"] == ONE
-        assert sum(told["kernels"].values()) == 14
-        assert httpx.get(told["url"] + "/health").status_code == 401
+    with serving(str(DATA / ONE), "--grace", "1", GPTQ_LOADER_API_KEY=key) as server:
+        assert server.ready["model"] == ONE
+        assert sum(server.ready["kernels"].values()) == 14
+        assert httpx.get(server.url + "/health", timeout=60).status_code == 401
         headers = {"authorization": f"Bearer {key}"}
         answers: list[httpx.Response] = []
 
         def ask() -> None:
             body = {"prompt": "Hello", "max_tokens": 400, "temperature": 0, "stream": True}
-            url = told["url"] + "/v1/completions"
-            with httpx.stream("POST", url, json=body, headers=headers) as answer:
+            url = server.url + "/v1/completions"
+            with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as answer:
                 began.set()
                 answer.read()
                 answers.append(answer)
@@ -70,32 +55,30 @@ def test_it_serves_says_how_and_ends_well_on_ctrl_c() -> None:
         thread = threading.Thread(target=ask)
         thread.start()
         assert began.wait(60)
-        process.send_signal(signal.SIGINT)
-        _, words = process.communicate(timeout=60)
-        thread.join()
-    assert process.returncode == 130
-    assert "Traceback" not in words
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(60) == 130
+        join(thread)
+    assert "Traceback" not in server.log
     assert answers[0].text.endswith("data: [DONE]\n\n"), "a reply under way may end"
-    assert f"serving {ONE}: " in words
-    assert f"the API is at {told['url']}/v1" in words
-    assert key not in words
-    assert words.rstrip().endswith("stopped")
+    assert f"serving {ONE}: " in server.log
+    assert f"the API is at {server.url}/v1" in server.log
+    assert key not in server.log
+    assert server.log.rstrip().endswith("stopped")
 
 
 def test_a_reply_that_does_not_end_is_cut() -> None:
-    with serving(str(DATA / ONE), "--grace", "0") as (process, told):
-        url = told["url"] + "/v1/completions"
-        asked = {"prompt": ["Hello"] * 64, "max_tokens": 500, "temperature": 0, "stream": True}
-        with httpx.stream("POST", url, json=asked, timeout=60) as answer:
+    with serving(str(DATA / ONE), "--grace", "0") as server:
+        url = server.url + "/v1/completions"
+        request = {"prompt": ["Hello"] * 64, "max_tokens": 500, "temperature": 0, "stream": True}
+        with httpx.stream("POST", url, json=request, timeout=60) as answer:
             lines = answer.iter_lines()
             next(lines)
-            process.send_signal(signal.SIGINT)
-            *_, last, done = (it for it in lines if it)
+            server.process.send_signal(signal.SIGINT)
+            *_, last, end = (line for line in lines if line)
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
-        assert done == "data: [DONE]"
-        _, words = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in words
+        assert end == "data: [DONE]"
+        assert server.process.wait(60) == 130
+    assert "Traceback" not in server.log
 
 
 @pytest.mark.parametrize(
@@ -108,16 +91,11 @@ def test_a_reply_that_does_not_end_is_cut() -> None:
 def test_what_cannot_be_served_is_said_before_anything_is_loaded(
     args: tuple[str, ...], words: str
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "gptq_loader_plugin", "serve", *args],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert f"error: {words}" in done.stderr
-    assert "hint: " in done.stderr
-    assert "Traceback" not in done.stderr
+    completed = run_process([sys.executable, "-m", "gptq_loader_plugin", "serve", *args])
+    assert completed.returncode == 1
+    assert f"error: {words}" in completed.stderr
+    assert "hint: " in completed.stderr
+    assert "Traceback" not in completed.stderr
 
 
 @pytest.mark.parametrize(
@@ -129,8 +107,8 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(
     ],
 )
 def test_it_says_which_engine_takes_an_option(arguments: list[str], words: str) -> None:
-    asked = [sys.executable, "-m", "gptq_loader_plugin", "serve", str(DATA / ONE), *arguments]
-    found = subprocess.run(asked, capture_output=True, text=True, check=False)
-    assert found.returncode == 1
-    assert f"error: {words}" in found.stderr
-    assert "hint: " in found.stderr
+    command = [sys.executable, "-m", "gptq_loader_plugin", "serve", str(DATA / ONE), *arguments]
+    completed = run_process(command)
+    assert completed.returncode == 1
+    assert f"error: {words}" in completed.stderr
+    assert "hint: " in completed.stderr

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from altered import ONE
 from served import COMPLETE, OTHER, Brake, Running, load, running
+from waiting import eventually, join
 
 import gptq_loader_plugin as gptq
 
@@ -136,24 +137,29 @@ def test_abort_and_check_find_a_reply_by_its_key(tmp_path: Path) -> None:
 
         first = threading.Thread(target=ask, args=("KCPP1",))
         first.start()
-        brake.wait()
+        brake.wait_for_reply()
         brake.leave.release(3)
         second = threading.Thread(target=ask, args=("KCPP2",))
         second.start()
-        while served.client.get("/api/extra/perf").json()["queue"] < 1:
-            pass
-        text = ""
-        while not text:
+        eventually(
+            lambda: served.client.get("/api/extra/perf").json()["queue"] == 1,
+            awaited="the second request to wait",
+        )
+
+        def written() -> str:
             check = served.post("/api/extra/generate/check", genkey="KCPP1").json()
-            text = check["results"][0]["text"]
+            text: str = check["results"][0]["text"]
+            return text
+
+        text = eventually(written, awaited="the first reply to begin")
         assert served.post("/api/extra/generate/check").json() == {"results": [{"text": ""}]}
         assert served.post("/api/extra/abort", genkey="nobody").json()["success"] == "false"
         assert served.post("/api/extra/abort", genkey="KCPP2").json()["success"] == "true"
-        second.join()
+        join(second)
         assert answers["KCPP2"]["error"]["code"] == "stopped"
         assert served.post("/api/extra/abort", genkey="KCPP1").json()["success"] == "true"
         brake.leave.release(2)
-        first.join()
+        join(first)
         (result,) = answers["KCPP1"]["results"]
         assert result["text"].startswith(text)
         assert result["finish_reason"] == "stop"
@@ -172,18 +178,21 @@ def test_nobody_reads_or_ends_what_another_client_is_told(tmp_path: Path) -> Non
 
         chat = threading.Thread(target=ask, args=(COMPLETE,), kwargs={"max_tokens": 300})
         chat.start()
-        brake.wait()
+        brake.wait_for_reply()
         check, abort = "/api/extra/generate/check", "/api/extra/abort"
         assert served.post(check).json() == {"results": [{"text": ""}]}
         assert served.post(abort).json()["success"] == "false"
         first = threading.Thread(target=ask, args=(GENERATE,), kwargs={"max_length": 300})
         first.start()
-        while not brake.began.acquire(timeout=0.05):
+
+        def joined() -> bool:
             brake.leave.release(1)  # it joins between two tokens of the other
+            return brake.began.acquire(timeout=0.05)
+
+        eventually(joined, awaited="the second reply to begin")
         assert served.post(abort).json()["success"] == "true", "the only one of its kind"
         brake.let_go()
-        chat.join()
-        first.join()
+        join(chat, first)
         (completed,) = [it for it in answers if "choices" in it]
         assert completed["usage"]["completion_tokens"] == 300
         (result,) = next(it for it in answers if "results" in it)["results"]

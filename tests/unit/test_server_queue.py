@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import httpx
 import pytest
 from altered import ONE
 from served import CHAT, COMPLETE, OTHER, Brake, Running, load, running
+from waiting import eventually
 
 import gptq_loader_plugin as gptq
 
@@ -22,11 +22,12 @@ ASK = {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
 
 def until(served: Running, *, running: int | None = None, waiting: int | None = None) -> None:
     """Wait until as many run and wait as are named."""
-    while True:
+
+    def reached() -> bool:
         health = served.client.get("/health").json()
-        if running in (None, health["running"]) and waiting in (None, health["waiting"]):
-            return
-        time.sleep(0.005)
+        return running in (None, health["running"]) and waiting in (None, health["waiting"])
+
+    eventually(reached, awaited=f"{running} replies to run and {waiting} to wait")
 
 
 def test_everyone_gets_the_text_they_would_get_alone(tmp_path: Path) -> None:
@@ -51,7 +52,7 @@ def test_a_full_queue_says_when_to_come_back(tmp_path: Path) -> None:
     with running(tmp_path, names=(ONE,), loads=brake, max_queue=2) as served:
         with ThreadPoolExecutor(3) as pool:
             asked = [pool.submit(served.chat, max_tokens=20, temperature=0)]
-            brake.wait()
+            brake.wait_for_reply()
             asked += [pool.submit(served.chat, max_tokens=20, temperature=0) for _ in range(2)]
             until(served, running=1, waiting=2)
             refused = served.chat(max_tokens=1)
@@ -89,8 +90,10 @@ def test_a_client_that_hangs_up_ends_its_reply_within_a_token(tmp_path: Path, st
         else:
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(served.url + CHAT, json={**ASK, "max_tokens": 400}, timeout=0.5)
-        while not any(it["route"] == CHAT for it in served.lines):
-            time.sleep(0.005)
+        eventually(
+            lambda: any(line["route"] == CHAT for line in served.lines),
+            awaited="the line of the request in the log",
+        )
         brake.leave.release(2)  # one for the token under way, and none to spare
         until(served, running=0, waiting=0)
         assert brake.cancelled == 1
@@ -105,7 +108,7 @@ def test_a_client_that_hangs_up_while_it_waits_leaves_the_queue(tmp_path: Path) 
     with running(tmp_path, names=(ONE,), loads=brake) as served:
         with ThreadPoolExecutor(1) as pool:
             first = pool.submit(served.chat, max_tokens=20)
-            brake.wait()
+            brake.wait_for_reply()
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(served.url + CHAT, json={**ASK, "max_tokens": 20}, timeout=0.3)
             until(served, running=1, waiting=0)
@@ -120,7 +123,7 @@ def test_a_request_has_a_deadline_wherever_it_is(tmp_path: Path) -> None:
     with running(tmp_path, names=(ONE,), loads=brake, timeout=1.0) as served:
         with ThreadPoolExecutor(2) as pool:
             asked = [pool.submit(served.chat, max_tokens=400)]
-            brake.wait()
+            brake.wait_for_reply()
             asked.append(pool.submit(served.chat, max_tokens=4))
             for it in asked:
                 answer = it.result()
@@ -142,7 +145,7 @@ def test_a_swap_waits_for_the_reply_before_it(tmp_path: Path) -> None:
     brake = Brake()
     with running(tmp_path, loads=brake) as served, ThreadPoolExecutor(2) as pool:
         first = pool.submit(served.chat, max_tokens=20, temperature=0)
-        brake.wait()
+        brake.wait_for_reply()
         second = pool.submit(served.chat, model=OTHER, max_tokens=5, temperature=0)
         until(served, running=1, waiting=1)
         assert served.client.get("/health").json()["model"] == ONE
@@ -157,7 +160,7 @@ def test_everything_can_be_stopped(tmp_path: Path) -> None:
     with running(tmp_path, names=(ONE,), loads=brake) as served, ThreadPoolExecutor(2) as pool:
         brake.leave.release(2)
         asked = [pool.submit(served.chat, max_tokens=400, n=3)]
-        brake.wait()
+        brake.wait_for_reply()
         asked.append(pool.submit(served.chat, max_tokens=400))
         until(served, running=1, waiting=1)
         assert served.client.post("/v1/internal/stop-generation").json() == "OK"

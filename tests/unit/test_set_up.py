@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import run_process
 
 import gptq_loader_plugin as gptq
 from gptq_loader_plugin.quantize import demo_model
@@ -169,7 +169,7 @@ def test_a_host_gets_an_environment_of_its_own(
 
 
 def test_make_says_what_there_is() -> None:
-    done = subprocess.run(["make", "-C", ROOT, "help"], capture_output=True, text=True, check=True)
+    done = run_process(["make", "-C", ROOT, "help"], check=True)
     for target in ("demo", "test", "check", "docs", "hosts", "bench", "clean"):
         assert f"make {target}" in done.stdout
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import pytest
+from processes import run_process
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "sizing.py"
 MEASURED = ((1, 0.0145), (8, 0.022), (16, 0.0275), (32, 0.028))
@@ -108,7 +108,7 @@ def test_what_one_replica_can_take_is_below_what_its_steps_give(sizing: Any) -> 
 
 def test_more_users_need_more_replicas_of_a_size() -> None:
     words = [sys.executable, str(PROGRAM), "--json", "--users", "1,1000,100000"]
-    rows = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    rows = json.loads(run_process(words, check=True).stdout)
     assert rows[0]["replicas"] == rows[0]["machines"] == 1
     assert rows[0]["busy"] < 0.1
     assert rows[2]["replicas"] > 50 * rows[1]["replicas"]
@@ -118,7 +118,7 @@ def test_more_users_need_more_replicas_of_a_size() -> None:
 
 def test_what_is_too_slow_alone_is_said_so() -> None:
     words = [sys.executable, str(PROGRAM), "--each-token", "0.001"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = run_process(words)
     assert done.returncode == 1
     assert "error: even one request" in done.stderr
     assert "hint: allow more" in done.stderr

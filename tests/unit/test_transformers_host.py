@@ -38,6 +38,7 @@ from transformers import (
     PreTrainedModel,
     pipeline,
 )
+from waiting import join
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions import transformers as host
@@ -399,8 +400,7 @@ def test_threads_do_not_disturb_each_other() -> None:
     threads = [threading.Thread(target=run, args=(it,)) for it in works]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    join(*threads)
     gptq.disable_transformers(plugins=PLUGINS)
     assert not failed
     assert torch.get_default_dtype() == torch.float32

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from altered import ALL, CPU_KERNELS, DATA, NAMES, copy, edit_json, edit_tensors, plugins
+from processes import run_process
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
+from waiting import eventually
 
 from gptq_loader_extensions.openai.settings import Settings
 from gptq_loader_extensions.vllm import VllmHost
@@ -472,22 +472,18 @@ time.sleep(600)
 
 
 def alive(session: int) -> bool:
-    found = subprocess.run(
-        ["ps", "-o", "stat=", "-s", str(session)], capture_output=True, text=True, check=False
-    )
-    return any(not it.startswith("Z") for it in found.stdout.split())
+    states = run_process(["ps", "-o", "stat=", "-s", str(session)]).stdout.split()
+    return any(not state.startswith("Z") for state in states)
 
 
 def test_a_server_that_is_stopped_leaves_no_process(capfd: pytest.CaptureFixture[str]) -> None:
-    with ServerProcess([sys.executable, "-c", CHILD], os.environ, grace=1, verbose=False) as it:
-        deadline = time.monotonic() + 60
-        while "hello" not in "".join(it.messages()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        session = it._process.pid
+    command = [sys.executable, "-c", CHILD]
+    with ServerProcess(command, os.environ, grace=1, verbose=False) as server:
+        eventually(lambda: "hello" in "".join(server.messages()), awaited="the server's greeting")
+        session = server._process.pid
         assert alive(session)
-    while alive(session) and time.monotonic() < deadline:
-        time.sleep(0.05)  # a process is there for a moment after it was killed
-    assert not alive(session)
+    # a process is there for a moment after it was killed
+    eventually(lambda: not alive(session), awaited="the end of the server's processes")
     assert "gptq_loader: hello" in capfd.readouterr().err
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import logging
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import run_process
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.vllm import VllmHost, gptq_hosts, register
@@ -190,7 +190,7 @@ def test_the_host_is_offered_and_importing_it_is_free() -> None:
         "import sys, gptq_loader_extensions.vllm\n"
         "assert not {'torch', 'vllm', 'pydantic'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_process([sys.executable, "-c", code], check=True)
 
 
 def test_another_vllm_is_left_alone_with_a_plain_message(

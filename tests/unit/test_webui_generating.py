@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from altered import DATA, ONE
 from transformers import StoppingCriteria, StoppingCriteriaList
+from waiting import eventually, join
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.webui.generate import Generating, generating_of
@@ -124,11 +124,10 @@ def test_closing_waits_for_the_reply_that_is_written(ours: Generating) -> None:
         target=lambda: told.extend(greedy(ours, max_new_tokens=450, suppress_tokens=[381]))
     )
     writing.start()
-    while len(counts) < 5:
-        time.sleep(0.001)
+    eventually(lambda: len(counts) >= 5, awaited="five steps of the model")
     model: Any = ours.loaded.model
     ours.close()
-    writing.join(30)
+    join(writing)
     assert 4 <= len(told) < 450
     assert generating_of(model) is None
     assert next(model.parameters()).is_meta

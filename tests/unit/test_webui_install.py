@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from processes import run_process
 
 import gptq_loader_plugin as gptq
+
+if TYPE_CHECKING:
+    import subprocess
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,11 +35,8 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def command(*arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return run_process(
         [sys.executable, "-m", "gptq_loader_plugin", "webui", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
         cwd=ROOT,
         env={"PATH": "", "PYTHONPATH": ":".join(sys.path)} | environ,
     )
