@@ -41,7 +41,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture
 def stranger(locked: Running) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=locked.url) as client:
+    with httpx.Client(base_url=locked.url, timeout=60) as client:
         yield client
 
 
@@ -299,9 +299,7 @@ def test_the_host_is_offered_by_name() -> None:
 def test_without_a_model_and_a_page_to_choose_one_it_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gptq_loader_extensions.openai import serving
-
-    monkeypatch.setattr(serving.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setenv("GPTQ_LOADER_PLUGINS", "core,host-openai,kernel-reference")
     with pytest.raises(OptionInvalid, match="no model to serve"):
         OpenAIHost().install(port=0, models_dir=tmp_path)
 
