@@ -17,7 +17,7 @@ import torch
 import gptq_loader_plugin as gptq
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "unit"))
+sys.path.insert(0, str(ROOT / "tests"))
 
 
 def main() -> None:

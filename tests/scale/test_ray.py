@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import altering
 import httpx
 import psutil
 import pytest
 import yaml
+from altered import DATA
 from environments import ROOT, needs_python_of, python_of
 from processes import ServerProcess, run_process, start_process
 from ray_process import END, KEY, START, command, environ, load, processes_of, replicas, serving
@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 NAME = "gptq-4bit-32g-act-sym"
-MODEL = os.environ.get("GPTQ_SCALE_MODEL") or str(altering.DATA / NAME)
+MODEL = os.environ.get("GPTQ_SCALE_MODEL") or str(DATA / NAME)
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 BEGIN = '{"time"'  # of a request's line
 LONG = 400  # tokens; the tiny checkpoint's context is 512
@@ -79,11 +79,13 @@ def long_reply(server: ServerProcess) -> Iterator[Iterator[str]]:
 
 def test_an_openai_client_chats_and_streams(server: ServerProcess) -> None:
     with load(server, clients=2, seconds=2, tokens=16) as clients:
-        seen = json.loads(clients.communicate(timeout=120)[0])
-    assert not [it for it in seen if it["error"]]
-    assert {it["text"] for it in seen} == {seen[0]["text"]}, "streamed or whole, from any replica"
-    assert {it["tokens"] for it in seen} == {16}
-    assert {it["stream"] for it in seen} == {True, False}
+        requests = json.loads(clients.communicate(timeout=120)[0])
+    assert not [it for it in requests if it["error"]]
+    assert {it["text"] for it in requests} == {requests[0]["text"]}, (
+        "streamed or whole, from any replica"
+    )
+    assert {it["tokens"] for it in requests} == {16}
+    assert {it["stream"] for it in requests} == {True, False}
 
 
 def test_it_says_what_it_serves_and_nothing_else(server: ServerProcess) -> None:
@@ -162,13 +164,13 @@ def test_a_killed_replica_is_replaced_and_no_request_is_lost(
         killed = time.time()
         victim.kill()
         recovered = successor(server, before)
-        seen = json.loads(clients.communicate(timeout=60 * MINUTES)[0])
-    failed = [it for it in seen if it["error"]]
+        requests = json.loads(clients.communicate(timeout=60 * MINUTES)[0])
+    failed = [it for it in requests if it["error"]]
     print(  # noqa: T201 - pytest -rP
-        f"{count} clients: {len(seen)} requests, {len(failed)} errors "
+        f"{count} clients: {len(requests)} requests, {len(failed)} errors "
         f"({sorted({it['error'] for it in failed})}), slowest "
-        f"{max(it['ended'] - it['began'] for it in seen):.1f} s; the new replica's first answer "
-        f"{recovered - killed:.1f} s later"
+        f"{max(it['ended'] - it['began'] for it in requests):.1f} s; the new replica's first "
+        f"answer {recovered - killed:.1f} s later"
     )
     assert {it["error"] for it in failed} <= {"replica_lost"}
     assert all(it["stream"] and it["began"] < killed < it["ended"] for it in failed), (
@@ -183,11 +185,11 @@ def test_running_replies_end_before_the_server_does(sent: signal.Signals) -> Non
     with serving(MODEL, "--replicas", "1", "--grace", "60") as server:
         started = processes_of(server)
         with long_reply(server) as lines:
-            seen = [next(lines) for _ in range(4)]
+            received = [next(lines) for _ in range(4)]
             server.process.send_signal(sent)
-            seen += [*lines]
-        events = [json.loads(it[6:]) for it in seen if it.startswith("data: {")]
-        assert seen[-2:] == ["data: [DONE]", ""]
+            received += [*lines]
+        events = [json.loads(it[6:]) for it in received if it.startswith("data: {")]
+        assert received[-2:] == ["data: [DONE]", ""]
         assert events[-1]["choices"][0]["finish_reason"] in ("stop", "length")
         assert server.process.wait(timeout=END) == 0
     gone, left = psutil.wait_procs(started, timeout=END)
@@ -217,9 +219,9 @@ def test_replicas_come_when_there_is_much_to_do() -> None:
         assert server.ready["replicas"] == [1, 2]
         assert len(replicas(server)) == 1
         with load(server, clients=12, seconds=90, tokens=LONG) as clients:
-            seen = json.loads(clients.communicate(timeout=60 * MINUTES)[0])
-    assert not [it for it in seen if it["error"]]
-    assert len({it["replica"] for it in seen}) == 2
+            requests = json.loads(clients.communicate(timeout=60 * MINUTES)[0])
+    assert not [it for it in requests if it["error"]]
+    assert len({it["replica"] for it in requests}) == 2
 
 
 def test_too_many_are_told_to_come_again() -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-import altering
 import pytest
+from altered import DATA, NAMES
 from environments import branches, needs_python_of
+from vllm_checkpoints import ACT_ORDER, ALTERED, LIES, REFUSED, SHARED, V2, make
 from vllm_process import BY_NAME, CLOSE, FLOAT32, Answer, ask, ours
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ pytestmark = [
     needs_python_of("vllm"),
 ]
 
-NAMES = sorted(it.name for it in altering.DATA.glob("gptq*"))
 BRANCHES = branches()
 BOUND = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}  # two workers, a core each
 WITHOUT = {"VLLM_PLUGINS": ""}
@@ -45,29 +45,30 @@ needs_branches = pytest.mark.skipif(
 
 @cache
 def checkpoints() -> dict[str, Answer]:
-    found = ask([altering.DATA / it for it in NAMES], **FLOAT32, **BY_NAME)
+    found = ask([DATA / it for it in NAMES], **FLOAT32, **BY_NAME)
     return dict(zip(NAMES, found, strict=True))
 
 
 @pytest.fixture(scope="module")
 def altered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Answer]]:
     folder = tmp_path_factory.mktemp("altered")
-    names = [it for it in altering.ALTERED if it not in altering.LIES]
-    made = [altering.make(it, folder / str(number)) for number, it in enumerate(names)]
+    names = [it for it in ALTERED if it not in LIES]
+    made = [make(it, folder / str(number)) for number, it in enumerate(names)]
     answers = ask(made, **FLOAT32, **BY_NAME)
     return dict(zip(names, zip(made, answers, strict=True), strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_checkpoint_answers_as_here(name: str) -> None:
-    found, right = checkpoints()[name], ours(altering.DATA / name)
+    found, right = checkpoints()[name], ours(DATA / name)
     assert found.off_by(right) <= CLOSE
     assert found.following == right.following
     assert found.quantization == "gptq_loader"
 
 
 @pytest.mark.parametrize(
-    "name", [it for it in altering.ALTERED if it not in altering.REFUSED | altering.LIES]
+    "name",
+    [it for it in ALTERED if it not in REFUSED | LIES],
 )
 def test_an_altered_checkpoint_answers_as_here(
     name: str, altered: dict[str, tuple[Path, Answer]]
@@ -77,29 +78,29 @@ def test_an_altered_checkpoint_answers_as_here(
 
 
 def test_what_cannot_be_joined_is_refused_in_words(altered: dict[str, tuple[Path, Answer]]) -> None:
-    (name,) = altering.REFUSED
+    (name,) = REFUSED
     error = altered[name][1].error
     assert "v_proj is not" in error
     assert "hint: load it with gptq-loader" in error
 
 
 def test_a_label_that_hides_act_order_is_seen_without_being_asked(tmp_path: Path) -> None:
-    (name,) = altering.LIES
-    folder = altering.make(name, tmp_path / "lie")
+    (name,) = LIES
+    folder = make(name, tmp_path / "lie")
     (found,) = ask([folder], **FLOAT32)
     assert found.quantization == "gptq_loader"
     assert found.off_by(ours(folder)) <= CLOSE
 
 
 def test_g_idx_that_does_not_arrive_is_an_error() -> None:
-    (found,) = ask([altering.DATA / altering.ACT_ORDER], withhold=".g_idx", **FLOAT32)
+    (found,) = ask([DATA / ACT_ORDER], withhold=".g_idx", **FLOAT32)
     assert "g_idx did not arrive" in found.error
 
 
 def test_two_workers_answer_as_one(altered: dict[str, tuple[Path, Answer]]) -> None:
     alone = {
-        **{altering.DATA / it: checkpoints()[it] for it in (altering.ACT_ORDER, altering.V2)},
-        **dict(altered[it] for it in altering.SHARED),
+        **{DATA / it: checkpoints()[it] for it in (ACT_ORDER, V2)},
+        **dict(altered[it] for it in SHARED),
     }
     together = ask(list(alone), environ=BOUND, **FLOAT32, **BY_NAME, tensor_parallel_size=2)
     for (folder, one), two in zip(alone.items(), together, strict=True):
@@ -109,14 +110,14 @@ def test_two_workers_answer_as_one(altered: dict[str, tuple[Path, Answer]]) -> N
 
 def test_a_compiled_model_answers_as_an_eager_one() -> None:
     options = {**FLOAT32, **BY_NAME, "enforce_eager": False}
-    (compiled,) = ask([altering.DATA / altering.ACT_ORDER], **options)
+    (compiled,) = ask([DATA / ACT_ORDER], **options)
     assert compiled.operator_calls > 0
-    assert compiled.off_by(checkpoints()[altering.ACT_ORDER]) <= CLOSE
+    assert compiled.off_by(checkpoints()[ACT_ORDER]) <= CLOSE
 
 
 def test_a_kernel_is_taken_by_name_and_every_choice_is_in_the_log() -> None:
     options = {**HALF, "additional_config": {"gptq_loader": {"backend": "dense"}}}
-    (found,) = ask([altering.DATA / altering.ACT_ORDER], **options)
+    (found,) = ask([DATA / ACT_ORDER], **options)
     lines = [line for line in found.log.splitlines() if "and layers like it" in line]
     assert not found.error
     assert len(lines) == 4  # q, k and v; o; gate and up; down

@@ -6,10 +6,11 @@ import json
 import signal
 from typing import TYPE_CHECKING
 
-import altering
 import pytest
+from altered import DATA, NAMES
 from environments import branches, needs_python_of, python_of
 from processes import ServerProcess, run_process
+from vllm_checkpoints import ACT_ORDER, ALTERED, make
 from vllm_process import ask, ours
 from vllm_server import ENVIRON, chat, command, family, post, serving, stream, wait_until_gone
 from waiting import eventually
@@ -37,7 +38,6 @@ FRANCE = "What is the capital of France?"
 TOKENS = 24
 SHORT = "gptq-4bit-128g-noact-sym"  # 192 rows: one group, and half of one
 HALF_CLOSE = 0.03  # in log-probability: float16 throughout
-NAMES = sorted(it.name for it in altering.DATA.glob("gptq*"))
 ASK_VLLM = """
 import json, sys
 from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
@@ -162,7 +162,7 @@ def test_a_branch_that_vllm_takes_is_served_and_ends_with_its_parent() -> None:
 
 
 def test_two_workers_write_what_one_process_writes() -> None:
-    folder = altering.DATA / altering.ACT_ORDER
+    folder = DATA / ACT_ORDER
     with serving(folder, "--tensor-parallel", "2", "--dtype", "float32") as server:
         found = chat(server, FRANCE, max_tokens=TOKENS)["choices"][0]["message"]["content"]
     with gptq.load(folder, device="cpu", dtype="float32") as loaded:
@@ -185,35 +185,35 @@ def test_a_start_that_fails_says_why_in_vllms_words() -> None:
 
 
 def test_the_rules_refuse_the_labels_that_vllm_refuses(tmp_path: Path) -> None:
-    altered = [altering.make(it, tmp_path / it) for it in altering.ALTERED]
-    folders = [altering.DATA / it for it in NAMES] + altered + list(BRANCHES.values())
+    altered = [make(it, tmp_path / it) for it in ALTERED]
+    folders = [DATA / it for it in NAMES] + altered + list(BRANCHES.values())
     labels = [it for folder in folders if (it := stored_label(folder))]
     program = [str(python_of("vllm")), "-c", ASK_VLLM, json.dumps(labels)]
     completed = run_process(program, cwd=tmp_path, check=True)
     answers = [it for it in completed.stdout.splitlines() if it.startswith("ANSWER")]
-    said = ["ANSWER refuses" if label_refusal(it) else "ANSWER takes" for it in labels]
-    assert answers == said
-    assert len(set(said)) == 2
+    expected = ["ANSWER refuses" if label_refusal(it) else "ANSWER takes" for it in labels]
+    assert answers == expected
+    assert len(set(expected)) == 2
 
 
 def test_vllm_alone_is_right_where_the_rules_say() -> None:
     """Float16: in bfloat16, vLLM's own kernel ends the process on these widths, on some CPUs."""
-    folders = [altering.DATA / it for it in NAMES]
+    folders = [DATA / it for it in NAMES]
     found = ask(folders, environ={"VLLM_PLUGINS": ""}, dtype="float16", enforce_eager=True)
     opened = [open_checkpoint(it) for it in folders]
     cpu = find_device("cpu")
-    said = {it.path.name for it in opened if refusal(it, joined_layers(it), cpu) is None}
+    expected = {it.path.name for it in opened if refusal(it, joined_layers(it), cpu) is None}
     right = {
         folder.name
         for folder, answer in zip(folders, found, strict=True)
         if not answer.error and answer.off_by(ours(folder)) <= HALF_CLOSE
     }
-    assert right == said
-    assert said
+    assert right == expected
+    assert expected
 
 
 def test_a_short_last_group_which_vllm_would_mistake_is_taken_without_being_asked() -> None:
-    folder = altering.DATA / SHORT
+    folder = DATA / SHORT
     (alone,) = ask([folder], environ={"VLLM_PLUGINS": ""}, dtype="float16", enforce_eager=True)
     (taken,) = ask([folder], dtype="float16", enforce_eager=True)
     right = ours(folder)

@@ -23,6 +23,7 @@ from altered import (
     off_by,
     plugins,
     read_tensors,
+    rename_weights,
     set_field,
     without_config,
 )
@@ -51,14 +52,10 @@ def test_the_chosen_kernel_is_as_good_as_bfloat16(name: str) -> None:
     assert chosen <= min(3e-2, 1.5 * plain)
 
 
-def no_config(folder: Path) -> None:
-    without_config(folder)
-
-
 def old_file_name(folder: Path) -> None:
     """As GPTQ-for-LLaMa's users named their files, with no config at all."""
     without_config(folder)
-    (folder / "model.safetensors").rename(folder / "llama7b-4bit-128g-act.safetensors")
+    rename_weights(folder, "llama7b-4bit-128g-act.safetensors")
 
 
 def pt_flat(folder: Path) -> None:
@@ -153,7 +150,7 @@ def other_scales(folder: Path) -> None:
 @pytest.mark.parametrize(
     "alter",
     [
-        no_config,
+        without_config,
         old_file_name,
         pt_flat,
         pt_state_dict,

@@ -22,6 +22,8 @@ from altered import (
     edit_tensors,
     error,
     expected,
+    only_quantize_config,
+    rename_weights,
     set_field,
     without_config,
 )
@@ -137,22 +139,14 @@ def test_it_is_what_load_gives(name: str) -> None:
     assert not any(it.requires_grad for it in model.parameters())
 
 
-def only_quantize_config(folder: Path) -> None:
-    edit_json(folder / "config.json", lambda it: it.pop("quantization_config"))
-
-
 def old_name(folder: Path) -> None:
     only_quantize_config(folder)
-    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-128g.safetensors")
-
-
-def no_config(folder: Path) -> None:
-    without_config(folder)
+    rename_weights(folder, "gptq_model-4bit-128g.safetensors")
 
 
 def no_config_and_old_name(folder: Path) -> None:
     without_config(folder)
-    (folder / "model.safetensors").rename(folder / "4bit-128g.safetensors")
+    rename_weights(folder, "4bit-128g.safetensors")
 
 
 def pickled(folder: Path) -> None:
@@ -174,7 +168,7 @@ def lying_width(folder: Path) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     "alter",
-    [only_quantize_config, old_name, no_config, no_config_and_old_name, pickled, lying_label,
+    [only_quantize_config, old_name, without_config, no_config_and_old_name, pickled, lying_label,
      lying_width],
 )  # fmt: skip
 def test_no_file_makes_weights_random(alter: Callable[[Path], None], tmp_path: Path) -> None:

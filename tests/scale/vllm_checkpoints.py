@@ -1,63 +1,56 @@
-"""Copies of a tests' checkpoint, altered as the world alters them, for vLLM to load."""
+"""Checkpoints for vLLM to load, refuse or mistake: the tests' own, altered."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from altered import (
+    Tensors,
+    copy,
+    edit_json,
+    edit_tensors,
+    only_quantize_config,
+    rename_weights,
+    set_field,
+    without_config,
+)
 
 from gptq_loader_plugin.kernel.packing import pack_columns, pack_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
-DATA = Path(__file__).parents[1] / "data" / "checkpoints"
 ACT_ORDER = "gptq-4bit-32g-act-sym"
 V2 = "gptq_v2-3bit-64g-act-asym"
 SEQUENTIAL = "gptq_v2-4bit-64g-noact-asym"
 BITS, GROUP = 4, 32
 
-Tensors = dict[str, torch.Tensor]
-
 
 def make(name: str, folder: Path) -> Path:
     """Make the altered checkpoint of that name, one of ALTERED."""
     source, alter = ALTERED[name]
-    shutil.copytree(DATA / source, folder, copy_function=shutil.copyfile)
-    folder.chmod(0o755)
-    alter(folder)
+    alter(copy(source, folder))
     return folder
-
-
-def only_quantize_config(folder: Path) -> None:
-    _edit_json(folder / "config.json", lambda it: it.pop("quantization_config"))
-
-
-def no_config(folder: Path) -> None:
-    only_quantize_config(folder)
-    (folder / "quantize_config.json").unlink()
 
 
 def legacy_name(folder: Path) -> None:
     only_quantize_config(folder)
-    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-32g.safetensors")
+    rename_weights(folder, "gptq_model-4bit-32g.safetensors")
 
 
 def labelled_v1(folder: Path) -> None:
-    _set(folder, checkpoint_format="gptq")
+    set_field(folder, checkpoint_format="gptq")
 
 
 def labelled_in_order(folder: Path) -> None:
-    _set(folder, desc_act=False)
+    set_field(folder, desc_act=False)
 
 
 def without_g_idx(folder: Path) -> None:
-    _edit(folder, lambda it: {k: v for k, v in it.items() if not k.endswith(".g_idx")})
+    edit_tensors(folder, lambda it: {k: v for k, v in it.items() if not k.endswith(".g_idx")})
 
 
 def own_orders(folder: Path) -> None:
@@ -68,7 +61,7 @@ def own_orders(folder: Path) -> None:
             prefix = f"model.layers.0.{name}_proj"
             _quantize(tensors, prefix, _random(tensors, prefix, number), seed=number)
 
-    _edit(folder, edit)
+    edit_tensors(folder, edit)
 
 
 def biased(folder: Path) -> None:
@@ -80,12 +73,12 @@ def biased(folder: Path) -> None:
             noise = torch.randn(scales.shape[1], generator=torch.Generator().manual_seed(1))
             tensors[f"model.layers.0.{name}.bias"] = (0.1 * noise).to(scales.dtype)
 
-    _edit(folder, edit)
+    edit_tensors(folder, edit)
 
 
 def partly_plain(folder: Path) -> None:
     """Leave an MLP as it was, by a rule of `dynamic`."""
-    _set(folder, dynamic={r"-:.*layers\.1\.mlp\..*": {}})
+    set_field(folder, dynamic={r"-:.*layers\.1\.mlp\..*": {}})
 
     def edit(tensors: Tensors) -> None:
         for name in ("gate_proj", "up_proj", "down_proj"):
@@ -94,7 +87,7 @@ def partly_plain(folder: Path) -> None:
             _drop(tensors, prefix)
             tensors[f"{prefix}.weight"] = weight.to(torch.bfloat16)
 
-    _edit(folder, edit)
+    edit_tensors(folder, edit)
 
 
 def half_joined(folder: Path) -> None:
@@ -106,24 +99,24 @@ def half_joined(folder: Path) -> None:
         _drop(tensors, prefix)
         tensors[f"{prefix}.weight"] = weight.to(torch.bfloat16)
 
-    _edit(folder, edit)
+    edit_tensors(folder, edit)
 
 
 def quantized_head(folder: Path) -> None:
     """Quantise the output head."""
-    _set(folder, lm_head=True)
+    set_field(folder, lm_head=True)
 
     def edit(tensors: Tensors) -> None:
         weight = tensors.pop("lm_head.weight").float()
         _quantize(tensors, "lm_head", weight, seed=3)
 
-    _edit(folder, edit)
+    edit_tensors(folder, edit)
 
 
 def mixture(folder: Path) -> None:
     """Make a Mixtral of it, with four quantised experts in place of each MLP."""
     experts = 4
-    _edit_json(
+    edit_json(
         folder / "config.json",
         lambda it: it.update(
             model_type="mixtral",
@@ -147,7 +140,7 @@ def mixture(folder: Path) -> None:
                     _quantize(tensors, prefix, weight, seed=10 * expert + number)
                 _drop(tensors, f"{mlp}.{name}")
 
-    _edit(folder, edit)
+    edit_tensors(folder, edit)
 
 
 def _random(tensors: Tensors, prefix: str, seed: int) -> torch.Tensor:
@@ -182,28 +175,9 @@ def _drop(tensors: Tensors, prefix: str) -> None:
         tensors.pop(f"{prefix}.{part}", None)
 
 
-def _edit(folder: Path, edit: Callable[[Tensors], Tensors | None]) -> None:
-    file = folder / "model.safetensors"
-    tensors = {name: it.clone() for name, it in load_file(file).items()}
-    edited = edit(tensors)
-    save_file(tensors if edited is None else edited, file, metadata={"format": "pt"})
-
-
-def _edit_json(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads(file.read_text())
-    edit(content)
-    file.write_text(json.dumps(content))
-
-
-def _set(folder: Path, **fields: Any) -> None:
-    """Write a field where both config files have it."""
-    _edit_json(folder / "quantize_config.json", lambda it: it.update(fields))
-    _edit_json(folder / "config.json", lambda it: it["quantization_config"].update(fields))
-
-
 ALTERED: dict[str, tuple[str, Callable[[Path], None]]] = {
     "only quantize_config.json": (ACT_ORDER, only_quantize_config),
-    "no config": (ACT_ORDER, no_config),
+    "no config": (ACT_ORDER, without_config),
     "a legacy file name": (ACT_ORDER, legacy_name),
     "v2 labelled v1": (V2, labelled_v1),
     "no g_idx": (SEQUENTIAL, without_g_idx),

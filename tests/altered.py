@@ -19,8 +19,8 @@ from gptq_loader_plugin.checkpoint.reader import GPTQReader
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-DATA = Path(__file__).parents[1] / "data" / "checkpoints"
-GOLDEN = Path(__file__).parents[1] / "golden"
+DATA = Path(__file__).parent / "data" / "checkpoints"
+GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(it.name for it in DATA.glob("gptq*"))
 SEQUENTIAL = [it for it in NAMES if "-noact-" in it or "-noneg-" in it]
 ONE = "gptq-4bit-32g-act-sym"
@@ -68,10 +68,20 @@ def set_field(folder: Path, **fields: Any) -> None:
     edit_json(folder / "config.json", lambda it: it["quantization_config"].update(fields))
 
 
+def only_quantize_config(folder: Path) -> None:
+    """Take away what config.json says of the quantization, as AutoGPTQ of 2023 wrote none."""
+    edit_json(folder / "config.json", lambda it: it.pop("quantization_config"))
+
+
 def without_config(folder: Path) -> None:
     """Take away all that says how it was quantised, but not the model's shape."""
     (folder / "quantize_config.json").unlink(missing_ok=True)
-    edit_json(folder / "config.json", lambda it: it.pop("quantization_config"))
+    only_quantize_config(folder)
+
+
+def rename_weights(folder: Path, name: str) -> None:
+    """Give the weights' file another name."""
+    (folder / "model.safetensors").rename(folder / name)
 
 
 def read_tensors(folder: Path) -> Tensors:
@@ -82,7 +92,8 @@ def read_tensors(folder: Path) -> Tensors:
 def edit_tensors(folder: Path, edit: Callable[[Tensors], object]) -> None:
     tensors = read_tensors(folder)
     edited = edit(tensors)
-    save_file(edited if isinstance(edited, dict) else tensors, folder / "model.safetensors")
+    file = folder / "model.safetensors"
+    save_file(edited if isinstance(edited, dict) else tensors, file, metadata={"format": "pt"})
 
 
 def expected(name: str) -> tuple[torch.Tensor, torch.Tensor]:
