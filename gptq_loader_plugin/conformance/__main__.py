@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from gptq_loader_plugin.conformance.cover import pairwise_cover
+from gptq_loader_plugin.conformance.declined import ALLOW_NONE, accepts_nothing
 from gptq_loader_plugin.conformance.grid import possible_layers
 from gptq_loader_plugin.conformance.run import Report, by_layer
 from gptq_loader_plugin.conformance.spread import run_in_parts
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the cells that the command line names; 0 where each passed or was declined."""
+    """Run the cells that the command line names.
+
+    Returns:
+        0 where each cell passed or was declined, and every kernel accepted some.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
@@ -51,7 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     else:
         sys.stdout.write("\n".join(report.text() for report in reports.values()))
-    return int(any(report.failed for report in reports.values()))
+    untested = [
+        report for report in reports.values() if report.declined_all and not options.allow_none
+    ]
+    for report in untested:
+        sys.stderr.write(f"error: {accepts_nothing(report.kernel, report.declined)}\n")
+    return int(bool(untested) or any(report.failed for report in reports.values()))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes to run, one thread each")
     parser.add_argument("--json", action="store_true", help="print the reports as JSON")
+    parser.add_argument("--allow-none", action="store_true", help=ALLOW_NONE)
     return parser
 
 

@@ -12,8 +12,10 @@ from gptq_loader_plugin.conformance.grid import AXES, LAYER_AXES
 if TYPE_CHECKING:
     from gptq_loader_plugin.conformance.grid import Cell
 
-__all__ = ["DeclinedTable", "Reason"]
+__all__ = ["ALLOW_NONE", "DeclinedTable", "Reason", "accepts_nothing"]
 
+SHOWN = 5  # reasons of a kernel that accepts nothing
+ALLOW_NONE = "let a kernel pass that accepts no cell here, such as one for a GPU that is not there"
 NUMBER = re.compile(r"\d+")
 ANY = "…"  # stands for a number that differs from cell to cell
 
@@ -74,16 +76,29 @@ class DeclinedTable:
             )
         return sorted(reasons, key=lambda reason: (-reason.cells, reason.words))
 
-    def text(self) -> str:
-        """Write the table: a line for each reason, and one for the values it is about."""
+    def text(self, *, limit: int | None = None) -> str:
+        """Write the table: a line for each reason, and one for the values it is about.
+
+        Args:
+            limit: how many reasons to write, of the most frequent; None writes all.
+        """
         lines = []
-        for reason in self.reasons():
+        for reason in self.reasons()[:limit]:
             lines.append(f"{reason.cells:>9,}  {reason.words}")
             about = "; ".join(
                 f"{axis} {' '.join(map(str, values))}" for axis, values in reason.axes.items()
             )
             lines += [f"{'':>11}{about}"] if about else []
         return "".join(f"{line}\n" for line in lines)
+
+
+def accepts_nothing(kernel: str, table: DeclinedTable) -> str:
+    """Say that a kernel declined every cell, with its most frequent reasons."""
+    return (
+        f"{kernel} accepts none of {table.cells:,} cells here, so nothing of it was tested:\n"
+        f"{table.text(limit=SHOWN)}"
+        "if that is expected, as without the GPU it is for, use --allow-none"
+    )
 
 
 def _words(reasons: list[str]) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from gptq_loader_plugin.conformance.declined import ALLOW_NONE
 from gptq_loader_plugin.device import Device, find_device
 from gptq_loader_plugin.plugins import Plugins
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --kernel and --device."""
+    """Add --kernel, --device and --allow-none."""
     group = parser.getgroup("gptq_loader_plugin")
     group.addoption("--kernel", help="the kernel to test, by the name of its plugin's offer")
     group.addoption("--device", default=None, help="where to test it; the best one by default")
+    group.addoption("--allow-none", action="store_true", help=ALLOW_NONE)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -20,6 +20,6 @@ SUITE = "gptq_loader_plugin.conformance"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config, args: Sequence[str]) -> None:
-    """Add --kernel and --device where a package or path on the command line is the suite."""
+    """Add the suite's options where a package or path on the command line is the suite."""
     if any(SUITE in argument.replace(os.sep, ".") for argument in args):
         early_config.pluginmanager.import_plugin(f"{SUITE}.options")

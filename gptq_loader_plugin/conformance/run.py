@@ -65,6 +65,11 @@ class Report:
         """How many cells there were."""
         return self.passed + len(self.failed) + self.declined.cells
 
+    @property
+    def declined_all(self) -> bool:
+        """Whether there were cells and the kernel accepted none."""
+        return self.cells == self.declined.cells > 0
+
     def update(self, other: Report) -> None:
         """Add the report of other cells."""
         self.passed += other.passed

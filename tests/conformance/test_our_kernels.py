@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from altered import golden
 from processes import run_process
 
 from gptq_loader_kernels.cpu.library import find_library
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     import subprocess
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = Path(__file__).parents[1] / "golden"
 SUITE = ("-m", "pytest", "--pyargs", "gptq_loader_plugin.conformance", "-q", "-W", "error")
 CPU = Device("cpu", features=frozenset({"avx2", "avx512f", "avx512_bf16"}))
 GPU = Device("cuda", capability=(8, 6), present=False, assume_built=True)
@@ -40,29 +40,96 @@ def suite(folder: Path, *options: str, **environ: str) -> subprocess.CompletedPr
         [sys.executable, *SUITE, "-p", "no:cacheprovider", *options],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
         cwd=folder,
+        seconds=1100,
     )
 
 
 @pytest.mark.parametrize("kernel", HERE)
 def test_it_conforms(kernel: str, tmp_path: Path) -> None:
-    done = suite(tmp_path, "--kernel", kernel, "--device", "cpu")
-    assert done.returncode == 0, done.stdout
-    assert re.search(r"\d+ passed", done.stdout), done.stdout
+    completed = suite(tmp_path, "--kernel", kernel, "--device", "cpu")
+    assert completed.returncode == 0, completed.stdout
+    assert re.search(r"\d+ passed", completed.stdout), completed.stdout
 
 
+@pytest.mark.timeout(1200)  # seconds: the interpreter is slow
 def test_triton_conforms_in_its_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    done = suite(tmp_path, "--kernel", "triton", "--device", "cpu", TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None, done.stdout
-    assert int(passed[1]) > 100, done.stdout
+    completed = suite(tmp_path, "--kernel", "triton", "--device", "cpu", TRITON_INTERPRET="1")
+    assert completed.returncode == 0, completed.stdout
+    passed = re.search(r"(\d+) passed", completed.stdout)
+    assert passed is not None, completed.stdout
+    assert int(passed[1]) > 100, completed.stdout
 
 
-def test_exllama_is_skipped_where_there_is_no_gpu(tmp_path: Path) -> None:
-    done = suite(tmp_path, "--kernel", "exllama", "--device", "cpu", "-rs", COLUMNS="200")
-    assert done.returncode == 0, done.stdout
-    assert "exllama: needs a CUDA or ROCm GPU; this is cpu" in done.stdout
+EXLLAMA = ("--kernel", "exllama", "--device", "cpu")
+WITHOUT_GPU = "needs a CUDA or ROCm GPU; this is cpu"
+
+
+def test_exllama_is_skipped_without_a_gpu_where_that_is_allowed(tmp_path: Path) -> None:
+    completed = suite(tmp_path, *EXLLAMA, "--allow-none", "-rs", COLUMNS="200")
+    assert completed.returncode == 0, completed.stdout
+    assert f"exllama: {WITHOUT_GPU}" in completed.stdout
+    assert "skipped" in completed.stdout
+
+
+def test_exllama_fails_without_a_gpu(tmp_path: Path) -> None:
+    completed = suite(tmp_path, *EXLLAMA)
+    assert completed.returncode == 1
+    assert re.search(r"^1 failed, \d+ passed, \d+ skipped", completed.stdout, re.MULTILINE)
+    assert "exllama accepts none of 336 cells here" in completed.stdout
+    assert WITHOUT_GPU in completed.stdout
+    assert "use --allow-none" in completed.stdout
+
+
+NEVER = """
+from gptq_loader_plugin import Declined, hookimpl
+
+class Never:
+    name = "never"
+
+    def consider(self, layer, device):
+        return Declined(self.name, f"{layer.bits}-bit; this takes none")
+
+    def prepare(self, layer, packed, device):
+        raise RuntimeError
+
+@hookimpl
+def gptq_kernels():
+    return [Never()]
+"""
+
+
+@pytest.fixture
+def never(tmp_path: Path) -> Path:
+    """A folder with an installed plugin, whose kernel declines every layer."""
+    information = tmp_path / "never-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: never\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text("[gptq_loader_plugin]\nnever = never\n")
+    (tmp_path / "never.py").write_text(NEVER)
+    return tmp_path
+
+
+def test_a_kernel_that_declines_everything_fails(never: Path) -> None:
+    environ = {"PYTHONPATH": str(never)}
+    completed = suite(never, "--kernel", "never", "--device", "cpu", **environ)
+    assert completed.returncode == 1
+    assert "never accepts none of 336 cells here, so nothing of it was tested" in completed.stdout
+    assert re.search(r"^ +\d+  …-bit; this takes none$", completed.stdout, re.MULTILINE)
+    allowed = suite(never, "--kernel", "never", "--device", "cpu", "--allow-none", **environ)
+    assert allowed.returncode == 0, allowed.stdout
+
+
+def test_the_command_fails_where_a_kernel_declines_everything(never: Path) -> None:
+    command = [sys.executable, "-m", "gptq_loader_plugin.conformance", "--device", "cpu"]
+    command += ["--cells", "cover", "--part", "1/20", "--kernel", "reference", "--kernel", "never"]
+    environ = {**os.environ, "PYTHONPATH": str(never)}
+    completed = run_process(command, env=environ, cwd=never)
+    assert completed.returncode == 1
+    assert "error: never accepts none of 17 cells here" in completed.stderr
+    assert "…-bit; this takes none" in completed.stderr
+    assert "error: reference" not in completed.stderr
+    assert run_process([*command, "--allow-none"], env=environ, cwd=never).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -85,10 +152,7 @@ def test_it_declines_only_what_it_says(kernel: str, device: Device) -> None:
         if isinstance(verdict, Declined):
             table.add(layer, verdict.reason, here)
     words = f"on {device}, {cells - table.cells:,} of {cells:,} cells are accepted\n"
-    file = GOLDEN / f"conformance-{kernel}.txt"
-    if os.environ.get("GPTQ_LOADER_GOLDEN") == "write":
-        file.write_text(words + table.text(), encoding="utf-8")
-    assert words + table.text() == file.read_text(encoding="utf-8")
+    golden(f"conformance-{kernel}.txt", words + table.text())
 
 
 def test_the_kernel_of_the_hooks_page_conforms() -> None:
