@@ -409,8 +409,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(
         self, status: int, error: str, message: str, headers: dict[str, str] | None = None
     ) -> None:
-        said = {"X-Error-Message": message, **({"X-Error-Code": error} if error else {})}
-        self._send(status, json.dumps({"error": message}).encode(), {**said, **(headers or {})})
+        sent = {"X-Error-Message": message, **({"X-Error-Code": error} if error else {})}
+        self._send(status, json.dumps({"error": message}).encode(), {**sent, **(headers or {})})
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self._begin(status, {**headers, "Content-Length": str(len(body))})
@@ -420,8 +420,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _begin(self, status: int, headers: dict[str, str]) -> None:
         asked = self.headers.get("Range")
         path = unquote(urlsplit(self.path).path)
-        done = Request(self.command, path, asked, status, self._token())
-        self.server.hub.requests.append(done)
+        request = Request(self.command, path, asked, status, self._token())
+        self.server.hub.requests.append(request)
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

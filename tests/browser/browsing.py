@@ -106,7 +106,7 @@ def started(*arguments: object, record: Path, environ: Mapping[str, str]) -> Ite
         finally:
             process.send_signal(signal.SIGINT)
             try:
-                process.wait(20)
+                process.wait(60)
             finally:
                 process.kill()
                 join(reader)

@@ -216,14 +216,14 @@ def test_a_phone_shows_it_without_scrolling_sideways(
 def test_nothing_leaves_this_machine(browser: Browser, server: Server) -> None:
     """Not a font, not a count of visits, and not a picture that a reply may name."""
     with opened(browser, server) as (page, errors):
-        asked, got = [], []
-        page.on("request", lambda it: asked.append(it.url))
+        requested, got = [], []
+        page.on("request", lambda it: requested.append(it.url))
         page.on("response", lambda it: got.append(it.url))
         page.reload(wait_until="domcontentloaded")
         expect(page.locator("#send")).to_be_visible(timeout=30_000)
         ask(page, "![picture](http://192.0.2.1/picture.png)", tokens=4)
         finish(page)
-        outside = [it for it in asked if not it.startswith((server.url, "data:", "blob:"))]
+        outside = [it for it in requested if not it.startswith((server.url, "data:", "blob:"))]
         assert len(got) > 20
         assert set(outside) <= {"http://192.0.2.1/picture.png"}
         assert not [it for it in got if it in outside]

@@ -155,15 +155,15 @@ def test_nothing_jumps_while_a_reply_grows_and_escape_stops_it(page: Page) -> No
     page.wait_for_timeout(500)
     before = places()
     ask(page, "Hello", tokens=400)
-    seen = []
+    during = []
     for _ in range(8):
-        seen.append(places())
+        during.append(places())
         page.wait_for_timeout(150)
     expect(page.locator("#status")).to_contain_text(RUNS)
     page.keyboard.press("Escape")
     finish(page)
     expect(page.locator("#status")).to_contain_text("stopped")
-    assert [it for it in [*seen, places()] if it != before] == []
+    assert [it for it in [*during, places()] if it != before] == []
 
 
 def test_the_chat_follows_a_reply_until_somebody_scrolls(page: Page) -> None:
@@ -201,7 +201,7 @@ def test_a_long_conversation_of_every_kind_stays_in_its_place(
     browser: Browser, server: Server, viewport: dict[str, int]
 ) -> None:
     key = "0123456789abcdef"
-    said = [
+    conversation = [
         {"role": role, "content": LONG[i % len(LONG)]}
         for i in range(30)
         for role in ("user", "assistant")
@@ -214,7 +214,7 @@ def test_a_long_conversation_of_every_kind_stays_in_its_place(
                 JSON.stringify({time: 1, value}))
               sessionStorage.setItem('gptq-loader/current', key)
             }""",
-            [key, said],
+            [key, conversation],
         )
         page.reload(wait_until="domcontentloaded")
         expect(page.locator("#chat [data-testid=bot]")).to_have_count(30, timeout=30_000)

@@ -46,8 +46,8 @@ def address(tmp_path: Path) -> Iterator[str]:
 def call(address: str, path: str, body: dict[str, Any] | None = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     headers = {"content-type": "application/json"}
-    asked = urllib.request.Request(f"{address}{path}", data, headers)
-    with urllib.request.urlopen(asked, timeout=60) as answer:
+    request = urllib.request.Request(f"{address}{path}", data, headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
 
 

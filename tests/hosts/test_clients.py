@@ -72,36 +72,36 @@ def in_clients(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
 @needs_python_of("clients")
 def test_the_openai_client(server: ServerProcess, model: gptq.LoadedModel) -> None:
     program = str(Path(__file__).with_name("openai_program.py"))
-    done = in_clients(program, server.url, KEY, ONE, OTHER)
-    assert done.returncode == 0, done.stderr
-    seen: dict[str, Any] = json.loads(done.stdout)
+    process = in_clients(program, server.url, KEY, ONE, OTHER)
+    assert process.returncode == 0, process.stderr
+    answers: dict[str, Any] = json.loads(process.stdout)
     text = chatted(model, 16)
-    assert {ONE, OTHER} <= set(seen["models"])
-    assert seen["model"] == ONE
-    assert (seen["text"], seen["finish"], seen["scored"]) == (text, "length", 16)
-    assert seen["request"].startswith("req-")
-    assert (seen["stream"]["text"], seen["stream"]["scored"]) == (text, 16)
-    assert seen["stream"]["usage"]["completion_tokens"] == 16
-    assert seen["helper"]["final"] == seen["helper"]["whole"]
-    assert json.loads(seen["helper"]["final"])["size"] in (1, 2, 3)
-    assert seen["async"]["chats"] == [text] * 8
+    assert {ONE, OTHER} <= set(answers["models"])
+    assert answers["model"] == ONE
+    assert (answers["text"], answers["finish"], answers["scored"]) == (text, "length", 16)
+    assert answers["request"].startswith("req-")
+    assert (answers["stream"]["text"], answers["stream"]["scored"]) == (text, 16)
+    assert answers["stream"]["usage"]["completion_tokens"] == 16
+    assert answers["helper"]["final"] == answers["helper"]["whole"]
+    assert json.loads(answers["helper"]["final"])["size"] in (1, 2, 3)
+    assert answers["async"]["chats"] == [text] * 8
     completed = model.generate("Hello", greedy(16)).text
-    assert seen["async"]["completion"] == completed
-    assert seen["completions"][0] == f"Hello{completed}"
-    assert seen["offsets"][0] == 0
-    assert seen["tools"] == text
-    assert seen["other"] == OTHER
-    assert seen["errors"] == {
+    assert answers["async"]["completion"] == completed
+    assert answers["completions"][0] == f"Hello{completed}"
+    assert answers["offsets"][0] == 0
+    assert answers["tools"] == text
+    assert answers["other"] == OTHER
+    assert answers["errors"] == {
         "model": ["NotFoundError", 404, "model_not_found", True],
         "type": ["BadRequestError", 400, None, True],
         "option": ["BadRequestError", 400, "unknown_option", True],
         "long": ["BadRequestError", 400, "context_length_exceeded", True],
         "forced": ["BadRequestError", 400, "unsupported_option", True],
     }
-    assert seen["wrong key"] == "invalid_api_key"
-    assert seen["embeddings"] == 501
-    asked = [it for it in server.requests() if it["route"] == "/v1/embeddings"]
-    assert len(asked) == 1, "the client was told not to try again"
+    assert answers["wrong key"] == "invalid_api_key"
+    assert answers["embeddings"] == 501
+    requests = [it for it in server.requests() if it["route"] == "/v1/embeddings"]
+    assert len(requests) == 1, "the client was told not to try again"
 
 
 @pytest.mark.host("llm")
@@ -117,12 +117,12 @@ def test_llm_through_its_own_openai_models(
         f"  api_key_name: gptq\n{completion}"
     )
     args = ["-m", "ours", "Hello", "--key", KEY, "-o", "temperature", "0", "-o", "max_tokens", "16"]
-    done = in_clients(
+    completed = in_clients(
         "-m", "llm", *args, *([] if stream else ["--no-stream"]), LLM_USER_PATH=str(tmp_path)
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
     right = chatted(model, 16) if kind == "chat" else model.generate("Hello", greedy(16)).text
-    assert done.stdout == f"{right}\n"
+    assert completed.stdout == f"{right}\n"
 
 
 @pytest.mark.host("schemathesis")
@@ -131,7 +131,7 @@ def test_no_request_of_a_fuzzer_ends_in_a_fault(tmp_path: Path) -> None:
     with serving("--max-new-tokens", "16") as server:
         python = python_of("clients")
         assert python is not None
-        done = run_process(
+        completed = run_process(
             [
                 str(python.with_name("schemathesis")),
                 "run",
@@ -146,7 +146,7 @@ def test_no_request_of_a_fuzzer_ends_in_a_fault(tmp_path: Path) -> None:
             env={**os.environ, "PYTHONPATH": ""},
             seconds=500,
         )
-        assert done.returncode == 0, done.stdout[-4000:]
+        assert completed.returncode == 0, completed.stdout[-4000:]
         statuses = {it["status"] for it in server.requests()}
         assert len(server.requests()) > 500
         assert 500 not in statuses
@@ -380,6 +380,6 @@ def test_the_python_of_the_docs_runs(open_server: ServerProcess) -> None:
     assert found
     for code in found:
         here = code.replace("http://127.0.0.1:8000", open_server.url).replace('"demo"', repr(ONE))
-        done = in_clients("-c", here)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout
+        completed = in_clients("-c", here)
+        assert completed.returncode == 0, completed.stderr
+        assert completed.stdout

@@ -80,17 +80,17 @@ def llm(python: Run) -> Run:
     return run
 
 
-def answered(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stderr
-    return done.stdout.removesuffix("\n")
+def answered(completed: subprocess.CompletedProcess[str]) -> str:
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout.removesuffix("\n")
 
 
 def expected(python: Run, messages: list[dict[str, str]], name: str = ONE) -> dict[str, Any]:
-    done = python("-c", EXPECTED, str(DATA / name), json.dumps(messages))
-    return json.loads(answered(done))
+    completed = python("-c", EXPECTED, str(DATA / name), json.dumps(messages))
+    return json.loads(answered(completed))
 
 
-def said(*turns: str) -> list[dict[str, str]]:
+def conversation(*turns: str) -> list[dict[str, str]]:
     """Turns by user and assistant, the user first."""
     return [{"role": ("user", "assistant")[i % 2], "content": it} for i, it in enumerate(turns)]
 
@@ -98,13 +98,13 @@ def said(*turns: str) -> list[dict[str, str]]:
 def test_the_checkpoints_are_listed_without_torch(python: Run, tmp_path: Path) -> None:
     (tmp_path / "models" / "dense").mkdir()
     (tmp_path / "models" / "dense" / "model.safetensors").write_bytes(b"")
-    done = python("-X", "importtime", "-m", "llm", "models", "list", "-q", "gptq/")
-    assert answered(done).splitlines() == [
+    completed = python("-X", "importtime", "-m", "llm", "models", "list", "-q", "gptq/")
+    assert answered(completed).splitlines() == [
         f"GPTQ: gptq/{OTHER}",
         f"GPTQ: gptq/{ONE}",
         "GPTQ: gptq/owner/name:gptq-4bit",
     ]
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    imported = {line.rpartition("|")[2].strip() for line in completed.stderr.splitlines()}
     assert "gptq_loader_plugin.catalog.local" in imported
     assert imported.isdisjoint({"torch", "transformers"})
 
@@ -117,7 +117,7 @@ def test_the_demo_is_listed_once_it_is_prepared(llm: Run, tmp_path: Path) -> Non
 
 
 def test_an_answer_is_the_models_streamed_or_not_awaited_or_not(llm: Run, python: Run) -> None:
-    right = expected(python, said("Hello"))
+    right = expected(python, conversation("Hello"))
     assert right["text"].strip()
     for more in ((), ("--no-stream",), ("--async",), ("--async", "--no-stream")):
         assert answered(llm("-m", f"gptq/{ONE}", "Hello", *GREEDY, *more)) == right["text"], more
@@ -127,17 +127,13 @@ def test_an_answer_is_the_models_streamed_or_not_awaited_or_not(llm: Run, python
 def test_a_conversation_goes_on(llm: Run, python: Run) -> None:
     system = {"role": "system", "content": "Be brief."}
     first = answered(llm("-m", f"gptq/{ONE}", "Hello", "-s", "Be brief.", *GREEDY))
-    assert first == expected(python, [system, *said("Hello")])["text"]
+    assert first == expected(python, [system, *conversation("Hello")])["text"]
     second = answered(llm("-c", "And then?", *GREEDY))
-    right = expected(python, [system, *said("Hello", first, "And then?")])
+    right = expected(python, [system, *conversation("Hello", first, "And then?")])
     assert second == right["text"]
     third = answered(llm("-c", "--async", "At last?", *GREEDY))
-    assert (
-        third
-        == expected(python, [system, *said("Hello", first, "And then?", second, "At last?")])[
-            "text"
-        ]
-    )
+    turns = conversation("Hello", first, "And then?", second, "At last?")
+    assert third == expected(python, [system, *turns])["text"]
     logged = json.loads(answered(llm("logs", "-n", "2", "--json")))[0]
     assert (logged["input_tokens"], logged["output_tokens"]) == (right["input"], right["output"])
     assert logged["model"] == f"gptq/{ONE}"
@@ -146,33 +142,33 @@ def test_a_conversation_goes_on(llm: Run, python: Run) -> None:
 
 
 def test_a_chat_loads_once(llm: Run, python: Run) -> None:
-    done = llm(
+    completed = llm(
         "chat", "-m", f"gptq/{ONE}", *GREEDY, text="Hello\nAnd then?\nquit\n", GPTQ_LOADER_TRACE="1"
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("gptq_before_load [hook]") == 1
-    first = expected(python, said("Hello"))["text"]
-    second = expected(python, said("Hello", first, "And then?"))["text"]
-    assert f"> {first}\n> {second}\n" in done.stdout
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stderr.count("gptq_before_load [hook]") == 1
+    first = expected(python, conversation("Hello"))["text"]
+    second = expected(python, conversation("Hello", first, "And then?"))["text"]
+    assert f"> {first}\n> {second}\n" in completed.stdout
 
 
 def test_options_are_checked(llm: Run) -> None:
-    done = llm("-m", f"gptq/{ONE}", "Hello", "-o", "temprature", "0")
-    assert done.returncode == 1
-    assert "temprature" in done.stderr
-    done = llm("-m", f"gptq/{ONE}", "Hello", "-o", "top_p", "2")
-    assert done.returncode == 1
-    assert "less than or equal to 1" in done.stderr
-    done = llm("-m", f"gptq/{ONE}", "Hello", "-o", "stop", '["a"')
-    assert "begins like a JSON list" in done.stderr
+    completed = llm("-m", f"gptq/{ONE}", "Hello", "-o", "temprature", "0")
+    assert completed.returncode == 1
+    assert "temprature" in completed.stderr
+    completed = llm("-m", f"gptq/{ONE}", "Hello", "-o", "top_p", "2")
+    assert completed.returncode == 1
+    assert "less than or equal to 1" in completed.stderr
+    completed = llm("-m", f"gptq/{ONE}", "Hello", "-o", "stop", '["a"')
+    assert "begins like a JSON list" in completed.stderr
 
 
 def test_options_arrive(llm: Run, python: Run) -> None:
-    right = expected(python, said("Hello"))["text"]
+    right = expected(python, conversation("Hello"))["text"]
     stop = right[5:8]
     for written in (stop, json.dumps(["never", stop])):
-        done = llm("-m", f"gptq/{ONE}", "Hello", *GREEDY, "-o", "stop", written)
-        assert answered(done) == right[: right.index(stop)]
+        completed = llm("-m", f"gptq/{ONE}", "Hello", *GREEDY, "-o", "stop", written)
+        assert answered(completed) == right[: right.index(stop)]
     hot = (
         "-o",
         "temperature",
@@ -191,12 +187,12 @@ def test_options_arrive(llm: Run, python: Run) -> None:
         answered(llm("-m", f"gptq/{ONE}", "Hello", *hot, "-o", "seed", it)) for it in "112"
     )
     assert once == again != other
-    done = llm("-m", f"gptq/{ONE}", "Hello", *GREEDY, "-o", "backend", "reference")
-    assert done.returncode == 0
+    completed = llm("-m", f"gptq/{ONE}", "Hello", *GREEDY, "-o", "backend", "reference")
+    assert completed.returncode == 0
     logged = json.loads(answered(llm("logs", "-n", "1", "--json")))[0]
     assert logged["response_json"]["kernels"] == {"reference": 14}
-    done = llm("-m", f"gptq/{ONE}", "Hello " * 40, *GREEDY, "-o", "context", "32")
-    assert "the context is 32" in done.stderr
+    completed = llm("-m", f"gptq/{ONE}", "Hello " * 40, *GREEDY, "-o", "context", "32")
+    assert "the context is 32" in completed.stderr
 
 
 def test_the_limits_of_options_are_the_packages(python: Run) -> None:
@@ -216,11 +212,11 @@ def test_the_limits_of_options_are_the_packages(python: Run) -> None:
 @pytest.mark.parametrize("command", [("prompt",), ("chat",)])
 def test_our_errors_come_with_their_hint(llm: Run, command: tuple[str]) -> None:
     words = ("Hello",) if command == ("prompt",) else ()
-    done = llm(*command, "-m", f"gptq/{ONE}", *words, "-o", "backend", "nope", text="Hello\n")
-    assert done.returncode == 1
-    assert "Error: " in done.stderr
-    assert "\nhint: " in done.stderr
-    assert "Traceback" not in done.stderr
+    completed = llm(*command, "-m", f"gptq/{ONE}", *words, "-o", "backend", "nope", text="Hello\n")
+    assert completed.returncode == 1
+    assert "Error: " in completed.stderr
+    assert "\nhint: " in completed.stderr
+    assert "Traceback" not in completed.stderr
 
 
 def test_a_checkpoint_without_template_completes(llm: Run, tmp_path: Path) -> None:
@@ -234,26 +230,26 @@ def test_a_checkpoint_without_template_completes(llm: Run, tmp_path: Path) -> No
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config.pop("chat_template", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    done = llm("-m", f"gptq/{ONE}", "Once upon", *GREEDY)
-    assert answered(done).strip()
-    assert "no chat template: it goes on where the prompt ends" in done.stderr
+    completed = llm("-m", f"gptq/{ONE}", "Once upon", *GREEDY)
+    assert answered(completed).strip()
+    assert "no chat template: it goes on where the prompt ends" in completed.stderr
     for more in (("-c",), ("-s", "Be brief.", "-m", f"gptq/{ONE}")):
-        done = llm("Hello", *GREEDY, *more)
-        assert done.returncode == 1
-        assert "name a template: -o template chatml" in done.stderr
+        completed = llm("Hello", *GREEDY, *more)
+        assert completed.returncode == 1
+        assert "name a template: -o template chatml" in completed.stderr
     assert answered(llm("-c", "Hello", *GREEDY, "-o", "template", "chatml")).strip()
 
 
 def test_models_are_added_and_removed(llm: Run, tmp_path: Path) -> None:
     elsewhere = shutil.copytree(DATA / OTHER, tmp_path / "elsewhere")
-    done = llm("gptq", "add", "elsewhere", "--name", "mine")
-    assert answered(done) == "added; ask it: llm -m gptq/mine 'Hello'"
-    assert "3-bit llama" in done.stderr
+    completed = llm("gptq", "add", "elsewhere", "--name", "mine")
+    assert answered(completed) == "added; ask it: llm -m gptq/mine 'Hello'"
+    assert "3-bit llama" in completed.stderr
     assert answered(llm("gptq", "add", str(elsewhere), "--name", "mine")), "the same once more"
     assert answered(llm("-m", "gptq/mine", "Hello", *GREEDY)).strip()
-    done = llm("gptq", "add", f"models/{ONE}", "--name", "mine")
-    assert done.returncode == 1
-    assert f"gptq/mine is {elsewhere} already\nhint: choose another name" in done.stderr
+    completed = llm("gptq", "add", f"models/{ONE}", "--name", "mine")
+    assert completed.returncode == 1
+    assert f"gptq/mine is {elsewhere} already\nhint: choose another name" in completed.stderr
     listed = json.loads(answered(llm("gptq", "list", "--json")))
     assert listed[0] == {"model_id": "gptq/mine", "reference": str(elsewhere), "source": "added"}
     assert len(listed) == 4
@@ -266,19 +262,19 @@ def test_models_are_added_and_removed(llm: Run, tmp_path: Path) -> None:
 def test_what_is_no_checkpoint_is_not_added(llm: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for reference in ("empty", "nowhere", "demo"):
-        done = llm("gptq", "add", reference)
-        assert done.returncode == 1
-        assert "hint: " in done.stderr
-        assert "Traceback" not in done.stderr
-    assert "in an environment without llm" in done.stderr
+        completed = llm("gptq", "add", reference)
+        assert completed.returncode == 1
+        assert "hint: " in completed.stderr
+        assert "Traceback" not in completed.stderr
+    assert "in an environment without llm" in completed.stderr
     assert not (tmp_path / "llm" / "gptq-loader.json").exists()
 
 
 def test_a_damaged_list_hides_nothing_else(llm: Run, tmp_path: Path) -> None:
     (tmp_path / "llm" / "gptq-loader.json").write_text('{"models": [')
-    done = llm("models")
-    assert f"GPTQ: gptq/{ONE}" in answered(done)
-    assert "the list of added models cannot be read" in done.stderr
+    completed = llm("models")
+    assert f"GPTQ: gptq/{ONE}" in answered(completed)
+    assert "the list of added models cannot be read" in completed.stderr
     assert "hint: delete it" in llm("gptq", "list").stderr
 
 

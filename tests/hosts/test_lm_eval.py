@@ -97,8 +97,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         # JSON is YAML
         (folder / "tasks" / f"{task['task']}.yaml").write_text(json.dumps(whole))
-    done = run(folder, "-c", WRITE_DENSE, str(DATA / ONE), str(folder / "dense"))
-    assert done.returncode == 0, done.stderr
+    completed = run(folder, "-c", WRITE_DENSE, str(DATA / ONE), str(folder / "dense"))
+    assert completed.returncode == 0, completed.stderr
     return folder
 
 
@@ -118,8 +118,8 @@ def evaluate(
     tasks = "made_choice,made_rolling,made_generate"
     command = (*program, "--model", model, "--model_args", arguments, "--tasks", tasks)
     options = ("--include_path", "tasks", "--output_path", "out", "--log_samples", "--limit", "40")
-    done = run(folder, *command, *options, *more)
-    assert done.returncode == 0, done.stdout + done.stderr
+    completed = run(folder, *command, *options, *more)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
     results = json.loads(next(out.rglob("results_*.json")).read_text())
     samples = {}
     for file in out.rglob("samples_*.jsonl"):
@@ -173,12 +173,12 @@ def test_errors_are_said_in_two_lines(folder: Path) -> None:
         (f"pretrained={DATA / ONE},bakend=cpu", "no option bakend"),
         ("pretrained=nowhere", "names no checkpoint"),
     ):
-        done = run(folder, *OURS, "--model", "gptq-loader", "--model_args", arguments, *tasks)
-        assert done.returncode == 1
-        assert "error: " in done.stderr
-        assert words in done.stderr
-        assert "\nhint: " in done.stderr
-        assert "Traceback" not in done.stderr
+        completed = run(folder, *OURS, "--model", "gptq-loader", "--model_args", arguments, *tasks)
+        assert completed.returncode == 1
+        assert "error: " in completed.stderr
+        assert words in completed.stderr
+        assert "\nhint: " in completed.stderr
+        assert "Traceback" not in completed.stderr
 
 
 def test_a_script_registers_it_beside_the_harness_own(folder: Path) -> None:
@@ -193,9 +193,9 @@ turns = [{{"role": "user", "content": "Hi"}}, {{"role": "assistant", "content": 
 print([model.apply_chat_template(turns[:1]), model.apply_chat_template(turns, False)])
 print(model.chat_template(True)[:2])
 """
-    done = run(folder, "-c", code)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-2:] == [
+    completed = run(folder, "-c", code)
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.splitlines()[-2:] == [
         str(
             [
                 "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",

@@ -108,7 +108,7 @@ def text_alone() -> str:
         return "".join(it.text for it in model.chat(messages, options))
 
 
-def asked(**more: Any) -> dict[str, Any]:
+def request_body(**more: Any) -> dict[str, Any]:
     messages = [{"role": "user", "content": "Hello"}]
     return {"model": ONE, "messages": messages, "temperature": 0, "max_tokens": 16, **more}
 
@@ -120,9 +120,9 @@ def test_it_lists_our_models(page: httpx.Client) -> None:
 
 def test_a_reply_is_what_the_model_says_alone(page: httpx.Client, server: ServerProcess) -> None:
     right = text_alone()
-    whole = page.post(CHAT, json=asked(stream=False)).json()
+    whole = page.post(CHAT, json=request_body(stream=False)).json()
     assert whole["choices"][0]["message"]["content"] == right
-    answer = page.post(CHAT, json=asked(stream=True, tools=[TOOL]))
+    answer = page.post(CHAT, json=request_body(stream=True, tools=[TOOL]))
     assert answer.status_code == 200, answer.text
     lines = [it.removeprefix("data: ") for it in answer.text.splitlines() if it.startswith("data")]
     events = [json.loads(it) for it in lines if it.startswith("{")]
@@ -134,6 +134,6 @@ def test_a_reply_is_what_the_model_says_alone(page: httpx.Client, server: Server
 
 def test_an_error_is_shown_in_our_words(page: httpx.Client) -> None:
     messages = [{"role": "user", "content": "word " * 600}]
-    answer = page.post(CHAT, json=asked(stream=False, messages=messages))
+    answer = page.post(CHAT, json=request_body(stream=False, messages=messages))
     assert answer.status_code == 400
     assert "maximum context length" in answer.text

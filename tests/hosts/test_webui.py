@@ -95,14 +95,14 @@ def test_with_the_chosen_kernel_it_differs_only_where_two_tokens_are_as_likely(
 
     prompt = prompt_for(checkpoint)
     assert host.load(host.add(checkpoint)) == NAME
-    told = host.post(
+    answer = host.post(
         "/v1/completions", prompt=prompt, max_tokens=TOKENS, temperature=0, logprobs=1
     )["choices"][0]
     with gptq.load(checkpoint, device="cpu") as model:
         ours = model.generate(prompt, gptq.GenerateOptions(max_new_tokens=TOKENS, temperature=0))
-        if told["text"].rstrip(HALF) == ours.text:
+        if answer["text"].rstrip(HALF) == ours.text:
             return
-        words = [next(iter(it)) for it in told["logprobs"]["top_logprobs"]]
+        words = [next(iter(it)) for it in answer["logprobs"]["top_logprobs"]]
         ids = model.tokenizer(prompt)["input_ids"]
         for word in words:
             with torch.inference_mode():
@@ -349,9 +349,9 @@ def test_the_hosts_own_loader_gives_what_it_gave(host: Webui, tmp_path: Path) ->
     with stock:
         assert stock.load(plain.name) == "Transformers"
         assert stock.complete(TINY_PROMPT, TOKENS)[0] == ours
-        for loader, said in (("Transformers", why), ("nonsense", nonsense)):
+        for loader, reason in (("Transformers", why), ("nonsense", nonsense)):
             name = ONE.name if loader == "Transformers" else plain.name
-            assert said == stock.refused(
+            assert reason == stock.refused(
                 "/v1/internal/model/load", model_name=name, args={"loader": loader}
             )
 
@@ -474,7 +474,7 @@ def test_a_host_that_has_changed_is_told_by_name_and_is_left_alone() -> None:
         "    print(error, '|', error.hint)\n"
         "print(len(loaders.loaders_and_params))"
     )
-    *_, said, count = out.splitlines()
-    assert "has no modules.models_settings.infer_loader" in said
-    assert "update gptq-loader-plugin" in said
+    *_, error, count = out.splitlines()
+    assert "has no modules.models_settings.infer_loader" in error
+    assert "update gptq-loader-plugin" in error
     assert count == "5"

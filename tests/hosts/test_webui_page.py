@@ -145,11 +145,11 @@ def test_load_chat_save_and_reload(host: Webui, page: Page) -> None:
 def test_a_load_that_fails_is_words(host: Webui, page: Page) -> None:
     page.set("Model", ONE.name)
     page.set("gptq-backend", "triton")
-    said = load(page)
-    assert "### It could not be loaded" in said
-    assert "triton     needs a CUDA GPU; this is cpu" in said
-    assert "**To do:** leave backend out" in said
-    assert "Traceback" not in said
+    shown = load(page)
+    assert "### It could not be loaded" in shown
+    assert "triton     needs a CUDA GPU; this is cpu" in shown
+    assert "**To do:** leave backend out" in shown
+    assert "Traceback" not in shown
     page.set("gptq-backend", "auto")
     assert f"Successfully loaded `{ONE.name}`." in load(page)
 

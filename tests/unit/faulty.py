@@ -46,16 +46,16 @@ class Jobs:
         self._process.stdin.write(json.dumps([name, *map(str, args)]) + "\n")
         self._process.stdin.flush()
         pid = self._read()["pid"]
-        told = []
+        reports = []
         if kill_after is not None:
-            told.append(self._read()["told"])
+            reports.append(self._read()["reported"])
             time.sleep(kill_after)
             with suppress(ProcessLookupError):  # it has ended
                 os.kill(pid, signal.SIGKILL)
         while "status" not in (line := self._read()):
-            told.append(line["told"])
-        assert line["status"] == 0 or kill_after is not None, told
-        return told
+            reports.append(line["reported"])
+        assert line["status"] == 0 or kill_after is not None, reports
+        return reports
 
     def _read(self) -> dict[str, Any]:
         from processes import read_line  # of the tests: where this runs as a program, it is not
@@ -64,23 +64,23 @@ class Jobs:
         return line
 
 
-def tell(**what: object) -> None:
+def report(**content: object) -> None:
     """Write a line in one piece: whoever is killed has written it or has not."""
-    os.write(1, (json.dumps(what) + "\n").encode())
+    os.write(1, (json.dumps(content) + "\n").encode())
 
 
 def save_settings(folder: str, first: str) -> None:
-    """Save the settings of one model after the other, for ever; tell what was saved."""
+    """Save the settings of one model after the other, for ever; report what was saved."""
     from gptq_loader_extensions.gradio.storage.settings_file import ModelSettings, SettingsFile
 
     file = SettingsFile(Path(folder))
     for number in count(int(first)):
         note = file.save("model", ModelSettings(context=number, system="words " * 2000))
-        tell(told=[number, note])
+        report(reported=[number, note])
 
 
 def save_without_room(folder: str) -> None:
-    """Save settings that the disk has no room for; tell what was said."""
+    """Save settings that the disk has no room for; report the error."""
     from gptq_loader_extensions.gradio.storage.settings_file import ModelSettings, SettingsFile
 
     with _little_room():
@@ -91,7 +91,7 @@ def install_for_ever(folder: str) -> None:
     """Put the extension into a folder of text-generation-webui's again and again."""
     from gptq_loader_extensions.webui.install import install
 
-    tell(told="begun")
+    report(reported="begun")
     while True:
         install(Path(folder))
 
@@ -101,7 +101,7 @@ def quantize(source: str, out: str) -> None:
     from gptq_loader_plugin.quantize import QuantizeOptions, quantize_model
 
     options = QuantizeOptions(samples=4, seq_len=64, shard_bytes=100_000)
-    quantize_model(source, out, options=options, progress=lambda it: tell(told=it.done))
+    quantize_model(source, out, options=options, progress=lambda it: report(reported=it.done))
 
 
 def quantize_without_room(source: str, out: str) -> None:
@@ -112,7 +112,7 @@ def quantize_without_room(source: str, out: str) -> None:
 
 @contextmanager
 def _little_room() -> Iterator[None]:
-    """Let no file grow beyond some bytes, inside; tell the error that comes of it."""
+    """Let no file grow beyond some bytes, inside; report the error that comes of it."""
     import resource
 
     from gptq_loader_plugin.errors import GPTQLoaderError
@@ -121,18 +121,18 @@ def _little_room() -> Iterator[None]:
     try:
         yield
     except GPTQLoaderError as error:
-        tell(told=[error.message, error.hint])
+        report(reported=[error.message, error.hint])
 
 
 def load_on_disk(folder: str, offload: str) -> None:
     """Load a model whose weights lie in files, and answer."""
     import gptq_loader_plugin as gptq
 
-    tell(told="begun")
+    report(reported="begun")
     everything: dict[str, str] = {"": "disk"}
     with gptq.load(folder, device_map=everything, offload_folder=offload) as model:
         short = gptq.GenerateOptions(max_new_tokens=8, temperature=0)
-        tell(told=model.generate("Hello", short).text)
+        report(reported=model.generate("Hello", short).text)
 
 
 JOBS: dict[str, Callable[..., None]] = {
@@ -159,20 +159,20 @@ def main() -> None:
     import gptq_loader_plugin.quantize.run  # noqa: F401
 
     torch.set_num_threads(1)
-    tell(ready=0)
+    report(ready=0)
     for line in sys.stdin:
         name, *args = json.loads(line)
         pid = os.fork()
         if not pid:
             status = 1
-            tell(pid=os.getpid())
+            report(pid=os.getpid())
             try:
                 JOBS[name](*args)
                 status = 0
             finally:
                 os._exit(status)
         _, status = os.waitpid(pid, 0)
-        tell(status=status)
+        report(status=status)
 
 
 if __name__ == "__main__":

@@ -38,15 +38,15 @@ def run(*arguments: str | Path, env: dict[str, str] = PLUGINS, **options: Any) -
 
 @pytest.mark.parametrize("name", ["gptq-4bit-32g-act-sym", "gptq-3bit-noneg-act-sym"])
 def test_inspect(name: str) -> None:
-    done = run("inspect", DATA / name, env=ALL)
-    assert done.exit_code == 0
-    golden(f"inspect-{name}.txt", done.stdout)
+    completed = run("inspect", DATA / name, env=ALL)
+    assert completed.exit_code == 0
+    golden(f"inspect-{name}.txt", completed.stdout)
 
 
 def test_inspect_makes_a_table_of_several() -> None:
     names = ("gptq-4bit-noneg-act-sym", "gptq-4bit-32g-act-sym", "gptq-3bit-128g-act-sym")
-    done = run("inspect", *(DATA / it for it in names), env=ALL)
-    golden("inspect-several.txt", done.stdout)
+    completed = run("inspect", *(DATA / it for it in names), env=ALL)
+    golden("inspect-several.txt", completed.stdout)
 
 
 def test_inspect_as_json() -> None:
@@ -66,22 +66,26 @@ def test_inspect_as_json() -> None:
 def test_inspect_says_what_is_odd_on_stderr(tmp_path: Path) -> None:
     folder = copy(ONE, tmp_path)
     set_field(folder, group_size=64, dataset="wikitext2", model_seqlen=4096)
-    done = run("inspect", folder)
-    assert "warning: group_size is 64 in quantize_config.json; the tensors say 32" in done.stderr
-    assert "wikitext2, samples of 4,096 tokens" in done.stdout
-    assert "warning" not in done.stdout
+    completed = run("inspect", folder)
+    assert (
+        "warning: group_size is 64 in quantize_config.json; the tensors say 32" in completed.stderr
+    )
+    assert "wikitext2, samples of 4,096 tokens" in completed.stdout
+    assert "warning" not in completed.stdout
 
 
 @pytest.mark.parametrize("device", ["cuda:sm86", "rocm"])
 def test_explain_answers_for_a_device_that_is_not_here(device: str) -> None:
-    done = run("explain", DATA / ONE, "--device", device, env=ALL)
-    assert done.exit_code == 0, done.stderr
-    golden(f"explain-{ONE}-{device.replace(':', '-')}.txt", done.stdout)
+    completed = run("explain", DATA / ONE, "--device", device, env=ALL)
+    assert completed.exit_code == 0, completed.stderr
+    golden(f"explain-{ONE}-{device.replace(':', '-')}.txt", completed.stdout)
 
 
 def test_explain_for_this_machine() -> None:
-    done = run("explain", DATA / ONE, "--device", "cpu")
-    assert re.search(r"^    cpu(-int4)? +chosen: weights stay packed", done.stdout, re.MULTILINE)
+    completed = run("explain", DATA / ONE, "--device", "cpu")
+    assert re.search(
+        r"^    cpu(-int4)? +chosen: weights stay packed", completed.stdout, re.MULTILINE
+    )
     plan = json.loads(run("explain", DATA / ONE, "--device", "cpu", "--json").stdout)
     first, *others = CPU_KERNELS
     assert plan["kernels"] == {first: 14}
@@ -92,16 +96,16 @@ def test_explain_for_this_machine() -> None:
 
 
 def test_a_kernel_that_is_asked_for_by_name_and_cannot_run_is_an_error() -> None:
-    done = run("explain", DATA / "gptq-3bit-128g-act-sym", "--device", "cpu", "--backend",
+    completed = run("explain", DATA / "gptq-3bit-128g-act-sym", "--device", "cpu", "--backend",
                "exllama", env=ALL)  # fmt: skip
-    assert done.exit_code == 1
+    assert completed.exit_code == 1
     for words in ("no kernel can run", "exllama    needs a CUDA", "cpu-int4   not exllama, which"):
-        assert words in done.stderr
-    assert "hint: leave backend out" in done.stderr
-    done = run("generate", DATA / ONE, "--prompt", "a", "--backend", "exlama")
+        assert words in completed.stderr
+    assert "hint: leave backend out" in completed.stderr
+    completed = run("generate", DATA / ONE, "--prompt", "a", "--backend", "exlama")
     assert (
         "hint: name a kernel that is installed: cpu, cpu-int4, cpu-int8, dense, reference"
-        in done.stderr
+        in completed.stderr
     )
 
 
@@ -117,35 +121,35 @@ def test_inspect_and_explain_import_no_torch() -> None:
 
 
 def test_generate_writes_the_reply_alone_to_stdout() -> None:
-    done = run("generate", DATA / ONE, "--prompt", "Hello", *FEW)
-    assert done.exit_code == 0, done.stderr
+    completed = run("generate", DATA / ONE, "--prompt", "Hello", *FEW)
+    assert completed.exit_code == 0, completed.stderr
     with gptq.load(DATA / ONE, device="cpu", plugins=plugins()) as model:
         options = gptq.GenerateOptions(max_new_tokens=4, temperature=0)
         pieces = model.chat([{"role": "user", "content": "Hello"}], options)
-        assert done.stdout == "".join(it.text for it in pieces) + "\n"
-    assert re.search(r"cpu(-int4)? \(all 14 layers\) on cpu, computing in \w+", done.stderr)
-    assert re.search(r"\d tokens, \d+ a second; cpu(-int4)? \(all", done.stderr)
+        assert completed.stdout == "".join(it.text for it in pieces) + "\n"
+    assert re.search(r"cpu(-int4)? \(all 14 layers\) on cpu, computing in \w+", completed.stderr)
+    assert re.search(r"\d tokens, \d+ a second; cpu(-int4)? \(all", completed.stderr)
 
 
 def test_generate_as_json() -> None:
-    done = run("generate", DATA / ONE, "--prompt", "Hello", "--json", *FEW)
-    reply = json.loads(done.stdout)
+    completed = run("generate", DATA / ONE, "--prompt", "Hello", "--json", *FEW)
+    reply = json.loads(completed.stdout)
     assert reply["kernels"] == {CPU_KERNELS[0]: 14}
     assert (reply["template"], reply["tokens"] <= 4) == ("checkpoint", True)
 
 
 def test_generate_raw_completes() -> None:
-    done = run("generate", DATA / ONE, "--prompt", "Hello", "--raw", *FEW)
+    completed = run("generate", DATA / ONE, "--prompt", "Hello", "--raw", *FEW)
     chat = run("generate", DATA / ONE, "--prompt", "Hello", *FEW)
-    assert done.exit_code == chat.exit_code == 0
-    assert done.stdout != chat.stdout
+    assert completed.exit_code == chat.exit_code == 0
+    assert completed.stdout != chat.stdout
 
 
 def test_system_card_takes_what_the_card_recommends(tmp_path: Path) -> None:
     folder = copy(ONE, tmp_path)
-    done = run("generate", folder, "--prompt", "Hello", "--system", "card", *FEW)
-    assert done.exit_code == 1
-    assert "error: the model card gives no system message" in done.stderr
+    completed = run("generate", folder, "--prompt", "Hello", "--system", "card", *FEW)
+    assert completed.exit_code == 1
+    assert "error: the model card gives no system message" in completed.stderr
     card = "We recommend this system message:\n```\nYou are kind.\n```\n"
     (folder / "README.md").write_text(card)
     by_card = run("generate", folder, "--prompt", "Hello", "--system", "card", *FEW)
@@ -156,14 +160,14 @@ def test_system_card_takes_what_the_card_recommends(tmp_path: Path) -> None:
 
 
 def test_chat_keeps_the_conversation() -> None:
-    said = "Hello\n\nAgain\n/explain\n/new\nHello\n/quit\nnever\n"
-    done = run("chat", DATA / ONE, *FEW, input=said)
-    assert done.exit_code == 0, done.stderr
-    first, second, third = done.stdout.splitlines()[:3]
+    typed = "Hello\n\nAgain\n/explain\n/new\nHello\n/quit\nnever\n"
+    completed = run("chat", DATA / ONE, *FEW, input=typed)
+    assert completed.exit_code == 0, completed.stderr
+    first, second, third = completed.stdout.splitlines()[:3]
     assert first == third, "/new starts again"
     assert first != second
-    assert "chosen: weights stay packed" in done.stderr
-    assert "/quit leaves" in done.stderr
+    assert "chosen: weights stay packed" in completed.stderr
+    assert "/quit leaves" in completed.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="terminals are another thing there")
@@ -191,12 +195,12 @@ def test_perplexity(tmp_path: Path, data: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The capital of France is Paris. " * 100)
     options = ("--text", text, "--window-tokens", "64", "--windows", "3", "--device", "cpu")
-    done = run("perplexity", DATA / ONE, *options, "--json")
-    measured = json.loads(done.stdout)
+    completed = run("perplexity", DATA / ONE, *options, "--json")
+    measured = json.loads(completed.stdout)
     assert measured["windows"] == 3
     kept = json.loads(Path(measured["kept"]).read_text())["measured"]
     assert [it["perplexity"] for it in kept] == [measured["perplexity"]]
-    assert f"kept in {measured['kept']}; the page's Compare tab draws it" in done.stderr
+    assert f"kept in {measured['kept']}; the page's Compare tab draws it" in completed.stderr
     assert Path(measured["kept"]).is_relative_to(data)
     again = run("perplexity", DATA / ONE, *options, "--backend", "reference")
     assert float(again.stdout) == pytest.approx(measured["perplexity"], rel=0.02)
@@ -204,17 +208,17 @@ def test_perplexity(tmp_path: Path, data: Path) -> None:
     assert json.loads(sampled.stdout)["window_tokens"] == 256, "of the sample"
     blocked = tmp_path / "blocked"
     blocked.write_text("a file, and no folder")
-    done = run(
+    completed = run(
         "perplexity", DATA / ONE, *options, env={**PLUGINS, "GPTQ_LOADER_DATA": str(blocked)}
     )
-    assert done.exit_code == 0, "a figure that cannot be kept is told nevertheless"
-    assert float(done.stdout) > 1
-    assert "the figure cannot be kept" in done.stderr
+    assert completed.exit_code == 0, "a figure that cannot be kept is told nevertheless"
+    assert float(completed.stdout) > 1
+    assert "the figure cannot be kept" in completed.stderr
     short = tmp_path / "short.txt"
     short.write_text("a")
-    done = run("perplexity", DATA / ONE, "--text", short)
-    assert done.exit_code == 1
-    assert "hint:" in done.stderr
+    completed = run("perplexity", DATA / ONE, "--text", short)
+    assert completed.exit_code == 1
+    assert "hint:" in completed.stderr
 
 
 @pytest.mark.parametrize(
@@ -254,24 +258,24 @@ def test_perplexity(tmp_path: Path, data: Path) -> None:
 def test_an_error_is_two_lines(
     arguments: tuple[str | Path, ...], message: str | None, hint: str | None
 ) -> None:
-    done = run(*arguments)
+    completed = run(*arguments)
     if message is None:
-        assert done.exit_code == 0, done.stderr
+        assert completed.exit_code == 0, completed.stderr
         return
-    assert done.exit_code == 1
-    assert done.stdout == ""
-    error, last = done.stderr.strip().splitlines()[-2:]
+    assert completed.exit_code == 1
+    assert completed.stdout == ""
+    error, last = completed.stderr.strip().splitlines()[-2:]
     assert error.startswith("error: ")
-    assert message in done.stderr
+    assert message in completed.stderr
     assert last.startswith("hint: ")
     assert str(hint) in last
 
 
 def test_a_name_that_terminals_would_obey_is_shown_and_not_obeyed(tmp_path: Path) -> None:
     folder = copy(ONE, tmp_path / "a\x1b[31mb")
-    for done in (run("inspect", folder), run("inspect", folder / "c")):
-        assert "a\\x1b[31mb" in done.output
-        assert "\x1b" not in done.output
+    for completed in (run("inspect", folder), run("inspect", folder / "c")):
+        assert "a\\x1b[31mb" in completed.output
+        assert "\x1b" not in completed.output
     assert json.loads(run("inspect", folder, "--json").stdout)["path"] == str(folder)
 
 
@@ -283,36 +287,36 @@ def test_streams_that_are_closed_or_full(
     arguments: tuple[str, ...], redirection: str, code: int
 ) -> None:
     command = shlex.join([sys.executable, "-m", "gptq_loader_plugin", *arguments])
-    done = run_process(["bash", "-c", f"{command} {redirection}"])
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "Exception" not in done.stderr
+    completed = run_process(["bash", "-c", f"{command} {redirection}"])
+    assert completed.returncode == code, completed.stderr
+    assert "Traceback" not in completed.stderr
+    assert "Exception" not in completed.stderr
 
 
 def test_a_terminal_of_few_letters() -> None:
     folder, name = DATA / ONE, "é"
     command = [sys.executable, "-m", "gptq_loader_plugin", "inspect", f"{folder}{name}"]
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = run_process(command, text=False, env=env)
-    assert done.stderr.startswith(b"error: ")
-    assert b"\\xe9 names no checkpoint" in done.stderr
+    completed = run_process(command, text=False, env=env)
+    assert completed.stderr.startswith(b"error: ")
+    assert b"\\xe9 names no checkpoint" in completed.stderr
 
 
 def test_debug_shows_the_traceback() -> None:
     command = [sys.executable, "-m", "gptq_loader_plugin", "--debug", "inspect", "nowhere"]
-    done = run_process(command)
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
-    assert "hint: name a folder" in done.stderr
+    completed = run_process(command)
+    assert completed.returncode == 1
+    assert "Traceback" in completed.stderr
+    assert "hint: name a folder" in completed.stderr
 
 
 def test_help_and_version() -> None:
     commands = run("--help").stdout.partition("Commands:")[2]
     assert "..." not in commands, "a command is cut off"
     for name in ("", "demo", "chat", "generate", "inspect", "explain", "quantize", "perplexity"):
-        done = run(*([name] if name else []), "--help")
-        assert done.exit_code == 0
-        assert "Usage:" in done.stdout
+        completed = run(*([name] if name else []), "--help")
+        assert completed.exit_code == 0
+        assert "Usage:" in completed.stdout
     from importlib.metadata import version
 
     assert run("--version").stdout.strip().endswith(version("gptq-loader-plugin"))
@@ -323,13 +327,13 @@ def test_plugins_lists_what_is_installed() -> None:
     names = [it["name"] for it in listed["kernels"]]
     assert names == ["cpu", "cpu-int4", "cpu-int8", "dense", "reference"]
     assert "chatml" in [it["name"] for it in listed["templates"]]
-    done = run("plugins")
+    completed = run("plugins")
     assert re.search(
-        r"^reference +yes +kernel-reference +2 to 8 bits on", done.stdout, re.MULTILINE
+        r"^reference +yes +kernel-reference +2 to 8 bits on", completed.stdout, re.MULTILINE
     )
     left_out = r"^kernel-triton +no +gptq-loader-plugin [\d.]+ +left out by GPTQ_LOADER_PLUGINS$"
-    assert re.search(left_out, done.stdout, re.MULTILINE)
-    assert done.stderr == ""
+    assert re.search(left_out, completed.stdout, re.MULTILINE)
+    assert completed.stderr == ""
 
 
 def test_plugins_says_how_to_leave_a_broken_one_out(
@@ -340,12 +344,14 @@ def test_plugins_says_how_to_leave_a_broken_one_out(
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-thing\nVersion: 1.0\n")
     (folder / "entry_points.txt").write_text("[gptq_loader_plugin]\nbroken = no_such_module\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    done = run("plugins", env={})
-    assert done.exit_code == 0
-    assert re.search(r"^broken +no +broken-thing 1.0 +.*no_such_module", done.stdout, re.MULTILINE)
-    assert "cpu-int4" in done.stdout
-    assert "warning: broken stands in the way of every load" in done.stderr
-    named = re.search(r"GPTQ_LOADER_PLUGINS=(\S+)", done.stderr)
+    completed = run("plugins", env={})
+    assert completed.exit_code == 0
+    assert re.search(
+        r"^broken +no +broken-thing 1.0 +.*no_such_module", completed.stdout, re.MULTILINE
+    )
+    assert "cpu-int4" in completed.stdout
+    assert "warning: broken stands in the way of every load" in completed.stderr
+    named = re.search(r"GPTQ_LOADER_PLUGINS=(\S+)", completed.stderr)
     assert named is not None
     assert "error" not in run("explain", DATA / ONE, env={"GPTQ_LOADER_PLUGINS": named[1]}).stderr
 
@@ -363,8 +369,8 @@ def test_ctrl_c_ends_it_with_130() -> None:
 
 def test_a_closed_pipe_is_no_traceback() -> None:
     command = f"{sys.executable} -m gptq_loader_plugin inspect {DATA / ONE} | true"
-    done = run_process(["bash", "-c", command])
-    assert "Traceback" not in done.stderr
+    completed = run_process(["bash", "-c", command])
+    assert "Traceback" not in completed.stderr
 
 
 def test_progress_in_a_log_is_a_line_for_every_tenth(capsys: pytest.CaptureFixture[str]) -> None:

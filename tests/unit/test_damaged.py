@@ -421,13 +421,15 @@ def test_it_is_one_typed_error_with_a_hint(damaged: tuple[Path, str]) -> None:
 
 def test_the_command_says_it_in_two_lines(damaged: tuple[Path, str]) -> None:
     folder, _ = damaged
-    done = CliRunner().invoke(app, ["generate", str(folder), "--prompt", "a", "--device", "cpu"])
-    assert done.exit_code == 1
-    assert done.stdout == ""
-    lines = [it for it in done.stderr.splitlines() if it.startswith(("error:", "hint:"))]
+    completed = CliRunner().invoke(
+        app, ["generate", str(folder), "--prompt", "a", "--device", "cpu"]
+    )
+    assert completed.exit_code == 1
+    assert completed.stdout == ""
+    lines = [it for it in completed.stderr.splitlines() if it.startswith(("error:", "hint:"))]
     assert [it.partition(":")[0] for it in lines] == ["error", "hint"]
-    assert "Traceback" not in done.stderr
-    assert "fault of gptq-loader" not in done.stderr
+    assert "Traceback" not in completed.stderr
+    assert "fault of gptq-loader" not in completed.stderr
     assert not (folder / "ran").exists()
 
 
@@ -435,10 +437,12 @@ def test_the_process_itself_ends_with_1(tmp_path: Path) -> None:
     folder = copy(ONE, tmp_path / "model")
     pickle_with_code(folder)
     command = [sys.executable, "-m", "gptq_loader_plugin", "generate", folder, "--prompt", "a"]
-    done = run_process(command)
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {folder}/model.pt: this pickle wants more than tensors")
-    assert "Traceback" not in done.stderr
+    completed = run_process(command)
+    assert completed.returncode == 1
+    assert completed.stderr.startswith(
+        f"error: {folder}/model.pt: this pickle wants more than tensors"
+    )
+    assert "Traceback" not in completed.stderr
 
 
 def test_missing_codes_are_not_mistaken_for_a_part_of_another_model(tmp_path: Path) -> None:

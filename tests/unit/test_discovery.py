@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.plugins.discovery import InstalledPlugin, Offer
 
-    Found = Callable[..., dict[str, InstalledPlugin]]
+    Discover = Callable[..., dict[str, InstalledPlugin]]
 
 HEAD = "from gptq_loader_plugin import Accepted, Declined, hookimpl\n"
 KERNEL = (
@@ -55,7 +55,7 @@ def gptq_hosts():
 
 
 @pytest.fixture
-def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Found:
+def discover_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Discover:
     """Write modules, and discover the plugins they are, by name."""
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(
@@ -97,12 +97,12 @@ def test_looking_imports_no_torch() -> None:
         "assert len(discover(environ={})) > 5\n"
         "print({'torch', 'transformers', 'gradio', 'llm', 'lm_eval'} & set(sys.modules))\n"
     )
-    done = run_process([sys.executable, "-c", code], check=True)
-    assert done.stdout == "set()\n"
+    completed = run_process([sys.executable, "-c", code], check=True)
+    assert completed.stdout == "set()\n"
 
 
-def test_a_broken_one_hides_no_other(found: Found) -> None:
-    plugins = found(
+def test_a_broken_one_hides_no_other(discover_written: Discover) -> None:
+    plugins = discover_written(
         missing="import a_module_that_is_not_there",
         raising="raise RuntimeError('no driver')",
         misspelt=HEAD + "@hookimpl\ndef gptq_kernel(): ...",
@@ -123,21 +123,21 @@ def test_a_broken_one_hides_no_other(found: Found) -> None:
     assert all(error in text for error in errors.values())
 
 
-def test_a_kernel_says_which_widths_it_takes_or_why_none(found: Found) -> None:
+def test_a_kernel_says_which_widths_it_takes_or_why_none(discover_written: Discover) -> None:
     takes_8 = (
         "return Accepted('a', 1, 'float32', 1) if layer.bits == 8 else Declined('a', '8 only')"
     )
     takes_some = (
         "return Accepted('b', 1, 'float32', 1) if layer.bits in (2, 4) else Declined('b', '2, 4')"
     )
-    plugins = found(
+    plugins = discover_written(
         a=KERNEL.format(name="a", consider=takes_8),
         b=KERNEL.format(name="b", consider=takes_some),
         c=KERNEL.format(name="c", consider="return Declined('c', f'{layer.bits}-bit: not today')"),
         d=KERNEL.format(name="d", consider="raise ValueError('a fault')"),
     )
-    said = {name: (only(it).works, only(it).detail) for name, it in plugins.items()}
-    assert said == {
+    answers = {name: (only(it).works, only(it).detail) for name, it in plugins.items()}
+    assert answers == {
         "a": (True, "8 bits on cpu"),
         "b": (True, "2, 4 bits on cpu"),
         "c": (False, "4-bit: not today"),
@@ -145,15 +145,15 @@ def test_a_kernel_says_which_widths_it_takes_or_why_none(found: Found) -> None:
     }
 
 
-def test_a_host_says_whether_its_program_is_here(found: Found) -> None:
-    plugins = found(
+def test_a_host_says_whether_its_program_is_here(discover_written: Discover) -> None:
+    plugins = discover_written(
         here=HOST.format(name="here", check="def check(self): return Ready('it 1.2', 'new')"),
         gone=HOST.format(name="gone", check="def check(self): return NotReady('gone', 'get it')"),
         bad=HOST.format(name="bad", check="def check(self): raise ValueError('a fault')"),
         mute=HOST.format(name="mute", check=""),
     )
-    said = {name: (only(it).works, only(it).detail) for name, it in plugins.items()}
-    assert said == {
+    answers = {name: (only(it).works, only(it).detail) for name, it in plugins.items()}
+    assert answers == {
         "here": (True, "it 1.2; new"),
         "gone": (False, "gone; get it"),
         "bad": (False, "it failed: a fault"),
@@ -161,8 +161,8 @@ def test_a_host_says_whether_its_program_is_here(found: Found) -> None:
     }
 
 
-def test_one_name_twice_works_for_neither(found: Found) -> None:
-    plugins = found(
+def test_one_name_twice_works_for_neither(discover_written: Discover) -> None:
+    plugins = discover_written(
         one=HOST.format(name="page", check=""),
         two=HOST.format(name="page", check=""),
         three=HOST.format(name="other", check=""),
@@ -174,18 +174,19 @@ def test_one_name_twice_works_for_neither(found: Found) -> None:
     assert plugins["three"].state == "in force"
 
 
-def test_what_the_environment_leaves_out_is_not_imported(found: Found) -> None:
+def test_what_the_environment_leaves_out_is_not_imported(discover_written: Discover) -> None:
     environ = {"GPTQ_LOADER_PLUGINS": "fine"}
-    plugins = found(environ, fine=HEAD, broken="raise RuntimeError")
+    plugins = discover_written(environ, fine=HEAD, broken="raise RuntimeError")
     assert plugins["broken"].state == "left out"
     assert plugins["broken"].offers == ()
     assert "left out by GPTQ_LOADER_PLUGINS" in describe(plugins.values())
     with pytest.raises(PluginError, match="names nope, which is not installed"):
-        found({"GPTQ_LOADER_PLUGINS": "nope"}, fine=HEAD)
+        discover_written({"GPTQ_LOADER_PLUGINS": "nope"}, fine=HEAD)
 
 
-def test_the_same_as_json(found: Found) -> None:
-    plugins = found(broken="raise RuntimeError('no')", fine=HOST.format(name="page", check=""))
+def test_the_same_as_json(discover_written: Discover) -> None:
+    fine = HOST.format(name="page", check="")
+    plugins = discover_written(broken="raise RuntimeError('no')", fine=fine)
     listed = to_json(plugins.values())
     assert [it["name"] for it in listed["hosts"]] == ["page"]
     assert listed["hosts"][0]["works"] is None
@@ -232,5 +233,5 @@ def test_our_hosts_do_no_harm_where_their_programs_are_not(module: str) -> None:
         "print(offer.name, type(offer.check()).__name__ != '')\n"
         "print({'torch', 'transformers'} & set(sys.modules))\n"
     )
-    done = run_process([sys.executable, "-c", code], check=True)
-    assert done.stdout == f"{module.replace('_', '-')} True\nset()\n"
+    completed = run_process([sys.executable, "-c", code], check=True)
+    assert completed.stdout == f"{module.replace('_', '-')} True\nset()\n"

@@ -31,8 +31,8 @@ def run(
 
 
 def test_it_is_listed_with_where_it_comes_from(installed: dict[str, str], tmp_path: Path) -> None:
-    done = run("-m", "gptq_loader_plugin", "plugins", "--json", env=installed, cwd=tmp_path)
-    hosts = {it["name"]: it for it in json.loads(done.stdout)["hosts"]}
+    completed = run("-m", "gptq_loader_plugin", "plugins", "--json", env=installed, cwd=tmp_path)
+    hosts = {it["name"]: it for it in json.loads(completed.stdout)["hosts"]}
     assert hosts["json-lines"] == {
         "name": "json-lines",
         "works": True,
@@ -46,17 +46,17 @@ def test_it_is_listed_with_where_it_comes_from(installed: dict[str, str], tmp_pa
 def test_it_answers_each_line_and_goes_on_after_an_error(
     installed: dict[str, str], tmp_path: Path
 ) -> None:
-    asked = [
+    requests = [
         '{"prompt": "hi", "max_new_tokens": 4, "temperature": 0}',
         '{"prompt": "hi", "temprature": 0}',
         "hi",
         '{"prompt": "hi", "max_new_tokens": 2, "temperature": 0}',
     ]
-    done = run(
-        "-m", "my_gptq_host", str(CHECKPOINT), env=installed, cwd=tmp_path, text="\n".join(asked)
+    completed = run(
+        "-m", "my_gptq_host", str(CHECKPOINT), env=installed, cwd=tmp_path, text="\n".join(requests)
     )
-    assert done.returncode == 0, done.stderr
-    first, misspelt, no_json, last = (json.loads(it) for it in done.stdout.splitlines())
+    assert completed.returncode == 0, completed.stderr
+    first, misspelt, no_json, last = (json.loads(it) for it in completed.stdout.splitlines())
     assert first["tokens"] == 4
     assert first["text"].startswith(last["text"])
     assert "temprature" in misspelt["error"]

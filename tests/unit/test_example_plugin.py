@@ -29,8 +29,8 @@ def run(*arguments: str, env: dict[str, str], cwd: Path) -> subprocess.Completed
 
 
 def test_it_is_listed(installed: dict[str, str], tmp_path: Path) -> None:
-    done = run("-m", "gptq_loader_plugin", "plugins", "--json", env=installed, cwd=tmp_path)
-    listed = json.loads(done.stdout)
+    completed = run("-m", "gptq_loader_plugin", "plugins", "--json", env=installed, cwd=tmp_path)
+    listed = json.loads(completed.stdout)
     kernels = {it["name"]: it for it in listed["kernels"]}
     assert kernels["int8rows"]["distribution"] == "my-gptq-kernel"
     assert kernels["int8rows"]["works"]
@@ -40,27 +40,27 @@ def test_it_is_listed(installed: dict[str, str], tmp_path: Path) -> None:
 
 def test_its_kernel_conforms(installed: dict[str, str], tmp_path: Path) -> None:
     suite = ("-m", "pytest", "--pyargs", "gptq_loader_plugin.conformance", "-q", "-W", "error")
-    done = run(*suite, "--kernel", "int8rows", env=installed, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout
-    assert "passed" in done.stdout
-    assert "this takes 8-bit only" not in done.stderr
+    completed = run(*suite, "--kernel", "int8rows", env=installed, cwd=tmp_path)
+    assert completed.returncode == 0, completed.stdout
+    assert "passed" in completed.stdout
+    assert "this takes 8-bit only" not in completed.stderr
 
 
 def test_it_answers(installed: dict[str, str], tmp_path: Path) -> None:
     command = ("-m", "gptq_loader_plugin", "generate", str(EIGHT_BITS), "--prompt", "hi", "--json")
     options = ("--backend", "int8rows", "--template", "plain", "--max-new-tokens", "4")
-    done = run(*command, *options, env=installed, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    reply = json.loads(done.stdout)
+    completed = run(*command, *options, env=installed, cwd=tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    reply = json.loads(completed.stdout)
     assert reply["kernels"] == {"int8rows": 14}
     assert reply["template"] == "plain"
 
 
 def test_its_refusal_is_said(installed: dict[str, str], tmp_path: Path) -> None:
     four_bits = str(EIGHT_BITS.with_name("gptq-4bit-128g-act-sym"))
-    done = run(
+    completed = run(
         "-m", "gptq_loader_plugin", "explain", four_bits, "--backend", "int8rows",
         env=installed, cwd=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 1
-    assert "4-bit; this takes 8-bit only" in done.stderr
+    assert completed.returncode == 1
+    assert "4-bit; this takes 8-bit only" in completed.stderr

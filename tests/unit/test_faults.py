@@ -63,9 +63,9 @@ def test_settings_that_were_saved_survive_a_kill(jobs: Jobs, tmp_path: Path) -> 
     draw = random.Random(5)
     file, last = SettingsFile(tmp_path), 0
     for _ in range(12 * TIMES):
-        told = jobs.run("save_settings", tmp_path, last + 1, kill_after=draw.uniform(0, 0.05))
-        assert not [note for _, note in told if note], "every file it found was whole"
-        last = told[-1][0]
+        reports = jobs.run("save_settings", tmp_path, last + 1, kill_after=draw.uniform(0, 0.05))
+        assert not [note for _, note in reports if note], "every file it found was whole"
+        last = reports[-1][0]
         found, note = file.read("model")
         assert not note
         saved = found.context if found is not None and found.context else 0
@@ -156,8 +156,8 @@ def test_a_full_disk_leaves_the_settings_that_were_there(jobs: Jobs, tmp_path: P
 def test_a_full_disk_ends_a_quantisation_that_goes_on_afterwards(
     jobs: Jobs, tmp_path: Path
 ) -> None:
-    told = jobs.run("quantize_without_room", DATA / "base", tmp_path / "out")
-    message, hint = told[-1]
+    reports = jobs.run("quantize_without_room", DATA / "base", tmp_path / "out")
+    message, hint = reports[-1]
     assert message.startswith("the disk is full")
     assert "run the same command again" in hint
     assert not list(tmp_path.rglob("*.partial"))
@@ -417,11 +417,11 @@ def test_the_memory_of_a_container_counts(tmp_path: Path) -> None:
 
 def test_no_secret_is_ever_written_down(served: Served) -> None:
     secrets = (KEY, TOKEN, "the words of a person")
-    told = {"X-Error-Message": f"no such account as Bearer {TOKEN}"}
+    header = {"X-Error-Message": f"no such account as Bearer {TOKEN}"}
     for fault in (
-        {"status": 401, "headers": told},
-        {"status": 403, "headers": told, "error": "GatedRepo"},
-        {"status": 500, "headers": told},
+        {"status": 401, "headers": header},
+        {"status": 403, "headers": header, "error": "GatedRepo"},
+        {"status": 500, "headers": header},
         {"reset": 0},
         {"body": "{"},
     ):

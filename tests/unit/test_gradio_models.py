@@ -89,15 +89,15 @@ def test_a_model_is_put_in_place_of_another(catalog: Catalog) -> None:
     models = LocalModels(environ=ENVIRON)
     with pytest.raises(GPTQLoaderError, match="no model is loaded"):
         ask(models)
-    told: list[Progress] = []
-    first = models.load(catalog.find(FIRST), LoadOptions(context=100), told.append)
-    assert {"weights", "self-check"} <= {it.stage for it in told}
+    progress: list[Progress] = []
+    first = models.load(catalog.find(FIRST), LoadOptions(context=100), progress.append)
+    assert {"weights", "self-check"} <= {it.stage for it in progress}
     assert (first.name, first.model.context) == (FIRST, 100)
     assert ask(models)
     with pytest.raises(OptionInvalid):
-        models.load(catalog.find(SECOND), LoadOptions(device="cuda:99"), told.append)
+        models.load(catalog.find(SECOND), LoadOptions(device="cuda:99"), progress.append)
     assert models.loaded is first, "what cannot be loaded leaves the old one"
-    second = models.load(catalog.find(SECOND), LoadOptions(backend="reference"), told.append)
+    second = models.load(catalog.find(SECOND), LoadOptions(backend="reference"), progress.append)
     assert models.loaded is second
     assert second.model.plan.kernels() == {"reference": 14}
     with pytest.raises(GPTQLoaderError, match="closed"):
@@ -112,13 +112,13 @@ def test_a_change_waits_for_the_reply_that_runs(catalog: Catalog) -> None:
     options = GREEDY.model_copy(update={"max_new_tokens": 50})
     reply = models.ask(raw_prompt("Hello"), options, threading.Event())
     next(reply)
-    told: list[Progress] = []
+    progress: list[Progress] = []
     changing = threading.Thread(
-        target=models.load, args=(catalog.find(SECOND), LoadOptions(), told.append)
+        target=models.load, args=(catalog.find(SECOND), LoadOptions(), progress.append)
     )
     changing.start()
-    eventually(lambda: told, awaited="progress of the load")
-    assert told[0].stage == "waiting"
+    eventually(lambda: progress, awaited="progress of the load")
+    assert progress[0].stage == "waiting"
     assert models.loaded is not None
     assert models.loaded.name == FIRST
     assert sum(1 for _ in reply) > 1, "the reply ends in peace"

@@ -23,8 +23,8 @@ def test_source_roots_are_not_packages(folder: str) -> None:
 
 def imported_by(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*sorted(set(sys.modules)))"
-    done = run_process([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
-    return {name.partition(".")[0] for name in done.stdout.split()}
+    completed = run_process([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
+    return {name.partition(".")[0] for name in completed.stdout.split()}
 
 
 def test_importing_the_package_is_free() -> None:

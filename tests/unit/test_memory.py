@@ -54,8 +54,8 @@ def test_peak_memory_of_a_load(tmp_path: Path) -> None:
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     assert size > 40_000_000
     command = [sys.executable, ROOT / "bench" / "memory.py", tmp_path, "--json"]
-    done = run_process(command, check=True)
-    found = json.loads(done.stdout)
+    completed = run_process(command, check=True)
+    found = json.loads(completed.stdout)
     assert set(found["kernels"]) == {CPU_KERNELS[0]}
     assert found["checkpoint"] == size
     assert found["peak"] <= MOST * size + FIXED, f"{found['peak'] / size:.2f} times its bytes"

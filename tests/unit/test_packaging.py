@@ -34,8 +34,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("build")
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT]
-    done = run_process(command)
-    assert done.returncode == 0, done.stdout + done.stderr
+    completed = run_process(command)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
     return out
 
 
@@ -64,8 +64,8 @@ def test_the_wheel_is_complete_and_works_elsewhere(built: Path, tmp_path: Path) 
         ]
     )
     environ = {"PYTHONPATH": str(site), "PATH": ""}
-    done = run_process([sys.executable, "-c", code], cwd=tmp_path, env=environ, check=True)
-    assert done.stdout.startswith(str(site))
+    completed = run_process([sys.executable, "-c", code], cwd=tmp_path, env=environ, check=True)
+    assert completed.stdout.startswith(str(site))
 
 
 def test_the_sdist_has_the_source_roots(built: Path) -> None:

@@ -145,11 +145,11 @@ def test_a_branch_is_fetched_once_and_then_found(hub: HubServer, machine: dict[s
     absent = run(machine, "inspect", reference)
     assert absent.returncode == 1
     assert f"hint: fetch it first: gptq-loader download {reference}" in absent.stderr
-    done = run(machine, "download", reference)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"download: \d+ % TheBloke/tiny-GPTQ:3bit", done.stderr)
-    assert "download: 100 %" in done.stderr
-    folder = Path(done.stdout.strip())
+    completed = run(machine, "download", reference)
+    assert completed.returncode == 0, completed.stderr
+    assert re.search(r"download: \d+ % TheBloke/tiny-GPTQ:3bit", completed.stderr)
+    assert "download: 100 %" in completed.stderr
+    folder = Path(completed.stdout.strip())
     stored = (DATA / "gptq-3bit-128g-act-sym" / "model.safetensors").read_bytes()
     assert (folder / "model.safetensors").read_bytes() == stored
     report = json.loads(run(machine, "inspect", reference, "--json").stdout)
@@ -161,9 +161,9 @@ def test_a_branch_is_fetched_once_and_then_found(hub: HubServer, machine: dict[s
 
 
 def test_revision_names_the_branch_too(hub: HubServer, machine: dict[str, str]) -> None:
-    done = run(machine, "generate", "TheBloke/tiny-GPTQ", "--revision", "3bit", "--prompt", "a",
-               "--max-new-tokens", "1", "--json")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    command = ("generate", "TheBloke/tiny-GPTQ", "--revision", "3bit", "--prompt", "a")
+    completed = run(machine, *command, "--max-new-tokens", "1", "--json")
+    assert completed.returncode == 0, completed.stderr
     assert hub.bodies()
     assert (
         json.loads(run(machine, "inspect", "TheBloke/tiny-GPTQ:3bit", "--json").stdout)["bits"] == 3
@@ -174,8 +174,8 @@ def test_without_a_network_the_cache_answers(machine: dict[str, str]) -> None:
     reference = "TheBloke/tiny-GPTQ"
     assert run(machine, "download", reference).returncode == 0
     gone = machine | {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = run(gone, "generate", reference, "--prompt", "a", "--max-new-tokens", "1")
-    assert done.returncode == 0, done.stderr
+    completed = run(gone, "generate", reference, "--prompt", "a", "--max-new-tokens", "1")
+    assert completed.returncode == 0, completed.stderr
     other = run(gone, "generate", f"{reference}:3bit", "--prompt", "a")
     assert other.returncode == 1
     assert "hint: check the network" in other.stderr
@@ -193,11 +193,11 @@ def test_without_a_network_the_cache_answers(machine: dict[str, str]) -> None:
 def test_what_the_hub_refuses_is_said_in_words(
     machine: dict[str, str], reference: str, message: str, hint: str
 ) -> None:
-    done = run(machine, "download", reference)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert hint in done.stderr
-    assert "Traceback" not in done.stderr
+    completed = run(machine, "download", reference)
+    assert completed.returncode == 1
+    assert message in completed.stderr
+    assert hint in completed.stderr
+    assert "Traceback" not in completed.stderr
 
 
 def test_a_git_clone_without_lfs_is_said_in_words(tmp_path: Path) -> None:

@@ -49,8 +49,8 @@ SILLYTAVERN = {
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running(tmp_path_factory.mktemp("served")) as it:
-        yield it
+    with running(tmp_path_factory.mktemp("served")) as started:
+        yield started
 
 
 def greedy(served: Running, prompt: str, count: int) -> str:
@@ -62,10 +62,10 @@ def greedy(served: Running, prompt: str, count: int) -> str:
 
 def test_kobold_generates_what_the_model_says_alone(served: Running) -> None:
     text = greedy(served, "Once upon", 20)
-    asked = {"prompt": "Once upon", "max_length": 20, "temperature": 0}
-    answer = served.post(GENERATE, **asked)
+    request = {"prompt": "Once upon", "max_length": 20, "temperature": 0}
+    answer = served.post(GENERATE, **request)
     assert answer.json() == {"results": [{"text": text, "finish_reason": "length"}]}
-    with served.client.stream("POST", "/api/extra/generate/stream", json=asked) as stream:
+    with served.client.stream("POST", "/api/extra/generate/stream", json=request) as stream:
         lines = [it for it in stream.iter_lines() if it]
     assert set(lines[::2]) == {"event: message"}
     events = [json.loads(it.removeprefix("data: ")) for it in lines[1::2]]
@@ -83,12 +83,12 @@ def test_a_clients_own_defaults_are_accepted(served: Running) -> None:
 
 
 def test_a_long_prompt_loses_its_beginning_and_never_its_memory(served: Running) -> None:
-    asked: dict[str, Any] = {"max_length": 5, "max_context_length": 64, "temperature": 0}
+    request: dict[str, Any] = {"max_length": 5, "max_context_length": 64, "temperature": 0}
     long = "word " * 400 + "end"
-    assert served.post(GENERATE, prompt=long, **asked).status_code == 200
+    assert served.post(GENERATE, prompt=long, **request).status_code == 200
     line = [it for it in served.lines if it["route"] == GENERATE][-1]
     assert line["prompt_tokens"] == 64 - 5
-    assert served.post(GENERATE, prompt=long, memory="Be kind.", **asked).status_code == 200
+    assert served.post(GENERATE, prompt=long, memory="Be kind.", **request).status_code == 200
     line = [it for it in served.lines if it["route"] == GENERATE][-1]
     assert line["prompt_tokens"] == 64 - 5
 

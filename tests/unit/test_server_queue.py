@@ -51,16 +51,16 @@ def test_a_full_queue_says_when_to_come_back(tmp_path: Path) -> None:
     brake = Brake()
     with running(tmp_path, names=(ONE,), loads=brake, max_queue=2) as served:
         with ThreadPoolExecutor(3) as pool:
-            asked = [pool.submit(served.chat, max_tokens=20, temperature=0)]
+            answers = [pool.submit(served.chat, max_tokens=20, temperature=0)]
             brake.wait_for_reply()
-            asked += [pool.submit(served.chat, max_tokens=20, temperature=0) for _ in range(2)]
+            answers += [pool.submit(served.chat, max_tokens=20, temperature=0) for _ in range(2)]
             until(served, running=1, waiting=2)
             refused = served.chat(max_tokens=1)
             assert refused.status_code == 429
             assert refused.json()["error"]["code"] == "queue_full"
             assert int(refused.headers["retry-after"]) > 0
             brake.let_go()
-            texts = {it.result().json()["choices"][0]["message"]["content"] for it in asked}
+            texts = {it.result().json()["choices"][0]["message"]["content"] for it in answers}
         assert len(texts) == 1
 
 
@@ -122,10 +122,10 @@ def test_a_request_has_a_deadline_wherever_it_is(tmp_path: Path) -> None:
     brake = Brake()
     with running(tmp_path, names=(ONE,), loads=brake, timeout=1.0) as served:
         with ThreadPoolExecutor(2) as pool:
-            asked = [pool.submit(served.chat, max_tokens=400)]
+            answers = [pool.submit(served.chat, max_tokens=400)]
             brake.wait_for_reply()
-            asked.append(pool.submit(served.chat, max_tokens=4))
-            for it in asked:
+            answers.append(pool.submit(served.chat, max_tokens=4))
+            for it in answers:
                 answer = it.result()
                 assert answer.status_code == 504
                 assert answer.json()["error"]["code"] == "timeout"
@@ -159,15 +159,15 @@ def test_everything_can_be_stopped(tmp_path: Path) -> None:
     brake = Brake()
     with running(tmp_path, names=(ONE,), loads=brake) as served, ThreadPoolExecutor(2) as pool:
         brake.leave.release(2)
-        asked = [pool.submit(served.chat, max_tokens=400, n=3)]
+        answers = [pool.submit(served.chat, max_tokens=400, n=3)]
         brake.wait_for_reply()
-        asked.append(pool.submit(served.chat, max_tokens=400))
+        answers.append(pool.submit(served.chat, max_tokens=400))
         until(served, running=1, waiting=1)
         assert served.client.post("/v1/internal/stop-generation").json() == "OK"
         brake.leave.release(2)
-        answer = asked[0].result().json()
+        answer = answers[0].result().json()
         assert [it["finish_reason"] for it in answer["choices"]] == ["stop"] * 3
-        assert asked[1].result().json()["error"]["code"] == "stopped"
+        assert answers[1].result().json()["error"]["code"] == "stopped"
 
 
 @pytest.mark.parametrize(

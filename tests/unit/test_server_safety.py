@@ -35,8 +35,8 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         api_key=KEY,
         cors=("http://friend.example",),
         max_body=100_000,
-    ) as it:
-        yield it
+    ) as started:
+        yield started
 
 
 @pytest.fixture
@@ -104,12 +104,12 @@ def test_other_origins_may_not_call_it(locked: Running) -> None:
     friend = get("/health", headers={"origin": "http://friend.example"})
     assert friend.status_code == 200
     assert friend.headers["access-control-allow-origin"] == "http://friend.example"
-    asked = {
+    request = {
         "access-control-request-method": "POST",
         "access-control-request-headers": "authorization,content-type",
     }
     for origin, status in (("http://friend.example", 200), ("http://evil.example", 400)):
-        answer = httpx.options(locked.url + CHAT, headers={"origin": origin, **asked})
+        answer = httpx.options(locked.url + CHAT, headers={"origin": origin, **request})
         assert answer.status_code == status, "a browser asks without the key"
 
 

@@ -169,9 +169,9 @@ def test_a_host_gets_an_environment_of_its_own(
 
 
 def test_make_says_what_there_is() -> None:
-    done = run_process(["make", "-C", ROOT, "help"], check=True)
+    completed = run_process(["make", "-C", ROOT, "help"], check=True)
     for target in ("demo", "test", "check", "docs", "hosts", "bench", "clean"):
-        assert f"make {target}" in done.stdout
+        assert f"make {target}" in completed.stdout
 
 
 def test_the_demo_lies_in_the_users_cache(tmp_path: Path) -> None:

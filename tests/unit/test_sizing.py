@@ -118,7 +118,7 @@ def test_more_users_need_more_replicas_of_a_size() -> None:
 
 def test_what_is_too_slow_alone_is_said_so() -> None:
     words = [sys.executable, str(PROGRAM), "--each-token", "0.001"]
-    done = run_process(words)
-    assert done.returncode == 1
-    assert "error: even one request" in done.stderr
-    assert "hint: allow more" in done.stderr
+    completed = run_process(words)
+    assert completed.returncode == 1
+    assert "error: even one request" in completed.stderr
+    assert "hint: allow more" in completed.stderr

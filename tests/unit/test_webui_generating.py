@@ -28,8 +28,8 @@ def ours() -> Iterator[Generating]:
 
 def greedy(ours: Generating, prompt: torch.Tensor = PROMPT, **options: Any) -> list[int]:
     model: Any = ours.loaded.model
-    asked = {"max_new_tokens": 12, "do_sample": False} | options
-    out = model.generate(inputs=prompt, **asked)[0]
+    request = {"max_new_tokens": 12, "do_sample": False} | options
+    out = model.generate(inputs=prompt, **request)[0]
     return [int(it) for it in out[prompt.shape[1] :]]
 
 
@@ -45,13 +45,13 @@ def read_of(ours: Generating) -> list[int]:
 
 def test_it_answers_as_the_model_itself_and_counts(ours: Generating) -> None:
     model: Any = ours.loaded.model
-    told = greedy(ours)
+    tokens = greedy(ours)
     assert model.last_prompt_token_count == PROMPT.shape[1]
-    assert ours.answer.tolist() == told
+    assert ours.answer.tolist() == tokens
     with gptq.load(DATA / ONE, device="cpu", backend="reference") as loaded:
         other: Any = loaded.model
         plain = other.generate(inputs=PROMPT, max_new_tokens=12, do_sample=False)[0]
-        assert plain[PROMPT.shape[1] :].tolist() == told
+        assert plain[PROMPT.shape[1] :].tolist() == tokens
 
 
 def test_a_conversation_is_read_once(ours: Generating) -> None:
@@ -101,10 +101,10 @@ def test_a_reply_that_was_left_is_kept_as_far_as_it_came(ours: Generating) -> No
 
 def test_it_ends_at_every_end_token_and_at_none_that_is_banned(ours: Generating) -> None:
     end = ours.loaded.tokenizer.eos_token_id
-    told = greedy(ours)
-    assert end not in told
-    ours.loaded.model.generation_config.eos_token_id = [end, told[4]]  # type: ignore[union-attr]
-    assert greedy(ours, eos_token_id=[end]) == told[:5]
+    tokens = greedy(ours)
+    assert end not in tokens
+    ours.loaded.model.generation_config.eos_token_id = [end, tokens[4]]  # type: ignore[union-attr]
+    assert greedy(ours, eos_token_id=[end]) == tokens[:5]
     banned = greedy(ours, eos_token_id=[end], suppress_tokens=[end])
     assert len(banned) == 12
 
@@ -119,16 +119,16 @@ def test_who_cancels_is_heard_at_the_next_token(ours: Generating) -> None:
 
 def test_closing_waits_for_the_reply_that_is_written(ours: Generating) -> None:
     counts = read_of(ours)
-    told: list[int] = []
+    tokens: list[int] = []
     writing = threading.Thread(
-        target=lambda: told.extend(greedy(ours, max_new_tokens=450, suppress_tokens=[381]))
+        target=lambda: tokens.extend(greedy(ours, max_new_tokens=450, suppress_tokens=[381]))
     )
     writing.start()
     eventually(lambda: len(counts) >= 5, awaited="five steps of the model")
     model: Any = ours.loaded.model
     ours.close()
     join(writing)
-    assert 4 <= len(told) < 450
+    assert 4 <= len(tokens) < 450
     assert generating_of(model) is None
     assert next(model.parameters()).is_meta
     with pytest.raises(gptq.GPTQLoaderError, match="is unloaded"):

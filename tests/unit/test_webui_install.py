@@ -73,31 +73,33 @@ def test_another_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_says_what_it_did_and_what_to_do_next(webui: Path) -> None:
-    done = command("install", webui)
-    assert done.returncode == 0
-    assert done.stdout == ""
-    assert f"installed into {webui}/user_data/extensions/gptq_loader\n" in done.stderr
-    assert "gptq-loader webui run" in done.stderr
-    done = command("uninstall", WEBUI_DIR=str(webui))
-    assert done.stderr == f"removed {webui}/user_data/extensions/gptq_loader\n"
+    completed = command("install", webui)
+    assert completed.returncode == 0
+    assert completed.stdout == ""
+    assert f"installed into {webui}/user_data/extensions/gptq_loader\n" in completed.stderr
+    assert "gptq-loader webui run" in completed.stderr
+    completed = command("uninstall", WEBUI_DIR=str(webui))
+    assert completed.stderr == f"removed {webui}/user_data/extensions/gptq_loader\n"
     assert command("uninstall", webui).stderr == "it is not installed there\n"
-    done = command("install", ROOT)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert "\nhint: name the folder" in done.stderr
+    completed = command("install", ROOT)
+    assert completed.returncode == 1
+    assert completed.stderr.startswith("error: ")
+    assert "\nhint: name the folder" in completed.stderr
 
 
 def test_run_starts_it_with_its_own_arguments_and_settings(webui: Path) -> None:
     """In that folder, as server.py; here one without the modules that are changed."""
-    done = command("run", "--dir", webui, "--", "--model", "x")
-    assert done.returncode == 1
-    assert "error: this text-generation-webui has no modules.shared" in done.stderr
-    assert "hint: update gptq-loader-plugin" in done.stderr
+    completed = command("run", "--dir", webui, "--", "--model", "x")
+    assert completed.returncode == 1
+    assert "error: this text-generation-webui has no modules.shared" in completed.stderr
+    assert "hint: update gptq-loader-plugin" in completed.stderr
     (webui / "modules" / "shared.py").write_text(
         "import os, sys\nprint(sys.argv, os.getcwd(), os.environ.get('TQDM_DISABLE'))\n"
     )
-    done = command("run", "--dir", webui, "--", "--model", "x", "--verbose")
-    assert done.stdout == f"['server.py', '--model', 'x', '--verbose'] {webui} None\n"
+    completed = command("run", "--dir", webui, "--", "--model", "x", "--verbose")
+    assert completed.stdout == f"['server.py', '--model', 'x', '--verbose'] {webui} None\n"
     (webui / "modules" / "shared.py").write_text("import not_there_at_all\n")
-    done = command("run", "--dir", webui)
-    assert "error: this Python lacks not_there_at_all, which text-generation-webui" in done.stderr
+    completed = command("run", "--dir", webui)
+    assert (
+        "error: this Python lacks not_there_at_all, which text-generation-webui" in completed.stderr
+    )
