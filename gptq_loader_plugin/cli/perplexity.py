@@ -89,7 +89,8 @@ def perplexity(
 
 def _keep(model: LoadedModel, measured: Perplexity, *, text: str, text_name: str) -> str | None:
     """Keep a figure and return its file; one that cannot be kept is reported all the same."""
-    from gptq_loader_plugin.measure.results import MeasuredFiles, data_folder, measurement
+    from gptq_loader_plugin.measure.results import MeasuredFiles, measurement
+    from gptq_loader_plugin.system.folders import data_folder
 
     try:
         figure = measurement(model, measured, text=text, text_name=text_name)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +15,6 @@ from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.system.atomic_file import is_quarantined, quarantine, write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.measure.perplexity import Perplexity
     from gptq_loader_plugin.planning.plan import Plan
@@ -27,7 +23,6 @@ __all__ = [
     "Measured",
     "MeasuredFiles",
     "MeasuredText",
-    "data_folder",
     "measurement",
 ]
 
@@ -185,16 +180,6 @@ class MeasuredFiles:
                 "GPTQ_LOADER_DATA names another",
             ) from error
         return file
-
-
-def data_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Return the folder for a person's data: `GPTQ_LOADER_DATA`, else the system's usual."""
-    if named := environ.get("GPTQ_LOADER_DATA"):
-        return Path(named).expanduser()
-    if sys.platform == "win32" and (local := environ.get("LOCALAPPDATA")):
-        return Path(local) / "gptq-loader"
-    base = environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
-    return Path(base) / "gptq-loader"
 
 
 def _name(plan: Plan) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from waiting import join
@@ -12,12 +12,14 @@ from waiting import join
 from gptq_loader_extensions.gradio.storage.settings_file import (
     ModelSettings,
     SettingsFile,
-    config_folder,
 )
 from gptq_loader_extensions.gradio.tabs.export import as_json, as_markdown, file_name
 from gptq_loader_extensions.gradio.tabs.saved_chats import new_key, read_list, write_kept
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.generation.options import GenerateOptions
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 GREEDY = GenerateOptions(temperature=0, max_new_tokens=6)
 TALK = [
@@ -88,11 +90,6 @@ def test_many_save_at_once_and_nothing_is_lost(tmp_path: Path) -> None:
     assert [file.read(str(i))[0] for i in range(16)] == [
         ModelSettings(context=i + 2) for i in range(16)
     ]
-
-
-def test_the_folder_of_settings_can_be_named(tmp_path: Path) -> None:
-    assert config_folder({"GPTQ_LOADER_CONFIG": str(tmp_path)}) == tmp_path
-    assert config_folder({"XDG_CONFIG_HOME": "/c"}) == Path("/c/gptq-loader")
 
 
 # Conversations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from altered import DATA, ONE, plugins
@@ -24,9 +24,11 @@ from gptq_loader_plugin.measure.results import (
     Measured,
     MeasuredFiles,
     MeasuredText,
-    data_folder,
     measurement,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TEXT = MeasuredText(name="a text", digest="00ff", windows=3, window_tokens=64)
 
@@ -107,11 +109,6 @@ def test_a_failed_write_says_what_to_do_and_leaves_the_old_file(
     assert "GPTQ_LOADER_DATA" in caught.value.hint
     assert files.read() == ([figure()], "")
     assert len(list(files.folder.iterdir())) == 1
-
-
-def test_the_folder_of_data_can_be_named(tmp_path: Path) -> None:
-    assert data_folder({"GPTQ_LOADER_DATA": str(tmp_path)}) == tmp_path
-    assert data_folder({"XDG_DATA_HOME": "/d"}) == Path("/d/gptq-loader")
 
 
 def test_the_sample_is_measured_window_by_window() -> None:

@@ -11,7 +11,7 @@ from gradio.themes import Base
 
 from gptq_loader_extensions.gradio.events import AT_ONCE
 from gptq_loader_extensions.gradio.storage.catalog import Catalog
-from gptq_loader_extensions.gradio.storage.settings_file import SettingsFile, config_folder
+from gptq_loader_extensions.gradio.storage.settings_file import SettingsFile
 from gptq_loader_extensions.gradio.tabs.chat_tab import ChatTab
 from gptq_loader_extensions.gradio.tabs.compare_tab import CompareTab
 from gptq_loader_extensions.gradio.tabs.header import title
@@ -19,7 +19,8 @@ from gptq_loader_extensions.gradio.tabs.model_tab import ModelTab
 from gptq_loader_extensions.gradio.tabs.raw_tab import RawTab
 from gptq_loader_extensions.gradio.tabs.settings_panel import SettingsPanel
 from gptq_loader_extensions.gradio.versions import known
-from gptq_loader_plugin.measure.results import MeasuredFiles, data_folder
+from gptq_loader_plugin.measure.results import MeasuredFiles
+from gptq_loader_plugin.system.folders import config_folder, data_folder
 
 if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.jobs.models import Models

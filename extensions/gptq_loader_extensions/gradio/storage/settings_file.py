@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,9 +12,9 @@ from gptq_loader_plugin.generation.options import GenerateOptions
 from gptq_loader_plugin.system.atomic_file import quarantine, write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from pathlib import Path
 
-__all__ = ["ModelSettings", "SettingsFile", "config_folder"]
+__all__ = ["ModelSettings", "SettingsFile"]
 
 FILE = "page-settings.json"
 
@@ -106,13 +103,3 @@ class SettingsFile:
         except OSError as error:
             return f"the file of settings is damaged: {self.path} ({error.strerror})"
         return f"the file of settings was damaged; it was put aside as {aside.name}"
-
-
-def config_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Give the folder for a person's settings: `GPTQ_LOADER_CONFIG`, else the system's usual."""
-    if named := environ.get("GPTQ_LOADER_CONFIG"):
-        return Path(named).expanduser()
-    if sys.platform == "win32" and (roaming := environ.get("APPDATA")):
-        return Path(roaming) / "gptq-loader"
-    base = environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
-    return Path(base) / "gptq-loader"
