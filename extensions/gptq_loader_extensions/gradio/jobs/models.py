@@ -1,20 +1,23 @@
-"""Say what a page needs of whatever holds its model, and plan a load for it.
+"""Hold a page's model, and load another in its place: what every holder of one has in common.
 
-`OneModel` is one such; a server that has its own queue is another.
+`LocalModels` holds one in this process; `ServerModels` asks a server that has its own queue.
 """
 
 from __future__ import annotations
 
 import os
+import threading
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.load_options import LoadOptions
+from gptq_loader_plugin.planning.memory import check_memory
+from gptq_loader_plugin.system.memory import resident_memory
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from gptq_loader_extensions.gradio.storage.catalog import Entry
@@ -29,6 +32,7 @@ __all__ = [
     "Listener",
     "Loaded",
     "Models",
+    "NoModelLoaded",
     "Planned",
     "Prompt",
     "Ready",
@@ -46,6 +50,13 @@ class Stopped(GPTQLoaderError):
 
     def __init__(self) -> None:
         super().__init__("it was stopped", hint="begin again")
+
+
+class NoModelLoaded(GPTQLoaderError):
+    """Something was asked of a model where none is."""
+
+    def __init__(self) -> None:
+        super().__init__("no model is loaded", hint="choose one in the Model tab")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +110,24 @@ class Ready:
     warning: str = ""
 
 
-class Models(Protocol):
-    """One model at a time, shared by everyone who asks."""
+class Models(ABC):
+    """One model at a time, shared by everyone who asks.
+
+    Args:
+        loaded: the first model.
+        environ: where the plugins' settings are looked up.
+    """
+
+    def __init__(
+        self, loaded: Loaded | None = None, *, environ: Mapping[str, str] = os.environ
+    ) -> None:
+        self._loaded = loaded
+        self._environ = environ
 
     @property
     def loaded(self) -> Loaded | None:
         """The model in memory."""
-        ...
+        return self._loaded
 
     def load(
         self,
@@ -115,18 +137,36 @@ class Models(Protocol):
         *,
         cancel: threading.Event | None = None,
     ) -> Loaded:
-        """Load a model in place of the one before, whose replies may end first.
+        """Load a model in place of the one before, once its replies have ended.
 
         Raises:
             Stopped: `cancel` was set; until the first weights are read the old one stays.
-            GPTQLoaderError: it cannot be loaded. What `explain` finds wrong leaves the old one.
+            GPTQLoaderError: it cannot be loaded; what its headers show leaves the old one there.
         """
-        ...
+        cancel = cancel or threading.Event()
+        load = planned(entry, options, tell, cancel=cancel, environ=self._environ)
+
+        def replace() -> Loaded:
+            loaded = self.loaded
+            check_memory(entry.name, load.plan, replaced=loaded.model.plan if loaded else None)
+            before: int | None = None
+
+            def run() -> LoadedModel:
+                nonlocal before
+                before = resident_memory()
+                return load.run()
+
+            model = self._replace(entry.name, run)
+            self._loaded = Loaded(entry.name, model, options, before, resident_memory())
+            return self._loaded
+
+        return self._run_alone(replace, tell, cancel)
 
     def unload(self) -> None:
         """Free the memory of the model, once its replies have ended."""
-        ...
+        self._run_alone(self._free, lambda _: None, threading.Event())
 
+    @abstractmethod
     def ask(
         self,
         prepare: Callable[[LoadedModel], Prompt],
@@ -138,15 +178,32 @@ class Models(Protocol):
         Raises:
             GPTQLoaderError: no model is loaded, or it does not take this prompt.
         """
-        ...
 
+    @abstractmethod
     def use(self, act: Callable[[LoadedModel], T]) -> T:
         """Do something short with the model, which stays loaded meanwhile.
 
         Raises:
             GPTQLoaderError: no model is loaded.
         """
-        ...
+
+    @abstractmethod
+    def _run_alone(
+        self, act: Callable[[], T], tell: Callable[[Progress], None], cancel: threading.Event
+    ) -> T:
+        """Do something once no reply is written, and let none begin meanwhile.
+
+        Raises:
+            Stopped: `cancel` was set before it began.
+        """
+
+    @abstractmethod
+    def _replace(self, name: str, load: Callable[[], LoadedModel]) -> LoadedModel:
+        """Free the model, then load another."""
+
+    @abstractmethod
+    def _free(self) -> None:
+        """Free the model, where there is one."""
 
 
 @dataclass(frozen=True, slots=True)

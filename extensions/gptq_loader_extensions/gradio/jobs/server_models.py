@@ -7,26 +7,29 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
-from gptq_loader_extensions.gradio.jobs.models import WAIT_SECONDS, Loaded, Ready, Stopped, planned
+from gptq_loader_extensions.gradio.jobs.models import (
+    WAIT_SECONDS,
+    Loaded,
+    Models,
+    NoModelLoaded,
+    Ready,
+    Stopped,
+)
 from gptq_loader_extensions.openai.errors import ApiError
 from gptq_loader_extensions.openai.replies.engine import Ended, Failed, ReplyChunk, Run, Work
 from gptq_loader_extensions.openai.replies.engine import Ready as Begun
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.events import Progress
-from gptq_loader_plugin.planning.memory import check_memory
-from gptq_loader_plugin.system.memory import resident_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from gptq_loader_extensions.gradio.jobs.models import Prompt
-    from gptq_loader_extensions.gradio.storage.catalog import Entry
     from gptq_loader_extensions.openai.replies.engine import Event
     from gptq_loader_extensions.openai.server import Server
     from gptq_loader_plugin.generation.generate import Piece
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.generation.options import GenerateOptions
-    from gptq_loader_plugin.load_options import LoadOptions
 
 __all__ = ["ServerModels"]
 
@@ -34,16 +37,16 @@ T = TypeVar("T")
 STOPPED = "stopped"  # the engine's code for work that was cancelled before its turn
 
 
-class ServerModels:
-    """The server's model, as the page asks for it (`models.Models`).
+class ServerModels(Models):
+    """The server's model: the page waits in the same queue as the API's requests.
 
     Args:
         server: holds the model and writes the replies.
     """
 
     def __init__(self, server: Server) -> None:
+        super().__init__()
         self._server = server
-        self._last: Loaded | None = None
 
     @property
     def loaded(self) -> Loaded | None:
@@ -51,44 +54,9 @@ class ServerModels:
         found = self._server.registry.loaded
         if found is None:
             return None
-        if self._last is None or self._last.model is not found[1]:
-            self._last = Loaded(*found)
-        return self._last
-
-    def load(
-        self,
-        entry: Entry,
-        options: LoadOptions,
-        tell: Callable[[Progress], None],
-        *,
-        cancel: threading.Event | None = None,
-    ) -> Loaded:
-        """Load a model in place of the one before, once its replies have ended.
-
-        Raises:
-            Stopped: `cancel` was set; until the first weights are read the old one stays.
-            GPTQLoaderError: it cannot be loaded; what its headers show leaves the old one there.
-        """
-        cancel = cancel or threading.Event()
-        load = planned(entry, options, tell, cancel=cancel)
-
-        def exchange() -> None:
-            loaded = self.loaded
-            check_memory(entry.name, load.plan, replaced=loaded.model.plan if loaded else None)
-            before = resident_memory()
-            model = self._server.registry.exchange(entry.name, load.run)
-            self._last = Loaded(entry.name, model, options, before, resident_memory())
-
-        if any(self._server.engine.counts()):
-            tell(Progress("waiting", 0, 0, "replies", "replies are still being written"))
-        self._alone(exchange, cancel)
-        assert self._last is not None
-        return self._last
-
-    def unload(self) -> None:
-        """Free the memory of the model, once its replies have ended."""
-        self._last = None
-        self._alone(self._server.registry.unload)
+        if self._loaded is None or self._loaded.model is not found[1]:
+            self._loaded = Loaded(*found)
+        return self._loaded
 
     def ask(
         self,
@@ -96,15 +64,11 @@ class ServerModels:
         options: GenerateOptions,
         cancel: threading.Event,
     ) -> Iterator[Ready | Piece]:
-        """Answer a prompt in its turn: `Ready` first, then the pieces.
-
-        Raises:
-            GPTQLoaderError: no model is loaded, or it does not take this prompt.
-        """
+        """Answer a prompt in its turn among the server's requests."""
         from gptq_loader_plugin.generation.generate import Piece
 
         if self.loaded is None:
-            raise GPTQLoaderError("no model is loaded", hint="choose one in the Model tab")
+            raise NoModelLoaded
 
         def prepared(model: LoadedModel) -> tuple[Ready, list[Run]]:
             prompt = prepare(model)
@@ -127,32 +91,41 @@ class ServerModels:
                 self._server.engine.cancel(work)
 
     def use(self, act: Callable[[LoadedModel], T]) -> T:
-        """Do something short with the model, while no reply is written.
+        """Do something short with the model, while no reply is written."""
+
+        def acted() -> T:
+            if (loaded := self.loaded) is None:
+                raise NoModelLoaded
+            return act(loaded.model)
+
+        return self._alone(acted, threading.Event())
+
+    def _run_alone(
+        self, act: Callable[[], T], tell: Callable[[Progress], None], cancel: threading.Event
+    ) -> T:
+        if any(self._server.engine.counts()):
+            tell(Progress("waiting", 0, 0, "replies", "replies are still being written"))
+        return self._alone(act, cancel)
+
+    def _replace(self, name: str, load: Callable[[], LoadedModel]) -> LoadedModel:
+        return self._server.registry.exchange(name, load)
+
+    def _free(self) -> None:
+        self._loaded = None
+        self._server.registry.unload()
+
+    def _alone(self, act: Callable[[], T], cancel: threading.Event) -> T:
+        """Hand work in that runs while no reply is written.
 
         Raises:
-            GPTQLoaderError: no model is loaded, or the queue is full.
+            Stopped: `cancel` was set before its turn.
         """
-        found: list[T] = []
-
-        def acted() -> None:
-            if (loaded := self.loaded) is not None:
-                found.append(act(loaded.model))
-
-        self._alone(acted)
-        if not found:
-            raise GPTQLoaderError("no model is loaded", hint="choose one in the Model tab")
-        return found[0]
-
-    def _alone(self, act: Callable[[], object], cancel: threading.Event | None = None) -> None:
-        """Do something while no reply is written; it is left undone where `cancel` comes first.
-
-        Raises:
-            Stopped: `cancel` was set.
-        """
+        done: list[T] = []
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        work = Work(None, lambda _: (None, ()), events.put, alone=act)
-        for _ in self._events(work, events, cancel or threading.Event()):
+        alone = Work(None, lambda _: (None, ()), events.put, alone=lambda: done.append(act()))
+        for _ in self._events(alone, events, cancel):
             pass
+        return done[0]
 
     def _events(
         self, work: Work, events: queue.SimpleQueue[Event], cancel: threading.Event
