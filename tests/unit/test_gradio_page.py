@@ -17,8 +17,9 @@ import pytest
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.gradio import GradioHost, gptq_hosts
-from gptq_loader_extensions.gradio.jobs.conversation import Moment, answer, take_back
+from gptq_loader_extensions.gradio.jobs.conversation import ChatState, undo_last
 from gptq_loader_extensions.gradio.jobs.models import Loaded, Ready
+from gptq_loader_extensions.gradio.jobs.reply import chat_prompt, write_reply
 from gptq_loader_extensions.gradio.tabs.header import entry_name, head, title
 from gptq_loader_extensions.gradio.versions import known, to_pairs
 from gptq_loader_plugin.chat.templates import ChatML
@@ -63,7 +64,7 @@ class FakeModels:
             raise self.error
         prompt = prepare(SimpleNamespace(encode_chat=self._encode, template=ChatML()))
         assert prompt.stop == ChatML().stop
-        yield Ready("fake", len(prompt.ids), 512, prompt.warning)
+        yield Ready(len(prompt.ids), 512, prompt.warning)
         try:
             for i, word in enumerate(self.words):
                 if cancel.is_set():
@@ -91,24 +92,33 @@ class Clock:
         return self.now
 
 
-def moments(model: Any, *, system: str = "", options: GenerateOptions = OPTIONS) -> list[Moment]:
-    return list(
-        answer(model, [QUESTION], options, system=system, cancel=threading.Event(), clock=Clock())
+def answer(
+    model: Any,
+    *,
+    system: str = "",
+    options: GenerateOptions = OPTIONS,
+    cancel: threading.Event | None = None,
+    clock: Callable[[], float] | None = None,
+) -> Iterator[ChatState]:
+    """Answer the question."""
+    return write_reply(
+        model,
+        chat_prompt([QUESTION], system),
+        options,
+        messages=(QUESTION,),
+        cancel=cancel or threading.Event(),
+        clock=clock or Clock(),
     )
 
 
-def reply(moment: Moment) -> str:
-    return moment.messages[-1]["content"]
-
-
 def test_a_reply_grows_to_its_end() -> None:
-    first, turn, *growing, last = moments(FakeModels(["One", " two", " three"]))
-    assert first == Moment((QUESTION,), "Reading the prompt …", running=True)
-    assert turn == Moment((QUESTION,), "Reading the prompt …", running=True, model="fake")
-    assert [reply(it) for it in growing] == ["One", "One two", "One two three"]
-    assert all(it.running for it in growing)
+    first, turn, *growing, last = answer(FakeModels(["One", " two", " three"]))
+    assert first == turn == ChatState((QUESTION,), "Reading the prompt …", running=True)
+    assert (first.reply, last.messages[0]) == ("", QUESTION)
+    assert [state.reply for state in growing] == ["One", "One two", "One two three"]
+    assert all(state.running for state in growing)
     assert not last.running
-    assert reply(last) == "One two three"
+    assert last.reply == "One two three"
     assert last.status == (
         "3 tokens, 1.3 a second; the first after 0.50 s; 6 of 512 of the context used"
     )
@@ -117,29 +127,19 @@ def test_a_reply_grows_to_its_end() -> None:
 def test_a_fast_reply_is_not_redrawn_for_every_token() -> None:
     model = FakeModels(["w"] * 100)
     times = iter(i * 0.001 for i in range(1000))
-    cancel = threading.Event()
-    seen = list(
-        answer(model, [QUESTION], OPTIONS, system="", cancel=cancel, clock=lambda: next(times))  # type: ignore[arg-type]
-    )
-    assert len(seen) <= 6
-    assert reply(seen[-1]) == "w" * 100
+    states = list(answer(model, clock=lambda: next(times)))
+    assert len(states) <= 6
+    assert states[-1].reply == "w" * 100
 
 
 def test_a_cancelled_reply_keeps_its_text() -> None:
     cancel = threading.Event()
-    running = answer(
-        FakeModels(["One", " two", " three"]),  # type: ignore[arg-type]
-        [QUESTION],
-        OPTIONS,
-        system="",
-        cancel=cancel,
-        clock=Clock(),
-    )
+    running = answer(FakeModels(["One", " two", " three"]), cancel=cancel)
     for _ in range(3):
         next(running)
     cancel.set()
     (last,) = running
-    assert reply(last) == "One"
+    assert last.reply == "One"
     assert last.status.endswith("; stopped")
     assert not last.running
 
@@ -147,9 +147,8 @@ def test_a_cancelled_reply_keeps_its_text() -> None:
 def test_a_reply_cancelled_before_its_first_word_gives_the_question_back() -> None:
     cancel = threading.Event()
     cancel.set()
-    model: Any = FakeModels()
-    *_, last = answer(model, [QUESTION], OPTIONS, system="", cancel=cancel)
-    assert last == Moment((), "Stopped.", draft="Hello?", model="fake")
+    *_, last = answer(FakeModels(), cancel=cancel)
+    assert last == ChatState((), "Stopped.", draft="Hello?")
 
 
 @pytest.mark.parametrize(
@@ -158,23 +157,24 @@ def test_a_reply_cancelled_before_its_first_word_gives_the_question_back() -> No
 )
 def test_a_reply_that_was_cut_off_says_where(limit: int, words: str) -> None:
     options = GenerateOptions(max_new_tokens=limit)
-    assert moments(FakeModels(finish="length"), options=options)[-1].status.endswith(words)
+    *_, last = answer(FakeModels(finish="length"), options=options)
+    assert last.status.endswith(words)
 
 
 def test_a_system_message_comes_first_and_is_not_shown() -> None:
     model = FakeModels()
-    last = moments(model, system="Be brief.")[-1]
+    *_, last = answer(model, system="Be brief.")
     assert model.asked == [{"role": "system", "content": "Be brief."}, QUESTION]
     assert last.messages[0] == QUESTION
-    moments(model, system="  ")
+    list(answer(model, system="  "))
     assert model.asked == [QUESTION]
 
 
-def test_take_back_takes_a_question_and_its_reply() -> None:
+def test_undo_removes_a_question_and_its_reply() -> None:
     talk = [QUESTION, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
-    assert take_back(talk) == ((talk[0], talk[1]), "b")
-    assert take_back(talk[:2]) == ((), "Hello?")
-    assert take_back([]) == ((), "")
+    assert undo_last(talk) == ((talk[0], talk[1]), "b")
+    assert undo_last(talk[:2]) == ((), "Hello?")
+    assert undo_last([]) == ((), "")
 
 
 def test_the_head_says_what_runs_and_escapes_it() -> None:
@@ -277,7 +277,7 @@ def drawing() -> Iterator[Any]:
 
 def stream(drawing: Any, model: FakeModels, values: Sequence[Any] = DEFAULTS) -> list[Any]:
     return list(
-        drawing.stream_reply(model, (QUESTION,), values, key=KEY, before=(), draft="Hello?")
+        drawing.stream_updates(model, (QUESTION,), values, key=KEY, before=(), draft="Hello?")
     )
 
 
@@ -304,7 +304,9 @@ def test_the_defaults_are_those_of_the_options(drawing: Any) -> None:
 
 def test_a_reply_hands_out_what_stops_it(drawing: Any) -> None:
     model = FakeModels(["w"] * 1000)
-    running = drawing.stream_reply(model, (QUESTION,), DEFAULTS, key=KEY, before=(), draft="Hello?")
+    running = drawing.stream_updates(
+        model, (QUESTION,), DEFAULTS, key=KEY, before=(), draft="Hello?"
+    )
     first = next(running)
     assert (first["conversation"], first["problem"]) == ((QUESTION,), "")
     assert first["message"]["value"] == "", "what was sent leaves the message box"
@@ -321,7 +323,7 @@ def test_a_reply_hands_out_what_stops_it(drawing: Any) -> None:
 def test_the_buttons_are_not_redrawn_while_a_reply_grows(
     drawing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drawing, "answer", partial(answer, clock=Clock()))
+    monkeypatch.setattr(drawing, "write_reply", partial(write_reply, clock=Clock()))
     words = ["One", " two", " three", " four"]
     began, again, *growing, last = stream(drawing, FakeModels(words))
     assert set(began) - set(again) <= {"message"}, "what is named once may be lost"
@@ -333,7 +335,7 @@ def test_the_buttons_are_not_redrawn_while_a_reply_grows(
 
 def test_a_page_that_goes_away_ends_its_reply(drawing: Any) -> None:
     model = FakeModels(["w"] * 1000)
-    running = drawing.stream_reply(model, (QUESTION,), DEFAULTS, key=KEY, before=())
+    running = drawing.stream_updates(model, (QUESTION,), DEFAULTS, key=KEY, before=())
     cancel = next(running)["cancel"]
     running.close()
     assert cancel.is_set()
@@ -385,11 +387,11 @@ def test_a_warning_is_told(drawing: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_tags_outside_code_are_shown_and_not_obeyed(drawing: Any, text: str, shown: str) -> None:
-    moment = Moment(({"role": "assistant", "content": text},))
-    assert drawing.drawn(moment)["chat"][0]["content"] == shown
+    state = ChatState(({"role": "assistant", "content": text},))
+    assert drawing.render(state)["chat"][0]["content"] == shown
     assert drawing.from_markdown(shown) == text, "and editing it where it is shown changes nothing"
 
 
 def test_a_reply_without_text_says_so(drawing: Any) -> None:
-    moment = Moment(({"role": "assistant", "content": ""},))
-    assert drawing.drawn(moment)["chat"][0]["content"] == "*(a reply without text)*"
+    state = ChatState(({"role": "assistant", "content": ""},))
+    assert drawing.render(state)["chat"][0]["content"] == "*(a reply without text)*"

@@ -131,7 +131,7 @@ class Words:
         self.clock, self.words = clock, words
 
     def ask(self, prepare: Any, options: Any, cancel: threading.Event) -> Iterator[Any]:
-        yield Ready("m", 1, 10)
+        yield Ready(1, 10)
         for i, word in enumerate(self.words):
             self.clock[0] += 1
             last = i + 1 == len(self.words)
@@ -145,8 +145,8 @@ def test_sides_take_turns_and_are_timed_alone() -> None:
         by_turns(sides, raw_prompt(""), GREEDY, cancel=threading.Event(), clock=lambda: now[0])
     )
     assert [at for at, _ in seen][:6] == [0, 1, 0, 1, 0, 1]
-    ends = {at: shown for at, shown in seen if shown.finish}
-    assert (ends[0].text, ends[1].text) == ("abc", "ax")
+    ends = {at: state for at, state in seen if not state.running}
+    assert (ends[0].reply, ends[1].reply) == ("abc", "ax")
     for end in ends.values():
         assert "1.0 a second" in end.status, "and not half of it"
 

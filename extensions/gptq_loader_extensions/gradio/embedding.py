@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from gptq_loader_extensions.gradio.error_messages import as_words
-from gptq_loader_extensions.gradio.jobs.conversation import with_system
 from gptq_loader_extensions.gradio.jobs.local_models import LocalModels
 from gptq_loader_extensions.gradio.jobs.models import Loaded
 from gptq_loader_extensions.gradio.jobs.reply import chat_prompt, write_reply
@@ -39,15 +38,15 @@ def chat_interface(model: LoadedModel, *, system: str = "") -> gr.Blocks:
         temperature: float,
     ) -> Iterator[str]:
         cancel = threading.Event()
-        talk = [*_messages(history), {"role": "user", "content": _text(message)}]
+        messages = [*_messages(history), {"role": "user", "content": _text(message)}]
         try:
             options = GenerateOptions.parse(
                 {"max_new_tokens": max_new_tokens, "temperature": temperature}
             )
-            prepare = chat_prompt(with_system(talk, system or ""))
-            for shown in write_reply(models, prepare, options, cancel=cancel):
-                if shown.text or shown.finish:
-                    yield shown.text
+            prepare = chat_prompt(messages, system or "")
+            for state in write_reply(models, prepare, options, cancel=cancel):
+                if state.reply or not state.running:
+                    yield state.reply
         except GPTQLoaderError as error:
             raise gr.Error(as_words(error), **known(gr.Error, print_exception=False)) from error
         finally:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterator, Sequence
 
+    from gptq_loader_extensions.gradio.jobs.conversation import ChatState
     from gptq_loader_extensions.gradio.jobs.models import Models, Prompt
-    from gptq_loader_extensions.gradio.jobs.reply import Shown
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.generation.options import GenerateOptions
 
@@ -29,8 +29,8 @@ def by_turns(
     *,
     cancel: threading.Event,
     clock: Callable[[], float] = time.monotonic,
-) -> Iterator[tuple[int, Shown]]:
-    """Write a reply of each side; give which side's it is, and the reply at that moment.
+) -> Iterator[tuple[int, ChatState]]:
+    """Write a reply of each side; yield the side's index, and the state of its reply.
 
     They take turns, so that one does not slow the other down; the clock of a side stands still
     while another writes.
@@ -53,11 +53,11 @@ def by_turns(
     while running:
         for at, reply in list(running.items()):
             with watches[at].running():
-                shown = next(reply, None)
-            if shown is None:
+                state = next(reply, None)
+            if state is None:
                 del running[at]
             else:
-                yield at, shown
+                yield at, state
 
 
 def where_they_part(one: str, other: str) -> str:

@@ -50,7 +50,7 @@ class LocalModels(Models):
         """Answer a prompt at once, beside the replies that are being written."""
         with self._reply() as loaded:
             prompt = prepare(loaded.model)
-            yield Ready(loaded.name, len(prompt.ids), loaded.model.context, prompt.warning)
+            yield Ready(len(prompt.ids), loaded.model.context, prompt.warning)
             yield from loaded.model.stream_ids(prompt.ids, options, stop=prompt.stop, cancel=cancel)
 
     def use(self, act: Callable[[LoadedModel], T]) -> T:

@@ -98,13 +98,11 @@ class Ready:
     """A prompt is in its turn: the reply's pieces follow.
 
     Attributes:
-        model: the name of the model that answers.
         prompt_tokens: how many tokens the prompt has.
         context: how many the prompt and the reply may have together.
         warning: what a user should know, or "".
     """
 
-    model: str
     prompt_tokens: int
     context: int
     warning: str = ""

@@ -1,48 +1,31 @@
-"""Write one reply, and say from moment to moment how it grows and how fast.
+"""Write one reply, and show how it grows and how fast.
 
-Nothing here knows the page: a prompt goes in, what to show comes out.
+Nothing here knows the page: a prompt goes in, states of the conversation come out.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from gptq_loader_extensions.gradio.jobs.conversation import ChatState, with_system
 from gptq_loader_extensions.gradio.jobs.models import Prompt, Ready
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from gptq_loader_extensions.gradio.jobs.conversation import Conversation, Message
     from gptq_loader_extensions.gradio.jobs.models import Models
-    from gptq_loader_plugin.generation.generate import Finish, Piece
+    from gptq_loader_plugin.generation.generate import Piece
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.generation.options import GenerateOptions
 
-__all__ = ["Shown", "chat_prompt", "raw_prompt", "write_reply"]
+__all__ = ["chat_prompt", "raw_prompt", "write_reply"]
 
 # The eye sees no more than about 20 changes a second; every redraw sends the page a message.
 REDRAW_SECONDS = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """A reply at one moment.
-
-    Attributes:
-        text: what is written so far.
-        status: one line about it.
-        model: the name of the model that writes; "" until it is its turn.
-        finish: why it ended, or None while it goes on.
-        warning: what to tell the user now, or "".
-    """
-
-    text: str
-    status: str
-    model: str = ""
-    finish: Finish | None = None
-    warning: str = ""
 
 
 def write_reply(
@@ -50,17 +33,22 @@ def write_reply(
     prepare: Callable[[LoadedModel], Prompt],
     options: GenerateOptions,
     *,
+    messages: Conversation = (),
     cancel: threading.Event,
     clock: Callable[[], float] = time.monotonic,
-) -> Iterator[Shown]:
-    """Write a reply; the last of what is given has a `finish`.
+) -> Iterator[ChatState]:
+    """Write a reply; yield the conversation as it grows, until it is no longer running.
+
+    A reply that is cancelled keeps the text it has. Without any text there is no reply: the
+    question, which is the last message, goes back into the message box.
 
     Args:
         models: answers.
         prepare: makes the prompt.
         options: how to sample.
+        messages: the conversation that the reply is added to, the question last.
         cancel: ends the reply once it is set.
-        clock: tells seconds.
+        clock: returns seconds.
 
     Raises:
         GPTQLoaderError: no model is loaded, or the prompt does not fit it.
@@ -68,12 +56,13 @@ def write_reply(
     began = drawn = clock()
     first: tuple[float, int] | None = None
     text = ""
-    yield Shown("", "Reading the prompt …")
-    ready = Ready("", 0, 0)
+    reading = ChatState(messages, "Reading the prompt …", running=True)
+    yield reading
+    ready = Ready(0, 0)
     for event in models.ask(prepare, options, cancel):
         if isinstance(event, Ready):
             ready = event
-            yield Shown("", "Reading the prompt …", ready.model, warning=ready.warning)
+            yield replace(reading, warning=event.warning)
             continue
         now = clock()
         text += event.text
@@ -81,16 +70,20 @@ def write_reply(
         if event.finish is None and now - drawn < REDRAW_SECONDS:
             continue
         drawn = now
-        status = _counted(event.tokens, ready, began=began, first=first, now=now)
-        ended = _ended(event, options) if event.finish else ""
-        yield Shown(text, status + ended, ready.model, event.finish)
+        if event.finish == "cancelled" and messages and not text:
+            yield ChatState(messages[:-1], "Stopped.", draft=messages[-1]["content"])
+            return
+        status = _speed(event.tokens, ready, began=began, first=first, now=now)
+        status += _why_ended(event, options) if event.finish else ""
+        reply = ({"role": "assistant", "content": text},) if text or event.finish else ()
+        yield ChatState((*messages, *reply), status, running=event.finish is None)
 
 
-def chat_prompt(messages: Sequence[Mapping[str, str]]) -> Callable[[LoadedModel], Prompt]:
+def chat_prompt(messages: Sequence[Message], system: str = "") -> Callable[[LoadedModel], Prompt]:
     """Make a prompt of messages by the model's template; the oldest turns go where it is full."""
 
     def prepare(model: LoadedModel) -> Prompt:
-        ids, warning = model.encode_chat(messages, when_too_long="drop-oldest")
+        ids, warning = model.encode_chat(with_system(messages, system), when_too_long="drop-oldest")
         return Prompt(ids, model.template.stop, warning)
 
     return prepare
@@ -101,23 +94,21 @@ def raw_prompt(text: str) -> Callable[[LoadedModel], Prompt]:
     return lambda model: Prompt(model.encode(text))
 
 
-def _counted(
-    tokens: int, ready: Ready, *, began: float, first: tuple[float, int], now: float
-) -> str:
-    """Say how many tokens there are and how fast they come; the prompt's reading counts apart."""
+def _speed(tokens: int, ready: Ready, *, began: float, first: tuple[float, int], now: float) -> str:
+    """Describe how many tokens there are and how fast they come; reading the prompt is apart."""
     seconds, count = now - first[0], tokens - first[1]
-    words = f"{tokens:,} {'token' if tokens == 1 else 'tokens'}"
+    speed = f"{tokens:,} {'token' if tokens == 1 else 'tokens'}"
     if count and seconds > 0:
-        words += f", {count / seconds:.1f} a second"
+        speed += f", {count / seconds:.1f} a second"
     used = ready.prompt_tokens + tokens
     return (
-        f"{words}; the first after {first[0] - began:.2f} s; "
+        f"{speed}; the first after {first[0] - began:.2f} s; "
         f"{used:,} of {ready.context:,} of the context used"
     )
 
 
-def _ended(piece: Piece, options: GenerateOptions) -> str:
-    """Say why a reply ended, where it did not end by itself."""
+def _why_ended(piece: Piece, options: GenerateOptions) -> str:
+    """Describe why a reply ended, where it did not end by itself."""
     if piece.finish == "cancelled":
         return "; stopped"
     if piece.finish != "length":

@@ -74,8 +74,7 @@ class ServerModels(Models):
             prompt = prepare(model)
             most = self._server.most_tokens(options.max_new_tokens, model)
             run = Run(prompt.ids, options.model_copy(update={"max_new_tokens": most}), prompt.stop)
-            name = (self.loaded or Loaded("", model)).name
-            return Ready(name, len(prompt.ids), model.context, prompt.warning), [run]
+            return Ready(len(prompt.ids), model.context, prompt.warning), [run]
 
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         work = Work(None, prepared, events.put, cancel)

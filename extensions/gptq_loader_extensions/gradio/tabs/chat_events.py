@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from gptq_loader_extensions.gradio.jobs.conversation import Moment, take_back
+from gptq_loader_extensions.gradio.jobs.conversation import ChatState, Conversation, undo_last
 from gptq_loader_extensions.gradio.tabs.chat_updates import (
-    Conversation,
-    Drawing,
-    drawn,
+    Updates,
     from_markdown,
-    stream_reply,
+    render,
+    stream_updates,
 )
 from gptq_loader_extensions.gradio.tabs.header import head
 from gptq_loader_extensions.gradio.tabs.saved_chats import new_key, read_list
@@ -29,7 +28,7 @@ __all__ = ["NEW_CONVERSATION", "ChatEvents"]
 
 NEW_CONVERSATION = ("New conversation", "")
 
-Changes = dict[Any, Any]  # the components that change, each with its new value
+ComponentUpdates = dict[Any, Any]  # the components that change, each with its new value
 
 
 class ChatEvents:
@@ -44,87 +43,98 @@ class ChatEvents:
         self._models = models
         self._parts = parts
 
-    def send(self, text: str, talk: Conversation, key: str, *values: Any) -> Iterator[Changes]:  # noqa: ANN401
+    def send(
+        self,
+        text: str,
+        messages: Conversation,
+        key: str,
+        *values: Any,  # noqa: ANN401
+    ) -> Iterator[ComponentUpdates]:
         """Ask a question."""
         if not text.strip():
-            yield self._changes(drawn(Moment(talk), key=key))
+            yield self._by_component(render(ChatState(messages), key=key))
             return
-        asked = (*talk, {"role": "user", "content": text})
-        yield from self._stream(asked, values, key or new_key(), before=talk, draft=text)
+        request = (*messages, {"role": "user", "content": text})
+        yield from self._stream(request, values, key or new_key(), before=messages, draft=text)
 
-    def retry(self, talk: Conversation, key: str, *values: Any) -> Iterator[Changes]:  # noqa: ANN401
+    def retry(
+        self,
+        messages: Conversation,
+        key: str,
+        *values: Any,  # noqa: ANN401
+    ) -> Iterator[ComponentUpdates]:
         """Ask the last question again."""
-        kept, question = take_back(talk)
-        asked = (*kept, {"role": "user", "content": question})
-        yield from self._stream(asked, values, key, before=talk)
+        earlier, question = undo_last(messages)
+        request = (*earlier, {"role": "user", "content": question})
+        yield from self._stream(request, values, key, before=messages)
 
     def edit(
         self,
         change: gr.EditData,
-        talk: Conversation,
+        messages: Conversation,
         key: str,
         *values: Any,  # noqa: ANN401
-    ) -> Iterator[Changes]:
+    ) -> Iterator[ComponentUpdates]:
         """Change a message: a question is asked again as it is now, a reply stays as it is now."""
         at = change.index if isinstance(change.index, int) else change.index[0]
-        edited = {"role": talk[at]["role"], "content": from_markdown(str(change.value))}
+        edited = {"role": messages[at]["role"], "content": from_markdown(str(change.value))}
         if edited["role"] == "assistant":
-            now = (*talk[:at], edited, *talk[at + 1 :])
-            yield self._changes(drawn(Moment(now), key=key))
+            now = (*messages[:at], edited, *messages[at + 1 :])
+            yield self._by_component(render(ChatState(now), key=key))
             return
-        yield from self._stream((*talk[:at], edited), values, key, before=talk)
+        yield from self._stream((*messages[:at], edited), values, key, before=messages)
 
-    def undo(self, talk: Conversation, key: str) -> Changes:
-        """Take the last question back into the message box, and its reply away."""
-        kept, question = take_back(talk)
-        return self._changes(drawn(Moment(kept, draft=question), key=key))
+    def undo(self, messages: Conversation, key: str) -> ComponentUpdates:
+        """Move the last question back into the message box, and remove its reply."""
+        earlier, question = undo_last(messages)
+        return self._by_component(render(ChatState(earlier, draft=question), key=key))
 
-    def empty(self) -> Changes:
+    def empty(self) -> ComponentUpdates:
         """Begin a new conversation."""
-        return self._changes(drawn(Moment(())))
+        return self._by_component(render(ChatState()))
 
-    def opened(self, text: str, *_: Any) -> Changes:  # noqa: ANN401
+    def opened(self, text: str, *_: Any) -> ComponentUpdates:  # noqa: ANN401
         """Show a conversation that the browser kept."""
-        found = read_list(text)
-        shown = found.opened
-        talk, key = (shown.talk(), shown.key) if shown else ((), "")
-        # not told to the browser again, which has it
-        change = {**drawn(Moment(talk), key=key), "kept": gr.update()}
-        change["picker"] = _choices(found.listed, key)
-        return self._changes(change)
+        saved = read_list(text)
+        chat = saved.opened
+        messages, key = (chat.talk(), chat.key) if chat else ((), "")
+        # not sent to the browser again, which has it
+        updates = {**render(ChatState(messages), key=key), "kept": gr.update()}
+        updates["picker"] = _choices(saved.listed, key)
+        return self._by_component(updates)
 
-    def listed(self, text: str) -> Any:  # noqa: ANN401 - a change of a component
+    def listed(self, text: str) -> Any:  # noqa: ANN401 - an update of a component
         """List the conversations, once the browser has kept one."""
-        found = read_list(text)
-        if found.full:
+        saved = read_list(text)
+        if saved.full:
             gr.Warning("This browser has no room left: this conversation is not kept in it.")
-        return _choices(found.listed, found.current)
+        return _choices(saved.listed, saved.current)
 
-    def forgotten(self, text: str, *_: Any) -> Changes:  # noqa: ANN401
+    def forgotten(self, text: str, *_: Any) -> ComponentUpdates:  # noqa: ANN401
         """Begin a new conversation in place of one that the browser has forgotten."""
         return {**self.empty(), self._parts["picker"]: _choices(read_list(text).listed, "")}
 
     def _stream(
         self,
-        asked: Conversation,
+        request: Conversation,
         values: Sequence[Any],
         key: str,
         *,
         before: Conversation,
         draft: str | None = None,
-    ) -> Iterator[Changes]:
-        replies = stream_reply(self._models, asked, values, key=key, before=before, draft=draft)
-        for i, drawing in enumerate(replies):
+    ) -> Iterator[ComponentUpdates]:
+        stream = stream_updates(self._models, request, values, key=key, before=before, draft=draft)
+        for i, updates in enumerate(stream):
             # another browser may have changed the model since this page was drawn
             about = {"about": head(self._models.loaded)} if i == 1 else {}
-            yield self._changes(drawing | about)
+            yield self._by_component(updates | about)
 
-    def _changes(self, drawing: Drawing) -> Changes:
-        return {self._parts[name]: value for name, value in drawing.items()}
+    def _by_component(self, updates: Updates) -> ComponentUpdates:
+        return {self._parts[name]: value for name, value in updates.items()}
 
 
-def _choices(listed: Sequence[KeptTitle], key: str) -> Any:  # noqa: ANN401 - a change of a component
-    choices = [(it.title or "…", it.key) for it in listed]
-    known = key in [it.key for it in listed]
+def _choices(listed: Sequence[KeptTitle], key: str) -> Any:  # noqa: ANN401 - an update of a component
+    choices = [(chat.title or "…", chat.key) for chat in listed]
+    known = key in [chat.key for chat in listed]
     first = [] if known else [NEW_CONVERSATION]
     return gr.update(choices=[*first, *choices], value=key if known else "")

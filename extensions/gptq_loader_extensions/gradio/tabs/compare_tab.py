@@ -13,7 +13,6 @@ import gradio as gr
 from gptq_loader_extensions.gradio.error_messages import alert, as_words
 from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, REPLIES, stop
 from gptq_loader_extensions.gradio.jobs.comparing import by_turns, where_they_part
-from gptq_loader_extensions.gradio.jobs.conversation import with_system
 from gptq_loader_extensions.gradio.jobs.loading import load_watched
 from gptq_loader_extensions.gradio.jobs.local_models import LocalModels
 from gptq_loader_extensions.gradio.jobs.reply import chat_prompt
@@ -144,11 +143,11 @@ class CompareTab:
         texts = ["", ""]
         try:
             system, options = read_options(values)
-            prepare = chat_prompt(with_system([{"role": "user", "content": question}], system))
-            for at, moment in by_turns(self._sides, prepare, options, cancel=cancel):
+            prepare = chat_prompt([{"role": "user", "content": question}], system)
+            for at, state in by_turns(self._sides, prepare, options, cancel=cancel):
                 _, text, status = self._columns[at]
-                texts[at] = moment.text
-                yield {text: moment.text, status: escape(moment.status), **busy}
+                texts[at] = state.reply
+                yield {text: state.reply, status: escape(state.status), **busy}
             words = f"<p>{escape(where_they_part(*texts))}</p>"
         except (GPTQLoaderError, MemoryError, RuntimeError) as error:
             words = alert(as_words(error))

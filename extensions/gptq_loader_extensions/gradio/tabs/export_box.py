@@ -9,8 +9,7 @@ import gradio as gr
 
 from gptq_loader_extensions.gradio.error_messages import alert, as_words
 from gptq_loader_extensions.gradio.events import AT_ONCE, PRIVATE
-from gptq_loader_extensions.gradio.jobs.conversation import with_system
-from gptq_loader_extensions.gradio.tabs.chat_updates import Conversation  # noqa: TC001 - gradio reads it
+from gptq_loader_extensions.gradio.jobs.conversation import Conversation, with_system
 from gptq_loader_extensions.gradio.tabs.export import as_json, as_markdown, file_name
 from gptq_loader_extensions.gradio.views.prompt_view import prompt_html
 from gptq_loader_plugin.errors import GPTQLoaderError

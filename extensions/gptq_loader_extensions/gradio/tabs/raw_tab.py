@@ -66,9 +66,9 @@ class RawTab:
             yield {self._cancel: cancel, self._problem: "", **busy}
             try:
                 _, options = read_options(values)
-                shown = write_reply(self._models, raw_prompt(text), options, cancel=cancel)
-                for moment in shown:
-                    yield {self._reply: moment.text, self._status: escape(moment.status), **busy}
+                states = write_reply(self._models, raw_prompt(text), options, cancel=cancel)
+                for state in states:
+                    yield {self._reply: state.reply, self._status: escape(state.status), **busy}
             except (GPTQLoaderError, MemoryError, RuntimeError) as error:
                 yield {self._problem: alert(as_words(error)), self._status: ""}
             finally:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_extensions.gradio.jobs.conversation import Message
 
-__all__ = ["KeptConversation", "KeptList", "new_key", "read_kept", "read_list", "write_kept"]
+__all__ = ["KeptConversation", "KeptList", "new_key", "read_list", "write_kept"]
 
 TITLE_LENGTH = 48
 Key = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
@@ -93,11 +93,3 @@ def read_list(text: str | None) -> KeptList:
         return KeptList.model_validate_json(text or "{}")
     except ValidationError:
         return KeptList()
-
-
-def read_kept(text: str | None) -> KeptConversation | None:
-    """Read one conversation; None where it is not one."""
-    try:
-        return KeptConversation.model_validate_json(text or "null")
-    except ValidationError:
-        return None
