@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from gradio.themes import Base
 
+from gptq_loader_extensions.gradio import elements
 from gptq_loader_extensions.gradio.events import AT_ONCE
 from gptq_loader_extensions.gradio.storage.catalog import Catalog
 from gptq_loader_extensions.gradio.storage.settings_file import SettingsFile
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Parts", "build_page", "launch_style"]
 
-CHAT, MODEL = "chat-tab", "model-tab"
 # Base's own grey and teal are 2.6 and 2.5 to 1 on white; these are 4.8 and 5.5.
 CONTRAST = {
     "body_text_color_subdued": "*neutral_500",
@@ -70,19 +70,19 @@ def build_page(parts: Parts) -> gr.Blocks:
     look = {name: value for name, value in style.items() if name not in at_launch}
     page: gr.Blocks
     with gr.Blocks(title=title(loaded), analytics_enabled=False, **look) as page:
-        about = gr.HTML("", elem_id="about")  # filled for each page that opens
+        about = gr.HTML("", elem_id=elements.ABOUT)  # filled for each page that opens
         with gr.Row():
             with (
                 gr.Column(scale=3, min_width=300),
                 gr.Tabs(selected=_first_tab(models)) as tabs,
             ):
-                with _tab("Chat", CHAT):
+                with _tab("Chat", elements.CHAT_TAB):
                     chat = ChatTab(models, about)
-                with _tab("Raw", "raw-tab"):
+                with _tab("Raw", elements.RAW_TAB):
                     raw = RawTab(models)
-                with _tab("Compare", "compare-tab") as compare_tab:
+                with _tab("Compare", elements.COMPARE_TAB) as compare_tab:
                     compare = CompareTab(models, parts.catalog, parts.measured)
-                with _tab("Model", MODEL):
+                with _tab("Model", elements.MODEL_TAB):
                     model = ModelTab(
                         models,
                         parts.catalog,
@@ -117,7 +117,7 @@ def launch_style() -> dict[str, Any]:
 
 def _first_tab(models: Models) -> str:
     """Open at the chat where there is somebody to talk to, and else where to choose."""
-    return CHAT if models.loaded else MODEL
+    return elements.CHAT_TAB if models.loaded else elements.MODEL_TAB
 
 
 def _tab(name: str, identity: str) -> gr.Tab:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from gptq_loader_extensions.gradio import elements
 from gptq_loader_extensions.gradio.events import AT_ONCE, PRIVATE, REPLIES, stop, tell
 from gptq_loader_extensions.gradio.tabs.chat_events import NEW_CONVERSATION, ChatEvents
 from gptq_loader_extensions.gradio.tabs.export_box import ExportBox
@@ -48,25 +49,27 @@ class ChatTab:
         self._parts["prompt"] = self._export.prompt
         # A carrier between the server and page.js; hidden by the style sheet, because what is not
         # drawn at all does not change in the browser.
-        self._parts["kept"] = gr.Textbox("", elem_id="kept", elem_classes="carrier", label="Kept")
+        self._parts["kept"] = gr.Textbox(
+            "", elem_id=elements.KEPT, elem_classes=elements.CARRIER_CLASS, label="Kept"
+        )
         self._events = ChatEvents(models, self._parts)
 
     def _lay_out_talk(self) -> None:
         parts = self._parts
-        with gr.Row(elem_id="talks"):
+        with gr.Row(elem_id=elements.TALKS):
             parts["picker"] = gr.Dropdown(
                 [NEW_CONVERSATION],
                 value="",
                 label="Conversation",
                 show_label=False,
                 container=False,
-                elem_id="picker",
+                elem_id=elements.PICKER,
                 scale=1,
                 min_width=120,
                 interactive=True,
             )
-            parts["new"] = _small("New", interactive=True)
-            parts["delete"] = _small("Delete")
+            parts["new"] = _small("New", elements.NEW, interactive=True)
+            parts["delete"] = _small("Delete", elements.DELETE)
         options = known(
             gr.Chatbot,
             type="messages",
@@ -81,13 +84,15 @@ class ChatTab:
             autoscroll=False,  # page.js does it, and never against who scrolls
             allow_file_downloads=False,
         )
-        parts["chat"] = gr.Chatbot(elem_id="chat", label="Chat", placeholder=WELCOME, **options)
+        parts["chat"] = gr.Chatbot(
+            elem_id=elements.CHAT, label="Chat", placeholder=WELCOME, **options
+        )
 
     def _lay_out_message(self) -> None:
         parts = self._parts
-        with gr.Row(elem_id="ask"):
+        with gr.Row(elem_id=elements.ASK):
             parts["message"] = gr.Textbox(
-                elem_id="message",
+                elem_id=elements.MESSAGE,
                 label="Message",
                 show_label=False,
                 container=False,
@@ -98,19 +103,19 @@ class ChatTab:
                 scale=1,
                 min_width=160,
             )
-            parts["send"] = gr.Button("Send", elem_id="send", variant="primary", scale=0)
+            parts["send"] = gr.Button("Send", elem_id=elements.SEND, variant="primary", scale=0)
             parts["stop"] = gr.Button(
                 "Stop",
-                elem_id="stop",
-                elem_classes="stops",
+                elem_id=elements.STOP,
+                elem_classes=elements.STOPS_CLASS,
                 variant="stop",
                 scale=0,
                 visible=False,
             )
-        with gr.Row(elem_id="below"):
-            parts["status"] = gr.Markdown("", elem_id="status")
-            parts["retry"] = _small("Retry")
-            parts["undo"] = _small("Undo")
+        with gr.Row(elem_id=elements.BELOW):
+            parts["status"] = gr.Markdown("", elem_id=elements.STATUS)
+            parts["retry"] = _small("Retry", elements.RETRY)
+            parts["undo"] = _small("Undo", elements.UNDO)
 
     def wire(self, page: gr.Blocks, panel: SettingsPanel) -> None:
         """Connect what a person does with what happens."""
@@ -143,7 +148,7 @@ class ChatTab:
         self._export.wire(conversation, panel.parts[0], message)
 
 
-def _small(name: str, *, interactive: bool = False) -> gr.Button:
+def _small(name: str, elem_id: str, *, interactive: bool = False) -> gr.Button:
     return gr.Button(
-        name, elem_id=name.lower(), size="sm", scale=0, min_width=64, interactive=interactive
+        name, elem_id=elem_id, size="sm", scale=0, min_width=64, interactive=interactive
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from gptq_loader_extensions.gradio import elements
 from gptq_loader_extensions.gradio.error_messages import alert, as_words
 from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, REPLIES, stop
 from gptq_loader_extensions.gradio.jobs.comparing import by_turns, where_they_part
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CompareTab"]
 
+COLUMNS = (
+    (elements.NAME_ONE, elements.REPLY_ONE, elements.STATUS_ONE),
+    (elements.NAME_TWO, elements.REPLY_TWO, elements.STATUS_TWO),
+)
 WHERE = ("choose one in the Model tab", "choose a second one above")
 
 
@@ -46,47 +51,49 @@ class CompareTab:
         self._sides: tuple[Models, Models] = (models, LocalModels())
         self._catalog = catalog
         self._cancel = gr.State(None)
-        with gr.Row(elem_id="choose-other"):
+        with gr.Row(elem_id=elements.CHOOSE_OTHER):
             self._other = gr.Dropdown(
                 [],
                 value=None,
                 label="Beside the model that is loaded",
                 info="Choosing one loads it as a second model.",
-                elem_id="other",
+                elem_id=elements.OTHER,
                 scale=1,
             )
             self._load_stop = gr.Button(
                 "Cancel",
-                elem_id="other-cancel",
-                elem_classes="stops",
+                elem_id=elements.OTHER_CANCEL,
+                elem_classes=elements.STOPS_CLASS,
                 variant="stop",
                 visible=False,
                 scale=0,
                 min_width=90,
             )
             self._unload = gr.Button(
-                "Unload", elem_id="compare-unload", scale=0, min_width=90, visible=False
+                "Unload", elem_id=elements.COMPARE_UNLOAD, scale=0, min_width=90, visible=False
             )
-        self._progress = gr.HTML("", elem_id="other-loading", elem_classes="work")
+        self._progress = gr.HTML(
+            "", elem_id=elements.OTHER_LOADING, elem_classes=elements.WORK_CLASS
+        )
         self._question = gr.Textbox(
             label="Message",
             info="Both get it by their template, with the settings beside; Deterministic is fair.",
             lines=2,
             max_lines=6,
-            elem_id="compare-message",
+            elem_id=elements.COMPARE_MESSAGE,
         )
         with gr.Row():
-            self._start = gr.Button("Ask both", variant="primary", elem_id="compare")
+            self._start = gr.Button("Ask both", variant="primary", elem_id=elements.COMPARE)
             self._stop = gr.Button(
                 "Stop",
                 variant="stop",
-                elem_id="compare-stop",
-                elem_classes="stops",
+                elem_id=elements.COMPARE_STOP,
+                elem_classes=elements.STOPS_CLASS,
                 visible=False,
             )
         with gr.Row():
-            self._columns = [_column("one"), _column("two")]
-        self._words = gr.HTML("", elem_id="compare-words")
+            self._columns = [_column(*ids) for ids in COLUMNS]
+        self._words = gr.HTML("", elem_id=elements.COMPARE_WORDS)
         self._measure = MeasureBox(self._sides, measured)
 
     def wire(self, page: gr.Blocks, tab: gr.Tab, panel: SettingsPanel) -> None:
@@ -173,11 +180,11 @@ def _heading(loaded: Loaded | None, where: str) -> str:
     return f"<h3>{escape(title(loaded))}</h3><p>{escape(facts)}</p>"
 
 
-def _column(side: str) -> tuple[gr.HTML, gr.Textbox, gr.Markdown]:
+def _column(name_id: str, reply_id: str, status_id: str) -> tuple[gr.HTML, gr.Textbox, gr.Markdown]:
     with gr.Column(min_width=190):
-        name = gr.HTML(_heading(None, ""), elem_id=f"name-{side}", elem_classes="named")
+        name = gr.HTML(_heading(None, ""), elem_id=name_id, elem_classes=elements.NAMED_CLASS)
         text = gr.Textbox(
-            label="Reply", lines=10, max_lines=18, interactive=False, elem_id=f"reply-{side}"
+            label="Reply", lines=10, max_lines=18, interactive=False, elem_id=reply_id
         )
-        status = gr.Markdown("", elem_id=f"status-{side}", elem_classes="status")
+        status = gr.Markdown("", elem_id=status_id, elem_classes=elements.STATUS_CLASS)
     return name, text, status

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from gptq_loader_extensions.gradio import elements
 from gptq_loader_extensions.gradio.error_messages import alert, as_words
 from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS
 from gptq_loader_extensions.gradio.jobs.progress import Done, progress_bar, watched
@@ -40,28 +41,33 @@ class DownloadBox:
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._running: set[tuple[str, threading.Event]] = set()
-        with gr.Accordion("Download from the hub", open=False, elem_id="download"):
-            with gr.Row(elem_id="repository"):
+        with gr.Accordion("Download from the hub", open=False, elem_id=elements.DOWNLOAD):
+            with gr.Row(elem_id=elements.REPOSITORY):
                 self._repo = gr.Textbox(
                     label="Repository",
                     placeholder="owner/repo or owner/repo:branch",
                     max_lines=1,
-                    elem_id="repo",
+                    elem_id=elements.REPO,
                     scale=1,
                 )
                 self._list = gr.Button(
-                    "List branches", elem_id="list-branches", scale=0, min_width=140
+                    "List branches", elem_id=elements.LIST_BRANCHES, scale=0, min_width=140
                 )
-            self._table = gr.HTML("", elem_id="branches", elem_classes="sheet")
+            self._table = gr.HTML("", elem_id=elements.BRANCHES, elem_classes=elements.SHEET_CLASS)
             self._branch = gr.Dropdown(
-                [], value=None, label="Branch", elem_id="branch", visible=False
+                [], value=None, label="Branch", elem_id=elements.BRANCH, visible=False
             )
-            with gr.Row(elem_id="download-buttons"):
-                self._download = gr.Button("Download", elem_id="start", variant="primary")
+            with gr.Row(elem_id=elements.DOWNLOAD_BUTTONS):
+                self._download = gr.Button("Download", elem_id=elements.START, variant="primary")
                 self._cancel = gr.Button(
-                    "Cancel", elem_id="cancel", elem_classes="stops", interactive=False
+                    "Cancel",
+                    elem_id=elements.CANCEL,
+                    elem_classes=elements.STOPS_CLASS,
+                    interactive=False,
                 )
-            self._progress = gr.HTML("", elem_id="downloading", elem_classes="work")
+            self._progress = gr.HTML(
+                "", elem_id=elements.DOWNLOADING, elem_classes=elements.WORK_CLASS
+            )
 
     def wire(self, model: gr.Dropdown, listed: Callable[[str | None], Any]) -> None:
         """Connect the box; a model that has arrived is put into the list of models."""

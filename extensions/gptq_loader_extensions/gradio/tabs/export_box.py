@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
+from gptq_loader_extensions.gradio import elements
 from gptq_loader_extensions.gradio.error_messages import alert, as_words
 from gptq_loader_extensions.gradio.events import AT_ONCE, PRIVATE
 from gptq_loader_extensions.gradio.jobs.conversation import Conversation, with_system
@@ -34,13 +35,15 @@ class ExportBox:
 
     def __init__(self, models: Models) -> None:
         self._models = models
-        with gr.Accordion("Prompt and export", open=False, elem_id="more"):
+        with gr.Accordion("Prompt and export", open=False, elem_id=elements.MORE):
             with gr.Row():
-                self.prompt = _button("Show the prompt", "show-prompt")
-                self._json = _button("Export as JSON", "export-json")
-                self._markdown = _button("Export as Markdown", "export-markdown")
-            self._shown = gr.HTML("", elem_id="prompt-view")
-        self._file = gr.Textbox("", elem_id="file", elem_classes="carrier", label="File")
+                self.prompt = _button("Show the prompt", elements.SHOW_PROMPT)
+                self._json = _button("Export as JSON", elements.EXPORT_JSON)
+                self._markdown = _button("Export as Markdown", elements.EXPORT_MARKDOWN)
+            self._shown = gr.HTML("", elem_id=elements.PROMPT_VIEW)
+        self._file = gr.Textbox(
+            "", elem_id=elements.FILE, elem_classes=elements.CARRIER_CLASS, label="File"
+        )
 
     def wire(self, conversation: gr.State, system: gr.Textbox, message: gr.Textbox) -> None:
         """Connect the buttons; page.js saves what is exported."""

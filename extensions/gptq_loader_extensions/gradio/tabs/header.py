@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptq_loader_extensions.gradio import elements
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def head(loaded: Loaded | None) -> str:
     why = f"<pre tabindex='0'>{escape(model.explain())}</pre>"
     return (
         f"<header><h1>{escape(title(loaded))}</h1><ul>{chips}</ul></header>"
-        f"<dl><dt>Kernel</dt><dd><details id='why'><summary><span id='headline'>"
+        f"<dl><dt>Kernel</dt><dd><details id='{elements.WHY}'><summary>"
+        f"<span id='{elements.HEADLINE}'>"
         f"{escape(model.plan.headline())}</span> <b>Why?</b></summary>{why}</details></dd>"
-        f"<dt>Template</dt><dd id='template'>{escape(template)}</dd></dl>{noted}"
+        f"<dt>Template</dt><dd id='{elements.TEMPLATE}'>{escape(template)}</dd></dl>{noted}"
     )

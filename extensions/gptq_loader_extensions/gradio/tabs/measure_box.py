@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from gptq_loader_extensions.gradio import elements
 from gptq_loader_extensions.gradio.error_messages import alert, as_words
 from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, stop
 from gptq_loader_extensions.gradio.jobs.measuring import measure
@@ -42,17 +43,21 @@ class MeasureBox:
     def __init__(self, sides: Sequence[Models], files: MeasuredFiles) -> None:
         self._sides, self._files = sides, files
         self._cancel = gr.State(None)
-        gr.HTML("<h2>Bits, perplexity and size</h2>", elem_classes="heading")
-        with gr.Row(elem_id="measure-row"):
+        gr.HTML("<h2>Bits, perplexity and size</h2>", elem_classes=elements.HEADING_CLASS)
+        with gr.Row(elem_id=elements.MEASURE_ROW):
             self._which = gr.Radio(
-                [SAMPLE, OWN], value=SAMPLE, label="Measure on", elem_id="measure-on", scale=1
+                [SAMPLE, OWN],
+                value=SAMPLE,
+                label="Measure on",
+                elem_id=elements.MEASURE_ON,
+                scale=1,
             )
-            self._start = gr.Button("Measure", elem_id="measure", scale=0, min_width=120)
+            self._start = gr.Button("Measure", elem_id=elements.MEASURE, scale=0, min_width=120)
             self._stop = gr.Button(
                 "Stop",
                 variant="stop",
-                elem_id="measure-stop",
-                elem_classes="stops",
+                elem_id=elements.MEASURE_STOP,
+                elem_classes=elements.STOPS_CLASS,
                 visible=False,
                 scale=0,
                 min_width=120,
@@ -62,14 +67,14 @@ class MeasureBox:
             info="Plain prose, of 256 tokens at least; longer is steadier.",
             lines=4,
             max_lines=8,
-            elem_id="measure-text",
+            elem_id=elements.MEASURE_TEXT,
             visible=False,
         )
-        self._progress = gr.HTML("", elem_id="measuring", elem_classes="work")
+        self._progress = gr.HTML("", elem_id=elements.MEASURING, elem_classes=elements.WORK_CLASS)
         self._drawn = gr.Dropdown(
-            [], value=None, label="Measured on", elem_id="measured-on", visible=False
+            [], value=None, label="Measured on", elem_id=elements.MEASURED_ON, visible=False
         )
-        self._chart = gr.HTML("", elem_id="chart", elem_classes="sheet")
+        self._chart = gr.HTML("", elem_id=elements.CHART, elem_classes=elements.SHEET_CLASS)
 
     def wire(self, opened: Sequence[Any]) -> None:
         """Connect the box; the chart is drawn anew when the page or the tab opens."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from gptq_loader_extensions.gradio import elements
 from gptq_loader_extensions.gradio.error_messages import alert, as_words
 from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, stop
 from gptq_loader_extensions.gradio.jobs.loading import LoadView, describe_loaded, load_watched
@@ -59,54 +60,54 @@ class ModelTab:
     ) -> None:
         self._models, self._catalog, self._settings = models, catalog, settings
         self._about = about
-        with gr.Row(elem_id="choose"):
+        with gr.Row(elem_id=elements.CHOOSE):
             self.model = gr.Dropdown(
                 [],
                 value=None,
                 label="Model",
                 info="Choosing one loads it, in place of the one before.",
-                elem_id="model",
+                elem_id=elements.MODEL,
                 scale=1,
             )
-            self.refresh = gr.Button("Refresh", elem_id="refresh", scale=0, min_width=90)
+            self.refresh = gr.Button("Refresh", elem_id=elements.REFRESH, scale=0, min_width=90)
             self._stop = gr.Button(
                 "Cancel",
-                elem_id="load-cancel",
-                elem_classes="stops",
+                elem_id=elements.LOAD_CANCEL,
+                elem_classes=elements.STOPS_CLASS,
                 variant="stop",
                 visible=False,
                 scale=0,
                 min_width=90,
             )
         self._cancel = gr.State(None)
-        self._progress = gr.HTML("", elem_id="loading", elem_classes="work")
+        self._progress = gr.HTML("", elem_id=elements.LOADING, elem_classes=elements.WORK_CLASS)
         self._download = DownloadBox(catalog) if downloads else None
         if not downloads:
-            gr.HTML(NO_DOWNLOADS, elem_id="no-downloads")
-        with gr.Accordion("How to load it", open=False, elem_id="how"):
+            gr.HTML(NO_DOWNLOADS, elem_id=elements.NO_DOWNLOADS)
+        with gr.Accordion("How to load it", open=False, elem_id=elements.HOW):
             with gr.Row():
-                self._device = _choice("Device", "device", _devices())
-                self._backend = _choice("Kernel", "backend", _kernels())
+                self._device = _choice("Device", elements.DEVICE, _devices())
+                self._backend = _choice("Kernel", elements.BACKEND, _kernels())
             with gr.Row():
-                self._template = _choice("Template", "load-template", _templates())
+                self._template = _choice("Template", elements.LOAD_TEMPLATE, _templates())
                 self._context = gr.Number(
                     None,
                     label="Context",
                     info="tokens; empty: as long as the model allows",
                     precision=0,
-                    elem_id="context",
+                    elem_id=elements.CONTEXT,
                 )
-        with gr.Row(elem_id="model-buttons"):
+        with gr.Row(elem_id=elements.MODEL_BUTTONS):
             self._save, self._reload, self._unload = (
-                gr.Button(name, elem_id=identity, interactive=False)
-                for name, identity in (
-                    ("Save settings for this model", "save"),
-                    ("Reload the model", "reload"),
-                    ("Unload", "unload"),
+                gr.Button(name, elem_id=elem_id, interactive=False)
+                for name, elem_id in (
+                    ("Save settings for this model", elements.SAVE),
+                    ("Reload the model", elements.RELOAD),
+                    ("Unload", elements.UNLOAD),
                 )
             )
-        self._plan = gr.HTML("", elem_id="plan", elem_classes="sheet")
-        self._facts = gr.HTML("", elem_id="facts", elem_classes="sheet")
+        self._plan = gr.HTML("", elem_id=elements.PLAN, elem_classes=elements.SHEET_CLASS)
+        self._facts = gr.HTML("", elem_id=elements.FACTS, elem_classes=elements.SHEET_CLASS)
 
     @property
     def _how(self) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from gptq_loader_extensions.gradio import elements
 from gptq_loader_extensions.gradio.error_messages import alert, as_words
 from gptq_loader_extensions.gradio.events import AT_ONCE, REPLIES, stop
 from gptq_loader_extensions.gradio.jobs.reply import raw_prompt, write_reply
@@ -39,19 +40,25 @@ class RawTab:
             placeholder="The capital of France is",
             lines=8,
             max_lines=16,
-            elem_id="raw-prompt",
+            elem_id=elements.RAW_PROMPT,
         )
         with gr.Row():
-            self._complete = gr.Button("Complete", variant="primary", elem_id="raw-complete")
+            self._complete = gr.Button("Complete", variant="primary", elem_id=elements.RAW_COMPLETE)
             self._stop = gr.Button(
-                "Stop", variant="stop", elem_id="raw-stop", elem_classes="stops", visible=False
+                "Stop",
+                variant="stop",
+                elem_id=elements.RAW_STOP,
+                elem_classes=elements.STOPS_CLASS,
+                visible=False,
             )
-            self._take = gr.Button("Append to the prompt", elem_id="raw-append")
-        self._problem = gr.HTML("", elem_id="raw-problem")
+            self._take = gr.Button("Append to the prompt", elem_id=elements.RAW_APPEND)
+        self._problem = gr.HTML("", elem_id=elements.RAW_PROBLEM)
         self._reply = gr.Textbox(
-            label="Completion", lines=8, max_lines=16, interactive=False, elem_id="raw-reply"
+            label="Completion", lines=8, max_lines=16, interactive=False, elem_id=elements.RAW_REPLY
         )
-        self._status = gr.Markdown("", elem_id="raw-status", elem_classes="status")
+        self._status = gr.Markdown(
+            "", elem_id=elements.RAW_STATUS, elem_classes=elements.STATUS_CLASS
+        )
 
     def wire(self, panel: SettingsPanel) -> None:
         """Connect what a person does with what the model does."""

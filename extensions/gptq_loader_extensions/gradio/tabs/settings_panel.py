@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from gptq_loader_extensions.gradio import elements
 from gptq_loader_extensions.gradio.events import PRIVATE
 from gptq_loader_extensions.gradio.storage.presets import (
     OWN,
@@ -51,24 +52,30 @@ class SettingsPanel:
     """
 
     def __init__(self, models: Models) -> None:
-        with gr.Accordion("Settings", open=True, elem_id="settings"):
+        with gr.Accordion("Settings", open=True, elem_id=elements.SETTINGS):
             system = gr.Textbox(
-                label="System message", placeholder="None", lines=2, max_lines=6, elem_id="system"
+                label="System message",
+                placeholder="None",
+                lines=2,
+                max_lines=6,
+                elem_id=elements.SYSTEM,
             )
             self.card = gr.Button(
-                "Take the model card's", size="sm", elem_id="card-system", visible=False
+                "Take the model card's", size="sm", elem_id=elements.CARD_SYSTEM, visible=False
             )
-            most = _number("Max new tokens", "max_new_tokens")
+            most = _number("Max new tokens", elements.MAX_NEW_TOKENS)
             self.preset = gr.Dropdown(
-                [*PRESETS, OWN], value="Balanced", label="Sampling", elem_id="preset"
+                [*PRESETS, OWN], value="Balanced", label="Sampling", elem_id=elements.PRESET
             )
-            temperature = _slider("Temperature", "temperature", 0, 2, 0.05, "0: deterministic")
-        with gr.Accordion("More numbers", open=False, elem_id="sampling"):
-            top_p = _slider("Top p", "top_p", 0.01, 1, 0.01)
-            top_k = _number("Top k", "top_k", "0 keeps every token")
-            min_p = _slider("Min p", "min_p", 0, 1, 0.01)
-            penalty = _slider("Repetition penalty", "repetition_penalty", 1, 2, 0.05)
-            seed = _number("Seed", "seed", "empty: another reply each time")
+            temperature = _slider(
+                "Temperature", elements.TEMPERATURE, 0, 2, 0.05, "0: deterministic"
+            )
+        with gr.Accordion("More numbers", open=False, elem_id=elements.SAMPLING):
+            top_p = _slider("Top p", elements.TOP_P, 0.01, 1, 0.01)
+            top_k = _number("Top k", elements.TOP_K, "0 keeps every token")
+            min_p = _slider("Min p", elements.MIN_P, 0, 1, 0.01)
+            penalty = _slider("Repetition penalty", elements.REPETITION_PENALTY, 1, 2, 0.05)
+            seed = _number("Seed", elements.SEED, "empty: another reply each time")
         self.parts: list[Any] = [
             system,
             most,
@@ -108,13 +115,13 @@ class SettingsPanel:
         return changes
 
 
-def _number(label: str, name: str, info: str | None = None) -> gr.Number:
-    value = getattr(DEFAULTS, name)
-    return gr.Number(value, label=label, info=info, precision=0, elem_id=name)
+def _number(label: str, option: str, info: str | None = None) -> gr.Number:
+    value = getattr(DEFAULTS, option)
+    return gr.Number(value, label=label, info=info, precision=0, elem_id=option)
 
 
 def _slider(
-    label: str, name: str, least: float, most: float, step: float, info: str | None = None
+    label: str, option: str, least: float, most: float, step: float, info: str | None = None
 ) -> gr.Slider:
-    value = getattr(DEFAULTS, name)
-    return gr.Slider(least, most, value, step=step, label=label, info=info, elem_id=name)
+    value = getattr(DEFAULTS, option)
+    return gr.Slider(least, most, value, step=step, label=label, info=info, elem_id=option)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
+from gptq_loader_extensions.gradio import elements
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def plan_html(plan: Plan) -> str:
         bodies.append(f"<tbody>{heading}{rows}</tbody>")
     name = f" ({escape(plan.device.name)})" if plan.device.name else ""
     return (
-        f"<p id='plan-headline'>{escape(plan.headline())}{name}</p>"
+        f"<p id='{elements.PLAN_HEADLINE}'>{escape(plan.headline())}{name}</p>"
         f"<table><caption>Kernels, and why</caption>{''.join(bodies)}</table>"
     )
 
