@@ -19,12 +19,16 @@ from gptq_loader_extensions.gradio.tabs.header import title
 from gptq_loader_extensions.gradio.tabs.model_tab import ModelTab
 from gptq_loader_extensions.gradio.tabs.raw_tab import RawTab
 from gptq_loader_extensions.gradio.tabs.settings_panel import SettingsPanel
+from gptq_loader_extensions.gradio.tabs.tab import Wiring
 from gptq_loader_extensions.gradio.versions import known
 from gptq_loader_plugin.measure.results import MeasuredFiles
 from gptq_loader_plugin.system.folders import config_folder, data_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gptq_loader_extensions.gradio.jobs.models import Models
+    from gptq_loader_extensions.gradio.tabs.tab import Tab
 
 __all__ = ["Parts", "build_page", "launch_style"]
 
@@ -58,8 +62,42 @@ class Parts:
     measured: MeasuredFiles = field(default_factory=lambda: MeasuredFiles(data_folder()))
 
 
+@dataclass(frozen=True, slots=True)
+class TabOfPage:
+    """A tab in the list of tabs.
+
+    Attributes:
+        title: what a person reads.
+        elem_id: its name in elements.py.
+        make: makes it of the page's parts and its header.
+    """
+
+    title: str
+    elem_id: str
+    make: Callable[[Parts, gr.HTML], Tab]
+
+
+# From left to right.
+TABS = (
+    TabOfPage("Chat", elements.CHAT_TAB, lambda parts, header: ChatTab(parts.models, header)),
+    TabOfPage("Raw", elements.RAW_TAB, lambda parts, _: RawTab(parts.models)),
+    TabOfPage(
+        "Compare",
+        elements.COMPARE_TAB,
+        lambda parts, _: CompareTab(parts.models, parts.catalog, parts.measured),
+    ),
+    TabOfPage(
+        "Model",
+        elements.MODEL_TAB,
+        lambda parts, header: ModelTab(
+            parts.models, parts.catalog, parts.settings, header, downloads=parts.downloads
+        ),
+    ),
+)
+
+
 def build_page(parts: Parts) -> gr.Blocks:
-    """Build the page; it opens at the chat where a model is loaded, and else where one is chosen.
+    """Build the page; it opens at the chat where a model is loaded, or else where one is chosen.
 
     Every browser tab has a conversation of its own. Since gradio 6 the look belongs to the launch:
     pass `**launch_style()` there.
@@ -70,32 +108,17 @@ def build_page(parts: Parts) -> gr.Blocks:
     look = {name: value for name, value in style.items() if name not in at_launch}
     page: gr.Blocks
     with gr.Blocks(title=title(loaded), analytics_enabled=False, **look) as page:
-        about = gr.HTML("", elem_id=elements.ABOUT)  # filled for each page that opens
+        header = gr.HTML("", elem_id=elements.ABOUT)  # filled for each page that opens
         with gr.Row():
             with (
                 gr.Column(scale=3, min_width=300),
                 gr.Tabs(selected=_first_tab(models)) as tabs,
             ):
-                with _tab("Chat", elements.CHAT_TAB):
-                    chat = ChatTab(models, about)
-                with _tab("Raw", elements.RAW_TAB):
-                    raw = RawTab(models)
-                with _tab("Compare", elements.COMPARE_TAB) as compare_tab:
-                    compare = CompareTab(models, parts.catalog, parts.measured)
-                with _tab("Model", elements.MODEL_TAB):
-                    model = ModelTab(
-                        models,
-                        parts.catalog,
-                        parts.settings,
-                        about,
-                        downloads=parts.downloads,
-                    )
+                made = [_lay_out(tab, parts, header) for tab in TABS]
             with gr.Column(scale=1, min_width=280):
                 panel = SettingsPanel(models)
-        model.wire(page, panel)
-        chat.wire(page, panel)
-        raw.wire(panel)
-        compare.wire(page, compare_tab, panel)
+        for container, tab in made:
+            tab.wire(Wiring(page, container, panel))
         page.load(lambda: gr.update(selected=_first_tab(models)), None, tabs, **AT_ONCE)
     return page
 
@@ -120,5 +143,8 @@ def _first_tab(models: Models) -> str:
     return elements.CHAT_TAB if models.loaded else elements.MODEL_TAB
 
 
-def _tab(name: str, identity: str) -> gr.Tab:
-    return gr.Tab(name, id=identity, elem_id=identity, **known(gr.Tab, render_children=True))
+def _lay_out(tab: TabOfPage, parts: Parts, header: gr.HTML) -> tuple[gr.Tab, Tab]:
+    """Make a tab inside the page's layout; return what holds it, and it."""
+    options = known(gr.Tab, render_children=True)
+    with gr.Tab(tab.title, id=tab.elem_id, elem_id=tab.elem_id, **options) as container:
+        return container, tab.make(parts, header)

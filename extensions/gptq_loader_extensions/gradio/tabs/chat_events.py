@@ -36,7 +36,7 @@ class ChatEvents:
 
     Args:
         models: answers.
-        parts: the tab's components by name; `about` is the page's head.
+        parts: the tab's components by name; `header` is the page's.
     """
 
     def __init__(self, models: Models, parts: Mapping[str, Any]) -> None:
@@ -126,8 +126,8 @@ class ChatEvents:
         stream = stream_updates(self._models, request, values, key=key, before=before, draft=draft)
         for i, updates in enumerate(stream):
             # another browser may have changed the model since this page was drawn
-            about = {"about": head(self._models.loaded)} if i == 1 else {}
-            yield self._by_component(updates | about)
+            header = {"header": head(self._models.loaded)} if i == 1 else {}
+            yield self._by_component(updates | header)
 
     def _by_component(self, updates: Updates) -> ComponentUpdates:
         return {self._parts[name]: value for name, value in updates.items()}

@@ -14,7 +14,7 @@ from gptq_loader_extensions.gradio.versions import known
 
 if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.jobs.models import Models
-    from gptq_loader_extensions.gradio.tabs.settings_panel import SettingsPanel
+    from gptq_loader_extensions.gradio.tabs.tab import Wiring
 
 __all__ = ["ChatTab"]
 
@@ -32,12 +32,12 @@ class ChatTab:
 
     Args:
         models: answers.
-        about: the page's head, which says what answers.
+        header: the page's header, which says what answers.
     """
 
-    def __init__(self, models: Models, about: gr.HTML) -> None:
+    def __init__(self, models: Models, header: gr.HTML) -> None:
         self._parts: dict[str, Any] = {
-            "about": about,
+            "header": header,
             "conversation": gr.State(()),
             "cancel": gr.State(None),
             "problem": gr.State(""),
@@ -117,13 +117,13 @@ class ChatTab:
             parts["retry"] = _small("Retry", elements.RETRY)
             parts["undo"] = _small("Undo", elements.UNDO)
 
-    def wire(self, page: gr.Blocks, panel: SettingsPanel) -> None:
+    def wire(self, wiring: Wiring) -> None:
         """Connect what a person does with what happens."""
         parts, events = self._parts, self._events
         conversation, key, message = parts["conversation"], parts["key"], parts["message"]
         kept, picker = parts["kept"], parts["picker"]
         outputs = list(parts.values())
-        asked = [conversation, key, *panel.parts]
+        asked = [conversation, key, *wiring.panel.parts]
         sending = [message.submit, parts["send"].click]
         streams = [
             gr.on(sending, events.send, [message, *asked], outputs, **REPLIES),
@@ -144,8 +144,8 @@ class ChatTab:
         kept.change(events.listed, [kept], [picker], js=keep, **AT_ONCE)
         picker.select(events.opened, [kept, picker], outputs, js=choose, **AT_ONCE)
         parts["delete"].click(events.forgotten, [kept, picker], outputs, js=forget, **AT_ONCE)
-        page.load(events.opened, [kept], outputs, js=begin, **AT_ONCE)
-        self._export.wire(conversation, panel.parts[0], message)
+        wiring.page.load(events.opened, [kept], outputs, js=begin, **AT_ONCE)
+        self._export.wire(conversation, wiring.panel.parts[0], message)
 
 
 def _small(name: str, elem_id: str, *, interactive: bool = False) -> gr.Button:

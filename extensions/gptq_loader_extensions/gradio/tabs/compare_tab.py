@@ -26,7 +26,7 @@ from gptq_loader_plugin.load_options import LoadOptions
 if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.jobs.models import Loaded, Models
     from gptq_loader_extensions.gradio.storage.catalog import Catalog
-    from gptq_loader_extensions.gradio.tabs.settings_panel import SettingsPanel
+    from gptq_loader_extensions.gradio.tabs.tab import Wiring
     from gptq_loader_plugin.measure.results import MeasuredFiles
 
 __all__ = ["CompareTab"]
@@ -96,7 +96,7 @@ class CompareTab:
         self._words = gr.HTML("", elem_id=elements.COMPARE_WORDS)
         self._measure = MeasureBox(self._sides, measured)
 
-    def wire(self, page: gr.Blocks, tab: gr.Tab, panel: SettingsPanel) -> None:
+    def wire(self, wiring: Wiring) -> None:
         """Connect what a person does with what the models do."""
         names = [name for name, _, _ in self._columns]
 
@@ -133,12 +133,13 @@ class CompareTab:
         outputs = [*loading, self._unload, *names]
         self._other.select(choose, [self._other], outputs, **LOADS)
         self._unload.click(unload, None, outputs, **LOADS)
-        for opened in (page.load, tab.select):
-            opened(shown, None, outputs, **AT_ONCE)
-        self._measure.wire([page.load, tab.select])
+        opened = [wiring.page.load, wiring.tab.select]
+        for event in opened:
+            event(shown, None, outputs, **AT_ONCE)
+        self._measure.wire(opened)
         running = [self._cancel, self._unload, self._start, self._stop, self._words, *names]
         running += [it for _, text, status in self._columns for it in (text, status)]
-        self._start.click(self._run, [self._question, *panel.parts], running, **REPLIES)
+        self._start.click(self._run, [self._question, *wiring.panel.parts], running, **REPLIES)
         for button in (self._stop, self._load_stop):
             button.click(stop, [self._cancel], None, **AT_ONCE)
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.jobs.models import Models
     from gptq_loader_extensions.gradio.storage.catalog import Catalog, Entry
     from gptq_loader_extensions.gradio.storage.settings_file import SettingsFile
+    from gptq_loader_extensions.gradio.tabs.tab import Wiring
 
 __all__ = ["ModelTab"]
 
@@ -45,7 +46,7 @@ class ModelTab:
         models: holds the model.
         catalog: what may be loaded.
         settings: what is saved for each model.
-        about: the page's head.
+        header: the page's header.
         downloads: whether models may be downloaded.
     """
 
@@ -54,12 +55,12 @@ class ModelTab:
         models: Models,
         catalog: Catalog,
         settings: SettingsFile,
-        about: gr.HTML,
+        header: gr.HTML,
         *,
         downloads: bool,
     ) -> None:
         self._models, self._catalog, self._settings = models, catalog, settings
-        self._about = about
+        self._header = header
         with gr.Row(elem_id=elements.CHOOSE):
             self.model = gr.Dropdown(
                 [],
@@ -113,8 +114,9 @@ class ModelTab:
     def _how(self) -> list[Any]:
         return [self._device, self._backend, self._context, self._template]
 
-    def wire(self, page: gr.Blocks, panel: SettingsPanel) -> None:
+    def wire(self, wiring: Wiring) -> None:
         """Connect what a person does with what is loaded."""
+        panel = wiring.panel
 
         def choose(name: str) -> Iterator[dict[Any, Any]]:
             try:
@@ -166,7 +168,7 @@ class ModelTab:
             )
             return {
                 self._progress: f"<p class='done'>Unloaded.{sizes}</p>",
-                self._about: head(None),
+                self._header: head(None),
                 self.model: gr.update(value=None),
                 self._plan: "",
                 self._facts: "",
@@ -184,7 +186,7 @@ class ModelTab:
             self._cancel,
             self._plan,
             self._facts,
-            self._about,
+            self._header,
             *self._how,
             *panel.parts,
             panel.card,
@@ -199,7 +201,7 @@ class ModelTab:
         self.refresh.click(self.listed, [self.model], [self.model], **AT_ONCE)
         if self._download is not None:
             self._download.wire(self.model, self.listed)
-        opening = page.load(lambda: self._opened(panel), None, outputs, **AT_ONCE)
+        opening = wiring.page.load(lambda: self._opened(panel), None, outputs, **AT_ONCE)
         opening.then(self._described, None, [self._facts, self._plan], **AT_ONCE)
 
     def listed(self, chosen: str | None) -> Any:  # noqa: ANN401 - a change of a component
@@ -212,7 +214,7 @@ class ModelTab:
         """Show what is loaded, and what is saved for it, to a page that opens."""
         loaded = self._models.loaded
         changes: dict[Any, Any] = {self.model: self.listed(loaded.name if loaded else None)}
-        changes[self._about] = head(loaded)
+        changes[self._header] = head(loaded)
         changes |= self._enabled(loaded.name if loaded else None, loaded=loaded is not None)
         if loaded is None:
             return {**changes, **panel.filled(self._models, None)}
@@ -240,7 +242,7 @@ class ModelTab:
         for view in load_watched(self._models, entry, options, cancel):
             changes = self._shown(view, entry.name, note)
             if not view.running:  # all in one: see events.py
-                changes[self._about] = head(self._models.loaded)
+                changes[self._header] = head(self._models.loaded)
                 changes |= panel.filled(self._models, None)
             if view.stopped:
                 opened = self._opened(panel)

@@ -19,7 +19,7 @@ from gptq_loader_plugin.errors import GPTQLoaderError
 
 if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.jobs.models import Models
-    from gptq_loader_extensions.gradio.tabs.settings_panel import SettingsPanel
+    from gptq_loader_extensions.gradio.tabs.tab import Wiring
 
 __all__ = ["RawTab"]
 
@@ -60,7 +60,7 @@ class RawTab:
             "", elem_id=elements.RAW_STATUS, elem_classes=elements.STATUS_CLASS
         )
 
-    def wire(self, panel: SettingsPanel) -> None:
+    def wire(self, wiring: Wiring) -> None:
         """Connect what a person does with what the model does."""
         running, complete = self._stop, self._complete
 
@@ -83,7 +83,7 @@ class RawTab:
             yield idle()
 
         outputs = [self._cancel, complete, running, self._problem, self._reply, self._status]
-        complete.click(run, [self._prompt, *panel.parts], outputs, **REPLIES)
+        complete.click(run, [self._prompt, *wiring.panel.parts], outputs, **REPLIES)
         running.click(stop, [self._cancel], None, **AT_ONCE)
         self._take.click(
             lambda prompt, reply: (prompt + reply, "", ""),
