@@ -99,55 +99,57 @@ class CompareTab:
     def wire(self, wiring: Wiring) -> None:
         """Connect what a person does with what the models do."""
         names = [name for name, _, _ in self._columns]
-
-        def choose(name: str) -> Iterator[dict[Any, Any]]:
-            try:
-                entry = self._catalog.find(name)
-            except GPTQLoaderError as error:
-                yield {self._progress: alert(as_words(error))}
-                return
-            cancel = threading.Event()
-            yield {self._cancel: cancel}
-            for view in load_watched(self._sides[1], entry, LoadOptions(), cancel):
-                second = self._sides[1].loaded
-                ended = gr.update(interactive=True, value=second.name if second else None)
-                yield {  # all in one: see events.py
-                    self._progress: view.progress,
-                    self._start: gr.update(interactive=not view.running),
-                    self._load_stop: gr.update(visible=view.running),
-                    self._other: gr.update(interactive=False) if view.running else ended,
-                    **self._named(),
-                }
-
-        def unload() -> dict[Any, Any]:
-            self._sides[1].unload()
-            return {self._progress: "", self._other: gr.update(value=None), **self._named()}
-
-        def shown() -> dict[Any, Any]:
-            second = self._sides[1].loaded
-            choices = [(it.label, it.name) for it in self._catalog.entries()]
-            value = second.name if second else None
-            return {self._other: gr.update(choices=choices, value=value), **self._named()}
-
         loading = [self._cancel, self._other, self._progress, self._start, self._load_stop]
         outputs = [*loading, self._unload, *names]
-        self._other.select(choose, [self._other], outputs, **LOADS)
-        self._unload.click(unload, None, outputs, **LOADS)
+        self._other.select(self._load_second, [self._other], outputs, **LOADS)
+        self._unload.click(self._unload_second, None, outputs, **LOADS)
         opened = [wiring.page.load, wiring.tab.select]
         for event in opened:
-            event(shown, None, outputs, **AT_ONCE)
+            event(self._open, None, outputs, **AT_ONCE)
         self._measure.wire(opened)
-        running = [self._cancel, self._unload, self._start, self._stop, self._words, *names]
-        running += [it for _, text, status in self._columns for it in (text, status)]
+        replies = [part for column in self._columns for part in column]
+        running = [self._cancel, self._unload, self._start, self._stop, self._words, *replies]
         self._start.click(self._run, [self._question, *wiring.panel.parts], running, **REPLIES)
         for button in (self._stop, self._load_stop):
             button.click(stop, [self._cancel], None, **AT_ONCE)
+
+    def _load_second(self, name: str) -> Iterator[dict[Any, Any]]:
+        """Load the second model."""
+        try:
+            entry = self._catalog.find(name)
+        except GPTQLoaderError as error:
+            yield {self._progress: alert(as_words(error))}
+            return
+        cancel = threading.Event()
+        yield {self._cancel: cancel}
+        for view in load_watched(self._sides[1], entry, LoadOptions(), cancel):
+            second = self._sides[1].loaded
+            ended = gr.update(interactive=True, value=second.name if second else None)
+            yield {  # all in one: see events.py
+                self._progress: view.progress,
+                self._start: gr.update(interactive=not view.running),
+                self._load_stop: gr.update(visible=view.running),
+                self._other: gr.update(interactive=False) if view.running else ended,
+                **self._headings(),
+            }
+
+    def _unload_second(self) -> dict[Any, Any]:
+        """Unload the second model."""
+        self._sides[1].unload()
+        return {self._progress: "", self._other: gr.update(value=None), **self._headings()}
+
+    def _open(self) -> dict[Any, Any]:
+        """List the models, and show which stand side by side."""
+        second = self._sides[1].loaded
+        choices = [(entry.label, entry.name) for entry in self._catalog.entries()]
+        value = second.name if second else None
+        return {self._other: gr.update(choices=choices, value=value), **self._headings()}
 
     def _run(self, question: str, *values: Any) -> Iterator[dict[Any, Any]]:  # noqa: ANN401
         """Ask both."""
         cancel = threading.Event()
         busy = {self._start: gr.update(visible=False), self._stop: gr.update(visible=True)}
-        yield {self._cancel: cancel, self._words: "", **busy, **self._named()}
+        yield {self._cancel: cancel, self._words: "", **busy, **self._headings()}
         texts = ["", ""]
         try:
             system, options = read_options(values)
@@ -167,8 +169,8 @@ class CompareTab:
             self._stop: gr.update(visible=False),
         }
 
-    def _named(self) -> dict[Any, Any]:
-        """Say which models stand side by side."""
+    def _headings(self) -> dict[Any, Any]:
+        """Show which models stand side by side."""
         headings = {
             name: _heading(side.loaded, where)
             for (name, _, _), side, where in zip(self._columns, self._sides, WHERE, strict=True)

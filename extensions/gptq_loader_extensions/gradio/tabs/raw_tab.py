@@ -51,7 +51,7 @@ class RawTab:
                 elem_classes=elements.STOPS_CLASS,
                 visible=False,
             )
-            self._take = gr.Button("Append to the prompt", elem_id=elements.RAW_APPEND)
+            self._append = gr.Button("Append to the prompt", elem_id=elements.RAW_APPEND)
         self._problem = gr.HTML("", elem_id=elements.RAW_PROBLEM)
         self._reply = gr.Textbox(
             label="Completion", lines=8, max_lines=16, interactive=False, elem_id=elements.RAW_REPLY
@@ -62,32 +62,29 @@ class RawTab:
 
     def wire(self, wiring: Wiring) -> None:
         """Connect what a person does with what the model does."""
-        running, complete = self._stop, self._complete
-
-        def idle() -> dict[Any, Any]:
-            return {complete: gr.update(visible=True), running: gr.update(visible=False)}
-
-        def run(text: str, *values: Any) -> Iterator[dict[Any, Any]]:  # noqa: ANN401
-            cancel = threading.Event()
-            busy = {complete: gr.update(visible=False), running: gr.update(visible=True)}
-            yield {self._cancel: cancel, self._problem: "", **busy}
-            try:
-                _, options = read_options(values)
-                states = write_reply(self._models, raw_prompt(text), options, cancel=cancel)
-                for state in states:
-                    yield {self._reply: state.reply, self._status: escape(state.status), **busy}
-            except (GPTQLoaderError, MemoryError, RuntimeError) as error:
-                yield {self._problem: alert(as_words(error)), self._status: ""}
-            finally:
-                cancel.set()
-            yield idle()
-
-        outputs = [self._cancel, complete, running, self._problem, self._reply, self._status]
-        complete.click(run, [self._prompt, *wiring.panel.parts], outputs, **REPLIES)
-        running.click(stop, [self._cancel], None, **AT_ONCE)
-        self._take.click(
+        buttons = [self._complete, self._stop]
+        outputs = [self._cancel, *buttons, self._problem, self._reply, self._status]
+        inputs = [self._prompt, *wiring.panel.parts]
+        self._complete.click(self._stream, inputs, outputs, **REPLIES)
+        self._stop.click(stop, [self._cancel], None, **AT_ONCE)
+        self._append.click(
             lambda prompt, reply: (prompt + reply, "", ""),
             [self._prompt, self._reply],
             [self._prompt, self._reply, self._status],
             **AT_ONCE,
         )
+
+    def _stream(self, text: str, *values: Any) -> Iterator[dict[Any, Any]]:  # noqa: ANN401
+        """Complete the prompt."""
+        cancel = threading.Event()
+        busy = {self._complete: gr.update(visible=False), self._stop: gr.update(visible=True)}
+        yield {self._cancel: cancel, self._problem: "", **busy}
+        try:
+            _, options = read_options(values)
+            for state in write_reply(self._models, raw_prompt(text), options, cancel=cancel):
+                yield {self._reply: state.reply, self._status: escape(state.status), **busy}
+        except (GPTQLoaderError, MemoryError, RuntimeError) as error:
+            yield {self._problem: alert(as_words(error)), self._status: ""}
+        finally:
+            cancel.set()
+        yield {self._complete: gr.update(visible=True), self._stop: gr.update(visible=False)}
