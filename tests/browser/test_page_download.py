@@ -66,7 +66,7 @@ def test_the_nine_steps_of_a_model_card(
     expect(bar).to_have_attribute("value", re.compile(r"0\.0*[1-9]"))
     expect(empty.locator("#downloading")).to_contain_text(re.compile(r"\d+% .* of .*", re.DOTALL))
     empty.locator("#cancel").click()
-    expect(empty.locator("#downloading")).to_contain_text("Stopped. Download goes on from here.")
+    expect(empty.locator("#downloading")).to_contain_text("Stopped. Download resumes from here.")
     mended.behave()
     before = len(mended.requests)
     empty.locator("#start").click()
@@ -118,7 +118,7 @@ def test_a_connection_that_breaks_is_taken_up_again(
         ({"flip": 50_000}, "hash"),
     ],
 )
-def test_a_hub_that_fails_is_told_in_words(
+def test_a_failing_hub_is_explained(
     empty: Page, mended: HubServer, registry: Server, how: dict[str, Any], words: str
 ) -> None:
     branch = "gptq-3bit-128g-actorder_True"
@@ -131,7 +131,7 @@ def test_a_hub_that_fails_is_told_in_words(
     assert "Traceback" not in registry.log()
 
 
-def test_what_is_no_repository_is_not_asked_for(empty: Page, mended: HubServer) -> None:
+def test_what_is_not_a_repository_is_not_requested(empty: Page, mended: HubServer) -> None:
     for text in ("../../etc/passwd", "/etc", "owner/../x", "nothing", "a/b:../c", "a/b\x00c"):
         open_first = empty.locator("#repo").is_visible()
         if not open_first:
@@ -139,7 +139,7 @@ def test_what_is_no_repository_is_not_asked_for(empty: Page, mended: HubServer) 
         empty.locator("#repo textarea, #repo input").fill(text)
         before = len(mended.requests)
         empty.locator("#start").click()
-        expect(empty.locator("#downloading [role=alert]")).to_contain_text("is no repository")
+        expect(empty.locator("#downloading [role=alert]")).to_contain_text("is not a repository")
         assert len(mended.requests) == before
     empty.locator("#repo textarea, #repo input").fill("owner/nothing-here")
     empty.locator("#list-branches").click()

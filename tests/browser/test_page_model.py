@@ -196,7 +196,7 @@ def test_settings_are_saved_and_used_and_survive_a_restart(
         assert errors == []
 
 
-def test_damaged_settings_are_put_aside_with_a_word(
+def test_damaged_settings_are_renamed_with_a_note(
     empty: Page, registry: Server, config: Path
 ) -> None:
     file = config / "page-settings.json"
@@ -204,7 +204,7 @@ def test_damaged_settings_are_put_aside_with_a_word(
     file.write_text('{"models": {"' + FIRST)
     load(empty, SECOND)
     expect(empty.locator("#loading [role=note]")).to_contain_text(
-        "The file of settings was damaged; it was put aside as page-settings.damaged-1.json."
+        "The settings file was damaged; it was renamed to page-settings.damaged-1.json."
     )
     assert (config / "page-settings.damaged-1.json").read_text() == '{"models": {"' + FIRST
     assert not file.exists()

@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_the_settings_that_were_there(jobs: Jobs, tmp_path: P
     file = SettingsFile(tmp_path)
     file.save("model", ModelSettings(context=7))
     ((message, hint),) = jobs.run("save_without_room", tmp_path)
-    assert message.startswith("the settings cannot be saved")
+    assert message.startswith("cannot save the settings")
     assert "free some disk space" in hint
     assert file.read("model") == (ModelSettings(context=7), "")
     assert list(tmp_path.iterdir()) == [file.path]

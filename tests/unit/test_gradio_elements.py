@@ -61,11 +61,11 @@ def test_no_name_stands_for_two_elements() -> None:
 
 
 def test_every_id_is_on_the_page_and_every_other_is_refused(pages: list[dict[str, Any]]) -> None:
-    from gptq_loader_extensions.gradio.tabs.header import head
+    from gptq_loader_extensions.gradio.tabs.header import header_html
     from gptq_loader_extensions.gradio.views.plan_view import plan_html
 
     with gptq.load(CHECKPOINT, device="cpu") as model:
-        html = head(Loaded("a", model)) + plan_html(model.plan)
+        html = header_html(Loaded("a", model)) + plan_html(model.plan)
     made = {component["props"].get("elem_id") for component in pages} - {None}
     assert made | set(re.findall(r" id='([^']+)'", html)) == IDS
 

@@ -1,4 +1,4 @@
-"""What the page keeps: settings in a file, conversations in a browser; and what it gives away."""
+"""What the page saves: settings in a file, conversations in a browser; and what it exports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptq_loader_extensions.gradio.storage.settings_file import (
     SettingsFile,
 )
 from gptq_loader_extensions.gradio.tabs.export import as_json, as_markdown, file_name
-from gptq_loader_extensions.gradio.tabs.saved_chats import new_key, read_list, write_kept
+from gptq_loader_extensions.gradio.tabs.saved_chats import new_key, read_saved, write_saved
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.generation.options import GenerateOptions
 
@@ -45,19 +45,18 @@ def test_settings_are_read_back(tmp_path: Path) -> None:
     "text",
     ["", "{", '{"models": 3}', '{"models": {"a": {"sampling": {"top_p": 7}}}}', "\x00\xff"],
 )
-def test_a_damaged_file_is_put_aside(tmp_path: Path, text: str) -> None:
+def test_a_damaged_file_is_renamed(tmp_path: Path, text: str) -> None:
     file = SettingsFile(tmp_path)
     for number in (1, 2):
         file.path.write_text(text, encoding="latin-1")
-        found, note = file.read("a")
-        assert found is None
+        settings, note = file.read("a")
+        assert settings is None
         assert note == (
-            "the file of settings was damaged; it was put aside as "
-            f"page-settings.damaged-{number}.json"
+            f"the settings file was damaged; it was renamed to page-settings.damaged-{number}.json"
         )
         assert file.read("a") == (None, "")
     file.path.write_text(text, encoding="latin-1")
-    assert "put aside" in file.save("a", ModelSettings(system="x"))
+    assert "renamed to" in file.save("a", ModelSettings(system="x"))
     assert file.read("a") == (ModelSettings(system="x"), "")
 
 
@@ -97,12 +96,12 @@ def test_many_save_at_once_and_nothing_is_lost(tmp_path: Path) -> None:
 
 def test_a_conversation_is_kept_and_read_back() -> None:
     key = new_key()
-    kept = write_kept(key, TALK)
-    assert json.loads(kept)["title"] == "What is *this*?"
-    found = read_list(json.dumps({"current": key, "opened": json.loads(kept)}))
-    assert found.opened is not None
-    assert found.opened.talk() == tuple(TALK)
-    assert len(json.loads(write_kept(key, [{"role": "user", "content": "w " * 99}]))["title"]) < 50
+    written = write_saved(key, TALK)
+    assert json.loads(written)["title"] == "What is *this*?"
+    saved = read_saved(json.dumps({"current": key, "opened": json.loads(written)}))
+    assert saved.opened is not None
+    assert saved.opened.conversation() == tuple(TALK)
+    assert len(json.loads(write_saved(key, [{"role": "user", "content": "w " * 99}]))["title"]) < 50
 
 
 @pytest.mark.parametrize(
@@ -116,9 +115,9 @@ def test_a_conversation_is_kept_and_read_back() -> None:
         '{"listed": [{"key": 5}]}',
     ],
 )
-def test_what_a_browser_kept_is_checked(text: str | None) -> None:
-    found = read_list(text)
-    assert (found.opened, found.listed) == (None, ())
+def test_what_a_browser_saved_is_checked(text: str | None) -> None:
+    saved = read_saved(text)
+    assert (saved.opened, saved.listed) == (None, ())
 
 
 def test_a_conversation_is_exported() -> None:

@@ -11,9 +11,9 @@ import pytest
 from waiting import eventually, join
 
 import gptq_loader_plugin as gptq
-from gptq_loader_extensions.gradio.jobs.loading import load_watched
+from gptq_loader_extensions.gradio.jobs.loading import load_with_progress
 from gptq_loader_extensions.gradio.jobs.local_models import LocalModels
-from gptq_loader_extensions.gradio.jobs.models import Ready, Stopped
+from gptq_loader_extensions.gradio.jobs.models import ReplyStart, Stopped
 from gptq_loader_extensions.gradio.jobs.reply import chat_prompt, raw_prompt
 from gptq_loader_extensions.gradio.storage.catalog import Catalog
 from gptq_loader_extensions.gradio.views.prompt_view import prompt_html
@@ -47,13 +47,13 @@ def test_the_catalog_lists_models_and_the_demo(folder: Path) -> None:
     assert catalog.find(FIRST).target == folder / FIRST
     assert catalog.find("demo").target == "demo"
     assert "354 kB" in catalog.find(FIRST).label
-    assert catalog.place_for("owner_repo") == folder / "owner_repo"
-    assert Catalog().place_for("owner_repo") is None
+    assert catalog.download_folder("owner_repo") == folder / "owner_repo"
+    assert Catalog().download_folder("owner_repo") is None
 
 
 @pytest.mark.parametrize("name", ["", "/etc", "..", f"../models/{FIRST}", "\x00", "owner/repo"])
 def test_a_name_that_is_not_listed_is_not_found(folder: Path, name: str) -> None:
-    with pytest.raises(CheckpointNotFound, match="there is no model"):
+    with pytest.raises(CheckpointNotFound, match="is no longer here"):
         Catalog(models_dir=folder, cache=False).find(name)
 
 
@@ -76,28 +76,28 @@ def catalog() -> Catalog:
     return Catalog(models_dir=CHECKPOINTS, cache=False)
 
 
-def ask(models: LocalModels, text: str = "Hello", *, tokens: int = 6) -> str:
+def answer(models: LocalModels, text: str = "Hello", *, tokens: int = 6) -> str:
     options = GREEDY.model_copy(update={"max_new_tokens": tokens})
-    ready, *pieces = models.ask(
+    ready, *pieces = models.stream(
         chat_prompt([{"role": "user", "content": text}]), options, threading.Event()
     )
-    assert isinstance(ready, Ready)
+    assert isinstance(ready, ReplyStart)
     return "".join(it.text for it in pieces if isinstance(it, gptq.Piece))
 
 
 def test_a_model_is_put_in_place_of_another(catalog: Catalog) -> None:
     models = LocalModels(environ=ENVIRON)
     with pytest.raises(GPTQLoaderError, match="no model is loaded"):
-        ask(models)
-    progress: list[Progress] = []
-    first = models.load(catalog.find(FIRST), LoadOptions(context=100), progress.append)
-    assert {"weights", "self-check"} <= {it.stage for it in progress}
+        answer(models)
+    steps: list[Progress] = []
+    first = models.load(catalog.find(FIRST), LoadOptions(context=100), steps.append)
+    assert {"weights", "self-check"} <= {it.stage for it in steps}
     assert (first.name, first.model.context) == (FIRST, 100)
-    assert ask(models)
+    assert answer(models)
     with pytest.raises(OptionInvalid):
-        models.load(catalog.find(SECOND), LoadOptions(device="cuda:99"), progress.append)
+        models.load(catalog.find(SECOND), LoadOptions(device="cuda:99"), steps.append)
     assert models.loaded is first, "what cannot be loaded leaves the old one"
-    second = models.load(catalog.find(SECOND), LoadOptions(backend="reference"), progress.append)
+    second = models.load(catalog.find(SECOND), LoadOptions(backend="reference"), steps.append)
     assert models.loaded is second
     assert second.model.plan.kernels() == {"reference": 14}
     with pytest.raises(GPTQLoaderError, match="closed"):
@@ -110,15 +110,15 @@ def test_a_change_waits_for_the_reply_that_runs(catalog: Catalog) -> None:
     models = LocalModels(environ=ENVIRON)
     models.load(catalog.find(FIRST), LoadOptions(), lambda _: None)
     options = GREEDY.model_copy(update={"max_new_tokens": 50})
-    reply = models.ask(raw_prompt("Hello"), options, threading.Event())
+    reply = models.stream(raw_prompt("Hello"), options, threading.Event())
     next(reply)
-    progress: list[Progress] = []
+    steps: list[Progress] = []
     changing = threading.Thread(
-        target=models.load, args=(catalog.find(SECOND), LoadOptions(), progress.append)
+        target=models.load, args=(catalog.find(SECOND), LoadOptions(), steps.append)
     )
     changing.start()
-    eventually(lambda: progress, awaited="progress of the load")
-    assert progress[0].stage == "waiting"
+    eventually(lambda: steps, awaited="progress of the load")
+    assert steps[0].stage == "waiting"
     assert models.loaded is not None
     assert models.loaded.name == FIRST
     assert sum(1 for _ in reply) > 1, "the reply ends in peace"
@@ -136,16 +136,16 @@ def test_a_load_is_stopped_between_two_layers(catalog: Catalog) -> None:
         models.load(catalog.find(SECOND), LoadOptions(), lambda _: None, cancel=cancel)
     assert models.loaded is first, "it had not begun"
     cancel.clear()
-    told: list[Progress] = []
+    steps: list[Progress] = []
 
     def stop_at_the_third(progress: Progress) -> None:
-        told.append(progress)
-        if len(told) == 3:
+        steps.append(progress)
+        if len(steps) == 3:
             cancel.set()
 
     with pytest.raises(Stopped):
         models.load(catalog.find(SECOND), LoadOptions(), stop_at_the_third, cancel=cancel)
-    assert len(told) == 3
+    assert len(steps) == 3
     assert models.loaded is None
     assert models.load(catalog.find(FIRST), LoadOptions(), lambda _: None).name == FIRST
     models.unload()
@@ -154,7 +154,7 @@ def test_a_load_is_stopped_between_two_layers(catalog: Catalog) -> None:
 def test_a_load_that_waits_for_a_reply_is_stopped(catalog: Catalog) -> None:
     models = LocalModels(environ=ENVIRON)
     first = models.load(catalog.find(FIRST), LoadOptions(), lambda _: None)
-    reply = models.ask(raw_prompt("Hello"), GREEDY, threading.Event())
+    reply = models.stream(raw_prompt("Hello"), GREEDY, threading.Event())
     next(reply)
     cancel = threading.Event()
 
@@ -166,7 +166,7 @@ def test_a_load_that_waits_for_a_reply_is_stopped(catalog: Catalog) -> None:
         models.load(catalog.find(SECOND), LoadOptions(), stop, cancel=cancel)
     assert models.loaded is first
     assert sum(1 for _ in reply) > 1
-    assert ask(models), "and the next one is answered"
+    assert answer(models), "and the next one is answered"
     models.unload()
 
 
@@ -174,22 +174,22 @@ def test_a_load_that_comes_to_nothing_says_what_is_loaded(catalog: Catalog) -> N
     models = LocalModels(environ=ENVIRON)
     cancel = threading.Event()
     cancel.set()
-    last = [*load_watched(models, catalog.find(FIRST), LoadOptions(), cancel)][-1]
+    last = [*load_with_progress(models, catalog.find(FIRST), LoadOptions(), cancel)][-1]
     assert (last.running, last.stopped) == (False, True)
     assert "Stopped. No model is loaded now." in last.progress
     models.load(catalog.find(FIRST), LoadOptions(), lambda _: None)
-    last = [*load_watched(models, catalog.find(SECOND), LoadOptions(), cancel)][-1]
+    last = [*load_with_progress(models, catalog.find(SECOND), LoadOptions(), cancel)][-1]
     assert f"Stopped. {FIRST} is still loaded." in last.progress
-    seen = []
+    views = []
     cancel.clear()
-    for view in load_watched(models, catalog.find(SECOND), LoadOptions(), cancel):
-        seen.append(view)
+    for view in load_with_progress(models, catalog.find(SECOND), LoadOptions(), cancel):
+        views.append(view)
         if "Loading the weights" in view.progress and "%" in view.progress:
             cancel.set()
-    assert f"No model is loaded now: {FIRST} was unloaded for it." in seen[-1].progress
+    assert f"No model is loaded now: {FIRST} was unloaded for it." in views[-1].progress
     models.load(catalog.find(FIRST), LoadOptions(), lambda _: None)
     options = LoadOptions(backend="exllama")
-    last = [*load_watched(models, catalog.find(SECOND), options, threading.Event())][-1]
+    last = [*load_with_progress(models, catalog.find(SECOND), options, threading.Event())][-1]
     assert f"{FIRST} is still loaded." in last.progress
     assert not last.stopped
     models.unload()
@@ -198,10 +198,10 @@ def test_a_load_that_comes_to_nothing_says_what_is_loaded(catalog: Catalog) -> N
 def test_a_reply_that_is_given_up_does_not_hold_a_change_up(catalog: Catalog) -> None:
     models = LocalModels(environ=ENVIRON)
     models.load(catalog.find(FIRST), LoadOptions(), lambda _: None)
-    reply = models.ask(raw_prompt("Hello"), GREEDY, threading.Event())
+    reply = models.stream(raw_prompt("Hello"), GREEDY, threading.Event())
     next(reply)
     reply.close()  # type: ignore[attr-defined]  # a generator
-    never_begun = models.ask(raw_prompt("Hello"), GREEDY, threading.Event())
+    never_begun = models.stream(raw_prompt("Hello"), GREEDY, threading.Event())
     models.unload()
     assert models.loaded is None
     with pytest.raises(GPTQLoaderError, match="no model is loaded"):

@@ -18,9 +18,9 @@ import pytest
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.gradio import GradioHost, gptq_hosts
 from gptq_loader_extensions.gradio.jobs.conversation import ChatState, undo_last
-from gptq_loader_extensions.gradio.jobs.models import Loaded, Ready
+from gptq_loader_extensions.gradio.jobs.models import Loaded, ReplyStart
 from gptq_loader_extensions.gradio.jobs.reply import chat_prompt, write_reply
-from gptq_loader_extensions.gradio.tabs.header import entry_name, head, title
+from gptq_loader_extensions.gradio.tabs.header import entry_name, header_html, title
 from gptq_loader_extensions.gradio.versions import known, to_pairs
 from gptq_loader_plugin.chat.templates import ChatML
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid, PluginError, PromptTooLong
@@ -30,7 +30,7 @@ from gptq_loader_plugin.generation.options import GenerateOptions
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from gptq_loader_extensions.gradio.jobs.models import Prompt
+    from gptq_loader_extensions.gradio.jobs.models import EncodedPrompt
 
 ENVIRON = {"GPTQ_LOADER_PLUGINS": "core,kernel-dense,kernel-reference"}
 CHECKPOINT = Path(__file__).parents[1] / "data" / "checkpoints" / "gptq-4bit-32g-act-sym"
@@ -41,7 +41,7 @@ QUESTION = {"role": "user", "content": "Hello?"}
 
 
 class FakeModels:
-    """Give one word after the other, or raise."""
+    """Generate one word after the other, or raise."""
 
     loaded = None
 
@@ -49,22 +49,22 @@ class FakeModels:
         self.words, self.finish = words, finish
         self.error: Exception | None = None
         self.warning = ""
-        self.asked: list[dict[str, str]] = []
-        self.given: GenerateOptions | None = None
+        self.messages: list[dict[str, str]] = []
+        self.options: GenerateOptions | None = None
         self.ended = False
 
-    def ask(
+    def stream(
         self,
-        prepare: Callable[[Any], Prompt],
+        prepare: Callable[[Any], EncodedPrompt],
         options: GenerateOptions,
         cancel: threading.Event,
-    ) -> Iterator[Ready | Piece]:
-        self.given = options
+    ) -> Iterator[ReplyStart | Piece]:
+        self.options = options
         if self.error:
             raise self.error
         prompt = prepare(SimpleNamespace(encode_chat=self._encode, template=ChatML()))
         assert prompt.stop == ChatML().stop
-        yield Ready(len(prompt.ids), 512, prompt.warning)
+        yield ReplyStart(len(prompt.ids), 512, prompt.warning)
         try:
             for i, word in enumerate(self.words):
                 if cancel.is_set():
@@ -77,7 +77,7 @@ class FakeModels:
 
     def _encode(self, messages: Any, *, when_too_long: str) -> tuple[list[int], str]:
         assert when_too_long == "drop-oldest"
-        self.asked = list(messages)
+        self.messages = list(messages)
         return [1, 2, 3], self.warning
 
 
@@ -164,10 +164,10 @@ def test_a_reply_that_was_cut_off_says_where(limit: int, words: str) -> None:
 def test_a_system_message_comes_first_and_is_not_shown() -> None:
     model = FakeModels()
     *_, last = answer(model, system="Be brief.")
-    assert model.asked == [{"role": "system", "content": "Be brief."}, QUESTION]
+    assert model.messages == [{"role": "system", "content": "Be brief."}, QUESTION]
     assert last.messages[0] == QUESTION
     list(answer(model, system="  "))
-    assert model.asked == [QUESTION]
+    assert model.messages == [QUESTION]
 
 
 def test_undo_removes_a_question_and_its_reply() -> None:
@@ -189,7 +189,7 @@ def test_the_head_says_what_runs_and_escapes_it() -> None:
         warnings=("a label lies", "a label lies"),
         explain=plan.explain,
     )
-    html = head(Loaded(entry_name(model), model))
+    html = header_html(Loaded(entry_name(model), model))
     assert entry_name(model) == CHECKPOINT.name
     assert "<script>" not in html
     text = unescape(html)
@@ -210,7 +210,7 @@ def test_the_demo_goes_by_its_real_name() -> None:
     assert entry_name(model) == "demo"
     assert title(Loaded("demo", model)) == "SmolLM2"
     assert title(None) == "No model is loaded"
-    assert "Choose one" in head(None)
+    assert "Choose one" in header_html(None)
 
 
 def test_options_that_a_version_does_not_know_are_left_out() -> None:
@@ -230,12 +230,12 @@ def test_the_host_is_offered_by_name() -> None:
     assert isinstance(host, gptq.Host)
 
 
-def test_a_taken_port_is_said_to_be_taken() -> None:
+def test_a_port_in_use_is_named() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(OptionInvalid, match=f"^port {port} is taken") as caught:
+        with pytest.raises(OptionInvalid, match=f"^port {port} is already in use") as caught:
             GradioHost().install(model=FakeModels(), port=port, open_browser=False)
     assert "--port" in caught.value.hint
 
@@ -243,12 +243,12 @@ def test_a_taken_port_is_said_to_be_taken() -> None:
 @pytest.mark.parametrize(
     ("where", "words"),
     [
-        ({"port": 70_000}, "70000 is no port"),
+        ({"port": 70_000}, "70000 is not a valid port"),
         ({"host": "192.0.2.1"}, "192.0.2.1 is not an address of this machine"),
-        ({"colour": "red"}, "no option colour"),
+        ({"colour": "red"}, "unknown options of the page: colour"),
     ],
 )
-def test_an_address_that_cannot_be_is_an_error_in_words(where: dict[str, Any], words: str) -> None:
+def test_an_address_that_cannot_be_is_a_clear_error(where: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionInvalid, match=words):
         GradioHost().install(model=FakeModels(), open_browser=False, **where)
 
@@ -260,31 +260,31 @@ def test_without_gradio_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
     assert caught.value.hint == "pip install 'gptq-loader-plugin[gradio]'"
 
 
-# What is drawn
+# What is shown
 
 
 @pytest.fixture(scope="module")
-def drawing() -> Iterator[Any]:
-    """The module that draws; importing gradio leaves event loops open behind it."""
+def updates() -> Iterator[Any]:
+    """The module that shows the chat; importing gradio leaves event loops open behind it."""
     pytest.importorskip("gradio")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
-        from gptq_loader_extensions.gradio.tabs import chat_updates as drawing
+        from gptq_loader_extensions.gradio.tabs import chat_updates as updates
 
         gc.collect()
-    return drawing
+    return updates
 
 
-def stream(drawing: Any, model: FakeModels, values: Sequence[Any] = DEFAULTS) -> list[Any]:
+def stream(updates: Any, model: FakeModels, values: Sequence[Any] = DEFAULTS) -> list[Any]:
     return list(
-        drawing.stream_updates(model, (QUESTION,), values, key=KEY, before=(), draft="Hello?")
+        updates.stream_updates(model, (QUESTION,), values, key=KEY, before=(), draft="Hello?")
     )
 
 
-def test_the_settings_reach_the_model(drawing: Any) -> None:
+def test_the_settings_reach_the_model(updates: Any) -> None:
     model = FakeModels()
-    stream(drawing, model, ["Be brief.", 7, 0, 0.5, 3, 0.1, 1.2, 42])
-    assert model.given == GenerateOptions(
+    stream(updates, model, ["Be brief.", 7, 0, 0.5, 3, 0.1, 1.2, 42])
+    assert model.options == GenerateOptions(
         max_new_tokens=7,
         temperature=0,
         top_p=0.5,
@@ -293,18 +293,18 @@ def test_the_settings_reach_the_model(drawing: Any) -> None:
         repetition_penalty=1.2,
         seed=42,
     )
-    assert model.asked[0]["content"] == "Be brief."
+    assert model.messages[0]["content"] == "Be brief."
 
 
-def test_the_defaults_are_those_of_the_options(drawing: Any) -> None:
+def test_the_defaults_are_those_of_the_options(updates: Any) -> None:
     model = FakeModels()
-    stream(drawing, model)
-    assert model.given == OPTIONS
+    stream(updates, model)
+    assert model.options == OPTIONS
 
 
-def test_a_reply_hands_out_what_stops_it(drawing: Any) -> None:
+def test_a_reply_hands_out_what_stops_it(updates: Any) -> None:
     model = FakeModels(["w"] * 1000)
-    running = drawing.stream_updates(
+    running = updates.stream_updates(
         model, (QUESTION,), DEFAULTS, key=KEY, before=(), draft="Hello?"
     )
     first = next(running)
@@ -321,11 +321,11 @@ def test_a_reply_hands_out_what_stops_it(drawing: Any) -> None:
 
 
 def test_the_buttons_are_not_redrawn_while_a_reply_grows(
-    drawing: Any, monkeypatch: pytest.MonkeyPatch
+    updates: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drawing, "write_reply", partial(write_reply, clock=Clock()))
+    monkeypatch.setattr(updates, "write_reply", partial(write_reply, clock=Clock()))
     words = ["One", " two", " three", " four"]
-    began, again, *growing, last = stream(drawing, FakeModels(words))
+    began, again, *growing, last = stream(updates, FakeModels(words))
     assert set(began) - set(again) <= {"message"}, "what is named once may be lost"
     assert growing
     for grown in growing:
@@ -333,9 +333,9 @@ def test_the_buttons_are_not_redrawn_while_a_reply_grows(
     assert '"role":"assistant","content":"One two three four"' in last["kept"]
 
 
-def test_a_page_that_goes_away_ends_its_reply(drawing: Any) -> None:
+def test_a_page_that_goes_away_ends_its_reply(updates: Any) -> None:
     model = FakeModels(["w"] * 1000)
-    running = drawing.stream_updates(model, (QUESTION,), DEFAULTS, key=KEY, before=())
+    running = updates.stream_updates(model, (QUESTION,), DEFAULTS, key=KEY, before=())
     cancel = next(running)["cancel"]
     running.close()
     assert cancel.is_set()
@@ -353,27 +353,27 @@ LONG = PromptTooLong("the prompt has 9 tokens", tokens=9, context=5, hint="drop-
         (MemoryError(), "Out of memory. Choose a smaller model"),
     ],
 )
-def test_an_error_puts_everything_back(drawing: Any, error: Exception, words: str) -> None:
+def test_an_error_puts_everything_back(updates: Any, error: Exception, words: str) -> None:
     model = FakeModels()
     model.error = error
-    *_, last = stream(drawing, model)
+    *_, last = stream(updates, model)
     assert last["problem"].startswith(words)
     assert last["conversation"] == ()
     assert last["message"]["value"] == "Hello?"
 
 
-def test_a_setting_out_of_range_is_named(drawing: Any) -> None:
-    *_, last = stream(drawing, FakeModels(), ["", 0, *DEFAULTS[2:]])
+def test_a_setting_out_of_range_is_named(updates: Any) -> None:
+    *_, last = stream(updates, FakeModels(), ["", 0, *DEFAULTS[2:]])
     assert last["problem"].startswith("The option max_new_tokens: ")
 
 
-def test_a_warning_is_told(drawing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    monkeypatch.setattr(drawing.gr, "Warning", told.append)
+def test_a_warning_is_shown(updates: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(updates.gr, "Warning", warnings.append)
     model = FakeModels()
     model.warning = "its oldest 2 messages were left out"
-    stream(drawing, model)
-    assert told == [model.warning]
+    stream(updates, model)
+    assert warnings == [model.warning]
 
 
 @pytest.mark.parametrize(
@@ -386,12 +386,12 @@ def test_a_warning_is_told(drawing: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         ("written &lt;b and `&lt;b`", "written &amp;lt;b and `&lt;b`"),
     ],
 )
-def test_tags_outside_code_are_shown_and_not_obeyed(drawing: Any, text: str, shown: str) -> None:
+def test_tags_outside_code_are_shown_and_not_obeyed(updates: Any, text: str, shown: str) -> None:
     state = ChatState(({"role": "assistant", "content": text},))
-    assert drawing.render(state)["chat"][0]["content"] == shown
-    assert drawing.from_markdown(shown) == text, "and editing it where it is shown changes nothing"
+    assert updates.render(state)["chat"][0]["content"] == shown
+    assert updates.from_markdown(shown) == text, "and editing it where it is shown changes nothing"
 
 
-def test_a_reply_without_text_says_so(drawing: Any) -> None:
+def test_a_reply_without_text_says_so(updates: Any) -> None:
     state = ChatState(({"role": "assistant", "content": ""},))
-    assert drawing.render(state)["chat"][0]["content"] == "*(a reply without text)*"
+    assert updates.render(state)["chat"][0]["content"] == "*(a reply without text)*"

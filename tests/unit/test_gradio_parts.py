@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import gptq_loader_plugin as gptq
-from gptq_loader_extensions.gradio.error_messages import alert, as_words
-from gptq_loader_extensions.gradio.jobs.comparing import by_turns, where_they_part
-from gptq_loader_extensions.gradio.jobs.models import Ready
-from gptq_loader_extensions.gradio.jobs.progress import Done, progress_bar, watched
+from gptq_loader_extensions.gradio.error_messages import alert, format_error
+from gptq_loader_extensions.gradio.jobs.comparing import by_turns, describe_difference
+from gptq_loader_extensions.gradio.jobs.models import ReplyStart
+from gptq_loader_extensions.gradio.jobs.progress import Finished, progress_bar, run_with_progress
 from gptq_loader_extensions.gradio.jobs.reply import raw_prompt
 from gptq_loader_extensions.gradio.storage.presets import PRESETS, own_sampling, preset_of
 from gptq_loader_extensions.gradio.views.facts import facts_html
@@ -37,37 +37,37 @@ GREEDY = GenerateOptions(temperature=0, max_new_tokens=6)
 
 
 def test_work_is_watched_to_its_end() -> None:
-    def work(tell: Any) -> str:
+    def work(on_progress: Any) -> str:
         for i in range(100):
-            tell(Progress("weights", i, 100))
-        tell(Progress("self-check", 0, 2, "checks"))
+            on_progress(Progress("weights", i, 100))
+        on_progress(Progress("self-check", 0, 2, "checks"))
         return "value"
 
-    *steps, last = watched(work)
+    *steps, last = run_with_progress(work)
     assert [it.stage for it in steps if isinstance(it, Progress)][-1] == "self-check"
     assert len(steps) < 20, "and not redrawn a hundred times"
-    assert isinstance(last, Done)
+    assert isinstance(last, Finished)
     assert last.value == "value"
 
 
 def test_work_that_fails_is_raised_where_it_is_watched() -> None:
-    def work(tell: Any) -> None:
-        tell(Progress("weights", 0, 2))
+    def work(on_progress: Any) -> None:
+        on_progress(Progress("weights", 0, 2))
         raise GPTQLoaderError("no", hint="yes")
 
     with pytest.raises(GPTQLoaderError, match="no"):
-        list(watched(work))
+        list(run_with_progress(work))
 
 
 def test_work_goes_on_when_nobody_watches() -> None:
     ended = threading.Event()
 
-    def work(tell: Any) -> None:
-        tell(Progress("weights", 0, 2))
+    def work(on_progress: Any) -> None:
+        on_progress(Progress("weights", 0, 2))
         time.sleep(0.05)
         ended.set()
 
-    running = watched(work)
+    running = run_with_progress(work)
     next(running)
     running.close()  # type: ignore[attr-defined]  # a generator
     assert ended.wait(5)
@@ -110,11 +110,13 @@ def test_the_plan_shows_every_answer() -> None:
     assert drawn.count("<i class=") == 3
 
 
-def test_errors_are_words() -> None:
+def test_errors_are_sentences() -> None:
     long = PromptTooLong("the prompt is long", tokens=9, context=5, hint="drop-oldest")
-    assert as_words(long) == "The prompt is long. Shorten the message, or the system message."
-    assert as_words(GPTQLoaderError("a", hint="b")) == "A. B."
-    assert as_words(RuntimeError("")) == "The model failed: RuntimeError. The terminal says more."
+    assert format_error(long) == "The prompt is long. Shorten the message, or the system message."
+    assert format_error(GPTQLoaderError("a", hint="b")) == "A. B."
+    assert (
+        format_error(RuntimeError("")) == "The model failed: RuntimeError. The terminal says more."
+    )
     assert alert("<b>") == '<div role="alert">&lt;b&gt;</div>'
     assert alert("") == ""
 
@@ -130,8 +132,8 @@ class Words:
     def __init__(self, clock: list[float], *words: str) -> None:
         self.clock, self.words = clock, words
 
-    def ask(self, prepare: Any, options: Any, cancel: threading.Event) -> Iterator[Any]:
-        yield Ready(1, 10)
+    def stream(self, prepare: Any, options: Any, cancel: threading.Event) -> Iterator[Any]:
+        yield ReplyStart(1, 10)
         for i, word in enumerate(self.words):
             self.clock[0] += 1
             last = i + 1 == len(self.words)
@@ -141,27 +143,27 @@ class Words:
 def test_sides_take_turns_and_are_timed_alone() -> None:
     now = [0.0]
     sides: Any = (Words(now, "a", "b", "c"), Words(now, "a", "x"))
-    seen = list(
+    states = list(
         by_turns(sides, raw_prompt(""), GREEDY, cancel=threading.Event(), clock=lambda: now[0])
     )
-    assert [at for at, _ in seen][:6] == [0, 1, 0, 1, 0, 1]
-    ends = {at: state for at, state in seen if not state.running}
+    assert [at for at, _ in states][:6] == [0, 1, 0, 1, 0, 1]
+    ends = {at: state for at, state in states if not state.running}
     assert (ends[0].reply, ends[1].reply) == ("abc", "ax")
     for end in ends.values():
         assert "1.0 a second" in end.status, "and not half of it"
 
 
-def test_where_replies_part() -> None:
-    assert where_they_part("same", "same") == "Both replies are the same."
-    assert where_they_part("a", "b") == "The replies differ from the first character."
-    assert where_they_part("Paris is", "Paris was") == (
+def test_where_replies_differ() -> None:
+    assert describe_difference("same", "same") == "Both replies are the same."
+    assert describe_difference("a", "b") == "The replies differ from the first character."
+    assert describe_difference("Paris is", "Paris was") == (
         "The replies are the same for 6 characters, up to “Paris”."
     )
 
 
 def test_presets_fill_in_what_a_checkpoint_recommends() -> None:
-    def model(**told: Any) -> Any:
-        config = SimpleNamespace(to_diff_dict=lambda: told)
+    def model(**values: Any) -> Any:
+        config = SimpleNamespace(to_diff_dict=lambda: values)
         return SimpleNamespace(model=SimpleNamespace(generation_config=config))
 
     assert own_sampling(model(temperature=0.6, top_k=20, pad_token_id=3)) == GenerateOptions(

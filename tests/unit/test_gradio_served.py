@@ -11,7 +11,7 @@ from served import OTHER, Brake, running
 from waiting import join
 
 from gptq_loader_extensions.gradio.jobs.measuring import measure
-from gptq_loader_extensions.gradio.jobs.models import Ready, Stopped
+from gptq_loader_extensions.gradio.jobs.models import ReplyStart, Stopped
 from gptq_loader_extensions.gradio.jobs.reply import raw_prompt
 from gptq_loader_extensions.gradio.jobs.server_models import ServerModels
 from gptq_loader_extensions.gradio.storage.catalog import Catalog
@@ -27,8 +27,8 @@ GREEDY = GenerateOptions(temperature=0, max_new_tokens=5)
 
 
 def pieces(models: ServerModels, cancel: threading.Event) -> list[Piece]:
-    found = models.ask(raw_prompt("Hello"), GREEDY, cancel)
-    return [it for it in found if not isinstance(it, Ready)]
+    events = models.stream(raw_prompt("Hello"), GREEDY, cancel)
+    return [event for event in events if not isinstance(event, ReplyStart)]
 
 
 def test_a_reply_that_ends_does_not_end_another_of_the_same_stop_button(tmp_path: Path) -> None:
@@ -36,9 +36,9 @@ def test_a_reply_that_ends_does_not_end_another_of_the_same_stop_button(tmp_path
         models, cancel = ServerModels(server.server), threading.Event()
         assert pieces(models, cancel)[-1].finish == "length"
         assert not cancel.is_set()
-        given_up = models.ask(raw_prompt("Hello"), GREEDY, cancel)
-        next(given_up)
-        given_up.close()  # type: ignore[attr-defined]  # a generator
+        abandoned = models.stream(raw_prompt("Hello"), GREEDY, cancel)
+        next(abandoned)
+        abandoned.close()  # type: ignore[attr-defined]  # a generator
         assert cancel.is_set()
 
 
@@ -73,12 +73,12 @@ def test_it_is_measured_between_the_replies(tmp_path: Path) -> None:
     with running(tmp_path) as server:
         models = ServerModels(server.server)
         written: list[Piece] = []
-        found = measure(
+        measured = measure(
             models,
             None,
             threading.Event(),
             lambda it: written.extend(pieces(models, threading.Event()) if it.done == 1 else []),
         )
         assert written[-1].finish == "length"
-        assert found.name == ONE
-        assert found.perplexity > 1
+        assert measured.name == ONE
+        assert measured.perplexity > 1

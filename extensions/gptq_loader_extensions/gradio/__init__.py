@@ -1,4 +1,4 @@
-"""The host "gradio": a page that loads models and talks to them, whole or as a part of another."""
+"""Offer the host "gradio": a page that loads models and chats with them, or a part of another."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPTIONS = ("model", "host", "port", "open_browser", "models_dir")
 
 @dataclass(frozen=True, slots=True)
 class GradioHost:
-    """Open a page in the browser that loads models and talks to them."""
+    """Open a page in the browser that loads models and chats with them."""
 
     name: str = "gradio"
 
@@ -31,9 +31,9 @@ class GradioHost:
 
         Args:
             **options: `model`, a LoadedModel, or None to choose one in the page; `host`, the
-                address to serve on, "127.0.0.1" unless told; `port`, None for the first free one
+                address to serve on, by default "127.0.0.1"; `port`, None for the first free one
                 from 7860 on, 0 for any; `open_browser`, whether to open the page in this machine's
-                browser, True unless told; `models_dir`, the folder whose folders are models.
+                browser, by default True; `models_dir`, the folder whose folders are models.
 
         Raises:
             PluginError: gradio is not installed.
@@ -41,8 +41,8 @@ class GradioHost:
         """
         if unknown := sorted(set(options) - set(OPTIONS)):
             raise OptionInvalid(
-                f"the page has no option {', '.join(unknown)}",
-                hint=f"the options are {', '.join(OPTIONS)}",
+                f"unknown options of the page: {', '.join(unknown)}",
+                hint=f"use {', '.join(OPTIONS)}",
             )
         from gptq_loader_extensions.gradio.serving import serve
 
@@ -75,7 +75,7 @@ def registry(
     context: int | None = None,
     system: str = "",
 ) -> gradio.Blocks:
-    """Build a chat with a model, for `gr.load(name, src=registry)` in anyone's own application.
+    """Build a chat with a model, for `gr.load(name, src=registry)` in your own application.
 
     Args:
         name: a folder, a file, `owner/repo:branch`, or "demo".
@@ -84,7 +84,7 @@ def registry(
         backend: as for `load`.
         template: as for `load`.
         context: as for `load`.
-        system: the system message to begin with.
+        system: the system message at the start.
 
     Raises:
         GPTQLoaderError: the model cannot be loaded.

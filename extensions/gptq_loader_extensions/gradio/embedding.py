@@ -1,4 +1,4 @@
-"""Build a chat with one model as a part of somebody else's gradio application."""
+"""Build a chat with one model as a part of another gradio application."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from gptq_loader_extensions.gradio.error_messages import as_words
+from gptq_loader_extensions.gradio.error_messages import format_error
 from gptq_loader_extensions.gradio.jobs.local_models import LocalModels
 from gptq_loader_extensions.gradio.jobs.models import Loaded
 from gptq_loader_extensions.gradio.jobs.reply import chat_prompt, write_reply
@@ -27,7 +27,7 @@ DEFAULTS = GenerateOptions()
 
 
 def chat_interface(model: LoadedModel, *, system: str = "") -> gr.Blocks:
-    """Build the chat; programs call it as `/chat`, with a message and, if they like, settings."""
+    """Build the chat; programs call it as `/chat`, with a message and optional settings."""
     models = LocalModels(Loaded(entry_name(model), model))
 
     def chat(
@@ -48,7 +48,7 @@ def chat_interface(model: LoadedModel, *, system: str = "") -> gr.Blocks:
                 if state.reply or not state.running:
                     yield state.reply
         except GPTQLoaderError as error:
-            raise gr.Error(as_words(error), **known(gr.Error, print_exception=False)) from error
+            raise gr.Error(format_error(error), **known(gr.Error, print_exception=False)) from error
         finally:
             cancel.set()
 
@@ -64,7 +64,7 @@ def chat_interface(model: LoadedModel, *, system: str = "") -> gr.Blocks:
 
 
 def _messages(history: list[Any]) -> list[dict[str, str]]:
-    """Read a history as any version of gradio gives it: messages, or pairs before 4.44."""
+    """Read a history from any version of gradio: messages, or pairs before 4.44."""
     messages: list[dict[str, str]] = []
     for turn in history:
         if isinstance(turn, dict):
@@ -77,9 +77,9 @@ def _messages(history: list[Any]) -> list[dict[str, str]]:
 
 
 def _text(content: Any) -> str:  # noqa: ANN401 - as gradio gives it
-    """Read a content: a text, or a list of parts of which the texts count."""
+    """Read a content: a text, or a list of parts, of which the texts are joined."""
     if isinstance(content, list):
-        return "".join(_text(it) for it in content)
+        return "".join(_text(part) for part in content)
     if isinstance(content, dict):
         return str(content.get("text") or "")
     return content or ""

@@ -1,4 +1,4 @@
-"""Name how the page's events run: none is an interface for programs.
+"""Name how the page's events run; none of them is an API for programs.
 
 A generator that yields a component's `gr.update` names it again in what it yields right after: of
 two messages that reach the browser within a moment, gradio 6.31 draws the second alone, and a
@@ -16,7 +16,7 @@ import gradio as gr
 
 from gptq_loader_extensions.gradio.versions import known
 
-__all__ = ["AT_ONCE", "LOADS", "PRIVATE", "REPLIES", "stop", "tell"]
+__all__ = ["AT_ONCE", "LOADS", "PRIVATE", "REPLIES", "show_error", "stop"]
 
 # Replies written at once; each has its own cache, and they share the machine. More wait.
 REPLIES_AT_ONCE = 4
@@ -31,18 +31,18 @@ REPLIES: dict[str, Any] = {
 }
 LOADS: dict[str, Any] = {
     "show_progress": "hidden",
-    "concurrency_limit": None,  # a load that waits for another says so in the page
+    "concurrency_limit": None,  # a load that waits for another one says so in the page
     **PRIVATE,
 }
 
 
-def tell(problem: str) -> None:
-    """Show an error; in an event of its own, for one that fails has its outputs covered."""
+def show_error(problem: str) -> None:
+    """Show an error, in an event of its own: gradio covers the outputs of one that fails."""
     if problem:
         raise gr.Error(escape(problem), **known(gr.Error, duration=None, print_exception=False))
 
 
 def stop(cancel: threading.Event | None) -> None:
-    """End what is being written."""
+    """Cancel what is running."""
     if cancel is not None:
         cancel.set()

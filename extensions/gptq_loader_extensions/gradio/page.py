@@ -1,4 +1,4 @@
-"""Lay out the page, give it its look, and put it into an application."""
+"""Lay out the page, and style it."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ CONTRAST = {
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a page stands on.
+    """What a page is built on.
 
     Attributes:
         models: holds the model and answers.
         catalog: what may be loaded.
         settings: what is saved for each model.
         downloads: whether models may be downloaded.
-        measured: the perplexities that are kept.
+        measured: the measured perplexities.
     """
 
     models: Models
@@ -99,15 +99,15 @@ TABS = (
 def build_page(parts: Parts) -> gr.Blocks:
     """Build the page; it opens at the chat where a model is loaded, or else where one is chosen.
 
-    Every browser tab has a conversation of its own. Since gradio 6 the look belongs to the launch:
+    Every browser tab has a conversation of its own. Since gradio 6 the style belongs to the launch:
     pass `**launch_style()` there.
     """
     models, loaded = parts.models, parts.models.loaded
     style = launch_style()
     at_launch = known(gr.Blocks.launch, **style)
-    look = {name: value for name, value in style.items() if name not in at_launch}
+    options = {name: value for name, value in style.items() if name not in at_launch}
     page: gr.Blocks
-    with gr.Blocks(title=title(loaded), analytics_enabled=False, **look) as page:
+    with gr.Blocks(title=title(loaded), analytics_enabled=False, **options) as page:
         header = gr.HTML("", elem_id=elements.ABOUT)  # filled for each page that opens
         with gr.Row():
             with (
@@ -124,7 +124,7 @@ def build_page(parts: Parts) -> gr.Blocks:
 
 
 def launch_style() -> dict[str, Any]:
-    """Give the look and the script, as options of `launch` (or of `Blocks` before 6)."""
+    """Return the style and the script, as options of `launch` (or of `Blocks` before 6)."""
     theme = Base(
         primary_hue="teal",
         secondary_hue="teal",
@@ -139,7 +139,7 @@ def launch_style() -> dict[str, Any]:
 
 
 def _first_tab(models: Models) -> str:
-    """Open at the chat where there is somebody to talk to, and else where to choose."""
+    """Return the chat where a model is loaded, or the tab where one is chosen."""
     return elements.CHAT_TAB if models.loaded else elements.MODEL_TAB
 
 

@@ -1,4 +1,4 @@
-"""Serve a page on this machine, and say where until Ctrl-C; or put it into another server."""
+"""Serve a page on this machine until Ctrl-C, or mount it in another server."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = ["mount", "mount_page", "open_page", "parts_for", "serve"]
 
-WAITING = 64  # events of all browsers together that may wait for their turn
-UPLOADS = 1  # the most bytes of a file that a browser may send: the page takes none
+WAITING = 64  # events of all browsers together that may wait in the queue
+UPLOADS = 1  # the largest file in bytes that a browser may send: the page takes none
 
 # What a page may fetch: itself, and nothing else. Without this a picture in a reply, which is
-# Markdown, would have the browser ask whatever address the model writes.
+# Markdown, would make the browser fetch whatever address the model writes.
 CONTENT_POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def serve(
     open_browser: bool,
     models_dir: Path | None = None,
 ) -> None:
-    """Open the page, say its address on stderr, and serve it until Ctrl-C.
+    """Open the page, print its address to stderr, and serve it until Ctrl-C.
 
     Raises:
         PluginError: gradio is not installed, or cannot serve.
@@ -55,7 +55,7 @@ def serve(
     """
     page, url = open_page(model, host=host, port=port, models_dir=models_dir)
     try:
-        sys.stderr.write(f"Open {url}\nCtrl-C ends it.\n")
+        sys.stderr.write(f"Open {url}\nPress Ctrl-C to stop.\n")
         sys.stderr.flush()
         if open_browser and _has_display():
             _show(url)
@@ -72,7 +72,7 @@ def open_page(
     port: int | None = None,
     models_dir: Path | None = None,
 ) -> tuple[gradio.Blocks, str]:
-    """Serve the page from a thread of its own; give it and its address.
+    """Serve the page from a thread of its own; return it and its address.
 
     Raises:
         PluginError: gradio is not installed, or cannot serve.
@@ -102,8 +102,8 @@ def open_page(
             f"the page cannot be served on {host}: {error}",
             hint="choose a free port with --port",
         ) from error
-    shown = "127.0.0.1" if host in ("0.0.0.0", "") else host  # noqa: S104 - compared, not bound
-    return page, f"http://{f'[{shown}]' if ':' in shown else shown}:{page.server_port}"
+    address = "127.0.0.1" if host in ("0.0.0.0", "") else host  # noqa: S104 - compared, not bound
+    return page, f"http://{f'[{address}]' if ':' in address else address}:{page.server_port}"
 
 
 def mount(
@@ -113,13 +113,13 @@ def mount(
     path: str = "/",
     allowed: Callable[[str, str], bool] | None = None,
 ) -> None:
-    """Put the page into an application, behind the routes it has already.
+    """Mount the page in an application, behind the routes it already has.
 
     Args:
         app: the application.
-        parts: what the page stands on; its models are those of the application.
+        parts: what the page is built on; its models are those of the application.
         path: where the page is.
-        allowed: says whether a user and a password open the page; None lets everyone in.
+        allowed: returns whether a user and a password open the page; None lets everyone in.
 
     Raises:
         PluginError: gradio is not installed.
@@ -136,7 +136,7 @@ def mount(
 
 
 def mount_page(app: FastAPI, server: Server) -> None:
-    """Put the page at "/", behind the API's routes."""
+    """Mount the page at "/", behind the API's routes."""
     from gptq_loader_extensions.gradio.jobs.server_models import ServerModels
 
     settings = server.settings
@@ -147,7 +147,7 @@ def mount_page(app: FastAPI, server: Server) -> None:
 
 
 def parts_for(model: LoadedModel | None, *, models_dir: Path | None = None) -> Parts:
-    """Put together what a page of this process alone stands on."""
+    """Build the parts of a page whose model is in this process."""
     from gptq_loader_extensions.gradio.jobs.local_models import LocalModels
     from gptq_loader_extensions.gradio.page import Parts
     from gptq_loader_extensions.gradio.storage.catalog import Catalog
@@ -173,7 +173,7 @@ def _check_gradio() -> None:
 
 
 def _quiet() -> dict[str, Any]:
-    """Give the options that keep gradio from telling, keeping or taking more than it must."""
+    """Return the options that keep gradio from sending, storing or accepting more than it must."""
     from starlette.middleware import Middleware
 
     from gptq_loader_extensions.gradio.page import launch_style
@@ -190,17 +190,17 @@ def _quiet() -> dict[str, Any]:
 
 
 class PageOnly:
-    """Tell browsers, with every answer, to fetch nothing but this page's own files.
+    """Tell browsers, with every response, to fetch nothing but this page's own files.
 
     Args:
-        app: what answers.
+        app: the application that responds.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and add the policy to its answer."""
+        """Pass a request on, and add the policy to its response."""
 
         async def send_with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -212,14 +212,14 @@ class PageOnly:
 
 
 def _bound_port(host: str, port: int | None) -> int:
-    """Bind the address once, to say in words why it cannot be served; give the port it got.
+    """Bind the address once, so that a failure has a clear message; return the port.
 
     Raises:
         OptionInvalid: the port is taken or not allowed, or the host is not this machine's.
     """
     if port is not None and not 0 <= port < 2**16:
         raise OptionInvalid(
-            f"{port} is no port: ports are 1 to 65535", hint="choose another with --port"
+            f"{port} is not a valid port: use 1 to 65535", hint="choose another with --port"
         )
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -230,31 +230,31 @@ def _bound_port(host: str, port: int | None) -> int:
             trial.bind(address)
             return int(trial.getsockname()[1])
     except OSError as error:
-        message, hint = _in_words(host, port, error)
+        message, hint = _explain(host, port, error)
         raise OptionInvalid(message, hint=hint) from error
 
 
-def _in_words(host: str, port: int | None, error: OSError) -> tuple[str, str]:
+def _explain(host: str, port: int | None, error: OSError) -> tuple[str, str]:
     if error.errno == errno.EADDRINUSE:
-        return f"port {port} is taken", (
-            "choose another with --port, or leave it out to take the first free one from 7860"
+        return f"port {port} is already in use", (
+            "choose another with --port, or leave it out to use the first free one from 7860"
         )
     if error.errno == errno.EACCES:
-        return f"port {port} may not be used: {error.strerror}", "choose one above 1023"
+        return f"port {port} is not allowed: {error.strerror}", "choose one above 1023"
     return f"{host} is not an address of this machine: {error.strerror or error}", (
-        "serve on 127.0.0.1 for this machine alone, or 0.0.0.0 for its whole network"
+        "serve on 127.0.0.1 for this machine only, or on 0.0.0.0 for its whole network"
     )
 
 
 def _has_display() -> bool:
-    """Whether a browser window can open; without one, webbrowser may start a text browser."""
+    """Return whether a browser window can open; otherwise webbrowser may start a text browser."""
     if sys.platform in ("win32", "darwin"):
         return True
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def _show(url: str) -> None:
-    """Open the page in a browser; where there is none, the address on stderr must do."""
+    """Open the page in a browser; where there is none, the address on stderr has to do."""
     try:
         webbrowser.open(url)
     except (webbrowser.Error, OSError) as error:

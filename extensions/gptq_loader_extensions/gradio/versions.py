@@ -14,19 +14,19 @@ __all__ = ["known", "takes_messages", "to_pairs"]
 
 
 def known(function: Callable[..., object], **options: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Keep the options that this version of `function` takes."""
+    """Return those of the options that this version of `function` takes."""
     names = inspect.signature(function).parameters
     return {name: value for name, value in options.items() if name in names}
 
 
 def takes_messages(chatbot: type) -> bool:
-    """Whether this Chatbot takes messages; before 4.44 it takes pairs alone."""
+    """Return whether this Chatbot takes messages; before 4.44 it takes only pairs."""
     names = inspect.signature(chatbot).parameters
     return "type" in names or "allow_tags" in names
 
 
 def to_pairs(messages: Sequence[Message]) -> list[tuple[str | None, str | None]]:
-    """Make the pairs of question and reply that an old Chatbot takes."""
+    """Convert messages to the pairs of question and reply that an old Chatbot takes."""
     pairs: list[tuple[str | None, str | None]] = []
     for message in messages:
         if message["role"] == "user":

@@ -1,4 +1,4 @@
-"""Write a reply of each of several models by turns, each timed alone."""
+"""Write a reply of each of several models in turns, each timed alone."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from gptq_loader_extensions.gradio.jobs.conversation import ChatState
-    from gptq_loader_extensions.gradio.jobs.models import Models, Prompt
+    from gptq_loader_extensions.gradio.jobs.models import EncodedPrompt, Models
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.generation.options import GenerateOptions
 
-__all__ = ["by_turns", "where_they_part"]
+__all__ = ["by_turns", "describe_difference"]
 
-QUOTED = 40  # characters of where two replies part that are shown
+QUOTED = 40  # characters of where two replies diverge that are shown
 
 
 def by_turns(
     sides: Sequence[Models],
-    prepare: Callable[[LoadedModel], Prompt],
+    prepare: Callable[[LoadedModel], EncodedPrompt],
     options: GenerateOptions,
     *,
     cancel: threading.Event,
@@ -40,7 +40,7 @@ def by_turns(
         prepare: makes the prompt.
         options: how to sample.
         cancel: ends all replies once it is set.
-        clock: tells seconds.
+        clock: returns seconds.
 
     Raises:
         GPTQLoaderError: a side has no model, or the prompt does not fit it.
@@ -60,8 +60,8 @@ def by_turns(
                 yield at, state
 
 
-def where_they_part(one: str, other: str) -> str:
-    """Say from where two replies differ."""
+def describe_difference(one: str, other: str) -> str:
+    """Describe from where two replies differ."""
     if one == other:
         return "Both replies are the same."
     pairs = zip(one, other, strict=False)
@@ -81,7 +81,7 @@ class _Stopwatch:
         self._began: float | None = None
 
     def seconds(self) -> float:
-        """Tell the seconds it has run."""
+        """Return the seconds it has run."""
         now = 0.0 if self._began is None else self._clock() - self._began
         return self._before + now
 

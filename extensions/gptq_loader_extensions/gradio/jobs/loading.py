@@ -1,14 +1,15 @@
-"""Load a model for a page: say what it is, what will run, how far the load is, and how it ended."""
+"""Load a model for a page: show what it is, what will run, the progress and the outcome."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from typing import TYPE_CHECKING
 
-from gptq_loader_extensions.gradio.error_messages import alert, as_words
-from gptq_loader_extensions.gradio.jobs.models import Listener, Stopped
-from gptq_loader_extensions.gradio.jobs.progress import Done, progress_bar, watched
+from gptq_loader_extensions.gradio.error_messages import alert, format_error
+from gptq_loader_extensions.gradio.jobs.models import ProgressListener, Stopped
+from gptq_loader_extensions.gradio.jobs.progress import Finished, progress_bar, run_with_progress
 from gptq_loader_extensions.gradio.views.facts import facts_html
 from gptq_loader_extensions.gradio.views.plan_view import memory_html, memory_of, plan_html
 from gptq_loader_plugin.errors import GPTQLoaderError
@@ -19,20 +20,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from gptq_loader_extensions.gradio.jobs.models import Loaded, Models
-    from gptq_loader_extensions.gradio.storage.catalog import Entry
+    from gptq_loader_extensions.gradio.storage.catalog import CatalogEntry
     from gptq_loader_plugin.catalog.report import CheckpointReport
     from gptq_loader_plugin.load_options import LoadOptions
     from gptq_loader_plugin.planning.plan import Plan
 
-__all__ = ["LoadView", "describe", "describe_loaded", "load_watched"]
+__all__ = ["LoadView", "describe", "describe_loaded", "load_with_progress"]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadView:
-    """What a page shows of a load at one moment; None leaves a part as it was.
+    """What a page shows of a load as it goes on; None leaves a part as it was.
 
     Attributes:
-        progress: how far it is, or how it ended.
+        progress: the progress, or the outcome.
         facts: the checkpoint's parameters.
         plan: the kernels and the memory.
         running: whether it goes on.
@@ -46,50 +47,50 @@ class LoadView:
     stopped: bool = False
 
 
-def load_watched(
-    models: Models, entry: Entry, options: LoadOptions, cancel: threading.Event
+def load_with_progress(
+    models: Models, entry: CatalogEntry, options: LoadOptions, cancel: threading.Event
 ) -> Iterator[LoadView]:
-    """Load a model in place of the one before; every error ends in words."""
+    """Load a model in place of the one before; an error is the last view."""
     before = models.loaded
     yield LoadView(progress_bar(Progress("checkpoint", 0, 0, detail=entry.name)))
     try:
-        for looked in watched(lambda tell: describe(entry, options, tell, cancel)):
-            if isinstance(looked, Done):
+        for described in run_with_progress(partial(describe, entry, options, cancel)):
+            if isinstance(described, Finished):
                 waiting = progress_bar(Progress("weights", 0, 0, detail=entry.name))
-                yield LoadView(waiting, *looked.value)
+                yield LoadView(waiting, *described.value)
             else:
-                yield LoadView(progress_bar(looked))
-        for event in watched(lambda tell: models.load(entry, options, tell, cancel=cancel)):
-            if isinstance(event, Done):
-                said = f"<p class='done'>Loaded in {event.seconds:.1f} s.</p>"
-                yield LoadView(said, plan=_loaded_plan(event.value), running=False)
+                yield LoadView(progress_bar(described))
+        for event in run_with_progress(partial(models.load, entry, options, cancel=cancel)):
+            if isinstance(event, Finished):
+                text = f"<p class='done'>Loaded in {event.seconds:.1f} s.</p>"
+                yield LoadView(text, plan=_loaded_plan(event.value), running=False)
             else:
                 yield LoadView(progress_bar(event))
     except Stopped:
-        said = f"<p class='done'>Stopped. {escape(_now(before, models.loaded))}</p>"
-        yield LoadView(said, running=False, stopped=True)
+        text = f"<p class='done'>Stopped. {escape(_now_loaded(before, models.loaded))}</p>"
+        yield LoadView(text, running=False, stopped=True)
     except (GPTQLoaderError, MemoryError, RuntimeError, OSError) as error:
-        words = as_words(error)
+        text = format_error(error)
         if before is not None:
-            words += f" {_now(before, models.loaded)}"
-        yield LoadView(alert(words), running=False)
+            text += f" {_now_loaded(before, models.loaded)}"
+        yield LoadView(alert(text), running=False)
 
 
-def _now(before: Loaded | None, loaded: Loaded | None) -> str:
-    """Say what is loaded after a load that came to nothing."""
+def _now_loaded(before: Loaded | None, loaded: Loaded | None) -> str:
+    """Describe what is loaded after a load that failed or was stopped."""
     if loaded is not None:
         return f"{loaded.name} is still loaded."
-    gone = "" if before is None else f": {before.name} was unloaded for it"
-    return f"No model is loaded now{gone}."
+    unloaded = "" if before is None else f": {before.name} was unloaded for it"
+    return f"No model is loaded now{unloaded}."
 
 
 def describe(
-    entry: Entry,
+    entry: CatalogEntry,
     options: LoadOptions,
-    tell: Callable[[Progress], None],
     cancel: threading.Event,
+    on_progress: Callable[[Progress], None],
 ) -> tuple[str, str]:
-    """Say what a checkpoint is, and what would run it; reads no weights.
+    """Show what a checkpoint is, and what would run it; no weights are read.
 
     Raises:
         Stopped: `cancel` was set.
@@ -97,19 +98,19 @@ def describe(
     """
     import gptq_loader_plugin as gptq
 
-    plugins = gptq.Plugins(Listener(tell, cancel), installed=True)
+    plugins = gptq.Plugins(ProgressListener(on_progress, cancel), installed=True)
     report = gptq.inspect(entry.target, plugins=plugins)
     plan = gptq.explain(
         entry.target, device=options.device, backend=options.backend, plugins=plugins
     )
-    return facts_html(report), _planned(plan, context=options.context)
+    return facts_html(report), _plan_with_memory(plan, context=options.context)
 
 
 def describe_loaded(loaded: Loaded) -> tuple[str, str]:
-    """Say what the loaded model's checkpoint is, and what runs it.
+    """Show what the loaded model's checkpoint is, and what runs it.
 
     Raises:
-        GPTQLoaderError: the checkpoint is not there any more.
+        GPTQLoaderError: the checkpoint is gone.
     """
     import gptq_loader_plugin as gptq
 
@@ -118,11 +119,11 @@ def describe_loaded(loaded: Loaded) -> tuple[str, str]:
 
 
 def _loaded_plan(loaded: Loaded) -> str:
-    """Draw the plan of a loaded model, with the memory it took."""
+    """Draw the plan of a loaded model, with the memory it takes."""
     plan = loaded.model.plan
     memory = memory_of(plan, context=loaded.model.context)
     return memory_html(memory, before=loaded.before, after=loaded.after) + plan_html(plan)
 
 
-def _planned(plan: Plan, *, context: int | None) -> str:
+def _plan_with_memory(plan: Plan, *, context: int | None) -> str:
     return memory_html(memory_of(plan, context=context)) + plan_html(plan)

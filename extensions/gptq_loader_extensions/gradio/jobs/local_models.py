@@ -12,7 +12,7 @@ from gptq_loader_extensions.gradio.jobs.models import (
     WAIT_SECONDS,
     Models,
     NoModelLoaded,
-    Ready,
+    ReplyStart,
     check_stopped,
 )
 from gptq_loader_plugin.events import Progress
@@ -20,7 +20,7 @@ from gptq_loader_plugin.events import Progress
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from gptq_loader_extensions.gradio.jobs.models import Loaded, Prompt
+    from gptq_loader_extensions.gradio.jobs.models import EncodedPrompt, Loaded
     from gptq_loader_plugin.generation.generate import Piece
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.generation.options import GenerateOptions
@@ -41,22 +41,22 @@ class LocalModels(Models):
         self._replies = 0
         self._changing = False
 
-    def ask(
+    def stream(
         self,
-        prepare: Callable[[LoadedModel], Prompt],
+        prepare: Callable[[LoadedModel], EncodedPrompt],
         options: GenerateOptions,
         cancel: threading.Event,
-    ) -> Iterator[Ready | Piece]:
-        """Answer a prompt at once, beside the replies that are being written."""
+    ) -> Iterator[ReplyStart | Piece]:
+        """Generate the reply at once, beside those that are being written."""
         with self._reply() as loaded:
             prompt = prepare(loaded.model)
-            yield Ready(len(prompt.ids), loaded.model.context, prompt.warning)
+            yield ReplyStart(len(prompt.ids), loaded.model.context, prompt.warning)
             yield from loaded.model.stream_ids(prompt.ids, options, stop=prompt.stop, cancel=cancel)
 
-    def use(self, act: Callable[[LoadedModel], T]) -> T:
-        """Do something short with the model, beside the replies that are being written."""
+    def use(self, work: Callable[[LoadedModel], T]) -> T:
+        """Run something short on the model, beside the replies that are being written."""
         with self._reply() as loaded:
-            return act(loaded.model)
+            return work(loaded.model)
 
     @contextmanager
     def _reply(self) -> Iterator[Loaded]:
@@ -75,7 +75,10 @@ class LocalModels(Models):
                 self._changed.notify_all()
 
     def _run_alone(
-        self, act: Callable[[], T], tell: Callable[[Progress], None], cancel: threading.Event
+        self,
+        work: Callable[[], T],
+        on_progress: Callable[[Progress], None],
+        cancel: threading.Event,
     ) -> T:
         with self._changed:
             self._wait_for(lambda: not self._changing, cancel)
@@ -83,9 +86,11 @@ class LocalModels(Models):
         try:
             with self._changed:
                 if self._replies:
-                    tell(Progress("waiting", 0, 0, "replies", "a reply is still being written"))
+                    on_progress(
+                        Progress("waiting", 0, 0, "replies", "a reply is still being written")
+                    )
                 self._wait_for(lambda: not self._replies, cancel)
-            return act()
+            return work()
         finally:
             with self._changed:
                 self._changing = False

@@ -1,4 +1,4 @@
-"""Measure the perplexity of a page's model between replies, and keep the figure."""
+"""Measure the perplexity of a page's model between replies."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TITLE_LENGTH = 40
 
 
 def named_text(own: str | None) -> tuple[str, str]:
-    """Give what a person calls a text, and it: their own, or the sample where they gave none."""
+    """Return a text's title, and the text: the user's own, or the sample where it is None."""
     if own is None:
         return SAMPLE, sample_text()
     title = " ".join(own.split())
@@ -49,33 +49,33 @@ def measure(
     models: Models,
     own: str | None,
     cancel: threading.Event,
-    tell: Callable[[Progress], None],
+    on_progress: Callable[[Progress], None],
 ) -> Measured:
     """Measure the loaded model, a window at a time: replies are written between two windows.
 
     Args:
         models: holds the model.
-        own: a person's own text, or None for the sample.
+        own: the user's own text, or None for the sample.
         cancel: ends it once it is set.
-        tell: told how far it is.
+        on_progress: called with the progress.
 
     Raises:
         GPTQLoaderError: no model is loaded, it was changed, or the text is too short.
         Stopped: `cancel` was set.
     """
     text_name, text = named_text(own)
-    model, cut = models.use(lambda it: (it, _cut(it, text)))
+    model, windows = models.use(lambda model: (model, _cut(model, text)))
     loaded = models.loaded
     name = loaded.name if loaded and loaded.model is model else None
     losses: list[float] = []
-    found = Perplexity(math.nan, 0, 0)
-    for window in cut:
+    result = Perplexity(math.nan, 0, 0)
+    for window in windows:
         check_stopped(cancel)
         losses.append(models.use(partial(_loss, model=model, window=window)))
-        found = mean_perplexity(losses, window_tokens=len(window))
-        detail = f"{name}: {found.perplexity:.2f} so far"
-        tell(Progress("perplexity", len(losses), len(cut), "windows", detail))
-    return measurement(model, found, text=text, text_name=text_name, name=name)
+        result = mean_perplexity(losses, window_tokens=len(window))
+        detail = f"{name}: {result.perplexity:.2f} so far"
+        on_progress(Progress("perplexity", len(losses), len(windows), "windows", detail))
+    return measurement(model, result, text=text, text_name=text_name, name=name)
 
 
 def _cut(model: LoadedModel, text: str) -> list[torch.Tensor]:
@@ -86,8 +86,8 @@ def _cut(model: LoadedModel, text: str) -> list[torch.Tensor]:
         raise GPTQLoaderError(error.message, hint="paste a longer text") from error
 
 
-def _loss(now: LoadedModel, *, model: LoadedModel, window: torch.Tensor) -> float:
-    if now is not model:
+def _loss(loaded: LoadedModel, *, model: LoadedModel, window: torch.Tensor) -> float:
+    if loaded is not model:
         raise GPTQLoaderError(
             "another model was loaded while this one was measured", hint="press Measure again"
         )

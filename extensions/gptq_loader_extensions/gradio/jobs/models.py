@@ -20,7 +20,7 @@ from gptq_loader_plugin.system.memory import resident_memory
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from gptq_loader_extensions.gradio.storage.catalog import Entry
+    from gptq_loader_extensions.gradio.storage.catalog import CatalogEntry
     from gptq_loader_plugin.events import Progress
     from gptq_loader_plugin.generation.generate import Piece
     from gptq_loader_plugin.generation.loaded import LoadedModel
@@ -29,31 +29,31 @@ if TYPE_CHECKING:
 
 __all__ = [
     "WAIT_SECONDS",
-    "Listener",
+    "EncodedPrompt",
     "Loaded",
     "Models",
     "NoModelLoaded",
-    "Planned",
-    "Prompt",
-    "Ready",
+    "PlannedLoad",
+    "ProgressListener",
+    "ReplyStart",
     "Stopped",
     "check_stopped",
-    "planned",
+    "plan_load",
 ]
 
 T = TypeVar("T")
-WAIT_SECONDS = 0.2  # between two looks whether a load that waits for replies was stopped
+WAIT_SECONDS = 0.2  # between two checks whether a load that waits for replies was cancelled
 
 
 class Stopped(GPTQLoaderError):
     """A person ended a load or a measurement."""
 
     def __init__(self) -> None:
-        super().__init__("it was stopped", hint="begin again")
+        super().__init__("stopped", hint="start it again")
 
 
 class NoModelLoaded(GPTQLoaderError):
-    """Something was asked of a model where none is."""
+    """A request needs a model, and none is loaded."""
 
     def __init__(self) -> None:
         super().__init__("no model is loaded", hint="choose one in the Model tab")
@@ -79,11 +79,11 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """What a model is to go on with.
+class EncodedPrompt:
+    """A prompt as tokens.
 
     Attributes:
-        ids: its tokens.
+        ids: the tokens.
         stop: the texts that end a reply.
         warning: what a user should know, or "".
     """
@@ -94,8 +94,8 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
-    """A prompt is in its turn: the reply's pieces follow.
+class ReplyStart:
+    """The prompt's turn has come: the reply's pieces follow.
 
     Attributes:
         prompt_tokens: how many tokens the prompt has.
@@ -129,9 +129,9 @@ class Models(ABC):
 
     def load(
         self,
-        entry: Entry,
+        entry: CatalogEntry,
         options: LoadOptions,
-        tell: Callable[[Progress], None],
+        on_progress: Callable[[Progress], None],
         *,
         cancel: threading.Event | None = None,
     ) -> Loaded:
@@ -142,44 +142,44 @@ class Models(ABC):
             GPTQLoaderError: it cannot be loaded; what its headers show leaves the old one there.
         """
         cancel = cancel or threading.Event()
-        load = planned(entry, options, tell, cancel=cancel, environ=self._environ)
+        planned = plan_load(entry, options, on_progress, cancel=cancel, environ=self._environ)
 
         def replace() -> Loaded:
             loaded = self.loaded
-            check_memory(entry.name, load.plan, replaced=loaded.model.plan if loaded else None)
+            check_memory(entry.name, planned.plan, replaced=loaded.model.plan if loaded else None)
             before: int | None = None
 
             def run() -> LoadedModel:
                 nonlocal before
                 before = resident_memory()
-                return load.run()
+                return planned.run()
 
             model = self._replace(entry.name, run)
             self._loaded = Loaded(entry.name, model, options, before, resident_memory())
             return self._loaded
 
-        return self._run_alone(replace, tell, cancel)
+        return self._run_alone(replace, on_progress, cancel)
 
     def unload(self) -> None:
         """Free the memory of the model, once its replies have ended."""
         self._run_alone(self._free, lambda _: None, threading.Event())
 
     @abstractmethod
-    def ask(
+    def stream(
         self,
-        prepare: Callable[[LoadedModel], Prompt],
+        prepare: Callable[[LoadedModel], EncodedPrompt],
         options: GenerateOptions,
         cancel: threading.Event,
-    ) -> Iterator[Ready | Piece]:
-        """Answer a prompt in its turn: `Ready` first, then the pieces.
+    ) -> Iterator[ReplyStart | Piece]:
+        """Generate the reply to a prompt in its turn: `ReplyStart` first, then the pieces.
 
         Raises:
             GPTQLoaderError: no model is loaded, or it does not take this prompt.
         """
 
     @abstractmethod
-    def use(self, act: Callable[[LoadedModel], T]) -> T:
-        """Do something short with the model, which stays loaded meanwhile.
+    def use(self, work: Callable[[LoadedModel], T]) -> T:
+        """Run something short on the model, which stays loaded meanwhile.
 
         Raises:
             GPTQLoaderError: no model is loaded.
@@ -187,9 +187,12 @@ class Models(ABC):
 
     @abstractmethod
     def _run_alone(
-        self, act: Callable[[], T], tell: Callable[[Progress], None], cancel: threading.Event
+        self,
+        work: Callable[[], T],
+        on_progress: Callable[[Progress], None],
+        cancel: threading.Event,
     ) -> T:
-        """Do something once no reply is written, and let none begin meanwhile.
+        """Run work once no reply is being written, and let none begin meanwhile.
 
         Raises:
             Stopped: `cancel` was set before it began.
@@ -205,8 +208,8 @@ class Models(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """A load that its headers allow.
+class PlannedLoad:
+    """A load that the checkpoint's headers allow.
 
     Attributes:
         plan: what will run.
@@ -217,15 +220,15 @@ class Planned:
     run: Callable[[], LoadedModel]
 
 
-def planned(
-    entry: Entry,
+def plan_load(
+    entry: CatalogEntry,
     options: LoadOptions,
-    tell: Callable[[Progress], None],
+    on_progress: Callable[[Progress], None],
     *,
     cancel: threading.Event,
     environ: Mapping[str, str] = os.environ,
-) -> Planned:
-    """Plan a load before anything is unloaded for it.
+) -> PlannedLoad:
+    """Plan a load before the old model is unloaded.
 
     Raises:
         Stopped: `cancel` was set.
@@ -233,36 +236,36 @@ def planned(
     """
     import gptq_loader_plugin as gptq
 
-    plugins = gptq.Plugins(Listener(tell, cancel), installed=True, environ=environ)
+    plugins = gptq.Plugins(ProgressListener(on_progress, cancel), installed=True, environ=environ)
     plan = gptq.explain(entry.target, options=options, plugins=plugins)
     check_stopped(cancel)
 
     def run() -> LoadedModel:
         return gptq.load(entry.target, options=options, plugins=plugins)
 
-    return Planned(plan, run)
+    return PlannedLoad(plan, run)
 
 
-class Listener:
-    """Pass on how far a load has come, and end it between two layers.
+class ProgressListener:
+    """Report the progress of a load, and end it between two layers.
 
     Args:
-        tell: told how far it is.
+        on_progress: called with the progress.
         cancel: ends it once it is set.
     """
 
-    def __init__(self, tell: Callable[[Progress], None], cancel: threading.Event) -> None:
-        self._tell, self._cancel = tell, cancel
+    def __init__(self, on_progress: Callable[[Progress], None], cancel: threading.Event) -> None:
+        self._on_progress, self._cancel = on_progress, cancel
 
     @hookimpl
     def gptq_progress(self, progress: Progress) -> None:
-        """Pass it on.
+        """Report the progress.
 
         Raises:
             Stopped: `cancel` was set.
         """
         check_stopped(self._cancel)
-        self._tell(progress)
+        self._on_progress(progress)
 
 
 def check_stopped(cancel: threading.Event) -> None:

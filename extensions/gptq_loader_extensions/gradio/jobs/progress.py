@@ -1,4 +1,4 @@
-"""Do long work beside a page, and say from moment to moment how far it has come."""
+"""Run long work on a thread of its own, and show its progress."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.events import Progress
 
-__all__ = ["Done", "progress_bar", "watched"]
+__all__ = ["Finished", "progress_bar", "run_with_progress"]
 
 T = TypeVar("T")
 # The eye sees no more than about 10 steps of a bar a second; every redraw sends a message.
@@ -33,11 +33,11 @@ STAGES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Done(Generic[T]):
+class Finished(Generic[T]):
     """The work has ended.
 
     Attributes:
-        value: what it gave.
+        value: what it returned.
         seconds: how long it took.
     """
 
@@ -45,56 +45,58 @@ class Done(Generic[T]):
     seconds: float
 
 
-def watched(work: Callable[[Callable[[Progress], None]], T]) -> Iterator[Progress | Done[T]]:
-    """Do work on a thread of its own; give its progress, at most ten times a second, and its end.
+def run_with_progress(
+    work: Callable[[Callable[[Progress], None]], T],
+) -> Iterator[Progress | Finished[T]]:
+    """Run work on a thread of its own; yield its progress, at most ten times a second, and its end.
 
-    Where the one who watches goes away, the work goes on.
+    The work goes on when nobody iterates any more.
 
     Args:
-        work: called with a function that it tells its progress.
+        work: called with a function that takes its progress.
 
     Raises:
         Exception: what the work raised.
     """
-    told: queue.SimpleQueue[Progress | Done[T] | Exception] = queue.SimpleQueue()
+    events: queue.SimpleQueue[Progress | Finished[T] | Exception] = queue.SimpleQueue()
 
     def run() -> None:
         began = time.monotonic()
         try:
-            told.put(Done(work(told.put), time.monotonic() - began))
-        except Exception as error:  # noqa: BLE001 - raised again where it is watched
-            told.put(error)
+            events.put(Finished(work(events.put), time.monotonic() - began))
+        except Exception as error:  # noqa: BLE001 - raised again by the iterator
+            events.put(error)
 
     threading.Thread(target=run, name="gptq-page-work", daemon=True).start()
-    drawn, stage = 0.0, ""
+    shown, stage = 0.0, ""
     while True:
-        event = told.get()
+        event = events.get()
         if isinstance(event, Exception):
             raise event
-        if isinstance(event, Done):
+        if isinstance(event, Finished):
             yield event
             return
         now = time.monotonic()
-        if event.stage == stage and now - drawn < REDRAW_SECONDS:
+        if event.stage == stage and now - shown < REDRAW_SECONDS:
             continue
-        drawn, stage = now, event.stage
+        shown, stage = now, event.stage
         yield event
 
 
 def progress_bar(progress: Progress) -> str:
-    """Draw how far work has come; one whose end is not known has no length."""
+    """Draw a progress bar; without a length where the end is not known."""
     stage = STAGES.get(progress.stage, progress.stage.capitalize())
     share = min(progress.done / progress.total, 1.0) if progress.total else None
-    counted = ""
+    amount = ""
     if share is not None and progress.unit == "bytes":
-        counted = f"{write_size(progress.done)} of {write_size(progress.total)}"
+        amount = f"{write_size(progress.done)} of {write_size(progress.total)}"
     elif share is not None:
-        counted = f"{progress.done:,} of {progress.total:,} {progress.unit}"
-    words = "" if share is None else f"{share:.0%}"
+        amount = f"{progress.done:,} of {progress.total:,} {progress.unit}"
+    percent = "" if share is None else f"{share:.0%}"
     value = "" if share is None else f' value="{share:.4f}"'
     return (
-        f'<div class="working"><p><b>{escape(stage)}</b> <span>{words}</span> '
-        f"<span>{escape(counted)}</span></p>"
+        f'<div class="working"><p><b>{escape(stage)}</b> <span>{percent}</span> '
+        f"<span>{escape(amount)}</span></p>"
         f'<progress max="1"{value} aria-label="{escape(stage)}"></progress>'
         f"<p class='detail'>{escape(progress.detail)}</p></div>"
     )

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gptq_loader_extensions.gradio.jobs.conversation import ChatState, with_system
-from gptq_loader_extensions.gradio.jobs.models import Prompt, Ready
+from gptq_loader_extensions.gradio.jobs.models import EncodedPrompt, ReplyStart
 
 if TYPE_CHECKING:
     import threading
@@ -30,7 +30,7 @@ REDRAW_SECONDS = 0.05
 
 def write_reply(
     models: Models,
-    prepare: Callable[[LoadedModel], Prompt],
+    prepare: Callable[[LoadedModel], EncodedPrompt],
     options: GenerateOptions,
     *,
     messages: Conversation = (),
@@ -43,7 +43,7 @@ def write_reply(
     question, which is the last message, goes back into the message box.
 
     Args:
-        models: answers.
+        models: generates the reply.
         prepare: makes the prompt.
         options: how to sample.
         messages: the conversation that the reply is added to, the question last.
@@ -53,57 +53,61 @@ def write_reply(
     Raises:
         GPTQLoaderError: no model is loaded, or the prompt does not fit it.
     """
-    began = drawn = clock()
+    began = shown = clock()
     first: tuple[float, int] | None = None
     text = ""
     reading = ChatState(messages, "Reading the prompt …", running=True)
     yield reading
-    ready = Ready(0, 0)
-    for event in models.ask(prepare, options, cancel):
-        if isinstance(event, Ready):
-            ready = event
+    start = ReplyStart(0, 0)
+    for event in models.stream(prepare, options, cancel):
+        if isinstance(event, ReplyStart):
+            start = event
             yield replace(reading, warning=event.warning)
             continue
         now = clock()
         text += event.text
         first = first or (now, event.tokens)
-        if event.finish is None and now - drawn < REDRAW_SECONDS:
+        if event.finish is None and now - shown < REDRAW_SECONDS:
             continue
-        drawn = now
+        shown = now
         if event.finish == "cancelled" and messages and not text:
             yield ChatState(messages[:-1], "Stopped.", draft=messages[-1]["content"])
             return
-        status = _speed(event.tokens, ready, began=began, first=first, now=now)
+        status = _speed(event.tokens, start, began=began, first=first, now=now)
         status += _why_ended(event, options) if event.finish else ""
         reply = ({"role": "assistant", "content": text},) if text or event.finish else ()
         yield ChatState((*messages, *reply), status, running=event.finish is None)
 
 
-def chat_prompt(messages: Sequence[Message], system: str = "") -> Callable[[LoadedModel], Prompt]:
+def chat_prompt(
+    messages: Sequence[Message], system: str = ""
+) -> Callable[[LoadedModel], EncodedPrompt]:
     """Make a prompt of messages by the model's template; the oldest turns go where it is full."""
 
-    def prepare(model: LoadedModel) -> Prompt:
+    def prepare(model: LoadedModel) -> EncodedPrompt:
         ids, warning = model.encode_chat(with_system(messages, system), when_too_long="drop-oldest")
-        return Prompt(ids, model.template.stop, warning)
+        return EncodedPrompt(ids, model.template.stop, warning)
 
     return prepare
 
 
-def raw_prompt(text: str) -> Callable[[LoadedModel], Prompt]:
+def raw_prompt(text: str) -> Callable[[LoadedModel], EncodedPrompt]:
     """Make a prompt of a text as it was typed; special tokens in it count."""
-    return lambda model: Prompt(model.encode(text))
+    return lambda model: EncodedPrompt(model.encode(text))
 
 
-def _speed(tokens: int, ready: Ready, *, began: float, first: tuple[float, int], now: float) -> str:
+def _speed(
+    tokens: int, start: ReplyStart, *, began: float, first: tuple[float, int], now: float
+) -> str:
     """Describe how many tokens there are and how fast they come; reading the prompt is apart."""
     seconds, count = now - first[0], tokens - first[1]
     speed = f"{tokens:,} {'token' if tokens == 1 else 'tokens'}"
     if count and seconds > 0:
         speed += f", {count / seconds:.1f} a second"
-    used = ready.prompt_tokens + tokens
+    used = start.prompt_tokens + tokens
     return (
         f"{speed}; the first after {first[0] - began:.2f} s; "
-        f"{used:,} of {ready.context:,} of the context used"
+        f"{used:,} of {start.context:,} of the context used"
     )
 
 

@@ -1,4 +1,4 @@
-"""Put the page into the server: one model and one queue for the page and the API."""
+"""Share the server's model: one model and one queue for the page and the API."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from gptq_loader_extensions.gradio.jobs.models import (
     Loaded,
     Models,
     NoModelLoaded,
-    Ready,
+    ReplyStart,
     Stopped,
 )
 from gptq_loader_extensions.openai.errors import ApiError
 from gptq_loader_extensions.openai.replies.engine import Ended, Failed, ReplyChunk, Run, Work
-from gptq_loader_extensions.openai.replies.engine import Ready as Begun
+from gptq_loader_extensions.openai.replies.engine import Ready as RunReady
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.events import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from gptq_loader_extensions.gradio.jobs.models import Prompt
+    from gptq_loader_extensions.gradio.jobs.models import EncodedPrompt
     from gptq_loader_extensions.openai.replies.engine import Event
     from gptq_loader_extensions.openai.server import Server
     from gptq_loader_plugin.generation.generate import Piece
@@ -51,33 +51,33 @@ class ServerModels(Models):
     @property
     def loaded(self) -> Loaded | None:
         """The model in memory; a request may have put it there by its name."""
-        found = self._server.registry.loaded
-        if found is None:
+        named = self._server.registry.loaded
+        if named is None:
             return None
-        if self._loaded is None or self._loaded.model is not found[1]:
-            self._loaded = Loaded(*found)
+        if self._loaded is None or self._loaded.model is not named[1]:
+            self._loaded = Loaded(*named)
         return self._loaded
 
-    def ask(
+    def stream(
         self,
-        prepare: Callable[[LoadedModel], Prompt],
+        prepare: Callable[[LoadedModel], EncodedPrompt],
         options: GenerateOptions,
         cancel: threading.Event,
-    ) -> Iterator[Ready | Piece]:
-        """Answer a prompt in its turn among the server's requests."""
+    ) -> Iterator[ReplyStart | Piece]:
+        """Generate the reply in its turn among the server's requests."""
         from gptq_loader_plugin.generation.generate import Piece
 
         if self.loaded is None:
             raise NoModelLoaded
 
-        def prepared(model: LoadedModel) -> tuple[Ready, list[Run]]:
+        def make_run(model: LoadedModel) -> tuple[ReplyStart, list[Run]]:
             prompt = prepare(model)
-            most = self._server.most_tokens(options.max_new_tokens, model)
-            run = Run(prompt.ids, options.model_copy(update={"max_new_tokens": most}), prompt.stop)
-            return Ready(len(prompt.ids), model.context, prompt.warning), [run]
+            limit = self._server.most_tokens(options.max_new_tokens, model)
+            run = Run(prompt.ids, options.model_copy(update={"max_new_tokens": limit}), prompt.stop)
+            return ReplyStart(len(prompt.ids), model.context, prompt.warning), [run]
 
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        work = Work(None, prepared, events.put, cancel)
+        work = Work(None, make_run, events.put, cancel)
         ended = False
         try:
             for event in self._events(work, events, cancel):
@@ -86,25 +86,28 @@ class ServerModels(Models):
         except Stopped:
             yield Piece("", 0, "cancelled")
         finally:
-            if not ended:  # what ended by itself must not end another reply of the same `cancel`
+            if not ended:  # setting `cancel` would end another reply that shares it
                 self._server.engine.cancel(work)
 
-    def use(self, act: Callable[[LoadedModel], T]) -> T:
-        """Do something short with the model, while no reply is written."""
+    def use(self, work: Callable[[LoadedModel], T]) -> T:
+        """Run something short on the model, while no reply is being written."""
 
-        def acted() -> T:
+        def run() -> T:
             if (loaded := self.loaded) is None:
                 raise NoModelLoaded
-            return act(loaded.model)
+            return work(loaded.model)
 
-        return self._alone(acted, threading.Event())
+        return self._alone(run, threading.Event())
 
     def _run_alone(
-        self, act: Callable[[], T], tell: Callable[[Progress], None], cancel: threading.Event
+        self,
+        work: Callable[[], T],
+        on_progress: Callable[[Progress], None],
+        cancel: threading.Event,
     ) -> T:
         if any(self._server.engine.counts()):
-            tell(Progress("waiting", 0, 0, "replies", "replies are still being written"))
-        return self._alone(act, cancel)
+            on_progress(Progress("waiting", 0, 0, "replies", "replies are still being written"))
+        return self._alone(work, cancel)
 
     def _replace(self, name: str, load: Callable[[], LoadedModel]) -> LoadedModel:
         return self._server.registry.exchange(name, load)
@@ -113,23 +116,23 @@ class ServerModels(Models):
         self._loaded = None
         self._server.registry.unload()
 
-    def _alone(self, act: Callable[[], T], cancel: threading.Event) -> T:
-        """Hand work in that runs while no reply is written.
+    def _alone(self, work: Callable[[], T], cancel: threading.Event) -> T:
+        """Submit work that runs while no reply is being written.
 
         Raises:
             Stopped: `cancel` was set before its turn.
         """
-        done: list[T] = []
+        results: list[T] = []
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        alone = Work(None, lambda _: (None, ()), events.put, alone=lambda: done.append(act()))
+        alone = Work(None, lambda _: (None, ()), events.put, alone=lambda: results.append(work()))
         for _ in self._events(alone, events, cancel):
             pass
-        return done[0]
+        return results[0]
 
     def _events(
         self, work: Work, events: queue.SimpleQueue[Event], cancel: threading.Event
-    ) -> Iterator[Begun | ReplyChunk]:
-        """Hand work in and give its events, to its end.
+    ) -> Iterator[RunReady | ReplyChunk]:
+        """Submit work and yield its events, to its end.
 
         Raises:
             Stopped: `cancel` was set before its turn.

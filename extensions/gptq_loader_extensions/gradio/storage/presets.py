@@ -1,4 +1,4 @@
-"""Name ways to sample, so that nobody has to know six numbers."""
+"""Name presets of sampling, so that nobody has to know six numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OWN", "PRESETS", "SAMPLING", "own_sampling", "preset_of"]
 
-# What a preset sets, in the page's order; the most new tokens and the seed stay as they are.
+# What a preset sets, in the page's order; the maximum of new tokens and the seed stay as they are.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 OWN = "The checkpoint's own"
 PRESETS = {
@@ -25,16 +25,17 @@ PRESETS = {
 def own_sampling(model: LoadedModel) -> GenerateOptions:
     """Read what the checkpoint's generation_config.json recommends; the rest is the default."""
     config = model.model.generation_config
-    told = {} if config is None else config.to_diff_dict()
-    if told.get("do_sample") is False:
+    values = {} if config is None else config.to_diff_dict()
+    if values.get("do_sample") is False:
         return PRESETS["Deterministic"]
-    return GenerateOptions.parse({it: told[it] for it in SAMPLING if told.get(it) is not None})
+    return GenerateOptions.parse(
+        {name: values[name] for name in SAMPLING if values.get(name) is not None}
+    )
 
 
 def preset_of(sampling: GenerateOptions) -> str | None:
-    """Find the preset that samples like this; None where none does."""
-    wanted = [getattr(sampling, it) for it in SAMPLING]
+    """Return the preset that samples like this, or None."""
     for name, preset in PRESETS.items():
-        if [getattr(preset, it) for it in SAMPLING] == wanted:
+        if all(getattr(preset, option) == getattr(sampling, option) for option in SAMPLING):
             return name
     return None

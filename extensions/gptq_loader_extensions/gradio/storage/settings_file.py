@@ -1,4 +1,4 @@
-"""Keep a person's settings for each model in one JSON file, which is never half written."""
+"""Store the user's settings for each model in one JSON file, which is never half written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILE = "page-settings.json"
 
 
 class ModelSettings(BaseModel):
-    """What a person chose for one model; None leaves the choice to the loader.
+    """What the user chose for one model; None leaves the choice to the loader.
 
     Attributes:
         device: where it runs.
@@ -59,16 +59,16 @@ class SettingsFile:
         self._writing = threading.Lock()
 
     def read(self, name: str) -> tuple[ModelSettings | None, str]:
-        """Read a model's settings, None where none are saved; and what a user should know, or "".
+        """Return a model's settings, None where none are saved; and a note for the user, or "".
 
-        A damaged file is put aside under another name, and the next one begins empty.
+        A damaged file is renamed, and the next one begins empty.
         """
         with self._writing:
             stored, note = self._read()
         return stored.models.get(name), note
 
     def save(self, name: str, settings: ModelSettings) -> str:
-        """Save a model's settings; give what a user should know, or "".
+        """Save a model's settings; return a note for the user, or "".
 
         Raises:
             GPTQLoaderError: the file cannot be written.
@@ -80,9 +80,9 @@ class SettingsFile:
                 write_whole(self.path, stored.model_dump_json(indent=2), mode=0o600)
             except OSError as error:
                 raise GPTQLoaderError(
-                    f"the settings cannot be saved: {error.strerror} ({self.path})",
-                    hint="free some disk space, or let that folder be written to; "
-                    "GPTQ_LOADER_CONFIG names another",
+                    f"cannot save the settings: {error.strerror} ({self.path})",
+                    hint="free some disk space, or make that folder writable; "
+                    "GPTQ_LOADER_CONFIG names another one",
                 ) from error
         return note
 
@@ -92,14 +92,14 @@ class SettingsFile:
         except FileNotFoundError:
             return _Stored(), ""
         except OSError as error:
-            return _Stored(), f"the settings cannot be read: {error.strerror} ({self.path})"
+            return _Stored(), f"cannot read the settings: {error.strerror} ({self.path})"
         except ValidationError:
-            return _Stored(), self._put_aside()
+            return _Stored(), self._rename_damaged()
 
-    def _put_aside(self) -> str:
-        """Give a damaged file another name; say what became of it."""
+    def _rename_damaged(self) -> str:
+        """Rename a damaged file; return a note for the user."""
         try:
-            aside = quarantine(self.path)
+            renamed = quarantine(self.path)
         except OSError as error:
-            return f"the file of settings is damaged: {self.path} ({error.strerror})"
-        return f"the file of settings was damaged; it was put aside as {aside.name}"
+            return f"the settings file is damaged: {self.path} ({error.strerror})"
+        return f"the settings file was damaged; it was renamed to {renamed.name}"

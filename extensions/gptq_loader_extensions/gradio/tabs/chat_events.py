@@ -1,4 +1,4 @@
-"""Say what changes in the Chat tab when a person does something."""
+"""Update the Chat tab when a person does something."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from gptq_loader_extensions.gradio.tabs.chat_updates import (
     render,
     stream_updates,
 )
-from gptq_loader_extensions.gradio.tabs.header import head
-from gptq_loader_extensions.gradio.tabs.saved_chats import new_key, read_list
+from gptq_loader_extensions.gradio.tabs.header import header_html
+from gptq_loader_extensions.gradio.tabs.saved_chats import new_key, read_saved
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from gptq_loader_extensions.gradio.jobs.models import Models
-    from gptq_loader_extensions.gradio.tabs.saved_chats import KeptTitle
+    from gptq_loader_extensions.gradio.tabs.saved_chats import SavedTitle
 
 __all__ = ["NEW_CONVERSATION", "ChatEvents"]
 
@@ -35,7 +35,7 @@ class ChatEvents:
     """What happens in the tab.
 
     Args:
-        models: answers.
+        models: generates the replies.
         parts: the tab's components by name; `header` is the page's.
     """
 
@@ -94,25 +94,25 @@ class ChatEvents:
         return self._by_component(render(ChatState()))
 
     def opened(self, text: str, *_: Any) -> ComponentUpdates:  # noqa: ANN401
-        """Show a conversation that the browser kept."""
-        saved = read_list(text)
+        """Show a conversation that the browser has stored."""
+        saved = read_saved(text)
         chat = saved.opened
-        messages, key = (chat.talk(), chat.key) if chat else ((), "")
+        messages, key = (chat.conversation(), chat.key) if chat else ((), "")
         # not sent to the browser again, which has it
         updates = {**render(ChatState(messages), key=key), "kept": gr.update()}
         updates["picker"] = _choices(saved.listed, key)
         return self._by_component(updates)
 
     def listed(self, text: str) -> Any:  # noqa: ANN401 - an update of a component
-        """List the conversations, once the browser has kept one."""
-        saved = read_list(text)
+        """List the conversations, once the browser has stored one."""
+        saved = read_saved(text)
         if saved.full:
-            gr.Warning("This browser has no room left: this conversation is not kept in it.")
+            gr.Warning("The storage of this browser is full: this conversation is not saved.")
         return _choices(saved.listed, saved.current)
 
-    def forgotten(self, text: str, *_: Any) -> ComponentUpdates:  # noqa: ANN401
-        """Begin a new conversation in place of one that the browser has forgotten."""
-        return {**self.empty(), self._parts["picker"]: _choices(read_list(text).listed, "")}
+    def deleted(self, text: str, *_: Any) -> ComponentUpdates:  # noqa: ANN401
+        """Begin a new conversation in place of one that the browser has deleted."""
+        return {**self.empty(), self._parts["picker"]: _choices(read_saved(text).listed, "")}
 
     def _stream(
         self,
@@ -126,14 +126,14 @@ class ChatEvents:
         stream = stream_updates(self._models, request, values, key=key, before=before, draft=draft)
         for i, updates in enumerate(stream):
             # another browser may have changed the model since this page was drawn
-            header = {"header": head(self._models.loaded)} if i == 1 else {}
+            header = {"header": header_html(self._models.loaded)} if i == 1 else {}
             yield self._by_component(updates | header)
 
     def _by_component(self, updates: Updates) -> ComponentUpdates:
         return {self._parts[name]: value for name, value in updates.items()}
 
 
-def _choices(listed: Sequence[KeptTitle], key: str) -> Any:  # noqa: ANN401 - an update of a component
+def _choices(listed: Sequence[SavedTitle], key: str) -> Any:  # noqa: ANN401 - an update of a component
     choices = [(chat.title or "…", chat.key) for chat in listed]
     known = key in [chat.key for chat in listed]
     first = [] if known else [NEW_CONVERSATION]

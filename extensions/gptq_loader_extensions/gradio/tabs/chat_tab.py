@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from gptq_loader_extensions.gradio import elements
-from gptq_loader_extensions.gradio.events import AT_ONCE, PRIVATE, REPLIES, stop, tell
+from gptq_loader_extensions.gradio.events import AT_ONCE, PRIVATE, REPLIES, show_error, stop
 from gptq_loader_extensions.gradio.tabs.chat_events import NEW_CONVERSATION, ChatEvents
 from gptq_loader_extensions.gradio.tabs.export_box import ExportBox
 from gptq_loader_extensions.gradio.versions import known
@@ -31,8 +31,8 @@ class ChatTab:
     """The tab; made inside the page's layout, then wired.
 
     Args:
-        models: answers.
-        header: the page's header, which says what answers.
+        models: generates the replies.
+        header: the page's header, which shows what generates them.
     """
 
     def __init__(self, models: Models, header: gr.HTML) -> None:
@@ -81,7 +81,7 @@ class ChatTab:
             allow_tags=False,
             feedback_options=None,
             latex_delimiters=LATEX,
-            autoscroll=False,  # page.js does it, and never against who scrolls
+            autoscroll=False,  # page.js scrolls, and never against the user
             allow_file_downloads=False,
         )
         parts["chat"] = gr.Chatbot(
@@ -123,27 +123,27 @@ class ChatTab:
         conversation, key, message = parts["conversation"], parts["key"], parts["message"]
         kept, picker = parts["kept"], parts["picker"]
         outputs = list(parts.values())
-        asked = [conversation, key, *wiring.panel.parts]
+        inputs = [conversation, key, *wiring.panel.parts]
         sending = [message.submit, parts["send"].click]
         streams = [
-            gr.on(sending, events.send, [message, *asked], outputs, **REPLIES),
-            parts["retry"].click(events.retry, asked, outputs, **REPLIES),
+            gr.on(sending, events.send, [message, *inputs], outputs, **REPLIES),
+            parts["retry"].click(events.retry, inputs, outputs, **REPLIES),
         ]
         if hasattr(parts["chat"], "edit"):  # since gradio 5
-            streams.append(parts["chat"].edit(events.edit, asked, outputs, **REPLIES))
+            streams.append(parts["chat"].edit(events.edit, inputs, outputs, **REPLIES))
         for reply in streams:
-            reply.then(tell, [parts["problem"]], None, concurrency_limit=None, **PRIVATE)
+            reply.then(show_error, [parts["problem"]], None, concurrency_limit=None, **PRIVATE)
         parts["stop"].click(stop, [parts["cancel"]], None, **AT_ONCE)
         parts["undo"].click(events.undo, [conversation, key], outputs, **AT_ONCE)
         parts["new"].click(events.empty, None, outputs, **AT_ONCE)
 
-        # What page.js gives back goes to the function in place of the inputs.
+        # What page.js returns goes to the function in place of the inputs.
         keep, begin = "(text) => gptqPage.keep(text)", "() => gptqPage.open()"
         choose = "(_, key) => [gptqPage.open(key), key]"
         forget = "(_, key) => [gptqPage.forget(key), key]"
         kept.change(events.listed, [kept], [picker], js=keep, **AT_ONCE)
         picker.select(events.opened, [kept, picker], outputs, js=choose, **AT_ONCE)
-        parts["delete"].click(events.forgotten, [kept, picker], outputs, js=forget, **AT_ONCE)
+        parts["delete"].click(events.deleted, [kept, picker], outputs, js=forget, **AT_ONCE)
         wiring.page.load(events.opened, [kept], outputs, js=begin, **AT_ONCE)
         self._export.wire(conversation, wiring.panel.parts[0], message)
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from gptq_loader_extensions.gradio.error_messages import as_words
+from gptq_loader_extensions.gradio.error_messages import format_error
 from gptq_loader_extensions.gradio.jobs.conversation import ChatState
 from gptq_loader_extensions.gradio.jobs.reply import chat_prompt, write_reply
-from gptq_loader_extensions.gradio.tabs.saved_chats import write_kept
+from gptq_loader_extensions.gradio.tabs.saved_chats import write_saved
 from gptq_loader_extensions.gradio.tabs.settings_panel import read_options
 from gptq_loader_extensions.gradio.versions import takes_messages, to_pairs
 from gptq_loader_plugin.errors import GPTQLoaderError
@@ -49,7 +49,7 @@ def stream_updates(
     """Stream a reply as updates of the page; on an error, restore it and say what is wrong.
 
     Args:
-        models: answers.
+        models: generates the reply.
         messages: the conversation, the question last.
         values: the settings' values, in their order.
         key: the conversation's key in the browser.
@@ -69,7 +69,7 @@ def stream_updates(
             shown = replace(state, draft="") if sent else state
             yield render(shown, cancel, key=key, buttons_unchanged=unchanged)
     except (GPTQLoaderError, MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
-        problem = as_words(error, hint="shorten the conversation; the terminal says more")
+        problem = format_error(error, hint="shorten the conversation; the terminal says more")
         yield render(ChatState(before, draft=draft, problem=problem), key=key)
     finally:
         cancel.set()
@@ -103,7 +103,7 @@ def render(
         return updates
     idle = not state.running
     updates["key"] = key
-    updates["kept"] = write_kept(key, state.messages) if key else ""
+    updates["kept"] = write_saved(key, state.messages) if key else ""
     updates["send"], updates["stop"] = gr.update(visible=idle), gr.update(visible=not idle)
     for name in IDLE_ONLY:
         updates[name] = gr.update(interactive=idle)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from gptq_loader_extensions.gradio import elements
-from gptq_loader_extensions.gradio.error_messages import alert, as_words
+from gptq_loader_extensions.gradio.error_messages import alert, format_error
 from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, REPLIES, stop
-from gptq_loader_extensions.gradio.jobs.comparing import by_turns, where_they_part
-from gptq_loader_extensions.gradio.jobs.loading import load_watched
+from gptq_loader_extensions.gradio.jobs.comparing import by_turns, describe_difference
+from gptq_loader_extensions.gradio.jobs.loading import load_with_progress
 from gptq_loader_extensions.gradio.jobs.local_models import LocalModels
 from gptq_loader_extensions.gradio.jobs.reply import chat_prompt
-from gptq_loader_extensions.gradio.tabs.header import facts_of, title
+from gptq_loader_extensions.gradio.tabs.header import model_facts, title
 from gptq_loader_extensions.gradio.tabs.measure_box import MeasureBox
 from gptq_loader_extensions.gradio.tabs.settings_panel import read_options
 from gptq_loader_plugin.errors import GPTQLoaderError
@@ -35,7 +35,7 @@ COLUMNS = (
     (elements.NAME_ONE, elements.REPLY_ONE, elements.STATUS_ONE),
     (elements.NAME_TWO, elements.REPLY_TWO, elements.STATUS_TWO),
 )
-WHERE = ("choose one in the Model tab", "choose a second one above")
+HINTS = ("choose one in the Model tab", "choose a second one above")
 
 
 class CompareTab:
@@ -44,7 +44,7 @@ class CompareTab:
     Args:
         models: the page's own model, which is the left one.
         catalog: the models that may be the right one.
-        measured: the figures that are kept.
+        measured: the perplexities that were measured.
     """
 
     def __init__(self, models: Models, catalog: Catalog, measured: MeasuredFiles) -> None:
@@ -55,8 +55,8 @@ class CompareTab:
             self._other = gr.Dropdown(
                 [],
                 value=None,
-                label="Beside the model that is loaded",
-                info="Choosing one loads it as a second model.",
+                label="Second model",
+                info="Choosing one loads it beside the model that is loaded.",
                 elem_id=elements.OTHER,
                 scale=1,
             )
@@ -77,7 +77,8 @@ class CompareTab:
         )
         self._question = gr.Textbox(
             label="Message",
-            info="Both get it by their template, with the settings beside; Deterministic is fair.",
+            info="Both models get it through their own template, with the settings at the side; "
+            "Deterministic is the fairest.",
             lines=2,
             max_lines=6,
             elem_id=elements.COMPARE_MESSAGE,
@@ -93,7 +94,7 @@ class CompareTab:
             )
         with gr.Row():
             self._columns = [_column(*ids) for ids in COLUMNS]
-        self._words = gr.HTML("", elem_id=elements.COMPARE_WORDS)
+        self._difference = gr.HTML("", elem_id=elements.COMPARE_WORDS)
         self._measure = MeasureBox(self._sides, measured)
 
     def wire(self, wiring: Wiring) -> None:
@@ -108,7 +109,7 @@ class CompareTab:
             event(self._open, None, outputs, **AT_ONCE)
         self._measure.wire(opened)
         replies = [part for column in self._columns for part in column]
-        running = [self._cancel, self._unload, self._start, self._stop, self._words, *replies]
+        running = [self._cancel, self._unload, self._start, self._stop, self._difference, *replies]
         self._start.click(self._run, [self._question, *wiring.panel.parts], running, **REPLIES)
         for button in (self._stop, self._load_stop):
             button.click(stop, [self._cancel], None, **AT_ONCE)
@@ -118,11 +119,11 @@ class CompareTab:
         try:
             entry = self._catalog.find(name)
         except GPTQLoaderError as error:
-            yield {self._progress: alert(as_words(error))}
+            yield {self._progress: alert(format_error(error))}
             return
         cancel = threading.Event()
         yield {self._cancel: cancel}
-        for view in load_watched(self._sides[1], entry, LoadOptions(), cancel):
+        for view in load_with_progress(self._sides[1], entry, LoadOptions(), cancel):
             second = self._sides[1].loaded
             ended = gr.update(interactive=True, value=second.name if second else None)
             yield {  # all in one: see events.py
@@ -146,10 +147,10 @@ class CompareTab:
         return {self._other: gr.update(choices=choices, value=value), **self._headings()}
 
     def _run(self, question: str, *values: Any) -> Iterator[dict[Any, Any]]:  # noqa: ANN401
-        """Ask both."""
+        """Send the question to both."""
         cancel = threading.Event()
         busy = {self._start: gr.update(visible=False), self._stop: gr.update(visible=True)}
-        yield {self._cancel: cancel, self._words: "", **busy, **self._headings()}
+        yield {self._cancel: cancel, self._difference: "", **busy, **self._headings()}
         texts = ["", ""]
         try:
             system, options = read_options(values)
@@ -158,13 +159,13 @@ class CompareTab:
                 _, text, status = self._columns[at]
                 texts[at] = state.reply
                 yield {text: state.reply, status: escape(state.status), **busy}
-            words = f"<p>{escape(where_they_part(*texts))}</p>"
+            difference = f"<p>{escape(describe_difference(*texts))}</p>"
         except (GPTQLoaderError, MemoryError, RuntimeError) as error:
-            words = alert(as_words(error))
+            difference = alert(format_error(error))
         finally:
             cancel.set()
         yield {
-            self._words: words,
+            self._difference: difference,
             self._start: gr.update(visible=True),
             self._stop: gr.update(visible=False),
         }
@@ -172,14 +173,14 @@ class CompareTab:
     def _headings(self) -> dict[Any, Any]:
         """Show which models stand side by side."""
         headings = {
-            name: _heading(side.loaded, where)
-            for (name, _, _), side, where in zip(self._columns, self._sides, WHERE, strict=True)
+            name: _heading(side.loaded, hint)
+            for (name, _, _), side, hint in zip(self._columns, self._sides, HINTS, strict=True)
         }
         return {**headings, self._unload: gr.update(visible=self._sides[1].loaded is not None)}
 
 
-def _heading(loaded: Loaded | None, where: str) -> str:
-    facts = ", ".join(facts_of(loaded.model)) if loaded else where
+def _heading(loaded: Loaded | None, hint: str) -> str:
+    facts = ", ".join(model_facts(loaded.model)) if loaded else hint
     return f"<h3>{escape(title(loaded))}</h3><p>{escape(facts)}</p>"
 
 

@@ -1,4 +1,4 @@
-"""Lay out what shows the exact prompt and takes a conversation away."""
+"""Lay out what shows the exact prompt and exports a conversation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from gptq_loader_extensions.gradio import elements
-from gptq_loader_extensions.gradio.error_messages import alert, as_words
+from gptq_loader_extensions.gradio.error_messages import alert, format_error
 from gptq_loader_extensions.gradio.events import AT_ONCE, PRIVATE
 from gptq_loader_extensions.gradio.jobs.conversation import Conversation, with_system
 from gptq_loader_extensions.gradio.tabs.export import as_json, as_markdown, file_name
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = ["ExportBox"]
 
-NOBODY = "No model is loaded. Choose one in the Model tab."
+NO_MODEL = "No model is loaded. Choose one in the Model tab."
 
 
 class ExportBox:
     """The box; made inside the Chat tab, then wired.
 
     Args:
-        models: says whose prompt it is.
+        models: holds the model whose prompt is shown.
 
     Attributes:
         prompt: the button that shows the prompt.
@@ -53,31 +53,29 @@ class ExportBox:
             save = "(text) => gptqPage.download(text)"
             written.then(None, [self._file], None, js=save, **PRIVATE)
 
-    def _prompt(self, talk: Conversation, system: str | None, draft: str) -> str:
+    def _prompt(self, messages: Conversation, system: str | None, draft: str) -> str:
         """Draw the prompt of the message being written, or else of the last reply."""
         loaded = self._models.loaded
         if loaded is None:
-            return alert(NOBODY)
-        messages = with_system(talk, system or "")
+            return alert(NO_MODEL)
+        prompt = with_system(messages, system or "")
         if draft.strip():
-            messages.append({"role": "user", "content": draft})
-        elif talk and talk[-1]["role"] == "assistant":
-            messages.pop()
+            prompt.append({"role": "user", "content": draft})
+        elif messages and messages[-1]["role"] == "assistant":
+            prompt.pop()
         try:
-            ids, _ = loaded.model.encode_chat(messages, when_too_long="drop-oldest")
+            ids, _ = loaded.model.encode_chat(prompt, when_too_long="drop-oldest")
         except GPTQLoaderError as error:
-            return alert(as_words(error))
+            return alert(format_error(error))
         return prompt_html(ids, loaded.model.tokenizer, context=loaded.model.context)
 
-    def _as_json(self, talk: Conversation, system: str | None) -> str:
-        messages = with_system(talk, system or "")
-        text = as_json(messages, model=self._name())
-        return _file(file_name(talk, ".json"), "application/json", text)
+    def _as_json(self, messages: Conversation, system: str | None) -> str:
+        text = as_json(with_system(messages, system or ""), model=self._name())
+        return _file(file_name(messages, ".json"), "application/json", text)
 
-    def _as_markdown(self, talk: Conversation, system: str | None) -> str:
-        messages = with_system(talk, system or "")
-        text = as_markdown(messages, model=self._name())
-        return _file(file_name(talk, ".md"), "text/markdown", text)
+    def _as_markdown(self, messages: Conversation, system: str | None) -> str:
+        text = as_markdown(with_system(messages, system or ""), model=self._name())
+        return _file(file_name(messages, ".md"), "text/markdown", text)
 
     def _name(self) -> str:
         loaded = self._models.loaded

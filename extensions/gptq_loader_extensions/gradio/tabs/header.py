@@ -1,4 +1,4 @@
-"""Say in HTML which model this is and how it runs: the page's head."""
+"""Show which model this is and how it runs: the page's header."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.jobs.models import Loaded
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
-__all__ = ["NO_MODEL", "entry_name", "facts_of", "head", "title"]
+__all__ = ["NO_MODEL", "entry_name", "header_html", "model_facts", "title"]
 
 NO_MODEL = "No model is loaded"
 
 
 def entry_name(model: LoadedModel) -> str:
-    """Give the name a list has for a model: the reference, or a folder's own name, not its path."""
+    """Return a model's name in lists: the reference, or a folder's own name, not its path."""
     plan = model.plan
     is_path = plan.reference != "demo" and Path(plan.reference).exists()
     return plan.path.resolve().name if is_path else plan.reference
 
 
 def title(loaded: Loaded | None) -> str:
-    """Name the model for people: the demo's real name, for one."""
+    """Return the model's name for people: for the demo, its real name."""
     if loaded is None:
         return NO_MODEL
     return loaded.model.plan.path.resolve().name if loaded.name == "demo" else loaded.name
 
 
-def facts_of(model: LoadedModel) -> list[str]:
-    """Say in a few words each how a model was quantised and what it takes."""
+def model_facts(model: LoadedModel) -> list[str]:
+    """Describe in a few words each how a model was quantised and what it takes."""
     config = model.config
     return [
         f"{config.bits}-bit",
@@ -45,17 +45,17 @@ def facts_of(model: LoadedModel) -> list[str]:
     ]
 
 
-def head(loaded: Loaded | None) -> str:
-    """Say the name, what the checkpoint is, how it runs, and what to be warned of."""
+def header_html(loaded: Loaded | None) -> str:
+    """Show the name, what the checkpoint is, how it runs, and the warnings."""
     if loaded is None:
         return (
             f"<header><h1>{NO_MODEL}</h1></header>"
             "<p>Choose one in the Model tab; it is loaded at once.</p>"
         )
     model = loaded.model
-    chips = "".join(f"<li>{escape(fact)}</li>" for fact in facts_of(model))
+    chips = "".join(f"<li>{escape(fact)}</li>" for fact in model_facts(model))
     warnings = dict.fromkeys((*model.warnings, *model.plan.warnings))
-    noted = "".join(f"<p role='note'>{escape(it)}</p>" for it in warnings)
+    notes = "".join(f"<p role='note'>{escape(warning)}</p>" for warning in warnings)
     template = f"{model.template.name} ({model.template.source})"
     why = f"<pre tabindex='0'>{escape(model.explain())}</pre>"
     return (
@@ -63,5 +63,5 @@ def head(loaded: Loaded | None) -> str:
         f"<dl><dt>Kernel</dt><dd><details id='{elements.WHY}'><summary>"
         f"<span id='{elements.HEADLINE}'>"
         f"{escape(model.plan.headline())}</span> <b>Why?</b></summary>{why}</details></dd>"
-        f"<dt>Template</dt><dd id='{elements.TEMPLATE}'>{escape(template)}</dd></dl>{noted}"
+        f"<dt>Template</dt><dd id='{elements.TEMPLATE}'>{escape(template)}</dd></dl>{notes}"
     )

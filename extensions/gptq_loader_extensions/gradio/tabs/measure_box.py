@@ -1,4 +1,4 @@
-"""Lay out what measures the models side by side, and draws all that was measured."""
+"""Lay out what measures the models side by side, and draws all measurements."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from gptq_loader_extensions.gradio import elements
-from gptq_loader_extensions.gradio.error_messages import alert, as_words
+from gptq_loader_extensions.gradio.error_messages import alert, format_error
 from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, stop
 from gptq_loader_extensions.gradio.jobs.measuring import measure
 from gptq_loader_extensions.gradio.jobs.models import Stopped
-from gptq_loader_extensions.gradio.jobs.progress import Done, progress_bar, watched
+from gptq_loader_extensions.gradio.jobs.progress import Finished, progress_bar, run_with_progress
 from gptq_loader_extensions.gradio.views.chart import chart_html, text_title
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.events import Progress
@@ -37,7 +37,7 @@ class MeasureBox:
 
     Args:
         sides: each holds one model, or none.
-        files: the figures that are kept.
+        files: the perplexities that were measured.
     """
 
     def __init__(self, sides: Sequence[Models], files: MeasuredFiles) -> None:
@@ -45,7 +45,7 @@ class MeasureBox:
         self._cancel = gr.State(None)
         gr.HTML("<h2>Bits, perplexity and size</h2>", elem_classes=elements.HEADING_CLASS)
         with gr.Row(elem_id=elements.MEASURE_ROW):
-            self._which = gr.Radio(
+            self._source = gr.Radio(
                 [SAMPLE, OWN],
                 value=SAMPLE,
                 label="Measure on",
@@ -64,85 +64,92 @@ class MeasureBox:
             )
         self._own = gr.Textbox(
             label="Text",
-            info="Plain prose, of 256 tokens at least; longer is steadier.",
+            info="Plain prose of at least 256 tokens; a longer text gives a more stable figure.",
             lines=4,
             max_lines=8,
             elem_id=elements.MEASURE_TEXT,
             visible=False,
         )
         self._progress = gr.HTML("", elem_id=elements.MEASURING, elem_classes=elements.WORK_CLASS)
-        self._drawn = gr.Dropdown(
+        self._text = gr.Dropdown(
             [], value=None, label="Measured on", elem_id=elements.MEASURED_ON, visible=False
         )
         self._chart = gr.HTML("", elem_id=elements.CHART, elem_classes=elements.SHEET_CLASS)
 
     def wire(self, opened: Sequence[Any]) -> None:
-        """Connect the box; the chart is drawn anew when the page or the tab opens."""
-        outputs = [self._cancel, self._start, self._stop, self._progress, self._drawn, self._chart]
-        shown = [self._drawn, self._chart, self._progress]
-        self._which.change(
-            lambda which: gr.update(visible=which == OWN), [self._which], [self._own], **AT_ONCE
+        """Connect the box; the chart is redrawn when the page or the tab opens."""
+        outputs = [
+            self._cancel,
+            self._start,
+            self._stop,
+            self._progress,
+            self._text,
+            self._chart,
+        ]
+        drawn = [self._text, self._chart, self._progress]
+        self._source.change(
+            lambda source: gr.update(visible=source == OWN), [self._source], [self._own], **AT_ONCE
         )
-        self._start.click(self._measure, [self._which, self._own], outputs, **LOADS)
+        self._start.click(self._measure, [self._source, self._own], outputs, **LOADS)
         self._stop.click(stop, [self._cancel], None, **AT_ONCE)
-        self._drawn.select(self._draw, [self._drawn], [self._chart], **AT_ONCE)
+        self._text.select(self._draw, [self._text], [self._chart], **AT_ONCE)
         for event in opened:
-            event(self._open, [self._drawn], shown, **AT_ONCE)
+            event(self._open, [self._text], drawn, **AT_ONCE)
 
-    def _measure(self, which: str, own: str) -> Iterator[dict[Any, Any]]:
+    def _measure(self, source: str, own: str) -> Iterator[dict[Any, Any]]:
         """Measure each model that is loaded."""
         cancel = threading.Event()
         busy = {self._start: gr.update(visible=False), self._stop: gr.update(visible=True)}
         bar = progress_bar(Progress("perplexity", 0, 0, detail="cutting the text"))
         yield {self._cancel: cancel, self._progress: bar, **busy}
-        text, problem = own if which == OWN else None, ""
-        sides = [it for it in self._sides if it.loaded] or self._sides[:1]
+        text, problem = own if source == OWN else None, ""
+        sides = [side for side in self._sides if side.loaded] or self._sides[:1]
         done: list[str] = []
-        shown: dict[Any, Any] = {}
+        updates: dict[Any, Any] = {}
         try:
             for side in sides:
-                for event in watched(partial(measure, side, text, cancel)):
-                    if isinstance(event, Done):
+                for event in run_with_progress(partial(measure, side, text, cancel)):
+                    if isinstance(event, Finished):
                         self._files.keep(event.value)
                         done.append(f"{event.value.name} has {event.value.perplexity:.3f}")
-                        shown = self._shown(event.value.text.key)
-                        yield shown | busy
+                        updates = self._show(event.value.text.key)
+                        yield updates | busy
                     else:
                         yield {self._progress: progress_bar(event), **busy}
         except Stopped:
             done.append("stopped")
         except (GPTQLoaderError, MemoryError, RuntimeError, OSError) as error:
-            problem = alert(as_words(error))
+            problem = alert(format_error(error))
         finally:
             cancel.set()
-        told = f"<p class='done'>Measured: {escape('; '.join(done))}.</p>" if done else ""
+        summary = f"<p class='done'>Measured: {escape('; '.join(done))}.</p>" if done else ""
         yield {
-            **shown,
+            **updates,
             self._start: gr.update(visible=True),
             self._stop: gr.update(visible=False),
-            self._progress: told + problem,
+            self._progress: summary + problem,
         }
 
     def _open(self, key: str | None) -> dict[Any, Any]:
-        return self._shown(key or None)
+        return self._show(key or None)
 
-    def _shown(self, key: str | None) -> dict[Any, Any]:
+    def _show(self, key: str | None) -> dict[Any, Any]:
         """Draw the figures of a text, or of the one that was measured last."""
         figures, note = self._files.read()
-        texts = {it.text.key: it.text for it in reversed(figures)}
-        chosen = key if key in texts else next((it.text.key for it in figures), None)
-        change = {
-            self._drawn: gr.update(
-                choices=[(text_title(it), it.key) for it in texts.values()],
+        texts = {figure.text.key: figure.text for figure in reversed(figures)}
+        chosen = key if key in texts else next((figure.text.key for figure in figures), None)
+        updates = {
+            self._text: gr.update(
+                choices=[(text_title(text), text.key) for text in texts.values()],
                 value=chosen,
                 visible=len(texts) > 1,
             ),
-            self._chart: chart_html([it for it in figures if it.text.key == chosen]),
+            self._chart: chart_html([figure for figure in figures if figure.text.key == chosen]),
         }
         if note:
-            change[self._progress] = f"<p role='note'>{escape(note[:1].upper() + note[1:])}.</p>"
-        return change
+            updates[self._progress] = f"<p role='note'>{escape(note[:1].upper() + note[1:])}.</p>"
+        return updates
 
     def _draw(self, key: str) -> str:
         figures, _ = self._files.read()
-        return chart_html([it for it in figures if it.text.key == key])
+        return chart_html([figure for figure in figures if figure.text.key == key])

@@ -1,4 +1,4 @@
-"""Say what changes in the Model tab when a person loads, unloads or saves something."""
+"""Update the Model tab when a person loads, unloads or saves something."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from gptq_loader_extensions.gradio.error_messages import alert, as_words
-from gptq_loader_extensions.gradio.jobs.loading import LoadView, describe_loaded, load_watched
+from gptq_loader_extensions.gradio.error_messages import alert, format_error
+from gptq_loader_extensions.gradio.jobs.loading import LoadView, describe_loaded, load_with_progress
 from gptq_loader_extensions.gradio.storage.settings_file import ModelSettings
-from gptq_loader_extensions.gradio.tabs.header import head
+from gptq_loader_extensions.gradio.tabs.header import header_html
 from gptq_loader_extensions.gradio.tabs.settings_panel import read_options
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.load_options import LoadOptions
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gptq_loader_extensions.gradio.jobs.models import Models
-    from gptq_loader_extensions.gradio.storage.catalog import Catalog, Entry
+    from gptq_loader_extensions.gradio.storage.catalog import Catalog, CatalogEntry
     from gptq_loader_extensions.gradio.storage.settings_file import SettingsFile
     from gptq_loader_extensions.gradio.tabs.settings_panel import SettingsPanel
 
@@ -63,20 +63,20 @@ class ModelEvents:
         try:
             entry = self._catalog.find(name)
         except GPTQLoaderError as error:
-            yield {self._parts["progress"]: alert(as_words(error))}
+            yield {self._parts["progress"]: alert(format_error(error))}
             return
         saved, note = self._settings.read(name)
         settings = saved or ModelSettings()
         options = LoadOptions(**{option: getattr(settings, option) for option in HOW})
-        yield {**self._show_options(options), **self._panel.filled(self._models, settings)}
+        yield {**self._show_options(options), **self._panel.show_settings(self._models, settings)}
         yield from self._load(entry, options, note)
 
     def reload(self, name: str | None, *how: Any) -> Iterator[ComponentUpdates]:  # noqa: ANN401
-        """Load the model again, as the person wants it now."""
+        """Load the model again, with the options that are chosen now."""
         try:
             entry = self._catalog.find(_chosen(name))
         except GPTQLoaderError as error:
-            yield {self._parts["progress"]: alert(as_words(error))}
+            yield {self._parts["progress"]: alert(format_error(error))}
             return
         yield from self._load(entry, _load_options(how), "")
 
@@ -91,7 +91,7 @@ class ModelEvents:
             settings = ModelSettings(**chosen, system=system, sampling=sampling)
             note = self._settings.save(name, settings)
         except GPTQLoaderError as error:
-            return alert(as_words(error))
+            return alert(format_error(error))
         return f"<p class='done'>Saved for {escape(name)}.</p>{_note_html(note)}"
 
     def unload(self) -> ComponentUpdates:
@@ -106,7 +106,7 @@ class ModelEvents:
         )
         return {
             self._parts["progress"]: f"<p class='done'>Unloaded.{sizes}</p>",
-            self._parts["header"]: head(None),
+            self._parts["header"]: header_html(None),
             self._parts["model"]: gr.update(value=None),
             self._parts["plan"]: "",
             self._parts["facts"]: "",
@@ -125,13 +125,13 @@ class ModelEvents:
         name = loaded.name if loaded else None
         updates = {
             self._parts["model"]: self.list_models(name),
-            self._parts["header"]: head(loaded),
+            self._parts["header"]: header_html(loaded),
             **self._enable(name, loaded=loaded is not None),
         }
         if loaded is None:
-            return {**updates, **self._panel.filled(self._models, None)}
+            return {**updates, **self._panel.show_settings(self._models, None)}
         saved, note = self._settings.read(loaded.name)
-        updates |= self._panel.filled(self._models, saved)
+        updates |= self._panel.show_settings(self._models, saved)
         updates |= self._show_options(loaded.options)
         return {**updates, self._parts["progress"]: _note_html(note)} if note else updates
 
@@ -144,17 +144,19 @@ class ModelEvents:
         try:
             facts_html, plan_html = describe_loaded(loaded)
         except GPTQLoaderError as error:
-            return {facts: alert(as_words(error))}
+            return {facts: alert(format_error(error))}
         return {facts: facts_html, plan: plan_html}
 
-    def _load(self, entry: Entry, options: LoadOptions, note: str) -> Iterator[ComponentUpdates]:
+    def _load(
+        self, entry: CatalogEntry, options: LoadOptions, note: str
+    ) -> Iterator[ComponentUpdates]:
         cancel = threading.Event()
         yield {self._parts["cancel"]: cancel}
-        for view in load_watched(self._models, entry, options, cancel):
+        for view in load_with_progress(self._models, entry, options, cancel):
             updates = self._show_load(view, entry.name, note)
             if not view.running:  # all in one: see events.py
-                updates[self._parts["header"]] = head(self._models.loaded)
-                updates |= self._panel.filled(self._models, None)
+                updates[self._parts["header"]] = header_html(self._models.loaded)
+                updates |= self._panel.show_settings(self._models, None)
             if view.stopped:
                 opened = self.open()
                 opened[self._parts["model"]] |= {"interactive": True}

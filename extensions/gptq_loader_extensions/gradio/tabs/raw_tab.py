@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from gptq_loader_extensions.gradio import elements
-from gptq_loader_extensions.gradio.error_messages import alert, as_words
+from gptq_loader_extensions.gradio.error_messages import alert, format_error
 from gptq_loader_extensions.gradio.events import AT_ONCE, REPLIES, stop
 from gptq_loader_extensions.gradio.jobs.reply import raw_prompt, write_reply
 from gptq_loader_extensions.gradio.tabs.settings_panel import read_options
@@ -28,7 +28,7 @@ class RawTab:
     """The tab; made inside the page's layout, then wired.
 
     Args:
-        models: answers.
+        models: generates the completion.
     """
 
     def __init__(self, models: Models) -> None:
@@ -36,7 +36,7 @@ class RawTab:
         self._cancel = gr.State(None)
         self._prompt = gr.Textbox(
             label="Prompt",
-            info="No template is put around it; special tokens in it count.",
+            info="Sent without a template; special tokens in it count as such.",
             placeholder="The capital of France is",
             lines=8,
             max_lines=16,
@@ -84,7 +84,7 @@ class RawTab:
             for state in write_reply(self._models, raw_prompt(text), options, cancel=cancel):
                 yield {self._reply: state.reply, self._status: escape(state.status), **busy}
         except (GPTQLoaderError, MemoryError, RuntimeError) as error:
-            yield {self._problem: alert(as_words(error)), self._status: ""}
+            yield {self._problem: alert(format_error(error)), self._status: ""}
         finally:
             cancel.set()
         yield {self._complete: gr.update(visible=True), self._stop: gr.update(visible=False)}

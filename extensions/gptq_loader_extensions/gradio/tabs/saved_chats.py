@@ -1,7 +1,7 @@
-"""Write and read conversations as the browser keeps them.
+"""Write and read conversations as the browser stores them.
 
 They are in the browser's own storage (`page.js`), each under its own key, and never on the server:
-who shares a page does not share conversations. What comes back from there is checked.
+people who share a page do not share conversations. What comes back from there is validated.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gptq_loader_extensions.gradio.jobs.conversation import Message
+    from gptq_loader_extensions.gradio.jobs.conversation import Conversation, Message
 
-__all__ = ["KeptConversation", "KeptList", "new_key", "read_list", "write_kept"]
+__all__ = ["SavedConversation", "SavedList", "new_key", "read_saved", "write_saved"]
 
 TITLE_LENGTH = 48
 Key = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 
 
-class KeptMessage(BaseModel):
-    """A message of a kept conversation."""
+class SavedMessage(BaseModel):
+    """A message of a saved conversation."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -31,21 +31,21 @@ class KeptMessage(BaseModel):
     content: str
 
 
-class KeptConversation(BaseModel):
-    """A conversation as the browser keeps it."""
+class SavedConversation(BaseModel):
+    """A conversation as the browser stores it."""
 
     model_config = ConfigDict(frozen=True)
 
     key: Key
     title: str = ""
-    messages: tuple[KeptMessage, ...] = ()
+    messages: tuple[SavedMessage, ...] = ()
 
-    def talk(self) -> tuple[Message, ...]:
-        """Give the messages as the chat takes them."""
-        return tuple(it.model_dump() for it in self.messages)
+    def conversation(self) -> Conversation:
+        """Convert it to the chat's own form."""
+        return tuple(message.model_dump() for message in self.messages)
 
 
-class KeptTitle(BaseModel):
+class SavedTitle(BaseModel):
     """A line of the list of conversations."""
 
     model_config = ConfigDict(frozen=True)
@@ -54,8 +54,8 @@ class KeptTitle(BaseModel):
     title: str
 
 
-class KeptList(BaseModel):
-    """What the browser says it keeps: the newest first.
+class SavedList(BaseModel):
+    """What the browser has stored: the newest first.
 
     Attributes:
         current: the conversation of this tab, or "".
@@ -67,8 +67,8 @@ class KeptList(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     current: str = ""
-    listed: tuple[KeptTitle, ...] = ()
-    opened: KeptConversation | None = None
+    listed: tuple[SavedTitle, ...] = ()
+    opened: SavedConversation | None = None
     full: bool = False
 
 
@@ -77,19 +77,19 @@ def new_key() -> str:
     return secrets.token_hex(8)
 
 
-def write_kept(key: str, messages: Sequence[Message]) -> str:
-    """Write a conversation for the browser; one without messages is forgotten there."""
-    question = next((it["content"] for it in messages if it["role"] == "user"), "")
+def write_saved(key: str, messages: Sequence[Message]) -> str:
+    """Write a conversation for the browser, which deletes one without messages."""
+    question = next((message["content"] for message in messages if message["role"] == "user"), "")
     title = " ".join(question.split())
     if len(title) > TITLE_LENGTH:
         title = f"{title[: TITLE_LENGTH - 1].rstrip()}…"
-    kept = [KeptMessage.model_validate(it) for it in messages]
-    return KeptConversation(key=key, title=title, messages=tuple(kept)).model_dump_json()
+    saved = [SavedMessage.model_validate(message) for message in messages]
+    return SavedConversation(key=key, title=title, messages=tuple(saved)).model_dump_json()
 
 
-def read_list(text: str | None) -> KeptList:
-    """Read what the browser keeps; what cannot be read is as if it kept nothing."""
+def read_saved(text: str | None) -> SavedList:
+    """Read what the browser has stored; what is not valid counts as nothing."""
     try:
-        return KeptList.model_validate_json(text or "{}")
+        return SavedList.model_validate_json(text or "{}")
     except ValidationError:
-        return KeptList()
+        return SavedList()

@@ -1,4 +1,4 @@
-"""Lay out how to sample: the panel beside every tab."""
+"""Lay out the settings of a reply: the panel beside every tab."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def read_options(values: Sequence[Any]) -> tuple[str, GenerateOptions]:
 class SettingsPanel:
     """The panel; made inside the page's layout.
 
-    Numbers have no bounds here: GenerateOptions has them, and says which option is out of them.
+    Numbers have no bounds here: GenerateOptions checks them, and names the one out of range.
 
     Attributes:
         parts: the components, in the order of a reply's inputs.
-        card: the button that takes the model card's system message.
-        preset: the list of ways to sample.
+        card: the button that copies the model card's system message.
+        preset: the list of presets.
     """
 
     def __init__(self, models: Models) -> None:
@@ -61,9 +61,9 @@ class SettingsPanel:
                 elem_id=elements.SYSTEM,
             )
             self.card = gr.Button(
-                "Take the model card's", size="sm", elem_id=elements.CARD_SYSTEM, visible=False
+                "Use the model card's", size="sm", elem_id=elements.CARD_SYSTEM, visible=False
             )
-            most = _number("Max new tokens", elements.MAX_NEW_TOKENS)
+            max_new_tokens = _number("Max new tokens", elements.MAX_NEW_TOKENS)
             self.preset = gr.Dropdown(
                 [*PRESETS, OWN], value="Balanced", label="Sampling", elem_id=elements.PRESET
             )
@@ -78,7 +78,7 @@ class SettingsPanel:
             seed = _number("Seed", elements.SEED, "empty: another reply each time")
         self.parts: list[Any] = [
             system,
-            most,
+            max_new_tokens,
             temperature,
             top_p,
             top_k,
@@ -87,32 +87,32 @@ class SettingsPanel:
             seed,
         ]
 
-        def take(name: str) -> list[Any]:
+        def apply_preset(name: str) -> list[Any]:
             loaded = models.loaded
             own = loaded is not None and name == OWN
-            chosen = own_sampling(loaded.model) if loaded and own else PRESETS.get(name, DEFAULTS)
-            return [getattr(chosen, it) for it in SAMPLING]
+            preset = own_sampling(loaded.model) if loaded and own else PRESETS.get(name, DEFAULTS)
+            return [getattr(preset, option) for option in SAMPLING]
 
-        def take_card() -> str:
+        def copy_card() -> str:
             loaded = models.loaded
             return (loaded.model.card.system or "") if loaded else ""
 
         numbers = [temperature, top_p, top_k, min_p, penalty]
         self.preset.select(
-            take, self.preset, numbers, queue=False, show_progress="hidden", **PRIVATE
+            apply_preset, self.preset, numbers, queue=False, show_progress="hidden", **PRIVATE
         )
-        self.card.click(take_card, None, system, queue=False, **PRIVATE)
+        self.card.click(copy_card, None, system, queue=False, **PRIVATE)
 
-    def filled(self, models: Models, settings: ModelSettings | None) -> dict[Any, Any]:
-        """Give the changes that show settings; None leaves what a person put in."""
+    def show_settings(self, models: Models, settings: ModelSettings | None) -> dict[Any, Any]:
+        """Return the updates that show settings; None leaves what the user typed."""
         loaded = models.loaded
-        offered = loaded is not None and bool(loaded.model.card.system)
-        changes: dict[Any, Any] = {self.card: gr.update(visible=offered)}
+        has_card = loaded is not None and bool(loaded.model.card.system)
+        updates: dict[Any, Any] = {self.card: gr.update(visible=has_card)}
         if settings is not None:
-            values = [settings.system, *(getattr(settings.sampling, it) for it in OPTIONS)]
-            changes |= dict(zip(self.parts, values, strict=True))
-            changes[self.preset] = gr.update(value=preset_of(settings.sampling))
-        return changes
+            values = [settings.system, *(getattr(settings.sampling, option) for option in OPTIONS)]
+            updates |= dict(zip(self.parts, values, strict=True))
+            updates[self.preset] = gr.update(value=preset_of(settings.sampling))
+        return updates
 
 
 def _number(label: str, option: str, info: str | None = None) -> gr.Number:
@@ -121,7 +121,7 @@ def _number(label: str, option: str, info: str | None = None) -> gr.Number:
 
 
 def _slider(
-    label: str, option: str, least: float, most: float, step: float, info: str | None = None
+    label: str, option: str, minimum: float, maximum: float, step: float, info: str | None = None
 ) -> gr.Slider:
     value = getattr(DEFAULTS, option)
-    return gr.Slider(least, most, value, step=step, label=label, info=info, elem_id=option)
+    return gr.Slider(minimum, maximum, value, step=step, label=label, info=info, elem_id=option)

@@ -27,11 +27,11 @@ COLUMNS = (
 
 
 def branches_html(report: RepoReport) -> str:
-    """Draw the table."""
-    head = "".join(f"<th scope='col'>{it}</th>" for it in COLUMNS)
-    rows = "".join(_row(it) for it in report.branches)
-    gated = "; gated: its owner lets people in" if report.gated else ""
-    notes = "".join(f"<p role='note'>{escape(it)}</p>" for it in report.warnings)
+    """Draw the table of a repository's branches."""
+    head = "".join(f"<th scope='col'>{column}</th>" for column in COLUMNS)
+    rows = "".join(_row(branch) for branch in report.branches)
+    gated = "; gated: its owner grants access" if report.gated else ""
+    notes = "".join(f"<p role='note'>{escape(warning)}</p>" for warning in report.warnings)
     return (
         "<div class='scrolls'><table>"
         f"<caption>{escape(report.repo)}, licence {escape(report.license or 'not given')}{gated}; "
@@ -40,28 +40,30 @@ def branches_html(report: RepoReport) -> str:
     )
 
 
-def _row(it: BranchReport) -> str:
+def _row(branch: BranchReport) -> str:
     """Draw a branch: a line of facts, and below it why it fits or does not."""
-    groups = "-" if it.group_size is None else "none" if it.group_size < 0 else str(it.group_size)
-    size = "-" if it.size_bytes is None else write_size(it.size_bytes)
-    exllama = None if it.exllama is None else it.exllama.compatible
-    why = it.error or it.fit.reason
-    if it.exllama is not None and not it.exllama.compatible and not it.error:
-        why += f"; ExLlama: {it.exllama.reason}"
-    if it.here:
+    groups = _text(branch.group_size)
+    if branch.group_size is not None and branch.group_size < 0:
+        groups = "none"
+    size = "-" if branch.size_bytes is None else write_size(branch.size_bytes)
+    exllama = None if branch.exllama is None else branch.exllama.compatible
+    why = branch.error or branch.fit.reason
+    if branch.exllama is not None and not branch.exllama.compatible and not branch.error:
+        why += f"; ExLlama: {branch.exllama.reason}"
+    if branch.here:
         why = f"on this machine; {why}"
     cells = [
-        _text(it.bits),
+        _text(branch.bits),
         groups,
-        _yes(it.desc_act),
-        _text(it.damp_percent),
-        escape(_text(it.dataset)),
-        _text(it.seq_len),
+        _yes(branch.desc_act),
+        _text(branch.damp_percent),
+        escape(_text(branch.dataset)),
+        _text(branch.seq_len),
         size,
         _yes(exllama),
-        _yes(None if it.error else it.fit.fits),
+        _yes(None if branch.error else branch.fit.fits),
     ]
-    name = f"<th scope='row'>{escape(it.branch)}</th>"
+    name = f"<th scope='row'>{escape(branch.branch)}</th>"
     first = f"<tr>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     second = f"<tr class='why'><td colspan='{len(COLUMNS)}'>{escape(why)}</td></tr>"
     return f"<tbody>{first}{second}</tbody>"

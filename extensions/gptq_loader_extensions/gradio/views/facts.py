@@ -1,4 +1,4 @@
-"""Show what a checkpoint is: each parameter with the file or the tensors it was read from."""
+"""Show what a checkpoint is: each parameter with the file or the tensors that it was read from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["facts_html"]
 
 
 def facts_html(report: CheckpointReport) -> str:
-    """Draw the table of a checkpoint's parameters; nothing in it is asked of the user."""
+    """Draw the table of a checkpoint's parameters."""
     groups = "none" if report.group_size < 0 else f"{report.group_size} rows"
     exllama = f"{'yes' if report.exllama.compatible else 'no'}: {report.exllama.reason}"
     stops = ", ".join(report.template.stop)
@@ -38,7 +38,9 @@ def facts_html(report: CheckpointReport) -> str:
         f"<td>{escape(report.sources.get(field) or named.get(name, ''))}</td></tr>"
         for name, value, field in rows
     ]
-    notes = "".join(f"<p role='note'>{escape(it)}</p>" for it in dict.fromkeys(report.warnings))
+    notes = "".join(
+        f"<p role='note'>{escape(warning)}</p>" for warning in dict.fromkeys(report.warnings)
+    )
     return (
         "<table><caption>Read from the checkpoint</caption><thead><tr><th scope='col'>Parameter"
         "</th><th scope='col'>Value</th><th scope='col'>Source</th></tr></thead>"

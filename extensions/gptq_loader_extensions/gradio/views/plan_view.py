@@ -1,4 +1,4 @@
-"""Show a plan: which kernel runs which layers and why, and what it all takes in memory."""
+"""Show a plan: which kernel runs which layers and why, and how much memory it takes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Memory:
     Attributes:
         weights: the weights.
         kv: keys and values of a full context.
-        scratch: about what reading a part of a prompt takes besides.
+        scratch: about what reading a part of a prompt takes in addition.
         context: the longest sequence.
         total: all the memory of the device, where known.
     """
@@ -38,7 +38,7 @@ class Memory:
 
 
 def memory_of(plan: Plan, *, context: int | None = None) -> Memory:
-    """Add up what a plan takes; config.json says how long the context is where nobody chose."""
+    """Add up what a plan takes; the context is config.json's where none was chosen."""
     shape = plan.shape
     longest = context or shape.context or 0
     size = 4 if plan.dtype == "float32" else 2
@@ -62,13 +62,15 @@ def plan_html(plan: Plan) -> str:
         kinds.setdefault(choice.reasons(), []).append(choice)
     bodies = []
     for reasons, choices in kinds.items():
-        shapes = dict.fromkeys(f"{it.layer.in_features}x{it.layer.out_features}" for it in choices)
-        widths = ", ".join(dict.fromkeys(f"{it.layer.bits}-bit" for it in choices))
+        shapes = dict.fromkeys(
+            f"{choice.layer.in_features}x{choice.layer.out_features}" for choice in choices
+        )
+        widths = ", ".join(dict.fromkeys(f"{choice.layer.bits}-bit" for choice in choices))
         title = f"{len(choices)} layers, {widths}: {', '.join([*shapes][:4])}"
         rows = "".join(
             f"<tr{' class=chosen' if i == 0 else ''}><th scope='row'>{escape(name)}</th>"
-            f"<td>{escape(words)}</td></tr>"
-            for i, (name, words) in enumerate(reasons)
+            f"<td>{escape(reason)}</td></tr>"
+            for i, (name, reason) in enumerate(reasons)
         )
         heading = f"<tr><th colspan='2' scope='rowgroup'>{escape(title)}</th></tr>"
         bodies.append(f"<tbody>{heading}{rows}</tbody>")
@@ -80,15 +82,15 @@ def plan_html(plan: Plan) -> str:
 
 
 def memory_html(memory: Memory, *, before: int | None = None, after: int | None = None) -> str:
-    """Draw the bar of memory by part, and what the process held before and after the load."""
+    """Draw the memory by part as a bar, and what the process held before and after the load."""
     context = f"{memory.context:,} tokens of context" if memory.context else "context"
     parts = [
         ("weights", "Weights", memory.weights),
         ("kv", f"Keys and values of {context}", memory.kv),
         ("scratch", "Scratch, about", memory.scratch),
     ]
-    taken = sum(size for _, _, size in parts)
-    whole = max(taken, 1)
+    total = sum(size for _, _, size in parts)
+    whole = max(total, 1)
     bars = "".join(
         f"<i class='{kind}' style='flex-grow:{max(size / whole, 0.004):.4f}' "
         f"title='{escape(name)}: {write_size(size)}'></i>"
@@ -101,10 +103,10 @@ def memory_html(memory: Memory, *, before: int | None = None, after: int | None 
         if size
     )
     of = f" of {write_size(memory.total)}" if memory.total else ""
-    said = f"Up to {write_size(taken)}{of} on this device"
+    caption = f"Up to {write_size(total)}{of} on this device"
     if before is not None and after is not None:
-        said += f"; the process held {write_size(before)} before, and {write_size(after)} after"
+        caption += f"; the process held {write_size(before)} before, and {write_size(after)} after"
     return (
-        f"<figure class='memory'><figcaption>{said}</figcaption>"
-        f"<div role='img' aria-label='{escape(said)}'>{bars}</div><ul>{legend}</ul></figure>"
+        f"<figure class='memory'><figcaption>{caption}</figcaption>"
+        f"<div role='img' aria-label='{escape(caption)}'>{bars}</div><ul>{legend}</ul></figure>"
     )

@@ -1,4 +1,4 @@
-"""Show the prompt exactly as the model gets it, its special tokens set apart."""
+"""Show the prompt exactly as the model gets it, with its special tokens marked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def prompt_html(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, *, conte
     for marked, group in groupby(ids, key=special.__contains__):
         tokens = list(group)
         if marked:
-            parts += [f"<mark>{escape(_decoded(tokenizer, [it]))}</mark>" for it in tokens]
+            parts += [f"<mark>{escape(_decoded(tokenizer, [token]))}</mark>" for token in tokens]
         else:
             parts.append(escape(_decoded(tokenizer, tokens)))
     return (
