@@ -86,7 +86,7 @@ class MeasureBox:
             self._text,
             self._chart,
         ]
-        drawn = [self._text, self._chart, self._progress]
+        redrawn = [self._text, self._chart, self._progress]
         self._source.change(
             lambda source: gr.update(visible=source == OWN), [self._source], [self._own], **AT_ONCE
         )
@@ -94,7 +94,7 @@ class MeasureBox:
         self._stop.click(stop, [self._cancel], None, **AT_ONCE)
         self._text.select(self._draw, [self._text], [self._chart], **AT_ONCE)
         for event in opened:
-            event(self._open, [self._text], drawn, **AT_ONCE)
+            event(self._open, [self._text], redrawn, **AT_ONCE)
 
     def _measure(self, source: str, own: str) -> Iterator[dict[Any, Any]]:
         """Measure each model that is loaded."""

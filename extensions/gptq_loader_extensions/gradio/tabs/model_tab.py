@@ -22,7 +22,7 @@ __all__ = ["ModelTab"]
 AUTOMATIC = ("Automatic", "")
 TEMPLATES = [("The checkpoint's own", "checkpoint"), ("The model card's", "card")]
 NO_DOWNLOADS = (
-    "<p class='empty'>Downloads are disabled: start the server with <code>--allow-downloads</code>, "
+    "<p class='empty'>Downloads are off: start the server with <code>--allow-downloads</code>, "
     "or run <code>gptq-loader download owner/repo:branch</code> and press Refresh.</p>"
 )
 
