@@ -125,9 +125,13 @@ class opened:  # noqa: N801 - a context manager
         # a page that is left ends what gradio was reading: gradio does not catch that, or tells it
         fresh.on(
             "console",
-            lambda it: it.type != "error" or it.text.startswith(LEFT) or errors.append(it.text),
+            lambda message: (
+                message.type != "error"
+                or message.text.startswith(LEFT)
+                or errors.append(message.text)
+            ),
         )
-        fresh.on("pageerror", lambda it: it.name == "AbortError" or errors.append(str(it)))
+        fresh.on("pageerror", lambda error: error.name == "AbortError" or errors.append(str(error)))
         fresh.goto(self.url, wait_until="domcontentloaded")
         expect(fresh.locator("#about h1")).to_be_visible(timeout=60_000)
         return fresh, errors
@@ -160,13 +164,13 @@ def finish(page: Page) -> None:
 
 
 def replies(page: Page) -> list[str]:
-    found: list[str] = page.locator("#chat [data-testid=bot]").all_inner_texts()
-    return found
+    texts: list[str] = page.locator("#chat [data-testid=bot]").all_inner_texts()
+    return texts
 
 
 def questions(page: Page) -> list[str]:
-    found: list[str] = page.locator("#chat [data-testid=user]").all_inner_texts()
-    return [it.strip() for it in found]
+    texts: list[str] = page.locator("#chat [data-testid=user]").all_inner_texts()
+    return [text.strip() for text in texts]
 
 
 def choose(page: Page, name: str) -> None:

@@ -1,7 +1,7 @@
 """Serve the page with tiny checkpoints, slowed, and keep a record: page_server.py RECORD [REF].
 
 The record gets one byte for each step of the model, so its size tells whether a reply still runs.
-Every attempt to reach another machine is told on stderr.
+Every attempt to reach another machine is written to stderr.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ STEP_SECONDS = float(os.environ.get("STEP_SECONDS", "0.02"))
 LOOPBACK = ("127.0.0.1", "::1", "localhost", None)
 
 
-def tell_outside(event: str, args: tuple[Any, ...]) -> None:
+def report_outside(event: str, args: tuple[Any, ...]) -> None:
     if event == "socket.getaddrinfo" and args[0] not in LOOPBACK:
         sys.stderr.write(f"OUTSIDE {args[0]}\n")
     if event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in LOOPBACK:
@@ -25,7 +25,7 @@ def tell_outside(event: str, args: tuple[Any, ...]) -> None:
 
 
 def main(record: str, reference: str | None = None) -> None:
-    sys.addaudithook(tell_outside)
+    sys.addaudithook(report_outside)
     # A shell's background job ignores Ctrl-C, and so would what the tests start from one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import gptq_loader_plugin as gptq

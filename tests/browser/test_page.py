@@ -216,17 +216,17 @@ def test_a_phone_shows_it_without_scrolling_sideways(
 def test_nothing_leaves_this_machine(browser: Browser, server: Server) -> None:
     """Not a font, not a count of visits, and not a picture that a reply may name."""
     with opened(browser, server) as (page, errors):
-        requested, got = [], []
-        page.on("request", lambda it: requested.append(it.url))
-        page.on("response", lambda it: got.append(it.url))
+        requests, responses = [], []
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("response", lambda response: responses.append(response.url))
         page.reload(wait_until="domcontentloaded")
         expect(page.locator("#send")).to_be_visible(timeout=30_000)
         ask(page, "![picture](http://192.0.2.1/picture.png)", tokens=4)
         finish(page)
-        outside = [it for it in requested if not it.startswith((server.url, "data:", "blob:"))]
-        assert len(got) > 20
+        outside = [url for url in requests if not url.startswith((server.url, "data:", "blob:"))]
+        assert len(responses) > 20
         assert set(outside) <= {"http://192.0.2.1/picture.png"}
-        assert not [it for it in got if it in outside]
-        assert all("Content Security Policy" in it for it in errors), errors
+        assert not [url for url in responses if url in outside]
+        assert all("Content Security Policy" in error for error in errors), errors
         assert errors, "the picture was refused, not only slow"
     assert "OUTSIDE" not in server.log()

@@ -61,7 +61,7 @@ def test_conversations_are_kept_and_survive_a_reload(page: Page) -> None:
     expect(page.locator("#chat [data-testid=user]")).to_have_count(0)
     page.locator(PICKED).click()
     listed = page.get_by_role("option").all_inner_texts()
-    assert [it.strip("✓\n") for it in listed] == ["New conversation", "Another one"]
+    assert [name.strip("✓\n") for name in listed] == ["New conversation", "Another one"]
 
 
 def test_one_browsers_conversations_are_not_anothers(browser: Browser, server: Server) -> None:
@@ -145,10 +145,12 @@ def test_nothing_jumps_while_a_reply_grows_and_escape_stops_it(page: Page) -> No
     """The parts around the chat stay where they are; Send's place is taken by Stop."""
     parts = ("#about", "#talks", "#chat", "#message", "#status", "#settings", "#more")
 
-    def places() -> list[tuple[int, ...]]:
-        boxes = [page.locator(it).bounding_box() for it in parts]
+    def places() -> tuple[tuple[int, ...], ...]:
+        boxes = [page.locator(part).bounding_box() for part in parts]
         assert all(boxes)
-        return [tuple(round(it[side]) for side in ("x", "y", "width")) for it in boxes if it]
+        return tuple(
+            tuple(round(box[side]) for side in ("x", "y", "width")) for box in boxes if box
+        )
 
     ask(page, "Hello", tokens=4)
     finish(page)
@@ -163,7 +165,7 @@ def test_nothing_jumps_while_a_reply_grows_and_escape_stops_it(page: Page) -> No
     page.keyboard.press("Escape")
     finish(page)
     expect(page.locator("#status")).to_contain_text("stopped")
-    assert [it for it in [*during, places()] if it != before] == []
+    assert {before, *during, places()} == {before}
 
 
 def test_the_chat_follows_a_reply_until_somebody_scrolls(page: Page) -> None:
@@ -201,7 +203,7 @@ def test_a_long_conversation_of_every_kind_stays_in_its_place(
     browser: Browser, server: Server, viewport: dict[str, int]
 ) -> None:
     key = "0123456789abcdef"
-    conversation = [
+    messages = [
         {"role": role, "content": LONG[i % len(LONG)]}
         for i in range(30)
         for role in ("user", "assistant")
@@ -214,7 +216,7 @@ def test_a_long_conversation_of_every_kind_stays_in_its_place(
                 JSON.stringify({time: 1, value}))
               sessionStorage.setItem('gptq-loader/current', key)
             }""",
-            [key, conversation],
+            [key, messages],
         )
         page.reload(wait_until="domcontentloaded")
         expect(page.locator("#chat [data-testid=bot]")).to_have_count(30, timeout=30_000)
@@ -238,7 +240,7 @@ def test_keys_lead_to_what_can_be_seen_alone(page: Page) -> None:
     page.locator("#message textarea").focus()
     for _ in range(24):
         page.keyboard.press("Tab")
-        name, seen, shown = page.evaluate(
+        name, visible, outlined = page.evaluate(
             """() => {
               const it = document.activeElement, style = getComputedStyle(it)
               const shown = style.outlineStyle !== 'none' || style.boxShadow !== 'none'
@@ -246,8 +248,8 @@ def test_keys_lead_to_what_can_be_seen_alone(page: Page) -> None:
                 it === document.body || shown]
             }"""
         )
-        assert seen, name
-        assert shown, name
+        assert visible, name
+        assert outlined, name
 
 
 def test_a_preset_sets_the_numbers(page: Page) -> None:
@@ -271,7 +273,7 @@ def test_markup_does_nothing(page: Page) -> None:
     finish(page)
     assert page.locator("#chat form, #chat .message img").count() == 0
     links = page.locator("#chat .message a").evaluate_all("them => them.map(it => it.href)")
-    assert not [it for it in links if it.startswith("javascript:")]
+    assert not [link for link in links if link.startswith("javascript:")]
     expect(page).to_have_title(CHECKPOINT.name)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 pytestmark = MARKS
 
-WANTED = "gptq-4bit-128g-actorder_True"
+CHOSEN = "gptq-4bit-128g-actorder_True"
 WEIGHTS = "*/resolve/*/*.safetensors"
 
 
@@ -31,7 +31,9 @@ def mended(hub: HubServer) -> Iterator[HubServer]:
 
 
 def weight_bytes(hub: HubServer, branch: str) -> int:
-    return sum(it.stat().st_size for it in hub.repos[REPO].branches[branch].glob("*.safetensors"))
+    return sum(
+        file.stat().st_size for file in hub.repos[REPO].branches[branch].glob("*.safetensors")
+    )
 
 
 def open_box(page: Page, text: str) -> None:
@@ -44,22 +46,22 @@ def test_the_nine_steps_of_a_model_card(
     empty: Page, mended: HubServer, registry: Server, tmp_path: Path
 ) -> None:
     """Download slowly, cancel, go on, choose, load, save, reload, chat."""
-    mended.misbehave(WEIGHTS, slow=weight_bytes(mended, WANTED) // 20)
+    mended.misbehave(WEIGHTS, slow=weight_bytes(mended, CHOSEN) // 20)
     open_box(empty, REPO)
     empty.locator("#list-branches").click()
     table = empty.locator("#branches table")
     expect(table).to_be_visible(timeout=30_000)
     names = table.locator("tbody th").all_inner_texts()
     assert sorted(names) == sorted(BRANCHES)
-    row = table.locator("tbody").nth(names.index(WANTED))
+    row = table.locator("tbody").nth(names.index(CHOSEN))
     cells = row.locator("td").all_inner_texts()
     assert cells[:3] == ["4", "128", "yes"]
     assert cells[8] == "yes"
     assert re.match(r"needs .* of weights, .* for .* tokens\); cpu has .* GB", cells[9])
     empty.locator("#branch input").click()
-    empty.get_by_role("option", name=WANTED).click()
+    empty.get_by_role("option", name=CHOSEN).click()
     box = empty.locator("#repo textarea, #repo input")
-    expect(box).to_have_value(f"{REPO}:{WANTED}")
+    expect(box).to_have_value(f"{REPO}:{CHOSEN}")
 
     empty.locator("#start").click()
     bar = empty.locator("#downloading progress")
@@ -71,11 +73,11 @@ def test_the_nine_steps_of_a_model_card(
     before = len(mended.requests)
     empty.locator("#start").click()
     expect(empty.locator("#downloading")).to_contain_text("Done: ", timeout=60_000)
-    ranges = [it.range for it in mended.requests[before:] if it.path.endswith(".safetensors")]
-    assert [it for it in ranges if it and not it.startswith("bytes=0-")], "it went on"
+    ranges = [sent.range for sent in mended.requests[before:] if sent.path.endswith(".safetensors")]
+    assert [part for part in ranges if part and not part.startswith("bytes=0-")], "it resumed"
 
     empty.locator("#refresh").click()
-    load(empty, f"{REPO}:{WANTED}")
+    load(empty, f"{REPO}:{CHOSEN}")
     expect(empty.locator("#facts")).to_contain_text("128 rows")
     empty.locator("#temperature input[type=number]").fill("0")
     empty.locator("#temperature input[type=number]").blur()
@@ -105,8 +107,8 @@ def test_a_connection_that_breaks_is_taken_up_again(
     open_box(empty, f"{REPO}:{branch}")
     empty.locator("#start").click()
     expect(empty.locator("#downloading")).to_contain_text("Done: ", timeout=90_000)
-    asked = [it for it in mended.requests[before:] if it.path.endswith(".safetensors")]
-    assert [it for it in asked if it.range and not it.range.startswith("bytes=0-")], "it went on"
+    ranges = [sent.range for sent in mended.requests[before:] if sent.path.endswith(".safetensors")]
+    assert [part for part in ranges if part and not part.startswith("bytes=0-")], "it resumed"
     load(empty, f"{REPO}:{branch}")
     assert "Traceback" not in registry.log()
 

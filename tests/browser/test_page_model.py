@@ -73,8 +73,8 @@ def test_choosing_loads_with_progress_and_says_what_and_why(empty: Page) -> None
         ("Damping", "0.1", "quantize_config.json, meta"),
         ("Template", "checkpoint, stops at <|im_end|>", "chat_template.jinja"),
     ):
-        found = row.filter(has=empty.get_by_role("rowheader", name=name, exact=True))
-        assert found.locator("td").all_inner_texts() == [value, source]
+        parameter = row.filter(has=empty.get_by_role("rowheader", name=name, exact=True))
+        assert parameter.locator("td").all_inner_texts() == [value, source]
     expect(empty.locator("#plan tr.chosen")).to_contain_text("chosen: ")
     expect(empty.locator("#plan table")).to_contain_text("ranks below cpu")
     expect(empty.locator("#plan figcaption")).to_contain_text(
@@ -218,8 +218,10 @@ def test_a_name_that_is_not_listed_is_not_loaded(empty: Page, registry: Server) 
     empty.get_by_role("tab", name="Model").click()
     before = empty.locator("#about h1").inner_text()
     config = empty.evaluate("fetch('config').then(it => it.json())")
-    box = next(it for it in config["components"] if it["props"].get("elem_id") == "model")
-    event = next(it for it in config["dependencies"] if [box["id"], "select"] in it["targets"])
+    box = next(part for part in config["components"] if part["props"].get("elem_id") == "model")
+    event = next(
+        listed for listed in config["dependencies"] if [box["id"], "select"] in listed["targets"]
+    )
     for name in ("/etc", "../..", str(CHECKPOINTS / FIRST), "\x00", "owner/repo"):
         sent = empty.evaluate(
             """([index, name]) => fetch('gradio_api/queue/join', {

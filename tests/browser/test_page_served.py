@@ -92,5 +92,5 @@ def test_page_and_api_share_a_model(browser: Browser, address: str, tmp_path: Pa
         page.locator("#unload").click()
         expect(page.locator("#about h1")).to_have_text("No model is loaded")
         assert errors == []
-    names = [it["id"] for it in call(address, "/v1/models")["data"]]
+    names = [model["id"] for model in call(address, "/v1/models")["data"]]
     assert sorted(names) == sorted((FIRST, SECOND))

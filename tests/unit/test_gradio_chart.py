@@ -66,14 +66,14 @@ def test_the_picture_and_the_table_say_the_same() -> None:
     rows = re.findall(r"<th scope='row'>([^<]+)</th><td>([\d.]+)</td><td>([^<]+)</td>", html)
     assert rows[0] == ("4bit-32g", "36.100", "best")
     assert rows[-1] == ("3bit--1g", "94.600", "+162.0%")
-    assert [float(it[1]) for it in rows] == sorted(it.perplexity for it in SIX)
+    assert [float(row[1]) for row in rows] == sorted(figure.perplexity for figure in SIX)
     marks = re.findall(r"<svg class='mark bits-(\d)' x='([\d.]+)%' y='([\d.]+)%'", html)
-    assert sorted(int(it[0]) for it in marks) == [3, 3, 4, 4, 4, 4]
+    assert sorted(int(bits) for bits, _, _ in marks) == [3, 3, 4, 4, 4, 4]
     assert all(0 < float(x) < 100 and 0 < float(y) < 100 for _, x, y in marks)
     by_size = sorted((float(x), float(y)) for _, x, y in marks)
     assert [y for _, y in by_size] == sorted(y for _, y in by_size), "down, as they get larger"
-    told = unescape(re.findall(r"aria-label='([^']+)'", html)[0])
-    assert told.startswith("4bit-32g predicts best: 36.10 at 119 MB. The smallest is 3bit--1g")
+    summary = unescape(re.findall(r"aria-label='([^']+)'", html)[0])
+    assert summary.startswith("4bit-32g predicts best: 36.10 at 119 MB. The smallest is 3bit--1g")
     assert "Measured on Sample &lt;text&gt;, 6 windows of 256 tokens." in html
     assert html.count("class='front'") == 5, "each is the best at its size"
 
@@ -86,7 +86,7 @@ def test_what_another_beats_in_both_is_not_on_the_line() -> None:
 def test_every_label_of_six_is_shown_and_none_covers_another() -> None:
     html = chart_html(SIX)
     labels = re.findall(r"<text class='(\w*)' ([^>]*)>([^<]+)</text>", html)
-    assert sorted(it[2] for it in labels) == [
+    assert sorted(text for _, _, text in labels) == [
         "3-bit 128g",
         "3-bit no groups",
         "4-bit 128g",
@@ -94,7 +94,7 @@ def test_every_label_of_six_is_shown_and_none_covers_another() -> None:
         "4-bit 64g",
         "4-bit no groups",
     ]
-    assert not [it for it in labels if it[0]], "also on a phone"
+    assert not [kind for kind, _, _ in labels if kind], "also on a phone"
 
 
 def test_marks_in_one_place_hide_labels_rather_than_cover_them() -> None:
@@ -132,20 +132,21 @@ def test_the_model_is_measured_as_the_command_does(catalog: Catalog) -> None:
     with pytest.raises(GPTQLoaderError, match="no model is loaded"):
         measure(models, None, threading.Event(), lambda _: None)
     model = models.load(catalog.find(FIRST), LoadOptions(context=128), lambda _: None).model
-    told: list[Progress] = []
-    found = measure(models, None, threading.Event(), told.append)
+    steps: list[Progress] = []
+    measured = measure(models, None, threading.Event(), steps.append)
     whole = measure_perplexity(model, sample_text(), windows=20, window_tokens=128)
-    assert found.perplexity == pytest.approx(whole.perplexity)
-    assert (found.name, found.text.windows, found.text.window_tokens) == (FIRST, whole.windows, 128)
-    assert [it.done for it in told] == [*range(1, whole.windows + 1)]
-    assert told[-1].detail == f"{FIRST}: {found.perplexity:.2f} so far"
+    assert measured.perplexity == pytest.approx(whole.perplexity)
+    assert (measured.name, measured.text.windows) == (FIRST, whole.windows)
+    assert measured.text.window_tokens == 128
+    assert [step.done for step in steps] == [*range(1, whole.windows + 1)]
+    assert steps[-1].detail == f"{FIRST}: {measured.perplexity:.2f} so far"
     with pytest.raises(GPTQLoaderError, match="fewer than a window") as caught:
-        measure(models, "Too short.", threading.Event(), told.append)
+        measure(models, "Too short.", threading.Event(), steps.append)
     assert caught.value.hint == "paste a longer text"
     cancel = threading.Event()
     cancel.set()
     with pytest.raises(Stopped):
-        measure(models, None, cancel, told.append)
+        measure(models, None, cancel, steps.append)
     models.unload()
 
 

@@ -54,7 +54,7 @@ def documented(number: int) -> dict[str, Any]:
 
 def reply(model: gptq.LoadedModel, *messages: dict[str, str]) -> str:
     options = gptq.GenerateOptions(max_new_tokens=6, temperature=0)
-    return "".join(it.text for it in model.chat(messages, options))
+    return "".join(piece.text for piece in model.chat(messages, options))
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def test_settings_are_read_back(tmp_path: Path) -> None:
     assert file.save("a/b:c", settings) == ""
     assert file.save("other", ModelSettings()) == ""
     assert SettingsFile(file.path.parent).read("a/b:c") == (settings, "")
-    assert [it.name for it in file.path.parent.iterdir()] == [file.path.name], "nothing is left"
+    assert [path.name for path in file.path.parent.iterdir()] == [file.path.name], "nothing is left"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_failed_write_leaves_the_old_file(
         file.save("a", ModelSettings(system="new"))
     assert "GPTQ_LOADER_CONFIG" in caught.value.hint
     assert file.read("a") == (ModelSettings(system="old"), "")
-    assert [it.name for it in tmp_path.iterdir()] == [file.path.name]
+    assert [path.name for path in tmp_path.iterdir()] == [file.path.name]
 
 
 def test_many_save_at_once_and_nothing_is_lost(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_catalog_lists_models_and_the_demo(folder: Path) -> None:
     catalog = Catalog(models_dir=folder, cache=False)
-    assert [it.name for it in catalog.entries()] == [SECOND, FIRST, "demo"]
+    assert [entry.name for entry in catalog.entries()] == [SECOND, FIRST, "demo"]
     assert catalog.find(FIRST).target == folder / FIRST
     assert catalog.find("demo").target == "demo"
     assert "354 kB" in catalog.find(FIRST).label
@@ -63,7 +63,7 @@ def test_what_points_outside_is_not_listed(folder: Path, tmp_path: Path) -> None
     shutil.copytree(CHECKPOINTS / FIRST, folder / "stolen")
     (folder / "stolen" / "notes.txt").symlink_to("/etc/passwd")
     catalog = Catalog(models_dir=folder, cache=False)
-    assert [it.name for it in catalog.entries()] == [SECOND, FIRST, "demo"]
+    assert [entry.name for entry in catalog.entries()] == [SECOND, FIRST, "demo"]
     catalog.add(FIRST, tmp_path / "outside")
     assert catalog.find(FIRST).target == tmp_path / "outside", "it was named on the command line"
 
@@ -82,7 +82,7 @@ def answer(models: LocalModels, text: str = "Hello", *, tokens: int = 6) -> str:
         chat_prompt([{"role": "user", "content": text}]), options, threading.Event()
     )
     assert isinstance(ready, ReplyStart)
-    return "".join(it.text for it in pieces if isinstance(it, gptq.Piece))
+    return "".join(piece.text for piece in pieces if isinstance(piece, gptq.Piece))
 
 
 def test_a_model_is_put_in_place_of_another(catalog: Catalog) -> None:
@@ -91,7 +91,7 @@ def test_a_model_is_put_in_place_of_another(catalog: Catalog) -> None:
         answer(models)
     steps: list[Progress] = []
     first = models.load(catalog.find(FIRST), LoadOptions(context=100), steps.append)
-    assert {"weights", "self-check"} <= {it.stage for it in steps}
+    assert {"weights", "self-check"} <= {step.stage for step in steps}
     assert (first.name, first.model.context) == (FIRST, 100)
     assert answer(models)
     with pytest.raises(OptionInvalid):

@@ -44,7 +44,7 @@ def test_work_is_watched_to_its_end() -> None:
         return "value"
 
     *steps, last = run_with_progress(work)
-    assert [it.stage for it in steps if isinstance(it, Progress)][-1] == "self-check"
+    assert [step.stage for step in steps if isinstance(step, Progress)][-1] == "self-check"
     assert len(steps) < 20, "and not redrawn a hundred times"
     assert isinstance(last, Finished)
     assert last.value == "value"

@@ -46,7 +46,7 @@ def test_a_reply_that_is_stopped_before_its_turn_is_no_error(tmp_path: Path) -> 
     with running(tmp_path) as server:
         models, cancel = ServerModels(server.server), threading.Event()
         cancel.set()
-        assert [it.finish for it in pieces(models, cancel)] == ["cancelled"]
+        assert [piece.finish for piece in pieces(models, cancel)] == ["cancelled"]
 
 
 def test_a_load_that_waits_for_replies_is_stopped(tmp_path: Path) -> None:
@@ -77,7 +77,9 @@ def test_it_is_measured_between_the_replies(tmp_path: Path) -> None:
             models,
             None,
             threading.Event(),
-            lambda it: written.extend(pieces(models, threading.Event()) if it.done == 1 else []),
+            lambda step: written.extend(
+                pieces(models, threading.Event()) if step.done == 1 else []
+            ),
         )
         assert written[-1].finish == "length"
         assert measured.name == ONE

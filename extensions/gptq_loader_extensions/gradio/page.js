@@ -1,23 +1,23 @@
-// What only a browser can do: keep conversations, save a file, listen to a key.
+// What only a browser can do: store conversations, save a file, listen to a key.
 window.gptqPage = (() => {
   const PREFIX = "gptq-loader/conversation/", CURRENT = "gptq-loader/current";
 
   const parsed = (text) => {
     try { return JSON.parse(text) } catch { return null }
   };
-  const kept = () => Object.keys(localStorage)
-    .filter((it) => it.startsWith(PREFIX))
-    .map((it) => parsed(localStorage.getItem(it)))
-    .filter((it) => it && it.value)
+  const stored = () => Object.keys(localStorage)
+    .filter((key) => key.startsWith(PREFIX))
+    .map((key) => parsed(localStorage.getItem(key)))
+    .filter((chat) => chat && chat.value)
     .sort((one, other) => other.time - one.time);
   const list = (more) => JSON.stringify({
     current: sessionStorage.getItem(CURRENT) || "",
-    listed: kept().map((it) => ({ key: it.value.key, title: it.value.title })),
+    listed: stored().map(({ value }) => ({ key: value.key, title: value.title })),
     ...more,
   });
 
   return {
-    // Keep a conversation, or forget it once nothing is left of it; give the list.
+    // Store a conversation, or delete it once it is empty; return the list.
     keep(text) {
       const value = parsed(text);
       let full = false;
@@ -30,12 +30,12 @@ window.gptqPage = (() => {
       } else sessionStorage.removeItem(CURRENT);
       return list({ full });
     },
-    // Give the list with one conversation to show: a named one, or that of this tab.
+    // Return the list with one conversation to show: the named one, or that of this tab.
     open(key) {
       key = key || sessionStorage.getItem(CURRENT) || "";
-      const found = parsed(localStorage.getItem(PREFIX + key));
-      if (found) sessionStorage.setItem(CURRENT, key);
-      return list({ opened: found && found.value });
+      const chat = parsed(localStorage.getItem(PREFIX + key));
+      if (chat) sessionStorage.setItem(CURRENT, key);
+      return list({ opened: chat && chat.value });
     },
     forget(key) {
       localStorage.removeItem(PREFIX + key);
@@ -54,14 +54,14 @@ window.gptqPage = (() => {
   };
 })();
 
-// Escape stops what is being written.
+// Escape stops what is running.
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
-  const running = [...document.querySelectorAll("button.stops")].find((it) => it.offsetParent);
+  const running = [...document.querySelectorAll("button.stops")].find((button) => button.offsetParent);
   if (running) running.click();
 });
 
-// The chat follows a reply that grows, until somebody scrolls up in it: one step is enough.
+// The chat follows a reply that grows, until the user scrolls up in it: one step is enough.
 (() => {
   const CHAT = "#chat .bubble-wrap", NEAR = 24;
   let following = true, top = 0, questions = 0;
@@ -77,9 +77,9 @@ document.addEventListener("keydown", (event) => {
   const grown = () => {
     const box = document.querySelector(CHAT);
     if (!box) return;
-    const asked = box.querySelectorAll("[data-testid=user]").length;
-    if (asked !== questions || box.scrollHeight <= box.clientHeight) following = true;
-    questions = asked;
+    const count = box.querySelectorAll("[data-testid=user]").length;
+    if (count !== questions || box.scrollHeight <= box.clientHeight) following = true;
+    questions = count;
     if (following && left(box) > 0) end(box);
   };
   const watch = () => {
