@@ -74,7 +74,7 @@ class EarlyCheckpoint(Checkpoint):
         self.headers = tensors.headers
         self._tensors = tensors
         names = [it.removesuffix(".qweight") for it in self.headers if it.endswith(".qweight")]
-        self._bits = cast("Bits", stored.bits or _find_bits(names, self.headers))
+        self._bits: Bits = cast("Bits", stored.bits or _find_bits(names, self.headers))
         self._zeros = {name: self._read_zeros(name) for name in names}  # uint8 [1, N], small
         self.layers = {name: self._layer(name, model_dtype) for name in names}
         sources = {"bits": stored.sources.get("bits", "tensors"), "group_size": "tensors"}

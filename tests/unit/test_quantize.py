@@ -23,7 +23,7 @@ from gptq_loader_plugin.quantize.calibration import (
     chats_text,
 )
 from gptq_loader_plugin.quantize.demo import CHAT_TEMPLATE
-from gptq_loader_plugin.quantize.own_chats import write_chats
+from gptq_loader_plugin.quantize.own_chats import render_chat, write_chats
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -275,7 +275,9 @@ def test_calibration_with_a_file(tmp_path: Path) -> None:
 def test_calibration_on_chats_the_model_writes() -> None:
     model, tokenizer, _ = tiny()
     told: list[gptq.Progress] = []
-    text = write_chats(model, tokenizer, tokens=2000, progress=told.append)
+    chats = write_chats(model, tokenizer, tokens=2000, progress=told.append)
+    assert [turn["role"] for chat in chats for turn in chat] == ["user", "assistant"] * len(chats)
+    text = "".join(render_chat(tokenizer, chat) for chat in chats)
     assert len(tokenizer(text)["input_ids"]) >= 2000
     asked, answered = (text.count(f"<|im_start|>{role}\n") for role in ("user", "assistant"))
     assert asked == answered >= 2
@@ -284,7 +286,7 @@ def test_calibration_on_chats_the_model_writes() -> None:
     assert (told[0].done, told[-1].done) == (0, told[-1].total)
     assert len(told) > 64, "each step is told"
     state = torch.get_rng_state()
-    assert write_chats(model, tokenizer, tokens=2000, progress=told.append) == text
+    assert write_chats(model, tokenizer, tokens=2000, progress=told.append) == chats
     assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers are its own"
 
 
