@@ -147,7 +147,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         plan=plan,
         template=chat_template,
         card=checkpoint.card,
-        context=_context(model, options.context),
+        context=_context(plan, model, options.context),
         warnings=filled.warnings,
         notes=notes,
         batcher=filled.batcher,
@@ -292,14 +292,16 @@ def _check_marks(folder: Path) -> None:
                 )
 
 
-def _context(model: PreTrainedModel, requested: int | None) -> int:
-    longest = ModelShape.of_config(model.config).context or UNKNOWN_CONTEXT
+def _context(plan: Plan, model: PreTrainedModel, requested: int | None) -> int:
+    shape = plan.shape if plan.shape.context else ModelShape.of_config(model.config)
+    meant = shape.context or UNKNOWN_CONTEXT
+    longest = max(shape.longest_context or meant, meant)
     if requested is not None and not 1 < requested <= longest:
         raise OptionInvalid(
             f"a context of {requested:,} tokens was asked for; this model takes 2 to {longest:,}",
             hint="ask for less, or leave context out",
         )
-    return requested or longest
+    return requested or meant
 
 
 def _never_sample_padding(loaded: LoadedModel) -> None:

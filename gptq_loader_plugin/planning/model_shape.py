@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from transformers import PreTrainedConfig
 
@@ -36,7 +39,8 @@ class ModelShape:
         latent_size: values of a position that latent attention keeps for all heads together
             (DeepSeek-V2); None elsewhere.
         vocab_size: the rows of the embedding.
-        context: the longest sequence.
+        context: the longest sequence that the model is meant for.
+        longest_context: the longest one that its positions are stretched to, where that is more.
     """
 
     layers: int | None = None
@@ -48,13 +52,15 @@ class ModelShape:
     latent_size: int | None = None
     vocab_size: int | None = None
     context: int | None = None
+    longest_context: int | None = None
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> ModelShape:
+    def of(cls, config: Mapping[str, Any], *, tokenizer_length: int | None = None) -> ModelShape:
         """Read the shape of a model's language part.
 
         Args:
             config: a config.json, or a transformers config as a mapping.
+            tokenizer_length: `model_max_length` of the tokenizer's config.
         """
         text = config.get("text_config")
         text = text if isinstance(text, dict) else config
@@ -65,6 +71,7 @@ class ModelShape:
         latent = _number(text, "kv_lora_rank")
         if latent is not None:
             latent += _number(text, "qk_rope_head_dim") or 0
+        context, longest = _contexts(text, tokenizer_length)
         return cls(
             layers=_number(text, *LAYERS),
             hidden_size=hidden,
@@ -74,7 +81,8 @@ class ModelShape:
             head_dim=head_dim,
             latent_size=latent,
             vocab_size=_number(text, "vocab_size"),
-            context=_number(text, *CONTEXT),
+            context=context,
+            longest_context=longest,
         )
 
     @classmethod
@@ -100,8 +108,10 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
     Raises:
         ConfigInvalid: its config.json does not parse, or names no model type.
     """
-    known = (checkpoint.folder / "config.json").is_file()
-    return ModelShape.of(checkpoint.model_config) if known else ModelShape()
+    if not (checkpoint.folder / "config.json").is_file():
+        return ModelShape()
+    length = _tokenizer_length(checkpoint.folder / "tokenizer_config.json")
+    return ModelShape.of(checkpoint.model_config, tokenizer_length=length)
 
 
 def kv_bytes_per_token(shape: ModelShape, dtype: str, *, int8_cache: bool) -> int | None:
@@ -127,6 +137,42 @@ def cache_group(head_dim: int) -> int:
     return next((size for size in (64, 32, 16, 8) if head_dim % size == 0), 0)
 
 
+def _contexts(
+    text: Mapping[str, Any], tokenizer_length: int | None
+) -> tuple[int | None, int | None]:
+    """Return the context a config means, and the one that its rotation is stretched to.
+
+    YaRN multiplies the length the model was trained at. What linear and dynamic scaling multiply is
+    what the config says, which some writers have stretched already: they say it in another field,
+    or in the tokenizer's config. The other rotations' configs have the stretched length.
+    """
+    stated = _number(text, *CONTEXT)
+    rope: Any = text.get("rope_parameters") or text.get("rope_scaling")
+    factor = rope.get("factor") if isinstance(rope, dict) else None
+    if stated is None or not isinstance(factor, int | float) or factor <= 1:
+        return stated, stated
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind == "yarn":
+        trained = _number(rope, "original_max_position_embeddings") or stated
+        longest = max(stated, round(trained * factor))
+        return longest, longest
+    # Gemma 3 stretches its full attention alone, and states what that comes to.
+    if kind not in ("linear", "dynamic") or "rope_local_base_freq" in text:
+        return stated, stated
+    longest = round(stated * factor)
+    meant = _number(text, "max_sequence_length", "model_max_length") or tokenizer_length or longest
+    return min(max(meant, stated), longest), longest
+
+
+def _tokenizer_length(file: Path) -> int | None:
+    """Return the longest sequence that a tokenizer's config names, where it is there and sane."""
+    try:
+        stated = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # what is wrong with it is told where it is needed
+        return None
+    return _number(stated, "model_max_length") if isinstance(stated, dict) else None
+
+
 def _kv_heads(text: Mapping[str, Any], heads: int | None) -> int | None:
     if text.get("new_decoder_architecture"):  # Falcon-40B's
         return _number(text, "num_kv_heads") or heads
@@ -137,6 +183,11 @@ def _kv_heads(text: Mapping[str, Any], heads: int | None) -> int | None:
 
 def _number(config: Mapping[str, Any], *names: str) -> int | None:
     values = (config.get(name) for name in names)
-    return next(
-        (value for value in values if isinstance(value, int) and not isinstance(value, bool)), None
-    )
+    return next((int(value) for value in values if _is_size(value)), None)
+
+
+def _is_size(value: object) -> TypeGuard[int | float]:
+    """Whether a config's value is a size: a whole number above zero, however it is written."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) and value > 0 and value == int(value)
