@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import run_process
 
 ROOT = Path(__file__).parents[2]
 WHY = "Because it was wrong before."
@@ -35,15 +35,10 @@ class Clone:
 
     def git(self, *arguments: str) -> str:
         identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
-        done = subprocess.run(
-            ["git", *identity, *arguments],
-            cwd=self.folder,
-            env={**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return done.stdout
+        environ = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+        command = ["git", *identity, *arguments]
+        env = {**os.environ, **environ}
+        return run_process(command, cwd=self.folder, env=env, check=True).stdout
 
     def commit(self, message: str, file: str = "code.py") -> None:
         path = self.folder / file

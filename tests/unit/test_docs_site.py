@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import yaml
+from processes import run_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,16 +22,11 @@ LINK = re.compile(r"\]\(([^)\s#:]+)(?:#[^)\s]*)?\)")
 
 def tracked(*patterns: str) -> list[Path]:
     """List the repository's files, those not yet committed among them."""
-    done = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
+    list_files = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--"]
+    completed = run_process([*list_files, *patterns], cwd=ROOT)
+    if completed.returncode:
         pytest.skip("not a clone of the repository")
-    return [path for line in done.stdout.splitlines() if (path := ROOT / line).is_file()]
+    return [path for line in completed.stdout.splitlines() if (path := ROOT / line).is_file()]
 
 
 def links(file: Path) -> list[str]:
