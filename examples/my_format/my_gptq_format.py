@@ -138,7 +138,9 @@ class PackQuantizedReader:
                 path=path,
                 hint="load it with transformers and compressed-tensors",
             )
-        return PackQuantized(path, TensorFiles(read_headers(find_weight_files(folder))), weights)
+        return PackQuantized(
+            path, TensorFiles(read_headers(find_weight_files(folder).files)), weights
+        )
 
 
 @hookimpl
