@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["eventually", "join"]
 
-PAUSE = 0.01  # seconds between two questions
+PAUSES = 0.005, 0.05  # seconds between two questions: the first ones, and the longest
 Value = TypeVar("Value")
 
 
@@ -34,11 +34,13 @@ def eventually(
     """
     __tracebackhide__ = True
     end = time.monotonic() + seconds
+    pause, longest = PAUSES
     while not (value := condition()):
         if time.monotonic() > end:
             shown = f"\n{log()}" if log else ""
             pytest.fail(f"waited {seconds:g} s in vain for {awaited}{shown}")
-        time.sleep(PAUSE)
+        time.sleep(pause)
+        pause = min(1.5 * pause, longest)
     return value
 
 
