@@ -7,7 +7,6 @@ unfinished character.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,6 +15,7 @@ from gptq_loader_plugin.generation.kv_cache import PrefixCache
 from gptq_loader_plugin.generation.sampling import Sampler
 from gptq_loader_plugin.generation.text_stream import TextStream
 from gptq_loader_plugin.kernel import TopLogitsHead
+from gptq_loader_plugin.transformers_compat import cache_argument
 
 if TYPE_CHECKING:
     import threading
@@ -30,7 +30,6 @@ __all__ = [
     "Generation",
     "Piece",
     "Reply",
-    "cache_name",
     "compute_logits",
     "generate_pieces",
     "top_logits_head",
@@ -159,7 +158,7 @@ class Generation:
     def prefill_chunk(self, max_tokens: int) -> torch.Tensor:
         """Run the model over some pending tokens; return the logits after them [1, vocabulary]."""
         part, self.pending = self.pending[:max_tokens], self.pending[max_tokens:]
-        cached = {cache_name(self._model): self.cache, "use_cache": True, "logits_to_keep": 1}
+        cached = {cache_argument(self._model): self.cache, "use_cache": True, "logits_to_keep": 1}
         ids = torch.tensor([part], device=self._model.device)
         if self._head is not None:
             decoder: Any = self._model.get_decoder()
@@ -242,8 +241,3 @@ def _is_watched(model: Any) -> bool:  # noqa: ANN401 - a transformers model
     """Return whether something wants to see what goes into a model, or comes out of it."""
     hooks = model._forward_hooks or model._forward_pre_hooks  # noqa: SLF001 - torch has no other way to tell
     return bool(hooks) or "forward" in model.__dict__
-
-
-def cache_name(model: PreTrainedModel) -> str:
-    """Name the argument that takes the cache: transformers 5.24 renamed `past_key_values`."""
-    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"

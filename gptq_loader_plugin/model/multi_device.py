@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gptq_loader_plugin.transformers_compat import LAYER_CACHE_NAMES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -26,7 +28,7 @@ def follow_devices(model: PreTrainedModel, plan: Plan) -> bool:
         hook = AlignDevicesHook(
             execution_device=where.device.torch_name,
             io_same_device=True,
-            skip_keys=["past_key_values", "past_key_value", "layer_past"],
+            skip_keys=list(LAYER_CACHE_NAMES),
         )
         add_hook_to_module(model.get_submodule(path), hook, append=True)
     return True

@@ -8,7 +8,6 @@ through. Imports torch.
 from __future__ import annotations
 
 import threading
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.generation.kv_cache import PrefixCache
+from gptq_loader_plugin.transformers_compat import CACHE_NAMES, cache_argument
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.generation.loaded import LoadedModel
@@ -76,7 +76,7 @@ class Generating:
             ids: list[int] = prompt[0].tolist()
             cache, _ = self._kept.reuse(model, ids)
             try:
-                return self._generate(**options, **{_cache_name(model): cache})
+                return self._generate(**options, **{cache_argument(model): cache})
             finally:
                 self._kept.store([*ids, *self.answer.tolist()], cache)
 
@@ -134,13 +134,8 @@ class _Watch(StoppingCriteria):
 
 def _has_own_cache(options: dict[str, Any]) -> bool:
     """Say whether a call of `generate` brings a cache, or wants one of a kind that is not kept."""
-    names = ("cache_implementation", "prompt_lookup_num_tokens", "past_key_values", "cache")
+    names = ("cache_implementation", "prompt_lookup_num_tokens", *CACHE_NAMES)
     return options.get("use_cache") is False or any(options.get(it) for it in names)
-
-
-def _cache_name(model: Any) -> str:  # noqa: ANN401 - a transformers model
-    """Name the argument that takes the cache: transformers 5.24 renamed `past_key_values`."""
-    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 def generating_of(model: object) -> Generating | None:

@@ -44,10 +44,11 @@ def _parts(model: LoadedModel, ids: Sequence[int]) -> Any:  # noqa: ANN401 - an 
     """Read a prompt in parts; give where each begins, and its logits [tokens, vocabulary]."""
     import torch
 
-    from gptq_loader_plugin.generation.generate import cache_name
     from gptq_loader_plugin.generation.kv_cache import make_cache
+    from gptq_loader_plugin.transformers_compat import cache_argument
 
-    cached: dict[str, Any] = {cache_name(model.model): make_cache(model.model), "use_cache": True}
+    cache = {cache_argument(model.model): make_cache(model.model)}
+    cached: dict[str, Any] = {**cache, "use_cache": True}
     sequence = torch.tensor([list(ids)], device=model.model.device)
     for begin in range(0, len(ids), PART):
         part = sequence[:, begin : begin + PART]
