@@ -46,6 +46,7 @@ from gptq_loader_plugin.cli.app import app
 from gptq_loader_plugin.device import Device, find_device
 from gptq_loader_plugin.errors import OptionInvalid, PluginError, UnsupportedFormat
 from gptq_loader_plugin.host import Engine
+from gptq_loader_plugin.load_options import LoadOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,8 +58,9 @@ if TYPE_CHECKING:
 ONE = "gptq-4bit-32g-act-sym"
 WHOLE = "gptq-4bit-noneg-act-sym"  # one group, so act-order is nothing
 BLOCK = "model.layers.0"
+AMPERE_NAME = "cuda:sm86"
 CPU = find_device("cpu")
-AMPERE, VOLTA = find_device("cuda:sm86"), find_device("cuda:sm70")
+AMPERE, VOLTA = find_device(AMPERE_NAME), find_device("cuda:sm70")
 CARD = CardTemplate("### Instruction:\n{prompt}\n\n### Response:\n")
 
 
@@ -119,7 +121,11 @@ def test_experts_are_no_layers_of_kernels(tmp_path: Path) -> None:
     assert len(expert_layers(checkpoint)) == 3
     assert not any("experts" in it.name for it in joined_layers(checkpoint))
     planned = plan_for_vllm(
-        checkpoint, CPU, plugins(), reference="one", installed="vllm 0.32", backend="dense"
+        checkpoint,
+        LoadOptions(device="cpu", backend="dense"),
+        plugins(),
+        reference="one",
+        installed="vllm 0.32",
     )
     assert planned.experts == 3
     assert "3 layers are experts, which are dequantised once" in planned.explain()
@@ -172,8 +178,9 @@ def test_without_a_label_vllm_knows_nothing(tmp_path: Path) -> None:
     words = refusal(checkpoint, joined_layers(checkpoint), AMPERE)
     assert "config.json does not say" in str(words)
     assert not taken_unasked(checkpoint)
+    options = LoadOptions(device=AMPERE_NAME)
     text = plan_for_vllm(
-        checkpoint, AMPERE, plugins(), reference="one", installed="vllm 0.32"
+        checkpoint, options, plugins(), reference="one", installed="vllm 0.32"
     ).explain()
     assert "and in vllm serve --quantization gptq_loader" in text
 
@@ -249,27 +256,26 @@ def test_strangers_are_not_let_in_unasked() -> None:
         {"listen": True, "api_key": "K", "cors": ["http://a.example"], "context": 9}
     )
     assert options.settings.host == "0.0.0.0"
-    assert options.context == 9
-    with pytest.raises(OptionInvalid, match="computes in int8"):
+    assert options.load.context == 9
+    with pytest.raises(OptionInvalid, match="unknown dtype 'int8'"):
         ServeOptions.of({"dtype": "int8"})
 
 
-def planned(device: Device, **options: Any) -> Any:
+def planned(device: str, options: LoadOptions | None = None) -> Any:
     return plan_for_vllm(
         open_checkpoint(DATA / WHOLE),
-        device,
+        replace(options or LoadOptions(), device=device),
         plugins(),
         reference="one",
         installed="vllm 0.32",
-        **options,
     )
 
 
-def command(device: Device, **options: Any) -> list[str]:
-    parsed = ServeOptions.of(options)
+def command(device: str, **options: Any) -> list[str]:
+    asked = ServeOptions.of(options)
     return write_command(
-        parsed,
-        planned(device, backend=parsed.backend, dtype=parsed.dtype),
+        asked,
+        planned(device, asked.load),
         folder=Path("models/one"),
         name="one",
         template=Path("t.jinja"),
@@ -279,17 +285,21 @@ def command(device: Device, **options: Any) -> list[str]:
 
 
 def test_the_command_asks_for_the_plugin_where_vllm_is_worse() -> None:
-    on_gpu = command(AMPERE, tensor_parallel=2, api_key="secret")
+    on_gpu = command(AMPERE_NAME, tensor_parallel=2, api_key="secret")
     assert "--quantization" not in on_gpu
     assert "--enforce-eager" not in on_gpu
     assert on_gpu[on_gpu.index("--tensor-parallel-size") + 1] == "2"
     assert not any("secret" in it for it in on_gpu)  # others see the list of processes
-    for other in (command(CPU), command(AMPERE, dtype="float32"), command(AMPERE, backend="dense")):
+    for other in (
+        command("cpu"),
+        command(AMPERE_NAME, dtype="float32"),
+        command(AMPERE_NAME, backend="dense"),
+    ):
         assert other[other.index("--quantization") + 1] == "gptq_loader"
-    assert '{"gptq_loader": {"backend": "dense"}}' in command(AMPERE, backend="dense")
+    assert '{"gptq_loader": {"backend": "dense"}}' in command(AMPERE_NAME, backend="dense")
 
 
-def environ(device: Device, workers: int = 1, **given: str) -> dict[str, str]:
+def environ(device: str, workers: int = 1, **given: str) -> dict[str, str]:
     settings = Settings(api_key="K")
     return environment(
         settings, planned(device), stops=(), context=4096, workers=workers, environ=given
@@ -297,24 +307,24 @@ def environ(device: Device, workers: int = 1, **given: str) -> dict[str, str]:
 
 
 def test_the_environment_has_room_and_cores_for_a_cpu_and_the_users_own_wins() -> None:
-    found = environ(CPU, VLLM_NO_USAGE_STATS="0")
+    found = environ("cpu", VLLM_NO_USAGE_STATS="0")
     assert int(found["VLLM_CPU_KVCACHE_SPACE"]) >= 1
     assert found["VLLM_NO_USAGE_STATS"] == "0"
-    assert environ(CPU, VLLM_CPU_KVCACHE_SPACE="7")["VLLM_CPU_KVCACHE_SPACE"] == "7"
-    assert "VLLM_CPU_KVCACHE_SPACE" not in environ(AMPERE)
+    assert environ("cpu", VLLM_CPU_KVCACHE_SPACE="7")["VLLM_CPU_KVCACHE_SPACE"] == "7"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environ(AMPERE_NAME)
     cores = os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
     alone = found.get("VLLM_CPU_OMP_THREADS_BIND")
     assert alone == (",".join(map(str, sorted(cores))) if len(cores) == 2 else None)
-    assert environ(CPU, VLLM_CPU_OMP_THREADS_BIND="0")["VLLM_CPU_OMP_THREADS_BIND"] == "0"
+    assert environ("cpu", VLLM_CPU_OMP_THREADS_BIND="0")["VLLM_CPU_OMP_THREADS_BIND"] == "0"
     if len(cores) > 1:
-        first, second = environ(CPU, 2)["VLLM_CPU_OMP_THREADS_BIND"].split("|")
+        first, second = environ("cpu", 2)["VLLM_CPU_OMP_THREADS_BIND"].split("|")
         assert not set(first.split(",")) & set(second.split(","))
     with pytest.raises(OptionInvalid, match="need a core each"):
-        environ(CPU, len(cores) + 1)
-    assert environ(CPU, VLLM_PLUGINS="lora")["VLLM_PLUGINS"] == "lora,gptq_loader"
+        environ("cpu", len(cores) + 1)
+    assert environ("cpu", VLLM_PLUGINS="lora")["VLLM_PLUGINS"] == "lora,gptq_loader"
 
 
-def announced(capsys: pytest.CaptureFixture[str], device: Device, *log: str) -> tuple[str, Any]:
+def announced(capsys: pytest.CaptureFixture[str], device: str, *log: str) -> tuple[str, Any]:
     settings = Settings(as_json=True)
     _announce(settings, planned(device), log, url="http://127.0.0.1:8000", name="one")
     captured = capsys.readouterr()
@@ -323,14 +333,16 @@ def announced(capsys: pytest.CaptureFixture[str], device: Device, *log: str) -> 
 
 def test_what_runs_is_announced_from_what_vllm_logs(capsys: pytest.CaptureFixture[str]) -> None:
     chosen = "gptq_loader: a.qkv_proj and layers like it (4-bit 8x8): {}: chosen: stays packed"
-    words, printed = announced(capsys, AMPERE, "Using MarlinLinearKernel for AutoGPTQLinearMethod")
+    words, told = announced(
+        capsys, AMPERE_NAME, "Using MarlinLinearKernel for AutoGPTQLinearMethod"
+    )
     assert "vLLM's own GPTQ, MarlinLinearKernel, on cuda sm86" in words
     assert printed["quantization"] == "auto_gptq"
     taken = "gptq_loader takes this checkpoint, because vLLM would not: ..."
-    words, printed = announced(capsys, AMPERE, taken, chosen.format("triton"))
-    assert printed["quantization"] == "gptq_loader"
-    assert list(printed["kernels"]) == ["triton"]
-    words, printed = announced(capsys, CPU)
+    words, told = announced(capsys, AMPERE_NAME, taken, chosen.format("triton"))
+    assert told["quantization"] == "gptq_loader"
+    assert list(told["kernels"]) == ["triton"]
+    words, told = announced(capsys, "cpu")
     best = CPU_KERNELS[0]
     assert printed["kernels"] == {best: 8}
     assert f"gptq_loader, {best} (8 of 8 layers), on cpu" in words
