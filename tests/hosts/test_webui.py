@@ -446,6 +446,30 @@ def test_registering_twice_changes_nothing_more() -> None:
     assert out.splitlines()[-1] == f"{NAME} 1"
 
 
+def test_every_change_is_undone() -> None:
+    out = in_webui(
+        "sys.argv = ['server.py', '--nowebui', '--api', '--loader', 'gptq']\n"
+        "from gptq_loader_extensions.webui.register import register\n"
+        "from gptq_loader_plugin.system.patch import undo_all\n"
+        "from modules import loaders, logging_colors, models, models_settings, shared\n"
+        "from modules import text_generation, utils\n"
+        "import modules.api.script\n"
+        "def state():\n"
+        "    names = [it for it in sys.modules if it.startswith('modules.')]\n"
+        "    owners = [vars(sys.modules[it]) for it in names]\n"
+        "    owners += map(vars, (shared.args, shared.original_args, shared.args_defaults))\n"
+        "    owners += [loaders.loaders_and_params, loaders.loaders_samplers]\n"
+        "    values = [{key: id(value) for key, value in it.items()} for it in owners]\n"
+        "    return names, values, list(logging_colors.logger.filters)\n"
+        "before = state()\n"
+        "patches = register()\n"
+        "changed = state() != before\n"
+        "undo_all(patches)\n"
+        "print(changed, state() == before)"
+    )
+    assert out.splitlines()[-1] == "True True"
+
+
 def test_portable_is_left_alone() -> None:
     out = in_webui(
         "sys.argv = ['server.py', '--portable', '--nowebui']\n"

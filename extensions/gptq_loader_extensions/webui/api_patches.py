@@ -11,32 +11,34 @@ from typing import TYPE_CHECKING, Any
 
 from gptq_loader_extensions.webui.generate import generating_of
 from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.system.patch import Patch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from gptq_loader_extensions.webui.host_modules import Webui
 
-__all__ = ["attach_to_api"]
+__all__ = ["patch_api"]
 
 SCRIPT, COMPLETIONS = "modules.api.script", "modules.api.completions"
 
 
-def attach_to_api(webui: Webui) -> None:
-    """Do both where the API runs; the second time changes nothing."""
-    script, completions = sys.modules.get(SCRIPT), sys.modules.get(COMPLETIONS)
-    if script is not None and hasattr(script, "HTTPException"):
-        _explain_failures(script)
-    wanted = ("encode", "generate_reply", "generate_chat_reply")
-    if completions is not None and all(hasattr(completions, it) for it in wanted):
-        _count_replies(completions, webui)
+def patch_api(webui: Webui, patched: Collection[object]) -> list[Patch]:
+    """Make the patches of the API's modules, where the API runs.
 
-
-def _explain_failures(script: Any) -> None:  # noqa: ANN401 - a module of the host's
-    theirs = script.HTTPException
-    if isinstance(theirs, _Explained):
-        return
-    script.HTTPException = _Explained(theirs)
+    Args:
+        webui: the host's modules.
+        patched: the modules that are patched already.
+    """
+    patches: list[Patch] = []
+    script: Any = sys.modules.get(SCRIPT)
+    completions: Any = sys.modules.get(COMPLETIONS)
+    if hasattr(script, "HTTPException") and script not in patched:
+        patches.append(Patch(script, "HTTPException", _Explained(script.HTTPException)))
+    names = ("encode", "generate_reply", "generate_chat_reply")
+    if all(hasattr(completions, name) for name in names) and completions not in patched:
+        patches += _count_replies(completions, webui)
+    return patches
 
 
 class _Explained:
@@ -52,13 +54,14 @@ class _Explained:
         return self._theirs(*args, **kwargs)
 
 
-def _count_replies(completions: Any, webui: Webui) -> None:  # noqa: ANN401 - a module of the host's
-    if isinstance(completions.encode, _Counted):
-        return
+def _count_replies(completions: Any, webui: Webui) -> list[Patch]:  # noqa: ANN401 - a module of the host's
     counted = _Counted(completions.encode, webui)
-    completions.encode = counted
-    completions.generate_reply = counted.watched(completions.generate_reply, _text)
-    completions.generate_chat_reply = counted.watched(completions.generate_chat_reply, _last_turn)
+    replacements: dict[str, object] = {
+        "encode": counted,
+        "generate_reply": counted.watched(completions.generate_reply, _text),
+        "generate_chat_reply": counted.watched(completions.generate_chat_reply, _last_turn),
+    }
+    return [Patch(completions, name, replacement) for name, replacement in replacements.items()]
 
 
 class _Counted:

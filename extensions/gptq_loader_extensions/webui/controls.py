@@ -11,6 +11,7 @@ from gptq_loader_extensions.webui.loading import AUTO, option
 from gptq_loader_plugin.checkpoint.detect import detect
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.system.atomic_file import write_whole
+from gptq_loader_plugin.system.patch import Patch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.webui.loading import Loads
     from gptq_loader_plugin.plugins import Plugins
 
-__all__ = ["add_controls"]
+__all__ = ["patch_page"]
 
 OWN_TEMPLATES = ("checkpoint", "card", "chatml")
 BACKEND_INFO = (
@@ -33,8 +34,8 @@ STYLE = "overflow-x: auto; margin: 0; font-size: 12px; line-height: 1.4"
 NO_MODEL = "Choose a GPTQ model above: this box says which kernel runs it, and why."
 
 
-def add_controls(webui: Webui, page: Any, loads: Loads, plugins: Plugins) -> None:  # noqa: ANN401 - a module of the host's
-    """Make the page's next Model tab have them."""
+def patch_page(webui: Webui, page: Any, loads: Loads, plugins: Plugins) -> list[Patch]:  # noqa: ANN401 - a module of the host's
+    """Make the patches that give the page's next Model tab the controls."""
     create_theirs, handle_theirs = page.create_ui, page.create_event_handlers
 
     @functools.wraps(create_theirs)
@@ -48,10 +49,14 @@ def add_controls(webui: Webui, page: Any, loads: Loads, plugins: Plugins) -> Non
         if not webui.shared.args.multi_user:
             _connect(webui, plugins)
 
-    page.create_ui, page.create_event_handlers = create_ui, create_event_handlers
-    page.load_model_wrapper = _say_why(page.load_model_wrapper, loads)
-    page.save_model_settings = _save(webui, page.save_model_settings)
-    page.handle_load_model_event_final = _show_context(webui, page.handle_load_model_event_final)
+    replacements: dict[str, object] = {
+        "create_ui": create_ui,
+        "create_event_handlers": create_event_handlers,
+        "load_model_wrapper": _say_why(page.load_model_wrapper, loads),
+        "save_model_settings": _save(webui, page.save_model_settings),
+        "handle_load_model_event_final": _show_context(webui, page.handle_load_model_event_final),
+    }
+    return [Patch(page, name, replacement) for name, replacement in replacements.items()]
 
 
 def _create(webui: Webui, plugins: Plugins) -> None:

@@ -10,6 +10,7 @@ from gptq_loader_extensions.webui.host_modules import NAME, TRANSFORMERS, is_our
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.load_options import LoadOptions
+from gptq_loader_plugin.system.patch import Patch, patch_imports
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,8 +47,15 @@ class Loads:
         self._theirs = webui.models.load_model
         self._their_transformers = webui.models.transformers_loader
         self._ours = threading.local()
-        webui.models.transformers_loader = self._transformers
-        webui.logger.addFilter(self._true_name)
+
+    def patches(self) -> list[Patch]:
+        """Make the patches that let the host load by this."""
+        logger = self._webui.logger
+        return [
+            Patch(self._webui.models, "transformers_loader", self._transformers),
+            Patch(logger, "filters", [*logger.filters, self._true_name]),
+            *patch_imports(self._theirs, self.load_model),
+        ]
 
     def load_model(self, model_name: str, loader: str | None = None) -> Any:  # noqa: ANN401 - a model and a tokenizer
         """Load with our loader where that is what is set, with the host's own otherwise."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import inspect
 import logging
 import sys
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,9 @@ from gptq_loader_extensions.webui.host_modules import (
 from gptq_loader_extensions.webui.loading import Loads, option, wrap_unload
 from gptq_loader_plugin.checkpoint.detect import detect
 from gptq_loader_plugin.errors import GPTQLoaderError, PluginError
+from gptq_loader_plugin.system.patch import Patch, apply_all, patch_imports
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from gptq_loader_extensions.webui.host_modules import Webui
@@ -32,6 +33,7 @@ __all__ = ["add_loader", "register"]
 # What a user can set, saved by the host's "Save settings", and what each is unless it is set.
 SETTINGS = {"gptq_backend": "auto", "gptq_template": "auto", "gptq_context": 0}
 SHOWN = ["cpu", *SETTINGS, "gptq_explain"]  # of the Model tab's controls, with our loader
+APPLIED = "gptq_loader_patches"  # in modules.shared: every change to the host, in order
 CHATML = "ChatML"  # the host's own template of that name
 CUSTOM = "Custom (obtained from model metadata)"  # what the host calls a checkpoint's
 
@@ -44,53 +46,79 @@ def add_loader() -> None:
         logging.getLogger("textgen").error("%s\nhint: %s", error, error.hint)  # noqa: TRY400 - words, and no traceback
 
 
-def register() -> None:
-    """Add the loader to the text-generation-webui in this process; once is enough, twice is once.
+def register() -> list[Patch]:
+    """Add the loader to the text-generation-webui in this process; a second call changes nothing.
+
+    Returns:
+        Every change to it, in order; `undo_all` leaves it as it was.
 
     Raises:
         PluginError: it is not as we know it; nothing of it was changed.
     """
     webui = import_webui()
-    if webui.shared.args.portable or isinstance(
-        getattr(webui.models.load_model, "__self__", None), Loads
-    ):
-        return
-    page = None if webui.shared.args.nowebui else import_page()
-    if webui.shared.args.api or webui.shared.args.public_api:
+    shared = webui.shared
+    patches: list[Patch] = getattr(shared, APPLIED, [])
+    if shared.args.portable or patches:
+        return patches
+    page = None if shared.args.nowebui else import_page()
+    if shared.args.api or shared.args.public_api:
         importlib.import_module("modules.api.script")  # now, so that it is among what is changed
     from gptq_loader_plugin.plugins import Plugins
 
     plugins = Plugins(installed=True)
-    _list_loader(webui)
-    _add_settings(webui)
-    _recognise_checkpoints(webui, plugins)
-    loads = _take_over_loading(webui)
-    _listen_to_cancellation(webui)
-    _read_command_line(webui)
+    loads = Loads(webui, before=functools.partial(_apply_late, webui, patches))
+    patches += [
+        Patch(shared, APPLIED, patches),
+        *_patch_lists(webui),
+        *_patch_settings(webui),
+        *_patch_recognition(webui, plugins),
+        *loads.patches(),
+        *patch_imports(webui.models.unload_model, wrap_unload(webui)),
+        *_patch_api(webui, patches),
+        *_patch_generation(webui),
+        *_patch_command_line(webui),
+    ]
     if page is not None:
-        from gptq_loader_extensions.webui.controls import add_controls
+        from gptq_loader_extensions.webui.controls import patch_page
 
-        add_controls(webui, page, loads, plugins)
+        patches += patch_page(webui, page, loads, plugins)
+    apply_all(patches)
     _warn_of_model_loaded_before(webui)
+    return patches
 
 
-def _list_loader(webui: Webui) -> None:
+def _patch_lists(webui: Webui) -> list[Patch]:
+    """List the loader, and have the host gather again what it has gathered of all loaders."""
     loaders = webui.loaders
-    loaders.loaders_and_params[NAME] = SHOWN
-    loaders.loaders_samplers[NAME] = loaders.transformers_samplers()
-    for cached in (loaders.list_all_samplers, loaders.get_all_params):
-        cached.cache_clear()
+    return [
+        Patch(loaders.loaders_and_params, NAME, SHOWN),
+        Patch(loaders.loaders_samplers, NAME, loaders.transformers_samplers()),
+        *(
+            patch
+            for cached in (loaders.list_all_samplers, loaders.get_all_params)
+            for patch in patch_imports(cached, functools.cache(inspect.unwrap(cached)))
+        ),
+    ]
 
 
-def _add_settings(webui: Webui) -> None:
-    shared = webui.shared
-    for name, value in SETTINGS.items():
-        for arguments in (shared.args, shared.original_args, shared.args_defaults):
-            setattr(arguments, name, value)
-        webui.loaders.list_model_elements().append(name)  # cached: this is the one list
+def _patch_settings(webui: Webui) -> list[Patch]:
+    shared, theirs = webui.shared, webui.loaders.list_model_elements
+
+    @functools.cache  # as the host's is
+    def list_model_elements() -> list[str]:
+        return [*theirs(), *SETTINGS]
+
+    return [
+        *(
+            Patch(arguments, name, value)
+            for arguments in (shared.args, shared.original_args, shared.args_defaults)
+            for name, value in SETTINGS.items()
+        ),
+        *patch_imports(theirs, list_model_elements),
+    ]
 
 
-def _recognise_checkpoints(webui: Webui, plugins: Plugins) -> None:
+def _patch_recognition(webui: Webui, plugins: Plugins) -> list[Patch]:
     settings = webui.models_settings
     infer_theirs, metadata_theirs = settings.infer_loader, settings.get_model_metadata
 
@@ -120,8 +148,10 @@ def _recognise_checkpoints(webui: Webui, plugins: Plugins) -> None:
             found["truncation_length"] = found["truncation_length_info"] = context
         return found
 
-    settings.infer_loader = infer_loader
-    _rebind(metadata_theirs, get_model_metadata)
+    return [
+        Patch(settings, "infer_loader", infer_loader),
+        *patch_imports(metadata_theirs, get_model_metadata),
+    ]
 
 
 def _template_settings(
@@ -144,18 +174,20 @@ def _template_settings(
     return {"instruction_template": CUSTOM, "instruction_template_str": found.jinja}
 
 
-def _take_over_loading(webui: Webui) -> Loads:
-    from gptq_loader_extensions.webui.api_patches import attach_to_api
+def _patch_api(webui: Webui, patches: list[Patch]) -> list[Patch]:
+    from gptq_loader_extensions.webui.api_patches import patch_api
 
-    theirs, unload_theirs = webui.models.load_model, webui.models.unload_model
-    attach_to_api(webui)
-    loads = Loads(webui, before=functools.partial(attach_to_api, webui))
-    _rebind(theirs, loads.load_model)
-    _rebind(unload_theirs, wrap_unload(webui))
-    return loads
+    return patch_api(webui, [patch.owner for patch in patches])
 
 
-def _listen_to_cancellation(webui: Webui) -> None:
+def _apply_late(webui: Webui, patches: list[Patch]) -> None:
+    """Patch the API where it was imported after the loader was added."""
+    late = _patch_api(webui, patches)
+    apply_all(late)
+    patches += late
+
+
+def _patch_generation(webui: Webui) -> list[Patch]:
     """Let a request that was given up end its reply at the next token."""
     theirs = webui.text_generation.generate_reply_HF
 
@@ -176,17 +208,18 @@ def _listen_to_cancellation(webui: Webui) -> None:
             ours.keep = not (shared.lora_names or shared.model_dirty_from_training)
         return theirs(question, original_question, state, *args, **kwargs)
 
-    webui.text_generation.generate_reply_HF = generate_reply_HF
+    return [Patch(webui.text_generation, "generate_reply_HF", generate_reply_HF)]
 
 
-def _read_command_line(webui: Webui) -> None:
+def _patch_command_line(webui: Webui) -> list[Patch]:
     """Read `--loader gptq` once more: the host has read it, and knew no such loader."""
     shared, theirs = webui.shared, webui.shared.fix_loader_name
-    shared.fix_loader_name = lambda name: NAME if is_ours(name) else theirs(name)
+    fix = Patch(shared, "fix_loader_name", lambda name: NAME if is_ours(name) else theirs(name))
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--loader")
     if is_ours(parser.parse_known_args(sys.argv[1:])[0].loader):
-        shared.args.loader = NAME
+        return [fix, Patch(shared.args, "loader", NAME)]
+    return [fix]
 
 
 def _warn_of_model_loaded_before(webui: Webui) -> None:
@@ -200,11 +233,3 @@ def _warn_of_model_loaded_before(webui: Webui) -> None:
             "have been read. Load it again in the Model tab, or start with: gptq-loader webui run",
             name,
         )
-
-
-def _rebind(old: Callable[..., Any], new: Callable[..., Any]) -> None:
-    """Put `new` wherever a module of the host's has imported `old`, server.py among them."""
-    for module in list(sys.modules.values()):
-        names = getattr(module, "__dict__", None) or {}
-        for name in [name for name, value in list(names.items()) if value is old]:
-            names[name] = new
