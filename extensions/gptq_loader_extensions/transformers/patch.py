@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.errors import PluginError
+from gptq_loader_plugin.system.patch import Patch, apply_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,60 +22,59 @@ __all__ = ["install", "remove"]
 
 METHOD = "from_pretrained"
 _changing = threading.Lock()
+# The dtype that the running call of an Auto class was given.
+_requested_dtype: ContextVar[Any] = ContextVar("requested_dtype", default=None)
 
 
 class Handover(classmethod):  # type: ignore[type-arg]  # what it returns is the host's
-    """A class method that stands in for another one, which it remembers.
+    """A class method that stands in for another one, which `patch` puts back."""
 
-    Args:
-        function: what it calls.
-        original: the class method as it stood in the class.
-        asked: the dtype that an Auto class was asked for, in the calling thread.
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        *,
-        original: Any,  # noqa: ANN401 - a class method
-        asked: ContextVar[Any],
-    ) -> None:
-        super().__init__(function)
-        self.original = original
-        self.asked = asked
+    patch: Patch
 
 
 def install() -> None:
-    """Replace the class methods, where they are not replaced yet.
+    """Replace the class methods, where they are not replaced yet; all of them, or none.
 
     Raises:
         PluginError: this transformers has no such methods.
     """
-    asked: ContextVar[Any] = ContextVar("asked", default=None)
     models, *auto_classes = _owners()
+    replacements = {models: _for_models, **dict.fromkeys(auto_classes, _for_auto_classes)}
     with _changing:
-        for owner in (models, *auto_classes):
-            original = vars(owner).get(METHOD)
-            if isinstance(original, Handover):
-                asked = original.asked
-                continue
-            if not isinstance(original, classmethod):
-                raise PluginError(
-                    f"this transformers has no {METHOD} in {owner.__name__} to be replaced",
-                    hint="update gptq-loader-plugin, or use its own load() instead",
-                )
-            # One assignment: a thread inside from_pretrained goes on in the method it called.
-            function = (_for_models if owner is models else _for_auto_classes)(original, asked)
-            setattr(owner, METHOD, Handover(function, original=original, asked=asked))
+        # One assignment each: a thread inside from_pretrained goes on in the method it called.
+        apply_all(
+            [
+                _make_patch(owner, make)
+                for owner, make in replacements.items()
+                if _applied_patch(owner) is None
+            ]
+        )
 
 
 def remove() -> None:
-    """Put back the methods that `install` found."""
+    """Put back the methods that `install` replaced."""
     with _changing:
         for owner in _owners():
-            current = vars(owner).get(METHOD)
-            if isinstance(current, Handover):
-                setattr(owner, METHOD, current.original)
+            patch = _applied_patch(owner)
+            if patch is not None:
+                patch.undo()
+
+
+def _applied_patch(owner: Any) -> Patch | None:  # noqa: ANN401 - a class of transformers
+    current = vars(owner).get(METHOD)
+    return current.patch if isinstance(current, Handover) else None
+
+
+def _make_patch(owner: Any, make: Callable[[Any], Callable[..., Any]]) -> Patch:  # noqa: ANN401 - a class of transformers
+    original = vars(owner).get(METHOD)
+    if not isinstance(original, classmethod):
+        raise PluginError(
+            f"this transformers has no {METHOD} in {owner.__name__} to be replaced",
+            hint="update gptq-loader-plugin, or use its own load() instead",
+        )
+    handover = Handover(make(original))
+    handover.patch = Patch(owner, METHOD, handover)
+    return handover.patch
 
 
 def _owners() -> tuple[Any, ...]:
@@ -83,7 +83,7 @@ def _owners() -> tuple[Any, ...]:
     return PreTrainedModel, AutoModel, AutoModelForCausalLM
 
 
-def _for_models(original: Any, asked: ContextVar[Any]) -> Callable[..., Any]:  # noqa: ANN401
+def _for_models(original: Any) -> Callable[..., Any]:  # noqa: ANN401 - a class method
     @functools.wraps(original.__func__)
     def from_pretrained(cls: Any, name: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         from gptq_loader_extensions.transformers.detect import find_checkpoint
@@ -94,23 +94,23 @@ def _for_models(original: Any, asked: ContextVar[Any]) -> Callable[..., Any]:  #
             from gptq_loader_extensions.transformers.loading import load_found, takes
 
             if takes(cls, found):
-                return load_found(cls, found, args, kwargs, asked_dtype=asked.get())
+                return load_found(cls, found, args, kwargs, asked_dtype=_requested_dtype.get())
         return original.__get__(None, cls)(name, *args, **kwargs)
 
     return from_pretrained
 
 
-def _for_auto_classes(original: Any, asked: ContextVar[Any]) -> Callable[..., Any]:  # noqa: ANN401
+def _for_auto_classes(original: Any) -> Callable[..., Any]:  # noqa: ANN401 - a class method
     @functools.wraps(original.__func__)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        token = asked.set(kwargs.get("dtype") or kwargs.get("torch_dtype"))
+        token = _requested_dtype.set(kwargs.get("dtype") or kwargs.get("torch_dtype"))
         try:
             known = _known_class(cls, args, kwargs)
             if known is not None:
                 return known.from_pretrained(*args, **kwargs)
             return original.__get__(None, cls)(*args, **kwargs)
         finally:
-            asked.reset(token)
+            _requested_dtype.reset(token)
 
     return from_pretrained
 
