@@ -31,10 +31,10 @@ def python(request: pytest.FixtureRequest) -> Path:
     """The Python of the project's environment, or of one with the oldest transformers."""
     if request.param == "project":
         return Path(sys.executable)
-    found = python_of(request.param)
-    if found is None:
+    python = python_of(request.param)
+    if python is None:
         pytest.skip(f"no environment {request.param}; make hosts sets it up")
-    return found
+    return python
 
 
 @pytest.fixture(scope="module")
@@ -61,33 +61,33 @@ def run(python: Path, *arguments: object, cache: Path | None = None) -> dict[str
     return answer
 
 
-@pytest.mark.parametrize("branch", [it.name for it in REAL] or [ONE.name])
+@pytest.mark.parametrize("branch", [branch.name for branch in REAL] or [ONE.name])
 def test_the_model_cards_python(python: Path, cache: Path, branch: str) -> None:
-    found = run(python, "card", REPOSITORY, branch, cache=cache)
-    assert found["class"] == "LlamaForCausalLM"
-    assert found["kernels"]
-    assert found["greedy"] == found["loaded"]
+    answer = run(python, "card", REPOSITORY, branch, cache=cache)
+    assert answer["class"] == "LlamaForCausalLM"
+    assert answer["kernels"]
+    assert answer["greedy"] == answer["loaded"]
     if REAL:
-        text = "\n".join(found[it] for it in ("generated", "piped", "greedy"))
+        text = "\n".join(answer[key] for key in ("generated", "piped", "greedy"))
         # three bits without groups know few words: its perplexity is the worst of the six
         least = 4 if branch.startswith("gptq-3bit--1g") else 8
         assert len(COMMON.findall(text)) >= least, text
 
 
-@pytest.mark.parametrize("checkpoint", [ONE, *REAL[:1]], ids=lambda it: it.name)
+@pytest.mark.parametrize("checkpoint", [ONE, *REAL[:1]], ids=lambda path: path.name)
 def test_a_saved_checkpoint_loads_again(python: Path, checkpoint: Path, tmp_path: Path) -> None:
     assert run(python, "save", checkpoint, "main", tmp_path)["same"]
 
 
-@pytest.mark.parametrize("checkpoint", [ONE, *REAL[:1]], ids=lambda it: it.name)
+@pytest.mark.parametrize("checkpoint", [ONE, *REAL[:1]], ids=lambda path: path.name)
 def test_an_adapter_is_trained_on_top(python: Path, checkpoint: Path, tmp_path: Path) -> None:
     if run_process([python, "-c", "import peft"]).returncode:
         pytest.skip("peft is not installed there")
-    found = run(python, "lora", checkpoint, "main", tmp_path)
-    assert found["trained"] == 2 * found["layers"]
-    assert found["losses"][-1] < found["losses"][0]
-    assert found["same"]
-    assert found["changed"]
-    assert found["restored"]
-    assert found["generates_the_same"]
-    assert found["by_name"] <= 2e-2  # its adapter's weights are in the model's dtype
+    answer = run(python, "lora", checkpoint, "main", tmp_path)
+    assert answer["trained"] == 2 * answer["layers"]
+    assert answer["losses"][-1] < answer["losses"][0]
+    assert answer["same"]
+    assert answer["changed"]
+    assert answer["restored"]
+    assert answer["generates_the_same"]
+    assert answer["by_name"] <= 2e-2  # its adapter's weights are in the model's dtype

@@ -70,8 +70,8 @@ def card(model_name_or_path: str, revision: str) -> dict[str, Any]:
 
 def greedy(model: Any, tokenizer: Any) -> str:
     ids = tokenizer(QUESTION, return_tensors="pt").input_ids.to(model.device)
-    found = model.generate(ids, do_sample=False, max_new_tokens=TOKENS)[0, ids.shape[1] :]
-    text: str = tokenizer.decode(found, skip_special_tokens=True)
+    tokens = model.generate(ids, do_sample=False, max_new_tokens=TOKENS)[0, ids.shape[1] :]
+    text: str = tokenizer.decode(tokens, skip_special_tokens=True)
     return text.rstrip("\ufffd")
 
 
@@ -102,7 +102,7 @@ def lora(reference: str, revision: str, folder: str) -> dict[str, Any]:
     options = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     base = AutoModelForCausalLM.from_pretrained(reference, revision=revision)
     model = get_peft_model(base, options)
-    weights = [it for it in model.parameters() if it.requires_grad]
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-2)
     losses = []
     model.train()
@@ -120,22 +120,22 @@ def lora(reference: str, revision: str, folder: str) -> dict[str, Any]:
     by_name = AutoModelForCausalLM.from_pretrained(folder)  # the adapter names the checkpoint
     with torch.inference_mode():
         right = model(ids).logits
-        found, named = again(ids).logits, by_name(ids).logits
+        restored, named = again(ids).logits, by_name(ids).logits
         with again.disable_adapter():
             without = again(ids).logits
-        told = [
-            it.generate(input_ids=ids[:1], do_sample=False, max_new_tokens=8).tolist()
-            for it in (model, again)
+        generated = [
+            trained.generate(input_ids=ids[:1], do_sample=False, max_new_tokens=8).tolist()
+            for trained in (model, again)
         ]
     return {
         "losses": losses,
         "trained": len(weights),
         "layers": sum(fresh.hf_quantizer.plan.kernels().values()),
-        "same": torch.equal(found, right),
+        "same": torch.equal(restored, right),
         "by_name": float((named.float() - right.float()).norm() / right.float().norm()),
-        "changed": not torch.equal(found, plain),
+        "changed": not torch.equal(restored, plain),
         "restored": torch.equal(without, plain),
-        "generates_the_same": told[0] == told[1],
+        "generates_the_same": generated[0] == generated[1],
     }
 
 
@@ -143,8 +143,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     gptq_loader_plugin.enable_transformers()
     task = {"card": card, "save": save, "lora": lora}[sys.argv[1]]
-    found = task(*sys.argv[2:])
-    sys.stdout.write(json.dumps({"transformers": transformers.__version__, **found}) + "\n")
+    answer = task(*sys.argv[2:])
+    sys.stdout.write(json.dumps({"transformers": transformers.__version__, **answer}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A GPTQ checkpoint is told from every other folder, without reading weights."""
+"""A GPTQ checkpoint is distinguished from any other folder, without reading weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(folder: Path, **files: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("folder", sorted(DATA.glob("gptq*")), ids=lambda it: it.name)
+@pytest.mark.parametrize("folder", sorted(DATA.glob("gptq*")), ids=lambda path: path.name)
 def test_ours_are(folder: Path) -> None:
     assert detect(folder).is_gptq
 

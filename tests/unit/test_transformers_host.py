@@ -65,13 +65,13 @@ def enabled() -> Iterator[None]:
 
 
 def methods() -> list[object]:
-    return [vars(it)["from_pretrained"] for it in CLASSES]
+    return [vars(owner)["from_pretrained"] for owner in CLASSES]
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
-        found: torch.Tensor = model(ids).logits
-    return found
+        output: torch.Tensor = model(ids).logits
+    return output
 
 
 def off_by(folder: Path, name: str, **options: Any) -> float:
@@ -88,9 +88,9 @@ def test_it_is_undone_exactly() -> None:
     assert methods() == once
     assert not set(map(id, once)) & set(map(id, before))
     gptq.disable_transformers(plugins=PLUGINS)
-    assert all(now is then for now, then in zip(methods(), before, strict=True))
+    assert all(one is other for one, other in zip(methods(), before, strict=True))
     gptq.disable_transformers(plugins=PLUGINS)
-    assert all(now is then for now, then in zip(methods(), before, strict=True))
+    assert all(one is other for one, other in zip(methods(), before, strict=True))
 
 
 def test_the_hosts_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,7 +135,7 @@ def test_it_is_what_load_gives(name: str) -> None:
         assert model.hf_quantizer.plan.kernels() == loaded.plan.kernels()
     assert type(model) is LlamaForCausalLM
     assert not model.training
-    assert not any(it.requires_grad for it in model.parameters())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def old_name(folder: Path) -> None:
@@ -179,7 +179,7 @@ def test_no_file_makes_weights_random(alter: Callable[[Path], None], tmp_path: P
 @pytest.mark.usefixtures("enabled")
 def test_a_damaged_checkpoint_is_an_error(tmp_path: Path) -> None:
     folder = copy_of(ONE, tmp_path / "altered")
-    edit_tensors(folder, lambda it: it.pop("model.norm.weight"))
+    edit_tensors(folder, lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(gptq.TensorMismatch, match=r"model\.norm\.weight is missing"):
         AutoModelForCausalLM.from_pretrained(folder)
 
@@ -187,7 +187,8 @@ def test_a_damaged_checkpoint_is_an_error(tmp_path: Path) -> None:
 def test_what_is_not_gptq_is_left_alone(tmp_path: Path) -> None:
     other = copy_of(ONE, tmp_path / "awq")
     edit_json(
-        other / "config.json", lambda it: it["quantization_config"].update(quant_method="awq")
+        other / "config.json",
+        lambda config: config["quantization_config"].update(quant_method="awq"),
     )
     (other / "quantize_config.json").unlink()
 
@@ -197,18 +198,18 @@ def test_what_is_not_gptq_is_left_alone(tmp_path: Path) -> None:
             AutoModelForCausalLM.from_pretrained(other)
         return dense, str(raised.value)
 
-    stock, words = load()
+    stock, stock_error = load()
     gptq.enable_transformers(plugins=PLUGINS)
     try:
-        found, same_words = load()
+        model, error_text = load()
     finally:
         gptq.disable_transformers(plugins=PLUGINS)
-    assert same_words == words
-    assert getattr(found, "hf_quantizer", None) is None
-    assert found.config.to_dict() == stock.config.to_dict()
+    assert error_text == stock_error
+    assert getattr(model, "hf_quantizer", None) is None
+    assert model.config.to_dict() == stock.config.to_dict()
     assert all(
         torch.equal(one, other)
-        for one, other in zip(found.state_dict().values(), stock.state_dict().values(), strict=True)
+        for one, other in zip(model.state_dict().values(), stock.state_dict().values(), strict=True)
     )
 
 
@@ -221,14 +222,14 @@ def test_a_model_made_from_nothing_is_left_alone() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", torch.float16, torch.bfloat16])
 @pytest.mark.usefixtures("enabled")
-def test_the_dtype_asked_for_is_the_models(dtype: Any) -> None:
-    wanted = getattr(torch, str(dtype).removeprefix("torch."))
+def test_the_requested_dtype_is_the_models(dtype: Any) -> None:
+    requested = getattr(torch, str(dtype).removeprefix("torch."))
     for model in (
         AutoModelForCausalLM.from_pretrained(DATA / ONE, dtype=dtype),
         LlamaForCausalLM.from_pretrained(DATA / ONE, torch_dtype=dtype),
     ):
-        assert model.dtype == model.config.dtype == wanted
-        assert model.model.embed_tokens.weight.dtype == wanted
+        assert model.dtype == model.config.dtype == requested
+        assert model.model.embed_tokens.weight.dtype == requested
     assert torch.get_default_dtype() == torch.float32
 
 
@@ -236,12 +237,12 @@ def test_the_dtype_asked_for_is_the_models(dtype: Any) -> None:
 def test_options_are_honoured(tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(DATA / ONE)
     config.max_position_embeddings = 77
-    given = AutoModelForCausalLM.from_pretrained(
+    configured = AutoModelForCausalLM.from_pretrained(
         DATA / ONE, config=config, attn_implementation="eager"
     )
-    assert given.config.max_position_embeddings == 77
-    assert given.config._attn_implementation == "eager"
-    assert hasattr(config, "quantization_config"), "the config that was handed over is untouched"
+    assert configured.config.max_position_embeddings == 77
+    assert configured.config._attn_implementation == "eager"
+    assert hasattr(config, "quantization_config"), "the config that was passed is untouched"
     set_by_name = LlamaForCausalLM.from_pretrained(DATA / ONE, use_cache=False)
     assert set_by_name.config.use_cache is False
     assert set_by_name.name_or_path == str(DATA / ONE)
@@ -282,21 +283,21 @@ def test_device_maps(device_map: Any, places: Any, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("enabled")
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
-        ({"tp_plan": "auto"}, "not loaded with tp_plan"),
-        ({"variant": "fp16"}, "not loaded with variant"),
-        ({"colour": "red"}, "colour is no option"),
+        ({"tp_plan": "auto"}, "cannot be loaded with tp_plan"),
+        ({"variant": "fp16"}, "cannot be loaded with variant"),
+        ({"colour": "red"}, "from_pretrained has no option colour"),
         ({"device_map": "balanced_low_0"}, "balanced_low_0"),
         ({"dtype": "float8"}, "float8"),
         (
             {"quantization_config": {"quant_method": "bitsandbytes"}},
-            "cannot be quantised by bitsandbytes again",
+            "cannot be quantised again by bitsandbytes",
         ),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(options: Any, words: str) -> None:
-    with pytest.raises(gptq.OptionInvalid, match=words):
+def test_what_cannot_be_honoured_is_refused(options: Any, message: str) -> None:
+    with pytest.raises(gptq.OptionInvalid, match=message):
         LlamaForCausalLM.from_pretrained(DATA / ONE, **options)
 
 
@@ -312,9 +313,11 @@ def test_the_body_alone_and_classes_without_text(tmp_path: Path) -> None:
     assert torch.equal(whole.lm_head(states), logits(whole, ids))
     legacy = copy_of(ONE, tmp_path / "legacy")
     only_quantize_config(legacy)
-    with pytest.raises(gptq.OptionInvalid, match="LlamaForSequenceClassification is no class"):
+    with pytest.raises(
+        gptq.OptionInvalid, match="LlamaForSequenceClassification does not generate"
+    ):
         AutoModelForSequenceClassification.from_pretrained(legacy)
-    with pytest.raises(ImportError, match="optimum"):  # transformers knows it, and says its own
+    with pytest.raises(ImportError, match="optimum"):  # transformers' own error
         AutoModelForSequenceClassification.from_pretrained(DATA / ONE)
 
 
@@ -324,8 +327,8 @@ def test_generate_and_pipeline_answer_as_a_loaded_model_does() -> None:
     tokenizer = AutoTokenizer.from_pretrained(DATA / ONE)
     model = AutoModelForCausalLM.from_pretrained(DATA / ONE, device_map="cpu")
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    found = model.generate(ids, do_sample=False, max_new_tokens=16, pad_token_id=0)
-    text = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+    tokens = model.generate(ids, do_sample=False, max_new_tokens=16, pad_token_id=0)
+    text = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
     with gptq.load(DATA / ONE, device="cpu") as loaded:
         options = gptq.GenerateOptions(temperature=0, max_new_tokens=16)
         assert loaded.generate(PROMPT, options).text == text.rstrip(HALF)
@@ -339,7 +342,7 @@ def test_generate_and_pipeline_answer_as_a_loaded_model_does() -> None:
 
 @pytest.mark.usefixtures("enabled")
 def test_a_branch_of_the_hubs_cache(tmp_path: Path) -> None:
-    """`revision=` takes the branch; nothing is asked of the network."""
+    """`revision=` selects the branch; nothing is fetched."""
     repo = tmp_path / "models--owner--name"
     for branch, name in (("main", NAMES[0]), ("gptq-4bit-32g", ONE)):
         commit = f"{len(branch):040x}"
@@ -370,7 +373,7 @@ def test_threads_do_not_disturb_each_other() -> None:
         try:
             if not all(work() for _ in range(4)):
                 failed.append(work)
-        except Exception as raised:  # noqa: BLE001 - told by the test
+        except Exception as raised:  # noqa: BLE001 - reported by the test
             failed.append(raised)
 
     def load_gptq() -> bool:
@@ -381,8 +384,8 @@ def test_threads_do_not_disturb_each_other() -> None:
         return off_by(DATA / ONE, ONE) <= FLOAT32
 
     def load_dense() -> bool:
-        found = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
-        return torch.equal(logits(found, ids), expected_dense)
+        model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
+        return torch.equal(logits(model, ids), expected_dense)
 
     def enable_again() -> bool:
         gptq.enable_transformers(plugins=gptq.Plugins(host))
@@ -390,7 +393,7 @@ def test_threads_do_not_disturb_each_other() -> None:
 
     gptq.enable_transformers(plugins=PLUGINS)
     works = (load_gptq, from_pretrained, from_pretrained, load_dense, enable_again)
-    threads = [threading.Thread(target=run, args=(it,)) for it in works]
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
     for thread in threads:
         thread.start()
     join(*threads)
@@ -404,15 +407,15 @@ def test_threads_do_not_disturb_each_other() -> None:
 def test_a_save_has_the_checkpoints_own_tensors(name: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(DATA / name)
     model.save_pretrained(tmp_path)
-    stored, saved = (load_file(it / "model.safetensors") for it in (DATA / name, tmp_path))
+    stored, saved = (load_file(path / "model.safetensors") for path in (DATA / name, tmp_path))
     assert stored.keys() == saved.keys()
     for key, tensor in stored.items():
         assert saved[key].dtype == tensor.dtype, key
         assert torch.equal(saved[key], tensor), key
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    told = model.hf_quantizer.plan.config
+    planned = model.hf_quantizer.plan.config
     for field in ("bits", "group_size", "desc_act", "sym", "checkpoint_format"):
-        assert config[field] == getattr(told, field)
+        assert config[field] == getattr(planned, field)
     assert config["quant_method"] == "gptq"
     ids, _ = expected(name)
     assert torch.equal(
@@ -453,12 +456,12 @@ def test_a_save_has_what_was_changed(tmp_path: Path) -> None:
 def test_a_save_adds_the_row_groups_that_old_files_lack(name: str, tmp_path: Path) -> None:
     folder = copy_of(name, tmp_path / "old")
     stored = load_file(DATA / name / "model.safetensors")
-    kept = {key: it for key, it in stored.items() if not key.endswith(".g_idx")}
-    save_file(kept, folder / "model.safetensors")
+    others = {key: tensor for key, tensor in stored.items() if not key.endswith(".g_idx")}
+    save_file(others, folder / "model.safetensors")
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "saved")
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert saved.keys() == stored.keys()
-    assert all(torch.equal(saved[key], it) for key, it in stored.items())
+    assert all(torch.equal(saved[key], tensor) for key, tensor in stored.items())
 
 
 @pytest.mark.usefixtures("enabled")
@@ -471,9 +474,9 @@ def test_a_save_has_the_names_of_its_architecture(name: str, tmp_path: Path) -> 
     ids = torch.tensor(samples()[:1])
     model = AutoModelForCausalLM.from_pretrained(out, dtype="float32")
     model.save_pretrained(tmp_path / "saved")
-    stored, saved = (load_file(it / "model.safetensors") for it in (out, tmp_path / "saved"))
+    stored, saved = (load_file(path / "model.safetensors") for path in (out, tmp_path / "saved"))
     assert saved.keys() == stored.keys()
-    assert all(torch.equal(saved[key], it) for key, it in stored.items())
+    assert all(torch.equal(saved[key], tensor) for key, tensor in stored.items())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="float32")
     assert torch.equal(logits(again, ids), logits(model, ids))
 

@@ -1,4 +1,4 @@
-"""The host "transformers": `from_pretrained` loads GPTQ checkpoints through us, until removed."""
+"""Offer the host "transformers": `from_pretrained` loads GPTQ checkpoints through us."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ class TransformersHost:
         """Take over `from_pretrained` for GPTQ checkpoints; a second time changes nothing.
 
         Raises:
-            OptionInvalid: an option was given; there are none.
-            PluginError: this transformers has no `from_pretrained` where it is looked for.
+            OptionInvalid: an option was passed; there are none.
+            PluginError: this transformers has no `from_pretrained` to replace.
         """
         if options:
             raise OptionInvalid(
                 f"the transformers host has no option {', '.join(sorted(options))}",
-                hint="give each load its options: from_pretrained(...)",
+                hint="pass options to each load: from_pretrained(...)",
             )
         from gptq_loader_extensions.transformers.patch import install
 
         install()
 
     def remove(self) -> None:
-        """Put back what `install` found, exactly; where nothing is installed, do nothing.
+        """Put back exactly what `install` replaced; without it, do nothing.
 
-        Models that were loaded meanwhile go on as they are.
+        Models that were loaded meanwhile keep working.
         """
         from gptq_loader_extensions.transformers.patch import remove
 
         remove()
 
     def check(self) -> Readiness:
-        """Look for transformers."""
+        """Return whether transformers is installed, in a version that is supported."""
         return check_package("transformers", oldest="5.6", newest="5.24")
 
 

@@ -1,8 +1,8 @@
 """Make a prepared layer an instance of torch's Linear, so that PEFT puts adapters on it.
 
-PEFT takes torch's Linear and what a few libraries bring, by type. A kernel's module is a linear to
-its caller and keeps its weight packed, so its class is widened: it stays what it was as well. Its
-`weight` knows its shape, and is read from the checkpoint where somebody wants its values.
+PEFT recognises torch's Linear, and the linears of a few libraries, by type. A kernel's module
+behaves as a linear and keeps its weight packed, so its class is widened: it is both. Its `weight`
+has a shape, and is read from the checkpoint when its values are used.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ def present_as_linear(
         module: the layer; it multiplies as before.
         shape: of its weight, (out_features, in_features).
         dtype: the model's.
-        device: where the layer was prepared to be.
-        read_weight: gives the dequantised weight.
+        device: the one the layer was prepared for.
+        read_weight: returns the dequantised weight.
     """
     if isinstance(module, nn.Linear):
         return
     module.out_features, module.in_features = shape  # type: ignore[assignment]  # torch's guess
-    module.told = Told(shape, dtype, device, read_weight)  # type: ignore[assignment]
+    module.weight_info = WeightInfo(shape, dtype, device, read_weight)  # type: ignore[assignment]
     kind: Any = type(module)
     packed = not hasattr(module, "weight")  # a layer that was dequantised has its own
     module.__class__ = _widened(kind, packed=packed)
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What a prepared layer is told of itself: its weight's shape and dtype, its device, values."""
+class WeightInfo:
+    """The weight of a prepared layer: its shape, dtype and device, and how to read its values."""
 
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -60,25 +60,25 @@ class Told:
 
 
 class PackedWeight(torch.Tensor):
-    """A weight [out_features, in_features] without values: what uses them reads them first.
+    """A weight [out_features, in_features] without values: an operator that uses it reads them.
 
     Args:
-        told: what is known of it.
+        info: its shape, and how to read it.
     """
 
-    told: Told
+    info: WeightInfo
 
     @staticmethod
     def __new__(  # noqa: PYI034 - torch has it static
         cls: type[PackedWeight],
-        told: Told,
+        info: WeightInfo,
     ) -> PackedWeight:
-        """Make a tensor that takes no memory."""
-        made: PackedWeight = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001
-            cls, told.shape, dtype=told.dtype, device=told.device
+        """Return a tensor that takes no memory."""
+        weight: PackedWeight = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001
+            cls, info.shape, dtype=info.dtype, device=info.device
         )
-        made.told = told
-        return made
+        weight.info = info
+        return weight
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch lets contents be passed
         return f"PackedWeight({list(self.shape)}, dtype={self.dtype}, device='{self.device}')"
@@ -94,48 +94,50 @@ class PackedWeight(torch.Tensor):
         """Call one of torch's operators with the values."""
         del types
 
-        def values(it: Any) -> Any:  # noqa: ANN401
-            return it.told.read_weight().to(it.device, it.dtype) if isinstance(it, cls) else it
+        def read(value: Any) -> Any:  # noqa: ANN401
+            if not isinstance(value, cls):
+                return value
+            return value.info.read_weight().to(value.device, value.dtype)
 
-        return func(*tree_map(values, args), **tree_map(values, kwargs or {}))
+        return func(*tree_map(read, args), **tree_map(read, kwargs or {}))
 
 
 @functools.cache
 def _widened(kind: Any, *, packed: bool) -> Any:  # noqa: ANN401 - classes of modules
-    bases = (_Packed if packed else _Prepared, kind, nn.Linear)
+    bases = (_PackedLinear if packed else _PreparedLinear, kind, nn.Linear)
     return type(kind.__name__, bases, {"__doc__": kind.__doc__, "kind": kind, "packed": packed})
 
 
-class _Prepared(nn.Module):
-    """What a widened class has beside the kernel's own."""
+class _PreparedLinear(nn.Module):
+    """What a widened class adds to the kernel's own."""
 
     kind: type[nn.Module]
     packed: bool
-    told: Told
+    weight_info: WeightInfo
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:  # noqa: ANN401, FBT001, FBT002 - torch's own
-        here = self.told.device
-        there = fn(torch.empty(0, device=here)).device
-        if there.type not in (here.type, "meta"):
+        device = self.weight_info.device
+        target = fn(torch.empty(0, device=device)).device
+        if target.type not in (device.type, "meta"):
             raise OptionInvalid(
-                f"this model was prepared for {here.type}, and cannot be moved to {there.type}",
-                hint=f'load it there: from_pretrained(..., device_map="{there.type}")',
+                f"this model was prepared for {device.type}, and cannot be moved to {target.type}",
+                hint=f'load it there: from_pretrained(..., device_map="{target.type}")',
             )
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401 - pickle's own
-        return _restored, (self.kind, self.packed), self.__getstate__()  # type: ignore[no-untyped-call]
+        return _empty_layer, (self.kind, self.packed), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
-class _Packed(_Prepared):
+class _PackedLinear(_PreparedLinear):
     @property
     def weight(self) -> torch.Tensor:
-        """The weight, of which only the shape is known until its values are used."""
-        return PackedWeight(self.told)
+        """The weight, which is not read until its values are used."""
+        return PackedWeight(self.weight_info)
 
 
-def _restored(kind: Any, packed: bool) -> nn.Module:  # noqa: ANN401, FBT001 - as pickle hands it
-    """Make an empty layer for pickle or copy, which give it its state."""
+def _empty_layer(kind: Any, packed: bool) -> nn.Module:  # noqa: ANN401, FBT001 - as pickle passes it
+    """Return an empty layer for pickle or copy, which restore its state."""
     widened = _widened(kind, packed=packed)
-    made: nn.Module = widened.__new__(widened)
-    return made
+    layer: nn.Module = widened.__new__(widened)
+    return layer

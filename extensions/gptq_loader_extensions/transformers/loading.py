@@ -1,4 +1,4 @@
-"""Load a GPTQ checkpoint that `from_pretrained` was given, and give what it gives."""
+"""Load a GPTQ checkpoint for `from_pretrained`, and return what it returns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gptq_loader_extensions.transformers.options import (
     read_dtype,
     read_placement,
 )
-from gptq_loader_extensions.transformers.quantizer import Quantizer, StoredConfig
+from gptq_loader_extensions.transformers.quantizer import QuantizationConfig, Quantizer
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.load_options import LoadOptions
 from gptq_loader_plugin.loading import load_model
@@ -26,118 +26,118 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from gptq_loader_extensions.transformers.detect import Found
+    from gptq_loader_extensions.transformers.detect import CheckpointSource
     from gptq_loader_plugin.model.build import FilledModel
     from gptq_loader_plugin.planning.plan import Plan
 
-__all__ = ["load_found", "takes"]
+__all__ = ["can_load", "load_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
 
-def takes(cls: Any, found: Found) -> bool:  # noqa: ANN401 - a model's class
-    """Say whether `cls` is a class whose GPTQ checkpoints are loaded here.
+def can_load(cls: Any, source: CheckpointSource) -> bool:  # noqa: ANN401 - a model's class
+    """Return whether `cls` is a class whose GPTQ checkpoints are loaded here.
 
-    That is one that generates text from text, or its body. Another one is left to transformers
-    where transformers knows the checkpoint for what it is.
+    That is one that generates text from text, or its body. Any other is left to transformers
+    where transformers recognises the checkpoint as GPTQ.
 
     Raises:
-        OptionInvalid: transformers would take the checkpoint for an unquantised one.
+        OptionInvalid: transformers would treat the checkpoint as an unquantised one.
     """
-    if _generating(cls) is not None:
+    if _causal_lm_class(cls) is not None:
         return True
-    if found.known:
+    if source.known:
         return False
     raise OptionInvalid(
-        f"{found.name} is a GPTQ checkpoint, and {cls.__name__} is no class for generating text",
+        f"{source.name} is a GPTQ checkpoint, and {cls.__name__} does not generate text",
         hint="load it with AutoModelForCausalLM",
     )
 
 
-def load_found(
+def load_checkpoint(
     cls: Any,  # noqa: ANN401 - a model's class
-    found: Found,
+    source: CheckpointSource,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
-    asked_dtype: object,
+    requested_dtype: object,
 ) -> Any:  # noqa: ANN401 - a model, or a model and what was loaded
-    """Load the checkpoint as `cls.from_pretrained` is asked to.
+    """Load the checkpoint as `cls.from_pretrained` would.
 
     Args:
         cls: the model's class.
-        found: the checkpoint.
+        source: the checkpoint.
         args: arguments beyond the name.
         kwargs: the options.
-        asked_dtype: the dtype that the Auto class was given.
+        requested_dtype: the dtype that the Auto class was given.
 
     Raises:
-        GPTQLoaderError: the checkpoint cannot be loaded, or not in this way.
+        GPTQLoaderError: the checkpoint cannot be loaded, or not with these options.
     """
-    others = check_options(args, kwargs)
-    dtype, placement = read_dtype(kwargs, asked_dtype), read_placement(kwargs)
-    folder = fetch(found)
+    config_options = check_options(args, kwargs)
+    dtype, placement = read_dtype(kwargs, requested_dtype), read_placement(kwargs)
+    folder = fetch(source)
     config = read_config(
         cls,
         folder,
         kwargs.get("config"),
-        others,
-        name=found.name,
-        translated=found.translated,
+        config_options,
+        name=source.name,
+        translated=source.translated,
     )
-    generating = _generating(cls)
+    causal_lm = _causal_lm_class(cls)
     filled = load_model(
         folder,
         LoadOptions(dtype=dtype, **placement),
-        reference=found.name,
+        reference=source.name,
         config=config,
-        model_class=cls if generating is not None and issubclass(cls, generating) else None,
+        model_class=cls if causal_lm is not None and issubclass(cls, causal_lm) else None,
     )
     for warning in filled.warnings:
-        logger.warning("%s: %s", found.name, warning)
-    model = _finished(filled)
+        logger.warning("%s: %s", source.name, warning)
+    model = _finish(filled)
     if kwargs.get("device_map") is not None:
-        model.hf_device_map = _places(filled.plan)
+        model.hf_device_map = _device_map(filled.plan)
     if kwargs.get("generation_config") is not None:
         model.generation_config = kwargs["generation_config"]
     _add_adapter(model, kwargs)
-    if generating is not None and not issubclass(cls, generating):
+    if causal_lm is not None and not issubclass(cls, causal_lm):
         body: Any = model.base_model
         _mark(body, model.hf_quantizer)
         model = body
     if kwargs.get("output_loading_info"):
-        nothing: dict[str, Any] = {
+        info: dict[str, Any] = {
             key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
         }
-        return model, {**nothing, "error_msgs": []}
+        return model, {**info, "error_msgs": []}
     return model
 
 
-def _places(plan: Plan) -> dict[str, str]:
-    """Say where the model's parts are, as transformers' device maps do."""
-    places = {key: it.name for key, it in plan.placed.items()}
-    if len(set(places.values())) > 1:
-        return places
-    return {"": next(iter(places.values()), plan.device.torch_name)}
+def _device_map(plan: Plan) -> dict[str, str]:
+    """Return where the model's parts are, as transformers' device maps have it."""
+    device_map = {key: place.name for key, place in plan.placed.items()}
+    if len(set(device_map.values())) > 1:
+        return device_map
+    return {"": next(iter(device_map.values()), plan.device.torch_name)}
 
 
-def _generating(cls: Any) -> Any:  # noqa: ANN401
-    """Find the class that generates text, where `cls` is one or the body of one; else None."""
+def _causal_lm_class(cls: Any) -> Any:  # noqa: ANN401
+    """Return the class that generates text, where `cls` is one or the body of one; else None."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
     config_class = cls.config_class
     if config_class is None or config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
-    generating: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-    if issubclass(cls, generating):
-        return generating
-    return generating if cls is MODEL_MAPPING.get(config_class, None) else None
+    causal_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    if issubclass(cls, causal_lm):
+        return causal_lm
+    return causal_lm if cls is MODEL_MAPPING.get(config_class, None) else None
 
 
-def _finished(filled: FilledModel) -> Any:  # noqa: ANN401
-    """Make the model what transformers, PEFT and Trainer know for a quantised one."""
+def _finish(filled: FilledModel) -> Any:  # noqa: ANN401
+    """Present the model to transformers, PEFT and Trainer as a quantised one."""
     model: Any = filled.model
-    quantizer = Quantizer(StoredConfig.of(filled.plan.config), filled=filled)
+    quantizer = Quantizer(QuantizationConfig.of(filled.plan.config), filled=filled)
     for choice in filled.plan.choices:
         layer = choice.layer
         present_as_linear(
@@ -160,7 +160,7 @@ def _mark(model: Any, quantizer: Quantizer) -> None:  # noqa: ANN401
 
 
 def _add_adapter(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
-    """Put an adapter on the model where transformers found that the name was an adapter's."""
+    """Put an adapter on the model where transformers has resolved the name to an adapter's."""
     options = dict(kwargs.get("adapter_kwargs") or {})
     path = options.pop("_adapter_model_path", None)
     if path is not None:

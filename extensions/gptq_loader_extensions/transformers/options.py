@@ -1,4 +1,4 @@
-"""Read the options of `from_pretrained`: honour them, pass them over, or refuse them in words."""
+"""Read the options of `from_pretrained`: honour them, ignore them, or refuse them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HONOURED = (
     "output_loading_info", "proxies", "quantization_config", "revision", "subfolder", "token",
     "torch_dtype",
 )  # fmt: skip
-# What they ask for is so anyway, or says nothing of a GPTQ checkpoint.
+# They hold anyway, or do not concern a GPTQ checkpoint.
 WITHOUT_EFFECT = (
     "_commit_hash", "_fast_init", "_from_auto", "_from_pipeline", "allow_all_kernels",
     "code_revision", "disable_mmap", "from_flax", "from_tf", "gguf_file",
@@ -40,25 +40,25 @@ FILLING = ("auto", "balanced", "sequential")
 
 
 def check_options(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Refuse what cannot be honoured; give the options that are for the config or the model.
+    """Refuse what cannot be honoured; return the options that are the config's or the model's.
 
     Raises:
-        OptionInvalid: an option asks for what cannot be done with a GPTQ checkpoint.
+        OptionInvalid: an option cannot be honoured with a GPTQ checkpoint.
     """
     if args:
         raise OptionInvalid(
-            "arguments for the model's own class are not handed on with a GPTQ checkpoint",
-            hint="put what they say into a config, and hand that over: config=",
+            "a GPTQ checkpoint takes no positional arguments for the model's class",
+            hint="set them in a config and pass that: config=",
         )
-    if refused := [it for it in REFUSED if kwargs.get(it)]:
+    if refused := [option for option in REFUSED if kwargs.get(option)]:
         raise OptionInvalid(
-            f"a GPTQ checkpoint is not loaded with {' or '.join(refused)}",
+            f"a GPTQ checkpoint cannot be loaded with {' or '.join(refused)}",
             hint="leave it out; device_map= spreads a model over several devices",
         )
     method = _method(kwargs.get("quantization_config"))
     if method not in ("gptq", "gptq_v2"):
         raise OptionInvalid(
-            f"this checkpoint is quantised by GPTQ, and cannot be quantised by {method} again",
+            f"this checkpoint is quantised by GPTQ, and cannot be quantised again by {method}",
             hint="leave quantization_config out: the checkpoint's own is read",
         )
     known = {*HONOURED, *WITHOUT_EFFECT, *REFUSED}
@@ -68,16 +68,24 @@ def check_options(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str,
 def read_config(
     cls: Any,  # noqa: ANN401 - a model's class
     folder: Path,
-    given: object,
+    config_option: object,
     others: dict[str, Any],
     *,
     name: str,
     translated: dict[str, Any] | None = None,
 ) -> PreTrainedConfig:
-    """Give the config to build: the one that was handed over, or the checkpoint's, and options.
+    """Return the config to build: the one that was passed, or the checkpoint's, with options set.
+
+    Args:
+        cls: the model's class.
+        folder: the checkpoint's.
+        config_option: the option `config`, or None.
+        others: options that are the config's.
+        name: the reference that the user typed.
+        translated: the checkpoint's config in the names of `cls`, where it has others.
 
     Raises:
-        OptionInvalid: an option is none of the config's.
+        OptionInvalid: the config has no such option.
     """
     from transformers import PreTrainedConfig
 
@@ -88,19 +96,19 @@ def read_config(
         if others.get(key) is not None
     }
     config: PreTrainedConfig
-    if isinstance(given, PreTrainedConfig):
-        config = copy.deepcopy(given)
-    elif translated is not None and given is None:
+    if isinstance(config_option, PreTrainedConfig):
+        config = copy.deepcopy(config_option)
+    elif translated is not None and config_option is None:
         config, others = cls.config_class.from_dict(translated, return_unused_kwargs=True, **others)
     else:
-        source: Any = folder if given is None else given
+        source: Any = folder if config_option is None else config_option
         config, others = cls.config_class.from_pretrained(
             source, return_unused_kwargs=True, **others
         )
     if unknown := sorted(others):
         raise OptionInvalid(
-            f"{', '.join(unknown)} is no option of from_pretrained and nothing in the config",
-            hint="check its spelling, or leave it out",
+            f"from_pretrained has no option {', '.join(unknown)}, and neither has the config",
+            hint="check the spelling, or leave it out",
         )
     for key, value in implementations.items():
         setattr(config, f"_{key}", value)
@@ -110,49 +118,49 @@ def read_config(
     return config
 
 
-def read_dtype(kwargs: Mapping[str, Any], asked: object) -> str | None:
-    """Give the dtype that was asked for by name, or None: the kernels then say.
+def read_dtype(kwargs: Mapping[str, Any], requested: object) -> str | None:
+    """Return the name of the requested dtype; None leaves it to the kernels.
 
     Args:
         kwargs: the options.
-        asked: the dtype that the Auto class was given, which some versions do not hand on.
+        requested: the dtype that the Auto class was given, which some versions do not pass on.
     """
-    dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or asked
+    dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or requested
     return None if dtype in (None, "auto") else str(dtype)
 
 
 def read_placement(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the options of a load that say where the model goes.
+    """Return the options of a load that place the model.
 
     Raises:
-        OptionInvalid: the device map is of a kind that is not known here.
+        OptionInvalid: the device map is of a kind that is not supported.
     """
-    wanted = kwargs.get("device_map")
+    device_map = kwargs.get("device_map")
     limits = kwargs.get("max_memory")
-    placed: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if limits:
-        placed["max_memory"] = {_device(key): value for key, value in limits.items()}
+        options["max_memory"] = {_device(key): value for key, value in limits.items()}
     if kwargs.get("offload_folder") is not None:
-        placed["offload_folder"] = kwargs["offload_folder"]
-    if wanted is None and not limits:
-        return placed
-    if isinstance(wanted, dict):
-        where = {key: _device(value) for key, value in wanted.items()}
-        if set(where) == {""} and where[""] != "disk":
-            return {"device": where[""], **placed}
-        return {"device_map": where, **placed}
-    if wanted is None or wanted in FILLING:
-        return {"device_map": "auto", **placed}
-    if wanted == "balanced_low_0":
+        options["offload_folder"] = kwargs["offload_folder"]
+    if device_map is None and not limits:
+        return options
+    if isinstance(device_map, dict):
+        places = {key: _device(value) for key, value in device_map.items()}
+        if set(places) == {""} and places[""] != "disk":
+            return {"device": places[""], **options}
+        return {"device_map": places, **options}
+    if device_map is None or device_map in FILLING:
+        return {"device_map": "auto", **options}
+    if device_map == "balanced_low_0":
         raise OptionInvalid(
-            'a device map "balanced_low_0" is not known for GPTQ checkpoints',
+            'the device map "balanced_low_0" is not supported for GPTQ checkpoints',
             hint='write device_map="auto", and leave room on the first GPU: max_memory={0: "4GB"}',
         )
-    return {"device": _device(wanted), **placed}
+    return {"device": _device(device_map), **options}
 
 
 def _device(device: object) -> str:
-    """Write a device as we name it: a number is a GPU's."""
+    """Return a device's name as `load` takes it; a number is a GPU's."""
     if isinstance(device, int):
         kind = torch.accelerator.current_accelerator()
         return f"{'cuda' if kind is None else kind.type}:{device}"

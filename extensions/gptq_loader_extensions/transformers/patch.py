@@ -89,12 +89,13 @@ def _for_models(original: Any) -> Callable[..., Any]:  # noqa: ANN401 - a class 
         from gptq_loader_extensions.transformers.detect import find_checkpoint
 
         name = kwargs.pop("pretrained_model_name_or_path", name)
-        found = find_checkpoint(name, kwargs)
-        if found is not None:
-            from gptq_loader_extensions.transformers.loading import load_found, takes
+        source = find_checkpoint(name, kwargs)
+        if source is not None:
+            from gptq_loader_extensions.transformers.loading import can_load, load_checkpoint
 
-            if takes(cls, found):
-                return load_found(cls, found, args, kwargs, asked_dtype=_requested_dtype.get())
+            if can_load(cls, source):
+                dtype = _requested_dtype.get()
+                return load_checkpoint(cls, source, args, kwargs, requested_dtype=dtype)
         return original.__get__(None, cls)(name, *args, **kwargs)
 
     return from_pretrained
@@ -116,9 +117,9 @@ def _for_auto_classes(original: Any) -> Callable[..., Any]:  # noqa: ANN401 - a 
 
 
 def _known_class(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
-    """Find the class of a GPTQ checkpoint whose model type is not in transformers' words, or None.
+    """Return the class of a GPTQ checkpoint whose model type transformers does not know, or None.
 
-    An Auto class would look for that type, and not find it.
+    An Auto class would look that type up and fail.
     """
     from transformers import CONFIG_MAPPING
 
@@ -127,7 +128,7 @@ def _known_class(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     if kwargs.get("config") is not None:
         return None
     name = kwargs.get("pretrained_model_name_or_path", args[0] if args else None)
-    found = find_checkpoint(name, kwargs)
-    if found is None or found.translated is None:
+    source = find_checkpoint(name, kwargs)
+    if source is None or source.translated is None:
         return None
-    return cls._model_mapping[CONFIG_MAPPING[found.translated["model_type"]]]
+    return cls._model_mapping[CONFIG_MAPPING[source.translated["model_type"]]]

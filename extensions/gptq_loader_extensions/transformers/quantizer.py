@@ -1,8 +1,8 @@
-"""What transformers keeps beside a quantised model: how it was quantised, and how it is saved.
+"""Tell transformers how a model is quantised, and save it.
 
-A kernel keeps a layer as it multiplies it and not as the checkpoint has it. So a save copies the
+A kernel keeps a layer as it multiplies it, not as the checkpoint stores it. So a save copies the
 layers' tensors from the checkpoint's own files, mapped and not read into memory, bit for bit; and
-what is not quantised from the model, where it has changed since.
+tensors that are not quantised from the model, where they have changed since.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.model.build import FilledModel
     from gptq_loader_plugin.planning.plan import Plan
 
-__all__ = ["Quantizer", "StoredConfig"]
+__all__ = ["QuantizationConfig", "Quantizer"]
 
 # Older ones write into a file that they replace, which may be the one the tensors are mapped from.
 RENAMES = Version("0.8")
-# Of the config as it is read: what is said of it, or of files that a save names anew.
-ABSENT = {"sources", "zeros", "model_file_base_name", "model_name_or_path", "format"}
+# Fields that describe how the config was read, or files that a save names anew.
+NOT_SAVED = {"sources", "zeros", "model_file_base_name", "model_name_or_path", "format"}
 
 
-class StoredConfig(QuantizationConfigMixin):
+class QuantizationConfig(QuantizationConfigMixin):
     """How the checkpoint was quantised, as its tensors say, in the names of config.json.
 
     transformers' own class refuses 5, 6 and 7 bits.
@@ -44,29 +44,29 @@ class StoredConfig(QuantizationConfigMixin):
         self.quant_method = QuantizationMethod.GPTQ
 
     @classmethod
-    def of(cls, config: QuantConfig) -> StoredConfig:
-        """Take over what is known of a checkpoint."""
-        fields = config.model_dump(exclude=ABSENT, exclude_none=True)
+    def of(cls, config: QuantConfig) -> QuantizationConfig:
+        """Make the config of a checkpoint."""
+        fields = config.model_dump(exclude=NOT_SAVED, exclude_none=True)
         return cls(**{key: value for key, value in fields.items() if value != {}})
 
 
 class Quantizer(HfQuantizer):
-    """What a quantised model answers with where transformers, PEFT or Trainer ask.
+    """The `hf_quantizer` of a loaded model, for transformers, PEFT and Trainer.
 
     Args:
         quantization_config: how the checkpoint was quantised.
         filled: the model as it was loaded.
 
     Attributes:
-        checkpoint: what was loaded.
+        checkpoint: the checkpoint that was loaded.
         plan: which kernel runs which layer, and why: `plan.explain()`.
         warnings: what a user should know, one sentence each.
-        notes: what kernels did for the model as a whole.
+        notes: what kernels changed in the model as a whole.
     """
 
     requires_calibration = True
 
-    def __init__(self, quantization_config: StoredConfig, *, filled: FilledModel) -> None:
+    def __init__(self, quantization_config: QuantizationConfig, *, filled: FilledModel) -> None:
         super().__init__(quantization_config, pre_quantized=True)
         self.checkpoint: Checkpoint = filled.checkpoint
         self._stamps = _stamps(filled.checkpoint)
@@ -83,7 +83,7 @@ class Quantizer(HfQuantizer):
         return True
 
     def is_serializable(self, **_: object) -> Any:  # noqa: ANN401 - nor has it
-        """Say that the model can be saved."""
+        """Return True: the model can be saved."""
         return True
 
     def get_state_dict_and_metadata(
@@ -91,10 +91,10 @@ class Quantizer(HfQuantizer):
         model: Any,  # noqa: ANN401 - transformers' own
         **_: object,
     ) -> Any:  # noqa: ANN401 - a state dict or None, and metadata
-        """Give the tensors to save, by the names they have in the checkpoint.
+        """Return the tensors to save, by the names they have in the checkpoint.
 
         Raises:
-            CheckpointError: the checkpoint's files are not those any more that were loaded.
+            CheckpointError: the checkpoint's files have changed since they were loaded.
         """
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved
@@ -106,10 +106,10 @@ class Quantizer(HfQuantizer):
             if name in packed:
                 state[name] = checkpoint.tensor(name)
             else:
-                key, tensor = _present(name, checkpoint, model, names)
+                key, tensor = _current_tensor(name, checkpoint, model, names)
                 state[key] = tensor
         for name in checkpoint.layers:
-            # GPTQ-for-LLaMa left it out where rows are in order; others ask for it.
+            # GPTQ-for-LLaMa left it out where rows are in order; other loaders need it.
             state.setdefault(f"{name}.g_idx", checkpoint.packed(name).g_idx)
         checkpoint.close()
         if Version(safetensors.__version__) < RENAMES:
@@ -117,39 +117,39 @@ class Quantizer(HfQuantizer):
         return state, {}
 
     def _opened(self) -> Checkpoint:
-        """Give the checkpoint, if its files are those that were loaded."""
+        """Return the checkpoint, if its files are those that were loaded."""
         if _stamps(self.checkpoint) != self._stamps:
             raise CheckpointError(
                 "the checkpoint's files are gone or were changed since it was loaded, and its "
                 "tensors are needed",
                 path=self.checkpoint.path,
-                hint="load the model again from where its files are now, then do this",
+                hint="load the model again from where its files are now, and retry",
             )
         return self.checkpoint
 
 
 def _stamps(checkpoint: Checkpoint) -> dict[str, tuple[int, int, int] | None]:
-    """Tell the files of a checkpoint from others that may take their names."""
+    """Return what identifies the files of a checkpoint: inode, size and time of each."""
     stamps: dict[str, tuple[int, int, int] | None] = {}
     for file in {info.file for info in checkpoint.headers.values()}:
         try:
-            found = file.stat()
+            status = file.stat()
         except OSError:
             stamps[str(file)] = None
         else:
-            stamps[str(file)] = (found.st_ino, found.st_size, found.st_mtime_ns)
+            stamps[str(file)] = (status.st_ino, status.st_size, status.st_mtime_ns)
     return stamps
 
 
-def _present(
+def _current_tensor(
     name: str,
     checkpoint: Checkpoint,
     model: Any,  # noqa: ANN401
     names: Names,
 ) -> tuple[str, torch.Tensor]:
-    """Give a tensor that is not quantised: as it is stored, or as it is now where it was changed.
+    """Return a tensor that is not quantised, as stored or as it is now where it was changed.
 
-    What transformers fuses with others keeps its name in the model: transformers parts it again.
+    A tensor that transformers fuses with others keeps its name in the model: a save splits it.
     """
     stored = checkpoint.tensor(name)
     target, converter, _ = names.target(name)
