@@ -72,9 +72,7 @@ def test_it_starts_with_a_model_of_ours(host: Webui) -> None:
 
 
 @pytest.mark.parametrize("checkpoint", [*TINY, *REAL], ids=lambda it: it.name)
-def test_in_float32_the_host_says_token_for_token_what_we_say(
-    host: Webui, checkpoint: Path
-) -> None:
+def test_in_float32_the_host_generates_our_tokens(host: Webui, checkpoint: Path) -> None:
     prompt = prompt_for(checkpoint)
     assert host.load(host.add(checkpoint), gptq_backend="reference") == NAME
     text, usage = host.complete(prompt, TOKENS)
@@ -102,14 +100,14 @@ def test_with_the_chosen_kernel_it_differs_only_where_two_tokens_are_as_likely(
         ours = model.generate(prompt, gptq.GenerateOptions(max_new_tokens=TOKENS, temperature=0))
         if answer["text"].rstrip(HALF) == ours.text:
             return
-        words = [next(iter(it)) for it in answer["logprobs"]["top_logprobs"]]
+        tokens = [next(iter(top)) for top in answer["logprobs"]["top_logprobs"]]
         ids = model.tokenizer(prompt)["input_ids"]
-        for word in words:
+        for token in tokens:
             with torch.inference_mode():
                 logits = model.model(torch.tensor([ids])).logits[0, -1].float()
             best = logits.topk(2)
             ids = [*ids, int(best.indices[0])]
-            if model.tokenizer.decode(ids[-1:]) != word:
+            if model.tokenizer.decode(ids[-1:]) != token:
                 assert float(best.values[0] - best.values[1]) <= CLOSE
                 return
 
@@ -127,7 +125,7 @@ def test_one_model_after_another_and_by_every_name(host: Webui) -> None:
 
 
 def legacy(host: Webui, weights: str, *, config: bool) -> str:
-    """A checkpoint as 2023 left it: nothing in config.json, weights by a name of their own."""
+    """A checkpoint as of 2023: nothing in config.json, and weights by another name."""
     name = f"legacy-{weights}-{config}"
     folder = host.models / host.add(ONE, name)
     written = json.loads((folder / "config.json").read_text())
@@ -207,7 +205,7 @@ def test_a_load_that_fails_says_why_and_the_host_stays_up(host: Webui) -> None:
     assert "model.safetensors" in why
     assert "\nhint: download the" in why
     why = host.refused("/v1/internal/model/load", model_name=name, args={"gptq_context": "many"})
-    assert "which is no number of tokens" in why
+    assert "the context must be a number of tokens" in why
     why = host.refused("/v1/internal/model/load", model_name="not-there", args={"loader": "gptq"})
     assert "not-there names no checkpoint" in why
     assert host.load(name) == NAME
@@ -225,7 +223,9 @@ def test_events_stream_with_usage(host: Webui) -> None:
     assert events[0]["choices"][0]["delta"]["role"] == "assistant"
     assert events[-1] == {}
     text = "".join(
-        it["choices"][0]["delta"].get("content") or "" for it in events[:-1] if it["choices"]
+        event["choices"][0]["delta"].get("content") or ""
+        for event in events[:-1]
+        if event["choices"]
     )
     whole = host.post("/v1/chat/completions", **body)
     assert whole["choices"][0]["message"]["content"] == text
@@ -260,7 +260,7 @@ def long_reply(host: Webui) -> dict[str, Any]:
 
 
 def ended(host: Webui, before: int) -> int:
-    """Wait for a reply to end; give how many tokens it has."""
+    """Wait for a reply to end; return how many tokens it has."""
     eventually(
         lambda: len(host.generated()) > before,
         seconds=60,
@@ -398,7 +398,7 @@ def test_an_extension_says_that_a_model_was_loaded_before_it(tmp_path: Path) -> 
     name = legacy(made, "model.safetensors", config=True)
     with made:
         log = " ".join(made.log().split())
-        assert f"{name} was loaded at start-up, before the GPTQ loader was there" in log
+        assert f"{name} was loaded at start-up, before the GPTQ loader was added" in log
         assert "start with: gptq-loader webui run" in log
         assert made.load(name) == NAME
 
@@ -434,8 +434,9 @@ def test_registering_twice_changes_nothing_more() -> None:
         "    (models, 'transformers_loader'), (models_settings, 'infer_loader'),\n"
         "    (models_settings, 'get_model_metadata'), (text_generation, 'generate_reply_HF')]\n"
         "def state():\n"
-        "    found = [getattr(*it) for it in names]\n"
-        "    return found, list(loaders.loaders_and_params), loaders.list_model_elements().copy()\n"
+        "    names_of = loaders.list_model_elements\n"
+        "    values = [getattr(*it) for it in names]\n"
+        "    return values, list(loaders.loaders_and_params), names_of().copy()\n"
         "register()\n"
         "once = state()\n"
         "register()\n"
@@ -484,7 +485,7 @@ def test_portable_is_left_alone() -> None:
     assert out.splitlines()[-1] == "True False"
 
 
-def test_a_host_that_has_changed_is_told_by_name_and_is_left_alone() -> None:
+def test_a_host_that_lacks_a_name_is_left_alone_and_the_name_is_reported() -> None:
     out = in_webui(
         "sys.argv = ['server.py', '--nowebui']\n"
         "from gptq_loader_extensions.webui.register import add_loader, register\n"

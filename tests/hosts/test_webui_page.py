@@ -67,7 +67,7 @@ def page(host: Webui) -> Page:
 
 
 def load(page: Page) -> str:
-    """Press Load, the button beside the list of models; give what the page says then."""
+    """Press Load, the button beside the list of models; return the page's texts."""
     page.press(page.button_after("Model", "Load"))
     return page.all_values()
 
@@ -80,11 +80,11 @@ def test_the_loader_is_in_both_lists_after_the_hosts_own(page: Page) -> None:
 
 
 def test_the_controls_stand_in_the_model_tab_below_the_list_of_loaders(page: Page) -> None:
-    def inside(node: dict, found: list[int]) -> list[int]:
-        found.append(node["id"])
+    def inside(node: dict, ids: list[int]) -> list[int]:
+        ids.append(node["id"])
         for child in node.get("children") or ():
-            inside(child, found)
-        return found
+            inside(child, ids)
+        return ids
 
     def tab_of(node: dict) -> dict | None:
         if page.components.get(node["id"], {}).get("props", {}).get("elem_id") == "model-tab":
@@ -142,14 +142,14 @@ def test_load_chat_save_and_reload(host: Webui, page: Page) -> None:
     (host.models / "config-user.yaml").unlink()
 
 
-def test_a_load_that_fails_is_words(host: Webui, page: Page) -> None:
+def test_a_load_that_fails_is_explained(host: Webui, page: Page) -> None:
     page.set("Model", ONE.name)
     page.set("gptq-backend", "triton")
-    shown = load(page)
-    assert "### It could not be loaded" in shown
-    assert "triton     needs a CUDA GPU; this is cpu" in shown
-    assert "**To do:** leave backend out" in shown
-    assert "Traceback" not in shown
+    status = load(page)
+    assert "### The model could not be loaded" in status
+    assert "triton     needs a CUDA GPU; this is cpu" in status
+    assert "**Hint:** leave backend out" in status
+    assert "Traceback" not in status
     page.set("gptq-backend", "auto")
     assert f"Successfully loaded `{ONE.name}`." in load(page)
 

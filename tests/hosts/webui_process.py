@@ -1,4 +1,4 @@
-"""Start the real text-generation-webui, and talk to its API and to its page's queue."""
+"""Start the real text-generation-webui, and call its API and its page's queue."""
 
 from __future__ import annotations
 
@@ -120,12 +120,12 @@ class Webui:
         return self.process is not None and self.process.poll() is None
 
     def log(self) -> str:
-        """Give what it has written, on lines of any length."""
+        """Return all that it has written."""
         text = (self.folder / "log").read_text(errors="replace")
         return re.sub(r"[ \t]+\n", "\n", text)
 
     def add(self, checkpoint: Path, name: str | None = None) -> str:
-        """Copy a checkpoint into its models folder; give its name there."""
+        """Copy a checkpoint into its models folder; return its name there."""
         name = name or checkpoint.name
         if not (self.models / name).exists():
             shutil.copytree(checkpoint, self.models / name)
@@ -138,14 +138,14 @@ class Webui:
         return self._open(path, body)
 
     def refused(self, path: str, **body: Any) -> str:
-        """Post what must fail; give the reason the API gives."""
+        """Post a request that must fail; return the API's reason."""
         with pytest.raises(urllib.error.HTTPError) as caught:
             self.post(path, **body)
         assert caught.value.code == 500
         return str(json.load(caught.value)["detail"])
 
     def load(self, name: str, **args: Any) -> str:
-        """Load by the API; give the loader that did."""
+        """Load by the API; return the loader that did."""
         assert self.post("/v1/internal/model/load", model_name=name, args=args) == "OK"
         info = self.get("/v1/internal/model/info")
         assert info["model_name"] == name
@@ -155,7 +155,7 @@ class Webui:
         assert self.post("/v1/internal/model/unload") == "OK"
 
     def complete(self, prompt: str, tokens: int, **more: Any) -> tuple[str, dict[str, int]]:
-        """Complete greedily; give the text and the usage."""
+        """Complete greedily; return the text and the usage."""
         answer = self.post(
             "/v1/completions", prompt=prompt, max_tokens=tokens, temperature=0, **more
         )
@@ -167,7 +167,7 @@ class Webui:
         return str(answer["prompt"])
 
     def stream(self, path: str, **body: Any) -> Iterator[dict[str, Any]]:
-        """Stream a reply's events; closing the iterator goes away from it."""
+        """Stream a reply's events; closing the iterator closes the connection."""
         with self._request(path, body | {"stream": True}) as answer:
             assert answer.headers["content-type"].startswith("text/event-stream")
             for line in answer:
@@ -176,11 +176,11 @@ class Webui:
                     yield {} if data == b"[DONE]" else json.loads(data)
 
     def generated(self) -> list[int]:
-        """Give the number of tokens of every reply so far, as the host has logged it."""
-        return [int(it) for it in re.findall(r"tokens/s,\s+(\d+)\s+tokens,", self.log())]
+        """Return the number of tokens of every reply so far, as the host has logged it."""
+        return [int(count) for count in re.findall(r"tokens/s,\s+(\d+)\s+tokens,", self.log())]
 
     def resident(self) -> int:
-        """Give the memory the host has, in bytes."""
+        """Return the memory the host has, in bytes."""
         assert self.process is not None
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return 1024 * int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0])
@@ -223,32 +223,31 @@ class Page:
         time.sleep(SETTLE_SECONDS)
         assert host.running(), host.log()
         config = json.loads(self._get("/config"))
-        self.components = {it["id"]: it for it in config["components"]}
+        self.components = {component["id"]: component for component in config["components"]}
         self.events = config["dependencies"]
         self.layout = config["layout"]
         self.values = {
-            key: None if it["type"] == "state" else it["props"].get("value")
-            for key, it in self.components.items()
+            key: None if component["type"] == "state" else component["props"].get("value")
+            for key, component in self.components.items()
         }
 
     def find(self, label: str, kind: str = "dropdown") -> int:
         """Find a control by its label, or a button by its text; the first of several."""
         return next(
             key
-            for key, it in self.components.items()
-            if it["type"] == kind
-            and label
-            in (it["props"].get("label"), it["props"].get("elem_id"), it["props"].get("value"))
+            for key, component in self.components.items()
+            if component["type"] == kind
+            and label in [component["props"].get(it) for it in ("label", "elem_id", "value")]
         )
 
     def choices(self, label: str) -> list[str]:
         return [it[0] for it in self.components[self.find(label)]["props"]["choices"]]
 
     def set(self, label: str, value: Any, kind: str = "dropdown") -> None:
-        """Set a control, and let what listens to it run."""
-        found = self.find(label, kind)
-        self.values[found] = value
-        self._run(found, "change")
+        """Set a control, and run the events of its change."""
+        control = self.find(label, kind)
+        self.values[control] = value
+        self._run(control, "change")
 
     def press(self, button: int) -> None:
         self._run(button, "click")
@@ -258,22 +257,24 @@ class Page:
         start = self.find(control)
         return min(
             key
-            for key, it in self.components.items()
-            if key > start and it["type"] == "button" and it["props"].get("value") == text
+            for key, component in self.components.items()
+            if key > start
+            and component["type"] == "button"
+            and component["props"].get("value") == text
         )
 
     def value(self, label: str, kind: str = "dropdown") -> Any:
         return self.values[self.find(label, kind)]
 
     def all_values(self) -> str:
-        """Give every text on the page."""
-        return "\n".join(it for it in self.values.values() if isinstance(it, str))
+        """Return every text on the page."""
+        return "\n".join(value for value in self.values.values() if isinstance(value, str))
 
     def _run(self, target: int, event: str) -> None:
-        """Run what is bound to an event, what follows from each, and what hears of changes."""
+        """Run the handlers of an event, those that follow each, and those of what changed."""
         before = dict(self.values)
-        for first, it in enumerate(self.events):
-            if [target, event] in [list(pair) for pair in it["targets"]]:
+        for first, handler in enumerate(self.events):
+            if [target, event] in [list(pair) for pair in handler["targets"]]:
                 self._run_chain(first)
         changed = [key for key, value in self.values.items() if value != before.get(key)]
         for key in changed:
@@ -294,7 +295,7 @@ class Page:
         if not event["backend_fn"]:
             return True
         body = {
-            "data": [self.values.get(it) for it in event["inputs"]],
+            "data": [self.values.get(key) for key in event["inputs"]],
             "fn_index": index,
             "session_hash": self.session,
             "event_data": None,
@@ -306,14 +307,14 @@ class Page:
                     continue
                 message = json.loads(line[5:])
                 if message["msg"] in ("process_generating", "process_completed"):
-                    self._take(event["outputs"], message.get("output", {}).get("data") or [])
+                    self._update(event["outputs"], message.get("output", {}).get("data") or [])
                 if message["msg"] == "process_completed":
                     return bool(message["success"])
                 if message["msg"] == "close_stream":
                     return False
         return False
 
-    def _take(self, outputs: list[int], data: list[Any]) -> None:
+    def _update(self, outputs: list[int], data: list[Any]) -> None:
         for key, value in zip(outputs, data, strict=False):
             if isinstance(value, dict) and value.get("__type__") == "update":
                 self.components[key]["props"].update(value)

@@ -14,7 +14,7 @@ import pytest
 from altered import DATA, ONE
 
 import gptq_loader_plugin as gptq
-from gptq_loader_extensions.webui.generate import generating_of
+from gptq_loader_extensions.webui.generate import find_generate
 from gptq_loader_extensions.webui.host_modules import NAME
 from gptq_loader_extensions.webui.register import SETTINGS, add_loader, register
 from gptq_loader_plugin.system.patch import undo_all
@@ -132,12 +132,13 @@ def state(webui: Any) -> dict[str, Any]:
     return {
         **{name: dict(vars(sys.modules[name])) for name in names},
         "arguments": [
-            dict(vars(it)) for it in (shared.args, shared.original_args, shared.args_defaults)
+            dict(vars(arguments))
+            for arguments in (shared.args, shared.original_args, shared.args_defaults)
         ],
         "loaders": [dict(loaders.loaders_and_params), dict(loaders.loaders_samplers)],
         "lists": [
-            list(it())
-            for it in (
+            list(cached())
+            for cached in (
                 loaders.list_model_elements,
                 loaders.list_all_samplers,
                 loaders.get_all_params,
@@ -193,12 +194,12 @@ def test_a_checkpoint_of_ours_is_loaded_and_unloaded(webui: Any) -> None:
     patches = register()
     webui.shared.args.loader = None
     model, tokenizer = webui.ui_model_menu.load_model(ONE)
-    assert generating_of(model) is not None
+    assert find_generate(model) is not None
     assert tokenizer.eos_token_id is not None
     assert webui.shared.args.loader == NAME
     assert webui.shared.settings["truncation_length"] == 512
     webui.ui_model_menu.unload_model()
-    assert generating_of(model) is None
+    assert find_generate(model) is None
     webui.shared.args.loader = None
     assert webui.ui_model_menu.load_model("base") == ("their model", "their tokenizer")
     assert webui.shared.args.loader == "Transformers"

@@ -88,15 +88,15 @@ def test_our_rules_find_it(tmp_path: Path) -> None:
     plugins = gptq.Plugins(installed=True)
     assert template_for(tmp_path, plugins) is None
     (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": 7, "<|im_end|>": 8}')
-    found = template_for(tmp_path, plugins)
-    assert found is not None
-    assert found.chatml
+    template = template_for(tmp_path, plugins)
+    assert template is not None
+    assert template.chatml
     card = "---\nprompt_template: 'USER: {prompt} ASSISTANT:'\n---\n"
     (tmp_path / "README.md").write_text(card)
-    found = template_for(tmp_path, plugins)
-    assert found is not None
-    assert not found.chatml
-    assert rendered(found.jinja, TALK[:1]) == "USER: One {{ 1 + 1 }} <b>? ASSISTANT:"
+    template = template_for(tmp_path, plugins)
+    assert template is not None
+    assert not template.chatml
+    assert rendered(template.jinja, TALK[:1]) == "USER: One {{ 1 + 1 }} <b>? ASSISTANT:"
     named = template_for(tmp_path, plugins, named="chatml")
     assert named is not None
     assert named.chatml

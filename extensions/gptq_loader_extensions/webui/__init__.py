@@ -1,4 +1,4 @@
-"""The host "webui": a loader for GPTQ checkpoints in text-generation-webui."""
+"""Offer the host "webui": a loader for GPTQ checkpoints in text-generation-webui."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WebuiHost:
     name: str = "webui"
 
     def install(self, **options: Any) -> Path:  # noqa: ANN401 - Host's signature; checked here
-        """Put the extension that adds the loader into text-generation-webui's folder.
+        """Install the extension that adds the loader into text-generation-webui's folder.
 
         Args:
             **options: `folder`, where text-generation-webui is.
@@ -39,15 +39,15 @@ class WebuiHost:
         """
         if set(options) != {"folder"}:
             raise OptionInvalid(
-                "installing into text-generation-webui takes its folder, and nothing else",
-                hint="name the folder that holds its server.py",
+                "installing into text-generation-webui takes one option, folder",
+                hint="name the folder that has its server.py",
             )
         from gptq_loader_extensions.webui.install import install
 
         return install(options["folder"])
 
     def uninstall(self, *, folder: Path) -> Path | None:
-        """Take the extension out again; None where there was none.
+        """Remove the extension; return its folder, or None where it was not installed.
 
         Raises:
             OptionInvalid: the folder is not text-generation-webui's.
@@ -57,18 +57,18 @@ class WebuiHost:
         return uninstall(folder)
 
     def command(self, *, folder: Path, arguments: Sequence[str]) -> list[str]:
-        """Give the command that starts text-generation-webui with the loader in it.
+        """Return the command that starts text-generation-webui with the loader in it.
 
         Raises:
             OptionInvalid: the folder is not text-generation-webui's.
         """
-        from gptq_loader_extensions.webui.install import checked
+        from gptq_loader_extensions.webui.install import resolve_folder
 
         launch = "gptq_loader_extensions.webui.launch"
-        return [sys.executable, "-m", launch, str(checked(folder)), *arguments]
+        return [sys.executable, "-m", launch, str(resolve_folder(folder)), *arguments]
 
     def check(self) -> Readiness:
-        """Say how it is put in; where text-generation-webui is, only its user knows."""
+        """Return how it is installed; only the user knows where text-generation-webui is."""
         return Ready("text-generation-webui, in its folder", "gptq-loader webui install DIR")
 
 

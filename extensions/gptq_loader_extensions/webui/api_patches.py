@@ -1,6 +1,6 @@
-"""Make the host's API say why a load failed, and count the tokens of a reply as they were made.
+"""Have the host's API report why a load failed, and count the tokens that were generated.
 
-The host tokenises a reply's text once more to count it, with a beginning-of-text token before it.
+The host tokenises a reply's text again to count it, with a beginning-of-text token before it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_extensions.webui.generate import generating_of
+from gptq_loader_extensions.webui.generate import find_generate
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.system.patch import Patch
 
@@ -34,44 +34,44 @@ def patch_api(webui: Webui, patched: Collection[object]) -> list[Patch]:
     script: Any = sys.modules.get(SCRIPT)
     completions: Any = sys.modules.get(COMPLETIONS)
     if hasattr(script, "HTTPException") and script not in patched:
-        patches.append(Patch(script, "HTTPException", _Explained(script.HTTPException)))
+        patches.append(Patch(script, "HTTPException", _ExplainingError(script.HTTPException)))
     names = ("encode", "generate_reply", "generate_chat_reply")
     if all(hasattr(completions, name) for name in names) and completions not in patched:
         patches += _count_replies(completions, webui)
     return patches
 
 
-class _Explained:
-    """Make the host's HTTP error, with our words where it answers an error of ours."""
+class _ExplainingError:
+    """Make the host's HTTP error, with our message where it answers an error of ours."""
 
-    def __init__(self, theirs: Callable[..., Exception]) -> None:
-        self._theirs = theirs
+    def __init__(self, original: Callable[..., Exception]) -> None:
+        self._original = original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Exception:  # noqa: ANN401 - fastapi's own
         error = sys.exc_info()[1]
         if isinstance(error, GPTQLoaderError):
             kwargs["detail"] = f"{error.message}\nhint: {error.hint}"
-        return self._theirs(*args, **kwargs)
+        return self._original(*args, **kwargs)
 
 
 def _count_replies(completions: Any, webui: Webui) -> list[Patch]:  # noqa: ANN401 - a module of the host's
-    counted = _Counted(completions.encode, webui)
+    encode = _CountingEncode(completions.encode, webui)
     replacements: dict[str, object] = {
-        "encode": counted,
-        "generate_reply": counted.watched(completions.generate_reply, _text),
-        "generate_chat_reply": counted.watched(completions.generate_chat_reply, _last_turn),
+        "encode": encode,
+        "generate_reply": encode.watch(completions.generate_reply, _text),
+        "generate_chat_reply": encode.watch(completions.generate_chat_reply, _last_turn),
     }
     return [Patch(completions, name, replacement) for name, replacement in replacements.items()]
 
 
-class _Counted:
-    """The API's `encode`: for the reply that has just ended, the tokens it was made of.
+class _CountingEncode:
+    """The API's `encode`; for the reply that has just ended, it returns the generated tokens.
 
     A reply ends and is counted on one thread, with nothing between.
     """
 
-    def __init__(self, theirs: Callable[..., Any], webui: Webui) -> None:
-        self._theirs = theirs
+    def __init__(self, original: Callable[..., Any], webui: Webui) -> None:
+        self._original = original
         self._webui = webui
         self._ended = threading.local()
 
@@ -79,28 +79,28 @@ class _Counted:
         ended, self._ended.reply = getattr(self._ended, "reply", None), None
         if ended is not None and ended[0] == prompt and not args and not kwargs:
             return ended[1][None]
-        return self._theirs(prompt, *args, **kwargs)
+        return self._original(prompt, *args, **kwargs)
 
-    def watched(
+    def watch(
         self, generate: Callable[..., Iterator[Any]], text_of: Callable[[Any], Any]
     ) -> Callable[..., Iterator[Any]]:
-        """Remember what a reply was when it ends."""
+        """Wrap a function that generates a reply, to remember the reply's text and its tokens."""
 
-        def watch(*args: Any, **kwargs: Any) -> Iterator[Any]:  # noqa: ANN401 - the host's
+        def generate_and_remember(*args: Any, **kwargs: Any) -> Iterator[Any]:  # noqa: ANN401 - the host's
             self._ended.reply = None
             last = None
             for last in generate(*args, **kwargs):
                 yield last
-            ours = generating_of(self._webui.shared.model)
+            ours = find_generate(self._webui.shared.model)
             if ours is not None:
-                self._ended.reply = text_of(last), ours.answer
+                self._ended.reply = text_of(last), ours.reply_tokens
 
-        return watch
-
-
-def _text(said: Any) -> Any:  # noqa: ANN401 - the host's
-    return said
+        return generate_and_remember
 
 
-def _last_turn(said: Any) -> Any:  # noqa: ANN401 - the host's
-    return said["internal"][-1][1] if said else None
+def _text(reply: Any) -> Any:  # noqa: ANN401 - the host's
+    return reply
+
+
+def _last_turn(history: Any) -> Any:  # noqa: ANN401 - the host's
+    return history["internal"][-1][1] if history else None

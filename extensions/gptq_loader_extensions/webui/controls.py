@@ -1,4 +1,4 @@
-"""The Model tab's controls for our loader, in the Gradio 4 that the host brings."""
+"""Add the controls of our loader to the Model tab, in the Gradio 4 that the host brings."""
 
 from __future__ import annotations
 
@@ -17,43 +17,41 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from gptq_loader_extensions.webui.host_modules import Webui
-    from gptq_loader_extensions.webui.loading import Loads
+    from gptq_loader_extensions.webui.loading import LoadHandler
     from gptq_loader_plugin.plugins import Plugins
 
 __all__ = ["patch_page"]
 
 OWN_TEMPLATES = ("checkpoint", "card", "chatml")
 BACKEND_INFO = (
-    "Which kernel multiplies by the packed weights. auto: the fastest that is right here."
+    "The kernel that multiplies by the packed weights. auto: the fastest that works here."
 )
-TEMPLATE_INFO = (
-    "How messages become a prompt. auto: the checkpoint's own, else the card's, else ChatML."
-)
-CONTEXT_INFO = "The longest conversation, in tokens. 0: as long as the model can."
+TEMPLATE_INFO = "The chat template. auto: the checkpoint's own, else the model card's, else ChatML."
+CONTEXT_INFO = "The context length in tokens. 0: the model's maximum."
 STYLE = "overflow-x: auto; margin: 0; font-size: 12px; line-height: 1.4"
-NO_MODEL = "Choose a GPTQ model above: this box says which kernel runs it, and why."
+NO_MODEL = "Choose a GPTQ model above to see which kernel will run it, and why."
 
 
-def patch_page(webui: Webui, page: Any, loads: Loads, plugins: Plugins) -> list[Patch]:  # noqa: ANN401 - a module of the host's
+def patch_page(webui: Webui, page: Any, loader: LoadHandler, plugins: Plugins) -> list[Patch]:  # noqa: ANN401 - a module of the host's
     """Make the patches that give the page's next Model tab the controls."""
-    create_theirs, handle_theirs = page.create_ui, page.create_event_handlers
+    original_create, original_handlers = page.create_ui, page.create_event_handlers
 
-    @functools.wraps(create_theirs)
+    @functools.wraps(original_create)
     def create_ui() -> None:
-        create_theirs()
+        original_create()
         _create(webui, plugins)
 
-    @functools.wraps(handle_theirs)
+    @functools.wraps(original_handlers)
     def create_event_handlers() -> None:
-        handle_theirs()
+        original_handlers()
         if not webui.shared.args.multi_user:
             _connect(webui, plugins)
 
     replacements: dict[str, object] = {
         "create_ui": create_ui,
         "create_event_handlers": create_event_handlers,
-        "load_model_wrapper": _say_why(page.load_model_wrapper, loads),
-        "save_model_settings": _save(webui, page.save_model_settings),
+        "load_model_wrapper": _explain_failure(page.load_model_wrapper, loader),
+        "save_model_settings": _save_without_loader(webui, page.save_model_settings),
         "handle_load_model_event_final": _show_context(webui, page.handle_load_model_event_final),
     }
     return [Patch(page, name, replacement) for name, replacement in replacements.items()]
@@ -65,13 +63,14 @@ def _create(webui: Webui, plugins: Plugins) -> None:
 
     shared = webui.shared
     args, enabled = shared.args, not shared.args.multi_user
-    templates = [it.name for it in plugins.templates() if it.name not in OWN_TEMPLATES]
+    names = [template.name for template in plugins.templates()]
+    others = [name for name in names if name not in OWN_TEMPLATES]
     shown = is_ours(args.loader)
     with gr.Column() as column:
         with gr.Row():
             shared.gradio["gptq_backend"] = gr.Dropdown(
                 label="gptq-backend",
-                choices=[AUTO, *(it.name for it in plugins.kernels())],
+                choices=[AUTO, *(kernel.name for kernel in plugins.kernels())],
                 value=args.gptq_backend,
                 info=BACKEND_INFO,
                 interactive=enabled,
@@ -80,7 +79,7 @@ def _create(webui: Webui, plugins: Plugins) -> None:
             )
             shared.gradio["gptq_template"] = gr.Dropdown(
                 label="gptq-template",
-                choices=[AUTO, *OWN_TEMPLATES, *templates],
+                choices=[AUTO, *OWN_TEMPLATES, *others],
                 value=args.gptq_template,
                 allow_custom_value=True,
                 info=TEMPLATE_INFO,
@@ -112,14 +111,14 @@ def _move_below(block: Any, other: Any) -> None:  # noqa: ANN401 - Gradio's
         other = other.parent
     old, new = block.parent, other.parent
     if old is None or new is None or other not in new.children:
-        return  # it stays where it is, at the end of the page
+        return  # leave it at the end of the page
     old.children.remove(block)
     new.children.insert(new.children.index(other) + 1, block)
     block.parent = new
 
 
 def _connect(webui: Webui, plugins: Plugins) -> None:
-    """Explain anew whenever the host says something of a model, and when a kernel is chosen."""
+    """Update the explanation when the host's model status or the kernel changes."""
     gradio = webui.shared.gradio
     explain = functools.partial(_explain, webui, plugins)
     inputs, outputs = [gradio["model_menu"], gradio["gptq_backend"]], gradio["gptq_explain"]
@@ -128,19 +127,19 @@ def _connect(webui: Webui, plugins: Plugins) -> None:
 
 
 def _explain(webui: Webui, plugins: Plugins, model: str | None, backend: str | None) -> str:
-    """Say which kernel runs a model and why, from its headers; or how the loaded one runs."""
+    """Return which kernel would run a model and why; of the loaded one, which runs it."""
     import gptq_loader_plugin as gptq
-    from gptq_loader_extensions.webui.generate import generating_of
+    from gptq_loader_extensions.webui.generate import find_generate
 
     shared = webui.shared
     if not model or model == "None":
-        return _shown(NO_MODEL)
+        return _html(NO_MODEL)
     folder = webui.utils.resolve_model_path(model).absolute()
-    ours = None if shared.model is None else generating_of(shared.model)
-    if ours is not None and (model, backend) == (shared.model_name, shared.args.gptq_backend):
-        return _shown(ours.loaded.explain().replace(str(folder), model, 1))
+    generate = None if shared.model is None else find_generate(shared.model)
+    if generate is not None and (model, backend) == (shared.model_name, shared.args.gptq_backend):
+        return _html(generate.loaded.explain().replace(str(folder), model, 1))
     if not detect(folder).is_gptq:
-        return _shown(f"{model} is no GPTQ checkpoint; choose another loader for it.")
+        return _html(f"{model} is not a GPTQ checkpoint; choose another loader for it.")
     try:
         plan = gptq.explain(
             folder,
@@ -149,48 +148,53 @@ def _explain(webui: Webui, plugins: Plugins, model: str | None, backend: str | N
             plugins=plugins,
         )
     except GPTQLoaderError as error:
-        return _shown(f"{error.message}\n\n{error.hint}")
-    return _shown(plan.explain().replace(str(folder), model, 1))
+        return _html(f"{error.message}\n\n{error.hint}")
+    return _html(plan.explain().replace(str(folder), model, 1))
 
 
-def _shown(text: str) -> str:
+def _html(text: str) -> str:
     return f'<pre style="{STYLE}" tabindex="0">{escape(text)}</pre>'
 
 
-def _say_why(theirs: Callable[..., Iterator[str]], loads: Loads) -> Callable[..., Iterator[str]]:
-    """Answer a failed load with our words instead of a traceback."""
+def _explain_failure(
+    original: Callable[..., Iterator[str]], loader: LoadHandler
+) -> Callable[..., Iterator[str]]:
+    """Wrap the page's load, to answer a failed one with our message instead of a traceback."""
 
-    @functools.wraps(theirs)
+    @functools.wraps(original)
     def load_model_wrapper(*args: Any, **kwargs: Any) -> Iterator[str]:  # noqa: ANN401 - the host's
-        loads.failed = None
-        for said in theirs(*args, **kwargs):
-            if loads.failed is None:
-                yield said
+        loader.error = None
+        for status in original(*args, **kwargs):
+            if loader.error is None:
+                yield status
                 continue
-            words = escape(loads.failed.message).replace("\n", "<br>")
-            yield f"### It could not be loaded\n\n{words}\n\n**To do:** {escape(loads.failed.hint)}"
+            message = escape(loader.error.message).replace("\n", "<br>")
+            hint = escape(loader.error.hint)
+            yield f"### The model could not be loaded\n\n{message}\n\n**Hint:** {hint}"
 
     return load_model_wrapper
 
 
-def _save(webui: Webui, theirs: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
-    """Save a model's settings without our loader's name, where it is found without it.
+def _save_without_loader(
+    webui: Webui, original: Callable[..., Iterator[str]]
+) -> Callable[..., Iterator[str]]:
+    """Wrap the page's save, to leave out our loader's name where it is inferred anyway.
 
-    The host cannot load a model whose saved loader it does not know: without us, it could load
-    none of those models by any loader.
+    The host cannot load a model whose saved loader it does not know: after we are uninstalled, it
+    could not load those models with any loader.
     """
 
-    @functools.wraps(theirs)
+    @functools.wraps(original)
     def save_model_settings(model: str, state: dict[str, Any]) -> Iterator[str]:
-        saved = list(theirs(model, state))
+        statuses = list(original(model, state))
         if is_ours(state.get("loader")) and webui.models_settings.infer_loader(model, {}) == NAME:
-            _forget_loader(webui, model)
-        yield from saved
+            _remove_saved_loader(webui, model)
+        yield from statuses
 
     return save_model_settings
 
 
-def _forget_loader(webui: Webui, model: str) -> None:
+def _remove_saved_loader(webui: Webui, model: str) -> None:
     from pathlib import Path
 
     import yaml
@@ -202,14 +206,14 @@ def _forget_loader(webui: Webui, model: str) -> None:
         write_whole(file, yaml.dump(dict(shared.user_config), sort_keys=False))
 
 
-def _show_context(webui: Webui, theirs: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    """Set the page's context length to the one a model was loaded with."""
+def _show_context(webui: Webui, original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """Wrap the end of the page's load, to show the context length of the loaded model."""
 
-    @functools.wraps(theirs)
+    @functools.wraps(original)
     def handle_load_model_event_final(length: Any, loader: Any, state: Any) -> list[Any]:  # noqa: ANN401 - the host's
-        found = theirs(length, loader, state)
+        updates = original(length, loader, state)
         if loader == NAME and webui.shared.model is not None:
-            found[0] = webui.shared.settings["truncation_length"]
-        return found
+            updates[0] = webui.shared.settings["truncation_length"]
+        return updates
 
     return handle_load_model_event_final

@@ -1,7 +1,7 @@
-"""What stands in for a model's `generate` in the host: counts tokens, stops, and can be waited for.
+"""Wrap a model's `generate` for the host: count tokens, stop at once, and be waited for.
 
-It keeps what it has read of a conversation for the next turn, as `LoadedModel` does. The host
-samples through transformers' own `generate`, with some forty settings of its own; they pass
+The keys and values of a conversation are kept for its next turn, as `LoadedModel` does. The host
+samples through transformers' own `generate`, with some forty settings of its own, which pass
 through. Imports torch.
 """
 
@@ -20,32 +20,33 @@ from gptq_loader_plugin.transformers_compat import CACHE_NAMES, cache_argument
 if TYPE_CHECKING:
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
-__all__ = ["Generating", "generating_of"]
+__all__ = ["HostGenerate", "find_generate"]
 
-ATTRIBUTE = "gptq_generating"
+ATTRIBUTE = "gptq_generate"
 
 
-class Generating:
+class HostGenerate:
     """A model's `generate`, as the host calls it.
 
     Args:
-        loaded: the model; its `generate` becomes this.
+        loaded: the model; its `generate` is replaced by this.
 
     Attributes:
         loaded: the model.
-        answer: the tokens of the last reply, the end token among them.
-        cancel: ends the reply once it is set; the host's, for the request it is answering.
-        chat: whether that request is a conversation, which the template's tokens end too.
-        keep: whether what is read may serve the next reply: not where the host changes the model.
+        reply_tokens: the tokens of the last reply, the end token among them.
+        cancel: ends the reply once it is set; the host's event for its current request.
+        chat: whether that request is a chat, which the template's end tokens end too.
+        reuse: whether the next reply may reuse the keys and values of this one; not where the
+            host has changed the model.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
-        self.answer = torch.empty(0, dtype=torch.long)
+        self.reply_tokens = torch.empty(0, dtype=torch.long)
         self.cancel: threading.Event | None = None
         self.chat = False
-        self.keep = True
-        self._kept = PrefixCache()
+        self.reuse = True
+        self._prefix_cache = PrefixCache()
         self._generate: Any = loaded.model.generate
         self._running = threading.RLock()
         self._closed = False
@@ -55,7 +56,7 @@ class Generating:
         model.last_prompt_token_count = 0  # the host's usage.prompt_tokens
 
     def __call__(self, inputs: torch.Tensor | None = None, **options: Any) -> Any:  # noqa: ANN401 - transformers' generate
-        """Generate; what the host asks for, and ends at every end token the checkpoint has."""
+        """Generate with the host's options, and end at every end token of the checkpoint."""
         with self._running:
             if self._closed:
                 raise GPTQLoaderError("this model is unloaded", hint="load it again")
@@ -65,80 +66,82 @@ class Generating:
             if prompt is not None:
                 options["inputs"] = prompt = prompt.to(model.device)
                 length = model.last_prompt_token_count = int(prompt.shape[-1])
-            self.answer = self.answer[:0]
-            options.update(self._ends(options.get("eos_token_id"), options.get("suppress_tokens")))
+            self.reply_tokens = self.reply_tokens[:0]
+            end_ids, banned_ids = options.get("eos_token_id"), options.get("suppress_tokens")
+            options.update(self._token_options(end_ids, banned_ids))
             criteria = options.get("stopping_criteria") or []
-            watch = _Watch(self, length)
-            options["stopping_criteria"] = StoppingCriteriaList([watch, *criteria])
-            if not self.keep or prompt is None or prompt.shape[0] != 1 or _has_own_cache(options):
-                self._kept.clear()
+            count = _CountAndStop(self, length)
+            options["stopping_criteria"] = StoppingCriteriaList([count, *criteria])
+            if not self.reuse or prompt is None or prompt.shape[0] != 1 or _has_own_cache(options):
+                self._prefix_cache.clear()
                 return self._generate(**options)
             ids: list[int] = prompt[0].tolist()
-            cache, _ = self._kept.reuse(model, ids)
+            cache, _ = self._prefix_cache.reuse(model, ids)
             try:
                 return self._generate(**options, **{cache_argument(model): cache})
             finally:
-                self._kept.store([*ids, *self.answer.tolist()], cache)
+                self._prefix_cache.store([*ids, *self.reply_tokens.tolist()], cache)
 
     def stop(self) -> None:
-        """Wait for the reply that is being written to end, and allow no other."""
+        """End the reply in progress, wait for its end, and allow no other."""
         self._closed = True
         with self._running:
             pass
 
     def close(self) -> None:
-        """Give the model's memory back."""
+        """Release the model's memory."""
         self.stop()
         model: Any = self.loaded.model
         self.cancel = self._generate = None
-        self._kept.clear()
+        self._prefix_cache.clear()
         del model.generate
         delattr(model, ATTRIBUTE)
         self.loaded.close()
 
-    def _ends(
-        self, given: list[int] | int | None, banned: list[int] | None
+    def _token_options(
+        self, end_ids: list[int] | int | None, banned_ids: list[int] | None
     ) -> dict[str, list[int]]:
-        """Add every end token the checkpoint has, unless the host bans the tokenizer's."""
-        ends = {it for it in (given if isinstance(given, list) else [given]) if it is not None}
-        if self.loaded.tokenizer.eos_token_id not in (banned or ()):
+        """Return the options with every end token, unless it is banned, and every banned one."""
+        listed = end_ids if isinstance(end_ids, list) else [end_ids]
+        ends = {token for token in listed if token is not None}
+        if self.loaded.tokenizer.eos_token_id not in (banned_ids or ()):
             ends |= self.loaded.end_ids(self.loaded.template.stop if self.chat else ())
-        found = {"eos_token_id": sorted(ends)} if ends else {}
-        if banned:
+        options = {"eos_token_id": sorted(ends)} if ends else {}
+        if banned_ids:
             config: Any = self.loaded.model.generation_config
-            found["suppress_tokens"] = [*banned, *(config.suppress_tokens or ())]
-        return found
+            options["suppress_tokens"] = [*banned_ids, *(config.suppress_tokens or ())]
+        return options
 
     @property
     def stopping(self) -> bool:
-        """Whether the reply that is being written is to end."""
+        """Whether the reply in progress must end."""
         return self._closed or (self.cancel is not None and self.cancel.is_set())
 
 
-class _Watch(StoppingCriteria):
-    """Count the tokens of a reply, and end it where it is to end.
+class _CountAndStop(StoppingCriteria):
+    """Record the tokens of a reply, and end it when it must end.
 
-    The first of the criteria: the host's raise where the reply's reader has gone.
+    The first of the criteria: the host's raise where the client has gone.
     """
 
-    def __init__(self, generating: Generating, prompt_tokens: int) -> None:
-        self._generating = generating
+    def __init__(self, generate: HostGenerate, prompt_tokens: int) -> None:
+        self._generate = generate
         self._prompt_tokens = prompt_tokens
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - a bool, though transformers calls it a tensor
-        """Say whether to end here."""
+        """Return whether to end here."""
         del scores, kwargs
-        self._generating.answer = input_ids[0, self._prompt_tokens :]
-        return self._generating.stopping
+        self._generate.reply_tokens = input_ids[0, self._prompt_tokens :]
+        return self._generate.stopping
 
 
 def _has_own_cache(options: dict[str, Any]) -> bool:
-    """Say whether a call of `generate` brings a cache, or wants one of a kind that is not kept."""
+    """Return whether a call of `generate` brings a cache, or asks for a kind that is not reused."""
     names = ("cache_implementation", "prompt_lookup_num_tokens", *CACHE_NAMES)
-    return options.get("use_cache") is False or any(options.get(it) for it in names)
+    return options.get("use_cache") is False or any(options.get(name) for name in names)
 
 
-def generating_of(model: object) -> Generating | None:
-    """Find what stands in for a model's `generate`, where the model is one of ours."""
-    found = getattr(model, ATTRIBUTE, None)
-    return found if isinstance(found, Generating) else None
+def find_generate(model: object) -> HostGenerate | None:
+    """Return the replacement of a model's `generate`; None for a model that is not ours."""
+    generate = getattr(model, ATTRIBUTE, None)
+    return generate if isinstance(generate, HostGenerate) else None

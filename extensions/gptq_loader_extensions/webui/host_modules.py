@@ -1,4 +1,4 @@
-"""Import text-generation-webui's modules, and check that what we change in them is there."""
+"""Import text-generation-webui's modules, and check that they have the names we use."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ PAGE = {
         "handle_load_model_event_final",
     ),
 }  # fmt: skip
-TRIED = "commit 1dcde41, of 2026-05-03"
+TESTED = "commit 1dcde41, of 2026-05-03"
 
 
 @dataclass(frozen=True, slots=True)
 class Webui:
-    """text-generation-webui's modules, each as it calls them itself."""
+    """text-generation-webui's modules, by their own names."""
 
     shared: Any
     loaders: Any
@@ -55,48 +55,49 @@ class Webui:
 
 
 def is_ours(loader: object) -> bool:
-    """Say whether a loader's name, as a user may have typed it, is ours."""
+    """Return whether a loader's name, as a user may have typed it, is ours."""
     return isinstance(loader, str) and loader.strip().lower() in ALIASES
 
 
 def import_webui() -> Webui:
-    """Import the modules without a page.
+    """Import the modules that it has without its page.
 
     Raises:
-        PluginError: this is no text-generation-webui, or not one that we know.
+        PluginError: a module or a name that we use is missing.
     """
-    found = _import(MODULES)
-    logger = found.pop("logging_colors").logger
-    return Webui(**found, logger=logger)
+    modules = _import(MODULES)
+    logger = modules.pop("logging_colors").logger
+    return Webui(**modules, logger=logger)
 
 
 def import_page() -> Any:  # noqa: ANN401 - a module of the host's
     """Import the module that makes the Model tab.
 
     Raises:
-        PluginError: it is not as we know it.
+        PluginError: the module or a name that we use is missing.
     """
     return _import(PAGE)["ui_model_menu"]
 
 
-def _import(wanted: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for module, names in wanted.items():
+def _import(required: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Import modules that must have these names; return them by their last name."""
+    modules: dict[str, Any] = {}
+    for module, names in required.items():
         try:
-            found[module.removeprefix("modules.")] = imported = importlib.import_module(module)
+            modules[module.removeprefix("modules.")] = imported = importlib.import_module(module)
         except ModuleNotFoundError as error:
             if not (error.name or "").startswith("modules"):
-                raise  # a package that the host itself needs: it says so
-            raise _changed(module) from error
+                raise  # a package that the host itself needs, and reports
+            raise _missing(module) from error
         for name in names:
             if not hasattr(imported, name):
-                raise _changed(f"{module}.{name}")
-    return found
+                raise _missing(f"{module}.{name}")
+    return modules
 
 
-def _changed(what: str) -> PluginError:
+def _missing(name: str) -> PluginError:
     return PluginError(
-        f"this text-generation-webui has no {what}, which the GPTQ loader builds on",
-        hint="update gptq-loader-plugin, or use a text-generation-webui of about the version it "
-        f"was tried with ({TRIED})",
+        f"this text-generation-webui has no {name}, which the GPTQ loader needs",
+        hint="update gptq-loader-plugin, or use the version of text-generation-webui that it was "
+        f"tested with ({TESTED})",
     )

@@ -1,4 +1,4 @@
-"""Put the extension into text-generation-webui's user data, and take it out again."""
+"""Install the extension into text-generation-webui's user data, and remove it."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from pathlib import Path
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.system.atomic_file import write_whole
 
-__all__ = ["checked", "install", "uninstall"]
+__all__ = ["install", "resolve_folder", "uninstall"]
 
-NAME = "gptq_loader"  # what its list of extensions calls it
+NAME = "gptq_loader"  # in its list of extensions
 SCRIPT = "script.py"
 
 
-def checked(folder: Path) -> Path:
-    """Make the path of text-generation-webui's folder absolute.
+def resolve_folder(folder: Path) -> Path:
+    """Return the absolute path of text-generation-webui's folder.
 
     Raises:
-        OptionInvalid: it is not text-generation-webui's.
+        OptionInvalid: it is another folder.
     """
     folder = Path(folder).expanduser().resolve()
     if (folder / "server.py").is_file() and (folder / "modules" / "models.py").is_file():
         return folder
     raise OptionInvalid(
-        f"{folder} is not the folder of text-generation-webui: it has no server.py with modules "
-        "beside it",
-        hint="name the folder that its start script is in",
+        f"{folder} is not the folder of text-generation-webui: server.py and modules/models.py are "
+        "not there",
+        hint="name the folder that has its start script",
     )
 
 
 def install(folder: Path) -> Path:
-    """Write the extension; what an older version wrote is replaced."""
+    """Write the extension, over an older version's; return its folder."""
     extension = _extension(folder)
     extension.mkdir(parents=True, exist_ok=True)
     script = files("gptq_loader_extensions.webui").joinpath(SCRIPT).read_text(encoding="utf-8")
@@ -41,7 +41,7 @@ def install(folder: Path) -> Path:
 
 
 def uninstall(folder: Path) -> Path | None:
-    """Remove the extension; None where there is none."""
+    """Remove the extension; return its folder, or None where it was not installed."""
     extension = _extension(folder)
     if not extension.exists():
         return None
@@ -50,4 +50,4 @@ def uninstall(folder: Path) -> Path | None:
 
 
 def _extension(folder: Path) -> Path:
-    return checked(folder) / "user_data" / "extensions" / NAME
+    return resolve_folder(folder) / "user_data" / "extensions" / NAME

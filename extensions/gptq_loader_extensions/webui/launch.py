@@ -17,24 +17,24 @@ __all__ = ["launch"]
 
 
 def launch(folder: Path, arguments: list[str]) -> None:
-    """Run the folder's server.py as if it were called by itself."""
+    """Run the folder's server.py as the main program."""
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     sys.argv = ["server.py", *arguments]
     try:
         register()
     except ModuleNotFoundError as error:
-        _leave(
-            f"this Python lacks {error.name}, which text-generation-webui needs",
-            f"install gptq-loader-plugin with text-generation-webui's own Python (in {folder}, "
-            "cmd_linux.sh, cmd_windows.bat or cmd_macos.sh opens it), and run gptq-loader there",
+        _exit(
+            f"text-generation-webui needs {error.name}, which is not installed in this Python",
+            f"install gptq-loader-plugin with text-generation-webui's own Python (cmd_linux.sh, "
+            f"cmd_windows.bat or cmd_macos.sh in {folder} opens it), and run gptq-loader there",
         )
     except GPTQLoaderError as error:
-        _leave(error.message, error.hint)
+        _exit(error.message, error.hint)
     runpy.run_path("server.py", run_name="__main__")
 
 
-def _leave(message: str, hint: str) -> None:
+def _exit(message: str, hint: str) -> None:
     sys.stderr.write(f"error: {message}\nhint: {hint}\n")
     raise SystemExit(1)
 

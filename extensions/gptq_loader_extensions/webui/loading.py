@@ -1,4 +1,4 @@
-"""Load a checkpoint for the host as it is set, and give the memory back when it unloads."""
+"""Load a checkpoint with the host's settings, and release its memory when the host unloads it."""
 
 from __future__ import annotations
 
@@ -20,60 +20,60 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.events import Progress
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
-__all__ = ["Loads", "option", "wrap_unload"]
+__all__ = ["LoadHandler", "option", "wrap_unload"]
 
 AUTO = "auto"
-SECONDS_OF_SILENCE = 5.0
+LOG_INTERVAL = 5.0  # seconds
 
 
-class Loads:
+class LoadHandler:
     """The host's `load_model`, which hands GPTQ checkpoints to us.
 
-    Its own is still what runs: it sees the loader Transformers, whose place we take for the length
-    of a load, so that its settings, samplers and log stay its own.
+    The host's own function still runs: it sees its loader Transformers, which we replace for the
+    duration of a load, so that its settings, samplers and log stay its own.
 
     Args:
         webui: the host's modules.
-        before: called before each of our loads.
+        before_load: called before each of our loads.
 
     Attributes:
-        failed: why the last load of ours failed, or None.
+        error: why the last load of ours failed, or None.
     """
 
-    def __init__(self, webui: Webui, *, before: Callable[[], None]) -> None:
-        self.failed: GPTQLoaderError | None = None
+    def __init__(self, webui: Webui, *, before_load: Callable[[], None]) -> None:
+        self.error: GPTQLoaderError | None = None
         self._webui = webui
-        self._before = before
-        self._theirs = webui.models.load_model
-        self._their_transformers = webui.models.transformers_loader
+        self._before_load = before_load
+        self._original = webui.models.load_model
+        self._original_transformers = webui.models.transformers_loader
         self._ours = threading.local()
 
     def patches(self) -> list[Patch]:
-        """Make the patches that let the host load by this."""
+        """Make the patches that have the host load through this."""
         logger = self._webui.logger
         return [
             Patch(self._webui.models, "transformers_loader", self._transformers),
-            Patch(logger, "filters", [*logger.filters, self._true_name]),
-            *patch_imports(self._theirs, self.load_model),
+            Patch(logger, "filters", [*logger.filters, self._log_our_name]),
+            *patch_imports(self._original, self.load_model),
         ]
 
     def load_model(self, model_name: str, loader: str | None = None) -> Any:  # noqa: ANN401 - a model and a tokenizer
-        """Load with our loader where that is what is set, with the host's own otherwise."""
+        """Load with our loader where that is selected, with the host's own otherwise."""
         shared = self._webui.shared
-        wanted = loader if loader is not None else shared.args.loader
-        if wanted is None:
-            wanted = self._webui.models_settings.get_model_metadata(model_name)["loader"]
-        if not is_ours(wanted):
-            return self._theirs(model_name, loader)
-        self._before()
-        self.failed = None
+        selected = loader if loader is not None else shared.args.loader
+        if selected is None:
+            selected = self._webui.models_settings.get_model_metadata(model_name)["loader"]
+        if not is_ours(selected):
+            return self._original(model_name, loader)
+        self._before_load()
+        self.error = None
         self._ours.loading = True
         try:
-            loaded = self._theirs(model_name, TRANSFORMERS)
+            loaded = self._original(model_name, TRANSFORMERS)
         except GPTQLoaderError as error:
-            self.failed = error.with_traceback(None)  # whose frames hold what was loaded so far
-            self._webui.logger.error("Cannot load %s: %s\nhint: %s", model_name, error, error.hint)  # noqa: TRY400 - words, and no traceback
-            if shared.generation_lock is None:  # at start-up: the program goes on without a model
+            self.error = error.with_traceback(None)  # whose frames hold what was loaded so far
+            self._webui.logger.error("Cannot load %s: %s\nhint: %s", model_name, error, error.hint)  # noqa: TRY400 - the message is enough
+            if shared.generation_lock is None:  # at start-up: the program starts without a model
                 shared.model_name = "None"
                 return None, None
             error.add_note(f"hint: {error.hint}")
@@ -86,21 +86,21 @@ class Loads:
 
     def _transformers(self, model_name: str) -> Any:  # noqa: ANN401 - a model and a tokenizer
         if not getattr(self._ours, "loading", False):
-            return self._their_transformers(model_name)
+            return self._original_transformers(model_name)
         loaded, self._ours.settings = load(
             self._webui, self._webui.utils.resolve_model_path(model_name)
         )
         return loaded.model, loaded.tokenizer
 
-    def _true_name(self, record: Any) -> bool:  # noqa: ANN401 - a log record
-        """Name the loader that loads, in the line where the host names the one it knows."""
+    def _log_our_name(self, record: Any) -> bool:  # noqa: ANN401 - a log record
+        """Name our loader in the line where the host logs that Transformers loads."""
         if record.msg == f'LOADER: "{TRANSFORMERS}"' and getattr(self._ours, "loading", False):
             record.msg = f'LOADER: "{NAME}"'
         return True
 
 
-class _Progress:
-    """Say now and then how far a long load has come.
+class _ProgressLog:
+    """Log the progress of a long load every few seconds.
 
     Args:
         logger: the host's.
@@ -108,13 +108,13 @@ class _Progress:
 
     def __init__(self, logger: Any) -> None:  # noqa: ANN401 - the host's
         self._logger = logger
-        self._said = time.monotonic()
+        self._last_logged = time.monotonic()
 
     @hookimpl
     def gptq_progress(self, progress: Progress) -> None:
-        """Hear how far it is."""
-        if progress.total and time.monotonic() - self._said > SECONDS_OF_SILENCE:
-            self._said = time.monotonic()
+        """Log it, unless the last one was logged just now."""
+        if progress.total and time.monotonic() - self._last_logged > LOG_INTERVAL:
+            self._last_logged = time.monotonic()
             self._logger.info("%s: %d %%", progress.stage, 100 * progress.done // progress.total)
 
 
@@ -122,17 +122,17 @@ def load(webui: Webui, folder: Path) -> tuple[LoadedModel, dict[str, object]]:
     """Load with the settings of the Model tab, the API or the saved ones.
 
     Returns:
-        The model, and the host's settings that follow from them.
+        The model, and the settings of the host that depend on it.
 
     Raises:
         GPTQLoaderError: see `errors`.
     """
     import gptq_loader_plugin as gptq
-    from gptq_loader_extensions.webui.generate import Generating
+    from gptq_loader_extensions.webui.generate import HostGenerate
     from gptq_loader_extensions.webui.templates import template_for
 
-    folder = folder.absolute()  # a folder that is not there is no repository on the hub
-    args, plugins = webui.shared.args, gptq.Plugins(_Progress(webui.logger), installed=True)
+    folder = folder.absolute()  # a folder that is missing is not looked up on the hub
+    args, plugins = webui.shared.args, gptq.Plugins(_ProgressLog(webui.logger), installed=True)
     settings: dict[str, object] = {}
     named = option(args.gptq_template)
     if named is not None and (template := template_for(folder, plugins, named=named)):
@@ -144,7 +144,7 @@ def load(webui: Webui, folder: Path) -> tuple[LoadedModel, dict[str, object]]:
         context=_context(args.gptq_context),
     )
     loaded = gptq.load(folder, options=options, plugins=plugins)
-    Generating(loaded)
+    HostGenerate(loaded)
     settings["truncation_length"] = loaded.context
     webui.logger.info("KERNELS: %s", loaded.plan.headline())
     for warning in dict.fromkeys((*loaded.warnings, *loaded.plan.warnings)):
@@ -153,33 +153,33 @@ def load(webui: Webui, folder: Path) -> tuple[LoadedModel, dict[str, object]]:
 
 
 def wrap_unload(webui: Webui) -> Callable[..., None]:
-    """Make the host's `unload_model` give a model of ours its memory back.
+    """Wrap the host's `unload_model`, to release the memory of a model of ours.
 
-    A reply that is being written ends first: its thread reads the weights.
+    A reply in progress ends first: its thread reads the weights.
     """
-    theirs = webui.models.unload_model
+    original = webui.models.unload_model
 
     def unload_model(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the host's
-        from gptq_loader_extensions.webui.generate import generating_of
+        from gptq_loader_extensions.webui.generate import find_generate
         from gptq_loader_plugin.system.heap import release_freed
 
-        ours = None if webui.shared.model is None else generating_of(webui.shared.model)
-        if ours is None:
-            theirs(*args, **kwargs)
+        generate = None if webui.shared.model is None else find_generate(webui.shared.model)
+        if generate is None:
+            original(*args, **kwargs)
             return
         webui.shared.stop_everything = True
-        ours.stop()
+        generate.stop()
         try:
-            theirs(*args, **kwargs)
+            original(*args, **kwargs)
         finally:
-            ours.close()
+            generate.close()
             release_freed()
 
     return unload_model
 
 
 def option(value: object) -> str | None:
-    """Read a setting that may be left to us: None for empty and for "auto"."""
+    """Read a setting; None for empty and for "auto", which leave it to us."""
     text = str(value or "").strip()
     return None if text.lower() in ("", AUTO, "none") else text
 
@@ -189,6 +189,6 @@ def _context(value: object) -> int | None:
         return int(str(value or 0)) or None
     except ValueError as error:
         raise OptionInvalid(
-            f"the context is {value!r}, which is no number of tokens",
-            hint="give a number, or 0 for what the checkpoint says",
+            f"the context must be a number of tokens, not {value!r}",
+            hint="use a number, or 0 for the checkpoint's own",
         ) from error

@@ -17,7 +17,7 @@ from gptq_loader_extensions.webui.host_modules import (
     import_webui,
     is_ours,
 )
-from gptq_loader_extensions.webui.loading import Loads, option, wrap_unload
+from gptq_loader_extensions.webui.loading import LoadHandler, option, wrap_unload
 from gptq_loader_plugin.checkpoint.detect import detect
 from gptq_loader_plugin.errors import GPTQLoaderError, PluginError
 from gptq_loader_plugin.system.patch import Patch, apply_all, patch_imports
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 
 __all__ = ["add_loader", "register"]
 
-# What a user can set, saved by the host's "Save settings", and what each is unless it is set.
+# The settings, which the host's "Save settings" saves, and their defaults.
 SETTINGS = {"gptq_backend": "auto", "gptq_template": "auto", "gptq_context": 0}
-SHOWN = ["cpu", *SETTINGS, "gptq_explain"]  # of the Model tab's controls, with our loader
+CONTROLS = ["cpu", *SETTINGS, "gptq_explain"]  # of the Model tab, shown with our loader
 APPLIED = "gptq_loader_patches"  # in modules.shared: every change to the host, in order
 CHATML = "ChatML"  # the host's own template of that name
-CUSTOM = "Custom (obtained from model metadata)"  # what the host calls a checkpoint's
+CUSTOM = "Custom (obtained from model metadata)"  # the host's name of a checkpoint's own
 
 
 def add_loader() -> None:
-    """Register from the host's extension: what is wrong goes to its log, and it goes on."""
+    """Register from the host's extension; log an error and let the host go on without us."""
     try:
         register()
     except PluginError as error:
-        logging.getLogger("textgen").error("%s\nhint: %s", error, error.hint)  # noqa: TRY400 - words, and no traceback
+        logging.getLogger("textgen").error("%s\nhint: %s", error, error.hint)  # noqa: TRY400 - the message is enough
 
 
 def register() -> list[Patch]:
@@ -53,7 +53,7 @@ def register() -> list[Patch]:
         Every change to it, in order; `undo_all` leaves it as it was.
 
     Raises:
-        PluginError: it is not as we know it; nothing of it was changed.
+        PluginError: it lacks a name that we use; nothing of it was changed.
     """
     webui = import_webui()
     shared = webui.shared
@@ -66,13 +66,13 @@ def register() -> list[Patch]:
     from gptq_loader_plugin.plugins import Plugins
 
     plugins = Plugins(installed=True)
-    loads = Loads(webui, before=functools.partial(_apply_late, webui, patches))
+    loader = LoadHandler(webui, before_load=functools.partial(_apply_late, webui, patches))
     patches += [
         Patch(shared, APPLIED, patches),
         *_patch_lists(webui),
         *_patch_settings(webui),
         *_patch_recognition(webui, plugins),
-        *loads.patches(),
+        *loader.patches(),
         *patch_imports(webui.models.unload_model, wrap_unload(webui)),
         *_patch_api(webui, patches),
         *_patch_generation(webui),
@@ -81,17 +81,17 @@ def register() -> list[Patch]:
     if page is not None:
         from gptq_loader_extensions.webui.controls import patch_page
 
-        patches += patch_page(webui, page, loads, plugins)
+        patches += patch_page(webui, page, loader, plugins)
     apply_all(patches)
     _warn_of_model_loaded_before(webui)
     return patches
 
 
 def _patch_lists(webui: Webui) -> list[Patch]:
-    """List the loader, and have the host gather again what it has gathered of all loaders."""
+    """List the loader, and drop what the host has cached of all loaders."""
     loaders = webui.loaders
     return [
-        Patch(loaders.loaders_and_params, NAME, SHOWN),
+        Patch(loaders.loaders_and_params, NAME, CONTROLS),
         Patch(loaders.loaders_samplers, NAME, loaders.transformers_samplers()),
         *(
             patch
@@ -102,11 +102,11 @@ def _patch_lists(webui: Webui) -> list[Patch]:
 
 
 def _patch_settings(webui: Webui) -> list[Patch]:
-    shared, theirs = webui.shared, webui.loaders.list_model_elements
+    shared, original = webui.shared, webui.loaders.list_model_elements
 
     @functools.cache  # as the host's is
     def list_model_elements() -> list[str]:
-        return [*theirs(), *SETTINGS]
+        return [*original(), *SETTINGS]
 
     return [
         *(
@@ -114,64 +114,64 @@ def _patch_settings(webui: Webui) -> list[Patch]:
             for arguments in (shared.args, shared.original_args, shared.args_defaults)
             for name, value in SETTINGS.items()
         ),
-        *patch_imports(theirs, list_model_elements),
+        *patch_imports(original, list_model_elements),
     ]
 
 
 def _patch_recognition(webui: Webui, plugins: Plugins) -> list[Patch]:
     settings = webui.models_settings
-    infer_theirs, metadata_theirs = settings.infer_loader, settings.get_model_metadata
+    original_infer, original_metadata = settings.infer_loader, settings.get_model_metadata
 
-    @functools.wraps(infer_theirs)
+    @functools.wraps(original_infer)
     def infer_loader(
         model_name: str, model_settings: dict[str, Any], hf_quant_method: str | None = None
     ) -> str | None:
-        loader: str | None = infer_theirs(model_name, model_settings, hf_quant_method)
+        name: str | None = original_infer(model_name, model_settings, hf_quant_method)
         folder = webui.utils.resolve_model_path(model_name)
-        if loader != TRANSFORMERS or not detect(folder).is_gptq:
-            return loader
-        # The host puts a template over this one where the checkpoint or the user brings one.
+        if name != TRANSFORMERS or not detect(folder).is_gptq:
+            return name
+        # The host overrides this template where the checkpoint or the user brings one.
         model_settings.update(_template_settings(webui, folder, plugins))
         return NAME
 
-    @functools.wraps(metadata_theirs)
+    @functools.wraps(original_metadata)
     def get_model_metadata(model: str) -> Any:  # noqa: ANN401 - the host's
-        found = metadata_theirs(model)
-        if not is_ours(found.get("loader")):
-            return found
+        metadata = original_metadata(model)
+        if not is_ours(metadata.get("loader")):
+            return metadata
         folder = webui.utils.resolve_model_path(model)
-        named = option(found.get("gptq_template"))
+        named = option(metadata.get("gptq_template"))
         if named is not None:
-            found.update(_template_settings(webui, folder, plugins, named=named))
-        context = found.get("gptq_context")
+            metadata.update(_template_settings(webui, folder, plugins, named=named))
+        context = metadata.get("gptq_context")
         if isinstance(context, int) and context > 0:
-            found["truncation_length"] = found["truncation_length_info"] = context
-        return found
+            metadata["truncation_length"] = metadata["truncation_length_info"] = context
+        return metadata
 
     return [
         Patch(settings, "infer_loader", infer_loader),
-        *patch_imports(metadata_theirs, get_model_metadata),
+        *patch_imports(original_metadata, get_model_metadata),
     ]
 
 
 def _template_settings(
     webui: Webui, folder: Path, plugins: Plugins, *, named: str | None = None
 ) -> dict[str, str]:
-    """Give the settings with which the host takes a checkpoint's template; none where none is."""
+    """Return the host's settings for a checkpoint's template; none where it has none."""
     from gptq_loader_extensions.webui.templates import template_for
 
     try:
-        found = template_for(folder, plugins, named=named)
-    except GPTQLoaderError as error:  # the load says it too, and then it counts
+        template = template_for(folder, plugins, named=named)
+    except GPTQLoaderError as error:  # the load fails on it too
         webui.logger.warning("%s: %s (hint: %s)", folder.name, error, error.hint)
         return {}
-    if found is None:
+    if template is None:
         return {}
-    if found.chatml and CHATML in webui.utils.get_available_instruction_templates():
+    if template.chatml and CHATML in webui.utils.get_available_instruction_templates():
         return {"instruction_template": CHATML} | (
-            {} if named is None else {"instruction_template_str": found.jinja}
+            {} if named is None else {"instruction_template_str": template.jinja}
         )
-    return {"instruction_template": CUSTOM, "instruction_template_str": found.jinja}
+    return {"instruction_template": CUSTOM, "instruction_template_str": template.jinja}
 
 
 def _patch_api(webui: Webui, patches: list[Patch]) -> list[Patch]:
@@ -188,10 +188,10 @@ def _apply_late(webui: Webui, patches: list[Patch]) -> None:
 
 
 def _patch_generation(webui: Webui) -> list[Patch]:
-    """Let a request that was given up end its reply at the next token."""
-    theirs = webui.text_generation.generate_reply_HF
+    """Let a request that was cancelled end its reply at the next token."""
+    original = webui.text_generation.generate_reply_HF
 
-    @functools.wraps(theirs)
+    @functools.wraps(original)
     def generate_reply_HF(  # noqa: N802 - the host's name
         question: Any,  # noqa: ANN401 - the host's
         original_question: Any,  # noqa: ANN401 - the host's
@@ -199,22 +199,22 @@ def _patch_generation(webui: Webui) -> list[Patch]:
         *args: Any,  # noqa: ANN401 - the host's
         **kwargs: Any,  # noqa: ANN401 - the host's
     ) -> Any:  # noqa: ANN401 - the host's
-        from gptq_loader_extensions.webui.generate import generating_of
+        from gptq_loader_extensions.webui.generate import find_generate
 
-        ours = generating_of(webui.shared.model)
-        if ours is not None:
+        generate = find_generate(webui.shared.model)
+        if generate is not None:
             shared = webui.shared
-            ours.cancel, ours.chat = state.get("stop_event"), bool(kwargs.get("is_chat"))
-            ours.keep = not (shared.lora_names or shared.model_dirty_from_training)
-        return theirs(question, original_question, state, *args, **kwargs)
+            generate.cancel, generate.chat = state.get("stop_event"), bool(kwargs.get("is_chat"))
+            generate.reuse = not (shared.lora_names or shared.model_dirty_from_training)
+        return original(question, original_question, state, *args, **kwargs)
 
     return [Patch(webui.text_generation, "generate_reply_HF", generate_reply_HF)]
 
 
 def _patch_command_line(webui: Webui) -> list[Patch]:
-    """Read `--loader gptq` once more: the host has read it, and knew no such loader."""
-    shared, theirs = webui.shared, webui.shared.fix_loader_name
-    fix = Patch(shared, "fix_loader_name", lambda name: NAME if is_ours(name) else theirs(name))
+    """Read `--loader gptq` again: the host has read it before it had such a loader."""
+    shared, original = webui.shared, webui.shared.fix_loader_name
+    fix = Patch(shared, "fix_loader_name", lambda name: NAME if is_ours(name) else original(name))
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--loader")
     if is_ours(parser.parse_known_args(sys.argv[1:])[0].loader):
@@ -223,13 +223,13 @@ def _patch_command_line(webui: Webui) -> list[Patch]:
 
 
 def _warn_of_model_loaded_before(webui: Webui) -> None:
-    """Say so where the host has loaded a GPTQ checkpoint by itself: it may be random weights."""
+    """Warn where the host has loaded a GPTQ checkpoint by itself: with random weights, perhaps."""
     name = webui.shared.model_name
     if webui.shared.model is None or webui.shared.args.loader != TRANSFORMERS:
         return
     if detect(webui.utils.resolve_model_path(name)).is_gptq:
         webui.logger.warning(
-            "%s was loaded at start-up, before the GPTQ loader was there, and its weights may not "
-            "have been read. Load it again in the Model tab, or start with: gptq-loader webui run",
+            "%s was loaded at start-up, before the GPTQ loader was added, and its weights may be "
+            "random. Load it again in the Model tab, or start with: gptq-loader webui run",
             name,
         )

@@ -1,4 +1,4 @@
-"""Tell the host which template a checkpoint wants: as jinja, which is what the host takes."""
+"""Find a checkpoint's template and write it as jinja, as the host needs it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["HostTemplate", "template_for"]
 
 @dataclass(frozen=True, slots=True)
 class HostTemplate:
-    """A template, as the host takes it.
+    """A template for the host.
 
     Attributes:
         jinja: its text.
-        chatml: whether it is plain ChatML, which the host has under that name.
+        chatml: whether it is plain ChatML, which the host has by that name.
     """
 
     jinja: str
@@ -34,13 +34,15 @@ class HostTemplate:
 def template_for(
     folder: Path, plugins: Plugins, *, named: str | None = None
 ) -> HostTemplate | None:
-    """Find a checkpoint's template by our own rules; None where it has none.
+    """Return a checkpoint's template as this package finds it; None where it has none.
 
     Raises:
-        TemplateError: `named` is no template, or one that the host cannot have.
+        TemplateError: there is no template `named`, or it cannot be written as jinja.
         ConfigInvalid: `tokenizer_config.json` does not parse.
     """
-    found = find_template(folder, card=read_card(folder), named=named, offered=plugins.templates())
-    if isinstance(found, NoTemplate):
+    template = find_template(
+        folder, card=read_card(folder), named=named, offered=plugins.templates()
+    )
+    if isinstance(template, NoTemplate):
         return None
-    return HostTemplate(as_jinja(found), chatml=isinstance(found, ChatML))
+    return HostTemplate(as_jinja(template), chatml=isinstance(template, ChatML))
