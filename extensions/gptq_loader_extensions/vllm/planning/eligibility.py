@@ -1,7 +1,17 @@
-"""Say whether vLLM would run a checkpoint by itself, and why not, without asking vLLM.
+"""Decide whether vLLM would run a checkpoint by itself, and why not, without importing vLLM.
 
-The rules are those of vLLM 0.32's own GPTQ (`auto_gptq`) and of the kernels it chooses from; the
-tests hold them against that vLLM.
+The rules are copied by hand from vLLM 0.32.0, so that they can be applied where it is not there.
+Compare them with these files of vllm/model_executor whenever WRITTEN_FOR in options.py changes:
+
+    config.json     layers/quantization/auto_gptq.py: AutoGPTQConfig, its TYPE_MAP
+    act-order       layers/quantization/utils/gptq_utils.py: normalize_and_validate_gptq_desc_act
+    group sizes     layers/quantization/utils/marlin_utils.py: MARLIN_SUPPORTED_GROUP_SIZES
+    oldest GPU      kernels/linear/mixed_precision/marlin.py: get_min_capability
+    CPU             kernels/linear/mixed_precision/cpu.py: CPUWNA16LinearKernel.can_implement
+
+Two more are no rules of vLLM's but what it gets wrong: tensors that contradict config.json, and a
+short last group, whose rows it drops. tests/scale/test_vllm_serve.py compares all of them with an
+installed vLLM.
 """
 
 from __future__ import annotations
@@ -28,7 +38,7 @@ __all__ = [
 ]
 
 METHODS = ("gptq", "gptq_v2")  # what config.json may call the method, for the plug-in
-BITS = (4, 8)
+BITS = (4, 8)  # the keys of TYPE_MAP, which are symmetric
 GROUP_SIZES = (-1, 32, 64, 128)
 WIDTH_UNIT = 32  # of the CPU kernel's rows and columns
 OLDEST_GPU = (7, 5)
