@@ -1,7 +1,7 @@
 """vLLM itself, with this package installed beside it: every checkpoint, and exactly.
 
-The answers are compared in float32 with this package's own. Checkpoints that are asked the same
-share one process of vLLM, which takes half a minute to start.
+The answers are compared in float32 with this package's own. Checkpoints with the same prompt share
+one process of vLLM, which takes half a minute to start.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ needs_branches = pytest.mark.skipif(
 
 @cache
 def checkpoints() -> dict[str, Answer]:
-    found = ask([DATA / it for it in NAMES], **FLOAT32, **BY_NAME)
-    return dict(zip(NAMES, found, strict=True))
+    answer = ask([DATA / it for it in NAMES], **FLOAT32, **BY_NAME)
+    return dict(zip(NAMES, answer, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +60,10 @@ def altered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, A
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_checkpoint_answers_as_here(name: str) -> None:
-    found, right = checkpoints()[name], ours(DATA / name)
-    assert found.off_by(right) <= CLOSE
-    assert found.following == right.following
-    assert found.quantization == "gptq_loader"
+    answer, right = checkpoints()[name], ours(DATA / name)
+    assert answer.off_by(right) <= CLOSE
+    assert answer.following == right.following
+    assert answer.quantization == "gptq_loader"
 
 
 @pytest.mark.parametrize(
@@ -73,28 +73,28 @@ def test_every_checkpoint_answers_as_here(name: str) -> None:
 def test_an_altered_checkpoint_answers_as_here(
     name: str, altered: dict[str, tuple[Path, Answer]]
 ) -> None:
-    folder, found = altered[name]
-    assert found.off_by(ours(folder)) <= CLOSE
+    folder, answer = altered[name]
+    assert answer.off_by(ours(folder)) <= CLOSE
 
 
-def test_what_cannot_be_joined_is_refused_in_words(altered: dict[str, tuple[Path, Answer]]) -> None:
+def test_what_cannot_be_fused_is_refused(altered: dict[str, tuple[Path, Answer]]) -> None:
     (name,) = REFUSED
     error = altered[name][1].error
     assert "v_proj is not" in error
     assert "hint: load it with gptq-loader" in error
 
 
-def test_a_label_that_hides_act_order_is_seen_without_being_asked(tmp_path: Path) -> None:
+def test_a_config_that_hides_act_order_is_corrected_by_default(tmp_path: Path) -> None:
     (name,) = LIES
     folder = make(name, tmp_path / "lie")
-    (found,) = ask([folder], **FLOAT32)
-    assert found.quantization == "gptq_loader"
-    assert found.off_by(ours(folder)) <= CLOSE
+    (answer,) = ask([folder], **FLOAT32)
+    assert answer.quantization == "gptq_loader"
+    assert answer.off_by(ours(folder)) <= CLOSE
 
 
 def test_g_idx_that_does_not_arrive_is_an_error() -> None:
-    (found,) = ask([DATA / ACT_ORDER], withhold=".g_idx", **FLOAT32)
-    assert "g_idx did not arrive" in found.error
+    (answer,) = ask([DATA / ACT_ORDER], withhold=".g_idx", **FLOAT32)
+    assert "g_idx did not arrive" in answer.error
 
 
 def test_two_workers_answer_as_one(altered: dict[str, tuple[Path, Answer]]) -> None:
@@ -115,11 +115,11 @@ def test_a_compiled_model_answers_as_an_eager_one() -> None:
     assert compiled.off_by(checkpoints()[ACT_ORDER]) <= CLOSE
 
 
-def test_a_kernel_is_taken_by_name_and_every_choice_is_in_the_log() -> None:
+def test_a_kernel_is_chosen_by_name_and_every_choice_is_in_the_log() -> None:
     options = {**HALF, "additional_config": {"gptq_loader": {"backend": "dense"}}}
-    (found,) = ask([DATA / ACT_ORDER], **options)
-    lines = [line for line in found.log.splitlines() if "and layers like it" in line]
-    assert not found.error
+    (answer,) = ask([DATA / ACT_ORDER], **options)
+    lines = [line for line in answer.log.splitlines() if "and layers like it" in line]
+    assert not answer.error
     assert len(lines) == 4  # q, k and v; o; gate and up; down
     assert all("dense: chosen" in line and "triton: " in line for line in lines)
 
@@ -129,24 +129,26 @@ def test_six_of_six_branches_answer_as_here() -> None:
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(BRANCHES[0])(TEXT)["input_ids"]
-    main = [it for it in BRANCHES if it.name == "main"]  # vLLM's, unless asked
-    others = [it for it in BRANCHES if it.name != "main"]
+    main = [branch for branch in BRANCHES if branch.name == "main"]  # vLLM's by default
+    others = [branch for branch in BRANCHES if branch.name != "main"]
     answers = [*ask(main, ids=ids, **FLOAT32, **BY_NAME), *ask(others, ids=ids, **FLOAT32)]
-    for folder, found in zip([*main, *others], answers, strict=True):
+    for folder, answer in zip([*main, *others], answers, strict=True):
         right = ours(folder, ids)
-        off = found.off_by(right)
+        off = answer.off_by(right)
         print(f"{folder.name}: {len(ids) - 1} tokens, off by at most {off:.2g}")  # noqa: T201 - pytest -rP
         assert off <= CLOSE, folder.name
-        assert found.following == right.following
-        assert found.quantization == "gptq_loader"
+        assert answer.following == right.following
+        assert answer.quantization == "gptq_loader"
 
 
 @needs_branches
 def test_without_the_plugin_one_of_six_loads_and_with_it_that_one_is_vllms_still() -> None:
     without = ask(BRANCHES, environ={**WITHOUT, **OWN}, **HALF)
-    loaded = [it.name for it, found in zip(BRANCHES, without, strict=True) if not found.error]
+    loaded = [
+        branch.name for branch, answer in zip(BRANCHES, without, strict=True) if not answer.error
+    ]
     assert loaded == ["main"]
-    main = next(it for it in BRANCHES if it.name == "main")
+    main = next(branch for branch in BRANCHES if branch.name == "main")
     (beside,) = ask([main], environ=OWN, **HALF)
     alone = without[BRANCHES.index(main)]
     assert beside.quantization == alone.quantization == "auto_gptq"

@@ -16,8 +16,12 @@ from vllm_server import ENVIRON, chat, command, family, post, serving, stream, w
 from waiting import eventually
 
 import gptq_loader_plugin as gptq
-from gptq_loader_extensions.vllm.planning.eligibility import label_refusal, refusal, stored_label
-from gptq_loader_extensions.vllm.planning.fused_layers import joined_layers
+from gptq_loader_extensions.vllm.planning.eligibility import (
+    config_refusal,
+    refusal,
+    stored_quantization,
+)
+from gptq_loader_extensions.vllm.planning.fused_layers import fused_layers
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.device import find_device
 
@@ -41,9 +45,9 @@ HALF_CLOSE = 0.03  # in log-probability: float16 throughout
 ASK_VLLM = """
 import json, sys
 from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
-for label in json.loads(sys.argv[1]):
+for config in json.loads(sys.argv[1]):
     try:
-        AutoGPTQConfig.from_config(label)
+        AutoGPTQConfig.from_config(config)
         print("ANSWER takes")
     except Exception as error:
         print("ANSWER refuses")
@@ -100,11 +104,11 @@ def test_a_chat_is_the_text_that_this_package_writes(refused: ServerProcess) -> 
 def test_a_completion_is_the_text_that_this_package_writes(refused: ServerProcess) -> None:
     prompt = "The harbour was quiet before dawn."
     request = {"model": REFUSED, "prompt": prompt, "temperature": 0, "max_tokens": TOKENS}
-    found = post(refused, "/v1/completions", request).json()["choices"][0]
+    choice = post(refused, "/v1/completions", request).json()["choices"][0]
     with gptq.load(BRANCHES[REFUSED], device="cpu", dtype="float32") as loaded:
         greedy = gptq.GenerateOptions(temperature=0, max_new_tokens=TOKENS)
         reply = loaded.generate(prompt, greedy)
-    assert found["text"] == reply.text
+    assert choice["text"] == reply.text
 
 
 @needs_branches
@@ -164,15 +168,15 @@ def test_a_branch_that_vllm_takes_is_served_and_ends_with_its_parent() -> None:
 def test_two_workers_write_what_one_process_writes() -> None:
     folder = DATA / ACT_ORDER
     with serving(folder, "--tensor-parallel", "2", "--dtype", "float32") as server:
-        found = chat(server, FRANCE, max_tokens=TOKENS)["choices"][0]["message"]["content"]
+        content = chat(server, FRANCE, max_tokens=TOKENS)["choices"][0]["message"]["content"]
     with gptq.load(folder, device="cpu", dtype="float32") as loaded:
         greedy = gptq.GenerateOptions(temperature=0, max_new_tokens=TOKENS)
         pieces = list(loaded.chat([{"role": "user", "content": FRANCE}], greedy))
-    assert found == "".join(it.text for it in pieces)
+    assert content == "".join(it.text for it in pieces)
 
 
 @needs_branches
-def test_a_start_that_fails_says_why_in_vllms_words() -> None:
+def test_a_start_that_fails_reports_the_reason_of_vllm() -> None:
     """SmolLM2 has nine heads."""
     failed = run_process(
         command(BRANCHES[REFUSED], "--tensor-parallel", "2"), env=ENVIRON, seconds=600
@@ -187,11 +191,11 @@ def test_a_start_that_fails_says_why_in_vllms_words() -> None:
 def test_the_rules_refuse_the_labels_that_vllm_refuses(tmp_path: Path) -> None:
     altered = [make(it, tmp_path / it) for it in ALTERED]
     folders = [DATA / it for it in NAMES] + altered + list(BRANCHES.values())
-    labels = [it for folder in folders if (it := stored_label(folder))]
+    labels = [it for folder in folders if (it := stored_quantization(folder))]
     program = [str(python_of("vllm")), "-c", ASK_VLLM, json.dumps(labels)]
     completed = run_process(program, cwd=tmp_path, check=True)
     answers = [it for it in completed.stdout.splitlines() if it.startswith("ANSWER")]
-    expected = ["ANSWER refuses" if label_refusal(it) else "ANSWER takes" for it in labels]
+    expected = ["ANSWER refuses" if config_refusal(it) else "ANSWER takes" for it in labels]
     assert answers == expected
     assert len(set(expected)) == 2
 
@@ -199,13 +203,13 @@ def test_the_rules_refuse_the_labels_that_vllm_refuses(tmp_path: Path) -> None:
 def test_vllm_alone_is_right_where_the_rules_say() -> None:
     """Float16: in bfloat16, vLLM's own kernel ends the process on these widths, on some CPUs."""
     folders = [DATA / it for it in NAMES]
-    found = ask(folders, environ={"VLLM_PLUGINS": ""}, dtype="float16", enforce_eager=True)
+    answers = ask(folders, environ={"VLLM_PLUGINS": ""}, dtype="float16", enforce_eager=True)
     opened = [open_checkpoint(it) for it in folders]
     cpu = find_device("cpu")
-    expected = {it.path.name for it in opened if refusal(it, joined_layers(it), cpu) is None}
+    expected = {it.path.name for it in opened if refusal(it, fused_layers(it), cpu) is None}
     right = {
         folder.name
-        for folder, answer in zip(folders, found, strict=True)
+        for folder, answer in zip(folders, answers, strict=True)
         if not answer.error and answer.off_by(ours(folder)) <= HALF_CLOSE
     }
     assert right == expected

@@ -1,4 +1,4 @@
-"""Ask the real vLLM, in a process of its own, and say what this package answers to the same."""
+"""Run the real vLLM in a process of its own, and this package on the same prompt."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ MINUTES = 10  # for one process, on a machine with other work
 
 @dataclass(frozen=True)
 class Answer:
-    """What vLLM says to a prompt: log-probabilities, and what follows; or an error."""
+    """The answer to a prompt: log-probabilities, and the tokens that follow; or an error."""
 
     quantization: str = ""
     logprobs: tuple[float, ...] = ()
@@ -64,7 +64,7 @@ class Answer:
     log: str = ""
 
     def off_by(self, other: Answer) -> float:
-        """Give the greatest difference of log-probabilities; fail where there are none."""
+        """Return the greatest difference of log-probabilities; fail where there are none."""
         assert not self.error, f"{self.error}\n{self.log[-3000:]}"
         assert not other.error, other.error
         return max(abs(a - b) for a, b in zip(self.logprobs, other.logprobs, strict=True))
@@ -78,12 +78,12 @@ def ask(
     ids: Sequence[int] = IDS,
     **options: Any,
 ) -> list[Answer]:
-    """Load each model in one process of vLLM, after another, and ask it.
+    """Load one model after another in one process of vLLM, and run the prompt on each.
 
     Args:
         models: their folders.
         environ: more of the process's environment.
-        withhold: a tensor's suffix that vLLM's model does not hand over.
+        withhold: the suffix of tensors that vLLM's model does not load.
         ids: the prompt's tokens.
         **options: of vLLM's `LLM`.
     """
@@ -122,7 +122,7 @@ def ask(
 
 
 def ours(folder: Path, ids: Sequence[int] = IDS) -> Answer:
-    """Answer with this package, in float32, by the kernel that is the measure of all."""
+    """Answer with this package, in float32, by the reference kernel."""
     with (
         gptq.load(folder, device="cpu", backend="reference", dtype="float32") as loaded,
         torch.inference_mode(),
@@ -130,8 +130,8 @@ def ours(folder: Path, ids: Sequence[int] = IDS) -> Answer:
         prompt = torch.tensor([list(ids)])
         logits = loaded.model(prompt).logits[0].float().log_softmax(-1)
         logprobs = logits[:-1].gather(1, prompt[0, 1:, None])[:, 0].tolist()
-        written: list[int] = []
+        following: list[int] = []
         for _ in range(FOLLOWING):
-            more = torch.tensor([[*ids, *written]])
-            written.append(int(loaded.model(more).logits[0, -1].argmax()))
-    return Answer(logprobs=tuple(logprobs), following=tuple(written))
+            more = torch.tensor([[*ids, *following]])
+            following.append(int(loaded.model(more).logits[0, -1].argmax()))
+    return Answer(logprobs=tuple(logprobs), following=tuple(following))

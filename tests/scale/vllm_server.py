@@ -1,4 +1,4 @@
-"""`gptq-loader serve --engine vllm`, as a person starts it in vLLM's environment."""
+"""Run `gptq-loader serve --engine vllm` in vLLM's environment, as a user does."""
 
 from __future__ import annotations
 
@@ -65,15 +65,15 @@ def family(server: ServerProcess) -> list[int]:
 
 def processes_of_session(session: int) -> list[int]:
     """List the processes of a session that are alive."""
-    found = []
+    alive = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
         except (FileNotFoundError, ProcessLookupError):
             continue
         if int(its_session) == session and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
+            alive.append(int(stat.parent.name))
+    return alive
 
 
 def wait_until_gone(session: int) -> None:

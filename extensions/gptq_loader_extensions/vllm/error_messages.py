@@ -1,4 +1,4 @@
-"""Say our errors as vLLM shows them: the next step in the text, and able to cross processes."""
+"""Raise our errors as vLLM shows them: with the hint in the text, and able to be pickled."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from gptq_loader_plugin.errors import GPTQLoaderError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["in_words"]
+__all__ = ["as_value_error"]
 
 
 @contextmanager
-def in_words() -> Iterator[None]:
+def as_value_error() -> Iterator[None]:
     """Turn an error of this package into a ValueError with its message and hint."""
     try:
         yield

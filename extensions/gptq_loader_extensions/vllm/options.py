@@ -1,4 +1,4 @@
-"""What vLLM is told, and the names it knows us by."""
+"""Read the options of vLLM's server; the names that vLLM has for this package."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """How vLLM's server is to serve.
+    """How vLLM's server serves.
 
     Attributes:
-        settings: where to listen, and whom to let in.
-        load: the kernel, the template, the context and the dtype; None of a dtype takes what
-            kernels compute in, or vLLM's choice.
+        settings: the address, and who may use it.
+        load: the kernel, the template, the context and the dtype; without a dtype it is the one
+            that the kernels compute in, or vLLM's choice.
         tensor_parallel: how many devices share each layer.
-        max_num_seqs: how many replies are written side by side; None is vLLM's choice.
+        max_num_seqs: how many sequences are in a batch; None is vLLM's choice.
     """
 
     settings: Settings
@@ -41,20 +41,20 @@ class ServeOptions:
         """Read the options of `gptq-loader serve`, by their names there.
 
         Raises:
-            OptionInvalid: one makes no sense, or lets strangers in unasked.
+            OptionInvalid: a value is impossible, or the address is open to others without a key.
         """
-        given = dict(options)
-        host = given.pop("host", LOOPBACK)
-        if given.pop("listen", False) and host == LOOPBACK:
-            host = "0.0.0.0"  # noqa: S104 - as asked for
+        values = dict(options)
+        host = values.pop("host", LOOPBACK)
+        if values.pop("listen", False) and host == LOOPBACK:
+            host = "0.0.0.0"  # noqa: S104 - as requested
         names = ("port", "api_key", "no_auth", "max_body", "max_new_tokens", "grace", "as_json")
         settings = Settings(
             host=host,
-            allowed_hosts=tuple(given.pop("allow_host", None) or ()),
-            cors=tuple(given.pop("cors", None) or ()),
-            **{name: given.pop(name) for name in names if name in given},
+            allowed_hosts=tuple(values.pop("allow_host", None) or ()),
+            cors=tuple(values.pop("cors", None) or ()),
+            **{name: values.pop(name) for name in names if name in values},
         )
         settings.check()
-        how = ("backend", "template", "context", "dtype")
-        load = LoadOptions(**{name: given.pop(name) for name in how if name in given})
-        return cls(settings, load, **given)
+        load_names = ("backend", "template", "context", "dtype")
+        load = LoadOptions(**{name: values.pop(name) for name in load_names if name in values})
+        return cls(settings, load, **values)

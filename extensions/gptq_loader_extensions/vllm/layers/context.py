@@ -1,4 +1,4 @@
-"""What a process of vLLM has open as it loads: the checkpoint and the kernels; imports vLLM."""
+"""Hold what a process of vLLM needs while it loads: the checkpoint, the kernels; imports vLLM."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm.distributed import get_pp_group
 
 from gptq_loader_extensions.vllm.options import NAME
 from gptq_loader_extensions.vllm.planning.checkpoint import open_gptq
-from gptq_loader_extensions.vllm.planning.names import Names
+from gptq_loader_extensions.vllm.planning.layer_names import LayerNames
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.plugins import Plugins
 
@@ -30,39 +30,39 @@ class LoadContext:
 
     Attributes:
         checkpoint: the open checkpoint.
-        names: which layers of it stand behind one of vLLM's.
+        names: its layers' names in vLLM's model.
         kernels: every installed kernel.
     """
 
     def __init__(self, folder: Path) -> None:
         plugins = Plugins(installed=True)
         self.checkpoint = open_gptq(folder, plugins)
-        self.names = Names(self.checkpoint.layers, self.checkpoint.path)
+        self.names = LayerNames(self.checkpoint.layers, self.checkpoint.path)
         self.kernels = plugins.kernels()
         self._logged: set[object] = set()
         self._checked = False
 
     def backend(self) -> str | None:
-        """Give the kernel the user names in vLLM's additional_config, if any.
+        """Return the kernel that the user names in vLLM's additional_config, if any.
 
         Raises:
-            OptionInvalid: something else is named there.
+            OptionInvalid: another option is set there.
         """
         options = (get_current_vllm_config().additional_config or {}).get(NAME, {})
         if unknown := sorted(set(options) - set(OPTIONS)):
             raise OptionInvalid(
-                f"additional_config has {', '.join(unknown)} under {NAME}",
-                hint=f"the options there are {', '.join(OPTIONS)}",
+                f"unknown option of {NAME} in additional_config: {', '.join(unknown)}",
+                hint=f"the options are {', '.join(OPTIONS)}",
             )
         backend = options.get("backend")
         return None if backend is None else str(backend)
 
     def log(self, choice: Choice) -> None:
-        """Say a layer's kernel and the reasons, once for layers that are alike."""
+        """Log a layer's kernel and the reasons, once for layers that are alike."""
         kind = (str(choice.layer), choice.reasons())
         level = logging.DEBUG if kind in self._logged else logging.INFO
         self._logged.add(kind)
-        reasons = "; ".join(f"{name}: {words}" for name, words in choice.reasons())
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.reasons())
         logger.log(
             level,
             "gptq_loader: %s and layers like it (%s): %s",
@@ -72,7 +72,7 @@ class LoadContext:
         )
 
     def log_experts(self, name: str, count: int) -> None:
-        """Say once what the experts of a mixture became."""
+        """Log once that the experts of a mixture were dequantised."""
         level = logging.DEBUG if "experts" in self._logged else logging.INFO
         self._logged.add("experts")
         logger.log(
@@ -84,18 +84,18 @@ class LoadContext:
         )
 
     def check_claimed(self) -> None:
-        """Check once, before the first layer is prepared, that no quantised layer is left over.
+        """Check once, before the first layer is prepared, that every quantised layer has a place.
 
-        One stage of a pipeline has some of the layers, and is not checked.
+        One stage of a pipeline has only some of the layers, and is not checked.
         """
         if self._checked or get_pp_group().world_size > 1:
             return
         self._checked = True
         for warning in self.checkpoint.warnings:
             logger.warning("%s", warning)
-        if left := self.names.check_claimed():
+        if unclaimed := self.names.check_claimed():
             logger.warning(
-                "%d quantised layers are of parts that this model lacks, and were not read: %s",
-                len(left),
-                left[0],
+                "%d quantised layers are of modules that this model lacks, and were not read: %s",
+                len(unclaimed),
+                unclaimed[0],
             )

@@ -1,7 +1,7 @@
 """Load the quantised experts of one of vLLM's mixtures; imports vLLM.
 
 vLLM runs all experts of a layer in one kernel, over one plain matrix, so each expert is dequantised
-into its place once, and from there on the mixture is as any that is not quantised.
+into its place once, and the mixture then runs like one that is not quantised.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 
-from gptq_loader_extensions.vllm.error_messages import in_words
-from gptq_loader_extensions.vllm.layers.shards import Cut, cut_pieces, take
-from gptq_loader_extensions.vllm.layers.tensor_collector import PARTS, Arrivals, empty_parameter
+from gptq_loader_extensions.vllm.error_messages import as_value_error
+from gptq_loader_extensions.vllm.layers.shards import Partition, slice_layers, slice_packed
+from gptq_loader_extensions.vllm.layers.tensor_collector import (
+    PARTS,
+    TensorCollector,
+    empty_parameter,
+)
 from gptq_loader_plugin.system.heap import release_freed
 
 if TYPE_CHECKING:
@@ -30,7 +34,7 @@ PARAMETERS = ("w13", "w2")  # vLLM's: gate and up in one, and down
 
 
 def expert_names(layer: Any, prefix: str) -> dict[tuple[int, str], str]:  # noqa: ANN401 - vLLM's
-    """Name the projections of every expert as the model has them, by expert and vLLM's id."""
+    """Return the model's names of every expert's projections, by expert and vLLM's shard id."""
     parent = prefix.removesuffix(".routed_experts")
     projections = {
         "w1": layer.ckpt_gate_proj_name,
@@ -51,7 +55,7 @@ class GPTQLoaderExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc] 
     Args:
         context: the checkpoint.
         names: the checkpoint's layers, by expert and vLLM's id of the projection.
-        moe: what vLLM says of the mixture.
+        moe: vLLM's config of the mixture.
     """
 
     supports_eplb = False  # experts have one place
@@ -65,7 +69,7 @@ class GPTQLoaderExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc] 
         super().__init__(moe)
         self._context = context
         self._names = names
-        self._arrivals = Arrivals(context.checkpoint)
+        self._collector = TensorCollector(context.checkpoint)
 
     def create_weights(
         self,
@@ -76,7 +80,7 @@ class GPTQLoaderExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc] 
         params_dtype: torch.dtype,
         **extra_weight_attrs: object,
     ) -> None:
-        """Make the plain weights, and parameters that hold nothing and hand on what comes."""
+        """Make the plain weights, and empty parameters that pass on what is loaded into them."""
         super().create_weights(
             layer,
             num_experts,
@@ -85,31 +89,31 @@ class GPTQLoaderExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc] 
             params_dtype,
             **extra_weight_attrs,
         )
-        layer.w13_weight.data.zero_()  # what is padded stays so
+        layer.w13_weight.data.zero_()  # for the padding
         layer.w2_weight.data.zero_()
         layers = [self._context.checkpoint.layers[name] for name in self._names.values()]
         for part in PARTS:
-            if self._arrivals.expects(part, self._names.values()):
-                loader = partial(self._arrive, layer, part)
+            if self._collector.expects(part, self._names.values()):
+                loader = partial(self._load_tensor, layer, part)
                 for name in PARAMETERS:
                     parameter = empty_parameter(part, layers[0].scales_dtype, loader)
                     layer.register_parameter(f"{name}_{part}", parameter)
 
     def process_weights_after_loading(self, layer: Any) -> None:  # noqa: ANN401 - vLLM's
-        """Check that every expert of this worker is in place, and go on as with plain weights."""
-        mine = [
+        """Check that every expert of this worker is complete, and finish as for plain weights."""
+        local_names = [
             name
             for (expert, _), name in self._names.items()
             if layer._map_global_expert_id_to_local_expert_id(expert) != -1  # noqa: SLF001
         ]
-        with in_words():
+        with as_value_error():
             self._context.check_claimed()
-            self._arrivals.check_complete(mine)
-        self._context.log_experts(layer.layer_name, len(mine))
+            self._collector.check_complete(local_names)
+        self._context.log_experts(layer.layer_name, len(local_names))
         super().process_weights_after_loading(layer)
         release_freed()
 
-    def _arrive(
+    def _load_tensor(
         self,
         layer: Any,  # noqa: ANN401 - vLLM's RoutedExperts
         part: str,
@@ -120,14 +124,14 @@ class GPTQLoaderExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc] 
         expert_id: int,
         return_success: bool = False,  # noqa: FBT001, FBT002 - vLLM's signature
     ) -> bool | None:
-        """Take a tensor that vLLM's model hands over; dequantise where it was the last."""
+        """Collect a tensor that vLLM's model loads; dequantise the layer once it is complete."""
         del param, weight_name
         local = layer._map_global_expert_id_to_local_expert_id(expert_id)  # noqa: SLF001
         if local == -1:
             return False if return_success else None
         name = self._names[expert_id, shard_id]
-        with in_words():
-            packed = self._arrivals.add(name, part, loaded_weight)
+        with as_value_error():
+            packed = self._collector.add(name, part, loaded_weight)
             if packed is not None:
                 self._place(layer, local, shard_id, name, packed)
         return True if return_success else None
@@ -142,17 +146,19 @@ class GPTQLoaderExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc] 
     ) -> None:
         """Dequantise this worker's part of a projection into its place."""
         if packed.bias is not None:
-            raise self._arrivals.mismatch(f"{name}.bias", "is not zero; vLLM's experts have none")
+            raise self._collector.mismatch(f"{name}.bias", "is not zero; vLLM's experts have none")
         spec = self._context.checkpoint.layers[name]
         width, rank = self.moe.intermediate_size_per_partition_unpadded, self.moe.tp_rank
-        mine = (rank * width, (rank + 1) * width)
+        span = (rank * width, (rank + 1) * width)
         if shard == "w2":
-            columns, rows = (0, spec.out_features), mine
+            columns, rows = (0, spec.out_features), span
         else:
-            columns, rows = mine, (0, spec.in_features)
-        cut = Cut(spec.in_features, (spec.out_features,), (columns,), rows, self.moe.tp_size)
-        (piece,) = cut_pieces([spec], cut, path=self._context.checkpoint.path)
-        weight = take(packed, piece).dequantize()  # [N, K]
+            columns, rows = span, (0, spec.in_features)
+        partition = Partition(
+            spec.in_features, (spec.out_features,), (columns,), rows, self.moe.tp_size
+        )
+        (layer_slice,) = slice_layers([spec], partition, path=self._context.checkpoint.path)
+        weight = slice_packed(packed, layer_slice).dequantize()  # [N, K]
         target = (layer.w2_weight if shard == "w2" else layer.w13_weight).data[expert]
         first = self.moe.intermediate_size_per_partition if shard == "w3" else 0
         target[first : first + weight.shape[0], : weight.shape[1]].copy_(weight)

@@ -10,14 +10,14 @@ from vllm.model_executor.model_loader.weight_utils import download_weights_from_
 
 __all__ = ["find_folder"]
 
-WEIGHTS = ["*.safetensors", "*.bin", "*.pt"]  # in vLLM's order; the first that matches is fetched
+WEIGHTS = ["*.safetensors", "*.bin", "*.pt"]  # in vLLM's order: the first that matches
 
 
 def find_folder(model: str, revision: str | None) -> Path:
-    """Find a model's folder; fetch a hub repository's files to where vLLM's loader wants them.
+    """Return a model's folder; download a hub repository to where vLLM's loader looks for it.
 
     Args:
-        model: what the user named: a folder, or a repository on the hub.
+        model: the user's model: a folder, or a repository on the hub.
         revision: the repository's branch, tag or commit.
     """
     if Path(model).is_dir():

@@ -1,9 +1,8 @@
 """Load and run one linear layer of vLLM's model from packed codes; imports vLLM.
 
-vLLM's model reads the checkpoint and hands each tensor to the layer it belongs to, in the model's
-own order. Here the tensors of a layer are collected, put together by the checkpoint's reader, cut
-for this worker, and given to a kernel. Nothing is filled in: a tensor that does not arrive is an
-error.
+vLLM's model reads the checkpoint and passes each tensor to the layer it belongs to, in the model's
+own order. Here the tensors of a layer are collected, assembled by the checkpoint's reader, sliced
+for this worker, and passed to a kernel. No tensor is made up: one that does not arrive is an error.
 """
 
 from __future__ import annotations
@@ -21,18 +20,22 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from gptq_loader_extensions.vllm.error_messages import in_words
+from gptq_loader_extensions.vllm.error_messages import as_value_error
 from gptq_loader_extensions.vllm.layers.operator import multiply_layer
 from gptq_loader_extensions.vllm.layers.shards import (
-    Cut,
-    Piece,
-    cut_pieces,
+    LayerSlice,
+    Partition,
     describe,
-    even_cut,
+    even_partition,
     join,
-    take,
+    slice_layers,
+    slice_packed,
 )
-from gptq_loader_extensions.vllm.layers.tensor_collector import PARTS, Arrivals, empty_parameter
+from gptq_loader_extensions.vllm.layers.tensor_collector import (
+    PARTS,
+    TensorCollector,
+    empty_parameter,
+)
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.planning.choose import choose
 from gptq_loader_plugin.system.heap import release_freed
@@ -63,9 +66,9 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
         self._prefix = prefix
         self._names = names
         self._key = f"{prefix}.gptq_loader"
-        self._pieces: dict[tuple[int, ...], Piece] = {}
-        self._arrivals = Arrivals(context.checkpoint)
-        self._taken: dict[str, PackedLinear] = {}
+        self._slices: dict[tuple[int, ...], LayerSlice] = {}
+        self._collector = TensorCollector(context.checkpoint)
+        self._packed: dict[str, PackedLinear] = {}
         self._modules: list[torch.nn.Module] = []
         self._outputs = 0  # columns of y, padding included
         self._padding = 0
@@ -81,43 +84,43 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
         params_dtype: torch.dtype,
         **extra_weight_attrs: object,
     ) -> None:
-        """Prepare for the layer's tensors: parameters that hold nothing, and hand on what comes."""
+        """Make empty parameters for the layer's tensors, which pass on what is loaded into them."""
         del params_dtype, extra_weight_attrs
         checkpoint = self._context.checkpoint
         layers = [checkpoint.layers[name] for name in self._names]
-        with in_words():
+        with as_value_error():
             self._backend = self._context.backend()
-            cut = _cut(
+            partition = _partition(
                 layer,
                 widths=output_partition_sizes,
                 rows=input_size_per_partition,
                 inputs=input_size,
                 outputs=output_size,
             )
-            pieces = cut_pieces(layers, cut, path=checkpoint.path)
-        self._pieces = {it.parts: it for it in pieces}
+            slices = slice_layers(layers, partition, path=checkpoint.path)
+        self._slices = {layer_slice.parts: layer_slice for layer_slice in slices}
         self._outputs = sum(output_partition_sizes)
-        self._padding = self._outputs - sum(stop - start for start, stop in cut.columns)
+        self._padding = self._outputs - sum(stop - start for start, stop in partition.columns)
         context = get_current_vllm_config().compilation_config.static_forward_context
         if self._key in context:
             raise ValueError(f"two layers of this model are called {self._prefix}")
         context[self._key] = self
         for part in PARTS:
-            if self._arrivals.expects(part, self._names):
-                loader = partial(self._arrive, layer, part)
+            if self._collector.expects(part, self._names):
+                loader = partial(self._load_tensor, layer, part)
                 parameter = empty_parameter(part, layers[0].scales_dtype, loader)
                 layer.register_parameter(part, parameter)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Give what arrived to the kernels, and drop it."""
-        with in_words():
+        """Have kernels prepare the collected layers, and release the packed ones."""
+        with as_value_error():
             self._context.check_claimed()
-            self._arrivals.check_complete(self._names)
+            self._collector.check_complete(self._names)
             self._check_biases(layer)
             device = find_device(str(next(layer.parameters(recurse=False)).device))
-            taken = join([self._taken[name] for name in self._names])
-            self._modules = [self._prepare(it, device) for it in taken]
-        self._taken.clear()
+            joined = join([self._packed[name] for name in self._names])
+            self._modules = [self._prepare(packed, device) for packed in joined]
+        self._packed.clear()
         layer.prepared = torch.nn.ModuleList(self._modules)
         release_freed()
 
@@ -143,7 +146,7 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
         del embed_tokens
         return layer
 
-    def _arrive(
+    def _load_tensor(
         self,
         layer: torch.nn.Module,
         part: str,
@@ -151,36 +154,37 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
         loaded_weight: torch.Tensor,
         loaded_shard_id: str | int | tuple[int, ...] | None = None,
     ) -> None:
-        """Take a tensor that vLLM's model hands over; take the layer where it was the last."""
+        """Collect a tensor that vLLM's model loads; slice the layer once it is complete."""
         del param
-        with in_words():
-            piece = self._piece(loaded_shard_id)
-            packed = self._arrivals.add(piece.layer.name, part, loaded_weight)
+        with as_value_error():
+            layer_slice = self._find_slice(loaded_shard_id)
+            name = layer_slice.layer.name
+            packed = self._collector.add(name, part, loaded_weight)
             if packed is None:
                 return
             if layer.bias is not None or (isinstance(layer, RowParallelLinear) and layer.tp_rank):
                 packed = replace(packed, bias=None)  # vLLM adds it, or the first worker does
-            self._taken[piece.layer.name] = take(packed, piece)
+            self._packed[name] = slice_packed(packed, layer_slice)
 
-    def _piece(self, shard: str | int | tuple[int, ...] | None) -> Piece:
-        """Find the layer of the checkpoint that vLLM's model means by a shard's id."""
+    def _find_slice(self, shard: str | int | tuple[int, ...] | None) -> LayerSlice:
+        """Return the slice of the checkpoint's layer that vLLM's model means by a shard's id."""
         if shard is None:
-            parts = tuple(sorted(it for known in self._pieces for it in known))
+            parts = tuple(sorted(part for parts in self._slices for part in parts))
         elif isinstance(shard, tuple):
             parts = shard
         else:
             parts = (QKV[shard] if isinstance(shard, str) else shard,)
-        if parts not in self._pieces:
-            raise self._arrivals.mismatch(
-                f"{self._names[0]}.qweight", f"is handed over as part {shard} of {self._prefix}"
+        if parts not in self._slices:
+            raise self._collector.mismatch(
+                f"{self._names[0]}.qweight", f"was loaded as part {shard} of {self._prefix}"
             )
-        return self._pieces[parts]
+        return self._slices[parts]
 
     def _check_biases(self, layer: torch.nn.Module) -> None:
-        """Check that a bias that vLLM adds was there to be loaded."""
+        """Check that the checkpoint has the bias that vLLM adds."""
         for name in self._names:
             if layer.bias is not None and f"{name}.bias" not in self._context.checkpoint.headers:
-                raise self._arrivals.mismatch(f"{name}.bias", "is missing")
+                raise self._collector.mismatch(f"{name}.bias", "is missing")
 
     def _prepare(self, packed: PackedLinear, device: Device) -> torch.nn.Module:
         like = self._context.checkpoint.layers[self._names[0]]
@@ -190,19 +194,19 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
         return choice.kernel.prepare(spec, packed, device).to(device.torch_name).eval()
 
 
-def _cut(
+def _partition(
     layer: Any,  # noqa: ANN401 - one of vLLM's linear layers
     *,
     widths: Sequence[int],
     rows: int,
     inputs: int,
     outputs: int,
-) -> Cut:
-    """Find what this worker has of one of vLLM's layers, as vLLM cuts plain weights."""
+) -> Partition:
+    """Return this worker's part of one of vLLM's layers, as vLLM partitions plain weights."""
     rank, workers = layer.tp_rank, layer.tp_size
-    mine: Span = (0, inputs)
+    row_span: Span = (0, inputs)
     if isinstance(layer, RowParallelLinear):
-        mine = (rank * rows, (rank + 1) * rows)
+        row_span = (rank * rows, (rank + 1) * rows)
     if isinstance(layer, ParallelLMHead):
         ids = layer.shard_indices
         sizes: tuple[int, ...] = (layer.org_vocab_size,)
@@ -211,9 +215,9 @@ def _cut(
         heads = (layer.total_num_heads, layer.total_num_kv_heads, layer.total_num_kv_heads)
         lengths = (layer.head_size, layer.head_size, layer.v_head_size)
         sizes = tuple(count * length for count, length in zip(heads, lengths, strict=True))
-        shared = rank // layer.num_kv_head_replicas
-        ranks = (rank, shared, shared)
-        columns = tuple((it * w, (it + 1) * w) for it, w in zip(ranks, widths, strict=True))
+        kv_rank = rank // layer.num_kv_head_replicas
+        ranks = zip((rank, kv_rank, kv_rank), widths, strict=True)
+        columns = tuple((part * width, (part + 1) * width) for part, width in ranks)
     else:
-        sizes, columns = even_cut(widths, columns=outputs, rank=rank, workers=workers)
-    return Cut(inputs, sizes, columns, mine, workers)
+        sizes, columns = even_partition(widths, columns=outputs, rank=rank, workers=workers)
+    return Partition(inputs, sizes, columns, row_span, workers)

@@ -1,4 +1,4 @@
-"""The product as an operator of torch, so that torch.compile traces through it; imports vLLM."""
+"""Wrap the product as an operator of torch, which torch.compile can trace; imports vLLM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["multiply_layer"]
 def multiply_layer(x: torch.Tensor, layer: str, out_features: int) -> torch.Tensor:
     """Multiply x [..., K] by the layer of that name in the running model: y [..., out_features].
 
-    The model's layers are found where vLLM's own operators find theirs.
+    The layer is looked up where vLLM's own operators look theirs up.
     """
     del out_features
     method: Any = get_forward_context().no_compile_layers[layer]

@@ -1,7 +1,7 @@
-"""The quantization method `gptq_loader` of vLLM: which checkpoints, and which layers; imports vLLM.
+"""Define vLLM's quantization method `gptq_loader`: its checkpoints and its layers; imports vLLM.
 
-What a checkpoint is, its own files say, by the rules of `gptq_loader_plugin.checkpoint`; what vLLM
-makes of its config is only asked to find out whether vLLM would refuse it.
+The checkpoint is read from its own files by `gptq_loader_plugin.checkpoint`; vLLM's reading of its
+config only decides whether vLLM would refuse it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.utils import WeightsMapper
 
-from gptq_loader_extensions.vllm.error_messages import in_words
+from gptq_loader_extensions.vllm.error_messages import as_value_error
 from gptq_loader_extensions.vllm.layers.context import LoadContext
 from gptq_loader_extensions.vllm.layers.experts import GPTQLoaderExpertsMethod, expert_names
 from gptq_loader_extensions.vllm.layers.folder import find_folder
 from gptq_loader_extensions.vllm.layers.linear import GPTQLoaderLinearMethod
 from gptq_loader_extensions.vllm.options import NAME
 from gptq_loader_extensions.vllm.planning.checkpoint import open_gptq
-from gptq_loader_extensions.vllm.planning.eligibility import METHODS
-from gptq_loader_extensions.vllm.planning.eligibility import refusal as wrong_in_vllm
+from gptq_loader_extensions.vllm.planning.eligibility import METHODS, refusal
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.plugins import Plugins
 
@@ -45,7 +44,7 @@ logger = logging.getLogger("vllm.gptq_loader")
 class GPTQLoaderConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not there when checked
     """How vLLM loads a GPTQ checkpoint with gptq_loader.
 
-    vLLM sends one to each of its processes, so what cannot be sent is opened again there.
+    vLLM pickles one for each of its processes, so the open checkpoint is opened again there.
     """
 
     def __init__(self) -> None:
@@ -59,26 +58,26 @@ class GPTQLoaderConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not 
         return {**self.__dict__, "_context": None}
 
     def get_name(self) -> str:
-        """Give the method's name."""
+        """Return the method's name."""
         return NAME
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """List what the model may compute in: all that kernels take."""
+        """List the dtypes that the model may compute in: all that kernels take."""
         return DTYPES
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Give the oldest GPU: any, because each layer's kernel says what it needs."""
+        """Return the oldest GPU: any, because each layer's kernel decides."""
         return 0
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """Name no config file, so that vLLM demands none: the reader finds what there is."""
+        """Return no config file, so that vLLM requires none: the reader finds them."""
         return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> GPTQLoaderConfig:
-        """Make one; the config's words are read again from the files, with what corrects them."""
+        """Return a new one: the config is read from the files, and corrected by the tensors."""
         del config
         return cls()
 
@@ -91,12 +90,12 @@ class GPTQLoaderConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not 
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: object = None
     ) -> str | None:
-        """Take a GPTQ checkpoint when asked by name, or when vLLM would refuse or mistake it."""
+        """Take a GPTQ checkpoint if named by the user, or if vLLM would refuse or misread it."""
         if str(hf_quant_cfg.get("quant_method", "")).lower() not in METHODS:
             return None
         if user_quant is not None:
             return NAME if user_quant == NAME else None
-        refusal = _refusal(hf_quant_cfg)
+        reason = _vllm_refusal(hf_quant_cfg)
         path = Path(getattr(hf_config, "_name_or_path", "") or "")
         if path.is_dir():
             try:
@@ -104,42 +103,42 @@ class GPTQLoaderConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not 
             except GPTQLoaderError as error:
                 logger.info("gptq_loader leaves this checkpoint to vLLM: %s", error.message)
                 return None
-            said = {
+            corrected = {
                 name: getattr(checkpoint.config, name)
                 for name in ("bits", "group_size", "desc_act", "sym", "checkpoint_format")
             }
             checkpoint.close()
-            refusal = refusal or _refusal({**hf_quant_cfg, **said})
-            # what it accepts and answers wrong, as it does where the last group is a short one
-            refusal = refusal or wrong_in_vllm(checkpoint, checkpoint.layers.values(), None)
-        if refusal is None:
+            reason = reason or _vllm_refusal({**hf_quant_cfg, **corrected})
+            # what it accepts and gets wrong, such as a short last group
+            reason = reason or refusal(checkpoint, checkpoint.layers.values(), None)
+        if reason is None:
             return None
-        logger.info("gptq_loader takes this checkpoint, because vLLM would not: %s", refusal)
+        logger.info("gptq_loader takes this checkpoint, because vLLM would not: %s", reason)
         return NAME
 
     def maybe_update_config(
         self, model_name: str, hf_config: object = None, revision: str | None = None
     ) -> None:
-        """Learn which checkpoint it is, and open it where it is on this machine."""
+        """Note which checkpoint it is, and open it where it is on this machine."""
         del hf_config
         self._model, self._revision = model_name, revision
         if Path(model_name).is_dir():
-            with in_words():
+            with as_value_error():
                 self._open()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rename the checkpoint's layers as the model renames its tensors."""
-        with in_words():
+        with as_value_error():
             self._open().names.rename(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:  # noqa: ANN401 - vLLM's
-        """Give what loads and runs a layer of the model; None for what is no linear layer."""
+        """Return the method that loads and runs a layer; None where it is no linear layer."""
         if isinstance(layer, RoutedExperts):
             return self._experts(layer, prefix)
         head = isinstance(layer, ParallelLMHead)
         if not head and not isinstance(layer, LinearBase):
             return None
-        with in_words():
+        with as_value_error():
             names = self._open().names.claim(prefix, self.packed_modules_mapping)
         if names:
             return GPTQLoaderLinearMethod(self._open(), prefix, names)
@@ -151,19 +150,19 @@ class GPTQLoaderConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not 
         return self._context
 
     def _experts(self, layer: Any, prefix: str) -> UnquantizedFusedMoEMethod:  # noqa: ANN401 - vLLM's
-        with in_words():
-            wanted = expert_names(layer, prefix)
-            found = self._open().names.claim_all(list(wanted.values()))
-        if not found:
+        with as_value_error():
+            model_names = expert_names(layer, prefix)
+            stored = self._open().names.claim_all(list(model_names.values()))
+        if not stored:
             return UnquantizedFusedMoEMethod(layer.moe_config)
-        names = dict(zip(wanted, found, strict=True))
+        names = dict(zip(model_names, stored, strict=True))
         return GPTQLoaderExpertsMethod(self._open(), names, layer.moe_config)
 
 
-def _refusal(config: dict[str, Any]) -> str | None:
-    """Ask vLLM's own GPTQ whether it refuses a config, and why."""
+def _vllm_refusal(config: dict[str, Any]) -> str | None:
+    """Return why vLLM's own GPTQ refuses a config; None where it accepts it."""
     try:
         AutoGPTQConfig.from_config(config)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:  # as it stumbles over them
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # it raises any of them
         return str(error)
     return None

@@ -1,4 +1,4 @@
-"""Collect the tensors of layers as vLLM's model hands them over, until a layer is complete."""
+"""Collect the tensors of layers as vLLM's model loads them, until a layer is complete."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.reader import GPTQCheckpoint
     from gptq_loader_plugin.kernel import PackedLinear
 
-__all__ = ["PARTS", "Arrivals", "empty_parameter"]
+__all__ = ["PARTS", "TensorCollector", "empty_parameter"]
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
-class Arrivals:
-    """The tensors of some layers of a checkpoint, those that have arrived.
+class TensorCollector:
+    """The tensors of some layers of a checkpoint that have arrived.
 
     Args:
-        checkpoint: whose headers say what must arrive.
+        checkpoint: the checkpoint, whose headers list what must arrive.
     """
 
     def __init__(self, checkpoint: GPTQCheckpoint) -> None:
@@ -32,11 +32,11 @@ class Arrivals:
         self._complete: set[str] = set()
 
     def expects(self, part: str, names: Iterable[str]) -> bool:
-        """Say whether any of these layers has this part in the checkpoint."""
+        """Return whether any of these layers has this part in the checkpoint."""
         return any(f"{name}.{part}" in self._checkpoint.headers for name in names)
 
     def add(self, name: str, part: str, tensor: torch.Tensor) -> PackedLinear | None:
-        """Take a tensor; give the layer once it was the last.
+        """Add a tensor; return the layer once it is complete.
 
         Raises:
             TensorMismatch: it arrived before, or is not the one in the checkpoint.
@@ -48,9 +48,9 @@ class Arrivals:
         if info is None or tuple(info.shape) != tuple(tensor.shape):
             raise self.mismatch(
                 f"{name}.{part}",
-                f"arrived as {list(tensor.shape)}, and is not that in the checkpoint",
+                f"arrived as {list(tensor.shape)}, which is not its shape in the checkpoint",
             )
-        # a copy: some of vLLM's readers use the memory again
+        # a copy: some of vLLM's readers reuse the memory
         arrived[part] = tensor.to("cpu", copy=True).contiguous()
         if self._missing(name):
             return None
@@ -58,7 +58,7 @@ class Arrivals:
         return self._checkpoint.assemble(name, self._parts.pop(name))
 
     def check_complete(self, names: Iterable[str]) -> None:
-        """Check that nothing of these layers is missing.
+        """Check that these layers are complete.
 
         Raises:
             TensorMismatch: a tensor did not arrive.
@@ -66,31 +66,31 @@ class Arrivals:
         for name in names:
             if name not in self._complete:
                 raise self.mismatch(
-                    self._missing(name)[0], "did not arrive: vLLM's model did not hand it over"
+                    self._missing(name)[0], "did not arrive: vLLM's model did not load it"
                 )
 
-    def mismatch(self, tensor: str, what: str) -> TensorMismatch:
-        """Make the error of a tensor that is not handed over as it should be."""
+    def mismatch(self, tensor: str, problem: str) -> TensorMismatch:
+        """Return the error of a tensor that is not loaded as it should be."""
         return TensorMismatch(
-            f"{tensor} {what}",
+            f"{tensor} {problem}",
             path=self._checkpoint.path,
             tensor=tensor,
-            hint="load it with gptq-loader, or with transformers: this model of vLLM reads GPTQ "
-            "in a way that is not known here",
+            hint="load it with gptq-loader, or with transformers: this model of vLLM loads GPTQ "
+            "tensors in an unknown way",
         )
 
     def _missing(self, name: str) -> list[str]:
         headers, arrived = self._checkpoint.headers, self._parts.get(name, {})
-        wanted = [part for part in PARTS if f"{name}.{part}" in headers]
-        return [f"{name}.{part}" for part in wanted if part not in arrived]
+        stored = [part for part in PARTS if f"{name}.{part}" in headers]
+        return [f"{name}.{part}" for part in stored if part not in arrived]
 
 
 def empty_parameter(part: str, scales_dtype: str, loader: Callable[..., Any]) -> torch.nn.Parameter:
-    """Make a parameter that holds nothing and gives what is loaded into it to `loader`."""
+    """Return an empty parameter that passes what is loaded into it to `loader`."""
     dtype: torch.dtype = getattr(torch, scales_dtype) if part == "scales" else torch.int32
     empty = torch.nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-    given: Any = empty
-    given.weight_loader = loader
+    attributes: Any = empty
+    attributes.weight_loader = loader
     if part != "g_idx":
-        given.output_dim = 1  # what some models reorder columns by
+        attributes.output_dim = 1  # some models reorder columns by it
     return empty

@@ -1,1 +1,1 @@
-"""Say what vLLM will do with a checkpoint, without importing vLLM."""
+"""Predict what vLLM will do with a checkpoint, without importing vLLM."""

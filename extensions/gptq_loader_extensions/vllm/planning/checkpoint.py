@@ -1,4 +1,4 @@
-"""Open a checkpoint whose tensors vLLM's model hands over one by one."""
+"""Open a checkpoint whose tensors vLLM's model loads one by one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def open_gptq(path: Path, plugins: Plugins) -> GPTQCheckpoint:
     if isinstance(checkpoint, GPTQCheckpoint):
         return checkpoint
     raise UnsupportedFormat(
-        "a plugin reads this checkpoint, and vLLM takes GPTQ's own tensors alone",
+        "this checkpoint is in a plugin's format, and vLLM loads GPTQ tensors only",
         path=path,
         hint="serve it without --engine vllm",
     )

@@ -30,78 +30,80 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS",
-    "label_refusal",
-    "reason_for_us",
+    "config_refusal",
+    "is_taken_by_default",
+    "reason_to_request",
     "refusal",
-    "stored_label",
-    "taken_unasked",
+    "stored_quantization",
 ]
 
-METHODS = ("gptq", "gptq_v2")  # what config.json may call the method, for the plug-in
+METHODS = ("gptq", "gptq_v2")  # names of the method in config.json that the plug-in accepts
 BITS = (4, 8)  # the keys of TYPE_MAP, which are symmetric
 GROUP_SIZES = (-1, 32, 64, 128)
 WIDTH_UNIT = 32  # of the CPU kernel's rows and columns
 OLDEST_GPU = (7, 5)
 
 
-def stored_label(folder: Path) -> Mapping[str, Any]:
-    """Give what config.json says of the quantisation, which is all that vLLM goes by."""
+def stored_quantization(folder: Path) -> Mapping[str, Any]:
+    """Return the quantization_config of config.json, which is all that vLLM reads."""
     file = folder / "config.json"
-    label = read_json(file).get("quantization_config") if file.is_file() else None
-    return label if isinstance(label, dict) else {}
+    stored = read_json(file).get("quantization_config") if file.is_file() else None
+    return stored if isinstance(stored, dict) else {}
 
 
 def refusal(
     checkpoint: GPTQCheckpoint, layers: Iterable[LayerSpec], device: Device | None
 ) -> str | None:
-    """Say why vLLM's own GPTQ would not run a checkpoint rightly; None where it would.
+    """Return why vLLM's own GPTQ would not run a checkpoint correctly; None where it would.
 
     Args:
         checkpoint: the open checkpoint.
-        layers: its layers as vLLM joins them.
-        device: where it will run; None says what can be said of all.
+        layers: its layers as vLLM fuses them.
+        device: the device it will run on; None checks what holds on every device.
     """
-    words = label_refusal(stored_label(checkpoint.folder))
-    if words:
-        return words
+    reason = config_refusal(stored_quantization(checkpoint.folder))
+    if reason:
+        return reason
     for layer in layers:
-        words = _refused(layer) or (None if device is None else _refused_on(layer, device))
-        if words:
-            return f"{layer.name}: {words}"
+        reason = _layer_refusal(layer)
+        if reason is None and device is not None:
+            reason = _layer_refusal_on(layer, device)
+        if reason:
+            return f"{layer.name}: {reason}"
     return None
 
 
-def label_refusal(label: Mapping[str, Any]) -> str | None:
-    """Say why vLLM's own GPTQ would not take what config.json says of the quantisation."""
-    if str(label.get("quant_method", "")).lower() != "gptq":
+def config_refusal(stored: Mapping[str, Any]) -> str | None:
+    """Return why vLLM's own GPTQ would not take a quantization_config; None where it would."""
+    if str(stored.get("quant_method", "")).lower() != "gptq":
         return "config.json does not say that its method is gptq, and vLLM reads no other file"
-    if label.get("desc_act") and label.get("group_size") != -1:
-        return "config.json says act-order with groups, which vLLM 0.32 has no more"
-    if label.get("bits") not in BITS or not label.get("sym"):
-        symmetry = "symmetric" if label.get("sym") else "asymmetric"
+    if stored.get("desc_act") and stored.get("group_size") != -1:
+        return "config.json says act-order with groups, which vLLM 0.32 no longer supports"
+    if stored.get("bits") not in BITS or not stored.get("sym"):
+        symmetry = "symmetric" if stored.get("sym") else "asymmetric"
         return (
-            "vLLM takes 4 or 8 bits with symmetric zeros, and config.json says "
-            f"{label.get('bits')} bits, {symmetry}"
+            "vLLM supports 4 or 8 bits with symmetric zeros, and config.json says "
+            f"{stored.get('bits')} bits, {symmetry}"
         )
     return None
 
 
-def taken_unasked(checkpoint: GPTQCheckpoint) -> bool:
-    """Whether the plug-in takes a checkpoint when vLLM loads it and no method was named."""
-    method = str(stored_label(checkpoint.folder).get("quant_method", "")).lower()
-    wrong = refusal(checkpoint, checkpoint.layers.values(), None)
-    return method in METHODS and wrong is not None
+def is_taken_by_default(checkpoint: GPTQCheckpoint) -> bool:
+    """Return whether the plug-in takes a checkpoint when vLLM is given no quantization method."""
+    method = str(stored_quantization(checkpoint.folder).get("quant_method", "")).lower()
+    reason = refusal(checkpoint, checkpoint.layers.values(), None)
+    return method in METHODS and reason is not None
 
 
-def reason_for_us(
+def reason_to_request(
     device: Device | None, *, backend: str | None = None, dtype: str | None = None
 ) -> str | None:
-    """Say why the plug-in is better asked by name for what vLLM would run; None where it is not.
+    """Return why to request the plug-in for what vLLM itself would run; None to leave it to vLLM.
 
     Args:
-        device: where it will run; None where that is not known.
+        device: the device it will run on; None where that is not known.
         backend: the kernel that the user names.
-        dtype: what the user wants the model to compute in.
+        dtype: the dtype to compute in that the user names.
     """
     if backend is not None:
         return f"the kernel {backend} is one of this package's"
@@ -109,38 +111,38 @@ def reason_for_us(
         return "vLLM's own GPTQ does not compute in float32"
     if device is not None and device.type == "cpu":
         return (
-            "on a CPU vLLM's own kernel may round what it multiplies to 8 bits, and this "
-            "package's is exact"
+            "on a CPU vLLM's own kernel may round activations to 8 bits, and this package's is "
+            "exact"
         )
     return None
 
 
-def _refused(layer: LayerSpec) -> str | None:
-    """Say what vLLM's own GPTQ cannot do with a layer, on any device."""
+def _layer_refusal(layer: LayerSpec) -> str | None:
+    """Return what vLLM's own GPTQ does not support in a layer, on any device."""
     if layer.groups > 1 and layer.desc_act:
-        return "its rows are in act-order, whatever config.json says, and vLLM would not see it"
+        return "its rows are in act-order, whatever config.json says, and vLLM would ignore it"
     if layer.bits not in BITS:
-        return f"vLLM takes 4 or 8 bits, and this has {layer.bits}"
+        return f"vLLM supports 4 or 8 bits, and this has {layer.bits}"
     if not layer.sym:
-        return "vLLM takes symmetric zeros, and these are not"
+        return "vLLM supports symmetric zeros only, and these are not"
     if layer.group_size not in GROUP_SIZES:
         return f"vLLM has no kernel for groups of {layer.group_size}"
     if layer.group_size > 0 and layer.in_features % layer.group_size:
         return (
-            f"groups of {layer.group_size} do not fill {layer.in_features} rows evenly, and vLLM "
-            "forgets the rest"
+            f"groups of {layer.group_size} do not divide {layer.in_features} rows evenly, and vLLM "
+            "drops the rest"
         )
     return None
 
 
-def _refused_on(layer: LayerSpec, device: Device) -> str | None:
-    """Say what vLLM's own GPTQ cannot do with a layer on a device."""
+def _layer_refusal_on(layer: LayerSpec, device: Device) -> str | None:
+    """Return what vLLM's own GPTQ does not support in a layer on a device."""
     if device.type == "cpu":
         if layer.bits != 4:
-            return f"on a CPU vLLM takes 4 bits, and this has {layer.bits}"
+            return f"on a CPU vLLM supports 4 bits only, and this has {layer.bits}"
         if layer.in_features % WIDTH_UNIT or layer.out_features % WIDTH_UNIT:
             return (
-                f"on a CPU vLLM takes widths that are multiples of {WIDTH_UNIT}, and this is "
+                f"on a CPU vLLM supports widths that are multiples of {WIDTH_UNIT}, and this is "
                 f"{layer.in_features}x{layer.out_features}"
             )
     if device.capability is not None and device.capability < OLDEST_GPU:

@@ -1,4 +1,4 @@
-"""Explain what would run inside vLLM: who takes the checkpoint, and each layer's kernel and why."""
+"""Explain what would run inside vLLM: whose GPTQ, and each layer's kernel and why."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from gptq_loader_extensions.vllm.options import NAME
-from gptq_loader_extensions.vllm.planning.eligibility import reason_for_us, refusal, taken_unasked
-from gptq_loader_extensions.vllm.planning.fused_layers import expert_layers, joined_layers
+from gptq_loader_extensions.vllm.planning.eligibility import (
+    is_taken_by_default,
+    reason_to_request,
+    refusal,
+)
+from gptq_loader_extensions.vllm.planning.fused_layers import expert_layers, fused_layers
 from gptq_loader_plugin.opening import plan_load
 from gptq_loader_plugin.planning.choose import choose
 
@@ -23,9 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["VllmPlan", "plan_for_vllm"]
 
-Taker = Literal["vllm", "gptq_loader"]
+Implementation = Literal["vllm", "gptq_loader"]
 PLAIN_BYTES = 2  # of a dequantised weight
-JOINED_OF = {"qkv_proj": "q, k and v in one", "gate_up_proj": "gate and up in one"}
+FUSED_LABELS = {"qkv_proj": "q, k and v in one", "gate_up_proj": "gate and up in one"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,46 +38,46 @@ class VllmPlan:
 
     Attributes:
         plan: each of vLLM's layers with the kernel of this package that would run it.
-        refused: why vLLM's own GPTQ would not run the checkpoint, or would be wrong; or None.
-        unasked: whether the plug-in then takes it in `vllm serve` without being asked by name.
-        asked: why `gptq-loader serve --engine vllm` asks for the plug-in by name for what vLLM
+        refusal: why vLLM's own GPTQ would not run the checkpoint, or not correctly; or None.
+        by_default: whether the plug-in then takes it in `vllm serve` without being named.
+        reason: why `gptq-loader serve --engine vllm` requests the plug-in for what vLLM itself
             would run, or None.
         experts: how many layers are experts of a mixture, which are dequantised.
         installed: the vLLM that is here, such as "vllm 0.32.0", or why none can be used.
     """
 
     plan: Plan
-    refused: str | None
-    unasked: bool
-    asked: str | None
+    refusal: str | None
+    by_default: bool
+    reason: str | None
     experts: int
     installed: str
 
     @property
-    def taker(self) -> Taker:
-        """Who runs the quantised layers under `gptq-loader serve --engine vllm`."""
-        return "vllm" if self.refused is None and self.asked is None else "gptq_loader"
+    def implementation(self) -> Implementation:
+        """Whose GPTQ runs the layers under `gptq-loader serve --engine vllm`."""
+        return "vllm" if self.refusal is None and self.reason is None else "gptq_loader"
 
     def headline(self) -> str:
-        """Say in one line what runs."""
-        if self.taker == "vllm":
+        """Return in one line what runs."""
+        if self.implementation == "vllm":
             return f"vLLM's own GPTQ on {self.plan.device}"
         return self.plan.headline()
 
     def explain(self) -> str:
-        """Say who takes the checkpoint and why, which kernels run, and what the others said."""
+        """Return whose GPTQ runs and why, which kernels, and what the other kernels answered."""
         lines = [f"in vLLM ({self.installed}):"]
-        if self.refused is not None:
+        if self.refusal is not None:
             lines += [
-                f"  vLLM does not run it rightly by itself: {self.refused}",
-                f"  so {NAME} takes it, in gptq-loader serve --engine vllm and in vllm serve"
-                + ("" if self.unasked else f" --quantization {NAME}"),
+                f"  vLLM does not run it correctly by itself: {self.refusal}",
+                f"  so {NAME} runs it, in gptq-loader serve --engine vllm and in vllm serve"
+                + ("" if self.by_default else f" --quantization {NAME}"),
             ]
         else:
             lines.append(f"  vLLM runs it by itself, as auto_gptq, in vllm serve {self.plan.path}")
             lines.append(
-                f"  gptq-loader serve --engine vllm asks for {NAME}: {self.asked}"
-                if self.asked
+                f"  gptq-loader serve --engine vllm requests {NAME}: {self.reason}"
+                if self.reason
                 else "  and in gptq-loader serve --engine vllm; its log names the kernel it chose"
             )
         if self.experts:
@@ -81,21 +85,21 @@ class VllmPlan:
                 f"  {self.experts} layers are experts, which are dequantised once: vLLM runs all "
                 "experts in one kernel over plain weights"
             )
-        if self.taker == "vllm":
-            lines.append(f"  asked for by name, --quantization {NAME}, it would run so:")
-        lines += [f"    {it}" for it in _kinds(self.plan)]
+        if self.implementation == "vllm":
+            lines.append(f"  with --quantization {NAME} it would run so:")
+        lines += [f"    {row}" for row in _table_of_layers(self.plan)]
         return "\n".join([*lines, "", self.plan.explain()])
 
     def to_json(self) -> dict[str, Any]:
-        """Give it as plain data, for `explain --engine vllm --json`."""
+        """Return it as plain data, for `explain --engine vllm --json`."""
         return {
             **self.plan.to_json(),
             "engine": "vllm",
             "installed": self.installed,
-            "taken_by": self.taker,
-            "refused_by_vllm": self.refused,
-            "taken_unasked": self.unasked,
-            "asked_for_because": self.asked,
+            "taken_by": self.implementation,
+            "refused_by_vllm": self.refusal,
+            "taken_unasked": self.by_default,
+            "asked_for_because": self.reason,
             "experts": self.experts,
         }
 
@@ -114,29 +118,29 @@ def plan_for_vllm(
         checkpoint: the open checkpoint.
         options: the device where vLLM will run it, a kernel for every layer, the dtype to compute
             in.
-        plugins: whose kernels are asked.
-        reference: what the user typed.
-        installed: which vLLM is here, in words.
+        plugins: the kernels to choose from.
+        reference: the reference that the user typed.
+        installed: the vLLM that is here.
 
     Raises:
-        NoBackend: a layer that no kernel, or not the one named, can run.
-        UnsupportedFormat: some of what vLLM joins is quantised, and some is not.
+        NoBackend: no kernel, or not the one named, can run a layer.
+        UnsupportedFormat: of the layers that vLLM fuses into one, only some are quantised.
     """
-    layers, experts = joined_layers(checkpoint), expert_layers(checkpoint)
-    # a mixture's experts are dequantised, so what kernels say of them is left out below
-    whole = plan_load(checkpoint, options, plugins, reference=reference)
+    layers, experts = fused_layers(checkpoint), expert_layers(checkpoint)
+    # a mixture's experts are dequantised, so the choices of their kernels are dropped below
+    plan = plan_load(checkpoint, options, plugins, reference=reference)
     backend = options.backend
     return VllmPlan(
-        plan=_chosen_anew(whole, layers, experts, plugins, backend),
-        refused=refusal(checkpoint, layers, whole.device),
-        unasked=taken_unasked(checkpoint),
-        asked=reason_for_us(whole.device, backend=backend, dtype=options.dtype_name),
+        plan=_choose_for_vllm(plan, layers, experts, plugins, backend),
+        refusal=refusal(checkpoint, layers, plan.device),
+        by_default=is_taken_by_default(checkpoint),
+        reason=reason_to_request(plan.device, backend=backend, dtype=options.dtype_name),
         experts=len(experts),
         installed=installed,
     )
 
 
-def _chosen_anew(
+def _choose_for_vllm(
     plan: Plan,
     layers: Sequence[LayerSpec],
     experts: Sequence[LayerSpec],
@@ -145,33 +149,37 @@ def _chosen_anew(
 ) -> Plan:
     """Choose for vLLM's layers, in place of the checkpoint's."""
     other = plan.not_built
-    # without ExLlama's extension there is no asking for it
+    # without ExLlama's extension it cannot be requested
     other_backend = None if backend == "exllama" else backend
-    choices = tuple(choose(it, plan.device, plugins.kernels(), only=backend) for it in layers)
-    before = sum(it.chosen.prepared_bytes for it in plan.choices)
-    after = sum(it.chosen.prepared_bytes for it in choices)
-    plain = sum(it.in_features * it.out_features * PLAIN_BYTES for it in experts)
+    choices = tuple(choose(layer, plan.device, plugins.kernels(), only=backend) for layer in layers)
+    before = sum(choice.chosen.prepared_bytes for choice in plan.choices)
+    after = sum(choice.chosen.prepared_bytes for choice in choices)
+    plain = sum(layer.in_features * layer.out_features * PLAIN_BYTES for layer in experts)
     return replace(
         plan,
         choices=choices,
         weight_bytes=plan.weight_bytes - before + after + plain,
-        not_built=other and _chosen_anew(other, layers, experts, plugins, other_backend),
+        not_built=other and _choose_for_vllm(other, layers, experts, plugins, other_backend),
     )
 
 
-def _kinds(plan: Plan) -> list[str]:
-    """Name vLLM's layers of each kind, with their kernel."""
-    counted = Counter(
-        (_last(it.layer.name), f"{it.layer.in_features}x{it.layer.out_features}", it.chosen.kernel)
-        for it in plan.choices
+def _table_of_layers(plan: Plan) -> list[str]:
+    """Return a row for each kind of layer in vLLM's model, with its kernel."""
+    counts = Counter(
+        (
+            choice.layer.name.rpartition(".")[2],
+            f"{choice.layer.in_features}x{choice.layer.out_features}",
+            choice.chosen.kernel,
+        )
+        for choice in plan.choices
     )
     rows = [
-        (f"{count} {name}", shape, f"{kernel} ({JOINED_OF[name]})" if name in JOINED_OF else kernel)
-        for (name, shape, kernel), count in counted.items()
+        (
+            f"{count} {name}",
+            shape,
+            f"{kernel} ({FUSED_LABELS[name]})" if name in FUSED_LABELS else kernel,
+        )
+        for (name, shape, kernel), count in counts.items()
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(2)] if rows else []
     return [f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {kernel}" for name, shape, kernel in rows]
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]

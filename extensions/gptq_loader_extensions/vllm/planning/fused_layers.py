@@ -1,8 +1,8 @@
-"""Describe the layers that vLLM makes of a checkpoint's: q, k and v in one, gate and up in one.
+"""Describe the layers that vLLM fuses a checkpoint's into: q, k and v in one, gate and up in one.
 
-This is what `linear.py` does with the tensors, said beforehand from headers and g_idx alone, so
+layers/linear.py does this with the tensors; here it is predicted from headers and g_idx alone, so
 that a choice can be explained where vLLM is not installed. The names are those of Llama and its
-relatives; a model that vLLM joins in another way says so in vLLM's log when it is loaded.
+relatives; for a model that vLLM fuses in another way, vLLM's log has the choices when it loads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gptq_loader_extensions.vllm.planning.names import Names
+from gptq_loader_extensions.vllm.planning.layer_names import LayerNames
 from gptq_loader_plugin.checkpoint.infer import row_groups
 
 if TYPE_CHECKING:
@@ -24,79 +24,79 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.reader import GPTQCheckpoint
     from gptq_loader_plugin.kernel import LayerSpec
 
-__all__ = ["expert_layers", "joined_layers"]
+__all__ = ["expert_layers", "fused_layers"]
 
-JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 EXPERT = re.compile(r".*\.experts\.\d+\..*")
 
 
 def expert_layers(checkpoint: GPTQCheckpoint) -> list[LayerSpec]:
-    """List the layers that are an expert's of a mixture: vLLM's kernels never see them packed."""
-    return [it for it in checkpoint.layers.values() if EXPERT.fullmatch(it.name)]
+    """List the layers of a mixture's experts, which vLLM's kernels never see packed."""
+    return [layer for layer in checkpoint.layers.values() if EXPERT.fullmatch(layer.name)]
 
 
-def joined_layers(checkpoint: GPTQCheckpoint) -> tuple[LayerSpec, ...]:
-    """Describe the layers as vLLM has them, for kernels to consider; experts are left out.
+def fused_layers(checkpoint: GPTQCheckpoint) -> tuple[LayerSpec, ...]:
+    """Describe the layers as vLLM has them, for kernels to consider; without experts.
 
     Raises:
-        UnsupportedFormat: some of what vLLM joins is quantised, and some is not.
+        UnsupportedFormat: of the layers that vLLM fuses into one, only some are quantised.
     """
-    names = Names(checkpoint.layers, checkpoint.path)
+    names = LayerNames(checkpoint.layers, checkpoint.path)
     done: set[str] = set()
-    described: list[LayerSpec] = []
+    fused: list[LayerSpec] = []
     for name in checkpoint.layers:
         if name in done or EXPERT.fullmatch(name):
             continue
-        prefix = _joined_name(name, checkpoint)
-        found = names.claim(prefix, JOINED)
-        done.update(found)
-        described += _join([checkpoint.layers[it] for it in found], prefix, checkpoint)
-    return tuple(described)
+        prefix = _fused_name(name, checkpoint)
+        parts = names.claim(prefix, FUSED)
+        done.update(parts)
+        fused += _fuse([checkpoint.layers[part] for part in parts], prefix, checkpoint)
+    return tuple(fused)
 
 
-def _joined_name(name: str, checkpoint: GPTQCheckpoint) -> str:
-    """Name vLLM's layer that a layer is part of; its own name where there is no such layer."""
+def _fused_name(name: str, checkpoint: GPTQCheckpoint) -> str:
+    """Return the name of vLLM's layer that a layer is part of; its own where there is none."""
     parent, _, last = name.rpartition(".")
-    for joined, parts in JOINED.items():
-        whole = [f"{parent}.{it}" for it in parts]
-        there = [
-            f"{it}.qweight" in checkpoint.headers or f"{it}.weight" in checkpoint.headers
-            for it in whole
+    for fused, projections in FUSED.items():
+        stored = [
+            f"{parent}.{projection}.qweight" in checkpoint.headers
+            or f"{parent}.{projection}.weight" in checkpoint.headers
+            for projection in projections
         ]
-        if last in parts and all(there):
-            return f"{parent}.{joined}"
+        if last in projections and all(stored):
+            return f"{parent}.{fused}"
     return name
 
 
-def _join(layers: Sequence[LayerSpec], name: str, checkpoint: GPTQCheckpoint) -> list[LayerSpec]:
-    """Join layers with the same groups; where they differ, each stays by itself."""
+def _fuse(layers: Sequence[LayerSpec], name: str, checkpoint: GPTQCheckpoint) -> list[LayerSpec]:
+    """Fuse layers with the same groups; where they differ, leave each by itself."""
     first = layers[0]
     if len(layers) == 1:
-        return [_as_vllm(first)]
+        return [_in_order(first)]
     groups = _groups(first, checkpoint)
     same = all(
-        (it.bits, it.layout, it.scales_dtype, it.groups)
+        (layer.bits, layer.layout, layer.scales_dtype, layer.groups)
         == (first.bits, first.layout, first.scales_dtype, first.groups)
-        and np.array_equal(_groups(it, checkpoint), groups)
-        for it in layers[1:]
+        and np.array_equal(_groups(layer, checkpoint), groups)
+        for layer in layers[1:]
     )
     if not same:
-        return [_as_vllm(it) for it in layers]
-    least = min(it.zero_range[0] for it in layers)
-    most = max(it.zero_range[1] for it in layers)
-    whole = replace(
+        return [_in_order(layer) for layer in layers]
+    min_zero = min(layer.zero_range[0] for layer in layers)
+    max_zero = max(layer.zero_range[1] for layer in layers)
+    fused = replace(
         first,
         name=name,
-        out_features=sum(it.out_features for it in layers),
-        sym=least == most,
-        zero_range=(least, most),
-        bias=any(it.bias for it in layers),
+        out_features=sum(layer.out_features for layer in layers),
+        sym=min_zero == max_zero,
+        zero_range=(min_zero, max_zero),
+        bias=any(layer.bias for layer in layers),
     )
-    return [_as_vllm(whole)]
+    return [_in_order(fused)]
 
 
-def _as_vllm(layer: LayerSpec) -> LayerSpec:
-    """Say of one group what is so: the order of its rows changes nothing."""
+def _in_order(layer: LayerSpec) -> LayerSpec:
+    """Describe a layer of one group as one without act-order, which changes nothing there."""
     return layer if layer.groups > 1 else replace(layer, desc_act=False, group_size=-1)
 
 

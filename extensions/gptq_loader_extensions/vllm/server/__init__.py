@@ -1,1 +1,1 @@
-"""Start vLLM's own server, and tell it what the checkpoint says."""
+"""Start vLLM's own server with the checkpoint's template and end tokens."""

@@ -1,6 +1,6 @@
-"""Let requests into vLLM's server as into this package's own: the key is needed on every path.
+"""Guard vLLM's server like this package's own: the key is needed on every path.
 
-vLLM's own `--api-key` leaves some paths open that answer with the model, `/invocations` among them.
+vLLM's own `--api-key` leaves open some paths that generate, `/invocations` among them.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-__all__ = ["VARIABLE", "ServerGuard", "as_environment"]
+__all__ = ["VARIABLE", "ServerGuard", "guard_environment"]
 
-VARIABLE = "GPTQ_LOADER_VLLM_GUARD"  # how the settings reach vLLM's process; they hold the key
+VARIABLE = "GPTQ_LOADER_VLLM_GUARD"  # passes the settings to vLLM's process, with the key
 STOPS = "stops"
 FIELDS = ("host", "api_key", "no_auth", "allowed_hosts", "cors", "max_body")
 MAX_AGE = 600  # seconds for which a browser keeps what CORS allowed
 
 
 class ServerGuard:
-    """Refuse requests before vLLM reads them; vLLM's `--middleware` names this.
+    """Refuse requests before vLLM reads them; the middleware of vLLM's `--middleware`.
 
     Args:
         app: vLLM's application.
-        environ: where the settings are.
+        environ: the environment, which has the settings.
     """
 
     def __init__(self, app: ASGIApp, environ: Mapping[str, str] = os.environ) -> None:
         from starlette.middleware.cors import CORSMiddleware
 
-        given: dict[str, Any] = json.loads(environ[VARIABLE])
-        stops = given.pop(STOPS)
-        lists = {it: tuple(given[it]) for it in ("allowed_hosts", "cors")}
-        settings = Settings(**{**given, **lists})
+        fields: dict[str, Any] = json.loads(environ[VARIABLE])
+        stops = fields.pop(STOPS)
+        lists = {name: tuple(fields[name]) for name in ("allowed_hosts", "cors")}
+        settings = Settings(**{**fields, **lists})
         self._app: ASGIApp = Guard(ChatStops(app, stops), settings)
         if settings.cors:
             self._app = CORSMiddleware(
@@ -56,7 +56,7 @@ class ServerGuard:
         await self._app(scope, receive, send)
 
 
-def as_environment(settings: Settings, stops: Sequence[str]) -> dict[str, str]:
-    """Give the environment that a guard of these settings, and of these stops of chats, reads."""
+def guard_environment(settings: Settings, stops: Sequence[str]) -> dict[str, str]:
+    """Return the environment from which a guard reads these settings and a chat's stops."""
     fields = {name: getattr(settings, name) for name in FIELDS}
     return {VARIABLE: json.dumps({**fields, STOPS: list(stops)})}

@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from types import TracebackType
 
-__all__ = ["ServerProcess", "find_reason", "message_of"]
+__all__ = ["ServerProcess", "find_reason", "strip_prefix"]
 
-# What vLLM writes before a message: "(EngineCore pid=7) INFO 11-25 17:14:19 [core.py:133] ".
-HEAD = re.compile(
+# The prefix of a message of vLLM's: "(EngineCore pid=7) INFO 11-25 17:14:19 [core.py:133] ".
+PREFIX = re.compile(
     r"(?:\([^()]* ?pid=\d+\) )?(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \S+ \S+ \[[^\]]*\] ?)?"
 )
 RAISED = re.compile(r"(?:[A-Za-z_][\w.]*\.)?[A-Za-z_]\w*(?:Error|Exception): (?P<reason>.+)")
 REFUSED = re.compile(r"\s*Value error, (?P<reason>.+?)(?: \[type=.*)?")
 USAGE = re.compile(r"(?:vllm|usage).*?: error: (?P<reason>.+)")
-# What vLLM says in one process of what went wrong in another.
-ELSEWHERE = ("root cause", "initialization failed", "background process")
+# What vLLM logs in one process of an error in another.
+NOT_THE_CAUSE = ("root cause", "initialization failed", "background process")
 KEPT_LINES = 4000
 LAST_SECONDS = 20.0  # for vLLM to end its processes, beyond what running replies get
 POLL_SECONDS = 0.5
@@ -39,21 +39,21 @@ POLL_SECONDS = 0.5
 class ServerProcess:
     """vLLM's server, running.
 
-    It is in a session of its own, so that Ctrl-C reaches it once, by `stop`; and its standard input
-    ends with this process, at which it ends itself.
+    It has a session of its own, so that Ctrl-C reaches it once, by `stop`; and its standard input
+    closes when this process exits, on which it exits too.
 
     Args:
-        command: what runs it.
+        command: the command that runs it.
         environ: its environment.
         grace: the seconds that running replies get when it is stopped.
-        verbose: whether to pass on all that it writes from the start.
+        verbose: whether to forward all of its output from the start.
     """
 
     def __init__(
         self, command: Sequence[str], environ: Mapping[str, str], *, grace: float, verbose: bool
     ) -> None:
         self._grace = grace
-        self._verbose = self._passing = verbose
+        self._verbose = self._forwarding = verbose
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._process = subprocess.Popen(  # noqa: S603 - our own Python
             command,
@@ -69,7 +69,7 @@ class ServerProcess:
         self._reader.start()
 
     def __enter__(self) -> Self:
-        """Give the process."""
+        """Return the process."""
         return self
 
     def __exit__(
@@ -85,7 +85,7 @@ class ServerProcess:
         """Wait until it answers.
 
         Raises:
-            PluginError: it ended instead; says why.
+            PluginError: it exited instead; with the reason.
         """
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         while not _answers(host, port, headers):
@@ -93,32 +93,32 @@ class ServerProcess:
                 status = self._process.wait(POLL_SECONDS)
             except subprocess.TimeoutExpired:
                 continue
-            raise self._ended(status, "vLLM did not start")
+            raise self._exit_error(status, "vLLM did not start")
 
-    def pass_on(self) -> None:
-        """Write all that it says from now on to stderr."""
-        self._passing = True
+    def forward_output(self) -> None:
+        """Write all of its output from now on to stderr."""
+        self._forwarding = True
 
     def wait(self) -> None:
-        """Wait for its end.
+        """Wait until it exits.
 
         Raises:
-            PluginError: it ended by itself; says why.
+            PluginError: it exited by itself; with the reason.
         """
-        raise self._ended(self._process.wait(), "vLLM ended")
+        raise self._exit_error(self._process.wait(), "vLLM exited")
 
     def messages(self) -> list[str]:
-        """Give what it wrote, without what vLLM writes before each message."""
-        return [message_of(it) for it in list(self._lines)]
+        """Return its output, without the prefix of each of vLLM's messages."""
+        return [strip_prefix(line) for line in list(self._lines)]
 
     def stop(self) -> None:
-        """End it and every process of its session; running replies get a few seconds."""
-        self._passing = self._verbose  # what it says of its own end is for nobody
+        """Stop it and every process of its session; running replies get a few seconds."""
+        self._forwarding = self._verbose  # what it logs while it stops helps nobody
         if self._process.poll() is None:
             self._process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(self._grace + LAST_SECONDS)
-        with suppress(ProcessLookupError):  # which is as it should be
+        with suppress(ProcessLookupError):  # none is left
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._reader.join()
@@ -127,47 +127,47 @@ class ServerProcess:
                 pipe.close()
 
     def _read(self) -> None:
-        """Keep what it writes, and pass on what a user should see of it."""
+        """Keep its output, and forward what a user should see of it."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self._lines.append(line)
-            message = message_of(line)
-            if self._passing:
+            message = strip_prefix(line)
+            if self._forwarding:
                 sys.stderr.write(line)
             elif message.startswith("gptq_loader"):
                 sys.stderr.write(f"{message}\n")
             sys.stderr.flush()
 
-    def _ended(self, status: int, what: str) -> PluginError:
+    def _exit_error(self, status: int, event: str) -> PluginError:
         self._reader.join(POLL_SECONDS)
         if status == -signal.SIGKILL:
             return PluginError(
-                f"{what}: the system ended it, mostly for want of memory",
-                hint="choose a smaller checkpoint, or give less to its context: --context 4096",
+                f"{event}: the system killed it, probably for lack of memory",
+                hint="choose a smaller checkpoint, or a shorter context: --context 4096",
             )
         reason, hint = find_reason(self.messages())
         return PluginError(
-            f"{what}: {reason or f'it ended with {status} and gave no reason'}",
-            hint=hint or "see all that vLLM wrote: gptq-loader --debug serve ...",
+            f"{event}: {reason or f'exit status {status}, without a reason'}",
+            hint=hint or "see all of vLLM's output: gptq-loader --debug serve ...",
         )
 
 
-def message_of(line: str) -> str:
-    """Take off what vLLM writes before a message."""
+def strip_prefix(line: str) -> str:
+    """Remove the prefix of one of vLLM's messages."""
     text = line.rstrip("\n")
-    match = HEAD.match(text)
+    match = PREFIX.match(text)
     return text[match.end() :] if match else text
 
 
 def find_reason(messages: Iterable[str]) -> tuple[str, str]:
-    """Find why vLLM ended in what it wrote: the reason, and a hint where one follows it."""
+    """Find in vLLM's output why it exited: the reason, and a hint where one follows it."""
     reason = hint = ""
     for message in messages:
         if reason and message.startswith("hint: "):
             hint = message.removeprefix("hint: ")
             continue
         match = RAISED.fullmatch(message) or REFUSED.fullmatch(message) or USAGE.fullmatch(message)
-        if match and not any(it in match["reason"] for it in ELSEWHERE):
+        if match and not any(phrase in match["reason"] for phrase in NOT_THE_CAUSE):
             if match["reason"].removeprefix("gptq_loader: ") != reason:
                 hint = ""
             reason = match["reason"].removeprefix("gptq_loader: ")

@@ -1,7 +1,7 @@
-"""Write the files that tell vLLM of a checkpoint's template and of where its replies end.
+"""Write the files from which vLLM reads a checkpoint's template and end tokens.
 
-vLLM looks for a template in fewer places than this package, and ends a reply at the end token of
-`generation_config.json` alone: a chat model of 2023 often ends its turns with another.
+vLLM looks for a template in fewer places than this package, and ends a reply only at the end tokens
+of `generation_config.json`: a chat model of 2023 often ends its turns with another.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ if TYPE_CHECKING:
 
 __all__ = ["end_texts", "end_tokens", "write_generation_config", "write_template"]
 
-NONE = (
+NO_TEMPLATE = (
     "{{ raise_exception('this checkpoint has no chat template, and its vocabulary has no ChatML "
     "tokens: serve it with --template chatml or a .jinja file, or use /v1/completions') }}"
 )
 
 
 def write_template(template: Template, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
-    """Write a template as a file of jinja; one that refuses in words where there is none.
+    """Write a template as a jinja file; where there is none, one that raises an error.
 
     Args:
         template: the checkpoint's, as this package finds it.
-        tokenizer: whose first token of a text is written, where the template does not.
-        folder: where the file goes.
+        tokenizer: the checkpoint's, which may begin every text with a token.
+        folder: the folder to write into.
 
     Raises:
         TemplateError: it cannot be written as jinja.
     """
     if isinstance(template, NoTemplate):
-        text = NONE
+        text = NO_TEMPLATE
     elif isinstance(template, JinjaTemplate):
         text = template.text
     else:
-        text = _begins(tokenizer) + as_jinja(template)
+        text = _bos(tokenizer) + as_jinja(template)
     file = folder / "chat_template.jinja"
     file.write_text(text, encoding="utf-8")
     return file
@@ -57,52 +57,51 @@ def end_tokens(
     """List the tokens that end a reply: the checkpoint's, the tokenizer's and the template's."""
     ends: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        ends.update(_numbers(_table(checkpoint / name).get("eos_token_id")))
-    ends.update(_numbers(tokenizer.eos_token_id))
-    known = tokenizer.get_vocab()
-    return sorted(ends | {known[it] for it in template.stop if it in known})
+        ends.update(_token_ids(_read_object(checkpoint / name).get("eos_token_id")))
+    ends.update(_token_ids(tokenizer.eos_token_id))
+    vocabulary = tokenizer.get_vocab()
+    return sorted(ends | {vocabulary[text] for text in template.stop if text in vocabulary})
 
 
 def end_texts(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """List the texts that end a reply and are no single token."""
-    known = tokenizer.get_vocab()
-    return [it for it in template.stop if it not in known]
+    vocabulary = tokenizer.get_vocab()
+    return [text for text in template.stop if text not in vocabulary]
 
 
 def write_generation_config(
     ends: list[int], checkpoint: Path, folder: Path, *, max_new_tokens: int | None
 ) -> Path:
-    """Write the checkpoint's generation_config.json with these ends; give the folder it is in.
+    """Write the checkpoint's generation_config.json with these end tokens; return its folder.
 
     Args:
         ends: the tokens that end a reply.
         checkpoint: its folder.
-        folder: where the file goes.
-        max_new_tokens: the most tokens of any reply; None leaves it to the context.
+        folder: the folder to write into.
+        max_new_tokens: the limit of every reply; None leaves it to the context.
     """
-    kept = {
+    stored = {
         name: value
-        for name, value in _table(checkpoint / "generation_config.json").items()
-        if name not in ("max_new_tokens", "max_length")  # which would be a limit on every request
+        for name, value in _read_object(checkpoint / "generation_config.json").items()
+        if name not in ("max_new_tokens", "max_length")  # which would limit every request
     }
     limit = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-    told = {**kept, "eos_token_id": ends, **limit}
-    (folder / "generation_config.json").write_text(json.dumps(told), encoding="utf-8")
+    config = {**stored, "eos_token_id": ends, **limit}
+    (folder / "generation_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 
-def _begins(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Write the first token of a text as jinja, where the tokenizer adds one by itself."""
+def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the tokenizer's first token as jinja, where it adds one to every text."""
     ids: list[int] = tokenizer("")["input_ids"]
-    begins = ids[:1] == [tokenizer.bos_token_id]
-    return "{{ bos_token }}" if begins else ""
+    return "{{ bos_token }}" if ids[:1] == [tokenizer.bos_token_id] else ""
 
 
-def _numbers(value: Any) -> list[int]:  # noqa: ANN401 - a file's: a number, several, or none
+def _token_ids(value: Any) -> list[int]:  # noqa: ANN401 - a file's: a number, several, or none
     if isinstance(value, int):
         return [value]
-    return [it for it in value if isinstance(it, int)] if isinstance(value, list) else []
+    return [token for token in value if isinstance(token, int)] if isinstance(value, list) else []
 
 
-def _table(file: Path) -> dict[str, Any]:
+def _read_object(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}

@@ -1,4 +1,4 @@
-"""Serve with vLLM: find the checkpoint, start vLLM's server, say where it is, wait for its end."""
+"""Serve with vLLM: find the checkpoint, start vLLM's server, announce it, wait for its exit."""
 
 from __future__ import annotations
 
@@ -39,19 +39,20 @@ if TYPE_CHECKING:
 
 __all__ = ["serve"]
 
-EVERYWHERE = {"0.0.0.0": LOOPBACK, "::": "::1", "": LOOPBACK}  # noqa: S104 - compared, not bound
+REACHABLE_AT = {"0.0.0.0": LOOPBACK, "::": "::1", "": LOOPBACK}  # noqa: S104 - compared, not bound
+# What is logged in vLLM's process by this package, by vLLM's own GPTQ, and by this package again.
 TAKEN_OVER = "gptq_loader takes this checkpoint"
-OWN = re.compile(r"Using (?P<kernel>\w+) for AutoGPTQLinearMethod")
-CHOSEN = re.compile(r"gptq_loader: .* and layers like it \(.*\): (?P<kernel>[\w-]+): chosen.*")
+VLLM_KERNEL = re.compile(r"Using (?P<kernel>\w+) for AutoGPTQLinearMethod")
+OUR_KERNEL = re.compile(r"gptq_loader: .* and layers like it \(.*\): (?P<kernel>[\w-]+): chosen.*")
 
 
 def serve(reference: str, options: ServeOptions, *, installed: str) -> None:
     """Serve until Ctrl-C.
 
     Args:
-        reference: what to serve, as the user wrote it.
-        options: how.
-        installed: which vLLM is here, in words.
+        reference: the checkpoint, as the user typed it.
+        options: how to serve it.
+        installed: the vLLM that is here, such as "vllm 0.32.0".
 
     Raises:
         GPTQLoaderError: the checkpoint cannot be found or read, the address cannot be served on,
@@ -62,7 +63,7 @@ def serve(reference: str, options: ServeOptions, *, installed: str) -> None:
     settings = options.settings
     plugins, path = _find(reference)
     checkpoint = open_gptq(path, plugins)
-    _check_alone(checkpoint)
+    _check_one_checkpoint(checkpoint)
     template = find_template(
         checkpoint.folder,
         card=checkpoint.card,
@@ -78,21 +79,21 @@ def serve(reference: str, options: ServeOptions, *, installed: str) -> None:
         installed=installed,
     )
     for warning in planned.plan.warnings:
-        _say(f"warning: {warning}")
-    with bind(settings.host, settings.port) as free:
-        port = free.getsockname()[1]
-    name = _name(reference, path)
+        _print(f"warning: {warning}")
+    with bind(settings.host, settings.port) as listener:
+        port = listener.getsockname()[1]
+    name = _model_name(reference, path)
     ends = end_tokens(template, tokenizer, checkpoint.folder)
-    longest = options.load.context or planned.plan.shape.context
-    with tempfile.TemporaryDirectory(prefix="gptq-loader-") as told:
+    context = options.load.context or planned.plan.shape.context
+    with tempfile.TemporaryDirectory(prefix="gptq-loader-") as files:
         command = write_command(
             options,
             planned,
             folder=checkpoint.folder.resolve(),
             name=name,
-            template=write_template(template, tokenizer, Path(told)),
+            template=write_template(template, tokenizer, Path(files)),
             generation=write_generation_config(
-                ends, checkpoint.folder, Path(told), max_new_tokens=settings.max_new_tokens
+                ends, checkpoint.folder, Path(files), max_new_tokens=settings.max_new_tokens
             ),
             port=port,
         )
@@ -100,11 +101,11 @@ def serve(reference: str, options: ServeOptions, *, installed: str) -> None:
             settings,
             planned,
             stops=end_texts(template, tokenizer),
-            context=longest,
+            context=context,
             workers=options.tensor_parallel,
         )
         checkpoint.close()
-        _say(f"starting {installed}, which takes half a minute or more")
+        _print(f"starting {installed}, which takes half a minute or more")
         _run(command, environ, options, planned, port=port, name=name)
 
 
@@ -117,24 +118,22 @@ def _run(
     port: int,
     name: str,
 ) -> None:
-    """Start vLLM's server, announce it, and wait for its end or for Ctrl-C."""
+    """Start vLLM's server, announce it, and wait until it exits or for Ctrl-C."""
     settings = options.settings
-    host = EVERYWHERE.get(settings.host, settings.host)
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # a shell starts what is in its background without the first
+    host = REACHABLE_AT.get(settings.host, settings.host)
+    # a shell starts background jobs with SIGINT ignored
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     debug = os.environ.get("GPTQ_LOADER_DEBUG") == "1"
     with ServerProcess(command, environ, grace=settings.grace, verbose=debug) as process:
         process.wait_ready(host, port, settings.api_key)
         _announce(settings, planned, process.messages(), url=_url(host, port), name=name)
-        process.pass_on()
+        process.forward_output()
         process.wait()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """End as Ctrl-C does."""
+    """Stop as Ctrl-C does."""
     del number, frame
     raise KeyboardInterrupt
 
@@ -150,38 +149,43 @@ def _find(reference: str) -> tuple[Plugins, Path]:
         bars.close()
 
 
-def _check_alone(checkpoint: GPTQCheckpoint) -> None:
+def _check_one_checkpoint(checkpoint: GPTQCheckpoint) -> None:
     """Refuse a folder with files of other checkpoints: vLLM would load them all."""
-    used = {it.file.resolve() for it in checkpoint.headers.values()}
-    there = {it.resolve() for it in checkpoint.folder.glob("*.safetensors")}
-    if used & there and there - used and not list(checkpoint.folder.glob("*.index.json")):
+    used = {info.file.resolve() for info in checkpoint.headers.values()}
+    present = {file.resolve() for file in checkpoint.folder.glob("*.safetensors")}
+    if used & present and present - used and not list(checkpoint.folder.glob("*.index.json")):
         raise OptionInvalid(
-            f"{checkpoint.folder} has weight files of other checkpoints too, and vLLM would load "
+            f"{checkpoint.folder} also has weight files of other checkpoints, and vLLM would load "
             "them all",
-            hint="put the files of one checkpoint into a folder of their own",
+            hint="move the files of each checkpoint into a folder of its own",
         )
 
 
-def _name(reference: str, path: Path) -> str:
-    """Name the model for clients, as this package's own server does: never by a path."""
+def _model_name(reference: str, path: Path) -> str:
+    """Return the model's name for clients, as this package's own server does: never a path."""
     return path.resolve().name if Path(reference).expanduser().exists() else reference
 
 
 def _announce(
     settings: Settings, planned: VllmPlan, messages: Sequence[str], *, url: str, name: str
 ) -> None:
-    """Say what is served, by which kernels, where, and how to point a client at it."""
-    ours = planned.taker == "gptq_loader" or any(it.startswith(TAKEN_OVER) for it in messages)
-    matched = ((CHOSEN if ours else OWN).fullmatch(it) for it in messages)
-    seen = dict.fromkeys(it["kernel"] for it in matched if it)
-    counted = planned.plan.kernels() if ours else {}
-    kernels = {it: counted.get(it) for it in seen or counted}
-    total = sum(counted.values())
-    words = [it if n is None else f"{it} ({n} of {total} layers)" for it, n in kernels.items()]
+    """Print what is served, by which kernels, the address, and how to use it in a client."""
+    ours = planned.implementation == "gptq_loader" or any(
+        message.startswith(TAKEN_OVER) for message in messages
+    )
+    matches = ((OUR_KERNEL if ours else VLLM_KERNEL).fullmatch(message) for message in messages)
+    logged = dict.fromkeys(match["kernel"] for match in matches if match)
+    counts = planned.plan.kernels() if ours else {}
+    kernels = {kernel: counts.get(kernel) for kernel in logged or counts}
+    total = sum(counts.values())
+    names = [
+        kernel if count is None else f"{kernel} ({count} of {total} layers)"
+        for kernel, count in kernels.items()
+    ]
     key = "your key" if settings.api_key else "anything"
     lines = [
         f"serving {name} with {planned.installed}: "
-        + ", ".join(["gptq_loader" if ours else "vLLM's own GPTQ", *words])
+        + ", ".join(["gptq_loader" if ours else "vLLM's own GPTQ", *names])
         + f", on {planned.plan.device}",
         f"  the API is at {url}/v1, for any client of OpenAI's (API key: {key})",
         f"  models: {name}",
@@ -193,9 +197,9 @@ def _announce(
         f"  why these kernels: gptq-loader explain {planned.plan.reference} --engine vllm",
         "  Ctrl-C ends it",
     ]
-    _say("\n".join(lines))
+    _print("\n".join(lines))
     if settings.as_json:
-        told = {
+        announcement = {
             "url": url,
             "model": name,
             "engine": "vllm",
@@ -203,7 +207,7 @@ def _announce(
             "kernels": kernels,
             "models": [name],
         }
-        sys.stdout.write(json.dumps(told) + "\n")
+        sys.stdout.write(json.dumps(announcement) + "\n")
         sys.stdout.flush()
 
 
@@ -211,6 +215,6 @@ def _url(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stderr.write(text + "\n")
     sys.stderr.flush()

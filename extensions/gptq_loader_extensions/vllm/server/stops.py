@@ -1,6 +1,6 @@
-"""Add the texts that end a reply to requests for a chat: vLLM's server has no place for them.
+"""Add the texts that end a reply to chat requests: vLLM's server has no option for them.
 
-A model card's prompt ends a turn with words, such as `### Instruction:`, and not with a token.
+A model card's prompt ends a turn with a text, such as `### Instruction:`, and not with a token.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["ChatStops", "with_stops"]
+__all__ = ["ChatStops", "add_stops"]
 
 CHAT = "/v1/chat/completions"
 
 
 class ChatStops:
-    """Add stops to what clients ask of a chat.
+    """A middleware that adds stop texts to chat requests.
 
     Args:
-        app: what answers.
+        app: the application.
         stops: the texts that end a reply.
     """
 
@@ -31,7 +31,7 @@ class ChatStops:
         self._stops = stops
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, a chat's with the stops in it."""
+        """Pass a request on, a chat's with the stops added."""
         if not self._stops or scope["type"] != "http" or scope["path"] != CHAT:
             await self._app(scope, receive, send)
             return
@@ -43,27 +43,28 @@ class ChatStops:
             message = await receive()
         if message["type"] != "http.request":  # the client has gone
             return
-        asked = with_stops(body, self._stops)
-        headers = [it for it in scope["headers"] if it[0] != b"content-length"]
-        headers.append((b"content-length", str(len(asked)).encode()))
-        waiting = [{"type": "http.request", "body": asked, "more_body": False}]
+        body = add_stops(body, self._stops)
+        headers = [header for header in scope["headers"] if header[0] != b"content-length"]
+        headers.append((b"content-length", str(len(body)).encode()))
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def receive_asked() -> Message:
-            return waiting.pop() if waiting else await receive()
+        async def receive_changed() -> Message:
+            return messages.pop() if messages else await receive()
 
-        await self._app({**scope, "headers": headers}, receive_asked, send)
+        await self._app({**scope, "headers": headers}, receive_changed, send)
 
 
-def with_stops(body: bytes, stops: Sequence[str]) -> bytes:
-    """Add stops to a request's own; what is no request stays as it is, for the server to refuse."""
+def add_stops(body: bytes, stops: Sequence[str]) -> bytes:
+    """Add stops to a request's own; leave an invalid request as it is, for the server to refuse."""
     try:
-        asked: Any = json.loads(body)
+        request: Any = json.loads(body)
     except ValueError:
         return body
-    if not isinstance(asked, dict):
+    if not isinstance(request, dict):
         return body
-    own = asked.get("stop") or []
+    own = request.get("stop") or []
     own = [own] if isinstance(own, str) else own
     if not isinstance(own, list):
         return body
-    return json.dumps({**asked, "stop": [*own, *(it for it in stops if it not in own)]}).encode()
+    added = [stop for stop in stops if stop not in own]
+    return json.dumps({**request, "stop": [*own, *added]}).encode()

@@ -1,4 +1,4 @@
-"""Find the checkpoint's layers behind a layer of vLLM's model, and those behind none."""
+"""Map the layers of vLLM's model to those of the checkpoint."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["Names"]
+__all__ = ["LayerNames"]
 
 BLOCK = re.compile(r"(.*?\.\d+)\..*")  # up to the first number: a layer of the model
 
 
-class Names:
-    """The names of a checkpoint's quantised layers, as vLLM's model has them.
+class LayerNames:
+    """The names of a checkpoint's quantised layers in vLLM's model.
 
     Args:
         layers: their names in the checkpoint.
@@ -30,7 +30,7 @@ class Names:
         self._claimed: set[str] = set()
 
     def rename(self, mapper: Any) -> None:  # noqa: ANN401 - vLLM's WeightsMapper
-        """Rename as the model renames tensors; what it drops keeps its name."""
+        """Rename as the model renames tensors; a tensor that it drops keeps its name."""
         renamed = {}
         for name, stored in self._stored.items():
             tensor = mapper.map_name(f"{name}.qweight")
@@ -38,47 +38,47 @@ class Names:
         self._stored = renamed
 
     def claim(self, prefix: str, fused: Mapping[str, Sequence[str]]) -> list[str]:
-        """Name the checkpoint's layers that make up one of the model's: none where it is plain.
+        """Return the checkpoint's layers that make up one of the model's; none where it is plain.
 
         Args:
             prefix: the model's name of its layer.
-            fused: what the model joins: `qkv_proj` of `q_proj`, `k_proj` and `v_proj`.
+            fused: the layers that the model fuses: `qkv_proj` of `q_proj`, `k_proj` and `v_proj`.
 
         Raises:
-            UnsupportedFormat: some of what is joined is quantised, and some is not.
+            UnsupportedFormat: of the layers that are fused into one, only some are quantised.
         """
         parent, _, last = prefix.rpartition(".")
-        wanted = [prefix]
+        names = [prefix]
         if prefix not in self._stored and last in fused:
-            wanted = [f"{parent}.{it}" if parent else it for it in fused[last]]
-        return self.claim_all(wanted)
+            names = [f"{parent}.{part}" if parent else part for part in fused[last]]
+        return self.claim_all(names)
 
-    def claim_all(self, wanted: Sequence[str]) -> list[str]:
-        """Name the checkpoint's layers of these names of the model: all, or none.
+    def claim_all(self, names: Sequence[str]) -> list[str]:
+        """Return the checkpoint's layers by their names in the model: all, or none.
 
         Raises:
-            UnsupportedFormat: some are quantised, and some are not.
+            UnsupportedFormat: only some are quantised.
         """
-        found = [self._stored[it] for it in wanted if it in self._stored]
-        if found and len(found) < len(wanted):
-            plain = next(it for it in wanted if it not in self._stored)
+        layers = [self._stored[name] for name in names if name in self._stored]
+        if layers and len(layers) < len(names):
+            plain = next(name for name in names if name not in self._stored)
             raise UnsupportedFormat(
-                f"{found[0]} is quantised and {plain} is not; vLLM joins the two in one layer",
+                f"{layers[0]} is quantised and {plain} is not; vLLM fuses the two into one layer",
                 path=self._path,
                 hint="load it with gptq-loader, or with transformers",
             )
-        self._claimed.update(found)
-        return found
+        self._claimed.update(layers)
+        return layers
 
     def check_claimed(self) -> list[str]:
-        """List the layers of parts that the model lacks, such as one that guesses tokens ahead.
+        """Return the layers of modules that the model lacks, such as multi-token prediction.
 
         Raises:
             TensorMismatch: a layer has no place, though its block is in the model.
         """
-        blocks = {_block(it) for it in self._claimed}
-        left = [it for it in self._stored.values() if it not in self._claimed]
-        for name in left:
+        blocks = {_block(layer) for layer in self._claimed}
+        unclaimed = [layer for layer in self._stored.values() if layer not in self._claimed]
+        for name in unclaimed:
             if _block(name) in blocks or "." not in name:
                 raise TensorMismatch(
                     f"{name} is quantised, and vLLM's model has no quantised layer there",
@@ -86,10 +86,10 @@ class Names:
                     tensor=f"{name}.qweight",
                     hint="load it with gptq-loader, or with transformers",
                 )
-        return left
+        return unclaimed
 
 
 def _block(name: str) -> str:
-    """Name the block that a layer is in, or the layer itself outside of every block."""
+    """Return the name of the block that a layer is in; outside of every block, its own."""
     match = BLOCK.fullmatch(name)
     return match[1] if match else name
