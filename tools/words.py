@@ -24,7 +24,7 @@ PACKAGES = (
 )
 # A part of an identifier (`told` of `was_told`), in Python
 PARTS = """told tell tells asked said given found most least seen aside wanted likeliest hollow
-survey registry roomy""".split()
+survey shelf roomy""".split()
 # Whole identifiers, in Python
 WHOLE = """put drop take read_part never_ids hidden_ids KeptCache RoomyLayer Hollow narrow_head
 shorten Survey Shelf in_words as_words Asked Said moment Moment drawn Drawing steady TWO_BYTES
