@@ -299,7 +299,9 @@ def test_the_host_is_offered_by_name() -> None:
 def test_without_a_model_and_a_page_to_choose_one_it_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GPTQ_LOADER_PLUGINS", "core,host-openai,kernel-reference")
+    from gptq_loader_extensions.openai import serving
+
+    monkeypatch.setattr(serving, "_page", lambda: None)
     with pytest.raises(OptionInvalid, match="no model to serve"):
         OpenAIHost().install(port=0, models_dir=tmp_path)
 
