@@ -11,6 +11,8 @@ import torch
 from altered import DATA, ONE, copy
 from hypothesis import example, given
 from hypothesis import strategies as st
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.parser import text_string_to_metric_families
 from served import load, running
 from transformers import AutoTokenizer
 
@@ -253,17 +255,31 @@ def test_an_option_has_one_name() -> None:
 
 def test_metrics_are_prometheus_text() -> None:
     metrics = Metrics()
-    metrics.count("a_total", route='x"\\\n', status="200")
-    metrics.count("a_total", 2, route="y", status="200")
-    metrics.observe("b_seconds", 0.02)
-    metrics.observe("b_seconds", 1000)
-    lines = metrics.render({"c": 1.5}, {"model": "m"}).splitlines()
-    assert 'a_total{route="x\\"\\\\\\n",status="200"} 1' in lines
-    assert 'b_seconds_bucket{le="0.01"} 0' in lines
-    assert 'b_seconds_bucket{le="0.025"} 1' in lines
-    assert 'b_seconds_bucket{le="300"} 1' in lines
-    assert 'b_seconds_bucket{le="+Inf"} 2' in lines
-    assert "b_seconds_count 2" in lines
-    assert "c 1.5" in lines
-    assert 'gptq_model_info{model="m"} 1' in lines
-    assert metrics.total("a_total") == 3
+    metrics.requests.labels(route='x"\\\n', status="200").inc()
+    metrics.requests.labels(route="y", status="200").inc(2)
+    metrics.queue_seconds.observe(0.02)
+    metrics.queue_seconds.observe(1000)
+    metrics.replies.inc(3)
+    text = metrics.render([GaugeMetricFamily("gptq_requests_running", "", value=1.5)]).decode()
+    assert "_created" not in text, "OpenMetrics' alone"
+    samples = {
+        (it.name, *it.labels.values()): it.value
+        for family in text_string_to_metric_families(text)
+        for it in family.samples
+    }
+    assert samples["gptq_requests_total", 'x"\\\n', "200"] == 1
+    assert samples["gptq_requests_total", "y", "200"] == 2
+    assert samples["gptq_queue_seconds_bucket", "0.01"] == 0
+    assert samples["gptq_queue_seconds_bucket", "0.025"] == 1
+    assert samples["gptq_queue_seconds_bucket", "300.0"] == 1
+    assert samples["gptq_queue_seconds_bucket", "+Inf"] == 2
+    assert samples["gptq_queue_seconds_count",] == 2
+    assert samples["gptq_requests_running",] == 1.5
+    assert metrics.total("gptq_replies_total") == 3
+
+
+def test_two_servers_in_a_process_count_apart() -> None:
+    one, other = Metrics(), Metrics()
+    one.replies.inc()
+    assert one.total("gptq_replies_total") == 1
+    assert other.total("gptq_replies_total") == 0

@@ -34,7 +34,7 @@ class OpenAIHost:
                 is to end; and the fields of `settings.Settings`.
 
         Raises:
-            PluginError: fastapi or uvicorn is not installed.
+            PluginError: fastapi, prometheus_client or uvicorn is not installed.
             OptionInvalid: an option is unknown, the address cannot be served on, or it can be
                 reached from other machines and nothing keeps them out.
         """
@@ -52,6 +52,7 @@ class OpenAIHost:
         settings.check()
         try:
             import fastapi  # noqa: F401 - only whether they are there
+            import prometheus_client  # noqa: F401
             import uvicorn  # noqa: F401
         except ImportError as error:
             raise PluginError(
@@ -62,10 +63,14 @@ class OpenAIHost:
         serve(settings, model=model, reference=reference, load=load, stop=stop)
 
     def check(self) -> Readiness:
-        """Look for FastAPI, and for uvicorn, which serves it."""
-        served = check_package("uvicorn", oldest="0.30", newest="0.54", install=EXTRA)
-        if isinstance(served, NotReady):
-            return served
+        """Look for FastAPI, for uvicorn, which serves it, and for what counts."""
+        for package, oldest, newest in (
+            ("prometheus_client", "0.18", "0.26"),
+            ("uvicorn", "0.30", "0.54"),
+        ):
+            found = check_package(package, oldest=oldest, newest=newest, install=EXTRA)
+            if isinstance(found, NotReady):
+                return found
         return check_package("fastapi", oldest="0.115", newest="0.165", install=EXTRA)
 
 

@@ -77,7 +77,11 @@ class RayHost:
 
     def check(self) -> Readiness:
         """Look for Ray, and for what its replicas serve with."""
-        for package, oldest, newest in (("fastapi", "0.115", "0.165"), ("llguidance", "1", "1")):
+        for package, oldest, newest in (
+            ("fastapi", "0.115", "0.165"),
+            ("llguidance", "1", "1"),
+            ("prometheus_client", "0.18", "0.26"),
+        ):
             found = check_package(package, oldest=oldest, newest=newest, install=EXTRA)
             if isinstance(found, NotReady):
                 return found

@@ -2,76 +2,63 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import Counter
 from typing import TYPE_CHECKING
 
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable
+
+    from prometheus_client import Metric
 
 __all__ = ["Metrics"]
 
 # From a token of a small model to a long reply of a large one.
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
-Labels = tuple[tuple[str, str], ...]
-
 
 class Metrics:
-    """Counters and histograms, kept on the server's one event loop."""
+    """The counters and histograms of one server, in a registry that no other server shares."""
 
     def __init__(self) -> None:
-        self._counters: dict[str, Counter[Labels]] = {}
-        self._buckets: dict[str, list[int]] = {}
-        self._sums: Counter[str] = Counter()
-
-    def count(self, name: str, by: float = 1, **labels: str) -> None:
-        """Add to a counter."""
-        self._counters.setdefault(name, Counter())[tuple(sorted(labels.items()))] += by  # type: ignore[assignment]
-
-    def observe(self, name: str, seconds: float) -> None:
-        """Add a duration to a histogram."""
-        buckets = self._buckets.setdefault(name, [0] * (len(SECONDS) + 1))
-        buckets[bisect_left(SECONDS, seconds)] += 1
-        self._sums[name] += seconds  # type: ignore[assignment]
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "gptq_requests_total",
+            "HTTP requests, by route and status",
+            ["route", "status"],
+            registry=self._registry,
+        )
+        self.prompt_tokens = self._counter("gptq_prompt_tokens_total", "Tokens of prompts")
+        self.generated_tokens = self._counter("gptq_generated_tokens_total", "Tokens of replies")
+        self.replies = self._counter("gptq_replies_total", "Replies that were generated")
+        self.request_seconds = self._histogram("gptq_request_seconds", "Duration of a request")
+        self.queue_seconds = self._histogram("gptq_queue_seconds", "Time until a model is ready")
+        self.first_token_seconds = self._histogram(
+            "gptq_first_token_seconds", "Time to the first token"
+        )
 
     def total(self, name: str) -> float:
-        """Give a counter's sum over all labels."""
-        return sum(self._counters.get(name, Counter()).values())
+        """Return the value of a counter without labels."""
+        return self._registry.get_sample_value(name) or 0
 
-    def render(self, gauges: Mapping[str, float], info: Mapping[str, str]) -> str:
-        """Write everything, with values of this moment and what the model is."""
-        return "\n".join([*self._lines(), *_gauges(gauges, info), ""])
+    def render(self, more: Iterable[Metric] = ()) -> bytes:
+        """Return all metrics, and `more` that were read just now, in the text format."""
+        return generate_latest(_Collected([*self._registry.collect(), *more]))
 
-    def _lines(self) -> Iterator[str]:
-        for name, values in sorted(self._counters.items()):
-            yield f"# TYPE {name} counter"
-            for labels, value in sorted(values.items()):
-                yield f"{name}{_labels(labels)} {value:g}"
-        for name, buckets in sorted(self._buckets.items()):
-            yield f"# TYPE {name} histogram"
-            total = 0
-            for edge, count in zip((*map(str, SECONDS), "+Inf"), buckets, strict=True):
-                total += count
-                yield f'{name}_bucket{{le="{edge}"}} {total}'
-            yield f"{name}_sum {self._sums[name]:.6f}"
-            yield f"{name}_count {total}"
+    def _counter(self, name: str, documentation: str) -> Counter:
+        return Counter(name, documentation, registry=self._registry)
+
+    def _histogram(self, name: str, documentation: str) -> Histogram:
+        return Histogram(name, documentation, buckets=SECONDS, registry=self._registry)
 
 
-def _gauges(gauges: Mapping[str, float], info: Mapping[str, str]) -> Iterator[str]:
-    for name, value in gauges.items():
-        yield f"# TYPE {name} gauge"
-        yield f"{name} {value:.15g}"
-    if info:
-        yield "# TYPE gptq_model_info gauge"
-        yield f"gptq_model_info{_labels(tuple(info.items()))} 1"
+class _Collected:
+    """Metrics to write, without the times at which each was created: those are OpenMetrics'."""
 
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self._metrics = list(metrics)
 
-def _labels(labels: Labels) -> str:
-    if not labels:
-        return ""
-    return "{" + ",".join(f'{name}="{_escaped(value)}"' for name, value in labels) + "}"
-
-
-def _escaped(value: str) -> str:
-    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    def collect(self) -> list[Metric]:
+        for metric in self._metrics:
+            metric.samples = [it for it in metric.samples if not it.name.endswith("_created")]
+        return self._metrics

@@ -60,15 +60,15 @@ class Traffic:
         now = time.monotonic()
         route = getattr(scope.get("route"), "path", None) or "other"
         tokens = sum(record.tokens.values())
-        self._metrics.count("gptq_requests_total", route=route, status=str(status))
-        self._metrics.observe("gptq_request_seconds", now - record.began)
+        self._metrics.requests.labels(route=route, status=str(status)).inc()
+        self._metrics.request_seconds.observe(now - record.began)
         if record.ready is not None:
-            self._metrics.count("gptq_prompt_tokens_total", record.prompt_tokens)
-            self._metrics.count("gptq_generated_tokens_total", tokens)
-            self._metrics.count("gptq_replies_total", len(record.tokens))
-            self._metrics.observe("gptq_queue_seconds", record.ready - record.began)
+            self._metrics.prompt_tokens.inc(record.prompt_tokens)
+            self._metrics.generated_tokens.inc(tokens)
+            self._metrics.replies.inc(len(record.tokens))
+            self._metrics.queue_seconds.observe(record.ready - record.began)
         if record.first is not None:
-            self._metrics.observe("gptq_first_token_seconds", record.first - record.began)
+            self._metrics.first_token_seconds.observe(record.first - record.began)
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "request": record.request_id,

@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 
 from gptq_loader_extensions.openai.errors import ApiError
 from gptq_loader_extensions.openai.schema.openapi import ERRORS, NOT_DONE
 from gptq_loader_plugin.system.memory import resident_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prometheus_client import Metric
+
     from gptq_loader_extensions.openai.replies.model_registry import Entry
     from gptq_loader_extensions.openai.server import Server
 
@@ -69,7 +74,7 @@ def about_routes(server: Server) -> APIRouter:
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
         """Count what was done, in Prometheus' text format."""
-        text = server.metrics.render(_gauges(server), _info(server))
+        text = server.metrics.render(_state(server))
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     return router
@@ -84,25 +89,25 @@ def _model(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _gauges(server: Server) -> dict[str, float]:
+def _state(server: Server) -> Iterator[Metric]:
+    """Yield what is read when it is asked for: the queue, the memory, and which model is loaded."""
     running, waiting = server.engine.counts()
     loaded = server.registry.loaded
     weights = 0 if loaded is None else loaded[1].plan.weight_bytes
-    return {
-        "gptq_requests_running": running,
-        "gptq_requests_waiting": waiting,
-        "gptq_model_weight_bytes": weights,
-        "process_resident_memory_bytes": resident_memory(),
-    }
-
-
-def _info(server: Server) -> dict[str, str]:
-    if server.registry.loaded is None:
-        return {}
-    name, model = server.registry.loaded
-    return {
+    for name, documentation, value in (
+        ("gptq_requests_running", "Requests whose replies are being generated", running),
+        ("gptq_requests_waiting", "Requests in the queue", waiting),
+        ("gptq_model_weight_bytes", "Memory of the loaded model's weights", weights),
+        ("process_resident_memory_bytes", "Memory of this process", resident_memory()),
+    ):
+        yield GaugeMetricFamily(name, documentation, value=value)
+    if loaded is None:
+        return
+    name, model = loaded
+    labels = {
         "model": name,
         "kernels": ",".join(model.plan.kernels()),
         "device": str(model.plan.device),
         "dtype": model.plan.dtype,
     }
+    yield InfoMetricFamily("gptq_model", "The loaded model", value=labels)
