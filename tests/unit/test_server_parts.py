@@ -22,6 +22,7 @@ from gptq_loader_extensions.openai.replies.engine import ReplyChunk
 from gptq_loader_extensions.openai.replies.logprobs import Aligned
 from gptq_loader_extensions.openai.replies.processors import Bias, RecentPenalty, SaidPenalty
 from gptq_loader_extensions.openai.replies.scores import Step
+from gptq_loader_extensions.openai.replies.structured import GrammarMask
 from gptq_loader_extensions.openai.replies.token_text import TokenWords
 from gptq_loader_extensions.openai.replies.tools import Call, CallReader, TaggedCalls, WholeCall
 from gptq_loader_extensions.openai.schema.aliases import one_name_each
@@ -228,6 +229,33 @@ def test_tokens_are_given_out_with_their_text(words: TokenWords) -> None:
     stopped = Aligned(words, frozenset({end}))
     held = ReplyChunk(0, Piece("", 3, "stop"), steps[:3])
     assert stopped.take(held) == [], "they spelled a stop text"
+
+
+# Grammars
+
+
+@pytest.mark.parametrize("vocabulary", [384, 385, 401, 416])
+@pytest.mark.parametrize("wider", [0, 1, 31, 100])
+@pytest.mark.parametrize("pattern", ["[0-9]+", "(.|\n)*"])
+def test_a_grammar_allows_what_its_matcher_takes(vocabulary: int, wider: int, pattern: str) -> None:
+    llguidance = pytest.importorskip("llguidance")
+    hf = pytest.importorskip("llguidance.hf")
+    tokenizer = AutoTokenizer.from_pretrained(DATA / ONE)
+    known = hf.from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=[2])
+    grammar = llguidance.LLMatcher.grammar_from_regex(pattern)
+    matcher = llguidance.LLMatcher(known, grammar, log_level=0)
+    twin = llguidance.LLMatcher(known, grammar, log_level=0)
+    scores = torch.randn(1, vocabulary + wider)
+    before = scores.clone()
+    masked = GrammarMask(matcher, 1, vocabulary)(torch.tensor([[7]]), scores)
+    right = [
+        token < vocabulary and twin.validate_tokens([token]) == 1
+        for token in range(scores.shape[-1])
+    ]
+    allowed = torch.tensor([right])
+    assert 0 < allowed.sum() < vocabulary
+    assert torch.equal(masked, before.masked_fill(~allowed, float("-inf")))
+    assert torch.equal(scores, before), "the model's own logits stay what they are"
 
 
 # Options

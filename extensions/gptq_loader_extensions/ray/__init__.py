@@ -79,7 +79,7 @@ class RayHost:
         """Look for Ray, and for what its replicas serve with."""
         for package, oldest, newest in (
             ("fastapi", "0.115", "0.165"),
-            ("llguidance", "1", "1"),
+            ("llguidance", "1.7", "1.9.1"),
             ("prometheus_client", "0.18", "0.26"),
         ):
             found = check_package(package, oldest=oldest, newest=newest, install=EXTRA)

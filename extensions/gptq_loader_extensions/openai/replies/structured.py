@@ -36,23 +36,26 @@ class GrammarMask:
         self._vocabulary = vocabulary
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Give the logits [1, vocabulary] with every other token at minus infinity."""
+        """Return the logits [1, width] with every other token at minus infinity."""
+        import numpy as np
         import torch
-        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+        from llguidance.numpy import (
+            allocate_token_bitmask,
+            apply_token_bitmask_inplace,
+            fill_next_token_bitmask,
+        )
 
         for token in input_ids[0, self._read :].tolist():
             self._matcher.consume_token(token)
         self._read = input_ids.shape[1]
-        mask = allocate_token_bitmask(1, self._vocabulary)
+        mask = allocate_token_bitmask(1, self._vocabulary)  # int32 [1, ceil(vocabulary / 32)]
         fill_next_token_bitmask(self._matcher, mask)
         if error := self._matcher.get_error():
             raise ApiError(400, f"the schema cannot be followed: {error}", param="response_format")
-        words = torch.from_numpy(mask[0]).to(torch.int64) & 0xFFFFFFFF
-        bits = (words[:, None] >> torch.arange(32)) & 1
-        allowed = torch.zeros(scores.shape[-1], dtype=torch.bool)
-        known = min(self._vocabulary, scores.shape[-1])
-        allowed[:known] = bits.flatten()[:known].bool()
-        return scores.masked_fill(~allowed.to(scores.device), float("-inf"))
+        # Not llguidance.torch's, which torch.compile builds at its first call by a C++ compiler.
+        bias = np.zeros(scores.shape, np.float32)
+        apply_token_bitmask_inplace(bias, mask)
+        return scores.masked_fill(torch.from_numpy(bias).to(scores.device) < 0, float("-inf"))
 
 
 def make_grammar(
