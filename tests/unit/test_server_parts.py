@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 from served import load, running
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import Replace
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gptq_loader_extensions.openai.errors import ApiError
 from gptq_loader_extensions.openai.http.metrics import Metrics
@@ -200,17 +203,21 @@ def test_tokens_as_bytes_make_the_text_again(words: TokenWords) -> None:
 
 
 def test_a_sentencepiece_token_keeps_its_space() -> None:
-    class Tokenizer:
-        added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012 - transformers' own shape
-
-        def get_vocab(self) -> dict[str, int]:
-            return {"\u2581the": 0, "<0xE2>": 1, "a": 2}
-
-        def convert_ids_to_tokens(self, token: int) -> str | None:
-            return {it: text for text, it in self.get_vocab().items()}.get(token)
-
-    words = TokenWords(Tokenizer())  # type: ignore[arg-type]
-    assert [words.bytes(it) for it in range(4)] == [b" the", b"\xe2", b"a", b""]
+    """As in Llama 2's vocabulary: a mark for spaces, and bytes for what has no token."""
+    pieces = ["<unk>", *(f"<0x{it:02X}>" for it in range(256)), "\u2581", "a", "\u2581a", "\u00f1"]
+    vocabulary = {text: i for i, text in enumerate(pieces)}
+    model = BPE(vocabulary, [("\u2581", "a")], unk_token="<unk>", byte_fallback=True)
+    inner = Tokenizer(model)
+    inner.normalizer = Replace(" ", "\u2581")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    words = TokenWords(tokenizer)
+    text = "a a\u00f1 \U0001f600\u4f60a"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert vocabulary["\u2581a"] in ids
+    assert len(ids) > len(text), "some characters are several tokens"
+    assert b"".join(map(words.bytes, ids)) == text.encode()
+    assert words.name(vocabulary["<0xE4>"]) == "bytes:\\xe4"
+    assert words.bytes(len(pieces)) == b"", "a token the vocabulary does not have"
 
 
 def test_tokens_are_given_out_with_their_text(words: TokenWords) -> None:

@@ -22,9 +22,11 @@ class TokenWords:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
         self._tokenizer = tokenizer
         self._added = {index: it.content for index, it in tokenizer.added_tokens_decoder.items()}
-        self._bytes = _byte_letters()
+        self._bytes = {letter: bytes([it]) for it, letter in bytes_to_unicode().items()}
         self._by_bytes = any("\u0120" in token for token in tokenizer.get_vocab())
 
     def bytes(self, token: int) -> bytes:
@@ -51,12 +53,3 @@ class TokenWords:
             return raw.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{it:02x}" for it in raw)
-
-
-def _byte_letters() -> dict[str, bytes]:
-    """List the letters that byte-level vocabularies write bytes with: GPT-2's table."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [it for it in range(256) if it not in plain]
-    table = {chr(it): bytes([it]) for it in plain}
-    table.update({chr(256 + i): bytes([it]) for i, it in enumerate(others)})
-    return table
