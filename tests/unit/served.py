@@ -144,7 +144,7 @@ def running(
             shutil.copytree(DATA / name, models / name)
     chosen = Settings(port=0, models_dir=models, max_num_seqs=max_num_seqs, **settings)
     registry = ModelRegistry(chosen, load=loads)
-    registry.start(start, None)
+    registry.load_initial(start, None)
     engine = BatchEngine(registry, max_queue=chosen.max_queue, most=chosen.max_num_seqs)
     server = Server(chosen, registry, engine)
     listening = bind(chosen.host, 0)

@@ -141,8 +141,8 @@ def mount_page(app: FastAPI, server: Server) -> None:
 
     settings = server.settings
     catalog = Catalog(models_dir=settings.models_dir, cache=settings.cached_models)
-    if (own := server.registry.own) is not None:
-        catalog.add(own.name, own.target)
+    if (initial := server.registry.initial) is not None:
+        catalog.add(initial.name, initial.target)
     mount(app, Parts(ServerModels(server), catalog, downloads=settings.downloads))
 
 

@@ -70,7 +70,7 @@ class Server:
         Raises:
             ApiError: there is no such model.
         """
-        name = await asyncio.to_thread(self.registry.known, model or None)
+        name = await asyncio.to_thread(self.registry.resolve_name, model or None)
         reply = Reply(
             self.engine,
             name if model else None,

@@ -65,9 +65,9 @@ def serve(
     share_heaps()
     with closing(bind(settings.host, settings.port)) as listening:
         registry = ModelRegistry(settings, load=load)
-        registry.start(reference, model)
+        registry.load_initial(reference, model)
         page = _page()
-        if not registry.entries() and not settings.downloads and page is None:
+        if not registry.list_models() and not settings.downloads and page is None:
             raise OptionInvalid(
                 "there is no model to serve",
                 hint="name one: gptq-loader serve REF; or a folder of models: --models-dir FOLDER",
@@ -165,7 +165,7 @@ def _announce(server: Server, listening: socket.socket) -> None:
     settings, loaded = server.settings, server.registry.loaded
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host  # noqa: S104 - compared, not bound
     url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-    names = [it.name for it in server.registry.entries()]
+    names = [it.name for it in server.registry.list_models()]
     key = "your key" if settings.api_key else "anything"
     lines = [
         f"serving {loaded[0]}: {loaded[1].plan.headline()}"

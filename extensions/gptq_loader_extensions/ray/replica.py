@@ -40,7 +40,9 @@ class Replica:
         registry = ModelRegistry(
             settings, load=lambda it: gptq.load(it, options=how), environ=NO_FOLDERS
         )
-        registry.start(options.name or options.reference, gptq.load(options.reference, options=how))
+        registry.load_initial(
+            options.name or options.reference, gptq.load(options.reference, options=how)
+        )
         self._engine = BatchEngine(
             registry, max_queue=settings.max_queue, most=settings.max_num_seqs
         )

@@ -110,7 +110,7 @@ class ServerModels(Models):
         return self._alone(work, cancel)
 
     def _replace(self, name: str, load: Callable[[], LoadedModel]) -> LoadedModel:
-        return self._server.registry.exchange(name, load)
+        return self._server.registry.load_with(name, load)
 
     def _free(self) -> None:
         self._loaded = None

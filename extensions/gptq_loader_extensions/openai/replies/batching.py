@@ -127,7 +127,7 @@ class BatchEngine:
         """Stop, wait for the thread to end, and close the model."""
         self.stop()
         self._thread.join()
-        self._registry.close()
+        self._registry.unload()
 
     def _serve(self) -> None:
         idle = True
@@ -135,7 +135,7 @@ class BatchEngine:
             with self._changed:
                 resting = not (self._waiting or self._running or self._closed)
             if resting and not idle:
-                self._registry.tidy()
+                self._registry.release_memory()
             idle = resting
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._running or self._closed)
@@ -171,7 +171,7 @@ class BatchEngine:
         if work.alone is not None:
             return self._do_alone(work, work.alone)
         try:
-            name, model = self._registry.take(work.model, cancelled=work.cancel.is_set)
+            name, model = self._registry.load(work.model, cancelled=work.cancel.is_set)
             self._use(model)
             value, runs = work.prepare(model)
         except Exception as error:  # noqa: BLE001 - one request's fault must not end the others
@@ -281,7 +281,7 @@ class BatchEngine:
         with self._changed:
             del self._running[work]
         if is_out_of_memory(error):
-            self._registry.forget()
+            self._registry.release_memory(caches=True)
         elif as_api_error(error).status == 500:
             logger.error("a request failed", exc_info=error)
         work.send(Failed(error))

@@ -1,6 +1,6 @@
-"""Hold one model, and put another in its place when a request names it.
+"""Hold one model, and load another in its place when a request names it.
 
-A name is looked up in a list and never used as a path: whatever is not in the list, does not exist.
+A name is looked up in a list and never used as a path: a name that is not listed does not exist.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.hub.hub_reference import HubReference
 
-__all__ = ["Entry", "ModelRegistry"]
+__all__ = ["ModelRegistry", "ServedModel"]
 
 T = TypeVar("T")
 
@@ -39,12 +39,12 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ServedModel:
     """A model that may be served.
 
     Attributes:
         name: what clients call it.
-        target: what loads it: a folder, or what the server was started with.
+        target: the folder to load, or the reference the server was started with.
         created: when its folder last changed, in seconds since 1970.
     """
 
@@ -58,7 +58,7 @@ class ModelRegistry:
 
     Args:
         settings: which folders, and whether the cache, downloads and pickles are allowed.
-        load: loads what an entry points at.
+        load: loads a model's target.
         environ: where `GPTQ_LOADER_MODELS` is looked up.
     """
 
@@ -74,49 +74,50 @@ class ModelRegistry:
         self._environ = dict(environ)
         if settings.models_dir is not None:
             self._environ["GPTQ_LOADER_MODELS"] = str(settings.models_dir)
-        self._own: Entry | None = None
+        self._initial: ServedModel | None = None
         self._loaded: tuple[str, LoadedModel] | None = None
-        self._last: str | None = None
-        self._spare: PreTrainedTokenizerBase | None = None
-        self._spare_lock = Lock()
+        self._last_name: str | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._tokenizer_lock = Lock()
         self._warned: set[Path] = set()
 
-    def start(self, reference: str | None, model: LoadedModel | None) -> None:
-        """Put the first model up: one that is loaded already, or the one a user named.
+    def load_initial(self, reference: str | None, model: LoadedModel | None) -> None:
+        """Take the first model: one that is loaded already, or load the one a user named.
 
         Raises:
             GPTQLoaderError: it cannot be loaded.
         """
         if model is None and reference is not None:
-            self._own = next((it for it in self.entries() if it.name == reference), None)
-            model = self._load(reference if self._own is None else self._own.target)
+            listed = (entry for entry in self.list_models() if entry.name == reference)
+            self._initial = next(listed, None)
+            model = self._load(reference if self._initial is None else self._initial.target)
         if model is not None:
-            self._own = self._own or _own_entry(model, reference)
-            self._put(self._own.name, model)
+            self._initial = self._initial or _describe(model, reference)
+            self._set_loaded(self._initial.name, model)
 
     @property
-    def own(self) -> Entry | None:
-        """What the server was started with."""
-        return self._own
+    def initial(self) -> ServedModel | None:
+        """The model that the server was started with."""
+        return self._initial
 
     @property
     def loaded(self) -> tuple[str, LoadedModel] | None:
         """The model in memory, and its name."""
         return self._loaded
 
-    def entries(self) -> list[Entry]:
+    def list_models(self) -> list[ServedModel]:
         """List the models that may be served: the one the server was started with comes first."""
-        found = {} if self._own is None else {self._own.name: self._own}
-        roots = [it.resolve() for it in models_folders(self._environ)]
+        models = {} if self._initial is None else {self._initial.name: self._initial}
+        roots = [folder.resolve() for folder in models_folders(self._environ)]
         cache = _cache_root()
         for local in local_models(cache=self._settings.cached_models, environ=self._environ):
             if self._stays_inside(local.path, [*roots, cache]) and self._readable(local.path):
-                entry = Entry(local.name, local.path, int(local.path.stat().st_mtime))
-                found.setdefault(local.name, entry)
-        return list(found.values())
+                model = ServedModel(local.name, local.path, int(local.path.stat().st_mtime))
+                models.setdefault(local.name, model)
+        return list(models.values())
 
-    def known(self, name: str | None) -> str:
-        """Give the name that a model goes by.
+    def resolve_name(self, name: str | None) -> str:
+        """Return the name under which a model is served.
 
         Args:
             name: what a client calls it; None means the model that is loaded, or was last.
@@ -126,17 +127,19 @@ class ModelRegistry:
         """
         if self._loaded is not None and name in (None, self._loaded[0]):
             return self._loaded[0]
-        found = self._find(name)
-        return found.name if isinstance(found, Entry) else _hub_name(found)
+        model = self._look_up(name)
+        return model.name if isinstance(model, ServedModel) else _hub_name(model)
 
-    def take(
+    def load(
         self, name: str | None, *, cancelled: Callable[[], bool] | None = None
     ) -> tuple[str, LoadedModel]:
-        """Give a model, loading it where another one is loaded; call it from one thread alone.
+        """Load a model in place of another one, unless it is the one that is loaded.
+
+        Call it from the engine's thread alone.
 
         Args:
             name: what a client calls it; None means the one that is loaded, or was last.
-            cancelled: asked while it is downloaded: nobody else is answered meanwhile.
+            cancelled: polled while it is downloaded, as all other requests wait for that.
 
         Raises:
             ApiError: there is no such model, or not enough memory for it.
@@ -144,30 +147,23 @@ class ModelRegistry:
         """
         if self._loaded is not None and name in (None, self._loaded[0]):
             return self._loaded
-        found = self._find(name)
-        entry = found if isinstance(found, Entry) else self._download(found, cancelled)
-        self._check_memory(entry)
+        model = self._look_up(name)
+        if not isinstance(model, ServedModel):
+            model = self._download(model, cancelled)
+        self._check_memory(model)
         self.unload()
-        return self._put(entry.name, self._load(entry.target))
+        return self._set_loaded(model.name, self._load(model.target))
 
-    def with_tokenizer(self, use: Callable[[PreTrainedTokenizerBase], T]) -> T:
-        """Have a function called with a tokenizer that is the model's, and not in use elsewhere.
+    def load_with(self, name: str, load: Callable[[], LoadedModel]) -> LoadedModel:
+        """Load a model by a function, in place of the one that is loaded.
 
-        Tokenizers keep the options of a call inside them: two threads cannot share one.
-        """
-        with self._spare_lock:
-            if self._spare is None:
-                raise ApiError(503, "no model is loaded", kind="server_error")
-            return use(self._spare)
-
-    def exchange(self, name: str, load: Callable[[], LoadedModel]) -> LoadedModel:
-        """Put a model in place of the one that is loaded; call it from the engine's thread alone.
+        Call it from the engine's thread alone.
 
         Raises:
             GPTQLoaderError: it cannot be loaded; then none is.
         """
         self.unload()
-        return self._put(name, load())[1]
+        return self._set_loaded(name, load())[1]
 
     def unload(self) -> None:
         """Free the memory of the model that is loaded."""
@@ -177,60 +173,64 @@ class ModelRegistry:
         model.close()
         del model
         gc.unfreeze()
-        self.tidy()
+        self.release_memory()
 
-    def tidy(self) -> None:
-        """Give back what requests have left: their bodies in errors' cycles, pages with glibc.
+    def release_memory(self, *, caches: bool = False) -> None:
+        """Return to the system what requests left behind: bodies in errors' cycles, freed pages.
 
         Python looks through all objects for cycles only when their number has grown by a quarter,
-        and there are a million; those of the libraries and the model are left out (`_put`).
+        and there are a million; those of the libraries and the model are frozen (`_set_loaded`).
+
+        Args:
+            caches: also drop the keys and values that are kept for a next turn.
         """
         from gptq_loader_plugin.system.heap import release_freed
 
+        if caches and self._loaded is not None:
+            self._loaded[1].forget()
         gc.collect()
         release_freed()
 
-    def forget(self) -> None:
-        """Free what a failed request left in memory."""
-        if self._loaded is not None:
-            self._loaded[1].forget()
-        gc.collect()
+    def with_tokenizer(self, use: Callable[[PreTrainedTokenizerBase], T]) -> T:
+        """Call a function with a copy of the model's tokenizer that nothing else uses meanwhile.
 
-    def close(self) -> None:
-        """Free everything."""
-        self.unload()
+        Tokenizers keep the options of a call inside them: two threads cannot share one.
+        """
+        with self._tokenizer_lock:
+            if self._tokenizer is None:
+                raise ApiError(503, "no model is loaded", kind="server_error")
+            return use(self._tokenizer)
 
-    def _put(self, name: str, model: LoadedModel) -> tuple[str, LoadedModel]:
-        spare = copy.deepcopy(model.tokenizer)
-        with self._spare_lock:
-            self._spare = spare
-        self._loaded, self._last = (name, model), name
-        self.tidy()
+    def _set_loaded(self, name: str, model: LoadedModel) -> tuple[str, LoadedModel]:
+        tokenizer = copy.deepcopy(model.tokenizer)
+        with self._tokenizer_lock:
+            self._tokenizer = tokenizer
+        self._loaded, self._last_name = (name, model), name
+        self.release_memory()
         gc.freeze()
         return self._loaded
 
-    def _find(self, name: str | None) -> Entry | HubReference:
-        """Look a name up; what is not listed may be on the hub, where downloads are allowed."""
-        wanted = self._last if name is None else name
-        entries = self.entries()
-        if wanted is None:
-            names = ", ".join(it.name for it in entries) or "there is none on this machine"
+    def _look_up(self, name: str | None) -> ServedModel | HubReference:
+        """Look a name up; one that is not listed may be on the hub, where downloads are allowed."""
+        name = self._last_name if name is None else name
+        models = self.list_models()
+        if name is None:
+            names = ", ".join(it.name for it in models) or "there is none on this machine"
             raise ApiError(400, f"name a model: {names}", param="model", code="model_required")
-        for entry in entries:
-            if entry.name == wanted:
-                return entry
-        hub = parse_hub_reference(wanted) if self._settings.downloads else None
+        for model in models:
+            if model.name == name:
+                return model
+        hub = parse_hub_reference(name) if self._settings.downloads else None
         if hub is None:
             raise ApiError(
                 404,
-                f"the model {wanted[:200]!r} does not exist here; GET /v1/models lists those that "
-                "do",
+                f"the model {name[:200]!r} does not exist here; GET /v1/models lists those that do",
                 param="model",
                 code="model_not_found",
             )
         return hub
 
-    def _download(self, hub: HubReference, cancelled: Callable[[], bool] | None) -> Entry:
+    def _download(self, hub: HubReference, cancelled: Callable[[], bool] | None) -> ServedModel:
         from gptq_loader_plugin.hub import download_folder
 
         name = _hub_name(hub)
@@ -243,10 +243,10 @@ class ModelRegistry:
                 param="model",
                 code="model_refused",
             )
-        return Entry(name, folder, int(folder.stat().st_mtime))
+        return ServedModel(name, folder, int(folder.stat().st_mtime))
 
     def _stays_inside(self, folder: Path, roots: list[Path]) -> bool:
-        """Whether a model's folder and all of its files lie in the folders that may be read."""
+        """Return whether a model's folder and all of its files are in folders that may be read."""
         for path in (folder, *folder.iterdir()):
             real = path.resolve()
             if any(real.is_relative_to(root) for root in roots):
@@ -258,27 +258,29 @@ class ModelRegistry:
         return True
 
     def _readable(self, folder: Path) -> bool:
-        return self._settings.pickles or any(it.suffix == ".safetensors" for it in folder.iterdir())
+        return self._settings.pickles or any(
+            file.suffix == ".safetensors" for file in folder.iterdir()
+        )
 
-    def _check_memory(self, entry: Entry) -> None:
-        """Refuse a model that would not fit, before the system ends this process for it."""
+    def _check_memory(self, model: ServedModel) -> None:
+        """Refuse a model that would not fit, before the system kills this process for it."""
         import gptq_loader_plugin as gptq
 
         replaced = None if self._loaded is None else self._loaded[1].plan
         try:
-            check_memory(entry.name, gptq.explain(entry.target), replaced=replaced)
+            check_memory(model.name, gptq.explain(model.target), replaced=replaced)
         except NotEnoughMemory as error:
             raise ApiError(503, error.message, kind="server_error", code="out_of_memory") from error
 
 
-def _own_entry(model: LoadedModel, reference: str | None) -> Entry:
-    """Name the model the server was started with: never by a path."""
+def _describe(model: LoadedModel, reference: str | None) -> ServedModel:
+    """Name the model that the server was started with, never by a path."""
     plan = model.plan
-    typed = reference or plan.reference
-    is_path = local_path(typed).exists()
-    name = plan.path.resolve().name if is_path else typed
-    target = plan.path if is_path else typed
-    return Entry(name, target, int(plan.path.stat().st_mtime))
+    reference = reference or plan.reference
+    is_path = local_path(reference).exists()
+    name = plan.path.resolve().name if is_path else reference
+    target = plan.path if is_path else reference
+    return ServedModel(name, target, int(plan.path.stat().st_mtime))
 
 
 def _hub_name(hub: HubReference) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from prometheus_client import Metric
 
-    from gptq_loader_extensions.openai.replies.model_registry import Entry
+    from gptq_loader_extensions.openai.replies.model_registry import ServedModel
     from gptq_loader_extensions.openai.server import Server
 
 __all__ = ["about_routes"]
@@ -31,13 +31,13 @@ def about_routes(server: Server) -> APIRouter:
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
         """List the models that may be named."""
-        entries = await asyncio.to_thread(server.registry.entries)
+        entries = await asyncio.to_thread(server.registry.list_models)
         return {"object": "list", "data": [_model(it) for it in entries]}
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         """Say what one model is."""
-        for entry in await asyncio.to_thread(server.registry.entries):
+        for entry in await asyncio.to_thread(server.registry.list_models):
             if entry.name == name:
                 return _model(entry)
         raise ApiError(
@@ -80,7 +80,7 @@ def about_routes(server: Server) -> APIRouter:
     return router
 
 
-def _model(entry: Entry) -> dict[str, Any]:
+def _model(entry: ServedModel) -> dict[str, Any]:
     return {
         "id": entry.name,
         "object": "model",

@@ -38,8 +38,8 @@ def internal_routes(server: Server) -> APIRouter:  # noqa: C901 - one small func
     @router.get("/model/list")
     async def names() -> dict[str, Any]:
         """List the models that may be loaded."""
-        entries = await asyncio.to_thread(server.registry.entries)
-        return {"model_names": [it.name for it in entries]}
+        models = await asyncio.to_thread(server.registry.list_models)
+        return {"model_names": [model.name for model in models]}
 
     @router.post("/model/load")
     async def load(body: InternalLoad, request: Request) -> str:
