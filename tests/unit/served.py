@@ -145,7 +145,7 @@ def running(
     chosen = Settings(port=0, models_dir=models, max_num_seqs=max_num_seqs, **settings)
     registry = ModelRegistry(chosen, load=loads)
     registry.load_initial(start, None)
-    engine = BatchEngine(registry, max_queue=chosen.max_queue, most=chosen.max_num_seqs)
+    engine = BatchEngine(registry, max_queue=chosen.max_queue, max_num_seqs=chosen.max_num_seqs)
     server = Server(chosen, registry, engine)
     listening = bind(chosen.host, 0)
     host = uvicorn.Server(

@@ -24,7 +24,7 @@ from gptq_loader_extensions.openai.http.metrics import Metrics
 from gptq_loader_extensions.openai.replies.engine import ReplyChunk
 from gptq_loader_extensions.openai.replies.logprobs import Aligned
 from gptq_loader_extensions.openai.replies.processors import Bias, RecentPenalty, SaidPenalty
-from gptq_loader_extensions.openai.replies.scores import Step
+from gptq_loader_extensions.openai.replies.scores import ScoredToken
 from gptq_loader_extensions.openai.replies.structured import GrammarMask
 from gptq_loader_extensions.openai.replies.token_text import TokenWords
 from gptq_loader_extensions.openai.replies.tools import Call, CallReader, TaggedCalls, WholeCall
@@ -224,7 +224,7 @@ def test_tokens_are_given_out_with_their_text(words: TokenWords) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DATA / ONE)
     ids = tokenizer("abc", add_special_tokens=False)["input_ids"]
     end = 381
-    steps = [Step(it, -1.0) for it in [*ids, end]]
+    steps = [ScoredToken(it, -1.0) for it in [*ids, end]]
     texts = [words.text(it) for it in ids]
 
     aligned = Aligned(words, frozenset({end}))

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match
 
-from gptq_loader_extensions.openai.errors import ApiError, as_api_error, invalid
+from gptq_loader_extensions.openai.errors import ApiError, invalid, to_api_error
 from gptq_loader_extensions.openai.http.guard import Guard
 from gptq_loader_extensions.openai.http.request_log import ANSWERED_BY_NOBODY, Traffic
 from gptq_loader_extensions.openai.replies.reply_events import ClientGone
@@ -114,7 +114,7 @@ def _handle_errors(app: FastAPI) -> None:
     """Answer every error in OpenAI's shape."""
 
     async def api_error(request: Request, error: Exception) -> Response:
-        told = as_api_error(error)
+        told = to_api_error(error)
         if told.status == 500 and told is not error:
             logger.error("a request failed", exc_info=error)
         body = told.body()

@@ -16,7 +16,7 @@ from gptq_loader_plugin.errors import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ApiError", "as_api_error", "invalid"]
+__all__ = ["ApiError", "invalid", "to_api_error"]
 
 
 class ApiError(Exception):
@@ -65,7 +65,7 @@ def invalid(message: str, *, param: str | None = None, code: str | None = None) 
     return ApiError(400, message, param=param, code=code)
 
 
-def as_api_error(error: Exception) -> ApiError:
+def to_api_error(error: Exception) -> ApiError:
     """Turn what a request's work raised into an answer."""
     if isinstance(error, ApiError):
         return error

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastapi import Request
     from transformers import PreTrainedTokenizerBase
 
-    from gptq_loader_extensions.openai.replies.engine import Engine, Run
+    from gptq_loader_extensions.openai.replies.engine import GenerationEngine, Run
     from gptq_loader_extensions.openai.replies.model_registry import ModelRegistry
     from gptq_loader_extensions.openai.settings import Settings
     from gptq_loader_plugin.generation.loaded import LoadedModel
@@ -45,7 +45,7 @@ class Server:
 
     settings: Settings
     registry: ModelRegistry
-    engine: Engine
+    engine: GenerationEngine
     metrics: Metrics = field(default_factory=Metrics)
     replies: WeakKeyDictionary[Reply, str | None] = field(default_factory=WeakKeyDictionary)
     words: WeakKeyDictionary[LoadedModel, TokenWords] = field(default_factory=WeakKeyDictionary)

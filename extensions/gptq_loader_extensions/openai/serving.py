@@ -72,7 +72,9 @@ def serve(
                 "there is no model to serve",
                 hint="name one: gptq-loader serve REF; or a folder of models: --models-dir FOLDER",
             )
-        engine = BatchEngine(registry, max_queue=settings.max_queue, most=settings.max_num_seqs)
+        engine = BatchEngine(
+            registry, max_queue=settings.max_queue, max_num_seqs=settings.max_num_seqs
+        )
         server = Server(settings, registry, engine)
         log_requests()
         _announce(server, listening)

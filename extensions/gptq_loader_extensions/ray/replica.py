@@ -44,7 +44,7 @@ class Replica:
             options.name or options.reference, gptq.load(options.reference, options=how)
         )
         self._engine = BatchEngine(
-            registry, max_queue=settings.max_queue, most=settings.max_num_seqs
+            registry, max_queue=settings.max_queue, max_num_seqs=settings.max_num_seqs
         )
         self._server = Server(settings, registry, self._engine)
         log_requests()  # to stderr, which Ray Serve keeps in its own logs

@@ -16,8 +16,14 @@ from gptq_loader_extensions.gradio.jobs.models import (
     Stopped,
 )
 from gptq_loader_extensions.openai.errors import ApiError
-from gptq_loader_extensions.openai.replies.engine import Ended, Failed, ReplyChunk, Run, Work
-from gptq_loader_extensions.openai.replies.engine import Ready as RunReady
+from gptq_loader_extensions.openai.replies.engine import (
+    Ended,
+    EngineRequest,
+    Failed,
+    ReplyChunk,
+    Run,
+    Started,
+)
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.events import Progress
 
@@ -77,7 +83,7 @@ class ServerModels(Models):
             return ReplyStart(len(prompt.ids), model.context, prompt.warning), [run]
 
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        work = Work(None, make_run, events.put, cancel)
+        work = EngineRequest(None, make_run, events.put, cancel)
         ended = False
         try:
             for event in self._events(work, events, cancel):
@@ -124,14 +130,16 @@ class ServerModels(Models):
         """
         results: list[T] = []
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        alone = Work(None, lambda _: (None, ()), events.put, alone=lambda: results.append(work()))
-        for _ in self._events(alone, events, cancel):
+        request = EngineRequest(
+            None, lambda _: (None, ()), events.put, exclusive=lambda: results.append(work())
+        )
+        for _ in self._events(request, events, cancel):
             pass
         return results[0]
 
     def _events(
-        self, work: Work, events: queue.SimpleQueue[Event], cancel: threading.Event
-    ) -> Iterator[RunReady | ReplyChunk]:
+        self, work: EngineRequest, events: queue.SimpleQueue[Event], cancel: threading.Event
+    ) -> Iterator[Started | ReplyChunk]:
         """Submit work and yield its events, to its end.
 
         Raises:
@@ -149,7 +157,7 @@ class ServerModels(Models):
             raise GPTQLoaderError(str(error), hint="try again in a moment") from error
 
     def _event(
-        self, work: Work, events: queue.SimpleQueue[Event], cancel: threading.Event
+        self, work: EngineRequest, events: queue.SimpleQueue[Event], cancel: threading.Event
     ) -> Event:
         """Wait for an event; work that is cancelled before its turn leaves the queue."""
         while True:

@@ -1,12 +1,11 @@
-"""What requests ask of whatever writes their replies, and what it tells them.
+"""What requests hand to the engine, and the events it sends back.
 
-An engine is the only thing that touches a model: `BatchEngine` is the one there is.
+Nothing but the engine touches a model: `BatchEngine` is the one there is.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,20 +14,20 @@ if TYPE_CHECKING:
 
     from transformers import LogitsProcessor
 
-    from gptq_loader_extensions.openai.replies.scores import Step
+    from gptq_loader_extensions.openai.replies.scores import ScoredToken
     from gptq_loader_plugin.generation.generate import Piece
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.generation.options import GenerateOptions
 
 __all__ = [
     "Ended",
-    "Engine",
+    "EngineRequest",
     "Event",
     "Failed",
-    "Ready",
+    "GenerationEngine",
     "ReplyChunk",
     "Run",
-    "Work",
+    "Started",
 ]
 
 
@@ -40,25 +39,25 @@ class Run:
         ids: the prompt's tokens.
         options: how to sample.
         stop: the template's end texts.
-        processors: change the logits before a token is picked.
-        top: how many of the likeliest tokens to report with each token's probability; None reports
-            nothing.
+        processors: change the logits before a token is sampled.
+        top_logprobs: how many tokens to report at each position, the most probable first, with
+            their log-probabilities; None reports none, not even the sampled token's.
     """
 
     ids: Sequence[int]
     options: GenerateOptions
     stop: Sequence[str] = ()
     processors: Sequence[LogitsProcessor] = ()
-    top: int | None = None
+    top_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
-    """The model is there and the request was prepared with it.
+class Started:
+    """The model is loaded and the request was prepared with it.
 
     Attributes:
         model: its name.
-        value: whatever the preparation found out.
+        value: what the preparation returned.
         runs: the replies that follow.
     """
 
@@ -72,14 +71,14 @@ class ReplyChunk:
     """A piece of a reply.
 
     Attributes:
-        index: which run's.
+        index: the run it belongs to.
         piece: the text.
-        steps: the tokens that were picked since the piece before, where they were asked for.
+        tokens: the tokens sampled since the piece before, where log-probabilities are requested.
     """
 
     index: int
     piece: Piece
-    steps: Sequence[Step] = ()
+    tokens: Sequence[ScoredToken] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,42 +93,40 @@ class Ended:
     """The work is done."""
 
 
-Event = Ready | ReplyChunk | Failed | Ended
+Event = Started | ReplyChunk | Failed | Ended
 
 
 @dataclass(eq=False, slots=True)
-class Work:
-    """What one request wants done.
+class EngineRequest:
+    """What one request hands to the engine.
 
     Attributes:
         model: the model's name; None takes the one that is loaded.
-        prepare: called with the model, on the engine's thread; gives a value for the request, and
-            the replies to generate.
-        send: takes events, on the engine's thread; must not block.
-        cancel: ends the work within a token once it is set.
-        arrived: when it was handed in, by time.monotonic.
-        alone: called in place of all that, on the engine's thread, once nothing else runs.
+        prepare: called with the model, on the engine's thread; returns a value for the request,
+            and the replies to generate.
+        send: receives events, on the engine's thread; must not block.
+        cancel: ends the replies within a token once it is set.
+        exclusive: called in place of all that, on the engine's thread, while no reply is generated.
     """
 
     model: str | None
     prepare: Callable[[LoadedModel], tuple[Any, Sequence[Run]]]
     send: Callable[[Event], object]
     cancel: threading.Event = field(default_factory=threading.Event)
-    arrived: float = field(default_factory=time.monotonic)
-    alone: Callable[[], object] | None = None
+    exclusive: Callable[[], object] | None = None
 
 
-class Engine(Protocol):
-    """Takes work, and sends events as it is done."""
+class GenerationEngine(Protocol):
+    """Takes requests, and sends events as their replies are generated."""
 
-    def submit(self, work: Work) -> None:
-        """Queue work; refuse it with an `ApiError` where too much waits already."""
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request; refuse it with an `ApiError` where too many wait already."""
         ...
 
-    def cancel(self, work: Work) -> None:
-        """End work: running, its reply ends within a token; waiting, it fails."""
+    def cancel(self, request: EngineRequest) -> None:
+        """Cancel a request: running, its replies end within a token; waiting, it fails."""
         ...
 
     def counts(self) -> tuple[int, int]:
-        """Count the works that run, and those that wait."""
+        """Count the requests that run, and those that wait."""
         ...

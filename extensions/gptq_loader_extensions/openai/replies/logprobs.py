@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from gptq_loader_extensions.openai.replies.engine import ReplyChunk
-    from gptq_loader_extensions.openai.replies.scores import Step
+    from gptq_loader_extensions.openai.replies.scores import ScoredToken
     from gptq_loader_extensions.openai.replies.token_text import TokenWords
 
 __all__ = ["Aligned", "chat_logprobs", "completion_logprobs"]
@@ -27,13 +27,13 @@ class Aligned:
     def __init__(self, words: TokenWords, ends: frozenset[int]) -> None:
         self._words = words
         self._ends = ends
-        self._held: list[Step] = []
+        self._held: list[ScoredToken] = []
         self._given = 0  # bytes of text
         self._begin = 0  # where the first held token begins
 
-    def take(self, said: ReplyChunk) -> list[Step]:
+    def take(self, said: ReplyChunk) -> list[ScoredToken]:
         """Take a piece; give the tokens whose text has begun to be given out."""
-        self._held += said.steps
+        self._held += said.tokens
         self._given += len(said.piece.text.encode())
         given = []
         while self._held and self._begin < self._given:
@@ -51,7 +51,7 @@ class Aligned:
         return given
 
 
-def chat_logprobs(words: TokenWords, steps: Iterable[Step]) -> dict[str, Any]:
+def chat_logprobs(words: TokenWords, steps: Iterable[ScoredToken]) -> dict[str, Any]:
     """Write tokens' probabilities as /v1/chat/completions does."""
 
     def entry(token: int, logprob: float | None) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def chat_logprobs(words: TokenWords, steps: Iterable[Step]) -> dict[str, Any]:
 
 
 def completion_logprobs(
-    words: TokenWords, steps: Sequence[Step], *, begin: int, top: int
+    words: TokenWords, steps: Sequence[ScoredToken], *, begin: int, top: int
 ) -> dict[str, Any]:
     """Write tokens' probabilities as /v1/completions does; `begin` is where the text begins."""
     offsets = []

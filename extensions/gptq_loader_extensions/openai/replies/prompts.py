@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_extensions.openai.replies.scores import Step, score
+from gptq_loader_extensions.openai.replies.scores import ScoredToken, score_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,15 +18,15 @@ __all__ = ["next_logits", "score_prompt"]
 PART = 128  # tokens whose logits are in memory at a time: 25 MB in float32 for 49,152 of them
 
 
-def score_prompt(model: LoadedModel, ids: Sequence[int], top: int) -> list[Step]:
+def score_prompt(model: LoadedModel, ids: Sequence[int], top: int) -> list[ScoredToken]:
     """Score each token by what the model expected there; the first has nothing before it."""
     import torch
 
-    steps = [Step(ids[0], None)]
+    steps = [ScoredToken(ids[0], None)]
     with torch.inference_mode():
         for begin, logits in _parts(model, ids):
             following = ids[begin + 1 : begin + 1 + len(logits)]
-            steps += score(logits[: len(following)], following, top)
+            steps += score_tokens(logits[: len(following)], following, top)
     return steps
 
 

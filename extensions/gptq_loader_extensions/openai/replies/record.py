@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastapi import Request
 
-    from gptq_loader_extensions.openai.replies.engine import Ready, ReplyChunk
+    from gptq_loader_extensions.openai.replies.engine import ReplyChunk, Started
 
 __all__ = ["Record", "record_of"]
 
@@ -41,7 +41,7 @@ class Record:
     first: float | None = None
     ignored: tuple[str, ...] = ()
 
-    def started(self, event: Ready) -> None:
+    def started(self, event: Started) -> None:
         """Take down that a model has the request."""
         self.model = event.model
         self.ready = time.monotonic()

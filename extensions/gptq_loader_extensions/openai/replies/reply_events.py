@@ -7,15 +7,21 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_extensions.openai.errors import ApiError, as_api_error
-from gptq_loader_extensions.openai.replies.engine import Ended, Failed, Ready, ReplyChunk, Work
+from gptq_loader_extensions.openai.errors import ApiError, to_api_error
+from gptq_loader_extensions.openai.replies.engine import (
+    Ended,
+    EngineRequest,
+    Failed,
+    ReplyChunk,
+    Started,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
     from fastapi import Request
 
-    from gptq_loader_extensions.openai.replies.engine import Engine, Event, Run
+    from gptq_loader_extensions.openai.replies.engine import Event, GenerationEngine, Run
     from gptq_loader_extensions.openai.replies.record import Record
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
@@ -39,7 +45,7 @@ class Reply:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: GenerationEngine,
         model: str | None,
         prepare: Callable[[LoadedModel], tuple[Any, Sequence[Run]]],
         *,
@@ -57,8 +63,8 @@ class Reply:
             with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        self._work = Work(model, prepare, send)
-        self.ready: Ready | None = None
+        self._work = EngineRequest(model, prepare, send)
+        self.ready: Started | None = None
         self.text = ""
         self.ended = False
 
@@ -105,7 +111,7 @@ class Reply:
     async def _first(self) -> ReplyChunk | Ended:
         while True:
             event = await self._next()
-            if isinstance(event, Ready):
+            if isinstance(event, Started):
                 self.ready = event
                 self._record.started(event)
             elif isinstance(event, ReplyChunk | Ended):
@@ -124,7 +130,7 @@ class Reply:
                 code="timeout",
             ) from error
         if isinstance(event, Failed):
-            raise as_api_error(event.error) from event.error
+            raise to_api_error(event.error) from event.error
         if isinstance(event, Ended):
             self.ended = True
         if isinstance(event, ReplyChunk):
@@ -133,7 +139,7 @@ class Reply:
         return event
 
 
-async def whole(reply: Reply, request: Request) -> tuple[Ready, list[ReplyChunk]]:
+async def whole(reply: Reply, request: Request) -> tuple[Started, list[ReplyChunk]]:
     """Wait for all of a reply; a client that hangs up ends it.
 
     Raises:

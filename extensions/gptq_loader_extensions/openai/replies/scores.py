@@ -1,4 +1,4 @@
-"""Take down each token as it is picked, with its probability and those of its rivals."""
+"""Record each token as it is sampled, with its log-probability and the most probable others."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["Scores", "Step", "score"]
+__all__ = ["LogprobRecorder", "ScoredToken", "score_tokens"]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ScoredToken:
     """A token, and how likely the model found it.
 
     Attributes:
         token: its id.
         logprob: the natural logarithm of its probability, before any sampling option; None where
             nothing came before it.
-        top: the likeliest tokens of that place, with theirs.
+        top: the most probable tokens at that position, each with its log-probability.
     """
 
     token: int
@@ -29,36 +29,36 @@ class Step:
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Scores:
-    """Watch a reply being generated.
+class LogprobRecorder:
+    """Record the tokens of a reply while it is generated.
 
     Args:
-        top: how many of the likeliest tokens to take down.
+        top: how many of the most probable tokens to record at each position.
     """
 
     def __init__(self, top: int) -> None:
         self._top = top
-        self._steps: list[Step] = []
+        self._tokens: list[ScoredToken] = []
 
-    def watch(self, token: int, logits: torch.Tensor) -> None:
-        """Take down a token that was picked by these logits [1, vocabulary]."""
-        self._steps.append(score(logits, [token], self._top)[0])
+    def record(self, token: int, logits: torch.Tensor) -> None:
+        """Record a token that was sampled from these logits [1, vocabulary]."""
+        self._tokens += score_tokens(logits, [token], self._top)
 
-    def taken(self) -> Sequence[Step]:
-        """Give what was taken down since the last call."""
-        steps, self._steps = self._steps, []
-        return steps
+    def flush(self) -> Sequence[ScoredToken]:
+        """Return the tokens recorded since the last call."""
+        tokens, self._tokens = self._tokens, []
+        return tokens
 
 
-def score(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[Step]:
-    """Score tokens [n] by the logits [n, vocabulary] of their places."""
+def score_tokens(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[ScoredToken]:
+    """Score tokens [n] by the logits [n, vocabulary] of their positions."""
     logprobs = logits.float().log_softmax(dim=-1)
     best = logprobs.topk(top, dim=-1) if top else None
-    steps = []
+    scored = []
     for i, token in enumerate(tokens):
-        rivals: tuple[tuple[int, float], ...] = ()
+        alternatives: tuple[tuple[int, float], ...] = ()
         if best is not None:
             values, ids = best.values[i].tolist(), best.indices[i].tolist()
-            rivals = tuple(zip(ids, values, strict=True))
-        steps.append(Step(token, float(logprobs[i, token]), rivals))
-    return steps
+            alternatives = tuple(zip(ids, values, strict=True))
+        scored.append(ScoredToken(token, float(logprobs[i, token]), alternatives))
+    return scored

@@ -26,7 +26,7 @@ from gptq_loader_extensions.openai.schema.unsupported import check_extra, check_
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from gptq_loader_extensions.openai.replies.engine import Ready
+    from gptq_loader_extensions.openai.replies.engine import Started
     from gptq_loader_extensions.openai.replies.reply_events import Reply
     from gptq_loader_extensions.openai.replies.token_text import TokenWords
     from gptq_loader_extensions.openai.replies.tools import Call, CallReader
@@ -162,7 +162,7 @@ def _prepare(server: Server, body: ChatRequest, model: LoadedModel) -> tuple[Pre
     return Prepared(reader, ends, words), runs
 
 
-def _completion(ready: Ready, said: list[ReplyChunk], about: dict[str, Any]) -> dict[str, Any]:
+def _completion(ready: Started, said: list[ReplyChunk], about: dict[str, Any]) -> dict[str, Any]:
     choices = [Choice(ready.value) for _ in ready.runs]
     for piece in said:
         choices[piece.index].take(piece)
@@ -203,7 +203,7 @@ async def _chunks(
         yield event({**head, "choices": [], "usage": counted})
 
 
-def usage(ready: Ready, tokens: list[int]) -> dict[str, int]:
+def usage(ready: Started, tokens: list[int]) -> dict[str, int]:
     """Count a request's tokens; a prompt that is answered several times counts once."""
     prompts = {id(run.ids): len(run.ids) for run in ready.runs}
     total = sum(prompts.values())

@@ -26,9 +26,9 @@ from gptq_loader_extensions.openai.schema.unsupported import check_extra
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from gptq_loader_extensions.openai.replies.engine import Ready
+    from gptq_loader_extensions.openai.replies.engine import Started
     from gptq_loader_extensions.openai.replies.reply_events import Reply
-    from gptq_loader_extensions.openai.replies.scores import Step
+    from gptq_loader_extensions.openai.replies.scores import ScoredToken
     from gptq_loader_extensions.openai.replies.token_text import TokenWords
     from gptq_loader_extensions.openai.server import Server
     from gptq_loader_plugin.generation.loaded import LoadedModel
@@ -49,7 +49,7 @@ class Prompt:
     """
 
     text: str
-    steps: Sequence[Step]
+    steps: Sequence[ScoredToken]
     tokens: int
 
 
@@ -85,7 +85,7 @@ class Choice:
         self._prompt = prepared.prompts[index // prepared.copies]
         self._words = prepared.words
         self._aligned = None if self._words is None else Aligned(self._words, prepared.ends)
-        self._steps: list[Step] = list(self._prompt.steps)
+        self._steps: list[ScoredToken] = list(self._prompt.steps)
         self._said = 0  # characters whose tokens were reported
         self.index = index
         self.text = self._prompt.text
@@ -218,7 +218,7 @@ def _ids(
     return ids
 
 
-def _completion(ready: Ready, said: list[ReplyChunk], about: dict[str, Any]) -> dict[str, Any]:
+def _completion(ready: Started, said: list[ReplyChunk], about: dict[str, Any]) -> dict[str, Any]:
     prepared: Prepared = ready.value
     choices = [Choice(prepared, i) for i in range(len(prepared.prompts) * prepared.copies)]
     for piece in said:
