@@ -22,12 +22,21 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from gptq_loader_extensions.openai.errors import ApiError
 from gptq_loader_extensions.openai.http.metrics import Metrics
 from gptq_loader_extensions.openai.replies.engine import ReplyChunk
-from gptq_loader_extensions.openai.replies.logprobs import Aligned
-from gptq_loader_extensions.openai.replies.processors import Bias, RecentPenalty, SaidPenalty
+from gptq_loader_extensions.openai.replies.logprobs import LogprobAligner
+from gptq_loader_extensions.openai.replies.processors import (
+    LogitBias,
+    PresencePenalty,
+    RecentPenalty,
+)
 from gptq_loader_extensions.openai.replies.scores import ScoredToken
 from gptq_loader_extensions.openai.replies.structured import GrammarMask
-from gptq_loader_extensions.openai.replies.token_text import TokenWords
-from gptq_loader_extensions.openai.replies.tools import Call, CallReader, TaggedCalls, WholeCall
+from gptq_loader_extensions.openai.replies.token_text import TokenText
+from gptq_loader_extensions.openai.replies.tools import (
+    FunctionCall,
+    HermesToolParser,
+    LlamaToolParser,
+    ToolParser,
+)
 from gptq_loader_extensions.openai.schema.aliases import one_name_each
 from gptq_loader_plugin.generation.generate import Piece
 
@@ -56,9 +65,9 @@ Call functions with <tool_call>{"name": ..., "arguments": ...}</tool_call>:
 {% endif %}"""
 
 
-def read(reader: CallReader, pieces: Sequence[str]) -> tuple[str, list[Call]]:
+def read(reader: ToolParser, pieces: Sequence[str]) -> tuple[str, list[FunctionCall]]:
     said, calls = "", []
-    for text, found in [*map(reader.add, pieces), reader.rest()]:
+    for text, found in [*map(reader.feed, pieces), reader.finish()]:
         said += text
         calls += found
     return said, calls
@@ -70,7 +79,7 @@ def test_a_call_is_found_however_the_text_is_cut(cuts: list[int]) -> None:
     text = f"Let me look.\n{CALL}\n{CALL} and <tool_x"
     edges = sorted({0, len(text), *(it for it in cuts if it < len(text))})
     pieces = [text[a:b] for a, b in pairwise(edges)]
-    said, calls = read(TaggedCalls(), pieces)
+    said, calls = read(HermesToolParser(), pieces)
     assert said == "Let me look.\n and <tool_x"
     assert [it.name for it in calls] == ["now", "now"]
     assert json.loads(calls[0].arguments) == {"zone": "UTC"}
@@ -88,7 +97,7 @@ def test_a_call_is_found_however_the_text_is_cut(cuts: list[int]) -> None:
     ],
 )
 def test_what_is_no_call_stays_text(text: str, said: str, names: list[str]) -> None:
-    found, calls = read(TaggedCalls(), list(text))
+    found, calls = read(HermesToolParser(), list(text))
     assert (found, [it.name for it in calls]) == (said, names)
 
 
@@ -102,7 +111,7 @@ def test_what_is_no_call_stays_text(text: str, said: str, names: list[str]) -> N
     ],
 )
 def test_a_whole_reply_may_be_a_call(text: str, said: str, names: list[str]) -> None:
-    found, calls = read(WholeCall(), list(text))
+    found, calls = read(LlamaToolParser(), list(text))
     assert (found, [it.name for it in calls]) == (said, names)
 
 
@@ -188,11 +197,11 @@ def test_a_call_is_sent_as_openai_sends_it(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def words() -> TokenWords:
-    return TokenWords(AutoTokenizer.from_pretrained(DATA / ONE))
+def words() -> TokenText:
+    return TokenText(AutoTokenizer.from_pretrained(DATA / ONE))
 
 
-def test_tokens_as_bytes_make_the_text_again(words: TokenWords) -> None:
+def test_tokens_as_bytes_make_the_text_again(words: TokenText) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DATA / ONE)
     text = "Hello the <|im_start|> ñandú 你好 \U0001f600\n\t end"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -210,7 +219,7 @@ def test_a_sentencepiece_token_keeps_its_space() -> None:
     inner = Tokenizer(model)
     inner.normalizer = Replace(" ", "\u2581")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
-    words = TokenWords(tokenizer)
+    words = TokenText(tokenizer)
     text = "a a\u00f1 \U0001f600\u4f60a"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert vocabulary["\u2581a"] in ids
@@ -220,22 +229,22 @@ def test_a_sentencepiece_token_keeps_its_space() -> None:
     assert words.bytes(len(pieces)) == b"", "a token the vocabulary does not have"
 
 
-def test_tokens_are_given_out_with_their_text(words: TokenWords) -> None:
+def test_tokens_are_given_out_with_their_text(words: TokenText) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DATA / ONE)
     ids = tokenizer("abc", add_special_tokens=False)["input_ids"]
     end = 381
     steps = [ScoredToken(it, -1.0) for it in [*ids, end]]
     texts = [words.text(it) for it in ids]
 
-    aligned = Aligned(words, frozenset({end}))
-    assert aligned.take(ReplyChunk(0, Piece("", 1), steps[:1])) == []
-    assert aligned.take(ReplyChunk(0, Piece("".join(texts[:2]), 2), steps[1:2])) == steps[:2]
+    aligned = LogprobAligner(words, frozenset({end}))
+    assert aligned.add(ReplyChunk(0, Piece("", 1), steps[:1])) == []
+    assert aligned.add(ReplyChunk(0, Piece("".join(texts[:2]), 2), steps[1:2])) == steps[:2]
     rest = ReplyChunk(0, Piece("".join(texts[2:]), 4, "stop"), steps[2:])
-    assert aligned.take(rest) == steps[2:-1], "an end token is no text"
+    assert aligned.add(rest) == steps[2:-1], "an end token is no text"
 
-    stopped = Aligned(words, frozenset({end}))
+    stopped = LogprobAligner(words, frozenset({end}))
     held = ReplyChunk(0, Piece("", 3, "stop"), steps[:3])
-    assert stopped.take(held) == [], "they spelled a stop text"
+    assert stopped.add(held) == [], "they spelled a stop text"
 
 
 # Grammars
@@ -271,12 +280,12 @@ def test_a_grammar_allows_what_its_matcher_takes(vocabulary: int, wider: int, pa
 def test_penalties_count_what_they_say_they_count() -> None:
     ids = torch.tensor([[7, 7, 1, 2, 2]])
     scores = torch.ones(1, 8)
-    said = SaidPenalty(2, presence=0.5, frequency=0.25)(ids, scores)
+    said = PresencePenalty(2, presence=0.5, frequency=0.25)(ids, scores)
     assert said[0].tolist() == [1, 0.25, 0, 1, 1, 1, 1, 1]
     scores[0, 1] = -1
     recent = RecentPenalty(2.0, 3)(ids, scores)
     assert recent[0].tolist() == [1, -2, 0.5, 1, 1, 1, 1, 1]
-    assert Bias({3: 4.0})(ids, scores)[0, 3] == 5
+    assert LogitBias({3: 4.0})(ids, scores)[0, 3] == 5
     assert scores[0, 3] == 1, "the model's own logits stay what they are"
 
 

@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Match
 from gptq_loader_extensions.openai.errors import ApiError, invalid, to_api_error
 from gptq_loader_extensions.openai.http.guard import Guard
 from gptq_loader_extensions.openai.http.request_log import ANSWERED_BY_NOBODY, Traffic
-from gptq_loader_extensions.openai.replies.reply_events import ClientGone
+from gptq_loader_extensions.openai.replies.reply_events import ClientDisconnected
 from gptq_loader_extensions.openai.routes.chat import chat_routes
 from gptq_loader_extensions.openai.routes.completions import completion_routes
 from gptq_loader_extensions.openai.routes.info import about_routes
@@ -139,7 +139,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(ClientGone, gone)
+    app.add_exception_handler(ClientDisconnected, gone)
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(Exception, api_error)
 

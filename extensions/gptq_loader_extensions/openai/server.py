@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from gptq_loader_extensions.openai.http.metrics import Metrics
-from gptq_loader_extensions.openai.replies.record import record_of
-from gptq_loader_extensions.openai.replies.reply_events import Reply, whole
-from gptq_loader_extensions.openai.replies.token_text import TokenWords
+from gptq_loader_extensions.openai.replies.record import request_record
+from gptq_loader_extensions.openai.replies.reply_events import PendingReply, collect
+from gptq_loader_extensions.openai.replies.token_text import TokenText
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,8 +47,8 @@ class Server:
     registry: ModelRegistry
     engine: GenerationEngine
     metrics: Metrics = field(default_factory=Metrics)
-    replies: WeakKeyDictionary[Reply, str | None] = field(default_factory=WeakKeyDictionary)
-    words: WeakKeyDictionary[LoadedModel, TokenWords] = field(default_factory=WeakKeyDictionary)
+    replies: WeakKeyDictionary[PendingReply, str | None] = field(default_factory=WeakKeyDictionary)
+    words: WeakKeyDictionary[LoadedModel, TokenText] = field(default_factory=WeakKeyDictionary)
     grammars: WeakKeyDictionary[LoadedModel, Any] = field(default_factory=WeakKeyDictionary)
 
     async def reply(
@@ -58,7 +58,7 @@ class Server:
         prepare: Callable[[LoadedModel], tuple[Any, Sequence[Run]]],
         *,
         key: str | None = None,
-    ) -> Reply:
+    ) -> PendingReply:
         """Make a reply to a request; it is queued when it is started.
 
         Args:
@@ -71,12 +71,12 @@ class Server:
             ApiError: there is no such model.
         """
         name = await asyncio.to_thread(self.registry.resolve_name, model or None)
-        reply = Reply(
+        reply = PendingReply(
             self.engine,
             name if model else None,
             prepare,
             timeout=self.settings.timeout,
-            record=record_of(request),
+            record=request_record(request),
         )
         self.replies[reply] = key
         return reply
@@ -90,7 +90,7 @@ class Server:
             ApiError: it was refused, failed, or took too long.
         """
         reply = await self.reply(request, model, lambda loaded: (question(loaded), ()))
-        ready, _ = await whole(reply, request)
+        ready, _ = await collect(reply, request)
         answer: T = ready.value
         return answer
 
@@ -104,10 +104,10 @@ class Server:
             await self.ask(request, lambda _: None)
         return await asyncio.to_thread(self.registry.with_tokenizer, use)
 
-    def words_of(self, model: LoadedModel) -> TokenWords:
+    def words_of(self, model: LoadedModel) -> TokenText:
         """Give what writes a model's single tokens; a vocabulary takes some time to list."""
         if model not in self.words:
-            self.words[model] = TokenWords(model.tokenizer)
+            self.words[model] = TokenText(model.tokenizer)
         return self.words[model]
 
     def most_tokens(self, asked: int | None, model: LoadedModel) -> int:

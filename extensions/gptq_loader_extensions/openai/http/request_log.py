@@ -7,7 +7,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_extensions.openai.replies.record import Record
+from gptq_loader_extensions.openai.replies.record import RequestRecord
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,7 +39,7 @@ class Traffic:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = Record()
+        record = RequestRecord()
         scope.setdefault("state", {})["record"] = record
         status = ANSWERED_BY_NOBODY
 
@@ -56,19 +56,19 @@ class Traffic:
         finally:
             self._note(scope, record, status)
 
-    def _note(self, scope: Scope, record: Record, status: int) -> None:
+    def _note(self, scope: Scope, record: RequestRecord, status: int) -> None:
         now = time.monotonic()
         route = getattr(scope.get("route"), "path", None) or "other"
         tokens = sum(record.tokens.values())
         self._metrics.requests.labels(route=route, status=str(status)).inc()
         self._metrics.request_seconds.observe(now - record.began)
-        if record.ready is not None:
+        if record.started_at is not None:
             self._metrics.prompt_tokens.inc(record.prompt_tokens)
             self._metrics.generated_tokens.inc(tokens)
             self._metrics.replies.inc(len(record.tokens))
-            self._metrics.queue_seconds.observe(record.ready - record.began)
-        if record.first is not None:
-            self._metrics.first_token_seconds.observe(record.first - record.began)
+            self._metrics.queue_seconds.observe(record.started_at - record.began)
+        if record.first_chunk_at is not None:
+            self._metrics.first_token_seconds.observe(record.first_chunk_at - record.began)
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "request": record.request_id,
@@ -77,16 +77,16 @@ class Traffic:
             "status": status,
             "seconds": round(now - record.began, 4),
         }
-        if record.ready is not None:
+        if record.started_at is not None:
             line |= {
                 "model": record.model,
                 "prompt_tokens": record.prompt_tokens,
                 "tokens": tokens,
                 "finish": record.finish,
-                "queue_seconds": round(record.ready - record.began, 4),
+                "queue_seconds": round(record.started_at - record.began, 4),
             }
-        if record.first is not None:
-            line["first_token_seconds"] = round(record.first - record.began, 4)
+        if record.first_chunk_at is not None:
+            line["first_token_seconds"] = round(record.first_chunk_at - record.began, 4)
         if record.ignored:
             line["ignored_options"] = record.ignored
         logger.info("%s", json.dumps(line))

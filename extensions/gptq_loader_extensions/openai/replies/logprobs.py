@@ -1,4 +1,4 @@
-"""Report the probabilities of a reply's tokens, in both of OpenAI's shapes."""
+"""Report the log-probabilities of a reply's tokens, in both of OpenAI's shapes."""
 
 from __future__ import annotations
 
@@ -9,53 +9,53 @@ if TYPE_CHECKING:
 
     from gptq_loader_extensions.openai.replies.engine import ReplyChunk
     from gptq_loader_extensions.openai.replies.scores import ScoredToken
-    from gptq_loader_extensions.openai.replies.token_text import TokenWords
+    from gptq_loader_extensions.openai.replies.token_text import TokenText
 
-__all__ = ["Aligned", "chat_logprobs", "completion_logprobs"]
+__all__ = ["LogprobAligner", "chat_logprobs", "completion_logprobs"]
 
-LEAST = -9999.0  # what stands for minus infinity, which JSON cannot write
+MIN_LOGPROB = -9999.0  # what stands for minus infinity, which JSON cannot write
 
 
-class Aligned:
-    """Give out a reply's tokens with the text they are of: some are held back, and ends are none.
+class LogprobAligner:
+    """Report a reply's tokens with the text they are of: some is held back, and ends have none.
 
     Args:
-        words: writes tokens as bytes.
-        ends: the tokens that end a reply.
+        token_text: writes tokens as bytes.
+        end_ids: the tokens that end a reply.
     """
 
-    def __init__(self, words: TokenWords, ends: frozenset[int]) -> None:
-        self._words = words
-        self._ends = ends
+    def __init__(self, token_text: TokenText, end_ids: frozenset[int]) -> None:
+        self._token_text = token_text
+        self._end_ids = end_ids
         self._held: list[ScoredToken] = []
-        self._given = 0  # bytes of text
-        self._begin = 0  # where the first held token begins
+        self._sent_bytes = 0  # of text
+        self._held_begin = 0  # where the first held token's text begins
 
-    def take(self, said: ReplyChunk) -> list[ScoredToken]:
-        """Take a piece; give the tokens whose text has begun to be given out."""
-        self._held += said.tokens
-        self._given += len(said.piece.text.encode())
-        given = []
-        while self._held and self._begin < self._given:
-            step = self._held.pop(0)
-            self._begin += len(self._words.bytes(step.token))
-            given.append(step)
-        if said.piece.finish is None:
-            return given
-        at_end = bool(self._held) and self._held[-1].token in self._ends
+    def add(self, chunk: ReplyChunk) -> list[ScoredToken]:
+        """Add a chunk; return the tokens whose text has begun to be sent."""
+        self._held += chunk.tokens
+        self._sent_bytes += len(chunk.piece.text.encode())
+        sent = []
+        while self._held and self._held_begin < self._sent_bytes:
+            token = self._held.pop(0)
+            self._held_begin += len(self._token_text.bytes(token.token))
+            sent.append(token)
+        if chunk.piece.finish is None:
+            return sent
+        at_end = bool(self._held) and self._held[-1].token in self._end_ids
         if at_end:
-            given += self._held[:-1]
-        elif said.piece.finish != "stop":  # else they spelled a stop text
-            given += self._held
+            sent += self._held[:-1]
+        elif chunk.piece.finish != "stop":  # else they spelled a stop text
+            sent += self._held
         self._held = []
-        return given
+        return sent
 
 
-def chat_logprobs(words: TokenWords, steps: Iterable[ScoredToken]) -> dict[str, Any]:
-    """Write tokens' probabilities as /v1/chat/completions does."""
+def chat_logprobs(token_text: TokenText, tokens: Iterable[ScoredToken]) -> dict[str, Any]:
+    """Return tokens' log-probabilities as /v1/chat/completions writes them."""
 
     def entry(token: int, logprob: float | None) -> dict[str, Any]:
-        raw = words.bytes(token)
+        raw = token_text.bytes(token)
         return {
             "token": raw.decode(errors="replace"),
             "logprob": _finite(logprob),
@@ -64,32 +64,46 @@ def chat_logprobs(words: TokenWords, steps: Iterable[ScoredToken]) -> dict[str, 
 
     return {
         "content": [
-            {**entry(it.token, it.logprob), "top_logprobs": [entry(*rival) for rival in it.top]}
-            for it in steps
+            {
+                **entry(scored.token, scored.logprob),
+                "top_logprobs": [entry(*alternative) for alternative in scored.top],
+            }
+            for scored in tokens
         ],
         "refusal": None,
     }
 
 
 def completion_logprobs(
-    words: TokenWords, steps: Sequence[ScoredToken], *, begin: int, top: int
+    token_text: TokenText, tokens: Sequence[ScoredToken], *, begin: int, top: int
 ) -> dict[str, Any]:
-    """Write tokens' probabilities as /v1/completions does; `begin` is where the text begins."""
+    """Return tokens' log-probabilities as /v1/completions writes them.
+
+    Args:
+        token_text: writes single tokens.
+        tokens: what to report.
+        begin: where their text begins.
+        top: how many alternatives of each are requested.
+    """
     offsets = []
-    for it in steps:
+    for scored in tokens:
         offsets.append(begin)
-        begin += len(words.text(it.token))
-    rivals = [
-        {words.name(token): _finite(logprob) for token, logprob in it.top} if it.top else None
-        for it in steps
+        begin += len(token_text.text(scored.token))
+    alternatives = [
+        {token_text.name(token): _finite(logprob) for token, logprob in scored.top}
+        if scored.top
+        else None
+        for scored in tokens
     ]
     return {
-        "tokens": [words.name(it.token) for it in steps],
-        "token_logprobs": [None if it.logprob is None else _finite(it.logprob) for it in steps],
-        "top_logprobs": rivals if top else None,
+        "tokens": [token_text.name(scored.token) for scored in tokens],
+        "token_logprobs": [
+            None if scored.logprob is None else _finite(scored.logprob) for scored in tokens
+        ],
+        "top_logprobs": alternatives if top else None,
         "text_offset": offsets,
     }
 
 
 def _finite(logprob: float | None) -> float:
-    return LEAST if logprob is None else max(logprob, LEAST)
+    return MIN_LOGPROB if logprob is None else max(logprob, MIN_LOGPROB)

@@ -1,4 +1,4 @@
-"""Change logits as clients ask: penalties for what was said, and a bias for single tokens."""
+"""Change logits as clients request: penalties for repetition, and a bias for single tokens."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["Bias", "RecentPenalty", "SaidPenalty", "read_bias"]
+__all__ = ["LogitBias", "PresencePenalty", "RecentPenalty", "read_bias"]
 
 
-class SaidPenalty:
-    """Make tokens less likely that the reply has already: OpenAI's two penalties.
+class PresencePenalty:
+    """Make tokens less likely that the reply contains already: OpenAI's two penalties.
 
     Args:
         begin: where the reply begins in the sequence.
-        presence: taken once from a token that is there.
-        frequency: taken as often as it is there.
+        presence: subtracted once from a token that occurs.
+        frequency: subtracted for each time that it occurs.
     """
 
     def __init__(self, begin: int, *, presence: float, frequency: float) -> None:
@@ -29,17 +29,17 @@ class SaidPenalty:
         self._frequency = frequency
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Give the logits [1, vocabulary] after the penalties."""
-        said, counts = input_ids[0, self._begin :].unique(return_counts=True)
-        if not len(said):
+        """Return the logits [1, vocabulary] after the penalties."""
+        tokens, counts = input_ids[0, self._begin :].unique(return_counts=True)
+        if not len(tokens):
             return scores
         scores = scores.clone()
-        scores[0, said] -= self._presence + self._frequency * counts.to(scores.dtype)
+        scores[0, tokens] -= self._presence + self._frequency * counts.to(scores.dtype)
         return scores
 
 
 class RecentPenalty:
-    """Make tokens less likely that are among the last ones, the prompt's too.
+    """Make tokens less likely that are among the last ones, the prompt's included.
 
     Args:
         penalty: as transformers' repetition penalty: logits are divided by it, or multiplied where
@@ -52,17 +52,17 @@ class RecentPenalty:
         self._length = length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Give the logits [1, vocabulary] after the penalty."""
+        """Return the logits [1, vocabulary] after the penalty."""
         import torch
 
         recent = input_ids[0, -self._length :].unique()
         scores = scores.clone()
-        found = scores[0, recent]
-        scores[0, recent] = torch.where(found < 0, found * self._penalty, found / self._penalty)
+        before = scores[0, recent]
+        scores[0, recent] = torch.where(before < 0, before * self._penalty, before / self._penalty)
         return scores
 
 
-class Bias:
+class LogitBias:
     """Add to the logits of single tokens.
 
     Args:
@@ -74,7 +74,7 @@ class Bias:
         self._values = list(bias.values())
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Give the logits [1, vocabulary] with the bias."""
+        """Return the logits [1, vocabulary] with the bias."""
         del input_ids
         scores = scores.clone()
         scores[0, self._tokens] += scores.new_tensor(self._values)

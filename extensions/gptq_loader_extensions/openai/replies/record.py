@@ -1,4 +1,4 @@
-"""What is known of one request, for the log, the metrics and the reply."""
+"""What is recorded of one request, for the log, the metrics and the reply."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ if TYPE_CHECKING:
 
     from gptq_loader_extensions.openai.replies.engine import ReplyChunk, Started
 
-__all__ = ["Record", "record_of"]
+__all__ = ["RequestRecord", "request_record"]
 
 
 @dataclass(slots=True)
-class Record:
-    """What is known of one request.
+class RequestRecord:
+    """What is recorded of one request.
 
     Attributes:
         request_id: sent back in the header x-request-id.
-        began: when it came, by time.monotonic.
+        began: when it arrived, by time.monotonic.
         model: the name of the model that answered.
         prompt_tokens: how many tokens its prompts have together.
         tokens: how many were generated, by reply.
         finish: why the last reply ended.
-        ready: when a model had it.
-        first: when the first piece of text was there.
+        started_at: when the engine began it.
+        first_chunk_at: when the first chunk of text was ready.
         ignored: options that had no effect.
     """
 
@@ -37,24 +37,24 @@ class Record:
     prompt_tokens: int = 0
     tokens: dict[int, int] = field(default_factory=dict)
     finish: str | None = None
-    ready: float | None = None
-    first: float | None = None
+    started_at: float | None = None
+    first_chunk_at: float | None = None
     ignored: tuple[str, ...] = ()
 
     def started(self, event: Started) -> None:
-        """Take down that a model has the request."""
+        """Record that the engine has begun the request."""
         self.model = event.model
-        self.ready = time.monotonic()
+        self.started_at = time.monotonic()
         self.prompt_tokens = sum(len(run.ids) for run in event.runs)
 
     def chunk(self, event: ReplyChunk) -> None:
-        """Take down a piece of text."""
-        self.first = self.first or time.monotonic()
+        """Record a chunk of text."""
+        self.first_chunk_at = self.first_chunk_at or time.monotonic()
         self.tokens[event.index] = event.piece.tokens
         self.finish = event.piece.finish or self.finish
 
 
-def record_of(request: Request) -> Record:
-    """Find what is taken down of a request."""
-    record: Record = request.state.record
+def request_record(request: Request) -> RequestRecord:
+    """Return the record of a request."""
+    record: RequestRecord = request.state.record
     return record

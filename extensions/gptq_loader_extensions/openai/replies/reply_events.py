@@ -1,4 +1,4 @@
-"""Wait for work's events in a request's own loop, for no longer than its client waits."""
+"""Await the engine's events in a request's own loop, for no longer than its client waits."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
     from fastapi import Request
 
     from gptq_loader_extensions.openai.replies.engine import Event, GenerationEngine, Run
-    from gptq_loader_extensions.openai.replies.record import Record
+    from gptq_loader_extensions.openai.replies.record import RequestRecord
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
-__all__ = ["ClientGone", "Reply", "whole"]
+__all__ = ["ClientDisconnected", "PendingReply", "collect"]
 
 
-class ClientGone(Exception):
-    """The client hung up before its answer was ready."""
+class ClientDisconnected(Exception):
+    """The client disconnected before its answer was ready."""
 
 
-class Reply:
+class PendingReply:
     """The events of one request, from its place in the queue to its end.
 
     Args:
-        engine: does the work.
+        engine: generates it.
         model: the model's name; None takes the one that is loaded.
         prepare: called with the model, on the engine's thread.
-        timeout: the seconds it may take, the wait included.
-        record: takes down what happened.
+        timeout: the seconds it may take, its time in the queue included.
+        record: records what happens.
     """
 
     def __init__(
@@ -50,47 +50,47 @@ class Reply:
         prepare: Callable[[LoadedModel], tuple[Any, Sequence[Run]]],
         *,
         timeout: float,
-        record: Record,
+        record: RequestRecord,
     ) -> None:
         loop = asyncio.get_running_loop()
         self._engine = engine
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._until = time.monotonic() + timeout
+        self._deadline = time.monotonic() + timeout
         self._timeout = timeout
         self._record = record
 
         def send(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens
+            with contextlib.suppress(RuntimeError):  # the loop has closed
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        self._work = EngineRequest(model, prepare, send)
-        self.ready: Started | None = None
+        self._request = EngineRequest(model, prepare, send)
+        self.started: Started | None = None
         self.text = ""
         self.ended = False
 
     async def start(self, request: Request) -> ReplyChunk | Ended:
-        """Queue the work and wait for its first piece.
+        """Queue the request and wait for its first chunk.
 
         Raises:
             ApiError: it was refused, failed, or took too long.
-            ClientGone: nobody waits for it any longer.
+            ClientDisconnected: the client waits no longer.
         """
-        self._engine.submit(self._work)
+        self._engine.submit(self._request)
         first = asyncio.ensure_future(self._first())
-        gone = asyncio.ensure_future(_hung_up(request))
+        disconnected = asyncio.ensure_future(_disconnected(request))
         try:
-            await asyncio.wait({first, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({first, disconnected}, return_when=asyncio.FIRST_COMPLETED)
             if not first.done():
-                raise ClientGone
+                raise ClientDisconnected
             return first.result()
         finally:
             if not first.done() or first.exception() is not None:
                 self.cancel()
-            for task in (first, gone):
+            for task in (first, disconnected):
                 task.cancel()
 
-    async def after(self, first: ReplyChunk) -> AsyncIterator[ReplyChunk]:
-        """Give the first piece and those that follow; whoever stops listening ends the work.
+    async def chunks(self, first: ReplyChunk) -> AsyncIterator[ReplyChunk]:
+        """Yield the first chunk and those that follow; leaving the iterator ends the reply.
 
         Raises:
             ApiError: it failed, or took too long.
@@ -104,22 +104,22 @@ class Reply:
             self.cancel()
 
     def cancel(self) -> None:
-        """End the work within a token."""
+        """End the reply within a token."""
         self.ended = True
-        self._engine.cancel(self._work)
+        self._engine.cancel(self._request)
 
     async def _first(self) -> ReplyChunk | Ended:
         while True:
             event = await self._next()
             if isinstance(event, Started):
-                self.ready = event
+                self.started = event
                 self._record.started(event)
             elif isinstance(event, ReplyChunk | Ended):
                 return event
 
     async def _next(self) -> Event:
         try:
-            async with asyncio.timeout(max(self._until - time.monotonic(), 0)):
+            async with asyncio.timeout(max(self._deadline - time.monotonic(), 0)):
                 event = await self._events.get()
         except TimeoutError as error:
             raise ApiError(
@@ -139,34 +139,34 @@ class Reply:
         return event
 
 
-async def whole(reply: Reply, request: Request) -> tuple[Started, list[ReplyChunk]]:
-    """Wait for all of a reply; a client that hangs up ends it.
+async def collect(reply: PendingReply, request: Request) -> tuple[Started, list[ReplyChunk]]:
+    """Wait for all chunks of a reply; a client that disconnects ends it.
 
     Raises:
         ApiError: it was refused, failed, or took too long.
-        ClientGone: nobody waits for it any longer.
+        ClientDisconnected: nobody waits for it any longer.
     """
     first = await reply.start(request)
-    assert reply.ready is not None
+    assert reply.started is not None
     if isinstance(first, Ended):
-        return reply.ready, []
+        return reply.started, []
 
-    async def collect() -> list[ReplyChunk]:
-        return [it async for it in reply.after(first)]
+    async def collect_chunks() -> list[ReplyChunk]:
+        return [chunk async for chunk in reply.chunks(first)]
 
-    rest = asyncio.ensure_future(collect())
-    gone = asyncio.ensure_future(_hung_up(request))
+    rest = asyncio.ensure_future(collect_chunks())
+    disconnected = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({rest, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({rest, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not rest.done():
-            raise ClientGone
-        return reply.ready, await rest
+            raise ClientDisconnected
+        return reply.started, await rest
     finally:
         reply.cancel()
-        for task in (rest, gone):
+        for task in (rest, disconnected):
             task.cancel()
 
 
-async def _hung_up(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""Turn what a request asks for into the runs that an engine takes."""
+"""Turn the options of a request into the runs that an engine takes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from gptq_loader_extensions.openai.errors import invalid
 from gptq_loader_extensions.openai.replies.engine import Run
 from gptq_loader_extensions.openai.replies.processors import (
-    Bias,
+    LogitBias,
+    PresencePenalty,
     RecentPenalty,
-    SaidPenalty,
     read_bias,
 )
 from gptq_loader_plugin.generation.options import GenerateOptions
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = ["make_options", "make_runs", "stop_texts"]
 
-# The least probability mass that a client can mean by top_p 0, which keeps one token.
-LEAST_TOP_P = 1e-6
-# Below it the likeliest token is as good as certain, and logits divided by it may be infinite.
-LEAST_TEMPERATURE = 1e-6
+# The smallest probability mass that a client can mean by top_p 0, which keeps one token.
+MIN_TOP_P = 1e-6
+# Below it sampling is as good as greedy, and logits divided by it may be infinite.
+MIN_TEMPERATURE = 1e-6
 
 
 def make_options(request: Sampling, *, max_tokens: int) -> GenerateOptions:
-    """Make generate's options; what a client leaves out is as in every other way to use a model.
+    """Return generate's options, with this package's defaults for those a client leaves out.
 
     Raises:
         OptionInvalid: a value is out of range.
@@ -39,18 +39,20 @@ def make_options(request: Sampling, *, max_tokens: int) -> GenerateOptions:
         "max_new_tokens": max_tokens,
         "stop": stop_texts(request.stop),
         "seed": request.seed,
-        "temperature": temperature if temperature is None or temperature > LEAST_TEMPERATURE else 0,
+        "temperature": temperature if temperature is None or temperature > MIN_TEMPERATURE else 0,
         "min_p": request.min_p,
-        "top_p": None if request.top_p is None else max(request.top_p, LEAST_TOP_P),
+        "top_p": None if request.top_p is None else max(request.top_p, MIN_TOP_P),
         "top_k": None if request.top_k is None else max(request.top_k, 0),
     }
     if not request.repetition_penalty_range:
         fields["repetition_penalty"] = request.repetition_penalty
-    return GenerateOptions.parse({name: it for name, it in fields.items() if it is not None})
+    return GenerateOptions.parse(
+        {name: value for name, value in fields.items() if value is not None}
+    )
 
 
 def stop_texts(stop: str | list[str] | None) -> tuple[str, ...]:
-    """Give the stop texts as they may be sent: one, several, or none."""
+    """Return the stop texts of a request, which may send one, several, or none."""
     return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
 
@@ -61,18 +63,18 @@ def make_runs(
     *,
     max_tokens: int,
     stop: Sequence[str] = (),
-    top: int | None = None,
+    top_logprobs: int | None = None,
     grammar: Callable[[], Any] | None = None,
 ) -> list[Run]:
-    """Make the `n` runs that complete one prompt; each has its own seed, where there is one.
+    """Return the `n` runs that complete one prompt; each has its own seed, where there is one.
 
     Args:
-        request: what was asked for.
-        model: what will answer.
+        request: the request.
+        model: the model that will answer.
         ids: the prompt's tokens.
-        max_tokens: the most tokens of each reply.
+        max_tokens: the limit of each reply.
         stop: the template's end texts.
-        top: how many of the likeliest tokens to report; None reports nothing.
+        top_logprobs: as in `Run`.
         grammar: makes the processor that keeps one reply to a grammar.
 
     Raises:
@@ -88,8 +90,8 @@ def make_runs(
         if grammar is not None:
             processors.append(grammar())
         seed = None if options.seed is None else options.seed + i
-        chosen = options if i == 0 else options.model_copy(update={"seed": seed})
-        runs.append(Run(ids, chosen, tuple(stop), processors, top))
+        own = options if i == 0 else options.model_copy(update={"seed": seed})
+        runs.append(Run(ids, own, tuple(stop), processors, top_logprobs))
     return runs
 
 
@@ -101,12 +103,12 @@ def _processors(request: Sampling, model: LoadedModel, begin: int) -> list[Any]:
         )
     if request.presence_penalty or request.frequency_penalty:
         processors.append(
-            SaidPenalty(
+            PresencePenalty(
                 begin,
                 presence=request.presence_penalty or 0.0,
                 frequency=request.frequency_penalty or 0.0,
             )
         )
     if request.logit_bias:
-        processors.append(Bias(read_bias(request.logit_bias, len(model.tokenizer))))
+        processors.append(LogitBias(read_bias(request.logit_bias, len(model.tokenizer))))
     return processors

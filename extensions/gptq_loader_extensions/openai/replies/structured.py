@@ -1,6 +1,6 @@
-"""Keep a reply to JSON, or to a JSON schema, by masking the tokens that would leave it.
+"""Constrain a reply to JSON, or to a JSON schema, by masking the tokens that would break it.
 
-llguidance (3 MB, no dependencies) keeps the grammar; without it the option is refused.
+llguidance (3 MB, no dependencies) tracks the grammar; without it the option is refused.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ __all__ = ["GrammarMask", "make_grammar"]
 
 
 class GrammarMask:
-    """Allow the tokens that go on within a grammar, for one reply.
+    """Allow only the tokens that continue within a grammar, for one reply.
 
     Args:
         matcher: llguidance's, at the beginning of its grammar.
         begin: where the reply begins in the sequence.
-        vocabulary: how many tokens the grammar knows.
+        vocabulary: how many tokens the matcher's tokenizer has.
     """
 
     def __init__(self, matcher: Any, begin: int, vocabulary: int) -> None:  # noqa: ANN401
@@ -59,35 +59,35 @@ class GrammarMask:
 
 
 def make_grammar(
-    asked: ResponseFormat | None,
+    response_format: ResponseFormat | None,
     model: LoadedModel,
-    known: MutableMapping[LoadedModel, Any],
+    tokenizers: MutableMapping[LoadedModel, Any],
     *,
-    ends: Iterable[int],
+    end_ids: Iterable[int],
     begin: int,
 ) -> Callable[[], GrammarMask] | None:
-    """Make what makes a mask for each reply; None where any text will do.
+    """Return what makes a mask for each reply; None where any text is allowed.
 
     Args:
-        asked: the form of the reply.
-        model: what will answer.
-        known: llguidance's tokenizers, which take a second to make, by model.
-        ends: the tokens that end a reply.
+        response_format: the form of the reply.
+        model: the model that will answer.
+        tokenizers: llguidance's tokenizers by model, kept here as each takes a second to build.
+        end_ids: the tokens that end a reply.
         begin: where the reply begins in the sequence.
 
     Raises:
         ApiError: the schema cannot be followed, or llguidance is not installed.
     """
-    if asked is None or asked.type == "text":
+    if response_format is None or response_format.type == "text":
         return None
     schema: dict[str, Any] = {"type": "object"}
-    if asked.type == "json_schema":
-        if asked.json_schema is None or asked.json_schema.content is None:
+    if response_format.type == "json_schema":
+        if response_format.json_schema is None or response_format.json_schema.content is None:
             raise invalid(
                 "response_format json_schema needs a schema: json_schema.schema",
                 param="response_format",
             )
-        schema = asked.json_schema.content
+        schema = response_format.json_schema.content
     try:
         import llguidance
         import llguidance.hf
@@ -105,13 +105,13 @@ def make_grammar(
             param="response_format",
             code="unsupported_option",
         )
-    if model not in known:
-        known[model] = llguidance.hf.from_tokenizer(tokenizer, eos_token=sorted(ends))
-    vocabulary = known[model]
+    if model not in tokenizers:
+        tokenizers[model] = llguidance.hf.from_tokenizer(tokenizer, eos_token=sorted(end_ids))
+    vocabulary = tokenizers[model]
     grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
-    if wrong := llguidance.LLMatcher.validate_grammar(grammar, vocabulary):
+    if problem := llguidance.LLMatcher.validate_grammar(grammar, vocabulary):
         raise invalid(
-            f"the schema cannot be followed: {wrong.strip()[:500]}", param="response_format"
+            f"the schema cannot be followed: {problem.strip()[:500]}", param="response_format"
         )
     return lambda: GrammarMask(
         llguidance.LLMatcher(vocabulary, grammar, log_level=0), begin, vocabulary.vocab_size

@@ -1,4 +1,4 @@
-"""Offer tools to templates that take them, and find the calls in what a model writes."""
+"""Offer tools to templates that support them, and parse the calls in what a model writes."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = [
-    "Call",
-    "CallReader",
-    "PlainText",
-    "TaggedCalls",
-    "WholeCall",
+    "FunctionCall",
+    "HermesToolParser",
+    "LlamaToolParser",
+    "NoToolParser",
+    "ToolParser",
     "offer_tools",
-    "to_template",
+    "template_messages",
 ]
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-LLAMA_WORDS = '"parameters": dictionary'  # how Llama 3's templates ask for a call
+LLAMA_MARK = '"parameters": dictionary'  # how Llama 3's templates ask for a call
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """A call of a function that a model asked for.
+class FunctionCall:
+    """A call of a function that a model requests.
 
     Attributes:
         name: the function's.
@@ -47,47 +47,47 @@ class Call:
     call_id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
 
     def to_json(self) -> dict[str, Any]:
-        """Give the call as OpenAI writes it."""
+        """Return the call as OpenAI writes it."""
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": self.call_id, "type": "function", "function": function}
 
 
-class CallReader(Protocol):
-    """Parts a reply into what it says and what it calls."""
+class ToolParser(Protocol):
+    """Separate a reply's text from the calls in it."""
 
-    def add(self, text: str) -> tuple[str, list[Call]]:
-        """Take a piece; give what is certainly said, and the calls that are complete."""
+    def feed(self, text: str) -> tuple[str, list[FunctionCall]]:
+        """Feed a chunk; return the text that is in no call, and the calls that are complete."""
         ...
 
-    def rest(self) -> tuple[str, list[Call]]:
-        """Give what was held back, at the reply's end."""
+    def finish(self) -> tuple[str, list[FunctionCall]]:
+        """Return what was held back, at the reply's end."""
         ...
 
 
-class PlainText:
-    """A reply is what it says."""
+class NoToolParser:
+    """All of a reply is text."""
 
-    def add(self, text: str) -> tuple[str, list[Call]]:
-        """Give the piece as it is."""
+    def feed(self, text: str) -> tuple[str, list[FunctionCall]]:
+        """Return the chunk as it is."""
         return text, []
 
-    def rest(self) -> tuple[str, list[Call]]:
-        """Nothing was held back."""
+    def finish(self) -> tuple[str, list[FunctionCall]]:
+        """Return nothing: nothing was held back."""
         return "", []
 
 
-class TaggedCalls:
+class HermesToolParser:
     """Calls as Hermes and Qwen write them: JSON between `<tool_call>` and `</tool_call>`."""
 
     def __init__(self) -> None:
         self._held = ""
-        self._after_call = False  # whose line's end is no text
+        self._after_call = False  # whose newline is no text
 
-    def add(self, text: str) -> tuple[str, list[Call]]:
-        """Take a piece; hold back what may be the beginning of a call."""
+    def feed(self, text: str) -> tuple[str, list[FunctionCall]]:
+        """Feed a chunk; hold back what may be the beginning of a call."""
         self._held += text
-        said = ""
-        calls: list[Call] = []
+        plain = ""
+        calls: list[FunctionCall] = []
         while True:
             if self._after_call:
                 self._held = self._held.lstrip("\n")
@@ -95,57 +95,57 @@ class TaggedCalls:
             at = self._held.find(OPEN)
             if at < 0:
                 keep = _overlap(self._held, OPEN)
-                said += self._held[: len(self._held) - keep]
+                plain += self._held[: len(self._held) - keep]
                 self._held = self._held[len(self._held) - keep :]
-                return said, calls
-            said, self._held = said + self._held[:at], self._held[at:]
+                return plain, calls
+            plain, self._held = plain + self._held[:at], self._held[at:]
             inside, close, after = self._held[len(OPEN) :].partition(CLOSE)
             if not close:
-                return said, calls
-            call = _read_call(inside, "arguments")
+                return plain, calls
+            call = _parse_call(inside, "arguments")
             if call is None:
-                said += OPEN + inside + CLOSE
+                plain += OPEN + inside + CLOSE
             else:
                 calls.append(call)
                 self._after_call = True
             self._held = after
 
-    def rest(self) -> tuple[str, list[Call]]:
-        """Give a call whose end is missing, where it can be read, else the text."""
+    def finish(self) -> tuple[str, list[FunctionCall]]:
+        """Return a call whose end is missing, where it can be parsed, else the text."""
         held, self._held = self._held, ""
-        call = _read_call(held.removeprefix(OPEN), "arguments") if held.startswith(OPEN) else None
+        call = _parse_call(held.removeprefix(OPEN), "arguments") if held.startswith(OPEN) else None
         return ("", [call]) if call is not None else (held, [])
 
 
-class WholeCall:
+class LlamaToolParser:
     """A call as Llama 3 writes it: a reply that is JSON and nothing else."""
 
     def __init__(self) -> None:
         self._held = ""
         self._plain = False
 
-    def add(self, text: str) -> tuple[str, list[Call]]:
+    def feed(self, text: str) -> tuple[str, list[FunctionCall]]:
         """Hold everything back while it may be a call."""
         self._held += text
         if not self._plain and (not self._held.strip() or self._held.lstrip().startswith("{")):
             return "", []
         self._plain = True
-        said, self._held = self._held, ""
-        return said, []
+        plain, self._held = self._held, ""
+        return plain, []
 
-    def rest(self) -> tuple[str, list[Call]]:
-        """Give the call, or the text that turned out to be none."""
+    def finish(self) -> tuple[str, list[FunctionCall]]:
+        """Return the call, or the text that turned out to be none."""
         held, self._held = self._held, ""
-        call = _read_call(held, "parameters")
+        call = _parse_call(held, "parameters")
         return ("", [call]) if call is not None else (held, [])
 
 
 def offer_tools(
     request: ChatRequest, model: LoadedModel
-) -> tuple[Template, Callable[[], CallReader]]:
-    """Give the template with the request's tools in it, and what makes a reader of its reply.
+) -> tuple[Template, Callable[[], ToolParser]]:
+    """Return the template with the request's tools in it, and what makes a parser of a reply.
 
-    A template that knows of no tools leaves them out: the reply is text, as it may be with tools.
+    A template without tools leaves them out: the reply is text, as it may be with tools.
 
     Raises:
         ApiError: the tools are needed, and this model cannot be made to call one; or one of them
@@ -153,7 +153,7 @@ def offer_tools(
     """
     template = model.template
     if not request.tools or request.tool_choice == "none":
-        return template, PlainText
+        return template, NoToolParser
     if request.tool_choice not in (None, "auto"):
         raise invalid(
             'a model here cannot be made to call a function; send tool_choice "auto" or "none"',
@@ -161,23 +161,25 @@ def offer_tools(
             code="unsupported_option",
         )
     if not isinstance(template, JinjaTemplate) or "tools" not in template.text:
-        return template, PlainText
-    tools = [it.model_dump(exclude_none=True) for it in request.tools]
-    spelled = json.dumps(tools, ensure_ascii=False)
-    if found := [it for it in control_tokens(model.tokenizer) if it in spelled]:
-        raise invalid(f"a tool spells the control token {found[0]!r}; leave it out", param="tools")
+        return template, NoToolParser
+    tools = [tool.model_dump(exclude_none=True) for tool in request.tools]
+    written = json.dumps(tools, ensure_ascii=False)
+    if spelled := [token for token in control_tokens(model.tokenizer) if token in written]:
+        raise invalid(
+            f"a tool spells the control token {spelled[0]!r}; leave it out", param="tools"
+        )
     tokens: dict[str, Any] = {**template.tokens, "tools": tools}
-    reader: Callable[[], CallReader] = PlainText
+    make_parser: Callable[[], ToolParser] = NoToolParser
     if OPEN in template.text:
-        reader = TaggedCalls
-    elif LLAMA_WORDS in template.text:
-        reader = WholeCall
-    return replace(template, tokens=tokens), reader
+        make_parser = HermesToolParser
+    elif LLAMA_MARK in template.text:
+        make_parser = LlamaToolParser
+    return replace(template, tokens=tokens), make_parser
 
 
-def to_template(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """Make the mappings that templates take of a request's messages."""
-    made = []
+def template_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return a request's messages as the mappings that templates take."""
+    mappings = []
     for message in messages:
         role = "system" if message.role == "developer" else message.role
         content = "" if message.content is None else message.content
@@ -186,13 +188,13 @@ def to_template(messages: Sequence[Any]) -> list[dict[str, Any]]:
             if (value := getattr(message, name)) is not None:
                 mapping[name] = value
         if message.tool_calls:
-            mapping["tool_calls"] = [_with_arguments(it) for it in message.tool_calls]
-        made.append(mapping)
-    return made
+            mapping["tool_calls"] = [_template_call(call) for call in message.tool_calls]
+        mappings.append(mapping)
+    return mappings
 
 
-def _with_arguments(call: Any) -> dict[str, Any]:  # noqa: ANN401 - schemas.ToolCall
-    """Write a call as templates take it: its arguments read, where they are JSON."""
+def _template_call(call: Any) -> dict[str, Any]:  # noqa: ANN401 - schemas.ToolCall
+    """Return a call as templates take it: with its arguments parsed, where they are JSON."""
     try:
         arguments = json.loads(call.function.arguments)
     except ValueError:
@@ -201,7 +203,7 @@ def _with_arguments(call: Any) -> dict[str, Any]:  # noqa: ANN401 - schemas.Tool
     return {"id": call.id, "type": "function", "function": function}
 
 
-def _read_call(text: str, key: str) -> Call | None:
+def _parse_call(text: str, key: str) -> FunctionCall | None:
     try:
         content = json.loads(text)
     except ValueError:
@@ -210,7 +212,7 @@ def _read_call(text: str, key: str) -> Call | None:
         return None
     arguments = content.get(key, content.get("arguments", {}))
     written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return Call(content["name"], written)
+    return FunctionCall(content["name"], written)
 
 
 def _overlap(text: str, mark: str) -> int:

@@ -12,12 +12,12 @@ from fastapi.responses import JSONResponse
 
 from gptq_loader_extensions.openai.errors import invalid
 from gptq_loader_extensions.openai.replies.engine import ReplyChunk, Run
-from gptq_loader_extensions.openai.replies.logprobs import Aligned, chat_logprobs
-from gptq_loader_extensions.openai.replies.record import record_of
-from gptq_loader_extensions.openai.replies.reply_events import whole
+from gptq_loader_extensions.openai.replies.logprobs import LogprobAligner, chat_logprobs
+from gptq_loader_extensions.openai.replies.record import request_record
+from gptq_loader_extensions.openai.replies.reply_events import collect
 from gptq_loader_extensions.openai.replies.runs import make_runs
 from gptq_loader_extensions.openai.replies.structured import make_grammar
-from gptq_loader_extensions.openai.replies.tools import offer_tools, to_template
+from gptq_loader_extensions.openai.replies.tools import offer_tools, template_messages
 from gptq_loader_extensions.openai.routes.sse import event, stream, told
 from gptq_loader_extensions.openai.schema.openapi import ERRORS, EVENTS
 from gptq_loader_extensions.openai.schema.schemas import ChatRequest
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from gptq_loader_extensions.openai.replies.engine import Started
-    from gptq_loader_extensions.openai.replies.reply_events import Reply
-    from gptq_loader_extensions.openai.replies.token_text import TokenWords
-    from gptq_loader_extensions.openai.replies.tools import Call, CallReader
+    from gptq_loader_extensions.openai.replies.reply_events import PendingReply
+    from gptq_loader_extensions.openai.replies.token_text import TokenText
+    from gptq_loader_extensions.openai.replies.tools import FunctionCall, ToolParser
     from gptq_loader_extensions.openai.server import Server
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
@@ -48,19 +48,19 @@ class Choice:
     def __init__(self, prepared: Prepared) -> None:
         self._reader = prepared.make_reader()
         self._words = prepared.words
-        self._aligned = None if self._words is None else Aligned(self._words, prepared.ends)
+        self._aligned = None if self._words is None else LogprobAligner(self._words, prepared.ends)
         self._called = 0
         self.text = ""
-        self.calls: list[Call] = []
+        self.calls: list[FunctionCall] = []
         self.scored: list[dict[str, Any]] = []
         self.tokens = 0
         self.finish: str | None = None
 
     def take(self, said: ReplyChunk) -> dict[str, Any]:
         """Take a piece; give the delta that a stream sends for it."""
-        text, calls = self._reader.add(said.piece.text)
+        text, calls = self._reader.feed(said.piece.text)
         if said.piece.finish is not None:
-            more, rest = self._reader.rest()
+            more, rest = self._reader.finish()
             text, calls = text + more, [*calls, *rest]
         self.text += text
         self.calls += calls
@@ -79,7 +79,7 @@ class Choice:
         """Give the probabilities of a piece's tokens, where they were asked for."""
         if self._aligned is None or self._words is None:
             return None
-        scored = chat_logprobs(self._words, self._aligned.take(said))
+        scored = chat_logprobs(self._words, self._aligned.add(said))
         self.scored += scored["content"]
         return scored
 
@@ -112,9 +112,9 @@ class Prepared:
         words: writes single tokens; None where no probabilities were asked for.
     """
 
-    make_reader: Callable[[], CallReader]
+    make_reader: Callable[[], ToolParser]
     ends: frozenset[int]
-    words: TokenWords | None
+    words: TokenText | None
 
 
 def chat_routes(server: Server) -> APIRouter:
@@ -124,7 +124,7 @@ def chat_routes(server: Server) -> APIRouter:
     @router.post("/v1/chat/completions", responses=ERRORS | EVENTS, response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        record = record_of(request)
+        record = request_record(request)
         record.ignored = check_extra(body)
         for i, message in enumerate(body.messages):
             check_message(message, i)
@@ -133,7 +133,7 @@ def chat_routes(server: Server) -> APIRouter:
         reply = await server.reply(request, body.model, lambda model: _prepare(server, body, model))
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         if not body.stream:
-            ready, said = await whole(reply, request)
+            ready, said = await collect(reply, request)
             return JSONResponse(_completion(ready, said, about), headers=told(record))
         first = await reply.start(request)
         assert isinstance(first, ReplyChunk), "a chat has at least one reply"
@@ -145,7 +145,7 @@ def chat_routes(server: Server) -> APIRouter:
 
 def _prepare(server: Server, body: ChatRequest, model: LoadedModel) -> tuple[Prepared, list[Run]]:
     template, reader = offer_tools(body, model)
-    ids = template.encode(to_template(body.messages), model.tokenizer)
+    ids = template.encode(template_messages(body.messages), model.tokenizer)
     ends = model.end_ids(template.stop)
     runs = make_runs(
         body,
@@ -153,9 +153,9 @@ def _prepare(server: Server, body: ChatRequest, model: LoadedModel) -> tuple[Pre
         ids,
         max_tokens=server.most_tokens(body.max_completion_tokens or body.max_tokens, model),
         stop=template.stop,
-        top=(body.top_logprobs or 0) if body.logprobs else None,
+        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=make_grammar(
-            body.response_format, model, server.grammars, ends=ends, begin=len(ids)
+            body.response_format, model, server.grammars, end_ids=ends, begin=len(ids)
         ),
     )
     words = server.words_of(model) if body.logprobs else None
@@ -177,9 +177,9 @@ def _completion(ready: Started, said: list[ReplyChunk], about: dict[str, Any]) -
 
 
 async def _chunks(
-    reply: Reply, first: ReplyChunk, about: dict[str, Any], *, with_usage: bool
+    reply: PendingReply, first: ReplyChunk, about: dict[str, Any], *, with_usage: bool
 ) -> AsyncIterator[str]:
-    ready = reply.ready
+    ready = reply.started
     assert ready is not None
     head = {**about, "object": "chat.completion.chunk", "model": ready.model}
     more = {"usage": None} if with_usage else {}
@@ -191,7 +191,7 @@ async def _chunks(
 
     for i in range(len(choices)):
         yield chunk(i, {"role": "assistant", "content": ""})
-    async for said in reply.after(first):
+    async for said in reply.chunks(first):
         choice = choices[said.index]
         delta, scored = choice.take(said), choice.score(said)
         if delta or (scored and scored["content"]):

@@ -12,10 +12,10 @@ from fastapi.responses import JSONResponse
 
 from gptq_loader_extensions.openai.errors import invalid
 from gptq_loader_extensions.openai.replies.engine import ReplyChunk, Run
-from gptq_loader_extensions.openai.replies.logprobs import Aligned, completion_logprobs
+from gptq_loader_extensions.openai.replies.logprobs import LogprobAligner, completion_logprobs
 from gptq_loader_extensions.openai.replies.prompts import score_prompt
-from gptq_loader_extensions.openai.replies.record import record_of
-from gptq_loader_extensions.openai.replies.reply_events import whole
+from gptq_loader_extensions.openai.replies.record import request_record
+from gptq_loader_extensions.openai.replies.reply_events import collect
 from gptq_loader_extensions.openai.replies.runs import make_runs
 from gptq_loader_extensions.openai.routes.chat import FINISH, usage
 from gptq_loader_extensions.openai.routes.sse import event, stream, told
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from gptq_loader_extensions.openai.replies.engine import Started
-    from gptq_loader_extensions.openai.replies.reply_events import Reply
+    from gptq_loader_extensions.openai.replies.reply_events import PendingReply
     from gptq_loader_extensions.openai.replies.scores import ScoredToken
-    from gptq_loader_extensions.openai.replies.token_text import TokenWords
+    from gptq_loader_extensions.openai.replies.token_text import TokenText
     from gptq_loader_extensions.openai.server import Server
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
@@ -68,7 +68,7 @@ class Prepared:
     prompts: Sequence[Prompt]
     copies: int
     top: int | None
-    words: TokenWords | None
+    words: TokenText | None
     ends: frozenset[int]
 
 
@@ -84,7 +84,7 @@ class Choice:
         self._prepared = prepared
         self._prompt = prepared.prompts[index // prepared.copies]
         self._words = prepared.words
-        self._aligned = None if self._words is None else Aligned(self._words, prepared.ends)
+        self._aligned = None if self._words is None else LogprobAligner(self._words, prepared.ends)
         self._steps: list[ScoredToken] = list(self._prompt.steps)
         self._said = 0  # characters whose tokens were reported
         self.index = index
@@ -99,7 +99,7 @@ class Choice:
         if said.piece.finish is not None:
             self.finish = FINISH[said.piece.finish]
         if self._aligned is not None:
-            self._steps += self._aligned.take(said)
+            self._steps += self._aligned.add(said)
         return said.piece.text
 
     def logprobs(self) -> dict[str, Any] | None:
@@ -129,7 +129,7 @@ def completion_routes(server: Server) -> APIRouter:
     @router.post("/v1/completions", responses=ERRORS | EVENTS, response_model=None)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Complete prompts."""
-        record = record_of(request)
+        record = request_record(request)
         record.ignored = check_extra(body)
         prompts = _prompts(body)
         if len(prompts) * (body.n or 1) > 64:
@@ -139,7 +139,7 @@ def completion_routes(server: Server) -> APIRouter:
         )
         about = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         if not body.stream or body.max_tokens == 0:
-            ready, said = await whole(reply, request)
+            ready, said = await collect(reply, request)
             answer = _completion(ready, said, about)
             return JSONResponse(answer, headers=told(record))
         first = await reply.start(request)
@@ -197,7 +197,7 @@ def _prepare(
                 steps = score_prompt(model, ids, body.logprobs)
         found.append(Prompt(text, steps, len(ids)))
         if most:
-            runs += make_runs(body, model, ids, max_tokens=most, top=body.logprobs)
+            runs += make_runs(body, model, ids, max_tokens=most, top_logprobs=body.logprobs)
     ends = model.end_ids()
     copies = (body.n or 1) if most else 1
     words = None if body.logprobs is None else server.words_of(model)
@@ -239,9 +239,9 @@ def _completion(ready: Started, said: list[ReplyChunk], about: dict[str, Any]) -
 
 
 async def _chunks(
-    reply: Reply, first: ReplyChunk, about: dict[str, Any], *, with_usage: bool
+    reply: PendingReply, first: ReplyChunk, about: dict[str, Any], *, with_usage: bool
 ) -> AsyncIterator[str]:
-    ready = reply.ready
+    ready = reply.started
     assert ready is not None
     head = {**about, "object": "text_completion", "model": ready.model}
     more = {"usage": None} if with_usage else {}
@@ -249,7 +249,7 @@ async def _chunks(
     for choice in choices:
         if choice.text:  # an echo
             yield event({**head, "choices": [choice.to_json(choice.text)], **more})
-    async for said in reply.after(first):
+    async for said in reply.chunks(first):
         choice = choices[said.index]
         text = choice.take(said)
         if text or choice.finish is not None:

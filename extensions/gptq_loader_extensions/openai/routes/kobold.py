@@ -10,8 +10,8 @@ from fastapi.responses import JSONResponse
 
 from gptq_loader_extensions.openai.errors import invalid
 from gptq_loader_extensions.openai.replies.engine import ReplyChunk, Run
-from gptq_loader_extensions.openai.replies.record import record_of
-from gptq_loader_extensions.openai.replies.reply_events import whole
+from gptq_loader_extensions.openai.replies.record import request_record
+from gptq_loader_extensions.openai.replies.reply_events import collect
 from gptq_loader_extensions.openai.replies.runs import make_runs
 from gptq_loader_extensions.openai.routes.chat import FINISH
 from gptq_loader_extensions.openai.routes.completions import cut_prompt
@@ -28,7 +28,7 @@ from gptq_loader_extensions.openai.schema.unsupported import check_extra
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from gptq_loader_extensions.openai.replies.reply_events import Reply
+    from gptq_loader_extensions.openai.replies.reply_events import PendingReply
     from gptq_loader_extensions.openai.server import Server
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
@@ -49,7 +49,7 @@ def kobold_routes(server: Server) -> APIRouter:  # noqa: C901 - one small functi
     async def generate(body: KoboldRequest, request: Request) -> Response:
         """Complete a prompt."""
         reply = await _reply(server, body, request)
-        ready, said = await whole(reply, request)
+        ready, said = await collect(reply, request)
         results = [
             {
                 "text": "".join(it.piece.text for it in said if it.index == i),
@@ -57,7 +57,7 @@ def kobold_routes(server: Server) -> APIRouter:  # noqa: C901 - one small functi
             }
             for i in range(len(ready.runs))
         ]
-        return JSONResponse({"results": results}, headers=told(record_of(request)))
+        return JSONResponse({"results": results}, headers=told(request_record(request)))
 
     @router.post("/api/extra/generate/stream", responses=EVENTS, response_model=None)
     async def generate_stream(body: KoboldRequest, request: Request) -> Response:
@@ -67,7 +67,7 @@ def kobold_routes(server: Server) -> APIRouter:  # noqa: C901 - one small functi
         reply = await _reply(server, body, request)
         first = await reply.start(request)
         assert isinstance(first, ReplyChunk), "there is at least one reply"
-        return stream(_tokens(reply, first), reply, record_of(request), done="")
+        return stream(_tokens(reply, first), reply, request_record(request), done="")
 
     @router.post("/api/extra/generate/check")
     @router.get("/api/extra/generate/check", include_in_schema=False)
@@ -148,8 +148,8 @@ def kobold_routes(server: Server) -> APIRouter:  # noqa: C901 - one small functi
     return router
 
 
-async def _reply(server: Server, body: KoboldRequest, request: Request) -> Reply:
-    record_of(request).ignored = check_extra(body)
+async def _reply(server: Server, body: KoboldRequest, request: Request) -> PendingReply:
+    request_record(request).ignored = check_extra(body)
     return await server.reply(
         request, None, lambda model: (None, _prepare(server, body, model)), key=body.genkey or ""
     )
@@ -166,8 +166,8 @@ def _prepare(server: Server, body: KoboldRequest, model: LoadedModel) -> list[Ru
     return make_runs(body, model, ids or model.encode(""), max_tokens=most)
 
 
-async def _tokens(reply: Reply, first: ReplyChunk) -> AsyncIterator[str]:
-    async for said in reply.after(first):
+async def _tokens(reply: PendingReply, first: ReplyChunk) -> AsyncIterator[str]:
+    async for said in reply.chunks(first):
         finish = None if said.piece.finish is None else FINISH[said.piece.finish]
         yield event({"token": said.piece.text, "finish_reason": finish}, name="message")
 
@@ -177,7 +177,7 @@ def _finish(said: list[ReplyChunk], index: int) -> str | None:
     return FINISH[ends[-1]] if ends else None
 
 
-def _named(server: Server, body: KoboldKey | None) -> list[Reply]:
+def _named(server: Server, body: KoboldKey | None) -> list[PendingReply]:
     """Find the replies under way that a client means by a key.
 
     One that names none means its own, which can be told only where it is the only one.

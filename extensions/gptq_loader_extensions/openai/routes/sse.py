@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
-    from gptq_loader_extensions.openai.replies.record import Record
-    from gptq_loader_extensions.openai.replies.reply_events import Reply
+    from gptq_loader_extensions.openai.replies.record import RequestRecord
+    from gptq_loader_extensions.openai.replies.reply_events import PendingReply
 
 __all__ = ["DONE", "EventStream", "event", "stream", "told"]
 
@@ -34,7 +34,7 @@ class EventStream(StreamingResponse):
     """A stream of events; when it ends, in whatever way, its reply ends too."""
 
     def __init__(
-        self, events: AsyncIterator[str], reply: Reply, headers: Mapping[str, str]
+        self, events: AsyncIterator[str], reply: PendingReply, headers: Mapping[str, str]
     ) -> None:
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._reply = reply
@@ -48,7 +48,7 @@ class EventStream(StreamingResponse):
 
 
 def stream(
-    events: AsyncIterator[str], reply: Reply, record: Record, *, done: str = DONE
+    events: AsyncIterator[str], reply: PendingReply, record: RequestRecord, *, done: str = DONE
 ) -> EventStream:
     """Answer with events; what fails on the way is told in one of its own."""
 
@@ -64,6 +64,6 @@ def stream(
     return EventStream(guarded(), reply, HEADERS | told(record))
 
 
-def told(record: Record) -> dict[str, str]:
+def told(record: RequestRecord) -> dict[str, str]:
     """Name the options that had no effect, in a header."""
     return {"x-ignored-options": ", ".join(record.ignored)} if record.ignored else {}
