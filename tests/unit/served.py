@@ -16,7 +16,7 @@ from waiting import join
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.openai.app import create_app
-from gptq_loader_extensions.openai.http.request_log import LOG
+from gptq_loader_extensions.openai.http.request_log import LOGGER
 from gptq_loader_extensions.openai.replies.batching import BatchEngine
 from gptq_loader_extensions.openai.replies.model_registry import ModelRegistry
 from gptq_loader_extensions.openai.server import Server
@@ -154,7 +154,7 @@ def running(
     thread = threading.Thread(target=host.run, kwargs={"sockets": [listening]})
     lines: list[dict[str, Any]] = []
     handler = _Lines(lines)
-    log = logging.getLogger(LOG)
+    log = logging.getLogger(LOGGER)
     log.setLevel(logging.INFO)
     log.addHandler(handler)
     thread.start()

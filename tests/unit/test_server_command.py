@@ -85,7 +85,7 @@ def test_a_reply_that_does_not_end_is_cut() -> None:
     ("args", "words"),
     [
         (("demo", "--listen"), "everyone who can reach 0.0.0.0 could use this server"),
-        (("--port", "99999"), "99999 is no port"),
+        (("--port", "99999"), "99999 is not a port"),
     ],
 )
 def test_what_cannot_be_served_is_said_before_anything_is_loaded(

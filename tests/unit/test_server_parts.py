@@ -37,7 +37,7 @@ from gptq_loader_extensions.openai.replies.tools import (
     LlamaToolParser,
     ToolParser,
 )
-from gptq_loader_extensions.openai.schema.aliases import one_name_each
+from gptq_loader_extensions.openai.schema.aliases import resolve_aliases
 from gptq_loader_plugin.generation.generate import Piece
 
 if TYPE_CHECKING:
@@ -291,10 +291,10 @@ def test_penalties_count_what_they_say_they_count() -> None:
 
 def test_an_option_has_one_name() -> None:
     sent = {"rep_pen": 1.1, "repetition_penalty": 1.1, "sampler_seed": -1, "max_length": 5}
-    assert one_name_each(sent) == {"repetition_penalty": 1.1, "max_tokens": 5, "seed": None}
-    assert one_name_each([1]) == [1]
+    assert resolve_aliases(sent) == {"repetition_penalty": 1.1, "max_tokens": 5, "seed": None}
+    assert resolve_aliases([1]) == [1]
     with pytest.raises(ApiError, match="one option"):
-        one_name_each({"stop": ["a"], "stop_sequence": ["b"]})
+        resolve_aliases({"stop": ["a"], "stop_sequence": ["b"]})
 
 
 def test_metrics_are_prometheus_text() -> None:

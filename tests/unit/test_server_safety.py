@@ -261,11 +261,11 @@ def test_a_model_that_cannot_be_loaded_ends_its_request_alone(tmp_path: Path) ->
         ({"host": "192.168.1.5"}, "everyone who can reach"),
         ({"host": "::"}, "everyone who can reach"),
         ({"host": "myhost"}, "everyone who can reach"),
-        ({"port": 70_000}, "no port"),
+        ({"port": 70_000}, "not a port"),
         ({"api_key": ""}, "not empty"),
         ({"api_key": "schlüssel"}, "ASCII"),
         ({"max_queue": 0}, "--max-queue"),
-        ({"cors": ("friend.example",)}, "no origin"),
+        ({"cors": ("friend.example",)}, "not an origin"),
     ],
 )
 def test_settings_that_let_strangers_in_are_refused(settings: dict[str, Any], words: str) -> None:

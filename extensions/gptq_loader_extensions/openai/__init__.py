@@ -1,4 +1,4 @@
-"""The host "openai": serve a loaded model to the clients that speak OpenAI's API, or Kobold's."""
+"""The host "openai": serve a loaded model to clients of OpenAI's API, or Kobold's."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ class OpenAIHost:
         """Serve until Ctrl-C.
 
         Args:
-            **options: `reference`, what to load, or None to load the first model that is asked
-                for; `model`, a LoadedModel where it is loaded already; `load`, a function that
-                loads a reference or a folder; `stop`, a threading.Event that is set once a load
-                is to end; and the fields of `settings.Settings`.
+            **options: `reference`, what to load, or None to load the first model that is
+                requested; `model`, a LoadedModel where it is loaded already; `load`, a function
+                that loads a reference or a folder; `stop`, a threading.Event that ends a load
+                under way once it is set; and the fields of `settings.Settings`.
 
         Raises:
             PluginError: fastapi, prometheus_client or uvicorn is not installed.
             OptionInvalid: an option is unknown, the address cannot be served on, or it can be
-                reached from other machines and nothing keeps them out.
+                reached from other machines without a key.
         """
         from gptq_loader_extensions.openai.settings import Settings
 
         model, load = options.pop("model", None), options.pop("load", None)
         reference, stop = options.pop("reference", None), options.pop("stop", None)
-        names = {it.name for it in fields(Settings)}
+        names = {field.name for field in fields(Settings)}
         if unknown := sorted(set(options) - names):
             raise OptionInvalid(
                 f"the server has no option {', '.join(unknown)}",
@@ -51,7 +51,7 @@ class OpenAIHost:
         settings = Settings(**options)
         settings.check()
         try:
-            import fastapi  # noqa: F401 - only whether they are there
+            import fastapi  # noqa: F401 - only whether they are installed
             import prometheus_client  # noqa: F401
             import uvicorn  # noqa: F401
         except ImportError as error:
@@ -63,14 +63,14 @@ class OpenAIHost:
         serve(settings, model=model, reference=reference, load=load, stop=stop)
 
     def check(self) -> Readiness:
-        """Look for FastAPI, for uvicorn, which serves it, and for what counts."""
+        """Look for FastAPI, uvicorn and prometheus_client."""
         for package, oldest, newest in (
             ("prometheus_client", "0.18", "0.26"),
             ("uvicorn", "0.30", "0.54"),
         ):
-            found = check_package(package, oldest=oldest, newest=newest, install=EXTRA)
-            if isinstance(found, NotReady):
-                return found
+            readiness = check_package(package, oldest=oldest, newest=newest, install=EXTRA)
+            if isinstance(readiness, NotReady):
+                return readiness
         return check_package("fastapi", oldest="0.115", newest="0.165", install=EXTRA)
 
 

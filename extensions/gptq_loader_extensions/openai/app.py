@@ -1,4 +1,4 @@
-"""Put the routes together; a page is mounted beside them."""
+"""Build the application of all routes, with a page mounted beside them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from starlette.routing import BaseRoute, Match
 
 from gptq_loader_extensions.openai.errors import ApiError, invalid, to_api_error
 from gptq_loader_extensions.openai.http.guard import Guard
-from gptq_loader_extensions.openai.http.request_log import ANSWERED_BY_NOBODY, Traffic
+from gptq_loader_extensions.openai.http.request_log import CLIENT_CLOSED_REQUEST, RequestLog
 from gptq_loader_extensions.openai.replies.reply_events import ClientDisconnected
 from gptq_loader_extensions.openai.routes.chat import chat_routes
 from gptq_loader_extensions.openai.routes.completions import completion_routes
-from gptq_loader_extensions.openai.routes.info import about_routes
+from gptq_loader_extensions.openai.routes.info import info_routes
 from gptq_loader_extensions.openai.routes.kobold import kobold_routes
-from gptq_loader_extensions.openai.routes.webui import internal_routes
+from gptq_loader_extensions.openai.routes.webui import webui_routes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,12 +36,12 @@ MAX_AGE = 600  # seconds for which a browser keeps what CORS allowed
 
 
 def create_app(server: Server, *, page: Callable[[FastAPI], object] | None = None) -> FastAPI:
-    """Make the application: the API, and a page where one is given.
+    """Build the application: the API, and a page if there is one.
 
     Args:
         server: what the routes share.
-        page: puts its own routes, "/" among them, into the application; without it "/" says what
-            is here.
+        page: adds its own routes, "/" among them, to the application; without it "/" describes
+            the server.
     """
     app = FastAPI(
         title="gptq-loader",
@@ -49,12 +49,12 @@ def create_app(server: Server, *, page: Callable[[FastAPI], object] | None = Non
         docs_url=None,  # their pages fetch scripts from elsewhere
         redoc_url=None,
     )
-    for routes in (about_routes, chat_routes, completion_routes, internal_routes, kobold_routes):
+    for routes in (info_routes, chat_routes, completion_routes, webui_routes, kobold_routes):
         app.include_router(routes(server))
     if page is None:
-        app.add_api_route("/", _front(server), methods=["GET"], include_in_schema=False)
+        app.add_api_route("/", _index(server), methods=["GET"], include_in_schema=False)
     else:
-        app.router.routes.append(_Nowhere(list(app.router.routes)))
+        app.router.routes.append(_UnknownApiPath(list(app.router.routes)))
         page(app)
     _handle_errors(app)
     app.add_middleware(Guard, settings=server.settings)
@@ -69,35 +69,35 @@ def create_app(server: Server, *, page: Callable[[FastAPI], object] | None = Non
             expose_headers=["X-Request-Id", "X-Ignored-Options"],
             max_age=MAX_AGE,
         )
-    app.add_middleware(Traffic, metrics=server.metrics)
+    app.add_middleware(RequestLog, metrics=server.metrics)
     return app
 
 
-class _Nowhere(BaseRoute):
-    """Take the API's paths that no route has: the page behind it has no words for programs.
+class _UnknownApiPath(BaseRoute):
+    """Match the API's paths that no route has, before the page does, which answers in HTML.
 
     Args:
-        routes: those that the API has.
+        routes: the API's.
     """
 
     def __init__(self, routes: list[BaseRoute]) -> None:
         self._routes = routes
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """Say whether a path is below the API's."""
-        ours = scope["type"] == "http" and scope["path"].startswith(("/v1/", "/api/"))
-        return (Match.FULL if ours else Match.NONE), {}
+        """Match every path of the API's."""
+        is_api = scope["type"] == "http" and scope["path"].startswith(("/v1/", "/api/"))
+        return (Match.FULL if is_api else Match.NONE), {}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse: no such path, or not by this method."""
+        """Refuse: there is no such path, or not by this method."""
         del receive, send
-        there = any(it.matches(scope)[0] is Match.PARTIAL for it in self._routes)
-        raise HTTPException(405 if there else 404)
+        other_method = any(route.matches(scope)[0] is Match.PARTIAL for route in self._routes)
+        raise HTTPException(405 if other_method else 404)
 
 
-def _front(server: Server) -> Callable[[], dict[str, Any]]:
-    def front() -> dict[str, Any]:
-        """Say what is here."""
+def _index(server: Server) -> Callable[[], dict[str, Any]]:
+    def index() -> dict[str, Any]:
+        """Describe the server."""
         loaded = server.registry.loaded
         return {
             "name": "gptq-loader",
@@ -107,48 +107,48 @@ def _front(server: Server) -> Callable[[], dict[str, Any]]:
             "schema": "/openapi.json",
         }
 
-    return front
+    return index
 
 
 def _handle_errors(app: FastAPI) -> None:
     """Answer every error in OpenAI's shape."""
 
     async def api_error(request: Request, error: Exception) -> Response:
-        told = to_api_error(error)
-        if told.status == 500 and told is not error:
+        answer = to_api_error(error)
+        if answer.status == 500 and answer is not error:
             logger.error("a request failed", exc_info=error)
-        body = told.body()
+        body = answer.body()
         if request.url.path.startswith("/api/"):  # where Kobold's clients look for it
-            body["detail"] = {"msg": told.message, "type": told.kind}
-        return JSONResponse(body, told.status, headers=told.headers)
+            body["detail"] = {"msg": answer.message, "type": answer.kind}
+        return JSONResponse(body, answer.status, headers=answer.headers)
 
     async def malformed(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return await api_error(request, _in_words(error))
+        return await api_error(request, _validation_error(error))
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if isinstance(error.__cause__, ApiError):  # raised while the body was read
             return await api_error(request, error.__cause__)
-        told = ApiError(error.status_code, str(error.detail), headers=error.headers)
-        return await api_error(request, told)
+        answer = ApiError(error.status_code, str(error.detail), headers=error.headers)
+        return await api_error(request, answer)
 
-    async def gone(request: Request, error: Exception) -> Response:
+    async def disconnected(request: Request, error: Exception) -> Response:
         del request, error
-        return Response(status_code=ANSWERED_BY_NOBODY)
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(ClientDisconnected, gone)
+    app.add_exception_handler(ClientDisconnected, disconnected)
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(Exception, api_error)
 
 
-def _in_words(error: RequestValidationError) -> ApiError:
-    """Name the first field that is wrong, and how."""
+def _validation_error(error: RequestValidationError) -> ApiError:
+    """Name the first field that is wrong, and what is wrong with it."""
     first = error.errors()[0]
-    where = [str(it) for it in first["loc"] if it != "body"]
     if first["type"] == "json_invalid":
         return invalid("the body is not JSON")
-    param = ".".join(where)[:200] or None
+    fields = [str(part) for part in first["loc"] if part != "body"]
+    param = ".".join(fields)[:200] or None
     return invalid(f"{param or 'the body'}: {first['msg']}", param=param)

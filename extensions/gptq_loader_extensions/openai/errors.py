@@ -1,4 +1,4 @@
-"""Refusals and failures in the shape OpenAI's clients read."""
+"""Refusals and failures, in the shapes that clients read."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["ApiError", "invalid", "to_api_error"]
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """A response that is an error.
 
     Args:
         status: the HTTP status.
-        message: what is wrong and what to do, in words.
+        message: what is wrong and what to do about it.
         kind: OpenAI's `type`.
         code: OpenAI's `code`, for programs.
         param: the field of the request that is wrong.
-        headers: more headers of the answer.
+        headers: more headers of the response.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """Give the answer's content."""
+        """Return the response's content."""
         error = {
             "message": self.message,
             "type": self.kind,
@@ -61,12 +61,12 @@ class ApiError(Exception):
 
 
 def invalid(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
-    """Make the refusal of a malformed request."""
+    """Return the refusal of a malformed request."""
     return ApiError(400, message, param=param, code=code)
 
 
 def to_api_error(error: Exception) -> ApiError:
-    """Turn what a request's work raised into an answer."""
+    """Turn what handling a request raised into a response."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, PromptTooLong):

@@ -1,4 +1,4 @@
-"""What every route needs: the settings, the models, the engine, and the counters."""
+"""What every route needs: the settings, the models, the engine, and the metrics."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Server:
     Attributes:
         settings: how to serve.
         registry: the models by name.
-        engine: does the work.
-        metrics: counts.
-        replies: those under way, with the key their client has for them: "" is a Kobold client's
-            that names none, and None any other client's.
-        words: writes the tokens of each model that was asked to.
-        grammars: llguidance's tokenizer of each model that was asked to keep to a grammar.
+        engine: generates the replies.
+        metrics: counts requests, tokens and seconds.
+        replies: those under way, each with its client's key for it: "" for a Kobold client that
+            sends none, and None for any other client.
+        token_texts: what writes the single tokens of a model.
+        grammar_tokenizers: llguidance's tokenizer of a model.
     """
 
     settings: Settings
@@ -48,10 +48,14 @@ class Server:
     engine: GenerationEngine
     metrics: Metrics = field(default_factory=Metrics)
     replies: WeakKeyDictionary[PendingReply, str | None] = field(default_factory=WeakKeyDictionary)
-    words: WeakKeyDictionary[LoadedModel, TokenText] = field(default_factory=WeakKeyDictionary)
-    grammars: WeakKeyDictionary[LoadedModel, Any] = field(default_factory=WeakKeyDictionary)
+    token_texts: WeakKeyDictionary[LoadedModel, TokenText] = field(
+        default_factory=WeakKeyDictionary
+    )
+    grammar_tokenizers: WeakKeyDictionary[LoadedModel, Any] = field(
+        default_factory=WeakKeyDictionary
+    )
 
-    async def reply(
+    async def new_reply(
         self,
         request: Request,
         model: str | None,
@@ -59,13 +63,13 @@ class Server:
         *,
         key: str | None = None,
     ) -> PendingReply:
-        """Make a reply to a request; it is queued when it is started.
+        """Return a reply to a request; it is queued when it is started.
 
         Args:
             request: the request.
-            model: the model's name; None, or nothing, takes the one that is loaded.
+            model: the model's name; None, or "", takes the one that is loaded.
             prepare: called with the model, on the engine's thread.
-            key: what the client calls this reply when it wants to stop it.
+            key: the client's own name for this reply, to stop it by.
 
         Raises:
             ApiError: there is no such model.
@@ -81,36 +85,38 @@ class Server:
         self.replies[reply] = key
         return reply
 
-    async def ask(
-        self, request: Request, question: Callable[[LoadedModel], T], *, model: str | None = None
+    async def with_model(
+        self, request: Request, function: Callable[[LoadedModel], T], *, model: str | None = None
     ) -> T:
-        """Have a function called with the model, in its turn.
+        """Call a function with the model, in the order of the queue.
 
         Raises:
             ApiError: it was refused, failed, or took too long.
         """
-        reply = await self.reply(request, model, lambda loaded: (question(loaded), ()))
-        ready, _ = await collect(reply, request)
-        answer: T = ready.value
-        return answer
+        reply = await self.new_reply(request, model, lambda loaded: (function(loaded), ()))
+        started, _ = await collect(reply, request)
+        value: T = started.value
+        return value
 
-    async def tokenize(self, request: Request, use: Callable[[PreTrainedTokenizerBase], T]) -> T:
-        """Use the model's tokenizer without waiting for the replies under way.
+    async def with_tokenizer(
+        self, request: Request, function: Callable[[PreTrainedTokenizerBase], T]
+    ) -> T:
+        """Call a function with the model's tokenizer, without waiting for the replies under way.
 
         Raises:
             ApiError: there is no model, or it cannot be loaded.
         """
         if self.registry.loaded is None:
-            await self.ask(request, lambda _: None)
-        return await asyncio.to_thread(self.registry.with_tokenizer, use)
+            await self.with_model(request, lambda _: None)
+        return await asyncio.to_thread(self.registry.with_tokenizer, function)
 
-    def words_of(self, model: LoadedModel) -> TokenText:
-        """Give what writes a model's single tokens; a vocabulary takes some time to list."""
-        if model not in self.words:
-            self.words[model] = TokenText(model.tokenizer)
-        return self.words[model]
+    def token_text(self, model: LoadedModel) -> TokenText:
+        """Return what writes a model's single tokens; made once, as it lists the vocabulary."""
+        if model not in self.token_texts:
+            self.token_texts[model] = TokenText(model.tokenizer)
+        return self.token_texts[model]
 
-    def most_tokens(self, asked: int | None, model: LoadedModel) -> int:
-        """Say how many tokens a reply may have: what was asked for, within the server's limit."""
-        limits = (asked, self.settings.max_new_tokens, model.context)
-        return min(it for it in limits if it is not None)
+    def max_tokens(self, requested: int | None, model: LoadedModel) -> int:
+        """Return the limit of a reply: what is requested, within the server's and the context."""
+        limits = (requested, self.settings.max_new_tokens, model.context)
+        return min(limit for limit in limits if limit is not None)

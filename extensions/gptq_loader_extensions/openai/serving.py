@@ -1,4 +1,4 @@
-"""Listen: bind the address, say where and how to use it, serve until Ctrl-C."""
+"""Bind the address, print how to use it, and serve until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from gptq_loader_extensions.openai.app import create_app
-from gptq_loader_extensions.openai.http.request_log import LOG
+from gptq_loader_extensions.openai.http.request_log import LOGGER
 from gptq_loader_extensions.openai.replies.batching import BatchEngine
 from gptq_loader_extensions.openai.replies.model_registry import ModelRegistry
 from gptq_loader_extensions.openai.server import Server
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bind", "log_requests", "serve"]
 
-CUT_SECONDS = 5  # for replies that were told to end; a large model's token may take one
+CANCEL_SECONDS = 5  # for cancelled replies to end; a large model's token may take one
 
 
 def serve(
@@ -51,9 +51,9 @@ def serve(
         settings: how to serve.
         model: the model that is loaded already.
         reference: what it was loaded by, or what to load now; None loads the first one that is
-            asked for.
-        load: loads others; None loads them as `gptq_loader_plugin.load` does by itself.
-        stop: set when the server ends, for a load that is under way.
+            requested.
+        load: loads other models; None is `gptq_loader_plugin.load` with its defaults.
+        stop: set when the server ends, to end a load that is under way.
 
     Raises:
         OptionInvalid: the address cannot be served on, or there is no model to serve.
@@ -84,7 +84,7 @@ def serve(
             access_log=False,
             lifespan="on",
             server_header=False,
-            timeout_graceful_shutdown=settings.grace + CUT_SECONDS,
+            timeout_graceful_shutdown=settings.grace + CANCEL_SECONDS,
         )
         try:
             asyncio.run(
@@ -101,7 +101,7 @@ def serve(
 
 
 def _page() -> Mountable | None:
-    """Find a host whose page can be shown here, and whose program is installed."""
+    """Return a host whose page can be mounted, and whose program is installed."""
     for host in Plugins(installed=True).hosts():
         if not isinstance(host, Mountable):
             continue
@@ -111,16 +111,16 @@ def _page() -> Mountable | None:
 
 
 async def _run(
-    host: uvicorn.Server,
+    server: uvicorn.Server,
     engine: BatchEngine,
     listening: socket.socket,
     stop: threading.Event,
     *,
     grace: float,
 ) -> None:
-    """Serve until a signal; then wait for the replies under way, and cut those that go on."""
-    serving = asyncio.ensure_future(host.serve(sockets=[listening]))
-    while not (host.should_exit or serving.done()):  # noqa: ASYNC110 - uvicorn has no event for it
+    """Serve until a signal; then wait for the replies under way, and cancel those that remain."""
+    serving = asyncio.ensure_future(server.serve(sockets=[listening]))
+    while not (server.should_exit or serving.done()):  # noqa: ASYNC110 - uvicorn has no event for it
         await asyncio.sleep(0.1)
     await asyncio.wait({serving}, timeout=grace)
     stop.set()
@@ -129,7 +129,7 @@ async def _run(
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take an address, or say in words why it cannot be had.
+    """Bind an address and listen on it.
 
     Raises:
         OptionInvalid: the port is taken or not allowed, or the host is not this machine's.
@@ -145,29 +145,29 @@ def bind(host: str, port: int) -> socket.socket:
         ) from error
     listening = socket.socket(family, kind, protocol)
     try:
-        if sys.platform != "win32":  # where it would let two servers share a port
+        if sys.platform != "win32":  # there it would let two servers share a port
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen(1024)
     except OSError as error:
         listening.close()
-        taken = error.errno == errno.EADDRINUSE
-        words = f"port {port} is taken" if taken else f"cannot listen on {host}, port {port}"
+        if error.errno == errno.EADDRINUSE:
+            raise OptionInvalid(
+                f"port {port} is taken", hint="choose another with --port"
+            ) from error
         raise OptionInvalid(
-            words if taken else f"{words}: {error.strerror or error}",
-            hint="choose another with --port"
-            if taken
-            else "serve on 127.0.0.1 and a port above 1023",
+            f"cannot listen on {host}, port {port}: {error.strerror or error}",
+            hint="serve on 127.0.0.1 and a port above 1023",
         ) from error
     return listening
 
 
 def _announce(server: Server, listening: socket.socket) -> None:
-    """Say what is served, where, and how to point a client at it."""
+    """Print what is served, where, and how to point a client at it."""
     settings, loaded = server.settings, server.registry.loaded
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host  # noqa: S104 - compared, not bound
     url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-    names = [it.name for it in server.registry.list_models()]
+    names = [model.name for model in server.registry.list_models()]
     key = "your key" if settings.api_key else "anything"
     lines = [
         f"serving {loaded[0]}: {loaded[1].plan.headline()}"
@@ -187,8 +187,13 @@ def _announce(server: Server, listening: socket.socket) -> None:
     sys.stderr.flush()
     if settings.as_json:
         kernels = {} if loaded is None else loaded[1].plan.kernels()
-        told = {"url": url, "model": loaded[0] if loaded else None, "kernels": kernels}
-        sys.stdout.write(json.dumps({**told, "models": names}) + "\n")
+        status = {
+            "url": url,
+            "model": loaded[0] if loaded else None,
+            "kernels": kernels,
+            "models": names,
+        }
+        sys.stdout.write(json.dumps(status) + "\n")
         sys.stdout.flush()
 
 
@@ -196,7 +201,7 @@ def log_requests() -> None:
     """Write a line for each request to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    requests = logging.getLogger(LOG)
+    requests = logging.getLogger(LOGGER)
     requests.setLevel(logging.INFO)
     requests.addHandler(handler)
     requests.propagate = False

@@ -1,4 +1,4 @@
-"""What a server is told when it starts: where to listen, whom to let in, how much to take."""
+"""The settings of a server: where it listens, who may use it, and its limits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Settings:
     Attributes:
         host: the address to listen on.
         port: the port; 0 takes any that is free.
-        api_key: what every request must bring; None asks for none.
+        api_key: what every request must send; None requires none.
         no_auth: whether others on the network may use a server without a key.
         allowed_hosts: names, besides this machine's own, that requests may be addressed to.
         cors: the origins whose pages may call the API from a browser.
@@ -30,12 +30,12 @@ class Settings:
         downloads: whether a name may make the server download a model.
         pickles: whether a name may make the server read .bin and .pt files.
         max_queue: how many requests may wait; the next one is refused.
-        max_num_seqs: how many replies are written side by side.
-        timeout: the seconds a request may take, its wait included.
-        max_body: the most bytes of a request.
-        max_new_tokens: the most tokens of a reply; None leaves it to the context.
+        max_num_seqs: how many replies are generated at a time.
+        timeout: the seconds a request may take, its time in the queue included.
+        max_body: the largest body of a request, in bytes.
+        max_new_tokens: the limit of a reply; None leaves it to the context.
         grace: the seconds that running replies get to end when the server stops.
-        as_json: whether to say on stdout, as JSON, where the server listens.
+        as_json: whether to write to stdout, as JSON, where the server listens.
     """
 
     host: str = "127.0.0.1"
@@ -57,43 +57,44 @@ class Settings:
     as_json: bool = False
 
     def check(self) -> None:
-        """Refuse settings that make no sense, or that let strangers in unasked.
+        """Refuse settings that are impossible, or that would let anyone on the network in.
 
         Raises:
-            OptionInvalid: says which, and what to do.
+            OptionInvalid: one of them is.
         """
         if not 0 <= self.port < 2**16:
             raise OptionInvalid(
-                f"{self.port} is no port: ports are 1 to 65535", hint="choose another with --port"
+                f"{self.port} is not a port; ports are 1 to 65535",
+                hint="choose another with --port",
             )
         if self.api_key is not None and (not self.api_key.isascii() or not self.api_key.strip()):
             raise OptionInvalid(
-                "a key is letters, digits and signs of ASCII, and not empty",
+                "an API key must be ASCII characters, and not empty",
                 hint="choose another with --api-key or GPTQ_LOADER_API_KEY",
             )
         if not is_loopback(self.host) and self.api_key is None and not self.no_auth:
             raise OptionInvalid(
                 f"everyone who can reach {self.host} could use this server",
-                hint="set a key with --api-key or GPTQ_LOADER_API_KEY; or say --no-auth where the "
+                hint="set a key with --api-key or GPTQ_LOADER_API_KEY; or add --no-auth if the "
                 "network itself keeps others out",
             )
-        for name, value, least in (
+        for name, value, minimum in (
             ("--max-queue", self.max_queue, 1),
             ("--timeout", self.timeout, 1),
             ("--max-body", self.max_body, 1024),
             ("--max-new-tokens", self.max_new_tokens or 1, 1),
         ):
-            if value < least:
-                raise OptionInvalid(f"{name} is {value}", hint=f"choose at least {least}")
+            if value < minimum:
+                raise OptionInvalid(f"{name} is {value}", hint=f"choose at least {minimum}")
         for origin in self.cors:
             if origin != "*" and not origin.startswith(("http://", "https://")):
                 raise OptionInvalid(
-                    f"{origin!r} is no origin", hint="write it as http://localhost:3000, or *"
+                    f"{origin!r} is not an origin", hint="write it as http://localhost:3000, or *"
                 )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
+    """Return whether an address can be reached from this machine alone."""
     if host.casefold() == "localhost":
         return True
     try:

@@ -78,7 +78,7 @@ class ServerModels(Models):
 
         def make_run(model: LoadedModel) -> tuple[ReplyStart, list[Run]]:
             prompt = prepare(model)
-            limit = self._server.most_tokens(options.max_new_tokens, model)
+            limit = self._server.max_tokens(options.max_new_tokens, model)
             run = Run(prompt.ids, options.model_copy(update={"max_new_tokens": limit}), prompt.stop)
             return ReplyStart(len(prompt.ids), model.context, prompt.warning), [run]
 

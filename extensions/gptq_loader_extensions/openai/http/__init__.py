@@ -1,1 +1,1 @@
-"""What lies between a request and the replies: who may ask, what is logged and counted."""
+"""What lies between a request and its reply: who may send it, what is logged and counted."""

@@ -1,4 +1,4 @@
-"""Let in who may come in: a key, the right Host and Origin, and no more bytes than allowed."""
+"""Check requests: the key, the Host and Origin, and the size of the body."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Guard"]
 
-# Has a browser ask a person for a name, which may be any, and a password, which is the key.
-BROWSERS = 'Basic realm="gptq-loader: any name, and the API key as the password"'
-MOST_DIGITS = 15  # of a length in bytes
+# Has a browser ask its user for a name, which may be any, and a password, which is the key.
+BASIC_CHALLENGE = 'Basic realm="gptq-loader: any name, and the API key as the password"'
+MAX_DIGITS = 15  # of a length in bytes
 
 
 class Guard:
@@ -31,8 +31,8 @@ class Guard:
     by a number or by a name of its own, and come from no other origin.
 
     Args:
-        app: what answers.
-        settings: whom to let in.
+        app: the application.
+        settings: who may use it.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -43,11 +43,11 @@ class Guard:
         here = socket.gethostname().casefold()
         self._names = frozenset(
             {"localhost", here, f"{here}.local", settings.host.casefold()}
-            | {it.casefold() for it in settings.allowed_hosts}
+            | {name.casefold() for name in settings.allowed_hosts}
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
+        """Forward a request, or refuse it."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
@@ -59,8 +59,8 @@ class Guard:
         await self._app(scope, self._counted(receive), send)
 
     def _check(self, headers: dict[str, str]) -> None:
-        addressed = headers.get("host", "")
-        host = _host_name(addressed)
+        host_header = headers.get("host", "")
+        host = _host_name(host_header)
         if not host or (host not in self._names and not _is_number(host)):
             raise ApiError(
                 403,
@@ -69,7 +69,7 @@ class Guard:
                 code="wrong_host",
             )
         origin = headers.get("origin")
-        own = {f"http://{addressed}", f"https://{addressed}"}
+        own = {f"http://{host_header}", f"https://{host_header}"}
         if origin is not None and origin not in own and not {origin, "*"} & self._origins:
             raise ApiError(
                 403,
@@ -83,22 +83,22 @@ class Guard:
                 401,
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",
                 code="invalid_api_key",
-                headers={"WWW-Authenticate": BROWSERS if browser else "Bearer"},
+                headers={"WWW-Authenticate": BASIC_CHALLENGE if browser else "Bearer"},
             )
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or len(length) > MOST_DIGITS or int(length) > self._max_body:
+        if not length.isdecimal() or len(length) > MAX_DIGITS or int(length) > self._max_body:
             raise self._too_large()
 
     def _has_key(self, headers: dict[str, str]) -> bool:
-        scheme, _, given = headers.get("authorization", "").partition(" ")
+        scheme, _, key = headers.get("authorization", "").partition(" ")
         match scheme.casefold():
             case "bearer":
-                given = given.strip()
+                key = key.strip()
             case "basic":
-                given = _password(given)
+                key = _password(key)
             case _:
-                given = headers.get("x-api-key", "")
-        return hmac.compare_digest(given.encode("latin-1"), self._key or b"")
+                key = headers.get("x-api-key", "")
+        return hmac.compare_digest(key.encode("latin-1"), self._key or b"")
 
     def _too_large(self) -> ApiError:
         return ApiError(
@@ -109,7 +109,7 @@ class Guard:
         )
 
     def _counted(self, receive: Receive) -> Receive:
-        """Count a body that comes in parts and does not say its length."""
+        """Count a body that comes in chunks, without a Content-Length."""
         total = 0
 
         async def receive_counted() -> Message:
@@ -124,7 +124,7 @@ class Guard:
 
 
 def _password(basic: str) -> str:
-    """Take the password out of what a browser sends; nothing, where it cannot be read."""
+    """Return the password in what a browser sends, or "" where it cannot be decoded."""
     try:
         return b64decode(basic, validate=True).decode("latin-1").partition(":")[2]
     except ValueError:
@@ -136,7 +136,7 @@ def _headers(scope: Scope) -> dict[str, str]:
 
 
 def _host_name(host: str) -> str:
-    """Take the port off a Host header."""
+    """Return the host of a Host header, without its port."""
     if host.startswith("["):
         return host.partition("]")[0].removeprefix("[").casefold()
     return host.partition(":")[0].casefold()

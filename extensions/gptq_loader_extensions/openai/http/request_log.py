@@ -1,4 +1,4 @@
-"""Take down one line for each request: what, how long, how many tokens; never what was said."""
+"""Log one line for each request: route, seconds, tokens; never any text of it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
     from gptq_loader_extensions.openai.http.metrics import Metrics
 
-__all__ = ["LOG", "Traffic"]
+__all__ = ["CLIENT_CLOSED_REQUEST", "LOGGER", "RequestLog"]
 
-LOG = "gptq_loader_plugin.requests"  # the logger whose every message is a JSON object
-ANSWERED_BY_NOBODY = 499  # what nginx logs when a client hangs up
+LOGGER = "gptq_loader_plugin.requests"  # the logger whose every message is a JSON object
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected
 
-logger = logging.getLogger(LOG)
+logger = logging.getLogger(LOGGER)
 
 
-class Traffic:
-    """Log every request, count it, and tell the client its number.
+class RequestLog:
+    """Log every request, count it, and send its id in a header.
 
     Args:
-        app: what answers.
-        metrics: counts.
+        app: the application.
+        metrics: where requests are counted.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -35,28 +35,28 @@ class Traffic:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and take down how it ended."""
+        """Forward a request, and log how it ended."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         record = RequestRecord()
         scope.setdefault("state", {})["record"] = record
-        status = ANSWERED_BY_NOBODY
+        status = CLIENT_CLOSED_REQUEST
 
-        async def send_with_number(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = int(message["status"])
-                number = (b"x-request-id", record.request_id.encode())
-                message = {**message, "headers": [*message.get("headers", []), number]}
+                header = (b"x-request-id", record.request_id.encode())
+                message = {**message, "headers": [*message.get("headers", []), header]}
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_number)
+            await self._app(scope, receive, send_with_id)
         finally:
-            self._note(scope, record, status)
+            self._log(scope, record, status)
 
-    def _note(self, scope: Scope, record: RequestRecord, status: int) -> None:
+    def _log(self, scope: Scope, record: RequestRecord, status: int) -> None:
         now = time.monotonic()
         route = getattr(scope.get("route"), "path", None) or "other"
         tokens = sum(record.tokens.values())

@@ -191,7 +191,7 @@ class ModelRegistry:
         gc.collect()
         release_freed()
 
-    def with_tokenizer(self, use: Callable[[PreTrainedTokenizerBase], T]) -> T:
+    def with_tokenizer(self, function: Callable[[PreTrainedTokenizerBase], T]) -> T:
         """Call a function with a copy of the model's tokenizer that nothing else uses meanwhile.
 
         Tokenizers keep the options of a call inside them: two threads cannot share one.
@@ -199,7 +199,7 @@ class ModelRegistry:
         with self._tokenizer_lock:
             if self._tokenizer is None:
                 raise ApiError(503, "no model is loaded", kind="server_error")
-            return use(self._tokenizer)
+            return function(self._tokenizer)
 
     def _set_loaded(self, name: str, model: LoadedModel) -> tuple[str, LoadedModel]:
         tokenizer = copy.deepcopy(model.tokenizer)

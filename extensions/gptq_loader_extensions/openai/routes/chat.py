@@ -18,7 +18,7 @@ from gptq_loader_extensions.openai.replies.reply_events import collect
 from gptq_loader_extensions.openai.replies.runs import make_runs
 from gptq_loader_extensions.openai.replies.structured import make_grammar
 from gptq_loader_extensions.openai.replies.tools import offer_tools, template_messages
-from gptq_loader_extensions.openai.routes.sse import event, stream, told
+from gptq_loader_extensions.openai.routes.sse import event, ignored_options, stream
 from gptq_loader_extensions.openai.schema.openapi import ERRORS, EVENTS
 from gptq_loader_extensions.openai.schema.schemas import ChatRequest
 from gptq_loader_extensions.openai.schema.unsupported import check_extra, check_message
@@ -38,53 +38,54 @@ __all__ = ["FINISH", "chat_routes", "usage"]
 FINISH = {"stop": "stop", "length": "length", "cancelled": "stop"}
 
 
-class Choice:
-    """One reply as it grows: what it says, what it calls, why it ended.
+class ChatChoice:
+    """One reply as it grows: its text, its calls, why it ended.
 
     Args:
         prepared: how to read it.
     """
 
-    def __init__(self, prepared: Prepared) -> None:
-        self._reader = prepared.make_reader()
-        self._words = prepared.words
-        self._aligned = None if self._words is None else LogprobAligner(self._words, prepared.ends)
-        self._called = 0
+    def __init__(self, prepared: PreparedChat) -> None:
+        self._parser = prepared.make_parser()
+        self._token_text = prepared.token_text
+        self._aligner: LogprobAligner | None = None
+        if self._token_text is not None:
+            self._aligner = LogprobAligner(self._token_text, prepared.end_ids)
         self.text = ""
         self.calls: list[FunctionCall] = []
-        self.scored: list[dict[str, Any]] = []
+        self.logprobs: list[dict[str, Any]] = []
         self.tokens = 0
         self.finish: str | None = None
 
-    def take(self, said: ReplyChunk) -> dict[str, Any]:
-        """Take a piece; give the delta that a stream sends for it."""
-        text, calls = self._reader.feed(said.piece.text)
-        if said.piece.finish is not None:
-            more, rest = self._reader.finish()
-            text, calls = text + more, [*calls, *rest]
+    def add(self, chunk: ReplyChunk) -> dict[str, Any]:
+        """Add a chunk; return the delta that a stream sends for it."""
+        text, calls = self._parser.feed(chunk.piece.text)
+        if chunk.piece.finish is not None:
+            last_text, last_calls = self._parser.finish()
+            text, calls = text + last_text, [*calls, *last_calls]
         self.text += text
         self.calls += calls
-        self.tokens = said.piece.tokens
+        self.tokens = chunk.piece.tokens
         delta: dict[str, Any] = {"content": text} if text else {}
         if calls:
             first = len(self.calls) - len(calls)
             delta["tool_calls"] = [
                 {"index": first + i, **call.to_json()} for i, call in enumerate(calls)
             ]
-        if said.piece.finish is not None:
-            self.finish = "tool_calls" if self.calls else FINISH[said.piece.finish]
+        if chunk.piece.finish is not None:
+            self.finish = "tool_calls" if self.calls else FINISH[chunk.piece.finish]
         return delta
 
-    def score(self, said: ReplyChunk) -> dict[str, Any] | None:
-        """Give the probabilities of a piece's tokens, where they were asked for."""
-        if self._aligned is None or self._words is None:
+    def add_logprobs(self, chunk: ReplyChunk) -> dict[str, Any] | None:
+        """Add a chunk's log-probabilities and return them, where they are requested."""
+        if self._aligner is None or self._token_text is None:
             return None
-        scored = chat_logprobs(self._words, self._aligned.add(said))
-        self.scored += scored["content"]
-        return scored
+        logprobs = chat_logprobs(self._token_text, self._aligner.add(chunk))
+        self.logprobs += logprobs["content"]
+        return logprobs
 
     def message(self) -> dict[str, Any]:
-        """Give the whole reply as a message."""
+        """Return the whole reply as a message."""
         message: dict[str, Any] = {"role": "assistant", "content": self.text, "refusal": None}
         if self.calls:
             message["content"] = self.text or None
@@ -92,33 +93,35 @@ class Choice:
         return message
 
     def to_json(self, index: int) -> dict[str, Any]:
-        """Give the whole reply as a choice."""
-        scored = None if self._words is None else {"content": self.scored, "refusal": None}
+        """Return the whole reply as a choice."""
+        logprobs = None
+        if self._aligner is not None:
+            logprobs = {"content": self.logprobs, "refusal": None}
         return {
             "index": index,
             "message": self.message(),
-            "logprobs": scored,
+            "logprobs": logprobs,
             "finish_reason": self.finish,
         }
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """What was found out about a request with its model at hand.
+class PreparedChat:
+    """What a request needs once its model is known.
 
     Attributes:
-        make_reader: makes what looks for calls in a reply.
-        ends: the tokens that end a reply.
-        words: writes single tokens; None where no probabilities were asked for.
+        make_parser: makes what finds the calls in a reply.
+        end_ids: the tokens that end a reply.
+        token_text: writes single tokens; None where no log-probabilities are requested.
     """
 
-    make_reader: Callable[[], ToolParser]
-    ends: frozenset[int]
-    words: TokenText | None
+    make_parser: Callable[[], ToolParser]
+    end_ids: frozenset[int]
+    token_text: TokenText | None
 
 
 def chat_routes(server: Server) -> APIRouter:
-    """Make the route."""
+    """Return the route."""
     router = APIRouter()
 
     @router.post("/v1/chat/completions", responses=ERRORS | EVENTS, response_model=None)
@@ -130,82 +133,91 @@ def chat_routes(server: Server) -> APIRouter:
             check_message(message, i)
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs needs logprobs: true", param="top_logprobs")
-        reply = await server.reply(request, body.model, lambda model: _prepare(server, body, model))
-        about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
+        reply = await server.new_reply(
+            request, body.model, lambda model: _prepare(server, body, model)
+        )
+        base = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         if not body.stream:
-            ready, said = await collect(reply, request)
-            return JSONResponse(_completion(ready, said, about), headers=told(record))
+            started, chunks = await collect(reply, request)
+            return JSONResponse(_completion(started, chunks, base), headers=ignored_options(record))
         first = await reply.start(request)
         assert isinstance(first, ReplyChunk), "a chat has at least one reply"
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return stream(_chunks(reply, first, about, with_usage=with_usage), reply, record)
+        return stream(_events(reply, first, base, with_usage=with_usage), reply, record)
 
     return router
 
 
-def _prepare(server: Server, body: ChatRequest, model: LoadedModel) -> tuple[Prepared, list[Run]]:
-    template, reader = offer_tools(body, model)
+def _prepare(
+    server: Server, body: ChatRequest, model: LoadedModel
+) -> tuple[PreparedChat, list[Run]]:
+    template, make_parser = offer_tools(body, model)
     ids = template.encode(template_messages(body.messages), model.tokenizer)
-    ends = model.end_ids(template.stop)
+    end_ids = model.end_ids(template.stop)
     runs = make_runs(
         body,
         model,
         ids,
-        max_tokens=server.most_tokens(body.max_completion_tokens or body.max_tokens, model),
+        max_tokens=server.max_tokens(body.max_completion_tokens or body.max_tokens, model),
         stop=template.stop,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=make_grammar(
-            body.response_format, model, server.grammars, end_ids=ends, begin=len(ids)
+            body.response_format, model, server.grammar_tokenizers, end_ids=end_ids, begin=len(ids)
         ),
     )
-    words = server.words_of(model) if body.logprobs else None
-    return Prepared(reader, ends, words), runs
+    token_text = server.token_text(model) if body.logprobs else None
+    return PreparedChat(make_parser, end_ids, token_text), runs
 
 
-def _completion(ready: Started, said: list[ReplyChunk], about: dict[str, Any]) -> dict[str, Any]:
-    choices = [Choice(ready.value) for _ in ready.runs]
-    for piece in said:
-        choices[piece.index].take(piece)
-        choices[piece.index].score(piece)
+def _completion(started: Started, chunks: list[ReplyChunk], base: dict[str, Any]) -> dict[str, Any]:
+    choices = [ChatChoice(started.value) for _ in started.runs]
+    for chunk in chunks:
+        choices[chunk.index].add(chunk)
+        choices[chunk.index].add_logprobs(chunk)
     return {
-        **about,
+        **base,
         "object": "chat.completion",
-        "model": ready.model,
-        "choices": [it.to_json(i) for i, it in enumerate(choices)],
-        "usage": usage(ready, [it.tokens for it in choices]),
+        "model": started.model,
+        "choices": [choice.to_json(i) for i, choice in enumerate(choices)],
+        "usage": usage(started, [choice.tokens for choice in choices]),
     }
 
 
-async def _chunks(
-    reply: PendingReply, first: ReplyChunk, about: dict[str, Any], *, with_usage: bool
+async def _events(
+    reply: PendingReply, first: ReplyChunk, base: dict[str, Any], *, with_usage: bool
 ) -> AsyncIterator[str]:
-    ready = reply.started
-    assert ready is not None
-    head = {**about, "object": "chat.completion.chunk", "model": ready.model}
-    more = {"usage": None} if with_usage else {}
-    choices = [Choice(ready.value) for _ in ready.runs]
+    started = reply.started
+    assert started is not None
+    base = {**base, "object": "chat.completion.chunk", "model": started.model}
+    no_usage = {"usage": None} if with_usage else {}
+    choices = [ChatChoice(started.value) for _ in started.runs]
 
-    def chunk(index: int, delta: dict[str, Any], **fields: Any) -> str:  # noqa: ANN401
+    def chunk_event(index: int, delta: dict[str, Any], **fields: Any) -> str:  # noqa: ANN401
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        return event({**head, "choices": [{**choice, **fields}], **more})
+        return event({**base, "choices": [{**choice, **fields}], **no_usage})
 
     for i in range(len(choices)):
-        yield chunk(i, {"role": "assistant", "content": ""})
-    async for said in reply.chunks(first):
-        choice = choices[said.index]
-        delta, scored = choice.take(said), choice.score(said)
-        if delta or (scored and scored["content"]):
-            yield chunk(said.index, delta, logprobs=scored)
+        yield chunk_event(i, {"role": "assistant", "content": ""})
+    async for chunk in reply.chunks(first):
+        choice = choices[chunk.index]
+        delta, logprobs = choice.add(chunk), choice.add_logprobs(chunk)
+        if delta or (logprobs and logprobs["content"]):
+            yield chunk_event(chunk.index, delta, logprobs=logprobs)
         if choice.finish is not None:
-            yield chunk(said.index, {}, finish_reason=choice.finish)
+            yield chunk_event(chunk.index, {}, finish_reason=choice.finish)
     if with_usage:
-        counted = usage(ready, [it.tokens for it in choices])
-        yield event({**head, "choices": [], "usage": counted})
+        counts = usage(started, [choice.tokens for choice in choices])
+        yield event({**base, "choices": [], "usage": counts})
 
 
-def usage(ready: Started, tokens: list[int]) -> dict[str, int]:
-    """Count a request's tokens; a prompt that is answered several times counts once."""
-    prompts = {id(run.ids): len(run.ids) for run in ready.runs}
+def usage(started: Started, tokens: list[int]) -> dict[str, int]:
+    """Count a request's tokens; a prompt that is answered several times counts once.
+
+    Args:
+        started: the request's prompts.
+        tokens: how many tokens each reply has.
+    """
+    prompts = {id(run.ids): len(run.ids) for run in started.runs}
     total = sum(prompts.values())
     return {
         "prompt_tokens": total,

@@ -18,7 +18,7 @@ from gptq_loader_extensions.openai.replies.record import request_record
 from gptq_loader_extensions.openai.replies.reply_events import collect
 from gptq_loader_extensions.openai.replies.runs import make_runs
 from gptq_loader_extensions.openai.routes.chat import FINISH, usage
-from gptq_loader_extensions.openai.routes.sse import event, stream, told
+from gptq_loader_extensions.openai.routes.sse import event, ignored_options, stream
 from gptq_loader_extensions.openai.schema.openapi import ERRORS, EVENTS
 from gptq_loader_extensions.openai.schema.schemas import CompletionRequest
 from gptq_loader_extensions.openai.schema.unsupported import check_extra
@@ -39,81 +39,83 @@ MAX_TOKENS = 16  # OpenAI's, where a client names none
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt and what was found out about it.
+class PreparedPrompt:
+    """A prompt, and what its reply begins with.
 
     Attributes:
-        text: what an echo repeats; "" without one.
-        steps: its tokens' probabilities, where an echo is to have them.
-        tokens: how many it has.
+        echo: its text, where the reply repeats it; else "".
+        scored: its tokens, where the echo is to have log-probabilities.
+        length: how many tokens it has.
     """
 
-    text: str
-    steps: Sequence[ScoredToken]
-    tokens: int
+    echo: str
+    scored: Sequence[ScoredToken]
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """What was found out about a request with its model at hand.
+class PreparedCompletion:
+    """What a request needs once its model is known.
 
     Attributes:
         prompts: in order.
         copies: how many replies each has.
-        top: how many likeliest tokens to report; None reports nothing.
-        words: writes single tokens; None where no probabilities were asked for.
-        ends: the tokens that end a reply.
+        top_logprobs: how many alternatives to report for each token; None reports no token.
+        token_text: writes single tokens; None where no log-probabilities are requested.
+        end_ids: the tokens that end a reply.
     """
 
-    prompts: Sequence[Prompt]
+    prompts: Sequence[PreparedPrompt]
     copies: int
-    top: int | None
-    words: TokenText | None
-    ends: frozenset[int]
+    top_logprobs: int | None
+    token_text: TokenText | None
+    end_ids: frozenset[int]
 
 
-class Choice:
+class CompletionChoice:
     """One reply as it grows, after the prompt where that is repeated.
 
     Args:
-        prepared: what was found out about the request.
+        prepared: the request's prompts and options.
         index: which reply it is.
     """
 
-    def __init__(self, prepared: Prepared, index: int) -> None:
-        self._prepared = prepared
-        self._prompt = prepared.prompts[index // prepared.copies]
-        self._words = prepared.words
-        self._aligned = None if self._words is None else LogprobAligner(self._words, prepared.ends)
-        self._steps: list[ScoredToken] = list(self._prompt.steps)
-        self._said = 0  # characters whose tokens were reported
+    def __init__(self, prepared: PreparedCompletion, index: int) -> None:
+        prompt = prepared.prompts[index // prepared.copies]
+        self._top_logprobs = prepared.top_logprobs
+        self._token_text = prepared.token_text
+        self._aligner: LogprobAligner | None = None
+        if self._token_text is not None:
+            self._aligner = LogprobAligner(self._token_text, prepared.end_ids)
+        self._unreported = list(prompt.scored)
+        self._reported = 0  # characters whose tokens were reported
         self.index = index
-        self.text = self._prompt.text
+        self.text = prompt.echo
         self.tokens = 0
         self.finish: str | None = None
 
-    def take(self, said: ReplyChunk) -> str:
-        """Take a piece; give its text."""
-        self.text += said.piece.text
-        self.tokens = said.piece.tokens
-        if said.piece.finish is not None:
-            self.finish = FINISH[said.piece.finish]
-        if self._aligned is not None:
-            self._steps += self._aligned.add(said)
-        return said.piece.text
+    def add(self, chunk: ReplyChunk) -> str:
+        """Add a chunk; return its text."""
+        self.text += chunk.piece.text
+        self.tokens = chunk.piece.tokens
+        if chunk.piece.finish is not None:
+            self.finish = FINISH[chunk.piece.finish]
+        if self._aligner is not None:
+            self._unreported += self._aligner.add(chunk)
+        return chunk.piece.text
 
     def logprobs(self) -> dict[str, Any] | None:
-        """Give the probabilities of the tokens since the last call."""
-        words, top = self._words, self._prepared.top
-        if words is None or top is None:
+        """Return the log-probabilities of the tokens since the last call."""
+        token_text, top = self._token_text, self._top_logprobs
+        if token_text is None or top is None:
             return None
-        steps, self._steps = self._steps, []
-        begin = self._said
-        self._said += sum(len(words.text(it.token)) for it in steps)
-        return completion_logprobs(words, steps, begin=begin, top=top)
+        tokens, self._unreported = self._unreported, []
+        begin = self._reported
+        self._reported += sum(len(token_text.text(scored.token)) for scored in tokens)
+        return completion_logprobs(token_text, tokens, begin=begin, top=top)
 
     def to_json(self, text: str) -> dict[str, Any]:
-        """Give a choice with this text."""
+        """Return a choice with this text."""
         return {
             "index": self.index,
             "text": text,
@@ -123,7 +125,7 @@ class Choice:
 
 
 def completion_routes(server: Server) -> APIRouter:
-    """Make the route."""
+    """Return the route."""
     router = APIRouter()
 
     @router.post("/v1/completions", responses=ERRORS | EVENTS, response_model=None)
@@ -134,18 +136,18 @@ def completion_routes(server: Server) -> APIRouter:
         prompts = _prompts(body)
         if len(prompts) * (body.n or 1) > 64:
             raise invalid("one request may have 64 replies; send fewer prompts, or a smaller n")
-        reply = await server.reply(
+        reply = await server.new_reply(
             request, body.model, lambda model: _prepare(server, body, prompts, model)
         )
-        about = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time())}
+        base = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         if not body.stream or body.max_tokens == 0:
-            ready, said = await collect(reply, request)
-            answer = _completion(ready, said, about)
-            return JSONResponse(answer, headers=told(record))
+            started, chunks = await collect(reply, request)
+            answer = _completion(started, chunks, base)
+            return JSONResponse(answer, headers=ignored_options(record))
         first = await reply.start(request)
         assert isinstance(first, ReplyChunk), "a completion has at least one reply"
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return stream(_chunks(reply, first, about, with_usage=with_usage), reply, record)
+        return stream(_events(reply, first, base, with_usage=with_usage), reply, record)
 
     return router
 
@@ -154,7 +156,7 @@ def check_ids(ids: Sequence[int], model: LoadedModel) -> None:
     """Refuse tokens that the model does not have.
 
     Raises:
-        ApiError: one of them is too great.
+        ApiError: one of them is too large.
     """
     if max(ids) >= len(model.tokenizer):
         raise invalid(
@@ -164,16 +166,24 @@ def check_ids(ids: Sequence[int], model: LoadedModel) -> None:
 
 
 def cut_prompt(ids: list[int], model: LoadedModel, *, length: int, reply: int) -> list[int]:
-    """Leave out a prompt's beginning, as Kobold's clients expect, to make room for a reply."""
-    room = max(min(length, model.context) - reply, 1)
-    if len(ids) <= room:
+    """Leave out a prompt's beginning, as Kobold's clients expect, to make room for a reply.
+
+    Args:
+        ids: the prompt's tokens.
+        model: the model that reads them.
+        length: the limit of the prompt and the reply together.
+        reply: the limit of the reply.
+    """
+    limit = max(min(length, model.context) - reply, 1)
+    if len(ids) <= limit:
         return ids
-    begins = ids[:1] == [model.tokenizer.bos_token_id]
-    return ids[:1] + ids[len(ids) - room + 1 :] if begins and room > 1 else ids[-room:]
+    if ids[:1] == [model.tokenizer.bos_token_id] and limit > 1:
+        return ids[:1] + ids[len(ids) - limit + 1 :]
+    return ids[-limit:]
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:
-    """Give the prompts, however they were sent."""
+    """Return the prompts as a list, however they were sent."""
     prompt: Any = body.prompt
     several = isinstance(prompt, list) and not isinstance(prompt[0], int)
     return prompt if several else [prompt]
@@ -184,24 +194,23 @@ def _prepare(
     body: CompletionRequest,
     prompts: Sequence[str | list[int]],
     model: LoadedModel,
-) -> tuple[Prepared, list[Run]]:
-    asked = MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    most = server.most_tokens(asked, model)
-    found, runs = [], []
+) -> tuple[PreparedCompletion, list[Run]]:
+    requested = MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    max_tokens = server.max_tokens(requested, model)
+    prepared, runs = [], []
     for prompt in prompts:
-        ids = _ids(body, prompt, model, reply=most)
-        text, steps = "", []
+        ids = _ids(body, prompt, model, reply=max_tokens)
+        echo, scored = "", []
         if body.echo:
-            text = prompt if isinstance(prompt, str) else str(model.tokenizer.decode(prompt))
+            echo = prompt if isinstance(prompt, str) else str(model.tokenizer.decode(prompt))
             if body.logprobs is not None:
-                steps = score_prompt(model, ids, body.logprobs)
-        found.append(Prompt(text, steps, len(ids)))
-        if most:
-            runs += make_runs(body, model, ids, max_tokens=most, top_logprobs=body.logprobs)
-    ends = model.end_ids()
-    copies = (body.n or 1) if most else 1
-    words = None if body.logprobs is None else server.words_of(model)
-    return Prepared(found, copies, body.logprobs, words, ends), runs
+                scored = score_prompt(model, ids, body.logprobs)
+        prepared.append(PreparedPrompt(echo, scored, len(ids)))
+        if max_tokens:
+            runs += make_runs(body, model, ids, max_tokens=max_tokens, top_logprobs=body.logprobs)
+    copies = (body.n or 1) if max_tokens else 1
+    token_text = None if body.logprobs is None else server.token_text(model)
+    return PreparedCompletion(prepared, copies, body.logprobs, token_text, model.end_ids()), runs
 
 
 def _ids(
@@ -218,42 +227,43 @@ def _ids(
     return ids
 
 
-def _completion(ready: Started, said: list[ReplyChunk], about: dict[str, Any]) -> dict[str, Any]:
-    prepared: Prepared = ready.value
-    choices = [Choice(prepared, i) for i in range(len(prepared.prompts) * prepared.copies)]
-    for piece in said:
-        choices[piece.index].take(piece)
-    if not ready.runs:  # no new tokens were asked for
+def _completion(started: Started, chunks: list[ReplyChunk], base: dict[str, Any]) -> dict[str, Any]:
+    prepared: PreparedCompletion = started.value
+    count = len(prepared.prompts) * prepared.copies
+    choices = [CompletionChoice(prepared, i) for i in range(count)]
+    for chunk in chunks:
+        choices[chunk.index].add(chunk)
+    if not started.runs:  # no new tokens were requested
         for choice in choices:
             choice.finish = "length"
-    counted = usage(ready, [it.tokens for it in choices])
-    counted["prompt_tokens"] = sum(it.tokens for it in prepared.prompts)
-    counted["total_tokens"] = counted["prompt_tokens"] + counted["completion_tokens"]
+    counts = usage(started, [choice.tokens for choice in choices])
+    counts["prompt_tokens"] = sum(prompt.length for prompt in prepared.prompts)
+    counts["total_tokens"] = counts["prompt_tokens"] + counts["completion_tokens"]
     return {
-        **about,
+        **base,
         "object": "text_completion",
-        "model": ready.model,
-        "choices": [it.to_json(it.text) for it in choices],
-        "usage": counted,
+        "model": started.model,
+        "choices": [choice.to_json(choice.text) for choice in choices],
+        "usage": counts,
     }
 
 
-async def _chunks(
-    reply: PendingReply, first: ReplyChunk, about: dict[str, Any], *, with_usage: bool
+async def _events(
+    reply: PendingReply, first: ReplyChunk, base: dict[str, Any], *, with_usage: bool
 ) -> AsyncIterator[str]:
-    ready = reply.started
-    assert ready is not None
-    head = {**about, "object": "text_completion", "model": ready.model}
-    more = {"usage": None} if with_usage else {}
-    choices = [Choice(ready.value, i) for i in range(len(ready.runs))]
+    started = reply.started
+    assert started is not None
+    base = {**base, "object": "text_completion", "model": started.model}
+    no_usage = {"usage": None} if with_usage else {}
+    choices = [CompletionChoice(started.value, i) for i in range(len(started.runs))]
     for choice in choices:
         if choice.text:  # an echo
-            yield event({**head, "choices": [choice.to_json(choice.text)], **more})
-    async for said in reply.chunks(first):
-        choice = choices[said.index]
-        text = choice.take(said)
+            yield event({**base, "choices": [choice.to_json(choice.text)], **no_usage})
+    async for chunk in reply.chunks(first):
+        choice = choices[chunk.index]
+        text = choice.add(chunk)
         if text or choice.finish is not None:
-            yield event({**head, "choices": [choice.to_json(text)], **more})
+            yield event({**base, "choices": [choice.to_json(text)], **no_usage})
     if with_usage:
-        counted = usage(ready, [it.tokens for it in choices])
-        yield event({**head, "choices": [], "usage": counted})
+        counts = usage(started, [choice.tokens for choice in choices])
+        yield event({**base, "choices": [], "usage": counts})

@@ -1,4 +1,4 @@
-"""The routes that say what is here: models, health, metrics; and what is not."""
+"""The routes about the server: models, health, metrics; and the refusal of embeddings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 
 from gptq_loader_extensions.openai.errors import ApiError
-from gptq_loader_extensions.openai.schema.openapi import ERRORS, NOT_DONE
+from gptq_loader_extensions.openai.schema.openapi import ERRORS, NOT_IMPLEMENTED
 from gptq_loader_plugin.system.memory import resident_memory
 
 if TYPE_CHECKING:
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.openai.replies.model_registry import ServedModel
     from gptq_loader_extensions.openai.server import Server
 
-__all__ = ["about_routes"]
+__all__ = ["info_routes"]
 
 
-def about_routes(server: Server) -> APIRouter:
-    """Make the routes."""
+def info_routes(server: Server) -> APIRouter:
+    """Return the routes."""
     router = APIRouter(responses=ERRORS)
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
         """List the models that may be named."""
-        entries = await asyncio.to_thread(server.registry.list_models)
-        return {"object": "list", "data": [_model(it) for it in entries]}
+        served = await asyncio.to_thread(server.registry.list_models)
+        return {"object": "list", "data": [_model_json(model) for model in served]}
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        """Say what one model is."""
-        for entry in await asyncio.to_thread(server.registry.list_models):
-            if entry.name == name:
-                return _model(entry)
+        """Describe one model."""
+        for served in await asyncio.to_thread(server.registry.list_models):
+            if served.name == name:
+                return _model_json(served)
         raise ApiError(
             404,
             f"the model {name[:200]!r} does not exist here; GET /v1/models lists those that do",
@@ -47,9 +47,9 @@ def about_routes(server: Server) -> APIRouter:
             code="model_not_found",
         )
 
-    @router.post("/v1/embeddings", responses=NOT_DONE)
+    @router.post("/v1/embeddings", responses=NOT_IMPLEMENTED)
     async def embeddings(request: Request) -> None:
-        """Refuse: a model that writes text gives no embeddings worth having."""
+        """Refuse: a model that writes text makes no useful embeddings."""
         del request
         raise ApiError(
             501,
@@ -61,7 +61,7 @@ def about_routes(server: Server) -> APIRouter:
 
     @router.get("/health")
     async def health() -> dict[str, Any]:
-        """Say that the server runs, and what it has loaded."""
+        """Return that the server runs, and what it has loaded."""
         loaded = server.registry.loaded
         running, waiting = server.engine.counts()
         return {
@@ -73,18 +73,18 @@ def about_routes(server: Server) -> APIRouter:
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
-        """Count what was done, in Prometheus' text format."""
+        """Return the metrics, in Prometheus' text format."""
         text = server.metrics.render(_state(server))
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     return router
 
 
-def _model(entry: ServedModel) -> dict[str, Any]:
+def _model_json(model: ServedModel) -> dict[str, Any]:
     return {
-        "id": entry.name,
+        "id": model.name,
         "object": "model",
-        "created": entry.created,
+        "created": model.created,
         "owned_by": "gptq-loader",
     }
 

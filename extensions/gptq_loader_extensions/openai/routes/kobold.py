@@ -15,7 +15,7 @@ from gptq_loader_extensions.openai.replies.reply_events import collect
 from gptq_loader_extensions.openai.replies.runs import make_runs
 from gptq_loader_extensions.openai.routes.chat import FINISH
 from gptq_loader_extensions.openai.routes.completions import cut_prompt
-from gptq_loader_extensions.openai.routes.sse import event, stream, told
+from gptq_loader_extensions.openai.routes.sse import event, ignored_options, stream
 from gptq_loader_extensions.openai.schema.openapi import ERRORS, EVENTS
 from gptq_loader_extensions.openai.schema.schemas import (
     KoboldKey,
@@ -35,54 +35,56 @@ if TYPE_CHECKING:
 __all__ = ["kobold_routes"]
 
 API = "1.2.5"  # of KoboldAI's API: the last one there is
-KOBOLDCPP = "1.79"  # whose routes these are; clients ask whether it is new enough to stream
+KOBOLDCPP = "1.79"  # whose routes these are; clients check that it is new enough to stream
 MAX_LENGTH = 180  # KoboldCpp's, where a client names none
 
 
 def kobold_routes(server: Server) -> APIRouter:  # noqa: C901 - one small function for each route
-    """Make the routes."""
+    """Return the routes."""
     router = APIRouter(responses=ERRORS)
-    began = time.monotonic()
+    started_at = time.monotonic()
 
     @router.post("/api/v1/generate", response_model=None)
     @router.post("/api/latest/generate", response_model=None, include_in_schema=False)
     async def generate(body: KoboldRequest, request: Request) -> Response:
         """Complete a prompt."""
-        reply = await _reply(server, body, request)
-        ready, said = await collect(reply, request)
+        reply = await _new_reply(server, body, request)
+        started, chunks = await collect(reply, request)
         results = [
             {
-                "text": "".join(it.piece.text for it in said if it.index == i),
-                "finish_reason": _finish(said, i),
+                "text": "".join(chunk.piece.text for chunk in chunks if chunk.index == i),
+                "finish_reason": _finish(chunks, i),
             }
-            for i in range(len(ready.runs))
+            for i in range(len(started.runs))
         ]
-        return JSONResponse({"results": results}, headers=told(request_record(request)))
+        headers = ignored_options(request_record(request))
+        return JSONResponse({"results": results}, headers=headers)
 
     @router.post("/api/extra/generate/stream", responses=EVENTS, response_model=None)
     async def generate_stream(body: KoboldRequest, request: Request) -> Response:
         """Complete a prompt, and send the text as it comes."""
         if (body.n or 1) > 1:
             raise invalid("a stream has one reply; leave n out", param="n")
-        reply = await _reply(server, body, request)
+        reply = await _new_reply(server, body, request)
         first = await reply.start(request)
         assert isinstance(first, ReplyChunk), "there is at least one reply"
-        return stream(_tokens(reply, first), reply, request_record(request), done="")
+        return stream(_events(reply, first), reply, request_record(request), done="")
 
     @router.post("/api/extra/generate/check")
     @router.get("/api/extra/generate/check", include_in_schema=False)
     async def check(body: KoboldKey | None = None) -> dict[str, Any]:
-        """Give the text so far of the reply that has this key."""
-        texts = [it.text for it in _named(server, body)]
+        """Return the text so far of the reply that has this key."""
+        texts = [reply.text for reply in _find_replies(server, body)]
         return {"results": [{"text": texts[-1] if texts else ""}]}
 
     @router.post("/api/extra/abort")
     async def abort(body: KoboldKey | None = None) -> dict[str, Any]:
         """End the reply that has this key; without one, the only reply of a Kobold client."""
-        found = _named(server, body)
-        for reply in found:
+        replies = _find_replies(server, body)
+        for reply in replies:
             reply.cancel()
-        return {"success": "true" if found else "false", "done": "true" if found else "false"}
+        success = "true" if replies else "false"
+        return {"success": success, "done": success}
 
     @router.get("/api/v1/model")
     async def model() -> dict[str, Any]:
@@ -93,17 +95,17 @@ def kobold_routes(server: Server) -> APIRouter:  # noqa: C901 - one small functi
     @router.put("/api/v1/model")
     async def put_model(body: KoboldModel, request: Request) -> dict[str, Any]:
         """Load a model by its name."""
-        await server.ask(request, lambda _: None, model=body.model)
+        await server.with_model(request, lambda _: None, model=body.model)
         return {}
 
     @router.get("/api/v1/info/version")
     async def version() -> dict[str, Any]:
-        """Say which of KoboldAI's APIs this is."""
+        """Return the version of KoboldAI's API."""
         return {"result": API}
 
     @router.get("/api/extra/version")
     async def extra_version() -> dict[str, Any]:
-        """Say which of KoboldCpp's APIs this is."""
+        """Return the version of KoboldCpp's API."""
         return {
             "result": "KoboldCpp",
             "version": KOBOLDCPP,
@@ -116,72 +118,75 @@ def kobold_routes(server: Server) -> APIRouter:  # noqa: C901 - one small functi
     @router.get("/api/v1/config/max_context_length")
     @router.get("/api/extra/true_max_context_length")
     async def max_context_length(request: Request) -> dict[str, Any]:
-        """Say how long a prompt and its reply may be together."""
+        """Return how long a prompt and its reply may be together."""
         loaded = server.registry.loaded
         if loaded is not None:
             return {"value": loaded[1].context}
-        return {"value": await server.ask(request, lambda model: model.context)}
+        return {"value": await server.with_model(request, lambda model: model.context)}
 
     @router.get("/api/v1/config/max_length")
     async def max_length() -> dict[str, Any]:
-        """Say how long a reply is where a client does not."""
+        """Return how long a reply may be where a client sets no limit."""
         return {"value": min(MAX_LENGTH, server.settings.max_new_tokens or MAX_LENGTH)}
 
     @router.post("/api/extra/tokencount")
     async def tokencount(body: KoboldPrompt, request: Request) -> dict[str, Any]:
         """Count a prompt's tokens."""
-        ids = await server.tokenize(request, lambda it: it(body.prompt, verbose=False)["input_ids"])
+        ids = await server.with_tokenizer(
+            request, lambda tokenizer: tokenizer(body.prompt, verbose=False)["input_ids"]
+        )
         return {"value": len(ids), "ids": ids}
 
     @router.get("/api/extra/perf")
     async def perf() -> dict[str, Any]:
-        """Say how it goes."""
+        """Return how many replies there were, and how many requests wait."""
         running, waiting = server.engine.counts()
         replies = server.metrics.total("gptq_replies_total")
         return {
             "total_gens": int(replies),
             "queue": waiting,
             "idle": int(not running),
-            "uptime": round(time.monotonic() - began, 1),
+            "uptime": round(time.monotonic() - started_at, 1),
         }
 
     return router
 
 
-async def _reply(server: Server, body: KoboldRequest, request: Request) -> PendingReply:
+async def _new_reply(server: Server, body: KoboldRequest, request: Request) -> PendingReply:
     request_record(request).ignored = check_extra(body)
-    return await server.reply(
+    return await server.new_reply(
         request, None, lambda model: (None, _prepare(server, body, model)), key=body.genkey or ""
     )
 
 
 def _prepare(server: Server, body: KoboldRequest, model: LoadedModel) -> list[Run]:
-    """Tokenise the memory and the prompt; where both are too long, the prompt's beginning goes."""
-    most = server.most_tokens(body.max_tokens or MAX_LENGTH, model)
+    """Tokenise the memory and the prompt; where both are too long, cut the prompt's beginning."""
+    max_tokens = server.max_tokens(body.max_tokens or MAX_LENGTH, model)
     memory = model.tokenizer(body.memory, verbose=False)["input_ids"] if body.memory else []
-    special = not memory
-    ids = model.tokenizer(body.prompt, add_special_tokens=special, verbose=False)["input_ids"]
+    ids = model.tokenizer(body.prompt, add_special_tokens=not memory, verbose=False)["input_ids"]
     length = min(body.truncation_length or model.context, model.context)
-    ids = [*memory, *cut_prompt(ids, model, length=length - len(memory), reply=most)]
-    return make_runs(body, model, ids or model.encode(""), max_tokens=most)
+    ids = [*memory, *cut_prompt(ids, model, length=length - len(memory), reply=max_tokens)]
+    return make_runs(body, model, ids or model.encode(""), max_tokens=max_tokens)
 
 
-async def _tokens(reply: PendingReply, first: ReplyChunk) -> AsyncIterator[str]:
-    async for said in reply.chunks(first):
-        finish = None if said.piece.finish is None else FINISH[said.piece.finish]
-        yield event({"token": said.piece.text, "finish_reason": finish}, name="message")
+async def _events(reply: PendingReply, first: ReplyChunk) -> AsyncIterator[str]:
+    async for chunk in reply.chunks(first):
+        finish = None if chunk.piece.finish is None else FINISH[chunk.piece.finish]
+        yield event({"token": chunk.piece.text, "finish_reason": finish}, name="message")
 
 
-def _finish(said: list[ReplyChunk], index: int) -> str | None:
-    ends = [it.piece.finish for it in said if it.index == index and it.piece.finish is not None]
-    return FINISH[ends[-1]] if ends else None
+def _finish(chunks: list[ReplyChunk], index: int) -> str | None:
+    reasons = [chunk.piece.finish for chunk in chunks if chunk.index == index]
+    return next((FINISH[reason] for reason in reversed(reasons) if reason is not None), None)
 
 
-def _named(server: Server, body: KoboldKey | None) -> list[PendingReply]:
+def _find_replies(server: Server, body: KoboldKey | None) -> list[PendingReply]:
     """Find the replies under way that a client means by a key.
 
-    One that names none means its own, which can be told only where it is the only one.
+    A client without a key means its own reply, which is known only where it is the only one.
     """
     key = "" if body is None else body.genkey or ""
-    found = [reply for reply, its in server.replies.items() if its == key and not reply.ended]
-    return found if key or len(found) == 1 else []
+    replies = [
+        reply for reply, reply_key in server.replies.items() if reply_key == key and not reply.ended
+    ]
+    return replies if key or len(replies) == 1 else []

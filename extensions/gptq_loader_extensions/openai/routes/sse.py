@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.openai.replies.record import RequestRecord
     from gptq_loader_extensions.openai.replies.reply_events import PendingReply
 
-__all__ = ["DONE", "EventStream", "event", "stream", "told"]
+__all__ = ["DONE", "EventStream", "event", "ignored_options", "stream"]
 
 DONE = "data: [DONE]\n\n"
-# Proxies must pass each event on as it comes.
+# Proxies must forward each event as it comes.
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 def event(data: Any, *, name: str | None = None) -> str:  # noqa: ANN401 - anything JSON can write
-    """Write one event."""
+    """Return one event, as it is sent."""
     first = "" if name is None else f"event: {name}\n"
     return f"{first}data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 class EventStream(StreamingResponse):
-    """A stream of events; when it ends, in whatever way, its reply ends too."""
+    """A stream of events; however it ends, its reply ends with it."""
 
     def __init__(
         self, events: AsyncIterator[str], reply: PendingReply, headers: Mapping[str, str]
@@ -50,20 +50,20 @@ class EventStream(StreamingResponse):
 def stream(
     events: AsyncIterator[str], reply: PendingReply, record: RequestRecord, *, done: str = DONE
 ) -> EventStream:
-    """Answer with events; what fails on the way is told in one of its own."""
+    """Return a response of events; an error on the way is sent as one of them."""
 
     async def guarded() -> AsyncIterator[str]:
         try:
-            async for it in events:
-                yield it
+            async for text in events:
+                yield text
         except ApiError as error:
             record.finish = "error"
             yield event(error.body())
         yield done
 
-    return EventStream(guarded(), reply, HEADERS | told(record))
+    return EventStream(guarded(), reply, HEADERS | ignored_options(record))
 
 
-def told(record: RequestRecord) -> dict[str, str]:
-    """Name the options that had no effect, in a header."""
+def ignored_options(record: RequestRecord) -> dict[str, str]:
+    """Return the header that names the options which had no effect."""
     return {"x-ignored-options": ", ".join(record.ignored)} if record.ignored else {}

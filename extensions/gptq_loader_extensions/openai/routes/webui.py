@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.openai.server import Server
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
-__all__ = ["internal_routes"]
+__all__ = ["webui_routes"]
 
 
-def internal_routes(server: Server) -> APIRouter:  # noqa: C901 - one small function for each route
-    """Make the routes."""
+def webui_routes(server: Server) -> APIRouter:  # noqa: C901 - one small function for each route
+    """Return the routes."""
     router = APIRouter(prefix="/v1/internal", responses=ERRORS)
 
     @router.get("/model/info")
@@ -43,13 +43,13 @@ def internal_routes(server: Server) -> APIRouter:  # noqa: C901 - one small func
 
     @router.post("/model/load")
     async def load(body: InternalLoad, request: Request) -> str:
-        """Load a model by its name; how it is loaded, the server was told when it started."""
+        """Load a model by its name, with the options that the server was started with."""
         for name, value in (("args", body.args), ("settings", body.settings)):
             if value:
                 raise invalid(
                     f"{name} are given when the server starts; leave them out here", param=name
                 )
-        await server.ask(request, lambda _: None, model=body.model_name)
+        await server.with_model(request, lambda _: None, model=body.model_name)
         return "OK"
 
     @router.post("/stop-generation")
@@ -62,35 +62,43 @@ def internal_routes(server: Server) -> APIRouter:  # noqa: C901 - one small func
     @router.post("/encode")
     async def encode(body: InternalText, request: Request) -> dict[str, Any]:
         """Tokenise a text."""
-        ids = await server.tokenize(request, lambda it: it(body.text, verbose=False)["input_ids"])
+        ids = await _tokenize(server, request, body.text)
         return {"tokens": ids, "length": len(ids)}
 
     @router.post("/decode")
     async def decode(body: InternalTokens, request: Request) -> dict[str, Any]:
-        """Give the text of tokens."""
-        known = await server.tokenize(request, len)
-        if body.tokens and max(body.tokens) >= known:
-            raise invalid(f"this model's tokens are 0 to {known - 1}", param="tokens")
-        return {"text": await server.tokenize(request, lambda it: it.decode(body.tokens))}
+        """Return the text of tokens."""
+        vocabulary = await server.with_tokenizer(request, len)
+        if body.tokens and max(body.tokens) >= vocabulary:
+            raise invalid(f"this model's tokens are 0 to {vocabulary - 1}", param="tokens")
+        text = await server.with_tokenizer(request, lambda tokenizer: tokenizer.decode(body.tokens))
+        return {"text": text}
 
     @router.post("/token-count")
     async def count(body: InternalText, request: Request) -> dict[str, Any]:
         """Count a text's tokens."""
-        ids = await server.tokenize(request, lambda it: it(body.text, verbose=False)["input_ids"])
+        ids = await _tokenize(server, request, body.text)
         return {"length": len(ids)}
 
     @router.post("/logits")
     async def logits(body: InternalLogits, request: Request) -> dict[str, float]:
-        """Give the likeliest tokens after a prompt, with their probabilities."""
+        """Return the most probable tokens after a prompt, with their probabilities."""
         if body.use_samplers:
             raise invalid("use_samplers is not supported here; leave it out", param="use_samplers")
-        return await server.ask(request, lambda model: _likeliest(server, body, model))
+        return await server.with_model(request, lambda model: _top_logits(server, body, model))
 
     return router
 
 
-def _likeliest(server: Server, body: InternalLogits, model: LoadedModel) -> dict[str, float]:
+async def _tokenize(server: Server, request: Request, text: str) -> list[int]:
+    ids: list[int] = await server.with_tokenizer(
+        request, lambda tokenizer: tokenizer(text, verbose=False)["input_ids"]
+    )
+    return ids
+
+
+def _top_logits(server: Server, body: InternalLogits, model: LoadedModel) -> dict[str, float]:
     best = next_logits(model, model.encode(body.prompt)).softmax(dim=-1).topk(body.top_logits)
-    words = server.words_of(model)
+    token_text = server.token_text(model)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return {words.name(token): probability for token, probability in pairs}
+    return {token_text.name(token): probability for token, probability in pairs}

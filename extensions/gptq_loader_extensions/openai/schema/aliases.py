@@ -1,4 +1,4 @@
-"""The names that local clients have for what OpenAI's API calls otherwise."""
+"""The names that local clients have for options of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from gptq_loader_extensions.openai.errors import invalid
 
-__all__ = ["ALIASES", "one_name_each"]
+__all__ = ["ALIASES", "resolve_aliases"]
 
 # As text-generation-webui, KoboldCpp, llama.cpp and Ollama call them.
 ALIASES = {
@@ -27,24 +27,24 @@ ALIASES = {
 RANDOM_SEED = -1  # what these clients send where OpenAI's send nothing
 
 
-def one_name_each(fields: Any) -> Any:  # noqa: ANN401 - a body that was not checked yet
-    """Give every option the one name it has here.
+def resolve_aliases(fields: Any) -> Any:  # noqa: ANN401 - a body that was not checked yet
+    """Return the body with every option under the one name it has here.
 
-    Clients that do not know whom they talk to send an option under several names at once.
+    Clients that do not know which server they talk to send an option under several names at once.
 
     Raises:
         ApiError: two names of one option have different values.
     """
     if not isinstance(fields, dict):
         return fields
-    made = {name: it for name, it in fields.items() if name not in ALIASES}
+    resolved = {name: value for name, value in fields.items() if name not in ALIASES}
     for alias, name in ALIASES.items():
         if fields.get(alias) is None:
             continue
-        if made.get(name) is None:
-            made[name] = fields[alias]
-        elif made[name] != fields[alias]:
+        if resolved.get(name) is None:
+            resolved[name] = fields[alias]
+        elif resolved[name] != fields[alias]:
             raise invalid(f"{alias} and {name} are one option, and differ; send one", param=alias)
-    if made.get("seed") == RANDOM_SEED:
-        made["seed"] = None
-    return made
+    if resolved.get("seed") == RANDOM_SEED:
+        resolved["seed"] = None
+    return resolved

@@ -1,4 +1,4 @@
-"""Say in the OpenAPI schema how every route refuses."""
+"""The error responses of every route, in the OpenAPI schema."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-__all__ = ["ERRORS", "EVENTS", "NOT_DONE", "ErrorBody"]
+__all__ = ["ERRORS", "EVENTS", "NOT_IMPLEMENTED", "ErrorBody"]
 
 
 class Error(BaseModel):
@@ -38,8 +38,9 @@ EVENTS: dict[int | str, dict[str, Any]] = {
     200: {"description": "the whole reply, or events", "content": {"text/event-stream": {}}}
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": words, "model": ErrorBody} for status, words in REFUSALS.items()
+    status: {"description": description, "model": ErrorBody}
+    for status, description in REFUSALS.items()
 }
-NOT_DONE: dict[int | str, dict[str, Any]] = {
+NOT_IMPLEMENTED: dict[int | str, dict[str, Any]] = {
     501: {"description": "this server does not do that", "model": ErrorBody}
 }

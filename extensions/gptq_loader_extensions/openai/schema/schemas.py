@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gptq_loader_extensions.openai.schema.aliases import one_name_each
+from gptq_loader_extensions.openai.schema.aliases import resolve_aliases
 
 __all__ = [
     "ChatRequest",
@@ -37,7 +37,7 @@ STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
 class Sampling(BaseModel):
-    """What every way to ask for text has in common."""
+    """The options that every request for text has in common."""
 
     model_config = STRICT
 
@@ -63,8 +63,8 @@ class Sampling(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_name_each(cls, fields: object) -> object:
-        return one_name_each(fields)
+    def _resolve_aliases(cls, fields: object) -> object:
+        return resolve_aliases(fields)
 
 
 class StreamOptions(BaseModel):
@@ -76,7 +76,7 @@ class StreamOptions(BaseModel):
 
 
 class Function(BaseModel):
-    """A function that a model may ask to be called."""
+    """A function that a model may call."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -95,7 +95,7 @@ class Tool(BaseModel):
 
 
 class CalledFunction(BaseModel):
-    """A function that a model asked to be called, with its arguments as JSON."""
+    """The function of a call that a model requested, with its arguments as JSON."""
 
     model_config = ConfigDict(strict=True)
 

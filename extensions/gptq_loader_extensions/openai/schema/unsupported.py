@@ -1,8 +1,8 @@
-"""Options of OpenAI's API and of local servers that mean nothing here.
+"""Options of OpenAI's API and of local servers that are not supported here.
 
-A value that asks for nothing ("typical_p": 1) is accepted; any other is refused in words, because a
-client that set it expects its effect. A few only say how something is done, change no promise, and
-are told back in a header.
+A value that turns an option off ("typical_p": 1) is accepted; any other is refused, because a
+client that set it expects its effect. A few only say how sampling is done, change no promise, and
+are listed in a header of the response.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["check_extra", "check_message"]
 
 EMPTY: tuple[object, ...] = (None, "", [], {}, False, 0)
 
-# What each may be without asking for anything.
+# The values of each that turn it off.
 NEUTRAL: dict[str, tuple[object, ...]] = {
     # OpenAI's
     "audio": EMPTY,
@@ -93,8 +93,8 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "use_world_info": EMPTY,
     "xtc_probability": EMPTY,
 }
-# What belongs to an option above, or to another server's ways, and has no effect by itself.
-BARE = frozenset(
+# They belong to an option above, or to another server's interface, and have no effect alone.
+WITHOUT_EFFECT = frozenset(
     {
         "adaptive_decay",
         "api_server",
@@ -131,12 +131,12 @@ BARE = frozenset(
         "xtc_threshold",
     }
 )
-# How it is done elsewhere: ours is fixed, and the client is told that it had no say.
-TOLD = frozenset({"quiet", "sampler_order", "sampler_priority", "samplers", "temperature_last"})
+# How other servers sample: here it is fixed, and the header x-ignored-options names them.
+IGNORED = frozenset({"quiet", "sampler_order", "sampler_priority", "samplers", "temperature_last"})
 
 
 def check_extra(request: Sampling) -> tuple[str, ...]:
-    """Refuse options that would have no effect; name those whose effect nobody depends on.
+    """Refuse options that are not supported; return the names of those that are ignored.
 
     Raises:
         ApiError: an option is unknown, or asks for what is not done here.
@@ -145,10 +145,10 @@ def check_extra(request: Sampling) -> tuple[str, ...]:
 
 
 def check_message(message: Message, index: int) -> None:
-    """Refuse a message without content, and what it has beyond its text, unless that is empty.
+    """Refuse a message without content, or with anything but text, unless that is empty.
 
     Raises:
-        ApiError: there is nothing, or something that would be lost.
+        ApiError: there is no content, or something in it would be lost.
     """
     if message.content is None and message.role != "assistant":
         raise invalid(f"message {index} has no content", param=f"messages.{index}.content")
@@ -162,7 +162,7 @@ def check_message(message: Message, index: int) -> None:
 
 def _check(extra: Mapping[str, Any]) -> tuple[str, ...]:
     for name, value in extra.items():
-        if name in BARE or name in TOLD:
+        if name in WITHOUT_EFFECT or name in IGNORED:
             continue
         if name not in NEUTRAL:
             raise invalid(
@@ -176,4 +176,4 @@ def _check(extra: Mapping[str, Any]) -> tuple[str, ...]:
                 param=name[:200],
                 code="unsupported_option",
             )
-    return tuple(sorted(TOLD & set(extra)))
+    return tuple(sorted(IGNORED & set(extra)))
