@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match
 
-from gptq_loader_extensions.openai.errors import ApiError, invalid, to_api_error
+from gptq_loader_extensions.openai.errors import KOBOLD, ApiError, invalid, to_api_error
 from gptq_loader_extensions.openai.http.guard import Guard
 from gptq_loader_extensions.openai.http.request_log import CLIENT_CLOSED_REQUEST, RequestLog
 from gptq_loader_extensions.openai.replies.reply_events import ClientDisconnected
@@ -85,7 +85,7 @@ class _UnknownApiPath(BaseRoute):
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Match every path of the API's."""
-        is_api = scope["type"] == "http" and scope["path"].startswith(("/v1/", "/api/"))
+        is_api = scope["type"] == "http" and scope["path"].startswith(("/v1/", KOBOLD))
         return (Match.FULL if is_api else Match.NONE), {}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,16 +111,13 @@ def _index(server: Server) -> Callable[[], dict[str, Any]]:
 
 
 def _handle_errors(app: FastAPI) -> None:
-    """Answer every error in OpenAI's shape."""
+    """Answer every error in the shape that the path's clients read (`ApiError.body`)."""
 
     async def api_error(request: Request, error: Exception) -> Response:
         answer = to_api_error(error)
         if answer.status == 500 and answer is not error:
             logger.error("a request failed", exc_info=error)
-        body = answer.body()
-        if request.url.path.startswith("/api/"):  # where Kobold's clients look for it
-            body["detail"] = {"msg": answer.message, "type": answer.kind}
-        return JSONResponse(body, answer.status, headers=answer.headers)
+        return JSONResponse(answer.body(request.url.path), answer.status, headers=answer.headers)
 
     async def malformed(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)

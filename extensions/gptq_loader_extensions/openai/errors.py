@@ -16,7 +16,9 @@ from gptq_loader_plugin.errors import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ApiError", "invalid", "to_api_error"]
+__all__ = ["KOBOLD", "ApiError", "invalid", "to_api_error"]
+
+KOBOLD = "/api/"  # begins the paths of Kobold's clients
 
 
 class ApiError(Exception):
@@ -49,15 +51,21 @@ class ApiError(Exception):
         self.param = param
         self.headers = dict(headers or {})
 
-    def body(self) -> dict[str, Any]:
-        """Return the response's content."""
+    def body(self, path: str = "") -> dict[str, Any]:
+        """Return the content, in the shape that the clients of a path read.
+
+        OpenAI's clients read `error`, which every path has. Kobold's read `detail`, as KoboldAI's
+        server writes it: their paths have both.
+        """
         error = {
             "message": self.message,
             "type": self.kind,
             "param": self.param,
             "code": self.code,
         }
-        return {"error": error}
+        if not path.startswith(KOBOLD):
+            return {"error": error}
+        return {"error": error, "detail": {"msg": self.message, "type": self.kind}}
 
 
 def invalid(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
