@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import gptq_loader_plugin as gptq
+from gptq_loader_extensions.openai.schema.paths import CHAT, REPLY_PATHS
 from gptq_loader_extensions.ray import RayHost
 from gptq_loader_extensions.ray.options import read_options
 from gptq_loader_extensions.ray.proxy import TRIES, AnotherReplica
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-CHAT = "/v1/chat/completions"
 JSON = [(b"content-type", b"application/json")]
 PLAIN = [(b"content-type", b"text/plain")]
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8")]
@@ -90,6 +90,13 @@ def test_what_was_not_answered_is_asked_again_word_for_word() -> None:
     proxy = Proxy([], [], [start(200, JSON), body(b"{}")])
     assert ask(proxy) == (200, dict(JSON), b"{}")
     assert proxy.heard == [b"parts"] * 3
+
+
+@pytest.mark.parametrize("prefix", ["", "/of-the-application"])
+@pytest.mark.parametrize("path", REPLY_PATHS)
+def test_every_route_that_writes_replies_is_asked_again(path: str, prefix: str) -> None:
+    proxy = Proxy([], [start(200, JSON), body(b"{}")])
+    assert ask(proxy, path=prefix + path) == (200, dict(JSON), b"{}")
 
 
 def test_what_cannot_be_answered_may_be_asked_again_later() -> None:

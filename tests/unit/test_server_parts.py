@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 from served import load, running
+from starlette.requests import Request
+from starlette.routing import Route
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.normalizers import Replace
@@ -38,6 +40,7 @@ from gptq_loader_extensions.openai.replies.tools import (
     ToolParser,
 )
 from gptq_loader_extensions.openai.schema.aliases import resolve_aliases
+from gptq_loader_extensions.openai.schema.paths import REPLY_PATHS
 from gptq_loader_plugin.generation.generate import Piece
 
 if TYPE_CHECKING:
@@ -327,3 +330,14 @@ def test_two_servers_in_a_process_count_apart() -> None:
     one.replies.inc()
     assert one.total("gptq_replies_total") == 1
     assert other.total("gptq_replies_total") == 0
+
+
+def test_a_route_that_writes_replies_is_known_to_proxies(tmp_path: Path) -> None:
+    with running(tmp_path, names=(ONE,)) as served:
+        for path in REPLY_PATHS:
+            assert served.post(path).status_code == 400, f"there is no route {path}"
+        route = Route("/v1/responses", endpoint=lambda _: None)
+        request = Request({"type": "http", "route": route, "state": {}})
+        reply = served.server.new_reply(request, None, lambda _: (None, ()))
+        with pytest.raises(AssertionError, match="add the route's path to REPLY_PATHS"):
+            reply.send(None)

@@ -11,6 +11,7 @@ from gptq_loader_extensions.openai.http.metrics import Metrics
 from gptq_loader_extensions.openai.replies.record import request_record
 from gptq_loader_extensions.openai.replies.reply_events import PendingReply, collect
 from gptq_loader_extensions.openai.replies.token_text import TokenText
+from gptq_loader_extensions.openai.schema.paths import REPLY_PATHS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -65,6 +66,9 @@ class Server:
     ) -> PendingReply:
         """Return a reply to a request; it is queued when it is started.
 
+        The route must be one of `REPLY_PATHS`: a proxy sends a request to these again, and to no
+        other, where it has had no answer.
+
         Args:
             request: the request.
             model: the model's name; None, or "", takes the one that is loaded.
@@ -74,6 +78,17 @@ class Server:
         Raises:
             ApiError: there is no such model.
         """
+        assert request.scope["route"].path in REPLY_PATHS, "add the route's path to REPLY_PATHS"
+        return await self._new_reply(request, model, prepare, key=key)
+
+    async def _new_reply(
+        self,
+        request: Request,
+        model: str | None,
+        prepare: Callable[[LoadedModel], tuple[Any, Sequence[Run]]],
+        *,
+        key: str | None = None,
+    ) -> PendingReply:
         name = await asyncio.to_thread(self.registry.resolve_name, model or None)
         reply = PendingReply(
             self.engine,
@@ -93,7 +108,7 @@ class Server:
         Raises:
             ApiError: it was refused, failed, or took too long.
         """
-        reply = await self.new_reply(request, model, lambda loaded: (function(loaded), ()))
+        reply = await self._new_reply(request, model, lambda loaded: (function(loaded), ()))
         started, _ = await collect(reply, request)
         value: T = started.value
         return value

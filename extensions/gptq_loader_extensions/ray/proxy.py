@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from gptq_loader_extensions.openai.errors import ApiError
 from gptq_loader_extensions.openai.routes.sse import DONE, event
+from gptq_loader_extensions.openai.schema.paths import REPLY_PATHS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["CALLBACK", "AnotherReplica", "middlewares"]
 
 CALLBACK = "gptq_loader_extensions.ray.proxy.middlewares"
-# A reply changes nothing but itself: it may be asked for again.
-ROUTES = ("/chat/completions", "/completions", "/generate", "/generate/stream")
 TRIES = 4
 PAUSE = 0.5  # seconds, for Ray to notice which replica is gone
 MOST_KEPT = 16 * 2**20  # bytes of a request, to send it again
@@ -54,7 +53,7 @@ class AnotherReplica:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, as often as it takes."""
-        if scope["type"] != "http" or not scope["path"].endswith(ROUTES):
+        if scope["type"] != "http" or not scope["path"].endswith(REPLY_PATHS):
             await self._app(scope, receive, send)
             return
         request, answer = _Request(receive), _Answer(send)

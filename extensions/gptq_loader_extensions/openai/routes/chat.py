@@ -20,6 +20,7 @@ from gptq_loader_extensions.openai.replies.structured import make_grammar
 from gptq_loader_extensions.openai.replies.tools import offer_tools, template_messages
 from gptq_loader_extensions.openai.routes.sse import event, ignored_options, stream
 from gptq_loader_extensions.openai.schema.openapi import ERRORS, EVENTS
+from gptq_loader_extensions.openai.schema.paths import CHAT
 from gptq_loader_extensions.openai.schema.schemas import ChatRequest
 from gptq_loader_extensions.openai.schema.unsupported import check_extra, check_message
 
@@ -124,7 +125,7 @@ def chat_routes(server: Server) -> APIRouter:
     """Return the route."""
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", responses=ERRORS | EVENTS, response_model=None)
+    @router.post(CHAT, responses=ERRORS | EVENTS, response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         record = request_record(request)

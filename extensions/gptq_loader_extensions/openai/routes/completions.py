@@ -20,6 +20,7 @@ from gptq_loader_extensions.openai.replies.runs import make_runs
 from gptq_loader_extensions.openai.routes.chat import FINISH, usage
 from gptq_loader_extensions.openai.routes.sse import event, ignored_options, stream
 from gptq_loader_extensions.openai.schema.openapi import ERRORS, EVENTS
+from gptq_loader_extensions.openai.schema.paths import COMPLETIONS
 from gptq_loader_extensions.openai.schema.schemas import CompletionRequest
 from gptq_loader_extensions.openai.schema.unsupported import check_extra
 
@@ -128,7 +129,7 @@ def completion_routes(server: Server) -> APIRouter:
     """Return the route."""
     router = APIRouter()
 
-    @router.post("/v1/completions", responses=ERRORS | EVENTS, response_model=None)
+    @router.post(COMPLETIONS, responses=ERRORS | EVENTS, response_model=None)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Complete prompts."""
         record = request_record(request)

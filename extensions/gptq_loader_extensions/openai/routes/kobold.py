@@ -17,6 +17,7 @@ from gptq_loader_extensions.openai.routes.chat import FINISH
 from gptq_loader_extensions.openai.routes.completions import cut_prompt
 from gptq_loader_extensions.openai.routes.sse import event, ignored_options, stream
 from gptq_loader_extensions.openai.schema.openapi import ERRORS, EVENTS
+from gptq_loader_extensions.openai.schema.paths import GENERATE, GENERATE_LATEST, GENERATE_STREAM
 from gptq_loader_extensions.openai.schema.schemas import (
     KoboldKey,
     KoboldModel,
@@ -44,8 +45,8 @@ def kobold_routes(server: Server) -> APIRouter:  # noqa: C901 - one small functi
     router = APIRouter(responses=ERRORS)
     started_at = time.monotonic()
 
-    @router.post("/api/v1/generate", response_model=None)
-    @router.post("/api/latest/generate", response_model=None, include_in_schema=False)
+    @router.post(GENERATE, response_model=None)
+    @router.post(GENERATE_LATEST, response_model=None, include_in_schema=False)
     async def generate(body: KoboldRequest, request: Request) -> Response:
         """Complete a prompt."""
         reply = await _new_reply(server, body, request)
@@ -60,7 +61,7 @@ def kobold_routes(server: Server) -> APIRouter:  # noqa: C901 - one small functi
         headers = ignored_options(request_record(request))
         return JSONResponse({"results": results}, headers=headers)
 
-    @router.post("/api/extra/generate/stream", responses=EVENTS, response_model=None)
+    @router.post(GENERATE_STREAM, responses=EVENTS, response_model=None)
     async def generate_stream(body: KoboldRequest, request: Request) -> Response:
         """Complete a prompt, and send the text as it comes."""
         if (body.n or 1) > 1:
