@@ -13,8 +13,8 @@ import pytest
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.openai.schema.paths import CHAT, REPLY_PATHS
 from gptq_loader_extensions.ray import RayHost
-from gptq_loader_extensions.ray.options import read_options
-from gptq_loader_extensions.ray.proxy import TRIES, AnotherReplica
+from gptq_loader_extensions.ray.options import parse_options
+from gptq_loader_extensions.ray.proxy import TRIES, RetryMiddleware
 from gptq_loader_plugin.host import Engine
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def ask(
     scope = {"type": "http", "path": path, "method": "POST", "headers": []}
     with ThreadPoolExecutor(1) as thread:  # in this one, a loop that gradio has made would be lost
         thread.submit(
-            asyncio.run, AnotherReplica(app)(scope, receive or from_client, send)
+            asyncio.run, RetryMiddleware(app)(scope, receive or from_client, send)
         ).result()
     status = sent[0]["status"] if sent else None
     headers = dict(sent[0]["headers"]) if sent else {}
@@ -170,27 +170,27 @@ def test_a_request_has_one_number() -> None:
     ("text", "least", "most"), [("1", 1, 1), (3, 3, 3), ("1-4", 1, 4), ("2-2", 2, 2)]
 )
 def test_replicas_are_a_number_or_a_range(text: object, least: int, most: int) -> None:
-    options = read_options({"reference": "demo", "replicas": text}, environ={})
-    assert options.least_and_most() == (least, most)
+    options = parse_options({"reference": "demo", "replicas": text}, environ={})
+    assert options.replica_range() == (least, most)
 
 
 @pytest.mark.parametrize("text", ["0", "4-1", "many", "1-", "-2", 0])
 def test_no_other_number_of_replicas_is_taken(text: object) -> None:
-    with pytest.raises(gptq.OptionInvalid, match="is no number of replicas") as caught:
-        read_options({"reference": "demo", "replicas": text}, environ={})
+    with pytest.raises(gptq.OptionInvalid, match="is not a number of replicas") as caught:
+        parse_options({"reference": "demo", "replicas": text}, environ={})
     assert "1-4" in caught.value.hint
 
 
 def test_options_are_those_there_are() -> None:
     with pytest.raises(gptq.OptionInvalid, match="there is no option 'replica'") as caught:
-        read_options({"reference": "demo", "replica": 2}, environ={})
+        parse_options({"reference": "demo", "replica": 2}, environ={})
     assert "replicas" in caught.value.hint
     with pytest.raises(gptq.OptionInvalid, match="threads: "):
-        read_options({"reference": "demo", "threads": 0}, environ={})
+        parse_options({"reference": "demo", "threads": 0}, environ={})
 
 
 def test_the_key_may_be_in_the_environment_and_is_not_shown() -> None:
-    options = read_options({"reference": "demo"}, environ={"GPTQ_LOADER_API_KEY": "a-secret"})
+    options = parse_options({"reference": "demo"}, environ={"GPTQ_LOADER_API_KEY": "a-secret"})
     assert options.settings().api_key == "a-secret"
     assert "a-secret" not in repr(options)
 

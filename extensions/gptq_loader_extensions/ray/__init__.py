@@ -56,17 +56,17 @@ class RayHost:
 
         Args:
             reference: what to serve, as the user wrote it.
-            **options: those of `takes` that the user gave.
+            **options: those of `takes` that the user set.
 
         Raises:
             PluginError: Ray is not installed, is another version, or could not start.
-            OptionInvalid: an option makes no sense, the address cannot be served on, or it can be
-                reached from other machines and nothing keeps them out.
+            OptionInvalid: an option is impossible, the address cannot be served on, or it can be
+                reached from other machines without a key.
             GPTQLoaderError: there is no such checkpoint, or it cannot be loaded.
         """
-        found = self.check()
-        if isinstance(found, NotReady):
-            raise PluginError(found.reason, hint=found.hint)
+        readiness = self.check()
+        if isinstance(readiness, NotReady):
+            raise PluginError(readiness.reason, hint=readiness.hint)
         from gptq_loader_extensions.ray.serving import serve
 
         serve(reference, options)
@@ -76,15 +76,15 @@ class RayHost:
         self.serve(str(options.pop("reference")), **options)
 
     def check(self) -> Readiness:
-        """Look for Ray, and for what its replicas serve with."""
+        """Look for Ray, and for the packages that its replicas need."""
         for package, oldest, newest in (
             ("fastapi", "0.115", "0.165"),
             ("llguidance", "1.7", "1.9.1"),
             ("prometheus_client", "0.18", "0.26"),
         ):
-            found = check_package(package, oldest=oldest, newest=newest, install=EXTRA)
-            if isinstance(found, NotReady):
-                return found
+            readiness = check_package(package, oldest=oldest, newest=newest, install=EXTRA)
+            if isinstance(readiness, NotReady):
+                return readiness
         return check_package("ray", oldest=TRIED, newest=TRIED, install=EXTRA)
 
 

@@ -1,4 +1,4 @@
-"""Read what a deployment is told: which model, how many replicas, and how each serves."""
+"""Parse the options of a deployment: its model, its replicas, and how each of them serves."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from gptq_loader_plugin.load_options import LoadOptions
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Options", "read_options"]
+__all__ = ["DeploymentOptions", "parse_options"]
 
 KEY = "GPTQ_LOADER_API_KEY"
 REPLICAS = re.compile(r"([1-9]\d*)(?:-([1-9]\d*))?")
 
 
-class Options(BaseModel):
-    """What is served, by how many, and how.
+class DeploymentOptions(BaseModel):
+    """What is served, by how many replicas, and how.
 
     Attributes:
         reference: what each replica loads.
         name: what clients call the model; None takes the reference, or its folder's name.
-        replicas: how many, "2"; or between how many Ray may choose, "1-4".
+        replicas: how many, "2"; or the range within which Ray scales, "1-4".
         threads: of each replica.
-        gpus: of each replica; a part of one is shared.
+        gpus: of each replica; a fraction of one is shared.
         device: where each replica computes.
         backend: one kernel for every layer, by name.
         template: the chat template, by name or as a .jinja file.
@@ -38,7 +38,7 @@ class Options(BaseModel):
         check: whether to check the kernels and the logits once loaded.
         kv_cache: "int8" keeps the context in 8 bits.
 
-    The rest is as in `openai.settings.Settings`.
+    The others are those of `openai.settings.Settings`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -71,26 +71,26 @@ class Options(BaseModel):
     grace: int = 5
     as_json: bool = False
 
-    def least_and_most(self) -> tuple[int, int]:
-        """Give between how many replicas Ray may choose.
+    def replica_range(self) -> tuple[int, int]:
+        """Return the minimum and the maximum of replicas.
 
         Raises:
-            OptionInvalid: it is no number, and no range.
+            OptionInvalid: it is neither a number nor a range.
         """
         match = REPLICAS.fullmatch(self.replicas)
-        least, most = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if least > most:
+        minimum, maximum = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if minimum > maximum:
             raise OptionInvalid(
-                f"{self.replicas!r} is no number of replicas",
-                hint="write how many, 2; or the least and the most, 1-4",
+                f"{self.replicas!r} is not a number of replicas",
+                hint="write a number, 2; or a minimum and a maximum, 1-4",
             )
-        return least, most
+        return minimum, maximum
 
     def settings(self) -> Settings:
-        """Give what each replica's server is told.
+        """Return the settings of each replica's server.
 
         Raises:
-            OptionInvalid: they make no sense, or let strangers in unasked.
+            OptionInvalid: they are impossible, or would let anyone on the network in.
         """
         settings = Settings(
             host=self.host,
@@ -120,24 +120,26 @@ class Options(BaseModel):
         return LoadOptions(**{name: getattr(self, name) for name in names})
 
 
-def read_options(given: Mapping[str, object], environ: Mapping[str, str] = os.environ) -> Options:
-    """Read the options that were given, and the key from the environment where none was.
+def parse_options(
+    args: Mapping[str, object], environ: Mapping[str, str] = os.environ
+) -> DeploymentOptions:
+    """Parse options, and take the key from the environment where they have none.
 
     Raises:
         OptionInvalid: one is unknown or has an impossible value.
     """
     key = {"api_key": environ[KEY]} if KEY in environ else {}
     try:
-        options = Options.model_validate({**key, **given})
+        options = DeploymentOptions.model_validate({**key, **args})
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         name = ".".join(map(str, first["loc"]))
         unknown = first["type"] == "extra_forbidden"
         raise OptionInvalid(
             f"there is no option {name!r}" if unknown else f"{name}: {first['msg']}",
-            hint=f"the options are {', '.join(sorted(Options.model_fields))}"
+            hint=f"the options are {', '.join(sorted(DeploymentOptions.model_fields))}"
             if unknown
-            else "give it another value",
+            else "choose another value",
         ) from error
-    options.least_and_most()
+    options.replica_range()
     return options

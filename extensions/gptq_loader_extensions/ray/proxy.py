@@ -1,10 +1,10 @@
-"""Have Ray Serve's proxy ask another replica when one ends before it has answered.
+"""Have Ray Serve's proxy retry on another replica when one dies before it has answered.
 
 Ray Serve calls `middlewares` in each of its proxies where this is in its environment:
 
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=gptq_loader_extensions.ray.proxy.middlewares
 
-Only the routes that write replies are touched; others of the same cluster pass unchanged.
+Only the routes that write replies are retried; all others of a cluster pass unchanged.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
     from starlette.middleware import Middleware
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["CALLBACK", "AnotherReplica", "middlewares"]
+__all__ = ["CALLBACK", "RetryMiddleware", "middlewares"]
 
 CALLBACK = "gptq_loader_extensions.ray.proxy.middlewares"
 TRIES = 4
-PAUSE = 0.5  # seconds, for Ray to notice which replica is gone
-MOST_KEPT = 16 * 2**20  # bytes of a request, to send it again
-RETRY = {"Retry-After": "5"}
-TYPE = b"content-type"
-NUMBER = b"x-request-id"
+PAUSE = 0.5  # seconds, for Ray to notice which replica has died
+MAX_REPLAY_BYTES = 16 * 2**20  # of a request that is kept to send it again
+RETRY_AFTER = {"Retry-After": "5"}
+CONTENT_TYPE = b"content-type"
+REQUEST_ID = b"x-request-id"
 
 
 def middlewares() -> list[Middleware]:
-    """List what each proxy puts before its own work."""
+    """List the middleware of each proxy."""
     from starlette.middleware import Middleware
 
-    return [Middleware(AnotherReplica)]
+    return [Middleware(RetryMiddleware)]
 
 
-class AnotherReplica:
-    """Ask again while nothing of an answer was sent; say in words what cannot be mended.
+class RetryMiddleware:
+    """Retry while nothing of an answer was sent, and describe errors as the server does.
 
     Args:
         app: Ray Serve's proxy.
@@ -52,91 +52,92 @@ class AnotherReplica:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, as often as it takes."""
+        """Forward a request, up to `TRIES` times."""
         if scope["type"] != "http" or not scope["path"].endswith(REPLY_PATHS):
             await self._app(scope, receive, send)
             return
-        request, answer = _Request(receive), _Answer(send)
+        request, response = _Request(receive), _Response(send)
         for attempt in range(TRIES):
             if attempt:
                 await asyncio.sleep(PAUSE)
-            await self._app({**scope, "headers": [*scope["headers"]]}, request.again(), answer)
-            if answer.began or request.gone or not request.kept:
+            await self._app({**scope, "headers": [*scope["headers"]]}, request.replay(), response)
+            if response.began or request.disconnected or not request.replayable:
                 break
-        if not request.gone:
-            await answer.end()
+        if not request.disconnected:
+            await response.finish()
 
 
 class _Request:
-    """What a client sent, to be read more than once."""
+    """What a client sent, kept to be read more than once."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self._heard: list[Message] = []
+        self._messages: list[Message] = []
         self._size = 0
-        self.gone = False
+        self.disconnected = False
 
     @property
-    def kept(self) -> bool:
-        """Whether all of it is here still."""
-        return self._size <= MOST_KEPT
+    def replayable(self) -> bool:
+        """Whether all of it was kept."""
+        return self._size <= MAX_REPLAY_BYTES
 
-    def again(self) -> Receive:
-        """Give what reads it from its beginning."""
-        heard = iter([*self._heard])
+    def replay(self) -> Receive:
+        """Return what reads it from its beginning."""
+        kept = iter([*self._messages])
 
         async def receive() -> Message:
-            for message in heard:
+            for message in kept:
                 return message
             message = await self._receive()
             if message["type"] == "http.disconnect":
-                self.gone = True
+                self.disconnected = True
                 return message
             self._size += len(message.get("body", b""))
-            if self.kept:
-                self._heard.append(message)
+            if self.replayable:
+                self._messages.append(message)
             return message
 
         return receive
 
 
-class _Answer:
-    """What a client is sent, and how far that has come."""
+class _Response:
+    """What a client is sent, and how far that has got."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self._refused: ApiError | None = None
+        self._error: ApiError | None = None
         self._is_stream = False
         self._ended = False
         self.began = False
 
     async def __call__(self, message: Message) -> None:
-        """Pass a message on; what the proxy itself refuses is kept, to be said in our words."""
-        if self._refused is not None:
+        """Forward a message; keep a refusal of the proxy's own, to write it as the server does."""
+        if self._error is not None:
             return
         if message["type"] == "http.response.start":
             self.began = True
-            content = next((it for name, it in message["headers"] if name.lower() == TYPE), b"")
-            if message["status"] >= 400 and content.startswith(b"text/plain"):  # never ours
-                self._refused = _in_words(message["status"])
+            types = (value for name, value in message["headers"] if name.lower() == CONTENT_TYPE)
+            content_type = next(types, b"")
+            if message["status"] >= 400 and content_type.startswith(b"text/plain"):  # never ours
+                self._error = _proxy_error(message["status"])
                 return
-            self._is_stream = content.startswith(b"text/event-stream")
-            message = {**message, "headers": _numbered_once(message["headers"])}
+            self._is_stream = content_type.startswith(b"text/event-stream")
+            message = {**message, "headers": _one_request_id(message["headers"])}
         elif message["type"] == "http.response.body":
             self._ended = not message.get("more_body", False)
         await self._send(message)
 
-    async def end(self) -> None:
-        """Say what has not been said: that there is no answer, or no more of it."""
-        if not self.began or self._refused is not None:
-            await self._refuse(self._refused or _lost("this request"))
+    async def finish(self) -> None:
+        """Send the error where there is no answer, or no more of it."""
+        if not self.began or self._error is not None:
+            await self._send_error(self._error or _replica_lost("this request"))
         elif self._is_stream and not self._ended:
-            told = event(_lost("the rest of this reply").body()) + DONE
-            await self._send({"type": "http.response.body", "body": told.encode()})
+            last = event(_replica_lost("the rest of this reply").body()) + DONE
+            await self._send({"type": "http.response.body", "body": last.encode()})
 
-    async def _refuse(self, error: ApiError) -> None:
+    async def _send_error(self, error: ApiError) -> None:
         headers = [
-            (TYPE, b"application/json"),
+            (CONTENT_TYPE, b"application/json"),
             *((name.lower().encode(), value.encode()) for name, value in error.headers.items()),
         ]
         body = json.dumps(error.body()).encode()
@@ -146,24 +147,24 @@ class _Answer:
         await self._send({"type": "http.response.body", "body": body})
 
 
-def _numbered_once(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Leave the replica's number for a request, which its log has, and drop the proxy's."""
-    own = [it for it in headers if it[0].lower() == NUMBER]
-    return [it for it in headers if it[0].lower() != NUMBER] + own[:1]
+def _one_request_id(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Keep the replica's id of a request, which its log has, and drop the proxy's."""
+    ids = [header for header in headers if header[0].lower() == REQUEST_ID]
+    return [header for header in headers if header[0].lower() != REQUEST_ID] + ids[:1]
 
 
-def _lost(what: str) -> ApiError:
+def _replica_lost(part: str) -> ApiError:
     return ApiError(
         503,
-        f"the replica that had {what} has ended; ask again in a moment",
+        f"the replica that had {part} has ended; ask again in a moment",
         kind="server_error",
         code="replica_lost",
-        headers=RETRY,
+        headers=RETRY_AFTER,
     )
 
 
-def _in_words(status: int) -> ApiError:
-    """Say what Ray Serve's proxy refused for, by its status."""
+def _proxy_error(status: int) -> ApiError:
+    """Return what a status of Ray Serve's own proxy means."""
     match status:
         case 429:
             return ApiError(
@@ -171,7 +172,7 @@ def _in_words(status: int) -> ApiError:
                 "too many requests are waiting already; try again in a moment",
                 kind="rate_limit_error",
                 code="queue_full",
-                headers=RETRY,
+                headers=RETRY_AFTER,
             )
         case 408:
             return ApiError(
@@ -187,5 +188,5 @@ def _in_words(status: int) -> ApiError:
                 "no replica is ready; ask again in a moment",
                 kind="server_error",
                 code="not_ready",
-                headers=RETRY,
+                headers=RETRY_AFTER,
             )

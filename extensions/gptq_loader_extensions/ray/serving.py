@@ -1,4 +1,4 @@
-"""Serve on this machine: start Ray, deploy, say where it listens, and end it all at Ctrl-C."""
+"""Serve on this machine: start Ray, deploy, print where it listens, and stop all at Ctrl-C."""
 
 # Where the host is not installed, pyright takes this package for it.
 # pyright: reportAttributeAccessIssue=false
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptq_loader_extensions.openai.serving import bind
-from gptq_loader_extensions.ray.options import Options, read_options
+from gptq_loader_extensions.ray.options import DeploymentOptions, parse_options
 from gptq_loader_extensions.ray.proxy import CALLBACK
 from gptq_loader_plugin.errors import OptionInvalid, PluginError
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["serve"]
 
 LOOPBACK = "127.0.0.1"
-CLASS = re.compile(r"^[\w.]+: ")  # before the words of an exception
-LAST_WORDS = 5  # seconds in which a replica says itself that a request took too long
+CLASS = re.compile(r"^[\w.]+: ")  # before an exception's message
+TIMEOUT_MARGIN = 5  # seconds in which a replica itself answers that a request took too long
 # Their names in `gptq-loader serve`, and those of the server.
 RENAMED = {"allow_host": "allowed_hosts"}
 RAY = {
@@ -42,35 +42,35 @@ RAY = {
 }
 
 
-def serve(reference: str, given: Mapping[str, object]) -> None:
+def serve(reference: str, args: Mapping[str, object]) -> None:
     """Serve until Ctrl-C; running replies get a few seconds to end.
 
     Args:
         reference: what to serve, as the user wrote it.
-        given: options of `gptq-loader serve`.
+        args: options of `gptq-loader serve`.
 
     Raises:
         PluginError: Ray could not start, or no replica could.
-        OptionInvalid: an option makes no sense, or the address cannot be served on.
+        OptionInvalid: an option is impossible, or the address cannot be served on.
         GPTQLoaderError: there is no such checkpoint, or it cannot be loaded.
     """
-    named = {RENAMED.get(it, it): value for it, value in given.items() if it != "listen"}
-    if given.get("listen"):
-        named.setdefault("host", "0.0.0.0")  # noqa: S104 - as asked for
-    options = read_options({**named, "reference": reference})
+    renamed = {RENAMED.get(name, name): value for name, value in args.items() if name != "listen"}
+    if args.get("listen"):
+        renamed.setdefault("host", "0.0.0.0")  # noqa: S104 - as requested
+    options = parse_options({**renamed, "reference": reference})
     options.settings()
-    plan, options = _planned(options)
+    plan, options = _plan(options)
     with bind(options.host, options.port) as listening:
         options = options.model_copy(update={"port": listening.getsockname()[1]})
-    with _ray(options) as logs, _until_a_signal() as asked_to_end:  # Ray sets signals of its own
-        _deploy(options, asked_to_end)
-        if not asked_to_end.is_set():
+    with _ray(options) as logs, _stop_signal() as stop:  # after Ray, which sets handlers too
+        _deploy(options, stop)
+        if not stop.is_set():
             _announce(options, plan, logs)
-            asked_to_end.wait()
+            stop.wait()
             _drain(options.grace)
 
 
-def _planned(options: Options) -> tuple[Plan, Options]:
+def _plan(options: DeploymentOptions) -> tuple[Plan, DeploymentOptions]:
     """Find the checkpoint, once for all replicas, and share the machine among them."""
     import gptq_loader_plugin as gptq
     from gptq_loader_plugin.plugins import Plugins
@@ -79,29 +79,29 @@ def _planned(options: Options) -> tuple[Plan, Options]:
     if options.device is not None and ":" in options.device:
         raise OptionInvalid(
             f"{options.device} is one device, and Ray gives each replica its own",
-            hint="write --device cuda",
+            hint="use --device cuda",
         )
     path = resolve(options.reference, plugins=Plugins(installed=True)).resolve()
     plan = gptq.explain(path, device=options.device, backend=options.backend)
-    typed = Path(options.reference).expanduser().exists()
+    is_path = Path(options.reference).expanduser().exists()
     template = Path(options.template or "")
-    most = options.least_and_most()[1]
+    max_replicas = options.replica_range()[1]
     return plan, options.model_copy(
         update={
             "reference": str(path),  # replicas run in folders of their own
             "template": str(template.resolve()) if template.is_file() else options.template,
-            "name": path.name if typed else options.reference,
-            "threads": _threads(most),
+            "name": path.name if is_path else options.reference,
+            "threads": _threads(max_replicas),
             "gpus": 1 if plan.device.type == "cuda" else 0,
         }
     )
 
 
 def _threads(replicas: int) -> int:
-    """Share the cores among the replicas; `OMP_NUM_THREADS` says otherwise."""
-    named = os.environ.get("OMP_NUM_THREADS", "")
-    if named.isdecimal() and int(named):
-        return int(named)
+    """Return each replica's share of the cores, or `OMP_NUM_THREADS` where that is set."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdecimal() and int(threads):
+        return int(threads)
     return max(1, _cores() // replicas)
 
 
@@ -110,25 +110,26 @@ def _cores() -> int:
 
 
 @contextmanager
-def _until_a_signal() -> Iterator[threading.Event]:
-    """Give what is set at Ctrl-C, or when the system asks this program to end."""
-    ended = threading.Event()
-    before = {
-        it: signal.signal(it, lambda *_: ended.set()) for it in (signal.SIGINT, signal.SIGTERM)
+def _stop_signal() -> Iterator[threading.Event]:
+    """Yield an event that is set at Ctrl-C, and at SIGTERM."""
+    stop = threading.Event()
+    handlers = {
+        number: signal.signal(number, lambda *_: stop.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        yield ended
+        yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 @contextmanager
-def _ray(options: Options) -> Iterator[Path]:
-    """Start a Ray of our own, reached from this machine alone; end it whatever happens.
+def _ray(options: DeploymentOptions) -> Iterator[Path]:
+    """Start a Ray of our own, reached from this machine alone; always shut it down.
 
     Yields:
-        Where its logs are.
+        The folder of its logs.
 
     Raises:
         PluginError: it could not start.
@@ -136,15 +137,15 @@ def _ray(options: Options) -> Iterator[Path]:
     for name, value in RAY.items():
         os.environ.setdefault(name, value)
     os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = CALLBACK
-    os.environ["RAY_AUTH_MODE"] = "token"  # whoever may talk to Ray may run what he likes
+    os.environ["RAY_AUTH_MODE"] = "token"  # a client of Ray may run any code
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
 
-    most = options.least_and_most()[1]
+    max_replicas = options.replica_range()[1]
     try:
         context = ray.init(
             "local",
-            num_cpus=max(_cores(), options.threads * most),
+            num_cpus=max(_cores(), options.threads * max_replicas),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -153,8 +154,8 @@ def _ray(options: Options) -> Iterator[Path]:
     except Exception as error:
         raise PluginError(
             f"Ray could not start: {_last_line(error)}",
-            hint="free memory, or space in /tmp, or wait until this machine has less to do; then "
-            "try again",
+            hint="free memory, or space in /tmp, or wait until this machine is less busy; then try "
+            "again",
         ) from error
     try:
         yield Path(context["session_dir"]) / "logs" / "serve"
@@ -162,7 +163,7 @@ def _ray(options: Options) -> Iterator[Path]:
         ray.shutdown()
 
 
-def _deploy(options: Options, asked_to_end: threading.Event) -> None:
+def _deploy(options: DeploymentOptions, stop: threading.Event) -> None:
     """Start the replicas and wait until they answer, or until Ctrl-C."""
     from ray import serve as ray_serve
     from ray.serve.schema import LoggingConfig
@@ -170,7 +171,7 @@ def _deploy(options: Options, asked_to_end: threading.Event) -> None:
     from gptq_loader_extensions.ray.application import NAME, application
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    failed: list[Exception] = []
+    errors: list[Exception] = []
 
     def run() -> None:
         try:
@@ -179,32 +180,32 @@ def _deploy(options: Options, asked_to_end: threading.Event) -> None:
                 http_options={
                     "host": options.host,
                     "port": options.port,
-                    "request_timeout_s": options.timeout + LAST_WORDS,
+                    "request_timeout_s": options.timeout + TIMEOUT_MARGIN,
                 },
                 logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
             )
-            bound = application(_shared(options), tries=1)
+            bound = application(_share_gpus(options), tries=1)
             ray_serve.run(bound, name=NAME, route_prefix="/")
-        except Exception as error:  # noqa: BLE001 - raised again below, in words
-            failed.append(error)
+        except Exception as error:  # noqa: BLE001 - raised below as a PluginError
+            errors.append(error)
 
     starting = threading.Thread(target=run, daemon=True)
     starting.start()
-    while starting.is_alive() and not asked_to_end.is_set():
+    while starting.is_alive() and not stop.is_set():
         starting.join(timeout=0.1)
-    if failed:
-        why, hint = _why(failed[0])
+    if errors:
+        reason, hint = _start_failure(errors[0])
         raise PluginError(
-            f"the replicas could not start: {why}",
-            hint=hint or "see whether one server can: the same command without --engine ray",
-        ) from failed[0]
+            f"the replicas could not start: {reason}",
+            hint=hint or "try a single server: the same command without --engine ray",
+        ) from errors[0]
 
 
-def _why(error: Exception) -> tuple[str, str]:
-    """Take from Ray Serve what its replicas died of, where it knows; else what it said itself.
+def _start_failure(error: Exception) -> tuple[str, str]:
+    """Return what the replicas died of, where Ray Serve knows it; else its own error.
 
     Returns:
-        What is wrong, and the hint of an error of this package.
+        What is wrong, and the hint, where it is an error of this package.
     """
     from ray import serve as ray_serve
     from ray.exceptions import RayError
@@ -213,42 +214,42 @@ def _why(error: Exception) -> tuple[str, str]:
     from gptq_loader_extensions.ray.application import NAME
 
     try:
-        found = ray_serve.status().applications.get(NAME)
+        deployed = ray_serve.status().applications.get(NAME)
     except (RayError, RayServeException):  # it is what died
-        found = None
-    words = [it.message for it in found.deployments.values()] if found else []
-    text, _, hint = "".join(words).partition("\nhint: ")  # the error's note, under its traceback
+        deployed = None
+    messages = [it.message for it in deployed.deployments.values()] if deployed else []
+    text, _, hint = "".join(messages).partition("\nhint: ")  # the error's note, after a traceback
     return _last_line(text or error), hint.partition("\n")[0]
 
 
-def _shared(options: Options) -> Options:
+def _share_gpus(options: DeploymentOptions) -> DeploymentOptions:
     """Share the GPUs where there are fewer than replicas."""
     import ray
 
-    most = options.least_and_most()[1]
-    there = ray.cluster_resources().get("GPU", 0)
-    return options.model_copy(update={"gpus": min(options.gpus, there / most)})
+    max_replicas = options.replica_range()[1]
+    gpus = ray.cluster_resources().get("GPU", 0)
+    return options.model_copy(update={"gpus": min(options.gpus, gpus / max_replicas)})
 
 
 def _drain(grace: float) -> None:
-    """Take no more requests, and let the replies under way end."""
+    """Accept no more requests, and let the replies under way end."""
     from ray import serve as ray_serve
 
     from gptq_loader_extensions.ray.application import NAME
 
     ray_serve.delete(NAME, _blocking=False)
-    until = time.monotonic() + grace
-    while NAME in ray_serve.status().applications and time.monotonic() < until:
+    deadline = time.monotonic() + grace
+    while NAME in ray_serve.status().applications and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
-def _announce(options: Options, plan: Plan, logs: Path) -> None:
-    """Say what is served, by how many, where, and how to point a client at it."""
+def _announce(options: DeploymentOptions, plan: Plan, logs: Path) -> None:
+    """Print what is served, by how many, where, and how to point a client at it."""
     host = LOOPBACK if options.host in ("0.0.0.0", "::", "") else options.host  # noqa: S104 - compared, not bound
     url = f"http://{f'[{host}]' if ':' in host else host}:{options.port}"
     key = "your key" if options.api_key else "anything"
-    least, most = options.least_and_most()
-    count = str(most) if least == most else f"{least} to {most}"
+    minimum, maximum = options.replica_range()
+    count = str(maximum) if minimum == maximum else f"{minimum} to {maximum}"
     lines = [
         f"serving {options.name}: {plan.headline()}",
         f"  replicas on Ray Serve: {count}, {options.threads} thread(s) each",
@@ -264,19 +265,19 @@ def _announce(options: Options, plan: Plan, logs: Path) -> None:
     sys.stderr.write("\n".join(lines) + "\n")
     sys.stderr.flush()
     if options.as_json:
-        told = {
+        status = {
             "url": url,
             "model": options.name,
             "kernels": plan.kernels(),
             "models": [options.name],
-            "replicas": [least, most],
+            "replicas": [minimum, maximum],
             "logs": str(logs),
         }
-        sys.stdout.write(json.dumps(told) + "\n")
+        sys.stdout.write(json.dumps(status) + "\n")
         sys.stdout.flush()
 
 
 def _last_line(error: Exception | str) -> str:
-    """Take what went wrong out of a traceback, without the name of its class."""
-    lines = [it.strip() for it in str(error).splitlines() if it.strip()]
+    """Return the message at the end of a traceback, without the name of its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return CLASS.sub("", lines[-1]) if lines else type(error).__name__
