@@ -232,24 +232,24 @@ def test_a_checkpoint_without_template_completes(llm: Run, tmp_path: Path) -> No
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     completed = llm("-m", f"gptq/{ONE}", "Once upon", *GREEDY)
     assert answered(completed).strip()
-    assert "no chat template: it goes on where the prompt ends" in completed.stderr
+    assert "no chat template; it continues the prompt" in completed.stderr
     for more in (("-c",), ("-s", "Be brief.", "-m", f"gptq/{ONE}")):
         completed = llm("Hello", *GREEDY, *more)
         assert completed.returncode == 1
-        assert "name a template: -o template chatml" in completed.stderr
+        assert "choose a template: -o template chatml" in completed.stderr
     assert answered(llm("-c", "Hello", *GREEDY, "-o", "template", "chatml")).strip()
 
 
 def test_models_are_added_and_removed(llm: Run, tmp_path: Path) -> None:
     elsewhere = shutil.copytree(DATA / OTHER, tmp_path / "elsewhere")
     completed = llm("gptq", "add", "elsewhere", "--name", "mine")
-    assert answered(completed) == "added; ask it: llm -m gptq/mine 'Hello'"
+    assert answered(completed) == "added; try it: llm -m gptq/mine 'Hello'"
     assert "3-bit llama" in completed.stderr
     assert answered(llm("gptq", "add", str(elsewhere), "--name", "mine")), "the same once more"
     assert answered(llm("-m", "gptq/mine", "Hello", *GREEDY)).strip()
     completed = llm("gptq", "add", f"models/{ONE}", "--name", "mine")
     assert completed.returncode == 1
-    assert f"gptq/mine is {elsewhere} already\nhint: choose another name" in completed.stderr
+    assert f"gptq/mine is already {elsewhere}\nhint: choose another name" in completed.stderr
     listed = json.loads(answered(llm("gptq", "list", "--json")))
     assert listed[0] == {"model_id": "gptq/mine", "reference": str(elsewhere), "source": "added"}
     assert len(listed) == 4

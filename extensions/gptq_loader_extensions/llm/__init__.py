@@ -1,7 +1,7 @@
 """The host "llm": GPTQ checkpoints as models of the command `llm`, named gptq/NAME.
 
 llm finds this module by its own entry points and calls `register_models` and `register_commands`;
-nothing here imports llm, so that the module does no harm where it is not installed.
+nothing here imports llm, so that the module can be imported where it is not installed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ llm_hookimpl = pluggy.HookimplMarker("llm")
 
 @dataclass(frozen=True, slots=True)
 class LLMHost:
-    """Answer for `llm -m gptq/NAME`."""
+    """Provide the models of `llm -m gptq/NAME`."""
 
     name: str = "llm"
 
@@ -58,7 +58,7 @@ def gptq_hosts() -> list[Host]:
 
 @llm_hookimpl
 def register_models(register: Callable[..., object]) -> None:
-    """Give llm a model for each checkpoint of this machine; called by llm."""
+    """Register a model for each checkpoint of this machine; called by llm."""
     from gptq_loader_extensions.llm.models import make_models
 
     for model, async_model in make_models():

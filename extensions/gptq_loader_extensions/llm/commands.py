@@ -17,14 +17,14 @@ from gptq_loader_plugin.system.paths import local_path
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gptq_loader_extensions.llm.listing import Listed
+    from gptq_loader_extensions.llm.listing import ListedModel
 
 __all__ = ["gptq"]
 
 P = ParamSpec("P")
 
 
-def reported(command: Callable[P, None]) -> Callable[P, None]:
+def with_click_errors(command: Callable[P, None]) -> Callable[P, None]:
     """Turn our errors into click's, with the hint."""
 
     @functools.wraps(command)
@@ -44,61 +44,65 @@ def gptq() -> None:
 
 @gptq.command(name="list")
 @click.option("as_json", "--json", is_flag=True, help="Write the list as JSON.")
-@reported
+@with_click_errors
 def list_(*, as_json: bool) -> None:
     """List the checkpoints of this machine, and where each one was found."""
     models = _models()
     if as_json:
         rows = [
-            {"model_id": f"gptq/{it.name}", "reference": it.reference, "source": it.source}
-            for it in models
+            {
+                "model_id": f"gptq/{model.name}",
+                "reference": model.reference,
+                "source": model.source,
+            }
+            for model in models
         ]
         click.echo(json.dumps(rows, indent=2))
         return
-    width = max((len(it.name) for it in models), default=0)
-    for it in models:
-        click.echo(f"gptq/{it.name:<{width}}  {it.source}: {it.reference}")
+    width = max((len(model.name) for model in models), default=0)
+    for model in models:
+        click.echo(f"gptq/{model.name:<{width}}  {model.source}: {model.reference}")
     if not models:
         click.echo("none; add one: llm gptq add REF", err=True)
 
 
 @gptq.command()
 @click.argument("reference", metavar="REF")
-@click.option("--name", help="What to call it: gptq/NAME; else what it is called anyway.")
-@reported
+@click.option("--name", help="Its name, gptq/NAME; default: its folder's, or REF.")
+@with_click_errors
 def add(reference: str, name: str | None) -> None:
     """Add a checkpoint: a folder, a file, or owner/repo:branch, which is downloaded."""
     import llm
 
-    from gptq_loader_extensions.llm.listing import added, write_added
+    from gptq_loader_extensions.llm.listing import read_added, write_added
 
-    kept, name = _checked(reference, name)
-    models = added(llm.user_dir())
-    if models.get(name, kept) != kept:
+    reference, name = _check(reference, name)
+    models = read_added(llm.user_dir())
+    if models.get(name, reference) != reference:
         raise OptionInvalid(
-            f"gptq/{name} is {models[name]} already",
+            f"gptq/{name} is already {models[name]}",
             hint="choose another name with --name, or remove that one: llm gptq remove",
         )
-    write_added(llm.user_dir(), {**models, name: kept})
-    click.echo(f"added; ask it: llm -m {_quoted(f'gptq/{name}')} 'Hello'")
+    write_added(llm.user_dir(), {**models, name: reference})
+    click.echo(f"added; try it: llm -m {_quoted(f'gptq/{name}')} 'Hello'")
 
 
 @gptq.command()
 @click.argument("name", metavar="NAME")
-@reported
+@with_click_errors
 def remove(name: str) -> None:
-    """Take a name off the list again; the checkpoint's files stay."""
+    """Remove a name from the list; the checkpoint's files stay."""
     import llm
 
-    from gptq_loader_extensions.llm.listing import PREFIX, added, write_added
+    from gptq_loader_extensions.llm.listing import PREFIX, read_added, write_added
 
-    models = added(llm.user_dir())
+    models = read_added(llm.user_dir())
     name = name.removeprefix(PREFIX)
     if name not in models:
         raise OptionInvalid(
             f"gptq/{name} was not added",
-            hint="only what llm gptq list calls added can be removed; the rest is found on the "
-            "disk, and goes with its folder",
+            hint="only models that llm gptq list shows as added can be removed; to remove "
+            "another, delete its folder",
         )
     del models[name]
     write_added(llm.user_dir(), models)
@@ -109,9 +113,9 @@ def remove(name: str) -> None:
 @click.argument("name", metavar="NAME")
 @click.option("--device", help="cpu, cuda, cuda:1, or one not here: cuda:sm86.")
 @click.option("--backend", help="Ask about one kernel by name.")
-@reported
+@with_click_errors
 def explain(name: str, device: str | None, backend: str | None) -> None:
-    """Say which kernel would run each layer, and why not the others."""
+    """Explain which kernel would run each layer, and why not the others."""
     import gptq_loader_plugin
     from gptq_loader_extensions.llm.listing import find_listed
 
@@ -120,41 +124,41 @@ def explain(name: str, device: str | None, backend: str | None) -> None:
     click.echo(plan.explain())
 
 
-def _models() -> list[Listed]:
+def _models() -> list[ListedModel]:
     import llm
 
-    from gptq_loader_extensions.llm.listing import added, list_models
+    from gptq_loader_extensions.llm.listing import list_models, read_added
 
-    return list_models(added(llm.user_dir()))
+    return list_models(read_added(llm.user_dir()))
 
 
-def _checked(reference: str, name: str | None) -> tuple[str, str]:
-    """Find and open the checkpoint; give the reference to keep, and its name."""
+def _check(reference: str, name: str | None) -> tuple[str, str]:
+    """Find and open the checkpoint; return the reference to store, and its name."""
     import gptq_loader_plugin
-    from gptq_loader_extensions.llm.listing import PREFIX, demo_is_here
+    from gptq_loader_extensions.llm.listing import PREFIX, demo_available
     from gptq_loader_plugin.cli.output import ProgressBars
     from gptq_loader_plugin.reference import resolve
 
-    if reference == "demo" and not demo_is_here():
+    if reference == "demo" and not demo_available():
         raise OptionInvalid(
             "the demo model is not on this machine",
-            hint="run gptq-loader demo once, in an environment without llm: its package alone "
-            "would keep llm from starting",
+            hint="run gptq-loader demo once, in an environment without llm: its package would "
+            "keep llm from starting",
         )
     bars = ProgressBars()
     try:
         plugins = gptq_loader_plugin.Plugins(bars, installed=True)
-        found = resolve(reference, plugins=plugins)
-        report = gptq_loader_plugin.inspect(found, plugins=plugins)
+        checkpoint = resolve(reference, plugins=plugins)
+        report = gptq_loader_plugin.inspect(checkpoint, plugins=plugins)
     finally:
         bars.close()
     path = local_path(reference)
-    local = path.exists()
-    name = (name or (path.resolve().stem if local else reference)).removeprefix(PREFIX)
-    if not name or any(it.isspace() for it in name):
-        raise OptionInvalid(f"{name!r} is no name for a model", hint="name it with --name")
-    click.echo(f"gptq/{name}: {report.bits}-bit {report.model_type}, {found}", err=True)
-    return str(path.resolve()) if local else reference, name
+    is_path = path.exists()
+    name = (name or (path.resolve().stem if is_path else reference)).removeprefix(PREFIX)
+    if not name or any(letter.isspace() for letter in name):
+        raise OptionInvalid(f"{name!r} cannot be a model's name", hint="choose another with --name")
+    click.echo(f"gptq/{name}: {report.bits}-bit {report.model_type}, {checkpoint}", err=True)
+    return str(path.resolve()) if is_path else reference, name
 
 
 def _quoted(text: str) -> str:

@@ -1,4 +1,4 @@
-"""List the checkpoints that llm shows as gptq/NAME: those added by name, and those found.
+"""List the checkpoints that llm shows as gptq/NAME: those added by name, and those on this machine.
 
 Added names are kept in llm's own folder, in `gptq-loader.json`.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["PREFIX", "Listed", "added", "find_listed", "list_models", "write_added"]
+__all__ = ["PREFIX", "ListedModel", "find_listed", "list_models", "read_added", "write_added"]
 
 PREFIX = "gptq/"
 FILE = "gptq-loader.json"
@@ -29,13 +29,13 @@ Source = Literal["added", "models directory", "Hugging Face cache", "demo"]
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
-    """A checkpoint that llm can be asked for.
+class ListedModel:
+    """A checkpoint that llm lists.
 
     Attributes:
         name: what follows gptq/.
-        reference: what loads it: a folder, or what the user typed when it was added.
-        source: why it is in the list.
+        reference: what to load: a folder, or what the user typed when it was added.
+        source: where it was found.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Listed:
 
 
 class _Added(BaseModel):
-    """The file: what was added, by name."""
+    """The file: added references, by name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,48 +53,48 @@ class _Added(BaseModel):
 
 def list_models(
     added: Mapping[str, str], *, environ: Mapping[str, str] = os.environ
-) -> list[Listed]:
+) -> list[ListedModel]:
     """List what was added, then what is in the models directories and the hub's cache.
 
     Of two with one name, the first is listed.
     """
-    found = {name: Listed(name, reference, "added") for name, reference in added.items()}
+    listed = {name: ListedModel(name, reference, "added") for name, reference in added.items()}
     for model in local_models(environ=environ):
-        found.setdefault(model.name, Listed(model.name, str(model.path), model.source))
-    if demo_is_here(environ):
-        found.setdefault("demo", Listed("demo", "demo", "demo"))
-    return list(found.values())
+        listed.setdefault(model.name, ListedModel(model.name, str(model.path), model.source))
+    if demo_available(environ):
+        listed.setdefault("demo", ListedModel("demo", "demo", "demo"))
+    return list(listed.values())
 
 
-def find_listed(name: str, models: list[Listed]) -> Listed:
-    """Find one by its name, with or without gptq/.
+def find_listed(name: str, models: list[ListedModel]) -> ListedModel:
+    """Find a model by its name, with or without gptq/.
 
     Raises:
-        CheckpointNotFound: there is none of that name.
+        CheckpointNotFound: there is none with that name.
     """
-    wanted = name.removeprefix(PREFIX)
+    name = name.removeprefix(PREFIX)
     for model in models:
-        if model.name == wanted:
+        if model.name == name:
             return model
     raise CheckpointNotFound(
-        f"no model is called {PREFIX}{wanted}",
+        f"there is no model {PREFIX}{name}",
         reference=name,
-        tried=[it.name for it in models],
+        tried=[model.name for model in models],
         hint="see llm gptq list, or add it: llm gptq add REF",
     )
 
 
-def demo_is_here(environ: Mapping[str, str] = os.environ) -> bool:
+def demo_available(environ: Mapping[str, str] = os.environ) -> bool:
     """Return whether the demo model is prepared, or can be."""
     prepared = (demo_folder(environ) / "config.json").is_file()
     return prepared or importlib.util.find_spec("gguf") is not None
 
 
-def added(folder: Path) -> dict[str, str]:
-    """Read what was added: references by name.
+def read_added(folder: Path) -> dict[str, str]:
+    """Read the added references, by name.
 
     Raises:
-        ConfigInvalid: the file is not what this wrote.
+        ConfigInvalid: the file cannot be parsed.
     """
     file = folder / FILE
     if not file.is_file():
@@ -110,7 +110,7 @@ def added(folder: Path) -> dict[str, str]:
 
 
 def write_added(folder: Path, models: Mapping[str, str]) -> None:
-    """Keep what was added, whole or not at all."""
+    """Write the added references, whole or not at all."""
     file = folder / FILE
     unfinished = file.with_suffix(f".{os.getpid()}")
     unfinished.write_text(json.dumps({"models": dict(models)}, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Keep one loaded model from one prompt to the next, and no second one beside it."""
+"""Keep one model loaded from one prompt to the next, and never two."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["ModelCache", "shared_cache"]
 
 
 @dataclass(slots=True)
-class _Entry:
+class _CachedModel:
     reference: str
     options: LoadOptions
     model: LoadedModel
@@ -31,15 +31,15 @@ class _Entry:
 
 
 class ModelCache:
-    """Lend the loaded model out; another one takes its place once nobody uses it."""
+    """Lend the loaded model; another one takes its place once it is not in use."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._entry: _Entry | None = None
+        self._entry: _CachedModel | None = None
 
     @contextmanager
     def borrow(self, reference: str, options: LoadOptions) -> Iterator[LoadedModel]:
-        """Lend a model: the one that is loaded, where it was loaded so, or load it.
+        """Lend a model: the loaded one, if it was loaded with these options, or load it.
 
         Args:
             reference: the checkpoint.
@@ -52,7 +52,7 @@ class ModelCache:
             entry = self._entry
             if entry is None or (entry.reference, entry.options) != (reference, options):
                 self._evict()
-                entry = self._entry = _Entry(reference, options, _load(reference, options))
+                entry = self._entry = _CachedModel(reference, options, _load(reference, options))
             entry.users += 1
         try:
             yield entry.model
@@ -74,16 +74,15 @@ class ModelCache:
 
 @functools.cache
 def shared_cache() -> ModelCache:
-    """Return this process's one cache.
+    """Return the cache of this process.
 
-    llm asks for every model anew whenever one is looked up, so what is loaded must outlive the
-    models that llm holds.
+    llm makes all models anew whenever it looks one up, so the loaded one must outlive them.
     """
     return ModelCache()
 
 
 def _load(reference: str, options: LoadOptions) -> LoadedModel:
-    """Load quietly, but for bars where stderr is a terminal."""
+    """Load without output but progress bars, where stderr is a terminal."""
     import gptq_loader_plugin as gptq
     from gptq_loader_plugin.cli.output import ProgressBars
 
@@ -96,7 +95,7 @@ def _load(reference: str, options: LoadOptions) -> LoadedModel:
 
 
 def _folder(reference: str, plugins: Plugins) -> Path:
-    """Find the checkpoint on this machine, without asking the hub for news of it; else fetch it."""
+    """Find the checkpoint on this machine, or download it; the hub is not asked for updates."""
     from gptq_loader_plugin.reference import resolve
 
     try:

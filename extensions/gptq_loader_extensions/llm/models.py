@@ -1,4 +1,4 @@
-"""The models that llm sees: one for each checkpoint, and the same to await.
+"""The models that llm uses: for each checkpoint one, and its asynchronous twin.
 
 Imported by llm's hooks alone; it needs llm.
 """
@@ -19,7 +19,7 @@ import click
 import llm
 from pydantic import BeforeValidator, Field
 
-from gptq_loader_extensions.llm.listing import PREFIX, added, list_models
+from gptq_loader_extensions.llm.listing import PREFIX, list_models, read_added
 from gptq_loader_extensions.llm.model_cache import shared_cache
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.load_options import LoadOptions
@@ -27,7 +27,7 @@ from gptq_loader_plugin.load_options import LoadOptions
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator, Iterator
 
-    from gptq_loader_extensions.llm.listing import Listed
+    from gptq_loader_extensions.llm.listing import ListedModel
     from gptq_loader_extensions.llm.model_cache import ModelCache
     from gptq_loader_plugin.generation.options import GenerateOptions
 
@@ -37,64 +37,72 @@ logger = logging.getLogger(__name__)
 
 
 class ModelFailed(llm.ModelError, click.ClickException):  # type: ignore[misc] # llm is not typed
-    """One of our errors, with its hint; `llm chat` shows click's exceptions only, in words."""
+    """One of our errors, with its hint, as `llm chat` shows only click's without a traceback."""
 
     def __init__(self, error: GPTQLoaderError) -> None:
         super().__init__(f"{error.message}\nhint: {error.hint}")
 
 
-def read_stop(value: object) -> object:
-    """Read the texts that end a reply: one text, or several as a JSON list."""
+def parse_stop(value: object) -> object:
+    """Parse the texts that end a reply: one text, or several as a JSON list."""
     if isinstance(value, str) and value.startswith("["):
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"this begins like a JSON list, and is none: {error}") from error
+            raise ValueError(f"this begins like a JSON list but is not one: {error}") from error
     texts = (value,) if isinstance(value, str) else value
     if texts is None:
         return None
-    if not isinstance(texts, list | tuple) or not all(isinstance(it, str) and it for it in texts):
+    if not isinstance(texts, list | tuple) or not all(
+        isinstance(text, str) and text for text in texts
+    ):
         raise ValueError('write one text, or several as a JSON list: \'["a", "b"]\'')
     return tuple(texts)
 
 
 class Options(llm.Options):  # type: ignore[misc] # llm is not typed
-    """What `-o NAME VALUE` takes. What is left out is as in GenerateOptions."""
+    """The options of `-o NAME VALUE`, with GenerateOptions' defaults."""
 
     temperature: float | None = Field(
-        default=None, ge=0, le=10, description="0 takes the likeliest token every time; else 0.7"
+        default=None, ge=0, le=10, description="0 is greedy; default 0.7"
     )
     top_p: float | None = Field(
-        default=None, gt=0, le=1, description="keep the likeliest tokens of this probability; 0.95"
+        default=None,
+        gt=0,
+        le=1,
+        description="sample from the top tokens with this probability mass; default 0.95",
     )
     top_k: int | None = Field(
-        default=None, ge=0, description="keep this many of the likeliest tokens, 0 all; 40"
+        default=None, ge=0, description="sample from this many top tokens, 0 for all; default 40"
     )
     min_p: float | None = Field(
-        default=None, ge=0, le=1, description="drop tokens less likely than this share of the best"
+        default=None,
+        ge=0,
+        le=1,
+        description="drop tokens less probable than this fraction of the best; default 0",
     )
     repetition_penalty: float | None = Field(
-        default=None, gt=0, le=10, description="above 1, make what was there less likely; 1"
+        default=None, gt=0, le=10, description="above 1, make repetition less likely; default 1"
     )
     max_tokens: int | None = Field(
-        default=None, ge=1, description="the most tokens of a reply; 512"
+        default=None, ge=1, description="the maximum length of a reply; default 512"
     )
     seed: int | None = Field(default=None, description="make sampling repeatable")
-    stop: Annotated[tuple[str, ...] | None, BeforeValidator(read_stop)] = Field(
-        default=None, description="end the reply at this text, or at one of a JSON list of texts"
+    stop: Annotated[tuple[str, ...] | None, BeforeValidator(parse_stop)] = Field(
+        default=None, description="end the reply at this text, or at any of a JSON list of texts"
     )
     backend: str | None = Field(
-        default=None, description="use this kernel or fail; see llm gptq explain NAME"
+        default=None, description="use this kernel, or fail; see llm gptq explain NAME"
     )
     template: str | None = Field(
         default=None, description="chatml, checkpoint, card, or a .jinja file"
     )
     context: int | None = Field(
-        default=None, ge=2, description="the longest sequence, prompt and reply together"
+        default=None, ge=2, description="the maximum length of prompt and reply together"
     )
 
     def generate(self) -> GenerateOptions:
-        """Give those that are about sampling."""
+        """Return the options of generation."""
         from gptq_loader_plugin.generation.options import GenerateOptions
 
         fields = self.model_dump(exclude={"backend", "template", "context"}, exclude_none=True)
@@ -104,12 +112,12 @@ class Options(llm.Options):  # type: ignore[misc] # llm is not typed
 
 
 class _Checkpoint:
-    """What both kinds of model share: a checkpoint, and the cache of what is loaded."""
+    """What both kinds of model share: a checkpoint, and the cache of the loaded model."""
 
     can_stream = True
     Options = Options
 
-    def __init__(self, listed: Listed, cache: ModelCache) -> None:
+    def __init__(self, listed: ListedModel, cache: ModelCache) -> None:
         self.model_id = PREFIX + listed.name
         self._reference = listed.reference
         self._cache = cache
@@ -124,21 +132,21 @@ class _Checkpoint:
         conversation: Any,  # noqa: ANN401
         cancel: threading.Event | None = None,
     ) -> Generator[str, None, None]:
-        """Answer piece by piece; record usage, and what ran.
+        """Yield the reply piece by piece; record usage, and which kernels ran.
 
         Raises:
             ModelFailed: one of our errors.
         """
-        from gptq_loader_extensions.llm.answering import answer, messages_of
+        from gptq_loader_extensions.llm.answering import answer, collect_messages
 
         requested: Options = prompt.options
         try:
-            load = LoadOptions(
+            load_options = LoadOptions(
                 backend=requested.backend, template=requested.template, context=requested.context
             )
             options = requested.generate()
-            messages = messages_of(prompt, conversation)
-            with self._cache.borrow(self._reference, load) as model:
+            messages = collect_messages(prompt, conversation)
+            with self._cache.borrow(self._reference, load_options) as model:
                 prompt_tokens, pieces = answer(model, messages, options, cancel=cancel)
                 last = None
                 for last in pieces:
@@ -155,7 +163,7 @@ class _Checkpoint:
 
 
 class GPTQModel(_Checkpoint, llm.Model):  # type: ignore[misc] # llm is not typed
-    """A checkpoint, as llm asks it."""
+    """A checkpoint, as one of llm's models."""
 
     def execute(
         self,
@@ -164,13 +172,13 @@ class GPTQModel(_Checkpoint, llm.Model):  # type: ignore[misc] # llm is not type
         response: Any,  # noqa: ANN401
         conversation: Any = None,  # noqa: ANN401
     ) -> Iterator[str]:
-        """Answer; llm joins the pieces where it does not stream."""
+        """Yield the reply; llm joins the pieces where it does not stream."""
         del stream
         yield from self.pieces(prompt, response, conversation)
 
 
 class AsyncGPTQModel(_Checkpoint, llm.AsyncModel):  # type: ignore[misc] # llm is not typed
-    """A checkpoint, for those who await it: one thread of its own for each reply."""
+    """A checkpoint, as one of llm's async models: each reply has a thread of its own."""
 
     async def execute(
         self,
@@ -179,25 +187,25 @@ class AsyncGPTQModel(_Checkpoint, llm.AsyncModel):  # type: ignore[misc] # llm i
         response: Any,  # noqa: ANN401
         conversation: Any = None,  # noqa: ANN401
     ) -> AsyncGenerator[str, None]:
-        """Answer; leaving early ends the reply within a token."""
+        """Yield the reply; leaving early ends it within a token."""
         del stream
         cancel = threading.Event()
         pieces = self.pieces(prompt, response, conversation, cancel)
         loop = asyncio.get_running_loop()
-        with_one = ThreadPoolExecutor(1, thread_name_prefix="gptq")
+        executor = ThreadPoolExecutor(1, thread_name_prefix="gptq")
         try:
-            while (text := await loop.run_in_executor(with_one, next, pieces, None)) is not None:
+            while (text := await loop.run_in_executor(executor, next, pieces, None)) is not None:
                 yield text
         finally:
             cancel.set()
-            with_one.submit(pieces.close)
-            with_one.shutdown(wait=False)
+            executor.submit(pieces.close)
+            executor.shutdown(wait=False)
 
 
 def make_models() -> list[tuple[GPTQModel, AsyncGPTQModel]]:
-    """Make a model of each checkpoint of this machine; a damaged list of ours costs its names."""
+    """Make a model of each checkpoint; without the added names where their list is damaged."""
     try:
-        names = added(llm.user_dir())
+        names = read_added(llm.user_dir())
     except GPTQLoaderError as error:
         logger.warning("%s; %s", error.message, error.hint)
         names = {}

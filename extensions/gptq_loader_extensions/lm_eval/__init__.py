@@ -1,8 +1,8 @@
 """The host "lm-eval": GPTQ checkpoints as a model type of EleutherAI's evaluation harness.
 
-The harness looks for no plugins, so somebody must import ours before it runs: this package's own
-command, `gptq-loader-lm-eval`, which is the harness's with `--model gptq-loader` added, or a script
-that calls `install`.
+The harness loads no plugins, so ours must be imported before it runs: by this package's own
+command, `gptq-loader-lm-eval`, which is the harness's with `--model gptq-loader` added, or by a
+script that calls `install`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LMEvalHost:
     name: str = "lm-eval"
 
     def install(self, **options: object) -> None:
-        """Let `simple_evaluate(model="gptq-loader", model_args=...)` find us; may be called again.
+        """Let `simple_evaluate(model="gptq-loader", model_args=...)` find it; may be called twice.
 
         Raises:
             OptionInvalid: there are no options.
@@ -36,7 +36,7 @@ class LMEvalHost:
         if options:
             raise OptionInvalid(
                 f"lm-eval takes no option {', '.join(sorted(options))} here",
-                hint="give options to the model: --model_args pretrained=REF,backend=cpu",
+                hint="pass options to the model: --model_args pretrained=REF,backend=cpu",
             )
         readiness = self.check()
         if isinstance(readiness, NotReady):

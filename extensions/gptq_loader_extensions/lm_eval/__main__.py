@@ -14,7 +14,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Take the harness's arguments: `--model gptq-loader --model_args pretrained=REF ...`."""
+    """Run with the harness's arguments: `--model gptq-loader --model_args pretrained=REF ...`."""
     try:
         LMEvalHost().install()
         from lm_eval.__main__ import cli_evaluate

@@ -1,4 +1,4 @@
-"""The model type `gptq-loader`: the harness's own, over a model that we loaded.
+"""The model type `gptq-loader`: the harness's own type, around a model that we loaded.
 
 Importing this registers it; it needs lm_eval, and is imported by the host's `install` alone.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GPTQLoaderLM"]
 
-# What the harness's own type does with a model that is loaded; its other options are about loading.
+# Those of the harness's own type for a model that is loaded; its other options are about loading.
 HARNESS_OPTIONS = (
     "add_bos_token",
     "batch_size",
@@ -33,7 +33,7 @@ HARNESS_OPTIONS = (
     "think_end_token",
     "truncation",
 )
-# What the harness passes where --device was left out; its own type, too, takes it for "the best".
+# What the harness passes without --device; its own type, too, takes it for "the best device".
 NO_DEVICE = "cuda:0"
 OUR_OPTIONS = (
     "backend",
@@ -49,7 +49,7 @@ OUR_OPTIONS = (
 
 @register_model("gptq-loader")
 class GPTQLoaderLM(HFLM):  # type: ignore[misc] # lm_eval is not typed
-    """A GPTQ checkpoint, loaded by us and asked as the harness asks any transformers model."""
+    """A GPTQ checkpoint, loaded by us and evaluated as any transformers model."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class GPTQLoaderLM(HFLM):  # type: ignore[misc] # lm_eval is not typed
             head: as in `load`.
             revision: as in `load`.
             template: as in `load`; used with --apply_chat_template.
-            **options: the harness's, about how to ask.
+            **options: the harness's, about how to evaluate.
 
         Raises:
             GPTQLoaderError: it cannot be loaded, or an option is unknown.
@@ -110,16 +110,16 @@ class GPTQLoaderLM(HFLM):  # type: ignore[misc] # lm_eval is not typed
         chat_history: Sequence[dict[str, str]],
         add_generation_prompt: bool = True,  # noqa: FBT001, FBT002 - the harness's signature
     ) -> str:
-        """Render with the checkpoint's template, or the one that was named."""
+        """Render with the checkpoint's template, or the one that was chosen."""
         template = self._loaded.template
         text = template.render(chat_history, add_generation_prompt=add_generation_prompt)
         if add_generation_prompt:
             return text
-        begun = chat_history[-1]["content"]  # a reply that goes on: nothing may follow it
-        return text[: text.rindex(begun) + len(begun)]
+        prefill = chat_history[-1]["content"]  # of a reply that continues: nothing may follow it
+        return text[: text.rindex(prefill) + len(prefill)]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:  # noqa: FBT001, FBT002 - the harness's signature
-        """Give what the harness records of the template: its text, or a prompt it makes."""
+        """Return what the harness records of the template: its text, or a prompt made with it."""
         if not chat_template:
             return None
         template = self._loaded.template
@@ -128,7 +128,7 @@ class GPTQLoaderLM(HFLM):  # type: ignore[misc] # lm_eval is not typed
         return template.render([{"role": "user", "content": "{prompt}"}])
 
     def get_model_info(self) -> dict[str, Any]:
-        """Add what ran to what the harness records of a model."""
+        """Add the kernels and the quantization to what the harness records of a model."""
         plan = self._loaded.plan
         return {
             **super().get_model_info(),
