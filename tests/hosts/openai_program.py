@@ -25,8 +25,8 @@ SCHEMA = {
 
 
 def ask(**options):
-    asked = {"model": MODEL, "messages": ASK, "temperature": 0, "max_tokens": 16}
-    return CLIENT.chat.completions.create(**{**asked, **options})
+    defaults = {"model": MODEL, "messages": ASK, "temperature": 0, "max_tokens": 16}
+    return CLIENT.chat.completions.create(**{**defaults, **options})
 
 
 def streamed():

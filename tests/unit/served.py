@@ -56,18 +56,18 @@ class Brake:
             generation = begin(*args, **options)
             self.began.release()
             sample, cancelled = generation.sample, generation.cancelled
-            given = 0
+            unsent = 0
 
             def counted(logits: torch.Tensor) -> Piece | None:
-                nonlocal given
+                nonlocal unsent
                 piece = sample(logits)
-                given += piece is not None and piece.finish is None
+                unsent += piece is not None and piece.finish is None
                 return piece
 
             def held() -> Piece | None:
-                nonlocal given
-                if given:
-                    given -= 1
+                nonlocal unsent
+                if unsent:
+                    unsent -= 1
                     assert self.leave.acquire(timeout=60)
                 piece = cancelled()
                 self.cancelled += piece is not None

@@ -40,16 +40,16 @@ class Proxy:
 
     def __init__(self, *answers: list[Message]) -> None:
         self.answers = list(answers)
-        self.heard: list[bytes] = []
+        self.bodies: list[bytes] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        heard = b""
+        content = b""
         while True:
             message = await receive()
-            heard += message.get("body", b"")
+            content += message.get("body", b"")
             if not message.get("more_body"):
                 break
-        self.heard.append(heard)
+        self.bodies.append(content)
         for it in self.answers.pop(0):
             await send(it)
 
@@ -89,7 +89,7 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_was_not_answered_is_asked_again_word_for_word() -> None:
     proxy = Proxy([], [], [start(200, JSON), body(b"{}")])
     assert ask(proxy) == (200, dict(JSON), b"{}")
-    assert proxy.heard == [b"parts"] * 3
+    assert proxy.bodies == [b"parts"] * 3
 
 
 @pytest.mark.parametrize("prefix", ["", "/of-the-application"])
@@ -112,7 +112,7 @@ def test_half_a_stream_ends_in_words() -> None:
     first, error, done, _ = content.decode().split("\n\n")
     assert (status, first, done) == (200, "data: {}", "data: [DONE]")
     assert json.loads(error[6:])["error"]["code"] == "replica_lost"
-    assert len(proxy.heard) == 1, "what a client has seen the beginning of is not begun again"
+    assert len(proxy.bodies) == 1, "what a client has seen the beginning of is not begun again"
 
 
 def test_a_whole_stream_is_left_as_it_is() -> None:
@@ -121,7 +121,7 @@ def test_a_whole_stream_is_left_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "told", "code"),
+    ("refused", "answered", "code"),
     [
         (429, 429, "queue_full"),
         (503, 503, "not_ready"),
@@ -130,10 +130,10 @@ def test_a_whole_stream_is_left_as_it_is() -> None:
     ],
 )
 def test_what_the_proxy_refuses_is_said_as_the_server_says_it(
-    said: int, told: int, code: str
+    refused: int, answered: int, code: str
 ) -> None:
-    status, _, content = ask(Proxy([start(said, PLAIN), body(b"No.")]))
-    assert (status, json.loads(content)["error"]["code"]) == (told, code)
+    status, _, content = ask(Proxy([start(refused, PLAIN), body(b"No.")]))
+    assert (status, json.loads(content)["error"]["code"]) == (answered, code)
 
 
 def test_what_the_server_refuses_is_passed_on() -> None:
@@ -155,7 +155,7 @@ def test_nobody_is_asked_for_a_client_that_has_gone() -> None:
 
     proxy = Proxy([])
     assert ask(proxy, receive=gone) == (None, {}, b"")
-    assert len(proxy.heard) == 1
+    assert len(proxy.bodies) == 1
 
 
 def test_a_request_has_one_number() -> None:
@@ -167,11 +167,11 @@ def test_a_request_has_one_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "least", "most"), [("1", 1, 1), (3, 3, 3), ("1-4", 1, 4), ("2-2", 2, 2)]
+    ("text", "minimum", "maximum"), [("1", 1, 1), (3, 3, 3), ("1-4", 1, 4), ("2-2", 2, 2)]
 )
-def test_replicas_are_a_number_or_a_range(text: object, least: int, most: int) -> None:
+def test_replicas_are_a_number_or_a_range(text: object, minimum: int, maximum: int) -> None:
     options = parse_options({"reference": "demo", "replicas": text}, environ={})
-    assert options.replica_range() == (least, most)
+    assert options.replica_range() == (minimum, maximum)
 
 
 @pytest.mark.parametrize("text", ["0", "4-1", "many", "1-", "-2", 0])

@@ -93,22 +93,22 @@ def test_a_stream_has_the_shape_that_clients_read(served: Running) -> None:
 
 
 def test_several_replies_have_seeds_of_their_own(served: Running) -> None:
-    asked = {"messages": ASK, "max_tokens": 12, "temperature": 1.5, "seed": 3}
-    three = [it["message"]["content"] for it in served.post(CHAT, **asked, n=3).json()["choices"]]
+    body = {"messages": ASK, "max_tokens": 12, "temperature": 1.5, "seed": 3}
+    three = [it["message"]["content"] for it in served.post(CHAT, **body, n=3).json()["choices"]]
     assert len(set(three)) == 3
     for i, text in enumerate(three):
-        single = served.post(CHAT, **{**asked, "seed": 3 + i}).json()
+        single = served.post(CHAT, **{**body, "seed": 3 + i}).json()
         assert single["choices"][0]["message"]["content"] == text
-    chunks = served.events(CHAT, **asked, n=3)[:-1]
+    chunks = served.events(CHAT, **body, n=3)[:-1]
     for i in range(3):
-        mine = [it["choices"][0] for it in chunks if it["choices"][0]["index"] == i]
-        assert "".join(it["delta"].get("content", "") for it in mine) == three[i]
-        assert mine[-1]["finish_reason"] == "length"
+        own = [it["choices"][0] for it in chunks if it["choices"][0]["index"] == i]
+        assert "".join(it["delta"].get("content", "") for it in own) == three[i]
+        assert own[-1]["finish_reason"] == "length"
 
 
 def test_logprobs_are_those_of_the_text(served: Running) -> None:
-    asked = {"messages": ASK, "max_tokens": 20, "temperature": 0, "logprobs": True}
-    whole = served.post(CHAT, **asked, top_logprobs=3).json()["choices"][0]
+    body = {"messages": ASK, "max_tokens": 20, "temperature": 0, "logprobs": True}
+    whole = served.post(CHAT, **body, top_logprobs=3).json()["choices"][0]
     content = whole["logprobs"]["content"]
     assert len(content) == 20
     raw = b"".join(bytes(it["bytes"]) for it in content)
@@ -117,7 +117,7 @@ def test_logprobs_are_those_of_the_text(served: Running) -> None:
         assert token["logprob"] <= 0
         assert token["top_logprobs"][0]["logprob"] == pytest.approx(token["logprob"])
         assert len(token["top_logprobs"]) == 3
-    chunks = served.events(CHAT, **asked, top_logprobs=3)[:-1]
+    chunks = served.events(CHAT, **body, top_logprobs=3)[:-1]
     streamed = [
         token
         for chunk in chunks
@@ -128,13 +128,13 @@ def test_logprobs_are_those_of_the_text(served: Running) -> None:
 
 
 def test_logprobs_of_a_stopped_reply_leave_the_stop_out(served: Running) -> None:
-    asked = {"messages": ASK, "max_tokens": 40, "temperature": 0, "logprobs": True}
-    text = served.post(CHAT, **asked).json()["choices"][0]["message"]["content"]
+    body = {"messages": ASK, "max_tokens": 40, "temperature": 0, "logprobs": True}
+    text = served.post(CHAT, **body).json()["choices"][0]["message"]["content"]
     stop = text[len(text) // 2 :][:2]
-    cut = served.post(CHAT, **asked, stop=stop).json()["choices"][0]
+    cut = served.post(CHAT, **body, stop=stop).json()["choices"][0]
     assert cut["message"]["content"] == text[: text.index(stop)]
-    said = b"".join(bytes(it["bytes"]) for it in cut["logprobs"]["content"])
-    assert stop.encode() not in said
+    reported = b"".join(bytes(it["bytes"]) for it in cut["logprobs"]["content"])
+    assert stop.encode() not in reported
 
 
 def test_a_schema_is_followed(served: Running) -> None:
@@ -145,13 +145,13 @@ def test_a_schema_is_followed(served: Running) -> None:
         "required": ["n", "kind"],
         "additionalProperties": False,
     }
-    asked = {"type": "json_schema", "json_schema": {"name": "pet", "schema": schema}}
-    answer = served.chat(response_format=asked, max_tokens=200, seed=1, n=3).json()
+    response_format = {"type": "json_schema", "json_schema": {"name": "pet", "schema": schema}}
+    answer = served.chat(response_format=response_format, max_tokens=200, seed=1, n=3).json()
     for choice in answer["choices"]:
         if choice["finish_reason"] == "stop":
-            made = json.loads(choice["message"]["content"])
-            assert isinstance(made["n"], int)
-            assert made["kind"] in ("cat", "dog")
+            reply = json.loads(choice["message"]["content"])
+            assert isinstance(reply["n"], int)
+            assert reply["kind"] in ("cat", "dog")
     assert any(it["finish_reason"] == "stop" for it in answer["choices"])
     greedy = served.chat(response_format={"type": "json_object"}, max_tokens=40, temperature=0)
     assert greedy.json()["choices"][0]["message"]["content"].lstrip().startswith("{")
@@ -190,16 +190,16 @@ def test_a_conversation_with_calls_and_empty_contents_is_taken(served: Running) 
 
 
 def test_penalties_and_bias_reach_the_model(served: Running) -> None:
-    asked = {"max_tokens": 30, "temperature": 0}
-    plain = served.chat(**asked).json()["choices"][0]["message"]["content"]
+    body = {"max_tokens": 30, "temperature": 0}
+    plain = served.chat(**body).json()["choices"][0]["message"]["content"]
     for option in (
         {"frequency_penalty": 2},
         {"presence_penalty": 2},
         {"repetition_penalty": 2.0, "repetition_penalty_range": 64},
     ):
-        other = served.chat(**asked, **option).json()["choices"][0]["message"]["content"]
+        other = served.chat(**body, **option).json()["choices"][0]["message"]["content"]
         assert other != plain, option
-    biased = served.chat(**asked, logit_bias={"65": 100}, logprobs=True).json()["choices"][0]
+    biased = served.chat(**body, logit_bias={"65": 100}, logprobs=True).json()["choices"][0]
     text = {it["token"] for it in biased["logprobs"]["content"]}
     assert len(text) == 1
     wrong = served.chat(logit_bias={"999999": 1})

@@ -41,8 +41,8 @@ def test_a_completion_is_what_the_model_says_alone(
     served: Running, model: gptq.LoadedModel, options: dict[str, Any]
 ) -> None:
     alone = model.generate("Once upon", gptq.GenerateOptions(max_new_tokens=40, **options))
-    asked = {"prompt": "Once upon", "max_tokens": 40, **options}
-    answer = served.post(COMPLETE, **asked).json()
+    body = {"prompt": "Once upon", "max_tokens": 40, **options}
+    answer = served.post(COMPLETE, **body).json()
     (choice,) = answer["choices"]
     assert (choice["text"], choice["finish_reason"]) == (alone.text, alone.finish)
     assert answer["usage"] == {
@@ -50,7 +50,7 @@ def test_a_completion_is_what_the_model_says_alone(
         "completion_tokens": alone.tokens,
         "total_tokens": alone.prompt_tokens + alone.tokens,
     }
-    *chunks, done = served.events(COMPLETE, **asked)
+    *chunks, done = served.events(COMPLETE, **body)
     assert done == "[DONE]"
     assert {it["object"] for it in chunks} == {"text_completion"}
     assert "".join(it["choices"][0]["text"] for it in chunks) == alone.text
@@ -58,17 +58,17 @@ def test_a_completion_is_what_the_model_says_alone(
 
 
 def test_prompts_in_every_form_and_several_replies(served: Running) -> None:
-    asked: dict[str, Any] = {"max_tokens": 6, "temperature": 0}
+    body: dict[str, Any] = {"max_tokens": 6, "temperature": 0}
     ids = served.post("/v1/internal/encode", text="Hello there").json()["tokens"]
-    single = served.post(COMPLETE, prompt="Hello there", **asked).json()
-    as_ids = served.post(COMPLETE, prompt=ids, **asked).json()
+    single = served.post(COMPLETE, prompt="Hello there", **body).json()
+    as_ids = served.post(COMPLETE, prompt=ids, **body).json()
     assert as_ids["choices"] == single["choices"]
-    several = served.post(COMPLETE, prompt=["Hello there", "I am"], n=2, **asked).json()
+    several = served.post(COMPLETE, prompt=["Hello there", "I am"], n=2, **body).json()
     texts = [it["text"] for it in several["choices"]]
     assert [it["index"] for it in several["choices"]] == [0, 1, 2, 3]
     assert texts[0] == texts[1] == single["choices"][0]["text"]
     assert texts[2] == texts[3] != texts[0]
-    lists = served.post(COMPLETE, prompt=[ids, ids], **asked).json()
+    lists = served.post(COMPLETE, prompt=[ids, ids], **body).json()
     assert [it["text"] for it in lists["choices"]] == texts[:2]
     assert lists["usage"]["prompt_tokens"] == 2 * len(ids)
 
@@ -98,9 +98,9 @@ def test_an_echo_with_probabilities_scores_the_prompt(
 
 
 def test_a_streams_probabilities_are_those_of_the_whole(served: Running) -> None:
-    asked = {"prompt": "Hello", "max_tokens": 12, "temperature": 0, "logprobs": 1}
-    whole = served.post(COMPLETE, **asked).json()["choices"][0]["logprobs"]
-    chunks = [it["choices"][0]["logprobs"] for it in served.events(COMPLETE, **asked)[:-1]]
+    body = {"prompt": "Hello", "max_tokens": 12, "temperature": 0, "logprobs": 1}
+    whole = served.post(COMPLETE, **body).json()["choices"][0]["logprobs"]
+    chunks = [it["choices"][0]["logprobs"] for it in served.events(COMPLETE, **body)[:-1]]
     for name in ("tokens", "token_logprobs", "text_offset"):
         assert [it for chunk in chunks for it in chunk[name]] == whole[name]
 

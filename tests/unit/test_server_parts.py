@@ -69,11 +69,11 @@ Call functions with <tool_call>{"name": ..., "arguments": ...}</tool_call>:
 
 
 def read(reader: ToolParser, pieces: Sequence[str]) -> tuple[str, list[FunctionCall]]:
-    said, calls = "", []
-    for text, found in [*map(reader.feed, pieces), reader.finish()]:
-        said += text
-        calls += found
-    return said, calls
+    plain, calls = "", []
+    for text, parsed in [*map(reader.feed, pieces), reader.finish()]:
+        plain += text
+        calls += parsed
+    return plain, calls
 
 
 @given(st.lists(st.integers(0, 200), max_size=8))
@@ -82,15 +82,15 @@ def test_a_call_is_found_however_the_text_is_cut(cuts: list[int]) -> None:
     text = f"Let me look.\n{CALL}\n{CALL} and <tool_x"
     edges = sorted({0, len(text), *(it for it in cuts if it < len(text))})
     pieces = [text[a:b] for a, b in pairwise(edges)]
-    said, calls = read(HermesToolParser(), pieces)
-    assert said == "Let me look.\n and <tool_x"
+    plain, calls = read(HermesToolParser(), pieces)
+    assert plain == "Let me look.\n and <tool_x"
     assert [it.name for it in calls] == ["now", "now"]
     assert json.loads(calls[0].arguments) == {"zone": "UTC"}
     assert calls[0].call_id != calls[1].call_id
 
 
 @pytest.mark.parametrize(
-    ("text", "said", "names"),
+    ("text", "plain", "names"),
     [
         ("plain", "plain", []),
         ("<tool_call>not json</tool_call>", "<tool_call>not json</tool_call>", []),
@@ -99,13 +99,13 @@ def test_a_call_is_found_however_the_text_is_cut(cuts: list[int]) -> None:
         ("<tool_call>[1]</tool_call>", "<tool_call>[1]</tool_call>", []),
     ],
 )
-def test_what_is_no_call_stays_text(text: str, said: str, names: list[str]) -> None:
-    found, calls = read(HermesToolParser(), list(text))
-    assert (found, [it.name for it in calls]) == (said, names)
+def test_what_is_no_call_stays_text(text: str, plain: str, names: list[str]) -> None:
+    parsed, calls = read(HermesToolParser(), list(text))
+    assert (parsed, [it.name for it in calls]) == (plain, names)
 
 
 @pytest.mark.parametrize(
-    ("text", "said", "names"),
+    ("text", "plain", "names"),
     [
         ('{"name": "now", "parameters": {"zone": "UTC"}}', "", ["now"]),
         ('{"answer": 42}', '{"answer": 42}', []),
@@ -113,9 +113,9 @@ def test_what_is_no_call_stays_text(text: str, said: str, names: list[str]) -> N
         ("It is noon {now}", "It is noon {now}", []),
     ],
 )
-def test_a_whole_reply_may_be_a_call(text: str, said: str, names: list[str]) -> None:
-    found, calls = read(LlamaToolParser(), list(text))
-    assert (found, [it.name for it in calls]) == (said, names)
+def test_a_whole_reply_may_be_a_call(text: str, plain: str, names: list[str]) -> None:
+    parsed, calls = read(LlamaToolParser(), list(text))
+    assert (parsed, [it.name for it in calls]) == (plain, names)
 
 
 def test_tools_reach_a_template_that_takes_them(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_tools_reach_a_template_that_takes_them(tmp_path: Path) -> None:
 
 
 class Scripted:
-    """A load whose models say what they are told to, and are real in everything else."""
+    """A load whose models reply with a fixed text, and are real in everything else."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -200,18 +200,20 @@ def test_a_call_is_sent_as_openai_sends_it(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def words() -> TokenText:
+def token_text() -> TokenText:
     return TokenText(AutoTokenizer.from_pretrained(DATA / ONE))
 
 
-def test_tokens_as_bytes_make_the_text_again(words: TokenText) -> None:
+def test_tokens_as_bytes_make_the_text_again(token_text: TokenText) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DATA / ONE)
     text = "Hello the <|im_start|> ñandú 你好 \U0001f600\n\t end"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert b"".join(map(words.bytes, ids)) == text.encode()
-    halves = [it for it in ids if b"\xf0\x9f".startswith(words.bytes(it)) and words.bytes(it)]
-    assert words.name(halves[0]).startswith("bytes:\\xf0")
-    assert words.text(halves[0]) == "\ufffd"
+    assert b"".join(map(token_text.bytes, ids)) == text.encode()
+    halves = [
+        it for it in ids if b"\xf0\x9f".startswith(token_text.bytes(it)) and token_text.bytes(it)
+    ]
+    assert token_text.name(halves[0]).startswith("bytes:\\xf0")
+    assert token_text.text(halves[0]) == "\ufffd"
 
 
 def test_a_sentencepiece_token_keeps_its_space() -> None:
@@ -222,32 +224,32 @@ def test_a_sentencepiece_token_keeps_its_space() -> None:
     inner = Tokenizer(model)
     inner.normalizer = Replace(" ", "\u2581")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
-    words = TokenText(tokenizer)
+    token_text = TokenText(tokenizer)
     text = "a a\u00f1 \U0001f600\u4f60a"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert vocabulary["\u2581a"] in ids
     assert len(ids) > len(text), "some characters are several tokens"
-    assert b"".join(map(words.bytes, ids)) == text.encode()
-    assert words.name(vocabulary["<0xE4>"]) == "bytes:\\xe4"
-    assert words.bytes(len(pieces)) == b"", "a token the vocabulary does not have"
+    assert b"".join(map(token_text.bytes, ids)) == text.encode()
+    assert token_text.name(vocabulary["<0xE4>"]) == "bytes:\\xe4"
+    assert token_text.bytes(len(pieces)) == b"", "a token the vocabulary does not have"
 
 
-def test_tokens_are_given_out_with_their_text(words: TokenText) -> None:
+def test_tokens_are_given_out_with_their_text(token_text: TokenText) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DATA / ONE)
     ids = tokenizer("abc", add_special_tokens=False)["input_ids"]
     end = 381
-    steps = [ScoredToken(it, -1.0) for it in [*ids, end]]
-    texts = [words.text(it) for it in ids]
+    tokens = [ScoredToken(it, -1.0) for it in [*ids, end]]
+    texts = [token_text.text(it) for it in ids]
 
-    aligned = LogprobAligner(words, frozenset({end}))
-    assert aligned.add(ReplyChunk(0, Piece("", 1), steps[:1])) == []
-    assert aligned.add(ReplyChunk(0, Piece("".join(texts[:2]), 2), steps[1:2])) == steps[:2]
-    rest = ReplyChunk(0, Piece("".join(texts[2:]), 4, "stop"), steps[2:])
-    assert aligned.add(rest) == steps[2:-1], "an end token is no text"
+    aligner = LogprobAligner(token_text, frozenset({end}))
+    assert aligner.add(ReplyChunk(0, Piece("", 1), tokens[:1])) == []
+    assert aligner.add(ReplyChunk(0, Piece("".join(texts[:2]), 2), tokens[1:2])) == tokens[:2]
+    rest = ReplyChunk(0, Piece("".join(texts[2:]), 4, "stop"), tokens[2:])
+    assert aligner.add(rest) == tokens[2:-1], "an end token is no text"
 
-    stopped = LogprobAligner(words, frozenset({end}))
-    held = ReplyChunk(0, Piece("", 3, "stop"), steps[:3])
-    assert stopped.add(held) == [], "they spelled a stop text"
+    stopped = LogprobAligner(token_text, frozenset({end}))
+    spelled = ReplyChunk(0, Piece("", 3, "stop"), tokens[:3])
+    assert stopped.add(spelled) == [], "they spelled a stop text"
 
 
 # Grammars
@@ -283,8 +285,8 @@ def test_a_grammar_allows_what_its_matcher_takes(vocabulary: int, wider: int, pa
 def test_penalties_count_what_they_say_they_count() -> None:
     ids = torch.tensor([[7, 7, 1, 2, 2]])
     scores = torch.ones(1, 8)
-    said = PresencePenalty(2, presence=0.5, frequency=0.25)(ids, scores)
-    assert said[0].tolist() == [1, 0.25, 0, 1, 1, 1, 1, 1]
+    penalised = PresencePenalty(2, presence=0.5, frequency=0.25)(ids, scores)
+    assert penalised[0].tolist() == [1, 0.25, 0, 1, 1, 1, 1, 1]
     scores[0, 1] = -1
     recent = RecentPenalty(2.0, 3)(ids, scores)
     assert recent[0].tolist() == [1, -2, 0.5, 1, 1, 1, 1, 1]
