@@ -82,7 +82,7 @@ class ModelRegistry:
         self._warned: set[Path] = set()
 
     def load_initial(self, reference: str | None, model: LoadedModel | None) -> None:
-        """Take the first model: one that is loaded already, or load the one a user named.
+        """Load the first model, by its reference; or take one that is loaded already.
 
         Raises:
             GPTQLoaderError: it cannot be loaded.
