@@ -198,27 +198,33 @@ AVX512_TARGET void unpack_avx512(const GptqLayer& layer, int64_t tile, void* w, 
   unpack_tile<BITS>(layer, tile, w, stride, type);
 }
 
-// M rows of x by one tile in bfloat16; x is [M][stride] pairs, sums [M][segments].
-template <int BITS, int M>
-BF16_TARGET void tile_bfloat16(const GptqLayer& layer, int64_t tile, const uint32_t* x, int64_t stride,
-                               const float* sums, float* y) {
-  constexpr int per_word = Unit<BITS>::words, pairs = Unit<BITS>::rows / 2, C = COLUMNS / LANES;
-  constexpr int A = M == 1 ? 2 : 1;  // with one row, two chains of sums hide vdpbf16ps's latency
+// M rows of x by C vectors of a tile's columns in bfloat16, from vector FIRST on; x is [M][stride] pairs, sums
+// [M][segments]. Where one row waits for vdpbf16ps, and not for its weights to be unpacked as at 3 bits, two
+// chains of sums hide the latency. More rows have the same two, so that a row's sums do not depend on the
+// rows beside it: three and four then take half of the columns at a time, for which there are registers.
+template <int BITS, int M, int C, int FIRST>
+BF16_TARGET void columns_bfloat16(const GptqLayer& layer, int64_t tile, const uint32_t* x, int64_t stride,
+                                  const float* sums, float* y) {
+  constexpr int per_word = Unit<BITS>::words, pairs = Unit<BITS>::rows / 2, CHAINS = BITS == 3 ? 1 : 2;
   constexpr uint32_t mask = BITS == 2 || BITS == 3 ? 0x00030003 : 0x000f000f;
   constexpr float offset = BITS == 8 ? 128 + 2048 : 128;
   const __m512i low = _mm512_set1_epi32(mask), high = _mm512_set1_epi32(0x00040004);
   const __m512i base = _mm512_set1_epi32(0x43004300), upper = _mm512_set1_epi32(0x45004500);
-  const uint32_t* word = layer.words + tile * layer.units * per_word * COLUMNS;
+  const uint32_t* word = layer.words + tile * layer.units * per_word * COLUMNS + FIRST * LANES;
+  // The first of two halves fetches for both: what the second one reads is then in a cache.
+  constexpr int fetched = FIRST == 0 ? COLUMNS / LANES : C;
   floats total[M][C];
   for (int m = 0; m < M; m++)
     for (int c = 0; c < C; c++) total[m][c] = floats{};
   for (int segment = 0; segment < layer.segments; segment++) {
-    __m512 sum[A][M][C];
-    for (int i = 0; i < A; i++)
+    __m512 sum[CHAINS][M][C];
+    for (int i = 0; i < CHAINS; i++)
       for (int m = 0; m < M; m++)
         for (int c = 0; c < C; c++) sum[i][m][c] = _mm512_setzero_ps();
     for (int unit = 0; unit < layer.segment_units[segment]; unit++) {
-      for (int i = 0; i < 4 * per_word; i++) _mm_prefetch(reinterpret_cast<const char*>(word + 1024 + 16 * i), _MM_HINT_T0);
+      for (int i = 0; i < per_word; i++)
+        for (int c = 0; c < fetched; c++)
+          _mm_prefetch(reinterpret_cast<const char*>(word + 1024 + i * COLUMNS + c * LANES), _MM_HINT_T0);
       __m512i v[per_word][C];
       for (int i = 0; i < per_word; i++)
         for (int c = 0; c < C; c++) v[i][c] = _mm512_loadu_si512(word + i * COLUMNS + c * LANES);
@@ -236,7 +242,8 @@ BF16_TARGET void tile_bfloat16(const GptqLayer& layer, int64_t tile, const uint3
         }
         for (int m = 0; m < M; m++) {
           const __m512bh a = (__m512bh)_mm512_set1_epi32(x[m * stride + pair]);
-          for (int c = 0; c < C; c++) sum[pair % A][m][c] = _mm512_dpbf16_ps(sum[pair % A][m][c], (__m512bh)w[c], a);
+          for (int c = 0; c < C; c++)
+            sum[pair % CHAINS][m][c] = _mm512_dpbf16_ps(sum[pair % CHAINS][m][c], (__m512bh)w[c], a);
         }
         if constexpr (BITS == 8) {
           for (int c = 0; c < C; c++)
@@ -244,27 +251,36 @@ BF16_TARGET void tile_bfloat16(const GptqLayer& layer, int64_t tile, const uint3
           for (int m = 0; m < M; m++) {
             const __m512bh a = (__m512bh)_mm512_set1_epi32(x[m * stride + pair]);
             for (int c = 0; c < C; c++)
-              sum[(pair + 1) % A][m][c] = _mm512_dpbf16_ps(sum[(pair + 1) % A][m][c], (__m512bh)w[c], a);
+              sum[(pair + 1) % CHAINS][m][c] = _mm512_dpbf16_ps(sum[(pair + 1) % CHAINS][m][c], (__m512bh)w[c], a);
           }
         }
       }
       word += per_word * COLUMNS;
       x += pairs;
     }
-    const int64_t at = (tile * layer.groups + layer.segment_group[segment]) * COLUMNS;
+    const int64_t at = (tile * layer.groups + layer.segment_group[segment]) * COLUMNS + FIRST * LANES;
     for (int c = 0; c < C; c++) {
       __m512 scales, zeros;
       load_tables(layer, at + c * LANES, scales, zeros);
       zeros += offset;
       for (int m = 0; m < M; m++) {
         floats products = (floats)sum[0][m][c];
-        if constexpr (A == 2) products += (floats)sum[1][m][c];
+        if constexpr (CHAINS == 2) products += (floats)sum[1][m][c];
         total[m][c] += scales * (products - zeros * sums[m * layer.segments + segment]);
       }
     }
   }
   for (int m = 0; m < M; m++)
-    for (int c = 0; c < C; c++) memcpy(y + m * COLUMNS + c * LANES, &total[m][c], sizeof(floats));
+    for (int c = 0; c < C; c++) memcpy(y + m * COLUMNS + (FIRST + c) * LANES, &total[m][c], sizeof(floats));
+}
+
+// The same by a whole tile.
+template <int BITS, int M>
+BF16_TARGET void tile_bfloat16(const GptqLayer& layer, int64_t tile, const uint32_t* x, int64_t stride,
+                               const float* sums, float* y) {
+  constexpr int C = M <= 2 || BITS == 3 ? 4 : 2;
+  columns_bfloat16<BITS, M, C, 0>(layer, tile, x, stride, sums, y);
+  if constexpr (C == 2) columns_bfloat16<BITS, M, C, C>(layer, tile, x, stride, sums, y);
 }
 #endif
 

@@ -82,6 +82,25 @@ def test_every_code_path_is_right(isa: Isa, bits: int) -> None:
 
 
 @native
+@pytest.mark.parametrize("isa", list(Isa), ids=lambda it: it.name)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_row_is_the_same_whatever_rows_are_beside_it(isa: Isa, bits: int) -> None:
+    int8 = isa is Isa.ONE_BYTE
+    if int8 and "avx512_vnni" not in find_device("cpu").features:
+        pytest.skip("this processor has no AVX512-VNNI")
+    if not int8 and isa > load_library().gptq_isa():
+        pytest.skip(f"this processor has no {isa.name}")
+    for group_size in (32, 48, 128):
+        case = Case(bits=bits, group_size=group_size, rows=384, columns=200, bias=True)
+        layer, _, _ = module(case, None if int8 else isa, int8=int8)
+        for dtype in (torch.float32, torch.bfloat16):
+            x = random(9, 384, dtype=dtype)
+            alone = torch.cat([layer(row[None]) for row in x])
+            for rows in range(2, 10):
+                assert torch.equal(layer(x[:rows]), alone[:rows]), (group_size, dtype, rows)
+
+
+@native
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("amx", [False, True])
 def test_panels_are_right(bits: int, amx: bool) -> None:

@@ -332,14 +332,39 @@ def test_a_forward_put_in_its_place_sees_every_call() -> None:
     assert seen == [(1, 1)]
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isa", list(Isa)[:-1], ids=lambda it: it.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 def test_sequences_step_together_as_they_do_alone(
-    family: str, dtype: torch.dtype, threads: int
+    family: str, dtype: torch.dtype, isa: Isa
 ) -> None:
-    model = build(family, dtype=dtype, bits=3)
-    step = install(model)
+    if isa > load_library().gptq_isa():
+        pytest.skip(f"this processor does not run {isa.name}")
+    for bits in (3, 4):
+        together, alone = step_together_and_alone(family, dtype, isa, bits, threads=1)
+        for got, expected in zip(together, alone, strict=True):
+            assert torch.equal(got, expected), f"{bits} bits: a token's numbers are its own"
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_threads_step_sequences_together(family: str, dtype: torch.dtype, threads: int) -> None:
+    isa = Isa(load_library().gptq_isa())
+    together, alone = step_together_and_alone(family, dtype, isa, 3, threads)
+    for got, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+
+
+def step_together_and_alone(
+    family: str, dtype: torch.dtype, isa: Isa, bits: int, threads: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Step nine sequences four times in one call, and each by itself: both ways' states."""
+    from gptq_loader_kernels.cpu.decoder import NativeStep
+
+    model = build(family, dtype=dtype, bits=bits)
+    step = NativeStep(model.model, isa=isa)
+    model.model.forward = step.forward
     draw = torch.Generator().manual_seed(2)
     lengths = (3, 40, 1, 130, 17, 64, 9, 250, 5)
     prompts = [torch.randint(0, 300, (1, it), generator=draw) for it in lengths]
@@ -348,7 +373,7 @@ def test_sequences_step_together_as_they_do_alone(
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
-            alone = [[] for _ in steps]
+            alone: list[list[Any]] = [[] for _ in steps]
             for i, prompt in enumerate(prompts):
                 cache = make_cache(model)
                 model.model(input_ids=prompt, use_cache=True, cache=cache)
@@ -357,19 +382,13 @@ def test_sequences_step_together_as_they_do_alone(
             caches = [make_cache(model) for _ in prompts]
             for prompt, cache in zip(prompts, caches, strict=True):
                 model.model(input_ids=prompt, use_cache=True, cache=cache)
-            together = [step.step_many(tokens, caches) for tokens in steps]
+            together: list[Any] = [step.step_many(tokens, caches) for tokens in steps]
     finally:
         torch.set_num_threads(before)
-    for got, expected in zip(together, alone, strict=True):
-        wanted = torch.cat(expected)
-        assert got.shape == wanted.shape
-        if threads == 1:
-            assert torch.equal(got, wanted)  # a token's numbers do not depend on its neighbours
-        else:
-            torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
     assert [it.get_seq_length() for it in caches] == [
         length + sum(len(tokens[i]) for tokens in steps) for i, length in enumerate(lengths)
     ]
+    return together, [torch.cat(states) for states in alone]
 
 
 @pytest.mark.skipif(load_library().gptq_isa() < Isa.BF16, reason="no bfloat16 products here")
