@@ -29,7 +29,9 @@ class Wheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
-ARGUMENTS = ["-O3", "-g0", "-std=c++17", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+# Without exceptions: none may pass through the C interface or out of a parallel region.
+ARGUMENTS = ["-O3", "-g0", "-std=c++17", "-fno-exceptions", "-fno-rtti"]
+ARGUMENTS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 # torch's own OpenMP runtime, where a wheel lies beside it: two in one process are two sets of
 # threads that wait for each other, and not every machine has one outside torch.

@@ -2,9 +2,10 @@
 
 #pragma once
 
+#include "gptq_scratch.h"
+
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
 #if defined(__x86_64__)
@@ -126,21 +127,6 @@ INLINE uint16_t to_bfloat16(float value) {
 }
 
 INLINE float from_bfloat16(uint16_t value) { return as_float(uint32_t(value) << 16); }
-
-// Memory of a thread that a call leaves for the next one.
-struct Scratch {
-  void* memory = nullptr;
-  size_t size = 0;
-  ~Scratch() { free(memory); }
-  void* get(size_t wanted) {
-    if (wanted > size) {
-      free(memory);
-      memory = aligned_alloc(64, (wanted + 63) / 64 * 64);
-      size = memory ? wanted : 0;
-    }
-    return memory;
-  }
-};
 
 // x as the tiles read it: in the order of `rows`, as float32, as pairs of bfloat16 with their sums, or as
 // bytes with their steps and sums.

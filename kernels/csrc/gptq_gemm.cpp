@@ -14,7 +14,6 @@
 #include "gptq_blocks.h"
 
 #include <algorithm>
-#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -61,8 +60,8 @@ constexpr int64_t GROUP = 8;   // most panels whose sums are kept: x is read onc
 struct Part {
   const GptqLayer* layer;
   uint16_t* y;
-  std::vector<int> unit_segment;  // of the first unit of each block of depth
-  std::vector<int> unit_before;   // units of that segment before it
+  int32_t* unit_segment;  // of the first unit of each block of depth
+  int32_t* unit_before;   // units of that segment before it
 };
 
 INLINE int units_a_block(int bits) { return bits == 3 ? 1 : bits; }
@@ -81,8 +80,8 @@ void find_segments(Part& part) {
   for (int64_t unit = 0; unit < layer.units; unit++) {
     while (before == layer.segment_units[segment]) segment++, before = 0;
     if (unit % step == 0) {
-      part.unit_segment.push_back(segment);
-      part.unit_before.push_back(before);
+      part.unit_segment[unit / step] = segment;
+      part.unit_before[unit / step] = before;
     }
     before++;
   }
@@ -156,13 +155,12 @@ struct Near {
     int64_t from;
     __mmask32 there, known;  // features of x that can be read; places that are not filled up
   };
-  std::vector<Block> blocks;
+  Block* blocks;    // [depth]
   bool all = true;  // else order leads further, and `gather` must go
 
-  explicit Near(const GptqLayer& layer) {
+  Near(const GptqLayer& layer, Block* memory) : blocks(memory) {
     const int half = layer.bits == 3 ? 8 : 16 / layer.bits;
     const int64_t last = int64_t(layer.units) * unit_rows(layer.bits), depth = depth_of(layer);
-    blocks.reserve(depth);
     for (int64_t b = 0; b < depth && all; b++) {
       Block block{};
       int32_t row[2 * PAIRS], most = -1, least = layer.in_features;
@@ -178,7 +176,7 @@ struct Near {
         if (row[i] >= 0) block.order[i] = uint16_t(row[i] - least), block.known |= 1u << i;
       const int64_t left = layer.in_features - block.from;
       block.there = left >= 2 * PAIRS ? 0xffffffff : (1u << left) - 1;
-      blocks.push_back(block);
+      blocks[b] = block;
     }
   }
 };
@@ -278,7 +276,7 @@ void unpack_bits(const Part& part, int64_t vector, int64_t from, int64_t to, uin
   }
 }
 
-thread_local Scratch x_scratch, own_scratch;
+thread_local Scratch call_scratch, x_scratch, own_scratch;
 
 // Memory for so many rows of x, gathered.
 uint32_t* room_for_x(const GptqLayer& layer, int64_t rows) {
@@ -306,26 +304,38 @@ struct Panel {
   }
 };
 
-// The panels that fall to one thread: groups of columns, in each the runs of depth, in each the columns.
-std::vector<Panel> share_out(const std::vector<Part>& parts, int64_t most, int thread, int threads) {
-  std::vector<Panel> panels;
-  const Runs runs(*parts[0].layer);
-  int64_t all = 0, before = 0;
-  for (const Part& part : parts) all += panels_of(part);
-  const int64_t begin = all * thread / threads, end = all * (thread + 1) / threads;
-  for (const Part& part : parts) {
-    const int64_t count = panels_of(part);
-    const int64_t from = std::max<int64_t>(begin - before, 0), to = std::min(end - before, count);
-    before += count;
-    for (int64_t first = from; first < to; first += most) {
-      const int64_t together = std::min(most, to - first);
-      for (int64_t run = 0; run < runs.count; run++)
-        for (int64_t i = 0; i < together; i++)
-          panels.push_back({&part, 2 * (first + i), runs.from(run), runs.size(run), i, together, runs.from((run + 1) % runs.count)});
-    }
+// The panels that fall to one thread, one after the other: groups of up to GROUP panels of columns, in each
+// the runs of depth, in each the columns.
+class Panels {
+ public:
+  Panels(const Part* parts, int count, int thread, int threads) : part_(parts), end_(parts + count), runs_(*parts[0].layer) {
+    int64_t all = 0;
+    for (const Part* part = part_; part < end_; part++) all += panels_of(*part);
+    begin_ = all * thread / threads;
+    left_ = all * (thread + 1) / threads - begin_;
+    for (; part_ < end_ && begin_ >= panels_of(*part_); part_++) begin_ -= panels_of(*part_);
   }
-  return panels;
-}
+
+  bool next(Panel& panel) {
+    if (left_ == 0) return false;
+    const int64_t together = std::min({GROUP, left_, panels_of(*part_) - begin_});
+    panel = {part_, 2 * (begin_ + which_), runs_.from(run_), runs_.size(run_), which_, together, runs_.from((run_ + 1) % runs_.count)};
+    if (++which_ < together) return true;
+    which_ = 0;
+    if (++run_ < runs_.count) return true;
+    run_ = 0;
+    left_ -= together;
+    begin_ += together;
+    if (begin_ == panels_of(*part_)) part_++, begin_ = 0;
+    return true;
+  }
+
+ private:
+  const Part *part_, *end_;
+  Runs runs_;
+  int64_t begin_, left_;         // of the group: its first panel of the part; panels from it on
+  int64_t run_ = 0, which_ = 0;  // of the next panel
+};
 
 // Write the sums of a group that its last panel has finished: add the bias, round.
 BF16_TARGET void finish(const Panel& panel, const float* sums, int64_t row, int64_t rows) {
@@ -347,11 +357,12 @@ BF16_TARGET void finish(const Panel& panel, const float* sums, int64_t row, int6
 
 // Multiply some rows of x, gathered, by the columns that fall to one thread. While the matrix unit is
 // busy with one panel, the next one is unpacked, a part after each pair of blocks.
-void multiply_share(const std::vector<Panel>& panels, const uint32_t* x, int64_t row, int64_t rows, bool amx, char* memory) {
+void multiply_share(Panels panels, const uint32_t* x, int64_t row, int64_t rows, bool amx, char* memory) {
   const int64_t blocks = (rows + LANES - 1) / LANES, pairs = (blocks + 1) / 2;
   const int rows_of_last = int(rows - (blocks - 1) * LANES);
-  if (panels.empty()) return;
-  const Runs runs(*panels[0].part->layer);
+  Panel panel{}, following{};
+  if (!panels.next(panel)) return;
+  const Runs runs(*panel.part->layer);
   uint32_t* now = reinterpret_cast<uint32_t*>(memory);
   uint32_t* next = now + 2 * DEPTH * BLOCK;
   float* sums = reinterpret_cast<float*>(next + 2 * DEPTH * BLOCK);
@@ -362,10 +373,9 @@ void multiply_share(const std::vector<Panel>& panels, const uint32_t* x, int64_t
     else begin_tiles(rows_of_last, LANES);
   }
 #endif
-  for (size_t i = 0; i < panels.size(); i++) {
-    const Panel& panel = panels[i];
-    const Panel* following = i + 1 < panels.size() ? &panels[i + 1] : nullptr;
-    if (i == 0) panel.unpack_some(0, panel.blocks(), now);
+  panel.unpack_some(0, panel.blocks(), now);
+  for (bool more = true; more; panel = following) {
+    more = panels.next(following);
     float* to = sums + panel.which * blocks * 2 * BLOCK;
     // x of the next run is fetched meanwhile, an equal part beside each pair of blocks of each panel.
     const char* next_x = reinterpret_cast<const char*>(x + panel.next_at * blocks * BLOCK);
@@ -377,8 +387,7 @@ void multiply_share(const std::vector<Panel>& panels, const uint32_t* x, int64_t
                     2 * BLOCK, panel.depth, panel.at == 0,
                     next_x + (panel.which * pairs + pair) * lines * panel.depth * 64, int(lines)},
                    together, block + together == blocks ? rows_of_last : LANES, amx);
-      if (following)
-        following->unpack_some(following->blocks() * pair / pairs, following->blocks() * (pair + 1) / pairs, next);
+      if (more) following.unpack_some(following.blocks() * pair / pairs, following.blocks() * (pair + 1) / pairs, next);
     }
     if (panel.at + panel.depth == runs.depth && panel.which == panel.together - 1) finish(panel, sums, row, rows);
     std::swap(now, next);
@@ -398,13 +407,25 @@ extern "C" {
 // matrix unit where `amx` says so. The processor must have AVX512-BF16. Returns 0, or 1 where memory is short.
 int gptq_gemm(const GptqLayer* const* layers, void* const* y, int count, const void* x, int64_t m, int amx, int threads) {
 #ifdef X86
-  std::vector<Part> parts;
-  for (int i = 0; i < count; i++) {
-    parts.push_back({layers[i], static_cast<uint16_t*>(y[i]), {}, {}});
-    find_segments(parts.back());
-  }
   const GptqLayer& first = *layers[0];
-  const Near near(first);
+  Part* parts;
+  Near::Block* near_blocks;
+  const auto lay_out = [&](void* memory) {
+    Arena arena(memory);
+    parts = arena.take<Part>(count);
+    near_blocks = arena.take<Near::Block>(depth_of(first));
+    for (int i = 0; i < count; i++) {
+      int32_t* segments = arena.take<int32_t>(depth_of(*layers[i]));
+      int32_t* before = arena.take<int32_t>(depth_of(*layers[i]));
+      if (memory) parts[i] = {layers[i], static_cast<uint16_t*>(y[i]), segments, before};
+    }
+    return arena.used();
+  };
+  void* call_memory = call_scratch.get(lay_out(nullptr));
+  if (!call_memory) return 1;
+  lay_out(call_memory);
+  for (int i = 0; i < count; i++) find_segments(parts[i]);
+  const Near near(first, near_blocks);
   int64_t columns = 0;
   for (int i = 0; i < count; i++) columns += layers[i]->out_features;
   const bool by_rows = threads > 1 && m >= threads * (columns <= FEW_COLUMNS ? SOME_ROWS : ROWS_EACH);
@@ -421,7 +442,7 @@ int gptq_gemm(const GptqLayer* const* layers, void* const* y, int count, const v
 #endif
     const int64_t begin = by_rows ? rows_before(m, thread, team) : 0, end = by_rows ? rows_before(m, thread + 1, team) : m;
     const int share = by_rows ? 0 : thread, shares = by_rows ? 1 : team;
-    const std::vector<Panel> panels = share_out(parts, GROUP, share, shares);
+    const Panels panels(parts, count, share, shares);
     uint32_t* gathered = by_rows ? room_for_x(first, most) : together;
     const int64_t blocks = (most + LANES - 1) / LANES;
     const size_t turned = size_t(first.in_features + 3) * LANES * 2;

@@ -10,7 +10,6 @@
 
 #include <cmath>
 #include <functional>
-#include <vector>
 
 using namespace gptq;
 
@@ -167,23 +166,28 @@ int gptq_likeliest(const GptqLayer* narrow, const float* errors, float longest, 
   const int64_t k = narrow->in_features, n = narrow->out_features, tiles = (n + COLUMNS - 1) / COLUMNS;
   const Dense of{weight, k, type, isa};
   const int gather = type == FLOAT32 ? std::min(isa, int(AVX512)) : isa;
-  size_t used = 0;
-  const auto take = [&](size_t size) {
-    const size_t at = used;
-    used += (size + 63) / 64 * 64;
-    return at;
+  char* gathered_memory;
+  float* widened;
+  float *sums, *least, *most;  // [tiles][m][COLUMNS]; [m][tiles]: the greatest that is sure, and that there may be
+  float *from, *sorted;        // [m], [tiles]
+  Reach* reach;                // [m]
+  const auto lay_out = [&](void* memory) {
+    Arena arena(memory);
+    gathered_memory = arena.take<char>(gathered_bytes(*narrow, gather, m));
+    widened = arena.take<float>(size_t(m) * k);
+    sums = arena.take<float>(size_t(m) * tiles * COLUMNS);
+    least = arena.take<float>(size_t(m) * tiles);
+    most = arena.take<float>(size_t(m) * tiles);
+    from = arena.take<float>(m);
+    sorted = arena.take<float>(tiles);
+    reach = arena.take<Reach>(m);
+    return arena.used();
   };
-  const size_t gathered_at_ = take(gathered_bytes(*narrow, gather, m)), x_at = take(size_t(m) * k * 4);
-  const size_t sums_at = take(sizeof(float) * m * tiles * COLUMNS);
-  const size_t least_at = take(sizeof(float) * m * tiles), most_at = take(sizeof(float) * m * tiles);
-  char* memory = static_cast<char*>(head_scratch.get(used));
+  void* memory = head_scratch.get(lay_out(nullptr));
   if (!memory) return 1;
-  const Rows rows = rows_of(x, m * k, of, reinterpret_cast<float*>(memory + x_at));
-  const Gathered gathered = gathered_at(*narrow, gather, m, memory + gathered_at_);
-  float* sums = reinterpret_cast<float*>(memory + sums_at);    // [tiles][m][COLUMNS]
-  float* least = reinterpret_cast<float*>(memory + least_at);  // [m][tiles]: the greatest that is sure
-  float* most = reinterpret_cast<float*>(memory + most_at);    // [m][tiles]: the greatest there may be
-  std::vector<Reach> reach(m);
+  lay_out(memory);
+  const Rows rows = rows_of(x, m * k, of, widened);
+  const Gathered gathered = gathered_at(*narrow, gather, m, gathered_memory);
   for (int64_t row = 0; row < m; row++) {
     gather_row(*narrow, x, type, row, gathered);
     reach[row] = reach_of(x, row, k, type, longest, gather > BF16);
@@ -207,12 +211,11 @@ int gptq_likeliest(const GptqLayer* narrow, const float* errors, float longest, 
       most[row * tiles + tile] = high;
     }
   }
-  std::vector<float> from(m), sorted(tiles);
   for (int64_t row = 0; row < m; row++) {
     if (wanted[row] > tiles) return 2;
-    std::copy_n(least + row * tiles, tiles, sorted.begin());
-    const auto last = sorted.begin() + (wanted[row] - 1);
-    std::nth_element(sorted.begin(), last, sorted.end(), std::greater<float>());
+    std::copy_n(least + row * tiles, tiles, sorted);
+    float* last = sorted + (wanted[row] - 1);
+    std::nth_element(sorted, last, sorted + tiles, std::greater<float>());
     from[row] = *last - std::fabs(*last) * ROUNDED;
     if (!std::isfinite(from[row]) || !std::isfinite(reach[row].length)) return 2;
   }

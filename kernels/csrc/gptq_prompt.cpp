@@ -31,8 +31,6 @@ constexpr int64_t NO_KEY = 32;     // keys come in whole blocks of values, fille
 
 thread_local Scratch task_scratch;
 
-int64_t up_to(int64_t count, int64_t whole) { return (count + whole - 1) / whole * whole; }
-
 BF16_TARGET INLINE __m256i rounded(__m512 value) { return (__m256i)_mm512_cvtneps_pbh(value); }
 
 BF16_TARGET INLINE __m512 widened(const uint16_t* from) {
@@ -155,13 +153,16 @@ struct Desk {
   float* scores;      // [KEYS / 16][2] blocks
   uint32_t* weights;  // [2][KEYS / 32] blocks
   float* seen;        // [dim / 16][2] blocks
-  explicit Desk(int dim, char* memory) {
-    q = reinterpret_cast<uint32_t*>(memory);
-    scores = reinterpret_cast<float*>(q + 2 * dim / 32 * BLOCK);
-    weights = reinterpret_cast<uint32_t*>(scores + KEYS / 16 * 2 * BLOCK);
-    seen = reinterpret_cast<float*>(weights + 2 * KEYS / 32 * BLOCK);
+
+  // Lay it out in `memory`, and count the bytes that takes.
+  size_t lay_out(int dim, void* memory) {
+    Arena arena(memory);
+    q = arena.take<uint32_t>(2 * dim / 32 * BLOCK);
+    scores = arena.take<float>(KEYS / 16 * 2 * BLOCK);
+    weights = arena.take<uint32_t>(2 * KEYS / 32 * BLOCK);
+    seen = arena.take<float>(dim / 16 * 2 * BLOCK);
+    return arena.used();
   }
-  static size_t bytes(int dim) { return 4 * BLOCK * size_t(2 * dim / 32 + KEYS / 16 * 2 + 2 * KEYS / 32 + dim / 16 * 2); }
 };
 
 // Turn one vector of tokens' scores of some keys into weights; give the factor of what was seen before.
@@ -226,7 +227,7 @@ BF16_TARGET void attend(const Attention& a, int head, int64_t token, const Desk&
   }
   const int64_t chunks = a.keys_held / 32;
   for (int64_t key = start; key < end; key += KEYS) {
-    const int keys = int(std::min<int64_t>(KEYS, up_to(end - key, NO_KEY)));
+    const int keys = int(std::min<int64_t>(KEYS, round_up(end - key, NO_KEY)));
     const uint32_t* held = a.keys + (kv * a.keys_held + key) / 16 * depth * BLOCK;
     for (int at = 0; at < keys; at += 32)
       multiply_run({held + at / 16 * depth * BLOCK, depth * BLOCK, desk.q, depth * BLOCK, desk.scores + at / 16 * 2 * BLOCK, 2 * BLOCK,
@@ -271,11 +272,11 @@ struct Room {
   uint16_t *gate, *up;                           // [MOST_ROWS][inner]
   uint32_t *keys, *values;                       // Attention's
 
-  size_t lay_out(const GptqModel& it, int64_t tokens, int64_t keys_held, char* memory) {
-    size_t used = 0;
+  // Lay it out in `memory`, and count the bytes that takes.
+  size_t lay_out(const GptqModel& it, int64_t tokens, int64_t keys_held, void* memory) {
+    Arena arena(memory);
     const auto take = [&](auto*& part, size_t count) {
-      part = reinterpret_cast<std::remove_reference_t<decltype(part)>>(memory + used);
-      used += up_to(int64_t(count * sizeof *part), 64) + 64;
+      part = arena.take<std::remove_pointer_t<std::remove_reference_t<decltype(part)>>>(count);
     };
     const size_t q_size = size_t(it.heads) * it.head_dim, kv_size = size_t(it.kv_heads) * it.head_dim;
     const size_t rows = size_t(std::min(tokens, MOST_ROWS));
@@ -290,7 +291,7 @@ struct Room {
     take(up, rows * it.inner);
     take(keys, keys_held * kv_size / 2);
     take(values, keys_held * kv_size / 2);
-    return used;
+    return arena.used();
   }
 };
 
@@ -353,11 +354,13 @@ struct Prompt {
   int see(const GptqBlock& block) const {
     const Attention a{room.q, room.keys, room.values, room.seen, past, tokens, keys_held, block.window, model.heads, model.kv_heads,
                       model.head_dim, model.scale, amx != 0};
-    const int64_t parts = up_to(tokens, TOKENS) / TOKENS;
+    const int64_t parts = round_up<int64_t>(tokens, TOKENS) / TOKENS;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-      char* memory = static_cast<char*>(task_scratch.get(Desk::bytes(a.dim)));
+      Desk desk;
+      void* memory = task_scratch.get(desk.lay_out(a.dim, nullptr));
+      desk.lay_out(a.dim, memory);
       if (!memory) {
 #pragma omp atomic write
         failed = 1;
@@ -368,7 +371,7 @@ struct Prompt {
       // The last tokens see most: they begin, so that no thread is left with a long one.
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < parts * model.heads; task++)
-        if (memory) attend(a, int(task % model.heads), (parts - 1 - task / model.heads) * TOKENS, Desk(a.dim, memory));
+        if (memory) attend(a, int(task % model.heads), (parts - 1 - task / model.heads) * TOKENS, desk);
 #ifdef MATRIX_UNIT
       if (amx) end_tiles();
 #endif
@@ -417,10 +420,10 @@ int gptq_prompt(const GptqModel* model, const void* x, const float* cos, const f
                 int amx, int threads) {
 #ifdef X86
   const int64_t past = sequence->past, m = sequence->tokens;
-  const int64_t keys_held = up_to(past + m, NO_KEY);
+  const int64_t keys_held = round_up(past + m, NO_KEY);
   Room room;
   Scratch scratch;  // given back at the end: it may be large
-  char* memory = static_cast<char*>(scratch.get(room.lay_out(*model, m, keys_held, nullptr)));
+  void* memory = scratch.get(room.lay_out(*model, m, keys_held, nullptr));
   if (!memory) return 1;
   room.lay_out(*model, m, keys_held, memory);
   widen(static_cast<const uint16_t*>(x), m * model->hidden, room.x);

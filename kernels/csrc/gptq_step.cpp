@@ -19,7 +19,6 @@
 
 #include <atomic>
 #include <sched.h>
-#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -32,7 +31,8 @@ namespace {
 // Threads that wait for each other by spinning, and give way where one of them was put aside.
 class Team {
  public:
-  explicit Team(int threads) : threads_(threads) {}
+  // How many they are: told before the first one waits.
+  void begin(int threads) { threads_ = threads; }
   void meet() {
     const int round = round_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
@@ -50,7 +50,7 @@ class Team {
 
  private:
   std::atomic<int> arrived_{0}, round_{0};
-  const int threads_;
+  int threads_ = 1;
 };
 
 #define COMPILED(NAME, TARGET, R, V)                                                                    \
@@ -124,17 +124,6 @@ struct Shared {
   float *most, *weight, *seen;  // of each piece: [rows], [rows] and [rows][head_dim]
 };
 
-struct Own {
-  float *normed;  // [m][hidden]
-  float *tile;    // [m][COLUMNS], twice
-  float *merged;  // [m][heads][head_dim], what was seen
-  float *q;       // [rows][head_dim], of one head of keys and values
-  uint16_t* rounded;
-  int64_t *starts, *ends;  // [rows]
-  float* scores;           // [rows][BLOCK]
-  char* input;             // for make_ready
-};
-
 // The positions that new tokens of one sequence see, in one head of keys and values.
 struct Unit {
   const GptqSequence* sequence;
@@ -145,6 +134,19 @@ struct Unit {
   int64_t length() const { return sequence->past + sequence->tokens - first; }
 };
 
+struct Own {
+  float *normed;  // [m][hidden]
+  float *tile;    // [m][COLUMNS], twice
+  float *merged;  // [m][heads][head_dim], what was seen
+  float *q;       // [rows][head_dim], of one head of keys and values
+  uint16_t* rounded;
+  int64_t *starts, *ends;  // [rows]
+  float* scores;           // [rows][BLOCK]
+  char* input;             // for make_ready
+  Unit* units;             // [sequences * kv_heads]
+  int64_t* cuts;           // [threads + 1]
+};
+
 struct Worker : Own {
   const GptqModel& model;
   const Shared& shared;
@@ -153,7 +155,9 @@ struct Worker : Own {
   const GptqSequence* sequences;
   int64_t count, m, most_rows;  // sequences, tokens, and rows of a unit
   int thread, threads;
-  std::vector<Unit> units;
+  int64_t units_held = 0;
+
+  const Unit& last_unit() const { return units[units_held - 1]; }
 
   // A thread's share of what is to be done.
   int64_t from(int64_t all) const { return all * thread / threads; }
@@ -189,10 +193,10 @@ struct Worker : Own {
     team.meet();
     list_units(block);
     const int64_t begin = cut(thread), end = cut(thread + 1);
-    for (size_t i = 0; i < units.size(); i++) {
+    for (int64_t i = 0; i < units_held; i++) {
       const Unit& unit = units[i];
       const int64_t low = std::max(begin - unit.offset, int64_t(0)), high = std::min(end - unit.offset, unit.length());
-      if (low < high) look(block, unit, unit.sequence->caches[index], int64_t(i), unit.first + low, unit.first + high);
+      if (low < high) look(block, unit, unit.sequence->caches[index], i, unit.first + low, unit.first + high);
     }
     team.meet();
     merge();
@@ -200,14 +204,14 @@ struct Worker : Own {
   }
 
   void list_units(const GptqBlock& block) {
-    units.clear();
+    units_held = 0;
     int64_t row = 0, offset = 0;
     for (int64_t i = 0; i < count; i++) {
       const GptqSequence& it = sequences[i];
       const int64_t first = block.window ? std::max<int64_t>(0, it.past + 1 - block.window) : 0;
       for (int head = 0; head < model.kv_heads; head++) {
-        units.push_back({&it, head, row, first, offset});
-        offset += units.back().length();
+        units[units_held++] = {&it, head, row, first, offset};
+        offset += last_unit().length();
       }
       row += it.tokens;
     }
@@ -215,9 +219,9 @@ struct Worker : Own {
 
   // Where a thread's share of all units' positions begins; new positions of a unit stay together.
   int64_t cut(int of) const {
-    const int64_t all = units.back().offset + units.back().length(), at = all * of / threads;
+    const int64_t all = last_unit().offset + last_unit().length(), at = all * of / threads;
     if (at == all) return all;
-    const auto after = std::upper_bound(units.begin(), units.end(), at, [](int64_t value, const Unit& it) { return value < it.offset; });
+    const Unit* after = std::upper_bound(units, units + units_held, at, [](int64_t value, const Unit& it) { return value < it.offset; });
     const Unit& unit = *(after - 1);
     return std::min(at, unit.offset + unit.length() - unit.sequence->tokens);
   }
@@ -263,10 +267,9 @@ struct Worker : Own {
   // Put the pieces of each unit together: merged [m][heads][head_dim].
   void merge() {
     const int dim = model.head_dim, each = model.heads / model.kv_heads;
-    std::vector<int64_t> cuts(threads + 1);
     for (int of = 0; of <= threads; of++) cuts[of] = cut(of);
     int first = 0;  // the thread that has a unit's first piece
-    for (size_t number = 0; number < units.size(); number++) {
+    for (int64_t number = 0; number < units_held; number++) {
       const Unit& unit = units[number];
       const int64_t tokens = unit.sequence->tokens;
       while (cuts[first + 1] <= unit.offset) first++;
@@ -274,7 +277,7 @@ struct Worker : Own {
       while (cuts[last + 1] < unit.offset + unit.length()) last++;
       for (int64_t i = 0; i < each * tokens; i++) {
         float* to = merged + ((unit.row + i % tokens) * model.heads + unit.head * each + i / tokens) * dim;
-        const auto at = [&](int of) { return (of + int64_t(number)) * most_rows + i; };
+        const auto at = [&](int of) { return (of + number) * most_rows + i; };
         float most = -INFINITY, sum = 0;
         for (int of = first; of <= last; of++)
           if (cuts[of] < cuts[of + 1]) most = std::max(most, shared.most[at(of)]);
@@ -337,18 +340,6 @@ struct Worker : Own {
   }
 };
 
-// Hand out parts of one piece of memory, each on a line of the cache of its own.
-struct Parts {
-  char* memory;
-  size_t used;
-  template <typename T = float>
-  T* take(size_t count, size_t size = sizeof(T)) {
-    T* part = reinterpret_cast<T*>(memory + used);
-    used += (count * size + 127) / 64 * 64;
-    return part;
-  }
-};
-
 thread_local Scratch step_scratch;
 
 }  // namespace
@@ -375,36 +366,39 @@ int gptq_step(const GptqModel* model, const void* x, const float* cos, const flo
   const size_t q_size = size_t(it.heads) * it.head_dim, kv_size = size_t(it.kv_heads) * it.head_dim;
   const size_t rows = it.heads / it.kv_heads * most, pieces = it.kv_heads * count + threads;
   Own own[MOST];
-  const auto lay_out = [&](char* memory) {
-    Parts parts{memory, 0};
-    shared.x = parts.take(m * it.hidden);
-    shared.q = parts.take(m * q_size);
-    shared.k = parts.take(m * kv_size);
-    shared.v = parts.take(m * kv_size);
-    shared.inner = parts.take(m * it.inner);
-    shared.most = parts.take(pieces * rows);
-    shared.weight = parts.take(pieces * rows);
-    shared.seen = parts.take(pieces * rows * it.head_dim);
+  const auto lay_out = [&](void* memory) {
+    Arena arena(memory);
+    const auto take = [&](size_t floats) { return arena.take<float>(floats); };
+    shared.x = take(m * it.hidden);
+    shared.q = take(m * q_size);
+    shared.k = take(m * kv_size);
+    shared.v = take(m * kv_size);
+    shared.inner = take(m * it.inner);
+    shared.most = take(pieces * rows);
+    shared.weight = take(pieces * rows);
+    shared.seen = take(pieces * rows * it.head_dim);
     for (int thread = 0; thread < threads; thread++) {
       Own& mine = own[thread];
-      mine.normed = parts.take(m * it.hidden);
-      mine.tile = parts.take(2 * m * COLUMNS);
-      mine.merged = parts.take(m * q_size);
-      mine.q = parts.take(rows * it.head_dim);
-      mine.rounded = parts.take<uint16_t>(rows * it.head_dim);
-      mine.starts = parts.take<int64_t>(rows);
-      mine.ends = parts.take<int64_t>(rows);
-      mine.scores = parts.take(rows * BLOCK);
-      mine.input = parts.take<char>(input);
+      mine.normed = take(m * it.hidden);
+      mine.tile = take(2 * m * COLUMNS);
+      mine.merged = take(m * q_size);
+      mine.q = take(rows * it.head_dim);
+      mine.rounded = arena.take<uint16_t>(rows * it.head_dim);
+      mine.starts = arena.take<int64_t>(rows);
+      mine.ends = arena.take<int64_t>(rows);
+      mine.scores = take(rows * BLOCK);
+      mine.input = arena.take<char>(input);
+      mine.units = arena.take<Unit>(size_t(it.kv_heads) * count);
+      mine.cuts = arena.take<int64_t>(threads + 1);
     }
-    return parts.used;
+    return arena.used();
   };
   void* memory = step_scratch.get(lay_out(nullptr));
   if (!memory) return 1;
-  lay_out(static_cast<char*>(memory));
+  lay_out(memory);
   for (int64_t i = 0; i < m * it.hidden; i++)
     shared.x[i] = it.type == FLOAT32 ? static_cast<const float*>(x)[i] : from_bfloat16(static_cast<const uint16_t*>(x)[i]);
-  Team* team = nullptr;
+  Team team;
 #pragma omp parallel num_threads(threads)
   {
 #ifdef _OPENMP
@@ -413,10 +407,9 @@ int gptq_step(const GptqModel* model, const void* x, const float* cos, const flo
     const int thread = 0, together = 1;
 #endif
 #pragma omp single
-    team = new Team(together);
-    Worker{own[thread], it, shared, *team, cos, sin, sequences, count, m, int64_t(rows), thread, together, {}}.run();
+    team.begin(together);
+    Worker{own[thread], it, shared, team, cos, sin, sequences, count, m, int64_t(rows), thread, together}.run();
   }
-  delete team;
   for (int64_t row = 0; row < m; row++) {
     float* normed = own[0].normed;
     BEST(norm, it.isa, shared.x + row * it.hidden, it.norm, it.hidden, it.eps, normed);
