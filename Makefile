@@ -17,7 +17,7 @@ test: ## run the tests
 	@$(PYTHON) tools/set_up.py test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
-check: ## format, lint, types, layers, workflows, commit messages
+check: ## format, lint, types, layers, warnings of C++, workflows, commit messages
 	@$(PYTHON) tools/set_up.py check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -28,6 +28,7 @@ check: ## format, lint, types, layers, workflows, commit messages
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*_form.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/python tools/check_native.py
 	$(BIN)/python tools/check_commits.py
 
 docs: ## build the documentation site, build/site

@@ -31,7 +31,6 @@ class Wheel(bdist_wheel):
 
 # Without exceptions: none may pass through the C interface or out of a parallel region.
 ARGUMENTS = ["-O3", "-g0", "-std=c++17", "-fno-exceptions", "-fno-rtti"]
-ARGUMENTS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 # torch's own OpenMP runtime, where a wheel lies beside it: two in one process are two sets of
 # threads that wait for each other, and not every machine has one outside torch.

@@ -9,8 +9,17 @@
 #include <cstring>
 
 #if defined(__x86_64__)
-#include <immintrin.h>
 #define X86 1
+#if defined(__clang__)
+#include <immintrin.h>
+#else
+// gcc 12 takes what this header leaves undefined on purpose for a mistake: https://gcc.gnu.org/PR105593
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
 #endif
 
 #if defined(__clang__)
