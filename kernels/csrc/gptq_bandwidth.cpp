@@ -1,7 +1,8 @@
 // How fast memory is read: what a kernel that only waited for its weights would reach.
 
+#include "interface.h"
+
 #include <chrono>
-#include <cstdint>
 #include <cstdlib>
 
 namespace {

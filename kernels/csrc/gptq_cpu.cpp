@@ -45,9 +45,6 @@ struct Unit {
 
 extern "C" {
 
-// Which functions and structures there are: raised with every change of them, in _native.py too.
-int gptq_interface() { return 3; }
-
 // The best code this processor runs.
 int gptq_isa() {
 #ifdef X86

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gptq_scratch.h"
+#include "interface.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -31,31 +32,6 @@
 #define AVX512_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq" WIDE)))
 #define BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16" WIDE)))
 #define INLINE static inline __attribute__((always_inline))
-
-extern "C" {
-
-// What a layer is; gptq_loader_kernels/cpu/library.py mirrors it field by field.
-struct GptqLayer {
-  int32_t bits;           // 2, 3, 4 or 8
-  int32_t in_features;    // K
-  int32_t out_features;   // N
-  int32_t units;          // of a column
-  int32_t segments;       // of a column
-  int32_t groups;         // G
-  int32_t float_scales;   // scales are float32, else float16
-  const int32_t* rows;           // [units * unit rows]
-  const int32_t* segment_units;  // [segments] units of each
-  const int32_t* segment_group;  // [segments]
-  const uint32_t* words;         // [tiles][units][unit words][64]
-  const void* scales;            // [tiles][groups][64]
-  const uint8_t* zeros;          // [tiles][groups][64]
-  const float* bias;             // [out_features], or null
-};
-
-int gptq_amx();
-int gptq_gemm(const GptqLayer* const* layers, void* const* y, int count, const void* x, int64_t m, int amx, int threads);
-
-}  // extern "C"
 
 namespace gptq {
 

@@ -14,8 +14,6 @@
 
 using namespace gptq;
 
-extern "C" int gptq_isa();
-
 namespace {
 
 constexpr int BLOCK = 32;  // codes that fill whole words at every width

@@ -364,17 +364,56 @@ def test_a_library_that_cannot_be_loaded_is_said(
     choice = choose(spec, CPU, Plugins(installed=True).kernels())
     assert choice.chosen.kernel == "cpu-int4"
     assert "cannot be loaded" in dict(choice.reasons())["cpu"]
-    for source in ("int x;", "int gptq_interface(void) { return 1; }"):
-        other = tmp_path / f"_gptq_cpu_{len(source)}.so"
-        made = shutil.which("cc") and subprocess.run(
-            ["cc", "-shared", "-fPIC", "-x", "c", "-o", other, "-"],
-            input=source, text=True, check=False,
-        )  # fmt: skip
-        if made and made.returncode == 0:
-            monkeypatch.setattr(_native, "find_library", lambda other=other: other)
-            choice = choose(spec, CPU, [CpuKernel(), Int4Kernel()])
-            assert "cannot be loaded" in dict(choice.reasons())["cpu"], "a library of another kind"
     load_library.cache_clear()
+
+
+SIZES = {name: ctypes.sizeof(structure) for name, structure in _native.STRUCTURES.items()}
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+@pytest.mark.parametrize(
+    ("sizes", "letters", "words"),
+    [
+        (None, None, "it has no gptq_sizeof"),
+        (SIZES, None, "it has no gptq_signature"),
+        ({}, {}, f"its GptqLayer has 0 bytes, and {SIZES['GptqLayer']} here"),
+        (SIZES | {"GptqModel": 72}, {}, "its GptqModel has 72 bytes"),
+        (SIZES, {}, "its gptq_isa takes other arguments"),
+        (SIZES, {**_native.FUNCTIONS, "gptq_pack": "ip"}, "its gptq_pack takes other arguments"),
+        (SIZES, _native.FUNCTIONS, "it has no gptq_isa"),
+    ],
+)
+def test_a_library_of_other_sources_is_refused(
+    sizes: dict[str, int] | None,
+    letters: dict[str, str] | None,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """An old build beside new Python would be called with what it does not expect."""
+    lines = ["#include <string.h>"]
+    for kind, name, table in (
+        ("long", "gptq_sizeof", sizes),
+        ("const char*", "gptq_signature", letters and {k: f'"{v}"' for k, v in letters.items()}),
+    ):
+        if table is not None:
+            tests = "".join(f'if (!strcmp(name, "{k}")) return {v};' for k, v in table.items())
+            lines.append(f"{kind} {name}(const char* name) {{ {tests} return 0; }}")
+    other = tmp_path / "_gptq_cpu.so"
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-x", "c", "-o", other, "-"],
+        input="\n".join(lines), text=True, check=True,
+    )  # fmt: skip
+    monkeypatch.setattr(_native, "find_library", lambda: other)
+    load_library.cache_clear()
+    try:
+        spec, _, _ = make_layer(Case())
+        reason = dict(choose(spec, CPU, [CpuKernel(), Int4Kernel()]).reasons())["cpu"]
+    finally:
+        load_library.cache_clear()
+    assert words in reason
+    assert "was built from other sources" in reason
+    assert reason.endswith("install this again")
 
 
 def test_without_the_library_torchs_operator_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import functools
 import os
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "NORMS",
@@ -15,6 +16,7 @@ __all__ = [
     "Cache",
     "Isa",
     "Layer",
+    "LibraryMismatch",
     "Model",
     "Projection",
     "Sequence",
@@ -27,7 +29,6 @@ __all__ = [
 ]
 
 COLUMNS = 64  # of a tile
-INTERFACE = 3  # of the library: one that was built from other sources would be called wrongly
 
 
 class Isa(IntEnum):
@@ -42,7 +43,7 @@ class Isa(IntEnum):
 
 
 class Layer(ctypes.Structure):
-    """`GptqLayer` of gptq_cpu.h, field by field."""
+    """`GptqLayer` of interface.h, field by field."""
 
     _fields_ = (
         ("bits", ctypes.c_int32),
@@ -63,7 +64,7 @@ class Layer(ctypes.Structure):
 
 
 class Projection(ctypes.Structure):
-    """`GptqProjection` of gptq_model.h."""
+    """`GptqProjection` of interface.h."""
 
     _fields_ = (
         ("packed", ctypes.POINTER(Layer)),
@@ -93,7 +94,7 @@ NORMS = {
 
 
 class Block(ctypes.Structure):
-    """`GptqBlock` of gptq_model.h."""
+    """`GptqBlock` of interface.h."""
 
     _fields_ = (
         *((name, Projection) for name in PARTS),
@@ -103,7 +104,7 @@ class Block(ctypes.Structure):
 
 
 class Cache(ctypes.Structure):
-    """`GptqCache` of gptq_model.h."""
+    """`GptqCache` of interface.h."""
 
     _fields_ = (
         ("keys", ctypes.c_void_p),
@@ -113,7 +114,7 @@ class Cache(ctypes.Structure):
 
 
 class Sequence(ctypes.Structure):
-    """`GptqSequence` of gptq_model.h."""
+    """`GptqSequence` of interface.h."""
 
     _fields_ = (
         ("past", ctypes.c_int64),
@@ -123,7 +124,7 @@ class Sequence(ctypes.Structure):
 
 
 class Model(ctypes.Structure):
-    """`GptqModel` of gptq_model.h."""
+    """`GptqModel` of interface.h."""
 
     _fields_ = (
         *(
@@ -137,6 +138,39 @@ class Model(ctypes.Structure):
         ("norm", ctypes.c_void_p),
         ("block", ctypes.POINTER(Block)),
     )  # fmt: skip
+
+
+STRUCTURES: dict[str, type[ctypes.Structure]] = {
+    "GptqLayer": Layer,
+    "GptqProjection": Projection,
+    "GptqBlock": Block,
+    "GptqCache": Cache,
+    "GptqSequence": Sequence,
+    "GptqModel": Model,
+}
+LETTERS: dict[str, Any] = {
+    "p": ctypes.c_void_p,
+    "i": ctypes.c_int32,
+    "l": ctypes.c_int64,
+    "f": ctypes.c_float,
+    "d": ctypes.c_double,
+    "v": None,
+}
+# Each function's result and arguments, as `gptq_signature` has them.
+FUNCTIONS = {
+    "gptq_isa": "i",
+    "gptq_amx": "i",
+    "gptq_pack": "iiipplllpi",
+    "gptq_matmul": "ipppliii",
+    "gptq_unpack": "vpllpiii",
+    "gptq_gemm": "ippiplii",
+    "gptq_step": "ippppplpi",
+    "gptq_prompt": "ippppppii",
+    "gptq_rows": "ipppllliii",
+    "gptq_narrow": "vpllppppiii",
+    "gptq_likeliest": "ippfpplpppiii",
+    "gptq_read_bandwidth": "dlii",
+}
 
 
 def held_bits(bits: int) -> int:
@@ -173,9 +207,15 @@ def why_not() -> str | None:
         )
     try:
         load_library()
-    except (OSError, AttributeError) as error:
+    except LibraryMismatch as error:
+        return f"its native library was built from other sources ({error}): install this again"
+    except OSError as error:
         return f"its native library cannot be loaded ({error}): install this again"
     return None
+
+
+class LibraryMismatch(OSError):
+    """A library whose structures or functions are not those that this package calls."""
 
 
 @functools.cache
@@ -183,43 +223,33 @@ def load_library() -> ctypes.CDLL:
     """Load the library and declare its functions.
 
     Raises:
-        OSError: there is none, it cannot be loaded, or it was built from other sources.
-        AttributeError: the same, from sources of long ago.
+        LibraryMismatch: it was built from other sources than this package's.
+        OSError: there is none, or it cannot be loaded.
     """
-    found = find_library()
-    if found is None:
+    path = find_library()
+    if path is None:
         raise FileNotFoundError("the native library was not built")
-    library = ctypes.CDLL(str(found))
-    pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.gptq_interface.argtypes = ()
-    library.gptq_interface.restype = number
-    if library.gptq_interface() != INTERFACE:
-        raise OSError("it is another version's")
-    library.gptq_isa.argtypes = ()
-    library.gptq_isa.restype = number
-    library.gptq_pack.argtypes = (number,) * 2 + (pointer,) * 2 + (count,) * 3 + (pointer, number)
-    library.gptq_pack.restype = number
-    library.gptq_matmul.argtypes = (pointer, pointer, pointer, count, number, number, number)
-    library.gptq_matmul.restype = number
-    library.gptq_unpack.argtypes = (pointer, count, count, pointer, number, number, number)
-    library.gptq_unpack.restype = None
-    library.gptq_amx.argtypes = ()
-    library.gptq_amx.restype = number
-    library.gptq_gemm.argtypes = (pointer, pointer, number, pointer, count, number, number)
-    library.gptq_gemm.restype = number
-    library.gptq_step.argtypes = (pointer,) * 5 + (count, pointer, number)
-    library.gptq_step.restype = number
-    library.gptq_prompt.argtypes = (pointer,) * 6 + (number, number)
-    library.gptq_prompt.restype = number
-    library.gptq_rows.argtypes = (pointer,) * 3 + (count,) * 3 + (number,) * 3
-    library.gptq_rows.restype = number
-    library.gptq_narrow.argtypes = (pointer, count, count, *(pointer,) * 4, number, number, number)
-    library.gptq_narrow.restype = None
-    library.gptq_likeliest.argtypes = (
-        pointer, pointer, ctypes.c_float, pointer, pointer, count, pointer, pointer, pointer,
-        number, number, number,
-    )  # fmt: skip
-    library.gptq_likeliest.restype = number
-    library.gptq_read_bandwidth.argtypes = (count, number, number)
-    library.gptq_read_bandwidth.restype = ctypes.c_double
+    library = ctypes.CDLL(str(path))
+    size_of = _declare(library, "gptq_sizeof", ctypes.c_int64, ctypes.c_char_p)
+    signature_of = _declare(library, "gptq_signature", ctypes.c_char_p, ctypes.c_char_p)
+    for name, structure in STRUCTURES.items():
+        theirs, ours = size_of(name.encode()), ctypes.sizeof(structure)
+        if theirs != ours:
+            raise LibraryMismatch(f"its {name} has {theirs} bytes, and {ours} here")
+    for name, letters in FUNCTIONS.items():
+        if signature_of(name.encode()) != letters.encode():
+            raise LibraryMismatch(f"its {name} takes other arguments")
+    for name, letters in FUNCTIONS.items():
+        _declare(library, name, *(LETTERS[letter] for letter in letters))
     return library
+
+
+def _declare(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:  # noqa: ANN401
+    """Tell ctypes the types of a function, and return it."""
+    try:
+        function = library[name]
+    except AttributeError:
+        raise LibraryMismatch(f"it has no {name}") from None
+    function.restype, function.argtypes = result, arguments
+    setattr(library, name, function)
+    return function
