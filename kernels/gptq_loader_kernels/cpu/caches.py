@@ -55,15 +55,22 @@ class HeldCaches:
         return places
 
 
-def is_roomy(cache: Any, layers: int, dtype: torch.dtype) -> bool:  # noqa: ANN401 - transformers' caches
-    """Say whether a cache is one the step writes."""
-    if type(cache) is not DynamicCache or len(cache.layers) != layers:
+def is_roomy(cache: Any, model: Model, dtype: torch.dtype) -> bool:  # noqa: ANN401 - transformers' caches
+    """Return whether a cache is one the step writes: of this model, and of one sequence."""
+    if type(cache) is not DynamicCache or len(cache.layers) != model.blocks:
         return False
+    length = getattr(cache.layers[0], "length", 0)
     for layer in cache.layers:
-        if type(layer) is not GrowableLayer:
+        if type(layer) is not GrowableLayer or layer.length != length:
             return False
         room: torch.Tensor | None = layer.room
-        if room is not None and (room.dtype != dtype or room.shape[1] != 1):
+        if room is None:
+            continue
+        capacity = room.shape[3] if room.dim() == 5 else -1
+        shape = (2, 1, model.kv_heads, capacity, model.head_dim)
+        if room.shape != shape or room.dtype != dtype or capacity < length:
+            return False
+        if room.device.type != "cpu" or not room.is_contiguous():
             return False
     return True
 

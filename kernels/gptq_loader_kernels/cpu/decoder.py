@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from gptq_loader_kernels.cpu.describe import Described, describe, linears
 from gptq_loader_kernels.cpu.library import Isa, load_library
 from gptq_loader_kernels.cpu.library import Sequence as Sequence_
 from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
+from gptq_loader_kernels.cpu.tensors import check_tensor
 from gptq_loader_plugin.generation.kv_cache import make_cache
 
 if TYPE_CHECKING:
@@ -76,41 +78,26 @@ class NativeStep:
                 return BaseModelOutputWithPast(last_hidden_state=y, **{CACHE: kept})
         return self.otherwise(*args, **kwargs)
 
-    def _fit(self, given: dict[str, Any]) -> tuple[torch.Tensor, Any] | None:  # noqa: PLR0911 - one for each reason
+    def _fit(self, given: dict[str, Any]) -> tuple[torch.Tensor, Any] | None:
         """Give embeddings [1, m, hidden] and the cache, where this is ours."""
-        if torch.is_grad_enabled():
+        call = None if torch.is_grad_enabled() else _Call.of(given)
+        if call is None or call.tokens.shape[0] != 1 or call.tokens.shape[1] == 0:
             return None
-        given = dict(given)
-        ids = given.pop("input_ids", None)
-        before, after = given.pop("past_key_values", None), given.pop("cache", None)
-        cache: Any = after if before is None else before  # the names until 5.23, and since
-        embedded, mask = given.pop("inputs_embeds", None), given.pop("attention_mask", None)
-        positions = given.pop("position_ids", None)
-        given.pop("use_cache", None)
-        given.pop("cache_position", None)
-        given.pop("return_dict", None)
-        if any(value is not None and value is not False for value in given.values()):
-            return None
-        shape = (ids if embedded is None else embedded).shape
-        if shape[0] != 1 or shape[1] == 0:
-            return None
-        give_room(cache)
-        prompt = shape[1] > MOST_TOKENS
+        give_room(call.cache)  # whoever reads these tokens: steps may follow
+        prompt = call.tokens.shape[1] > MOST_TOKENS
         if prompt and not self.takes_prompts():
             return None
-        if prompt and cache is None:
-            cache = make_cache(self.decoder)
-        x = self.decoder.embed_tokens(ids) if embedded is None else embedded
-        if x.dtype not in TYPES or x.device.type != "cpu":
+        cache: Any = make_cache(self.decoder) if prompt and call.cache is None else call.cache
+        x = self.decoder.embed_tokens(call.tokens) if call.embedded is None else call.embedded
+        if x.device.type != "cpu" or x.dtype not in ((torch.bfloat16,) if prompt else TYPES):
             return None
-        if prompt and x.dtype != torch.bfloat16:
+        built = self._build(x.dtype)
+        if built is None or x.shape[2:] != (built.model.hidden,):
             return None
-        if not is_roomy(cache, len(self.decoder.layers), x.dtype):
+        if not is_roomy(cache, built.model, x.dtype):
             return None
         past: int = cache.layers[0].length
-        if not _in_order(mask, positions, past, past + shape[1]) or not self._build(x.dtype):
-            return None
-        return x.contiguous(), cache
+        return (x.contiguous(), cache) if call.goes_on_from(past) else None
 
     def takes_prompts(self) -> bool:
         """Say whether more than a few tokens are taken natively."""
@@ -132,21 +119,23 @@ class NativeStep:
         Returns:
             The decoder's states [tokens of all, hidden], or None where this cannot be done here.
         """
+        if len(tokens) != len(caches) or len(set(map(id, caches))) != len(caches):
+            raise ValueError(f"{len(tokens)} sequences need as many caches, each its own")
         if self.decoder.forward not in (self.forward, self.otherwise):
             return None  # it was replaced since, by what is to see every call
         if torch.is_grad_enabled() or not all(0 < len(it) <= MOST_TOKENS for it in tokens):
             return None
         with self._lock:
             x = self.decoder.embed_tokens(torch.tensor([[it for ids in tokens for it in ids]]))
-            layers = len(self.decoder.layers)
             if x.dtype not in TYPES or x.device.type != "cpu" or not self._keeps_angles():
+                return None
+            built = self._build(x.dtype)
+            if built is None:
                 return None
             for cache in caches:
                 give_room(cache)
-                if not is_roomy(cache, layers, x.dtype):
+                if not is_roomy(cache, built.model, x.dtype):
                     return None
-            if not self._build(x.dtype):
-                return None
             states: torch.Tensor = self._run(x, caches, [len(it) for it in tokens])[0]
             return states
 
@@ -166,6 +155,8 @@ class NativeStep:
             positions.extend(range(past, past + count))
         cos, sin = self.decoder.rotary_emb(x[:, :0].float(), torch.tensor([positions]))
         cos, sin, y = cos.contiguous(), sin.contiguous(), torch.empty_like(x)
+        for name, angles in (("cos", cos), ("sin", sin)):
+            check_tensor(name, angles, (1, len(positions), built.model.head_dim), torch.float32)
         given = (
             ctypes.addressof(built.model), x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
             ctypes.addressof(sequences),
@@ -184,18 +175,45 @@ class NativeStep:
                 layer.length += count
         return y
 
-    def _build(self, dtype: torch.dtype) -> bool:
+    def _build(self, dtype: torch.dtype) -> Described | None:
         """Describe the decoder to the library, anew where something in it was changed."""
         built = self._built
         if built is None or built.dtype != dtype or not built.watch.unchanged():
             self._built = describe(self.decoder, dtype, self.isa)
-        return self._built is not None
+        return self._built
 
 
-def _in_order(
-    mask: torch.Tensor | None, positions: torch.Tensor | None, past: int, end: int
-) -> bool:
-    """Say whether tokens follow what is in the cache, none of it masked."""
-    if mask is not None and (mask.shape != (1, end) or not bool(mask.all())):
-        return False
-    return positions is None or positions.flatten().tolist() == list(range(past, end))
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call of a decoder that asks for its states, and nothing else."""
+
+    tokens: torch.Tensor  # ids [sequences, m], or their embeddings [sequences, m, hidden]
+    embedded: torch.Tensor | None
+    cache: Any
+    mask: torch.Tensor | None
+    positions: torch.Tensor | None
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> _Call | None:
+        """Read the arguments of transformers' forward; None where one asks for more."""
+        given = dict(given)
+        ids, embedded = given.pop("input_ids", None), given.pop("inputs_embeds", None)
+        before, after = given.pop("past_key_values", None), given.pop("cache", None)
+        mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
+        for name in ("use_cache", "cache_position", "return_dict"):
+            given.pop(name, None)
+        if any(value is not None and value is not False for value in given.values()):
+            return None
+        if (ids is None) == (embedded is None):
+            return None  # transformers says what is wrong with that
+        tokens = ids if embedded is None else embedded
+        cache = after if before is None else before  # the names until 5.23, and since
+        return cls(tokens, embedded, cache, mask, positions)
+
+    def goes_on_from(self, past: int) -> bool:
+        """Say whether the tokens follow `past` ones that are in the cache, none of it masked."""
+        end = past + self.tokens.shape[1]
+        mask, positions = self.mask, self.positions
+        if mask is not None and (mask.shape != (1, end) or not bool(mask.all())):
+            return False
+        return positions is None or positions.flatten().tolist() == list(range(past, end))

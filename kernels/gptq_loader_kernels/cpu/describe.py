@@ -102,7 +102,7 @@ def why_not(decoder: Any) -> str | None:  # noqa: ANN401 - one for each limit
         return f"its hidden size {config.hidden_size} is not a multiple of {LANES}"
     if decoder.norm.weight.dtype not in TYPES:
         return f"it is in {decoder.norm.weight.dtype}; the step takes bfloat16 and float32"
-    return _changed(decoder)
+    return _changed(decoder) or _misfit(decoder)
 
 
 def _changed(decoder: Any) -> str | None:  # noqa: ANN401
@@ -116,6 +116,51 @@ def _changed(decoder: Any) -> str | None:  # noqa: ANN401
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:  # noqa: SLF001 - torch has no other way to tell
             return f"something watches a {type(module).__name__} of it"
     return None
+
+
+def _misfit(decoder: Any) -> str | None:  # noqa: ANN401
+    """Say which part of a decoder has not got the size that the others give it, or is elsewhere.
+
+    The library reads what it is told, whatever lies there.
+    """
+    config = decoder.config
+    if config.num_attention_heads % config.num_key_value_heads:
+        return f"its {config.num_key_value_heads} heads of keys and values are shared unevenly"
+    for name, part, shape in _parts(decoder):
+        if part is None:
+            continue
+        if isinstance(part, NativeLinear):
+            found = (part.out_features, part.in_features)
+        elif part.device.type != "cpu":
+            return f"{name} is on {part.device}"
+        else:
+            found = part.shape
+        if found != shape:
+            return f"{name} is {' x '.join(map(str, found))}, and not {' x '.join(map(str, shape))}"
+    return None
+
+
+def _parts(decoder: Any) -> Iterator[tuple[str, Any, tuple[int, ...]]]:  # noqa: ANN401
+    """Go through what the library reads, layers and tensors, with the shapes they must have."""
+    config, dim = decoder.config, decoder.layers[0].self_attn.head_dim
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    shapes = {
+        "q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries),
+        "gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner),
+    }  # fmt: skip
+    yield "norm", decoder.norm.weight, (hidden,)
+    for layer in decoder.layers:
+        for name, path in PARTS.items():
+            module = _find(layer, path)
+            if isinstance(module, NativeLinear):
+                yield path, module, shapes[name]
+            else:
+                yield path, module.weight, shapes[name]
+                yield path, module.bias, shapes[name][:1]
+        for name, path in NORMS.items():
+            weight = _find(layer, f"{path}.weight")
+            yield path, weight, (dim if name in {"q_norm", "k_norm"} else hidden,)
 
 
 def all_packed(decoder: Any) -> bool:  # noqa: ANN401

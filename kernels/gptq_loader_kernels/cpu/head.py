@@ -11,6 +11,7 @@ from torch import nn
 from gptq_loader_kernels.cpu.decoder import MOST_TOKENS
 from gptq_loader_kernels.cpu.library import COLUMNS, Isa, Layer, load_library
 from gptq_loader_kernels.cpu.linear import TYPES
+from gptq_loader_kernels.cpu.tensors import check_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +38,7 @@ class RowsLinear(nn.Linear):
         x, weight = input, self.weight
         rows = x.numel() // self.in_features
         if not 0 < rows <= MOST_TOKENS or not self._takes(x):
-            return super().forward(x)
+            return super().forward(x)  # torch has its own words for what does not fit
         x = x.contiguous()
         out = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
         failed = load_library().gptq_rows(
@@ -52,7 +53,9 @@ class RowsLinear(nn.Linear):
         weight = self.weight
         plain = weight.is_contiguous() and weight.device.type == x.device.type == "cpu"
         same = weight.dtype == x.dtype and x.dtype in TYPES
-        return plain and same and not torch.is_grad_enabled()
+        fits = weight.shape == (self.out_features, self.in_features)
+        fits = fits and x.shape[-1:] == (self.in_features,)
+        return plain and same and fits and not torch.is_grad_enabled()
 
 
 class TopLogitsLinear(RowsLinear):
@@ -74,6 +77,7 @@ class TopLogitsLinear(RowsLinear):
         """
         if linear.in_features % 4:
             raise ValueError(f"{linear.in_features} inputs do not fill words of 8-bit codes")
+        check_tensor("weight", linear.weight, (linear.out_features, linear.in_features), *TYPES)
         made = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         made.weight, made.isa = linear.weight, isa
         made._copy()
@@ -123,13 +127,21 @@ class TopLogitsLinear(RowsLinear):
 
         Returns:
             The logits [rows, out_features], or None where this cannot be done.
+
+        Raises:
+            ValueError: `needed` or `excluded` is not for as many rows and columns, or wants none.
         """
-        if not self._takes(states) or self._copied != self._state():
+        rows = states.numel() // self.in_features
+        if len(needed) != rows or min(needed, default=1) < 1:
+            raise ValueError(f"{[*needed]} does not say how many logits of {rows} rows are needed")
+        if excluded is not None:
+            check_tensor("excluded", excluded, (rows, self.out_features), torch.bool)
+        if rows == 0 or not self._takes(states) or self._copied != self._state():
             return None
         if max(needed) * COLUMNS > self.out_features:
             return None
         x = states.contiguous()
-        counts = torch.tensor(needed)
+        counts = torch.tensor(needed, dtype=torch.int64)
         out = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
         failed = load_library().gptq_likeliest(
             ctypes.addressof(self.narrow), self.errors.data_ptr(), self.longest,

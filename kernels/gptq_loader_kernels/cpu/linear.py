@@ -19,6 +19,12 @@ from gptq_loader_kernels.cpu.library import (
     unit_rows,
     unit_words,
 )
+from gptq_loader_kernels.cpu.tensors import (
+    check_packed,
+    check_range,
+    check_tensor,
+    describe_tensor,
+)
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.kernel import PackedLinear
@@ -51,6 +57,9 @@ class NativeLinear(torch.nn.Module):
         isa: the code to run, by default the best the processor has.
         amx: whether to multiply many rows by the processor's matrix unit, by default where it can.
         int8: round x to 8 bits and multiply integers, in bfloat16's place.
+
+    Raises:
+        ValueError: the layer's tensors do not fit each other, or these sizes.
     """
 
     def __init__(
@@ -64,6 +73,7 @@ class NativeLinear(torch.nn.Module):
         int8: bool = False,
     ) -> None:
         super().__init__()
+        check_packed(packed, in_features, out_features)
         self.in_features = in_features
         self.out_features = out_features
         self.bits = held_bits(packed.bits)
@@ -74,6 +84,7 @@ class NativeLinear(torch.nn.Module):
         self.unpack_from = UNPACK_FROM[min(self._isa, Isa.AVX512)]
         self.panels_from = PANELS_FROM_AMX if self._amx else PANELS_FROM
         self._layer: Layer | None = None
+        self._addresses: list[int | None] = []
         rows, segment_units, segment_group = _lay_out(packed.g_idx, self.bits)
         # Numbers are kept as raw bits: a model's .to(dtype) must not change them.
         tensors = {
@@ -83,7 +94,9 @@ class NativeLinear(torch.nn.Module):
             "words": _pack(packed, rows, self.bits, out_features, self._library),
             "scales": _tiles(_scales(packed.scales)),
             "zeros": _tiles(packed.zeros),
-            "bias": None if packed.bias is None else packed.bias.float().view(torch.int32),
+            "bias": None
+            if packed.bias is None
+            else packed.bias.float().contiguous().view(torch.int32),
         }
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -93,8 +106,12 @@ class NativeLinear(torch.nn.Module):
 
         Raises:
             RuntimeError: x or the layer is not on the CPU.
+            ValueError: x has another number of features, or a tensor of the layer was replaced by
+                one that does not fit.
             MemoryError: memory is short.
         """
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"x is {describe_tensor(x)}; this layer takes {self.in_features}")
         if needs_gradient(x):
             return with_gradient(self, x, by_unpacking)
         if x.dtype not in TYPES:
@@ -160,7 +177,7 @@ class NativeLinear(torch.nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what points into memory: a copy points into its own."""
-        return {**self.__dict__, "_layer": None, "_library": None}
+        return {**self.__dict__, "_layer": None, "_addresses": [], "_library": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and find the library again."""
@@ -169,24 +186,48 @@ class NativeLinear(torch.nn.Module):
 
     def filled(self) -> Layer:
         """Give the layer as the library reads it, anew where its tensors have moved."""
-        words: Any = self.words
+        tensors = self._buffers
+        addresses = [None if it is None else it.data_ptr() for it in tensors.values()]
         layer = self._layer
-        if layer is not None and layer.words == words.data_ptr():
+        if layer is not None and addresses == self._addresses:
             return layer
-        buffers: dict[str, Any] = dict(self.named_buffers())
+        rows, words, scales = (self.get_buffer(name) for name in ("rows", "words", "scales"))
+        segment_units = self.get_buffer("segment_units")
         if words.device.type != "cpu":
             raise RuntimeError(f"this layer was prepared for the CPU and is on {words.device}")
+        unit = unit_rows(self.bits)
+        tiles, units = -(-self.out_features // COLUMNS), rows.numel() // unit
+        segments, groups = segment_units.numel(), scales.numel() // (tiles * COLUMNS)
+        shapes: dict[str, tuple[int, ...]] = {
+            "rows": (units * unit,),
+            "segment_units": (segments,),
+            "segment_group": (segments,),
+            "words": (tiles, units, unit_words(self.bits), COLUMNS),
+            "scales": (tiles, groups, COLUMNS),
+            "zeros": (tiles, groups, COLUMNS),
+            "bias": (self.out_features,),
+        }
+        dtypes = {"scales": (torch.int16, torch.int32), "zeros": (torch.uint8,)}
+        for name, shape in shapes.items():
+            tensor = tensors[name]
+            if tensor is not None:
+                check_tensor(name, tensor, shape, *dtypes.get(name, (torch.int32,)))
+        check_range("rows", rows, -1, self.in_features)
+        check_range("segment_group", self.get_buffer("segment_group"), 0, groups)
+        check_range("segment_units", segment_units, 1, SEGMENT_ROWS // unit + 1)
+        if int(segment_units.sum()) != units:
+            raise ValueError(f"segment_units do not add up to {units} units")
         layer = Layer(
             bits=self.bits,
             in_features=self.in_features,
             out_features=self.out_features,
-            units=words.shape[1],
-            segments=len(buffers["segment_units"]),
-            groups=buffers["scales"].shape[1],
-            float_scales=buffers["scales"].dtype == torch.int32,
-            **{name: tensor.data_ptr() for name, tensor in buffers.items()},
+            units=units,
+            segments=segments,
+            groups=groups,
+            float_scales=scales.dtype == torch.int32,
+            **dict(zip(tensors, addresses, strict=True)),
         )
-        self._layer = layer
+        self._layer, self._addresses = layer, addresses
         return layer
 
 
