@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PROMPT
 
-.PHONY: help demo test check docs hosts scale conformance bench aot clean
+.PHONY: help demo test check docs sanitize hosts scale conformance bench aot clean
 
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -35,6 +35,10 @@ docs: ## build the documentation site, build/site
 	@$(PYTHON) tools/set_up.py docs
 	@PYTHONPATH=.:kernels:extensions NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "open build/site/index.html"
+
+sanitize: ## run the native library's tests by sanitizers of memory and of threads
+	@$(PYTHON) tools/set_up.py test
+	@$(PYTHON) tools/sanitize.py $(ARGS)
 
 hosts: ## drive the real host programs; WEBUI_DIR is a checkout of text-generation-webui
 	@$(PYTHON) tools/set_up.py hosts $(HOSTS)

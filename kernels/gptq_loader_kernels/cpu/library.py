@@ -191,10 +191,12 @@ def unit_words(bits: int) -> int:
 def find_library() -> Path | None:
     """Find the library beside this module, or None where none was built. Loads nothing.
 
-    `GPTQ_LOADER_NATIVE=0` has it taken for missing.
+    `GPTQ_LOADER_NATIVE=0` has it taken for missing; `GPTQ_LOADER_LIBRARY` names another build.
     """
     if os.environ.get("GPTQ_LOADER_NATIVE") == "0":
         return None
+    if other := os.environ.get("GPTQ_LOADER_LIBRARY"):
+        return Path(other)
     return next(iter(sorted(Path(__file__).parent.glob("_gptq_cpu*.so"))), None)
 
 
