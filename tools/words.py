@@ -32,7 +32,7 @@ ONE_BYTE given""".split()
 # Whole identifiers, in C++
 NATIVE = """most least seen look see weigh Desk Room Sight Near near gather_near gather gather_row
 TWO_BYTES ONE_BYTE BLOCK found told asked given taken""".split()
-NATIVE_IN = {"gptq_attention.h": ["weight"]}
+NATIVE_IN = {"decode_attention.h": ["weight"]}
 
 
 def main():

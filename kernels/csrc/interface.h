@@ -9,7 +9,7 @@
 
 extern "C" {
 
-// What a layer is; gptq_cpu.cpp says how it lies in memory.
+// What a layer is; gemv.cpp says how it lies in memory.
 struct GptqLayer {
   int32_t bits;           // 2, 3, 4 or 8
   int32_t in_features;    // K
@@ -79,31 +79,31 @@ const char* gptq_signature(const char* name);
 int gptq_isa();
 int gptq_amx();
 
-// gptq_pack.cpp
+// pack.cpp
 int gptq_pack(int bits, int planar, const uint32_t* qweight, const int32_t* rows, int64_t in_features, int64_t units,
               int64_t columns, uint32_t* words, int threads);
 
-// gptq_cpu.cpp
+// gemv.cpp
 int gptq_matmul(const GptqLayer* layer, const void* x, void* y, int64_t m, int type, int isa, int threads);
 void gptq_unpack(const GptqLayer* layer, int64_t first, int64_t tiles, void* w, int type, int isa, int threads);
 
-// gptq_gemm.cpp
+// gemm.cpp
 int gptq_gemm(const GptqLayer* const* layers, void* const* y, int count, const void* x, int64_t m, int amx, int threads);
 
-// gptq_step.cpp, gptq_prompt.cpp
+// decode_step.cpp, prefill.cpp
 int gptq_step(const GptqModel* model, const void* x, const float* cos, const float* sin, const GptqSequence* sequences,
               int64_t count, void* y, int threads);
 int gptq_prompt(const GptqModel* model, const void* x, const float* cos, const float* sin, const GptqSequence* sequence,
                 void* y, int amx, int threads);
 
-// gptq_head.cpp
+// lm_head.cpp
 int gptq_rows(const void* weight, const void* x, void* y, int64_t m, int64_t k, int64_t n, int type, int isa, int threads);
 void gptq_narrow(const void* weight, int64_t n, int64_t k, uint32_t* words, float* scales, float* errors, float* lengths,
                  int type, int isa, int threads);
 int gptq_likeliest(const GptqLayer* narrow, const float* errors, float longest, const void* weight, const void* x,
                    int64_t m, const int64_t* wanted, const uint8_t* aside, void* y, int type, int isa, int threads);
 
-// gptq_bandwidth.cpp
+// bandwidth.cpp
 double gptq_read_bandwidth(int64_t size, int rounds, int threads);
 
 }  // extern "C"

@@ -36,7 +36,7 @@ DECODERS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3
 
 @dataclass(frozen=True, slots=True)
 class CpuKernel:
-    """Multiply by the packed weight with the native library (kernels/csrc/gptq_cpu.cpp)."""
+    """Multiply by the packed weight with the native library (kernels/csrc/gemv.cpp)."""
 
     name: str = "cpu"
 
@@ -117,7 +117,7 @@ class CpuKernel:
 
 @dataclass(frozen=True, slots=True)
 class CpuInt8Kernel:
-    """Multiply by the packed weight, activations rounded to 8 bits (kernels/csrc/gptq_bytes.cpp).
+    """Multiply by the packed weight, activations rounded to 8 bits (kernels/csrc/vnni.cpp).
 
     Never chosen by itself: its answers are less exact (docs/decisions/int8.md).
     """

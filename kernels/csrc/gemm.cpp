@@ -11,7 +11,7 @@
 // together lies together, or it would fall on the same few sets of a cache. A panel lies in blocks
 // [2 vectors of columns][depth of the run]; its sums in blocks [m / 16][2].
 
-#include "gptq_blocks.h"
+#include "bf16_blocks.h"
 
 #include <algorithm>
 

@@ -5,8 +5,8 @@
 // |x| times a row's own error (the length of what rounding took off the row: Cauchy and Schwarz); whatever
 // may yet be among the greatest is multiplied by the weight itself. No logit that is given is approximate.
 
-#include "gptq_dense.h"
-#include "gptq_model.h"
+#include "dense.h"
+#include "heads.h"
 
 #include <cmath>
 #include <functional>

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "gptq_cpu.h"
+#include "gemv.h"
 
 #include <cmath>
 

@@ -13,9 +13,9 @@
 // piece of a head may be only some of its positions, and who reads what was seen merges the pieces for
 // itself. A token's numbers are the same whatever other tokens are in the step, but for that merging.
 
-#include "gptq_attention.h"
-#include "gptq_dense.h"
-#include "gptq_model.h"
+#include "decode_attention.h"
+#include "dense.h"
+#include "heads.h"
 
 #include <atomic>
 #include <sched.h>

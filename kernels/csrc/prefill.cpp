@@ -1,4 +1,4 @@
-// A prompt through the blocks of a Llama-like model, in bfloat16: gptq_step.cpp's blocks, for many tokens.
+// A prompt through the blocks of a Llama-like model, in bfloat16: decode_step.cpp's blocks, for many tokens.
 //
 // Products are gptq_gemm's, one call for the layers that read x alike. What stands between them is done
 // here in one pass each: x stays float32 from block to block, all else is bfloat16, as transformers has it.
@@ -7,10 +7,10 @@
 // Attention turns everything so that a vector holds 16 tokens' values: scores [key][token] are keys as they
 // lie by queries turned once, weights [key][token] are summed and scaled without leaving their place, and
 // what is seen [feature][token] is values, turned once for each head of them, by weights. So a softmax never
-// adds up the lanes of a vector, and all three products are those of blocks (gptq_blocks.h).
+// adds up the lanes of a vector, and all three products are those of blocks (bf16_blocks.h).
 
-#include "gptq_blocks.h"
-#include "gptq_model.h"
+#include "bf16_blocks.h"
+#include "heads.h"
 
 #include <algorithm>
 #include <type_traits>

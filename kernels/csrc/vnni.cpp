@@ -10,7 +10,7 @@
 // a quarter of its rows, which one shift and one mask put into four bytes. Sums are exact in int32; a
 // segment's is s * step * (sum1 + sum2 / 254 - z * x's own).
 
-#include "gptq_cpu.h"
+#include "gemv.h"
 
 #include <algorithm>
 #include <cmath>

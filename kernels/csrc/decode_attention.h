@@ -8,7 +8,7 @@
 
 #pragma once
 
-#include "gptq_vectors.h"
+#include "vector_math.h"
 
 #include <algorithm>
 

@@ -1,4 +1,4 @@
-// Pack a checkpoint's words into the words that the products read; the head of gptq_cpu.cpp says how
+// Pack a checkpoint's words into the words that the products read; the head of gemv.cpp says how
 // those lie. The checkpoint's lie as gptq_loader_plugin/checkpoint/packing.py says: 32 codes of a
 // column take `bits` words, as one stream of bits or plane by plane.
 //
@@ -6,7 +6,7 @@
 // ours; each pair that overlaps is a shift, a mask and a shift for 64 columns at a time. Rows in order
 // are read as the file lies; rows out of order a tile at a time, from a copy that fits the cache.
 
-#include "gptq_cpu.h"
+#include "gemv.h"
 
 #ifdef __linux__
 #include <sys/mman.h>

@@ -10,7 +10,7 @@
 // of x each row multiplies, -1 for what fills up. A segment is at most 256 rows of one group: sums are
 // scaled once a segment.
 //
-// Whole numbers. On processors with AMX, few rows of bfloat16 are taken in two bytes: gptq_bytes.cpp.
+// Whole numbers. On processors with AMX, few rows of bfloat16 are taken in two bytes: vnni.cpp.
 //
 // bfloat16. A code q under the bits 0x4300 is the bfloat16 number 128 + q, so one shift and one vpternlog
 // make pairs of weights of a word, and vdpbf16ps multiplies pairs: (j, j + half a word) at once. The
@@ -19,10 +19,10 @@
 //
 // float32. Codes become floats, zeros are subtracted, and the sum is in float32: no cancellation.
 //
-// Many rows of x: in bfloat16, gptq_gemm.cpp. In float32 another library multiplies faster than this one;
+// Many rows of x: in bfloat16, gemm.cpp. In float32 another library multiplies faster than this one;
 // gptq_unpack writes the weight of some tiles, in x's own order, for it.
 
-#include "gptq_cpu.h"
+#include "gemv.h"
 
 #ifdef _OPENMP
 #include <omp.h>

@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include "gptq_cpu.h"
+#include "gemv.h"
 
 #if defined(X86) && defined(__linux__)
 #define MATRIX_UNIT 1

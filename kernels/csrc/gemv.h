@@ -1,8 +1,8 @@
-// What the files of the CPU library share; gptq_cpu.cpp says how a layer lies in memory.
+// What the files of the CPU library share; gemv.cpp says how a layer lies in memory.
 
 #pragma once
 
-#include "gptq_scratch.h"
+#include "scratch.h"
 #include "interface.h"
 
 #include <cstddef>
@@ -132,7 +132,7 @@ Gathered gathered_at(const GptqLayer& layer, int isa, int64_t m, void* memory);
 void gather_row(const GptqLayer& layer, const void* x, int type, int64_t m, const Gathered& to);
 
 #ifdef X86
-// The same of x in bytes, gptq_bytes.cpp.
+// The same of x in bytes, vnni.cpp.
 void split_row(const GptqLayer& layer, const void* x, int type, int64_t m, const Gathered& to);
 void multiply_bytes(const GptqLayer& layer, int64_t tile, int64_t m, int count, const Gathered& x, float* y);
 #endif
