@@ -19,7 +19,7 @@ import torch
 
 import gptq_loader_plugin as gptq
 from gptq_loader_kernels.cpu import CpuInt8Kernel
-from gptq_loader_kernels.cpu.library import Isa
+from gptq_loader_kernels.cpu.library import Activations, Isa
 from gptq_loader_kernels.cpu.linear import NativeLinear
 from gptq_loader_plugin import hookimpl
 from gptq_loader_plugin.conformance.layers import Case, make_layer
@@ -87,8 +87,8 @@ def compare_layers() -> None:
     _, packed, weight = make_layer(Case(rows=FEATURES, columns=FEATURES))
     size = {"in_features": FEATURES, "out_features": FEATURES}
     layers = {
-        "cpu": NativeLinear(packed, isa=Isa.BF16, amx=False, **size),
-        "int8": NativeLinear(packed, int8=True, **size),
+        "cpu": NativeLinear(packed, isa=Isa.AVX512_BF16, amx=False, **size),
+        "int8": NativeLinear(packed, activations=Activations.INT8, **size),
     }
     print("| rows | error cpu | error int8 | ms cpu | ms int8 | ratio |\n|---|---|---|---|---|---|")
     for rows in (1, 4, 16, 64, 512):

@@ -60,7 +60,7 @@ def main() -> None:
     if not isinstance(head, TopLogitsHead):
         return
     began = time.process_time()
-    copy: Any = type(head).of(head, head.isa)  # type: ignore[attr-defined]
+    copy: Any = type(head).of(head)  # type: ignore[attr-defined]
     spent = time.process_time() - began
     print(
         f"the copy takes {copy.extra_bytes / 1e6:.0f} MB, made in {spent:.2f} s of processor time"

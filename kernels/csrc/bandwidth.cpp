@@ -1,22 +1,25 @@
 // How fast memory is read: what a kernel that only waited for its weights would reach.
 
 #include "interface.h"
+#include "scratch.h"
 
 #include <chrono>
-#include <cstdlib>
+
+using namespace gptq;
 
 namespace {
 
 typedef uint64_t lanes __attribute__((vector_size(64)));
 
-constexpr int64_t STEP = 512;    // bytes of a turn of the loop, in eight sums of their own
-constexpr int64_t AHEAD = 4096;  // bytes: one thread reads a large cache half as fast again with it
+constexpr int64_t STEP = 512;  // bytes of a turn of the loop, in eight sums of their own
+constexpr int64_t PREFETCH_AHEAD =
+    4096;  // bytes: one thread reads a large cache half as fast again with it
 
 uint64_t sum(const char* from, int64_t size) {
   lanes sums[8] = {};
   for (int64_t at = 0; at < size; at += STEP)
     for (int i = 0; i < 8; i++) {
-      __builtin_prefetch(from + at + 64 * i + AHEAD);
+      __builtin_prefetch(from + at + 64 * i + PREFETCH_AHEAD);
       sums[i] += *reinterpret_cast<const lanes*>(from + at + 64 * i);
     }
   uint64_t total = 0;
@@ -29,15 +32,12 @@ uint64_t sum(const char* from, int64_t size) {
 
 extern "C" {
 
-// Read `size` bytes `rounds` times, each thread a part of its own; give the bytes a second of the
-// fastest round, or 0 where memory is short. A size that fits a cache measures the cache.
 double gptq_read_bandwidth(int64_t size, int rounds, int threads) {
   const int64_t part = size / threads / STEP * STEP;
-  char* memory = static_cast<char*>(std::aligned_alloc(64, part * threads));
-  if (part == 0 || memory == nullptr) {
-    std::free(memory);
-    return 0;
-  }
+  if (part <= 0) return 0;
+  Scratch scratch;  // given back at the end
+  char* memory = static_cast<char*>(scratch.get(size_t(part) * threads));
+  if (!memory) return 0;
   uint64_t total = 0;
   double best = 0;
   for (int round = -1; round < rounds; round++) {  // the first one maps the memory
@@ -45,7 +45,8 @@ double gptq_read_bandwidth(int64_t size, int rounds, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : total)
     for (int thread = 0; thread < threads; thread++) {
       char* mine = memory + part * thread;
-      if (round >= 0) total += sum(mine, part);
+      if (round >= 0)
+        total += sum(mine, part);
       else
         for (int64_t at = 0; at < part; at += 8) *reinterpret_cast<uint64_t*>(mine + at) = 1;
     }
@@ -53,7 +54,6 @@ double gptq_read_bandwidth(int64_t size, int rounds, int threads) {
     const double rate = part * threads / took.count();
     if (round >= 0 && rate > best) best = rate;
   }
-  std::free(memory);
   return total == static_cast<uint64_t>(part / 8 * threads) * rounds ? best : 0;  // it was read
 }
 

@@ -1,21 +1,30 @@
-// Products of blocks of bfloat16, by the processor's matrix unit (AMX) or by vdpbf16ps.
+// acc[16, 16] += x[16, 32] * W[32, 16] in blocks of bfloat16, by the processor's matrix unit (AMX)
+// or by vdpbf16ps.
 //
-// A block is 16 rows of 16 pairs of bfloat16, a kilobyte, and what one instruction of the matrix unit takes:
-// x [16 rows][16 pairs], a weight [16 pairs][16 columns], sums [16 rows][16 columns] of float32.
+// A block is a kilobyte, what one tile register of the matrix unit holds, and what one tdpbf16ps
+// takes:
+//
+//   x      [16 rows][16 pairs]      of neighbouring features, or of those that a word pairs
+//   W      [16 pairs][16 columns]   the same pairs
+//   acc    [16 rows][16 columns]    float32
+//
+// A panel is two vectors of columns, 32, and `depth` blocks deep. Products take two rows of blocks
+// of x and a panel at once, in AMX's eight tile registers:
+//
+//             W: tmm6   tmm7
+//   x: tmm4   tmm0      tmm1      each block of x and of W is loaded once for two products
+//      tmm5   tmm2      tmm3
+//
+// vdpbf16ps holds 8 rows by 32 columns: acc 16, W 2, of 32 registers; x is broadcast from memory.
 
 #pragma once
 
-#include "gemv.h"
-
-#if defined(X86) && defined(__linux__)
-#define MATRIX_UNIT 1
-#define AMX_TARGET __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16" WIDE)))
-#endif
+#include "simd.h"
 
 namespace gptq {
 
-constexpr int PAIRS = 16;             // of a block
-constexpr int BLOCK = PAIRS * LANES;  // uint32 or float of a block: a kilobyte
+constexpr int PAIRS = 16;                 // of a block
+constexpr int AMX_BLOCK = PAIRS * LANES;  // uint32 or float of a block: a kilobyte
 
 #ifdef X86
 // Transpose 16 vectors of 16 lanes.
@@ -47,47 +56,49 @@ BF16_TARGET INLINE void transpose(__m512i (&v)[16]) {
   }
 }
 
-// What multiplies one run of depth: sums [2][2] blocks += x [2][..] blocks by a panel of two vectors.
-struct Run {
-  const uint32_t* x;   // the first of two rows of blocks; the second `x_apart` on
-  int64_t x_apart;
-  const uint32_t* panel;  // two vectors of columns, `panel_apart` apart
-  int64_t panel_apart;
-  float* sums;  // [row][vector] blocks, rows `sums_apart` apart
-  int64_t sums_apart;
+// sums [rows of blocks, 1 or 2][2] blocks += x [the same][depth] blocks * panel [depth][2] blocks.
+struct PanelProduct {
+  const uint32_t* x;  // the first row of blocks; the second one `x_stride` on
+  int64_t x_stride;
+  const uint32_t* panel;  // the first vector of columns; the second one `panel_stride` on
+  int64_t panel_stride;
+  float* sums;  // [row][vector] blocks, rows `sums_stride` apart
+  int64_t sums_stride;
   int64_t depth;
-  bool first;  // sums begin at nothing
-  const char* ahead;  // to be fetched, so many lines beside each block of depth
+  bool first;            // sums begin at nothing
+  const char* prefetch;  // to be fetched, so many lines beside each block of depth
   int lines;
 };
 
 template <int R>
-BF16_TARGET inline void multiply_pairs(const Run& run, int rows_of_last) {
-  constexpr int EIGHT = 8;
+BF16_TARGET inline void dpbf16_blocks(const PanelProduct& p, int rows_of_last) {
+  constexpr int ROWS_AT_ONCE = 8;
   for (int r = 0; r < R; r++) {
     const int rows = r == R - 1 ? rows_of_last : LANES;
-    for (int row = 0; row < rows; row += EIGHT) {
-      float* to = run.sums + r * run.sums_apart + row * LANES;
-      __m512 sum[EIGHT][2];
-      for (int i = 0; i < EIGHT; i++)
-        for (int c = 0; c < 2; c++) sum[i][c] = run.first ? _mm512_setzero_ps() : _mm512_load_ps(to + i * LANES + c * BLOCK);
-      const uint32_t *x = run.x + r * run.x_apart + row * PAIRS, *w = run.panel;
-      for (int64_t block = 0; block < run.depth; block++) {
+    for (int row = 0; row < rows; row += ROWS_AT_ONCE) {
+      float* to = p.sums + r * p.sums_stride + row * LANES;
+      __m512 sum[ROWS_AT_ONCE][2];
+      for (int i = 0; i < ROWS_AT_ONCE; i++)
+        for (int c = 0; c < 2; c++)
+          sum[i][c] =
+              p.first ? _mm512_setzero_ps() : _mm512_load_ps(to + i * LANES + c * AMX_BLOCK);
+      const uint32_t *x = p.x + r * p.x_stride + row * PAIRS, *w = p.panel;
+      for (int64_t block = 0; block < p.depth; block++) {
         for (int pair = 0; pair < PAIRS; pair++) {
           const __m512bh w0 = (__m512bh)_mm512_load_si512(w + pair * LANES);
-          const __m512bh w1 = (__m512bh)_mm512_load_si512(w + run.panel_apart + pair * LANES);
+          const __m512bh w1 = (__m512bh)_mm512_load_si512(w + p.panel_stride + pair * LANES);
 #pragma GCC unroll 8
-          for (int i = 0; i < EIGHT; i++) {
+          for (int i = 0; i < ROWS_AT_ONCE; i++) {
             const __m512bh a = (__m512bh)_mm512_set1_epi32(int(x[i * PAIRS + pair]));
             sum[i][0] = _mm512_dpbf16_ps(sum[i][0], w0, a);
             sum[i][1] = _mm512_dpbf16_ps(sum[i][1], w1, a);
           }
         }
-        x += BLOCK;
-        w += BLOCK;
+        x += AMX_BLOCK;
+        w += AMX_BLOCK;
       }
-      for (int i = 0; i < EIGHT; i++)
-        for (int c = 0; c < 2; c++) _mm512_store_ps(to + i * LANES + c * BLOCK, sum[i][c]);
+      for (int i = 0; i < ROWS_AT_ONCE; i++)
+        for (int c = 0; c < 2; c++) _mm512_store_ps(to + i * LANES + c * AMX_BLOCK, sum[i][c]);
     }
   }
 }
@@ -100,7 +111,7 @@ struct __attribute__((packed)) TileConfig {
 };
 
 // Tiles 0 to 3 are sums, 4 and 5 x, 6 and 7 weights; the second row of blocks may be short.
-AMX_TARGET inline void begin_tiles(int first_rows, int second_rows) {
+AMX_TARGET inline void configure_tiles(int first_rows, int second_rows) {
   TileConfig config;
   for (int tile = 0; tile < 8; tile++) {
     config.row_bytes[tile] = 64;
@@ -108,71 +119,74 @@ AMX_TARGET inline void begin_tiles(int first_rows, int second_rows) {
   }
   config.rows[0] = config.rows[1] = config.rows[4] = uint8_t(first_rows);
   config.rows[2] = config.rows[3] = config.rows[5] = uint8_t(second_rows);
-  __asm__ volatile("" : : "r"(&config) : "memory");  // gcc 12's _tile_loadconfig says it reads 8 bytes of it
+  __asm__ volatile(""
+                   :
+                   : "r"(&config)
+                   : "memory");  // gcc 12's _tile_loadconfig says it reads 8 bytes of it
   _tile_loadconfig(&config);
 }
 
-AMX_TARGET inline void end_tiles() { _tile_release(); }
+AMX_TARGET inline void release_tiles() { _tile_release(); }
 
-AMX_TARGET inline void multiply_tiles_1(const Run& run) {
-  if (run.first) {
+AMX_TARGET inline void amx_1x2(const PanelProduct& p) {
+  if (p.first) {
     _tile_zero(0);
     _tile_zero(1);
   } else {
-    _tile_loadd(0, run.sums, 64);
-    _tile_loadd(1, run.sums + BLOCK, 64);
+    _tile_loadd(0, p.sums, 64);
+    _tile_loadd(1, p.sums + AMX_BLOCK, 64);
   }
-  const uint32_t *x = run.x, *w = run.panel;
-  for (int64_t block = 0; block < run.depth; block++, x += BLOCK, w += BLOCK) {
+  const uint32_t *x = p.x, *w = p.panel;
+  for (int64_t block = 0; block < p.depth; block++, x += AMX_BLOCK, w += AMX_BLOCK) {
     _tile_stream_loadd(4, x, 64);
     _tile_loadd(6, w, 64);
-    _tile_loadd(7, w + run.panel_apart, 64);
+    _tile_loadd(7, w + p.panel_stride, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
   }
-  _tile_stored(0, run.sums, 64);
-  _tile_stored(1, run.sums + BLOCK, 64);
+  _tile_stored(0, p.sums, 64);
+  _tile_stored(1, p.sums + AMX_BLOCK, 64);
 }
 
-AMX_TARGET inline void multiply_tiles_2(const Run& run) {
-  float* below = run.sums + run.sums_apart;
-  if (run.first) {
+AMX_TARGET inline void amx_2x2(const PanelProduct& p) {
+  float* below = p.sums + p.sums_stride;
+  if (p.first) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
   } else {
-    _tile_loadd(0, run.sums, 64);
-    _tile_loadd(1, run.sums + BLOCK, 64);
+    _tile_loadd(0, p.sums, 64);
+    _tile_loadd(1, p.sums + AMX_BLOCK, 64);
     _tile_loadd(2, below, 64);
-    _tile_loadd(3, below + BLOCK, 64);
+    _tile_loadd(3, below + AMX_BLOCK, 64);
   }
-  const char* ahead = run.ahead;
-  const uint32_t *x = run.x, *w = run.panel;
-  for (int64_t block = 0; block < run.depth; block++, x += BLOCK, w += BLOCK) {
-    for (int line = 0; line < run.lines; line++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+  const char* prefetch = p.prefetch;
+  const uint32_t *x = p.x, *w = p.panel;
+  for (int64_t block = 0; block < p.depth; block++, x += AMX_BLOCK, w += AMX_BLOCK) {
+    for (int line = 0; line < p.lines; line++, prefetch += 64) _mm_prefetch(prefetch, _MM_HINT_T1);
     _tile_loadd(6, w, 64);
     _tile_stream_loadd(4, x, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, w + run.panel_apart, 64);
+    _tile_loadd(7, w + p.panel_stride, 64);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_stream_loadd(5, x + run.x_apart, 64);
+    _tile_stream_loadd(5, x + p.x_stride, 64);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, run.sums, 64);
-  _tile_stored(1, run.sums + BLOCK, 64);
+  _tile_stored(0, p.sums, 64);
+  _tile_stored(1, p.sums + AMX_BLOCK, 64);
   _tile_stored(2, below, 64);
-  _tile_stored(3, below + BLOCK, 64);
+  _tile_stored(3, below + AMX_BLOCK, 64);
 }
 #endif
 
-inline void multiply_run(const Run& run, int blocks, int rows_of_last, bool amx) {
+inline void multiply_blocks(const PanelProduct& p, int blocks, int rows_of_last, bool amx) {
 #ifdef MATRIX_UNIT
-  if (amx) return blocks == 2 ? multiply_tiles_2(run) : multiply_tiles_1(run);
+  if (amx) return blocks == 2 ? amx_2x2(p) : amx_1x2(p);
 #endif
   (void)amx;
-  return blocks == 2 ? multiply_pairs<2>(run, rows_of_last) : multiply_pairs<1>(run, rows_of_last);
+  return blocks == 2 ? dpbf16_blocks<2>(p, rows_of_last) : dpbf16_blocks<1>(p, rows_of_last);
 }
 #endif
 

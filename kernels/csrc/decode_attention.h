@@ -1,10 +1,24 @@
-// Attention of a few new tokens of one sequence, over keys and values that are in the cache.
+// Attention of a few new tokens of one sequence over its cache: y[R, D] = softmax(q[R, D] * K[D,
+// P]) * V[P, D].
 //
-// A row is one query head of one token. The rows that share a head of keys and values are taken
-// together, so each key and value is read once for all of them. Positions come in blocks; what a row
-// has seen so far is its greatest score, the sum of its weights and its weighted sum of values, which
-// are scaled down when a greater score turns up. Pieces of the positions, each seen by another thread,
-// are merged the same way.
+// A row is one query head of one new token. The rows that share a head of keys and values are taken
+// together, so each key and value is read once for all of them. Keys and values lie as
+//
+//   keys, values  [kv head][position][head_dim]   of the model's dtype
+//
+// and positions are gone through in blocks of KV_BLOCK, as in FlashAttention: with each block a row
+// keeps
+//
+//   running_max  its greatest score so far
+//   row_sum      the sum of e**(score - running_max)
+//   acc          the sum of e**(score - running_max) * value   [head_dim]
+//
+// and scales the last two by e**(old - new) when a greater score turns up. Ranges of positions,
+// attended to by different threads, are merged the same way (decode_step.cpp).
+//
+// Registers, of 32 (AVX-512): scores in bfloat16 16 acc of R rows by 16 / R keys; values 16 acc of
+// 4 rows by 4 vectors. AVX2 and plain vectors of 16 floats are two and four registers each: 2 rows
+// by 2 vectors.
 
 #pragma once
 
@@ -14,35 +28,40 @@
 
 namespace gptq {
 
-constexpr int BLOCK = 128;  // positions whose scores are held at once: with values, half of a first-level cache
+// Positions whose scores are held at once: with their values half of a first-level cache.
+constexpr int KV_BLOCK = 128;
 
-// A processor's own prefetching ends with a page: asked for so far ahead, positions come half as fast again.
-constexpr int AHEAD = 1024;
+// A processor's own prefetching ends with a page: asked for so far ahead, positions come half as
+// fast again.
+constexpr int PREFETCH_AHEAD = 1024;
 
 template <int TYPE>
-INLINE void fetch(const void* from, int64_t at, int count) {
+INLINE void prefetch(const void* from, int64_t at, int count) {
   constexpr int size = TYPE == FLOAT32 ? 4 : 2;
-  for (int i = 0; i < count * size; i += 64) __builtin_prefetch(static_cast<const char*>(from) + at * size + i);
+  for (int i = 0; i < count * size; i += 64)
+    __builtin_prefetch(static_cast<const char*>(from) + at * size + i);
 }
 
-// Some rows, and a piece of the positions of one head of keys and values.
-struct Sight {
-  const float* q;           // [rows][dim], scaled
-  const uint16_t* rounded;  // the same in bfloat16, or null: then keys are read as float32
-  const void* keys;         // [position][dim], of the cache
-  const void* values;
-  int64_t first, last;    // positions of this piece
-  const int64_t* starts;  // [rows] the positions that each row sees
-  const int64_t* ends;
+// Some rows, and a range of the positions of one head of keys and values.
+struct AttentionArgs {
+  const float* q;            // [rows][dim], scaled
+  const uint16_t* q_bf16;    // the same in bfloat16, or null: then keys are read as float32
+  const void* keys;          // [position][dim], of the cache
+  const void* values;        // [position][dim]
+  int64_t begin, end;        // positions of this range
+  const int64_t* row_begin;  // [rows] the positions that each row attends to
+  const int64_t* row_end;
   int rows, dim;
-  float* scores;  // [rows][BLOCK]
-  float* most;    // [rows], filled here, as are the next two
-  float* weight;  // [rows]
-  float* y;       // [rows][dim]
+  float* scores;       // [rows][KV_BLOCK]
+  float* running_max;  // [rows], written, as are the next two
+  float* row_sum;      // [rows]
+  float* acc;          // [rows][dim]
 };
 
+// scores[R, count] = q[R, dim] * keys[count, dim].T
 template <int TYPE, int R>
-INLINE void score(const float* q, const void* keys, int64_t from, int count, int dim, float* scores) {
+INLINE void score(const float* q, const void* keys, int64_t from, int count, int dim,
+                  float* scores) {
   for (int p = 0; p < count; p++) {
     floats sum[R];
     for (int r = 0; r < R; r++) sum[r] = floats{};
@@ -55,40 +74,44 @@ INLINE void score(const float* q, const void* keys, int64_t from, int count, int
         sum[r] += a * key;
       }
     }
-    for (int r = 0; r < R; r++) scores[r * BLOCK + p] = total(sum[r]);
+    for (int r = 0; r < R; r++) scores[r * KV_BLOCK + p] = reduce_add(sum[r]);
   }
 }
 
-// R rows' weighted sums of V vectors of the values.
+// acc[R, V vectors from `at` on] += weights[R, count] * values[count, the same]
 template <int TYPE, int R, int V>
-INLINE void add_values(const float* weights, const void* values, int64_t from, int count, int dim, int at, float* y) {
+INLINE void add_values(const float* weights, const void* values, int64_t from, int count, int dim,
+                       int at, float* acc) {
   floats sum[R][V];
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) load<FLOAT32>(y, r * dim + at + v * LANES, sum[r][v]);
+    for (int v = 0; v < V; v++) load<FLOAT32>(acc, r * dim + at + v * LANES, sum[r][v]);
   for (int p = 0; p < count; p++) {
     floats value[V];
     const int64_t here = (from + p) * dim + at;
     for (int v = 0; v < V; v++) load<TYPE>(values, here + v * LANES, value[v]);
-    fetch<TYPE>(values, here + AHEAD, V * LANES);
+    prefetch<TYPE>(values, here + PREFETCH_AHEAD, V * LANES);
     for (int r = 0; r < R; r++)
-      for (int v = 0; v < V; v++) sum[r][v] += weights[r * BLOCK + p] * value[v];
+      for (int v = 0; v < V; v++) sum[r][v] += weights[r * KV_BLOCK + p] * value[v];
   }
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) memcpy(y + r * dim + at + v * LANES, &sum[r][v], sizeof(floats));
+    for (int v = 0; v < V; v++) memcpy(acc + r * dim + at + v * LANES, &sum[r][v], sizeof(floats));
 }
 
 template <int TYPE, int R, int V>
-INLINE void add_all_values(const float* weights, const void* values, int64_t from, int count, int dim, float* y) {
+INLINE void add_all_values(const float* weights, const void* values, int64_t from, int count,
+                           int dim, float* acc) {
   int at = 0;
-  for (; at + V * LANES <= dim; at += V * LANES) add_values<TYPE, R, V>(weights, values, from, count, dim, at, y);
-  for (; at < dim; at += 2 * LANES) add_values<TYPE, R, 2>(weights, values, from, count, dim, at, y);
+  for (; at + V * LANES <= dim; at += V * LANES)
+    add_values<TYPE, R, V>(weights, values, from, count, dim, at, acc);
+  for (; at < dim; at += 2 * LANES)
+    add_values<TYPE, R, 2>(weights, values, from, count, dim, at, acc);
 }
 
-// Turn one row's scores of a block into weights; what was seen before is scaled to the new greatest.
-INLINE void weigh(const Sight& s, int row, int64_t block, int count) {
-  float* scores = s.scores + row * BLOCK;
-  const int low = int(std::max<int64_t>(s.starts[row] - block, 0));
-  const int high = int(std::min<int64_t>(s.ends[row] - block, count));
+// Turn one row's scores of a block into weights, and scale its sum and acc to the new maximum.
+INLINE void softmax_update(const AttentionArgs& args, int row, int64_t block, int count) {
+  float* scores = args.scores + row * KV_BLOCK;
+  const int low = int(std::max<int64_t>(args.row_begin[row] - block, 0));
+  const int high = int(std::min<int64_t>(args.row_end[row] - block, count));
   const int padded = (count + LANES - 1) / LANES * LANES;
   if (low >= high) {
     memset(scores, 0, sizeof(float) * padded);
@@ -96,98 +119,109 @@ INLINE void weigh(const Sight& s, int row, int64_t block, int count) {
   }
   for (int i = 0; i < low; i++) scores[i] = -INFINITY;
   for (int i = high; i < padded; i++) scores[i] = -INFINITY;
-  floats greatest;
-  load<FLOAT32>(scores, 0, greatest);
+  floats lane_max;
+  load<FLOAT32>(scores, 0, lane_max);
   for (int i = LANES; i < padded; i += LANES) {
     floats other;
     load<FLOAT32>(scores, i, other);
-    greatest = other > greatest ? other : greatest;
+    lane_max = other > lane_max ? other : lane_max;
   }
-  float most = s.most[row];
-  for (int i = 0; i < LANES; i++) most = std::max(most, greatest[i]);
-  const float factor = expf(s.most[row] - most);
+  const float old_max = args.running_max[row];
+  float new_max = old_max;
+  for (int i = 0; i < LANES; i++) new_max = std::max(new_max, lane_max[i]);
+  const float correction = expf(old_max - new_max);
   floats sum{};
   for (int i = 0; i < padded; i += LANES) {
     floats score;
     load<FLOAT32>(scores, i, score);
-    floats e = score - most;
+    floats e = score - new_max;
     exponential(e);
-    e = score == -INFINITY ? floats{} : e;  // what this row does not see
+    e = score == -INFINITY ? floats{} : e;  // what this row does not attend to
     sum += e;
     memcpy(scores + i, &e, sizeof e);
   }
-  s.weight[row] = s.weight[row] * factor + total(sum);
-  s.most[row] = most;
-  if (factor == 1.0f) return;
-  float* y = s.y + int64_t(row) * s.dim;
-  for (int i = 0; i < s.dim; i++) y[i] *= factor;
+  args.row_sum[row] = args.row_sum[row] * correction + reduce_add(sum);
+  args.running_max[row] = new_max;
+  if (correction == 1.0f) return;
+  float* acc = args.acc + int64_t(row) * args.dim;
+  for (int i = 0; i < args.dim; i++) acc[i] *= correction;
 }
 
-INLINE void begin(const Sight& s) {
-  for (int row = 0; row < s.rows; row++) s.most[row] = -INFINITY, s.weight[row] = 0;
-  memset(s.y, 0, sizeof(float) * s.rows * s.dim);
+INLINE void reset(const AttentionArgs& args) {
+  for (int row = 0; row < args.rows; row++)
+    args.running_max[row] = -INFINITY, args.row_sum[row] = 0;
+  memset(args.acc, 0, sizeof(float) * args.rows * args.dim);
 }
 
-// What follows a block's scores. R rows at a time, V vectors of values: as many as there are registers for.
+// What follows a block's scores. R rows at a time, V vectors of values: as many as there are
+// registers for.
 template <int TYPE, int R, int V>
-INLINE void take_values(const Sight& s, int64_t block, int count) {
-  for (int row = 0; row < s.rows; row++) weigh(s, row, block, count);
+INLINE void softmax_and_values(const AttentionArgs& args, int64_t block, int count) {
+  for (int row = 0; row < args.rows; row++) softmax_update(args, row, block, count);
   int row = 0;
-  const auto rest = [&]() { return s.rows - row; };
-  const auto weights = [&]() { return s.scores + row * BLOCK; };
-  const auto y = [&]() { return s.y + int64_t(row) * s.dim; };
-  for (; rest() >= R; row += R) add_all_values<TYPE, R, V>(weights(), s.values, block, count, s.dim, y());
-  if (R > 3 && rest() == 3) return add_all_values<TYPE, 3, V>(weights(), s.values, block, count, s.dim, y());
-  if (R > 2 && rest() == 2) return add_all_values<TYPE, 2, V>(weights(), s.values, block, count, s.dim, y());
-  if (rest()) add_all_values<TYPE, 1, V>(weights(), s.values, block, count, s.dim, y());
+  const auto left = [&]() { return args.rows - row; };
+  const auto weights = [&]() { return args.scores + row * KV_BLOCK; };
+  const auto acc = [&]() { return args.acc + int64_t(row) * args.dim; };
+  for (; left() >= R; row += R)
+    add_all_values<TYPE, R, V>(weights(), args.values, block, count, args.dim, acc());
+  if (R > 3 && left() == 3)
+    return add_all_values<TYPE, 3, V>(weights(), args.values, block, count, args.dim, acc());
+  if (R > 2 && left() == 2)
+    return add_all_values<TYPE, 2, V>(weights(), args.values, block, count, args.dim, acc());
+  if (left()) add_all_values<TYPE, 1, V>(weights(), args.values, block, count, args.dim, acc());
 }
 
 template <int TYPE, int R, int V>
-INLINE void see_floats(const Sight& s) {
-  begin(s);
-  for (int64_t block = s.first; block < s.last; block += BLOCK) {
-    const int count = int(std::min<int64_t>(BLOCK, s.last - block));
+INLINE void attend_type(const AttentionArgs& args) {
+  reset(args);
+  for (int64_t block = args.begin; block < args.end; block += KV_BLOCK) {
+    const int count = int(std::min<int64_t>(KV_BLOCK, args.end - block));
     int row = 0;
-    for (; row + R <= s.rows; row += R)
-      score<TYPE, R>(s.q + int64_t(row) * s.dim, s.keys, block, count, s.dim, s.scores + row * BLOCK);
-    for (; row < s.rows; row++)
-      score<TYPE, 1>(s.q + int64_t(row) * s.dim, s.keys, block, count, s.dim, s.scores + row * BLOCK);
-    take_values<TYPE, R, V>(s, block, count);
+    for (; row + R <= args.rows; row += R)
+      score<TYPE, R>(args.q + int64_t(row) * args.dim, args.keys, block, count, args.dim,
+                     args.scores + row * KV_BLOCK);
+    for (; row < args.rows; row++)
+      score<TYPE, 1>(args.q + int64_t(row) * args.dim, args.keys, block, count, args.dim,
+                     args.scores + row * KV_BLOCK);
+    softmax_and_values<TYPE, R, V>(args, block, count);
   }
 }
 
 template <int R, int V>
-INLINE void see_body(const Sight& s, int type) {
-  if (type == FLOAT32) return see_floats<FLOAT32, R, V>(s);
-  see_floats<BFLOAT16, R, V>(s);
+INLINE void attend_body(const AttentionArgs& args, int type) {
+  if (type == FLOAT32) return attend_type<FLOAT32, R, V>(args);
+  attend_type<BFLOAT16, R, V>(args);
 }
 
 #ifdef X86
 // The sums of 16 vectors as one vector.
-BF16_TARGET INLINE __m512 totals(const __m512* of) {
+BF16_TARGET INLINE __m512 reduce_add_16(const __m512* of) {
   __m512 pairs[8], fours[4], twos[2];
   for (int i = 0; i < 8; i++)
-    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(of[2 * i], of[2 * i + 1]), _mm512_unpackhi_ps(of[2 * i], of[2 * i + 1]));
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(of[2 * i], of[2 * i + 1]),
+                             _mm512_unpackhi_ps(of[2 * i], of[2 * i + 1]));
   for (int i = 0; i < 4; i++) {
     const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
-    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
   }
   for (int i = 0; i < 2; i++)
     twos[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88),
-                              _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xDD));
+                            _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xDD));
   return _mm512_add_ps(_mm512_shuffle_f32x4(twos[0], twos[1], 0x88),
                        _mm512_shuffle_f32x4(twos[0], twos[1], 0xDD));
 }
 
 // R rows' scores of a block, 16 sums at a time, with the processor's own products.
 template <int R>
-BF16_TARGET INLINE void score_bfloat16(const uint16_t* q, const uint16_t* keys, int count, int dim, float* scores) {
+BF16_TARGET INLINE void score_bfloat16(const uint16_t* q, const uint16_t* keys, int count, int dim,
+                                       float* scores) {
   constexpr int P = 16 / R;
   for (int p = 0; p < count; p += P) {
     const uint16_t* key[P];
     __m512 sum[16];
     for (int i = 0; i < P; i++) key[i] = keys + int64_t(std::min(p + i, count - 1)) * dim;
-    fetch<BFLOAT16>(key[0], AHEAD, P * dim);
+    prefetch<BFLOAT16>(key[0], PREFETCH_AHEAD, P * dim);
     for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps();
     for (int at = 0; at < dim; at += 32) {
       __m512bh a[R];
@@ -198,26 +232,29 @@ BF16_TARGET INLINE void score_bfloat16(const uint16_t* q, const uint16_t* keys, 
       }
     }
     alignas(64) float out[16];
-    _mm512_store_ps(out, totals(sum));
-    for (int r = 0; r < R; r++) memcpy(scores + r * BLOCK + p, out + r * P, sizeof(float) * P);
+    _mm512_store_ps(out, reduce_add_16(sum));
+    for (int r = 0; r < R; r++) memcpy(scores + r * KV_BLOCK + p, out + r * P, sizeof(float) * P);
   }
 }
 
-BF16_TARGET static void see_bfloat16(const Sight& s) {
-  begin(s);
-  for (int64_t block = s.first; block < s.last; block += BLOCK) {
-    const int count = int(std::min<int64_t>(BLOCK, s.last - block));
-    const uint16_t* keys = static_cast<const uint16_t*>(s.keys) + block * s.dim;
+BF16_TARGET static void attend_bfloat16(const AttentionArgs& args) {
+  reset(args);
+  for (int64_t block = args.begin; block < args.end; block += KV_BLOCK) {
+    const int count = int(std::min<int64_t>(KV_BLOCK, args.end - block));
+    const uint16_t* keys = static_cast<const uint16_t*>(args.keys) + block * args.dim;
     int row = 0;
-    for (; s.rows - row >= 4; row += 4)
-      score_bfloat16<4>(s.rounded + int64_t(row) * s.dim, keys, count, s.dim, s.scores + row * BLOCK);
-    if (s.rows - row >= 2) {
-      score_bfloat16<2>(s.rounded + int64_t(row) * s.dim, keys, count, s.dim, s.scores + row * BLOCK);
+    for (; args.rows - row >= 4; row += 4)
+      score_bfloat16<4>(args.q_bf16 + int64_t(row) * args.dim, keys, count, args.dim,
+                        args.scores + row * KV_BLOCK);
+    if (args.rows - row >= 2) {
+      score_bfloat16<2>(args.q_bf16 + int64_t(row) * args.dim, keys, count, args.dim,
+                        args.scores + row * KV_BLOCK);
       row += 2;
     }
-    if (row < s.rows)
-      score_bfloat16<1>(s.rounded + int64_t(row) * s.dim, keys, count, s.dim, s.scores + row * BLOCK);
-    take_values<BFLOAT16, 4, 4>(s, block, count);
+    if (row < args.rows)
+      score_bfloat16<1>(args.q_bf16 + int64_t(row) * args.dim, keys, count, args.dim,
+                        args.scores + row * KV_BLOCK);
+    softmax_and_values<BFLOAT16, 4, 4>(args, block, count);
   }
 }
 #endif

@@ -1,24 +1,34 @@
-// One step of decoding a Llama-like model: its blocks and last norm, for a few new tokens of some sequences.
+// One decoding step of a Llama-like model: its decoder layers and last norm, for a few new tokens
+// of some sequences.
 //
-// What transformers does in some 20 operations a block is done here in one team of threads, which meet
-// five times a block. Activations are float32 between products; keys and values are kept in the model's
-// dtype. A block is
+// What transformers does in some 20 operations a layer is done here in one team of threads, which
+// meet five times a layer. Activations are float32 between products; keys and values are kept in
+// the model's dtype. With M tokens, H the hidden size and F the intermediate one, a layer is
 //
-//   h = rms_norm(x);  q, k, v = projections of h;  q, k = rotary(rms_norm?(q, k))
-//   x += o(softmax(scale * q @ keys.T, causal, within the window) @ values)
-//   h = rms_norm(x);  x += down(silu(gate(h)) * up(h))
+//   h[M, H] = rms_norm(x);  q, k, v = h * Wq, h * Wk, h * Wv                      barrier
+//   q, k = rotary(rms_norm?(q, k));  keys, values += k, v
+//   ranges of softmax(scale * q * keys.T, causal, within the window) * values     barrier
+//   x[M, H] += merged ranges * Wo                                                 barrier
+//   h[M, H] = rms_norm(x);  gated[M, F] = silu(h * Wgate) * (h * Wup)             barrier
+//   x[M, H] += gated * Wdown                                                      barrier
 //
-// A thread gathers what a projection reads by itself: it costs less than meeting once more. Positions
-// are shared out evenly, in the order of the sequences and their heads of keys and values; a thread's
-// piece of a head may be only some of its positions, and who reads what was seen merges the pieces for
-// itself. A token's numbers are the same whatever other tokens are in the step, but for that merging.
+// A thread permutes what a projection reads by itself: it costs less than meeting once more.
+// Positions are shared out evenly, in the order of the sequences and their heads of keys and
+// values; a thread's range of a head may be only some of its positions, and who reads the attention
+// merges the ranges for itself:
+//
+//   sequence, kv head   0,0              0,1              1,0       1,1        2,0 ...
+//   positions           ................ ................ ......... ......... .....
+//   threads             |      0       |       1       |       2        |       3    ...
+//
+// A token's numbers are the same whatever other tokens are in the step, but for that merging.
 
 #include "decode_attention.h"
 #include "dense.h"
-#include "heads.h"
+#include "gemv.h"
 
-#include <atomic>
 #include <sched.h>
+#include <atomic>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -29,11 +39,11 @@ using namespace gptq;
 namespace {
 
 // Threads that wait for each other by spinning, and give way where one of them was put aside.
-class Team {
+class SpinBarrier {
  public:
-  // How many they are: told before the first one waits.
-  void begin(int threads) { threads_ = threads; }
-  void meet() {
+  // How many they are, before the first one waits.
+  void start(int threads) { threads_ = threads; }
+  void wait() {
     const int round = round_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
       arrived_.store(0, std::memory_order_relaxed);
@@ -43,7 +53,8 @@ class Team {
     for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
       if (spins > 10000) sched_yield();
 #ifdef X86
-      else _mm_pause();
+      else
+        _mm_pause();
 #endif
     }
   }
@@ -53,12 +64,15 @@ class Team {
   int threads_ = 1;
 };
 
-#define COMPILED(NAME, TARGET, R, V)                                                                    \
-  TARGET void norm_##NAME(const float* x, const float* w, int64_t n, float eps, float* y) {             \
-    norm_body(x, w, n, eps, y);                                                                         \
-  }                                                                                                     \
-  TARGET void silu_##NAME(const float* g, const float* u, int n, float* y) { silu_body(g, u, n, y); }   \
-  TARGET void see_##NAME(const Sight& s, int type) { see_body<R, V>(s, type); }
+// The code for each instruction set; R rows by V vectors is what its registers hold.
+#define COMPILED(NAME, TARGET, R, V)                                                            \
+  TARGET void rms_norm_##NAME(const float* x, const float* w, int64_t n, float eps, float* y) { \
+    rms_norm_body(x, w, n, eps, y);                                                             \
+  }                                                                                             \
+  TARGET void silu_multiply_##NAME(const float* gate, const float* up, int n, float* y) {       \
+    silu_multiply_body(gate, up, n, y);                                                         \
+  }                                                                                             \
+  TARGET void attend_##NAME(const AttentionArgs& args, int type) { attend_body<R, V>(args, type); }
 
 COMPILED(plain, , 2, 2)
 #ifdef X86
@@ -72,44 +86,55 @@ int columns_of(const GptqProjection& p, int64_t tile) {
   return int(std::min<int64_t>(COLUMNS, p.out_features - tile * COLUMNS));
 }
 
-// What a thread has made ready for a projection.
+bool uses_bf16(const GptqModel& model) {
+  return model.isa >= AVX512_BF16 && model.type == BFLOAT16;
+}
+
+Activations activations_of(const GptqModel& model) {
+  return model.type == FLOAT32 ? Activations::FLOAT32 : Activations(model.activations);
+}
+
+// x as a projection reads it, made by the thread that multiplies.
 struct Input {
-  const float* x;  // [m][in_features]
-  uint16_t* rounded;
-  Gathered gathered;
+  const float* x;  // [M][in_features]
+  uint16_t* x_bf16;
+  PermutedActivations permuted;
 };
 
-int gather_isa(const GptqModel& model) { return model.type == FLOAT32 ? std::min(model.isa, int(AVX512)) : model.isa; }
-
 size_t input_bytes(const GptqModel& model, const GptqProjection& p, int64_t m) {
-  if (p.packed) return gathered_bytes(*p.packed, gather_isa(model), m);
+  if (p.packed) return permuted_bytes(*p.packed, activations_of(model), m);
   return size_t(m) * p.in_features * 2;
 }
 
-Input make_ready(const GptqModel& model, const GptqProjection& p, const float* x, int64_t m, void* memory) {
+Input prepare_input(const GptqModel& model, const GptqProjection& p, const float* x, int64_t m,
+                    void* memory) {
   Input in{x, nullptr, {}};
   if (p.packed) {
-    in.gathered = gathered_at(*p.packed, gather_isa(model), m, memory);
-    for (int64_t row = 0; row < m; row++) gather_row(*p.packed, x, FLOAT32, row, in.gathered);
-  } else if (model.isa >= BF16 && model.type == BFLOAT16) {
-    in.rounded = static_cast<uint16_t*>(memory);
-    for (int64_t i = 0; i < m * p.in_features; i++) in.rounded[i] = to_bfloat16(x[i]);
+    in.permuted = permuted_at(*p.packed, model.isa, activations_of(model), m, memory);
+    for (int64_t row = 0; row < m; row++)
+      permute_activations(*p.packed, x, FLOAT32, row, in.permuted);
+  } else if (uses_bf16(model)) {
+    in.x_bf16 = static_cast<uint16_t*>(memory);
+    for (int64_t i = 0; i < m * p.in_features; i++) in.x_bf16[i] = to_bfloat16(x[i]);
   }
   return in;
 }
 
-// One tile of a projection: y [m][COLUMNS]; gives the columns that count.
-int project(const GptqModel& model, const GptqProjection& p, int64_t tile, int64_t m, const Input& in, float* y) {
+// y [M][COLUMNS] = one tile of a projection; returns how many of its columns there are.
+int project_tile(const GptqModel& model, const GptqProjection& p, int64_t tile, int64_t m,
+                 const Input& in, float* y) {
   const int64_t first = tile * COLUMNS;
   const int count = columns_of(p, tile);
   const float* bias = p.packed ? p.packed->bias : p.bias;
   if (p.packed) {
     for (int64_t row = 0; row < m; row += ROWS)
-      multiply_bits(*p.packed, tile, row, int(std::min<int64_t>(ROWS, m - row)), in.gathered, y + row * COLUMNS);
+      multiply_tile(*p.packed, tile, row, int(std::min<int64_t>(ROWS, m - row)), in.permuted,
+                    y + row * COLUMNS);
   } else {
     for (int64_t row = 0; row < m; row++) {
       const int64_t at = row * p.in_features;
-      dense({p.weight, p.in_features, model.type, model.isa}, first, count, in.x + at, in.rounded ? in.rounded + at : nullptr, y + row * COLUMNS);
+      dense({p.weight, p.in_features, model.type, model.isa}, first, count, in.x + at,
+            in.x_bf16 ? in.x_bf16 + at : nullptr, y + row * COLUMNS);
     }
   }
   if (bias)
@@ -118,46 +143,51 @@ int project(const GptqModel& model, const GptqProjection& p, int64_t tile, int64
   return count;
 }
 
-// What the threads share, all float32.
-struct Shared {
-  float *x, *q, *k, *v, *inner;
-  float *most, *weight, *seen;  // of each piece: [rows], [rows] and [rows][head_dim]
+// What all threads read, each writing its share.
+struct SharedBuffers {
+  float* x;            // [M][hidden]
+  float *q, *k, *v;    // [M][heads][head_dim], [M][kv_heads][head_dim] twice
+  float* gated;        // [M][intermediate]
+  float* running_max;  // [ranges][rows], of the attention over each range of positions
+  float* row_sum;      // [ranges][rows]
+  float* acc;          // [ranges][rows][head_dim]
 };
 
-// The positions that new tokens of one sequence see, in one head of keys and values.
-struct Unit {
+// The positions that new tokens of one sequence attend to in one head of keys and values.
+struct KvSpan {
   const GptqSequence* sequence;
   int head;
-  int64_t row;     // of the sequence's first token
+  int64_t row;     // of the sequence's first token among those of the step
   int64_t first;   // position
-  int64_t offset;  // of its positions among those of all units
+  int64_t offset;  // of its positions among those of all spans
   int64_t length() const { return sequence->past + sequence->tokens - first; }
 };
 
-struct Own {
-  float *normed;  // [m][hidden]
-  float *tile;    // [m][COLUMNS], twice
-  float *merged;  // [m][heads][head_dim], what was seen
-  float *q;       // [rows][head_dim], of one head of keys and values
-  uint16_t* rounded;
-  int64_t *starts, *ends;  // [rows]
-  float* scores;           // [rows][BLOCK]
-  char* input;             // for make_ready
-  Unit* units;             // [sequences * kv_heads]
-  int64_t* cuts;           // [threads + 1]
+struct ThreadBuffers {
+  float* normed;     // [M][hidden]
+  float* tile;       // [2][M][COLUMNS]
+  float* attention;  // [M][heads][head_dim], its ranges merged
+  float* q;          // [rows][head_dim], of one head of keys and values
+  uint16_t* q_bf16;
+  int64_t *row_begin, *row_end;  // [rows]
+  float* scores;                 // [rows][KV_BLOCK]
+  char* input;                   // for prepare_input
+  KvSpan* spans;                 // [sequences * kv_heads]
+  int64_t* splits;               // [threads + 1]
 };
 
-struct Worker : Own {
+// One thread of a step.
+struct Worker : ThreadBuffers {
   const GptqModel& model;
-  const Shared& shared;
-  Team& team;
+  const SharedBuffers& shared;
+  SpinBarrier& barrier;
   const float *cos, *sin;
   const GptqSequence* sequences;
-  int64_t count, m, most_rows;  // sequences, tokens, and rows of a unit
+  int64_t count, m, max_rows;  // sequences, tokens, and rows of a span
   int thread, threads;
-  int64_t units_held = 0;
+  int64_t span_count = 0;
 
-  const Unit& last_unit() const { return units[units_held - 1]; }
+  const KvSpan& last_span() const { return spans[span_count - 1]; }
 
   // A thread's share of what is to be done.
   int64_t from(int64_t all) const { return all * thread / threads; }
@@ -165,14 +195,15 @@ struct Worker : Own {
 
   void norm(const float* weight) {
     for (int64_t row = 0; row < m; row++)
-      BEST(norm, model.isa, shared.x + row * model.hidden, weight, model.hidden, model.eps, normed + row * model.hidden);
+      DISPATCH(rms_norm, model.isa, shared.x + row * model.hidden, weight, model.hidden, model.eps,
+               normed + row * model.hidden);
   }
 
-  void attend(int index) {
-    const GptqBlock& block = model.block[index];
-    const GptqProjection* parts[] = {&block.q, &block.k, &block.v};
+  void self_attention(int index) {
+    const GptqDecoderLayer& layer = model.layer[index];
+    const GptqProjection* parts[] = {&layer.q, &layer.k, &layer.v};
     float* outs[] = {shared.q, shared.k, shared.v};
-    const int64_t all = tiles_of(block.q) + tiles_of(block.k) + tiles_of(block.v);
+    const int64_t all = tiles_of(layer.q) + tiles_of(layer.k) + tiles_of(layer.v);
     int64_t before = 0;
     Input in{};
     bool ready = false;
@@ -180,112 +211,135 @@ struct Worker : Own {
       const GptqProjection& p = *parts[i];
       const int64_t tiles = tiles_of(p);
       if (!p.same_rows) ready = false;
-      const int64_t begin = std::max(from(all) - before, int64_t(0)), end = std::min(to(all) - before, tiles);
-      if (begin < end && !ready) in = make_ready(model, p, normed, m, input);
+      const int64_t begin = std::max(from(all) - before, int64_t(0)),
+                    end = std::min(to(all) - before, tiles);
+      if (begin < end && !ready) in = prepare_input(model, p, normed, m, input);
       ready = ready || begin < end;
       for (int64_t at = begin; at < end; at++) {
-        const int columns = project(model, p, at, m, in, tile);
+        const int columns = project_tile(model, p, at, m, in, tile);
         for (int64_t row = 0; row < m; row++)
-          memcpy(outs[i] + row * p.out_features + at * COLUMNS, tile + row * COLUMNS, sizeof(float) * columns);
+          memcpy(outs[i] + row * p.out_features + at * COLUMNS, tile + row * COLUMNS,
+                 sizeof(float) * columns);
       }
       before += tiles;
     }
-    team.meet();
-    list_units(block);
-    const int64_t begin = cut(thread), end = cut(thread + 1);
-    for (int64_t i = 0; i < units_held; i++) {
-      const Unit& unit = units[i];
-      const int64_t low = std::max(begin - unit.offset, int64_t(0)), high = std::min(end - unit.offset, unit.length());
-      if (low < high) look(block, unit, unit.sequence->caches[index], i, unit.first + low, unit.first + high);
+    barrier.wait();
+    list_spans(layer);
+    const int64_t begin = split(thread), end = split(thread + 1);
+    for (int64_t i = 0; i < span_count; i++) {
+      const KvSpan& span = spans[i];
+      const int64_t low = std::max(begin - span.offset, int64_t(0)),
+                    high = std::min(end - span.offset, span.length());
+      if (low < high)
+        attend_range(layer, span, span.sequence->caches[index], i, span.first + low,
+                     span.first + high);
     }
-    team.meet();
-    merge();
-    add(block.o, merged);
+    barrier.wait();
+    merge_ranges();
+    add_projection(layer.o, attention);
   }
 
-  void list_units(const GptqBlock& block) {
-    units_held = 0;
+  void list_spans(const GptqDecoderLayer& layer) {
+    span_count = 0;
     int64_t row = 0, offset = 0;
     for (int64_t i = 0; i < count; i++) {
-      const GptqSequence& it = sequences[i];
-      const int64_t first = block.window ? std::max<int64_t>(0, it.past + 1 - block.window) : 0;
+      const GptqSequence& sequence = sequences[i];
+      const int64_t first =
+          layer.window ? std::max<int64_t>(0, sequence.past + 1 - layer.window) : 0;
       for (int head = 0; head < model.kv_heads; head++) {
-        units[units_held++] = {&it, head, row, first, offset};
-        offset += last_unit().length();
+        spans[span_count++] = {&sequence, head, row, first, offset};
+        offset += last_span().length();
       }
-      row += it.tokens;
+      row += sequence.tokens;
     }
   }
 
-  // Where a thread's share of all units' positions begins; new positions of a unit stay together.
-  int64_t cut(int of) const {
-    const int64_t all = last_unit().offset + last_unit().length(), at = all * of / threads;
+  // Where the share of thread `of` of all spans' positions begins; new positions of a span stay
+  // together.
+  int64_t split(int of) const {
+    const int64_t all = last_span().offset + last_span().length(), at = all * of / threads;
     if (at == all) return all;
-    const Unit* after = std::upper_bound(units, units + units_held, at, [](int64_t value, const Unit& it) { return value < it.offset; });
-    const Unit& unit = *(after - 1);
-    return std::min(at, unit.offset + unit.length() - unit.sequence->tokens);
+    const auto before = [](int64_t value, const KvSpan& span) { return value < span.offset; };
+    const KvSpan& span = *(std::upper_bound(spans, spans + span_count, at, before) - 1);
+    return std::min(at, span.offset + span.length() - span.sequence->tokens);
   }
 
-  // Attention over some positions of one unit.
-  void look(const GptqBlock& block, const Unit& unit, const GptqCache& cache, int64_t number, int64_t begin, int64_t end) {
-    const int dim = model.head_dim, each = model.heads / model.kv_heads;
+  // Attention over some positions of one span.
+  void attend_range(const GptqDecoderLayer& layer, const KvSpan& span, const GptqKvCache& cache,
+                    int64_t number, int64_t begin, int64_t end) {
+    const int dim = model.head_dim, group = model.heads / model.kv_heads;
     const int64_t q_stride = int64_t(model.heads) * dim, kv_stride = int64_t(model.kv_heads) * dim;
-    const int64_t head_at = unit.head * cache.capacity * dim, past = unit.sequence->past, tokens = unit.sequence->tokens;
-    if (end == past + tokens) {  // whoever sees the last position keeps the new keys and values
+    const int64_t head_at = span.head * cache.capacity * dim, past = span.sequence->past,
+                  tokens = span.sequence->tokens;
+    if (end == past + tokens) {  // whoever has the last position keeps the new keys and values
       for (int64_t i = 0; i < tokens; i++) {
-        const int64_t row = unit.row + i;
-        float* k = shared.k + row * kv_stride + unit.head * dim;
-        if (block.k_norm) BEST(norm, model.isa, k, block.k_norm, dim, model.eps, k);
+        const int64_t row = span.row + i;
+        float* k = shared.k + row * kv_stride + span.head * dim;
+        if (layer.k_norm) DISPATCH(rms_norm, model.isa, k, layer.k_norm, dim, model.eps, k);
         rotate(k, cos + row * dim, sin + row * dim, dim);
-        keep(cache.keys, head_at + (past + i) * dim, k, dim, model.type);
-        keep(cache.values, head_at + (past + i) * dim, shared.v + row * kv_stride + unit.head * dim, dim, model.type);
+        store_as(cache.keys, head_at + (past + i) * dim, k, dim, model.type);
+        store_as(cache.values, head_at + (past + i) * dim,
+                 shared.v + row * kv_stride + span.head * dim, dim, model.type);
       }
     }
-    const bool rounds = model.isa >= BF16 && model.type == BFLOAT16;
-    const int64_t rows = each * tokens;
+    const int64_t rows = group * tokens;
     for (int64_t i = 0; i < rows; i++) {
-      const int64_t row = unit.row + i % tokens;
+      const int64_t row = span.row + i % tokens;
       float* to = q + i * dim;
-      memcpy(to, shared.q + row * q_stride + (unit.head * each + i / tokens) * dim, sizeof(float) * dim);
-      if (block.q_norm) BEST(norm, model.isa, to, block.q_norm, dim, model.eps, to);
+      memcpy(to, shared.q + row * q_stride + (span.head * group + i / tokens) * dim,
+             sizeof(float) * dim);
+      if (layer.q_norm) DISPATCH(rms_norm, model.isa, to, layer.q_norm, dim, model.eps, to);
       rotate(to, cos + row * dim, sin + row * dim, dim);
       for (int d = 0; d < dim; d++) to[d] *= model.scale;
-      if (rounds) keep(rounded, i * dim, to, dim, BFLOAT16);
-      ends[i] = past + i % tokens + 1;
-      starts[i] = block.window ? std::max<int64_t>(0, ends[i] - block.window) : 0;
+      if (uses_bf16(model)) store_as(q_bf16, i * dim, to, dim, BFLOAT16);
+      row_end[i] = past + i % tokens + 1;
+      row_begin[i] = layer.window ? std::max<int64_t>(0, row_end[i] - layer.window) : 0;
     }
-    const int64_t size = model.type == FLOAT32 ? 4 : 2, piece = (thread + number) * most_rows;
-    const Sight sight{q, rounded, static_cast<const char*>(cache.keys) + head_at * size,
-                      static_cast<const char*>(cache.values) + head_at * size, begin, end, starts, ends, int(rows), dim,
-                      scores, shared.most + piece, shared.weight + piece, shared.seen + piece * dim};
+    const int64_t size = model.type == FLOAT32 ? 4 : 2, range = (thread + number) * max_rows;
+    const AttentionArgs args{q,
+                             q_bf16,
+                             static_cast<const char*>(cache.keys) + head_at * size,
+                             static_cast<const char*>(cache.values) + head_at * size,
+                             begin,
+                             end,
+                             row_begin,
+                             row_end,
+                             int(rows),
+                             dim,
+                             scores,
+                             shared.running_max + range,
+                             shared.row_sum + range,
+                             shared.acc + range * dim};
 #ifdef X86
-    if (rounds) return see_bfloat16(sight);
+    if (uses_bf16(model)) return attend_bfloat16(args);
 #endif
-    BEST(see, model.isa, sight, model.type);
+    DISPATCH(attend, model.isa, args, model.type);
   }
 
-  // Put the pieces of each unit together: merged [m][heads][head_dim].
-  void merge() {
-    const int dim = model.head_dim, each = model.heads / model.kv_heads;
-    for (int of = 0; of <= threads; of++) cuts[of] = cut(of);
-    int first = 0;  // the thread that has a unit's first piece
-    for (int64_t number = 0; number < units_held; number++) {
-      const Unit& unit = units[number];
-      const int64_t tokens = unit.sequence->tokens;
-      while (cuts[first + 1] <= unit.offset) first++;
+  // attention [M][heads][head_dim] from the ranges of each span.
+  void merge_ranges() {
+    const int dim = model.head_dim, group = model.heads / model.kv_heads;
+    for (int of = 0; of <= threads; of++) splits[of] = split(of);
+    int first = 0;  // the thread that has a span's first range
+    for (int64_t number = 0; number < span_count; number++) {
+      const KvSpan& span = spans[number];
+      const int64_t tokens = span.sequence->tokens;
+      while (splits[first + 1] <= span.offset) first++;
       int last = first;
-      while (cuts[last + 1] < unit.offset + unit.length()) last++;
-      for (int64_t i = 0; i < each * tokens; i++) {
-        float* to = merged + ((unit.row + i % tokens) * model.heads + unit.head * each + i / tokens) * dim;
-        const auto at = [&](int of) { return (of + number) * most_rows + i; };
-        float most = -INFINITY, sum = 0;
+      while (splits[last + 1] < span.offset + span.length()) last++;
+      for (int64_t i = 0; i < group * tokens; i++) {
+        float* to = attention +
+                    ((span.row + i % tokens) * model.heads + span.head * group + i / tokens) * dim;
+        const auto at = [&](int of) { return (of + number) * max_rows + i; };
+        float max = -INFINITY, sum = 0;
         for (int of = first; of <= last; of++)
-          if (cuts[of] < cuts[of + 1]) most = std::max(most, shared.most[at(of)]);
+          if (splits[of] < splits[of + 1]) max = std::max(max, shared.running_max[at(of)]);
         for (int of = first; of <= last; of++) {
-          if (cuts[of] == cuts[of + 1]) continue;  // more threads than positions
-          const float factor = expf(shared.most[at(of)] - most), *seen = shared.seen + at(of) * dim;
-          sum += shared.weight[at(of)] * factor;
-          for (int d = 0; d < dim; d++) to[d] = (of == first ? 0 : to[d]) + factor * seen[d];
+          if (splits[of] == splits[of + 1]) continue;  // more threads than positions
+          const float correction = expf(shared.running_max[at(of)] - max),
+                      *acc = shared.acc + at(of) * dim;
+          sum += shared.row_sum[at(of)] * correction;
+          for (int d = 0; d < dim; d++) to[d] = (of == first ? 0 : to[d]) + correction * acc[d];
         }
         for (int d = 0; d < dim; d++) to[d] /= sum;
       }
@@ -293,52 +347,56 @@ struct Worker : Own {
     }
   }
 
-  void feed(const GptqBlock& block) {
-    norm(block.inner_norm);
-    const int64_t count = tiles_of(block.gate);
-    const size_t apart = (input_bytes(model, block.gate, m) + 63) / 64 * 64;
+  void feed_forward(const GptqDecoderLayer& layer) {
+    norm(layer.post_attention_norm);
+    const int64_t count = tiles_of(layer.gate);
+    const size_t gate_bytes = round_up(input_bytes(model, layer.gate, m), CACHE_LINE);
     if (from(count) < to(count)) {
-      const Input gate = make_ready(model, block.gate, normed, m, input);
-      const Input up = block.up.same_rows ? gate : make_ready(model, block.up, normed, m, input + apart);
-      float* other = tile + m * COLUMNS;
+      const Input gate = prepare_input(model, layer.gate, normed, m, input);
+      const Input up =
+          layer.up.same_rows ? gate : prepare_input(model, layer.up, normed, m, input + gate_bytes);
+      float* up_tile = tile + m * COLUMNS;
       for (int64_t at = from(count); at < to(count); at++) {
-        const int columns = project(model, block.gate, at, m, gate, tile);
-        project(model, block.up, at, m, up, other);
+        const int columns = project_tile(model, layer.gate, at, m, gate, tile);
+        project_tile(model, layer.up, at, m, up, up_tile);
         for (int64_t row = 0; row < m; row++) {
           float* values = tile + row * COLUMNS;
-          BEST(silu, model.isa, values, other + row * COLUMNS, COLUMNS, values);
-          memcpy(shared.inner + row * model.inner + at * COLUMNS, values, sizeof(float) * columns);
+          DISPATCH(silu_multiply, model.isa, values, up_tile + row * COLUMNS, COLUMNS, values);
+          memcpy(shared.gated + row * model.intermediate + at * COLUMNS, values,
+                 sizeof(float) * columns);
         }
       }
     }
-    team.meet();
-    add(block.down, shared.inner);
+    barrier.wait();
+    add_projection(layer.down, shared.gated);
   }
 
   // x += projection of `of`.
-  void add(const GptqProjection& p, const float* of) {
+  void add_projection(const GptqProjection& p, const float* of) {
     const int64_t count = tiles_of(p);
     if (from(count) < to(count)) {
-      const Input in = make_ready(model, p, of, m, input);
+      const Input in = prepare_input(model, p, of, m, input);
       for (int64_t at = from(count); at < to(count); at++) {
-        const int columns = project(model, p, at, m, in, tile);
+        const int columns = project_tile(model, p, at, m, in, tile);
         for (int64_t row = 0; row < m; row++) {
           float* x = shared.x + row * model.hidden + at * COLUMNS;
           for (int c = 0; c < columns; c++) x[c] += tile[row * COLUMNS + c];
         }
       }
     }
-    team.meet();
+    barrier.wait();
   }
 
   void run() {
-    for (int i = 0; i < model.blocks; i++) {
-      norm(model.block[i].input_norm);
-      attend(i);
-      feed(model.block[i]);
+    for (int i = 0; i < model.layers; i++) {
+      norm(model.layer[i].input_norm);
+      self_attention(i);
+      feed_forward(model.layer[i]);
     }
   }
 };
+
+constexpr int MAX_THREADS = 256;
 
 thread_local Scratch step_scratch;
 
@@ -346,74 +404,80 @@ thread_local Scratch step_scratch;
 
 extern "C" {
 
-// Run the blocks and the last norm on the new tokens of `count` sequences, one after the other: x and y
-// [tokens][hidden] of the model's dtype; cos and sin [tokens][head_dim]. Keys and values are added to the
-// sequences'. Returns 0, or 1 where memory is short.
-int gptq_step(const GptqModel* model, const void* x, const float* cos, const float* sin, const GptqSequence* sequences,
-              int64_t count, void* y, int threads) {
-  const GptqModel& it = *model;
-  int64_t m = 0, most = 0;
-  for (int64_t i = 0; i < count; i++) m += sequences[i].tokens, most = std::max(most, sequences[i].tokens);
-  Shared shared;
-  size_t input = 0;
-  for (int i = 0; i < it.blocks; i++) {
-    const GptqBlock& block = it.block[i];
-    for (const GptqProjection* p : {&block.q, &block.k, &block.v, &block.o, &block.gate, &block.down})
-      input = std::max(input, input_bytes(it, *p, m) + 64 + (p == &block.gate ? input_bytes(it, block.up, m) : 0));
+int gptq_decode_step(const GptqModel* description, const void* x, const float* cos,
+                     const float* sin, const GptqSequence* sequences, int64_t count, void* y,
+                     int threads) {
+  const GptqModel& model = *description;
+  int64_t m = 0, max_tokens = 0;
+  for (int64_t i = 0; i < count; i++) {
+    m += sequences[i].tokens;
+    max_tokens = std::max(max_tokens, sequences[i].tokens);
   }
-  constexpr int MOST = 256;
-  threads = std::min(threads, MOST);
-  const size_t q_size = size_t(it.heads) * it.head_dim, kv_size = size_t(it.kv_heads) * it.head_dim;
-  const size_t rows = it.heads / it.kv_heads * most, pieces = it.kv_heads * count + threads;
-  Own own[MOST];
+  size_t input = 0;
+  for (int i = 0; i < model.layers; i++) {
+    const GptqDecoderLayer& layer = model.layer[i];
+    for (const GptqProjection* p :
+         {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.down}) {
+      const size_t up = p == &layer.gate ? input_bytes(model, layer.up, m) : 0;
+      input = std::max(input, input_bytes(model, *p, m) + CACHE_LINE + up);
+    }
+  }
+  threads = std::min(threads, MAX_THREADS);
+  const size_t q_size = size_t(model.heads) * model.head_dim,
+               kv_size = size_t(model.kv_heads) * model.head_dim;
+  const size_t rows = model.heads / model.kv_heads * max_tokens,
+               ranges = model.kv_heads * count + threads;
+  SharedBuffers shared;
+  ThreadBuffers own[MAX_THREADS];
   const auto lay_out = [&](void* memory) {
     Arena arena(memory);
-    const auto take = [&](size_t floats) { return arena.take<float>(floats); };
-    shared.x = take(m * it.hidden);
-    shared.q = take(m * q_size);
-    shared.k = take(m * kv_size);
-    shared.v = take(m * kv_size);
-    shared.inner = take(m * it.inner);
-    shared.most = take(pieces * rows);
-    shared.weight = take(pieces * rows);
-    shared.seen = take(pieces * rows * it.head_dim);
+    shared.x = arena.take<float>(m * model.hidden);
+    shared.q = arena.take<float>(m * q_size);
+    shared.k = arena.take<float>(m * kv_size);
+    shared.v = arena.take<float>(m * kv_size);
+    shared.gated = arena.take<float>(m * model.intermediate);
+    shared.running_max = arena.take<float>(ranges * rows);
+    shared.row_sum = arena.take<float>(ranges * rows);
+    shared.acc = arena.take<float>(ranges * rows * model.head_dim);
     for (int thread = 0; thread < threads; thread++) {
-      Own& mine = own[thread];
-      mine.normed = take(m * it.hidden);
-      mine.tile = take(2 * m * COLUMNS);
-      mine.merged = take(m * q_size);
-      mine.q = take(rows * it.head_dim);
-      mine.rounded = arena.take<uint16_t>(rows * it.head_dim);
-      mine.starts = arena.take<int64_t>(rows);
-      mine.ends = arena.take<int64_t>(rows);
-      mine.scores = take(rows * BLOCK);
-      mine.input = arena.take<char>(input);
-      mine.units = arena.take<Unit>(size_t(it.kv_heads) * count);
-      mine.cuts = arena.take<int64_t>(threads + 1);
+      ThreadBuffers& buffers = own[thread];
+      buffers.normed = arena.take<float>(m * model.hidden);
+      buffers.tile = arena.take<float>(2 * m * COLUMNS);
+      buffers.attention = arena.take<float>(m * q_size);
+      buffers.q = arena.take<float>(rows * model.head_dim);
+      buffers.q_bf16 = arena.take<uint16_t>(rows * model.head_dim);
+      buffers.row_begin = arena.take<int64_t>(rows);
+      buffers.row_end = arena.take<int64_t>(rows);
+      buffers.scores = arena.take<float>(rows * KV_BLOCK);
+      buffers.input = arena.take<char>(input);
+      buffers.spans = arena.take<KvSpan>(size_t(model.kv_heads) * count);
+      buffers.splits = arena.take<int64_t>(threads + 1);
     }
     return arena.used();
   };
   void* memory = step_scratch.get(lay_out(nullptr));
   if (!memory) return 1;
   lay_out(memory);
-  for (int64_t i = 0; i < m * it.hidden; i++)
-    shared.x[i] = it.type == FLOAT32 ? static_cast<const float*>(x)[i] : from_bfloat16(static_cast<const uint16_t*>(x)[i]);
-  Team team;
+  for (int64_t i = 0; i < m * model.hidden; i++) shared.x[i] = load_number(x, model.type, i);
+  SpinBarrier barrier;
 #pragma omp parallel num_threads(threads)
   {
 #ifdef _OPENMP
-    const int thread = omp_get_thread_num(), together = omp_get_num_threads();
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
 #else
-    const int thread = 0, together = 1;
+    const int thread = 0, team = 1;
 #endif
 #pragma omp single
-    team.begin(together);
-    Worker{own[thread], it, shared, team, cos, sin, sequences, count, m, int64_t(rows), thread, together}.run();
+    barrier.start(team);
+    Worker{own[thread], model, shared, barrier,       cos,    sin,
+           sequences,   count, m,      int64_t(rows), thread, team}
+        .run();
   }
   for (int64_t row = 0; row < m; row++) {
     float* normed = own[0].normed;
-    BEST(norm, it.isa, shared.x + row * it.hidden, it.norm, it.hidden, it.eps, normed);
-    keep(y, row * it.hidden, normed, it.hidden, it.type);
+    DISPATCH(rms_norm, model.isa, shared.x + row * model.hidden, model.norm, model.hidden,
+             model.eps, normed);
+    store_as(y, row * model.hidden, normed, model.hidden, model.type);
   }
   return 0;
 }

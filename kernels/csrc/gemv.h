@@ -1,85 +1,58 @@
-// What the files of the CPU library share; gemv.cpp says how a layer lies in memory.
+// Few rows of x by one tile of a packed linear: y[M, 64] = x[M, K] * W[K, 64], M up to 4.
+//
+// How a packed linear lies in memory (bits 2, 3, 4 and 8; a checkpoint's 5 to 7 are widened to 8):
+//
+//   tile     64 columns, as many as the registers of one product; the last one is filled up
+//   unit     what one word holds for one column, or three words at 3 bits:
+//              bits        2    3    4    8
+//              rows       16   32    8    4
+//              words       1    3    1    1
+//   segment  rows of one group, 256 at most, in whole units: its sum is scaled once
+//
+//   words    uint32  [tile][unit][word of the unit][64]
+//   scales   float   [tile][group][64]      float16 or float32
+//   zeros    uint8   [tile][group][64]
+//   rows     int32   [unit][row of the unit]  the feature of x that a row multiplies, or -1
+//
+// Rows are sorted by group, and each group is filled up to whole units. A code of `bits` bits
+// stands at bit `bits * row` of its word; at 3 bits
+//
+//   word 0   low two bits of rows 0 to 15   at bit 2 * row
+//   word 1   low two bits of rows 16 to 31  at bit 2 * (row - 16)
+//   word 2   high bits: of row j and j + 8 of the first half at bits j and j + 16,
+//                       of the second half at bits j + 8 and j + 24
 
 #pragma once
 
-#include "scratch.h"
 #include "interface.h"
-
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-
-#if defined(__x86_64__)
-#define X86 1
-#if defined(__clang__)
-#include <immintrin.h>
-#else
-// gcc 12 takes what this header leaves undefined on purpose for a mistake: https://gcc.gnu.org/PR105593
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
-#endif
-
-#if defined(__clang__)
-#define WIDE ""
-#else
-#define WIDE ",prefer-vector-width=512"  // which clang does not know; it obeys the vectors' own width
-#endif
-#define AVX2_TARGET __attribute__((target("avx2,fma")))
-#define AVX512_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq" WIDE)))
-#define BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16" WIDE)))
-#define INLINE static inline __attribute__((always_inline))
+#include "scratch.h"
+#include "simd.h"
 
 namespace gptq {
 
-constexpr int COLUMNS = 64;  // of a tile
-constexpr int LANES = 16;    // of a vector: 64 bytes of int32 or float
-constexpr int ROWS = 4;      // of x, multiplied at once
-constexpr int64_t MOST_ROWS = 512;  // of a long x at a time: their sums stay in a core's cache
+constexpr int COLUMNS = 64;        // of a tile
+constexpr int ROWS = 4;            // of x, multiplied at once
+constexpr int64_t MAX_ROWS = 512;  // of a long x at a time: their sums stay in a core's cache
 
-typedef float floats __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef uint32_t uints __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
-typedef uint8_t bytes __attribute__((vector_size(16)));
-
-// TWO_BYTES is BF16 with x in whole numbers where that is faster, ONE_BYTE what `cpu-int8` asks for.
-enum Isa { PLAIN = 0, AVX2 = 1, AVX512 = 2, BF16 = 3, TWO_BYTES = 4, ONE_BYTE = 5 };
-enum Type { FLOAT32 = 0, BFLOAT16 = 1 };
-
-INLINE float as_float(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-
-INLINE uint32_t as_bits(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  return bits;
-}
-
-// The rows that a unit of packed words holds for one column.
+// The rows that a unit holds for one column.
 INLINE int unit_rows(int bits) { return bits == 3 ? 32 : 32 / bits; }
 
-// Zeros and scales of 16 columns, from the first of them in [tiles][groups][64].
-INLINE void load_zeros(const GptqLayer& layer, int64_t at, floats& zeros) {
+// Zeros and scales of 16 columns, from the first of them in [tile][group][64].
+INLINE void load_zeros(const GptqLinear& linear, int64_t at, floats& zeros) {
   bytes raw;
-  memcpy(&raw, layer.zeros + at, sizeof raw);
+  memcpy(&raw, linear.zeros + at, sizeof raw);
   zeros = __builtin_convertvector(raw, floats);
 }
 
-INLINE void load_scales(const GptqLayer& layer, int64_t at, floats& scales) {
-  if (layer.float_scales) {
-    memcpy(&scales, static_cast<const float*>(layer.scales) + at, sizeof scales);
+INLINE void load_scales(const GptqLinear& linear, int64_t at, floats& scales) {
+  if (linear.float_scales) {
+    memcpy(&scales, static_cast<const float*>(linear.scales) + at, sizeof scales);
     return;
   }
-  // A float16's exponent and mantissa, read as a float32's, are 2**112 too small; exact below normal.
+  // A float16's exponent and mantissa, read as a float32's, are 2**112 too small; exact below
+  // normal.
   halves raw;
-  memcpy(&raw, static_cast<const uint16_t*>(layer.scales) + at, sizeof raw);
+  memcpy(&raw, static_cast<const uint16_t*>(linear.scales) + at, sizeof raw);
   const uints half = __builtin_convertvector(raw, uints);
   const uints magnitude = (half & 0x7fff) << 13;
   const uints sign = (half & 0x8000) << 16;
@@ -94,53 +67,59 @@ INLINE void load_scales(const GptqLayer& layer, int64_t at, floats& scales) {
 
 #ifdef X86
 // The same by AVX-512's own conversions, where gcc 12 takes the other ones apart.
-AVX512_TARGET INLINE void load_tables(const GptqLayer& layer, int64_t at, __m512& scales, __m512& zeros) {
-  zeros = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(layer.zeros + at))));
-  if (layer.float_scales)
-    scales = _mm512_loadu_ps(static_cast<const float*>(layer.scales) + at);
+AVX512_TARGET INLINE void load_tables(const GptqLinear& linear, int64_t at, __m512& scales,
+                                      __m512& zeros) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(linear.zeros + at));
+  zeros = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(raw));
+  if (linear.float_scales)
+    scales = _mm512_loadu_ps(static_cast<const float*>(linear.scales) + at);
   else
     scales = _mm512_cvtph_ps(_mm256_loadu_si256(
-        reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(layer.scales) + at)));
+        reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(linear.scales) + at)));
 }
 #endif
 
-// Round to nearest, ties to even; not-a-number stays one.
-INLINE uint16_t to_bfloat16(float value) {
-  const uint32_t bits = as_bits(value);
-  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-INLINE float from_bfloat16(uint16_t value) { return as_float(uint32_t(value) << 16); }
-
-// x as the tiles read it: in the order of `rows`, as float32, as pairs of bfloat16 with their sums, or as
-// bytes with their steps and sums.
-struct Gathered {
+// x as the tiles read it: rows in the order of `rows`, each [stride] words. One of
+//
+//   FLOAT32      float  [unit][row]
+//   BF16         pairs  [unit][pair]      of rows (j, j + half a word), with each segment's sum
+//   INT16, INT8  bytes  [unit][four]      of rows (j, j + n, j + 2n, j + 3n), n a fourth of a word,
+//                                         with each segment's sum and step (vnni.cpp)
+struct PermutedActivations {
   float* values;
-  uint32_t* pairs;
-  float* sums;
-  float* steps;
+  uint32_t* words;
+  float* sums;   // [M][segments]
+  float* steps;  // [M][segments]
   int64_t stride;
   int isa;
+  Activations kind;
+  bool integers() const { return kind == Activations::INT16 || kind == Activations::INT8; }
 };
 
-// Lay out the memory of `m` gathered rows, and say how many bytes it takes.
-size_t gathered_bytes(const GptqLayer& layer, int isa, int64_t m);
-Gathered gathered_at(const GptqLayer& layer, int isa, int64_t m, void* memory);
+// The bytes that `m` rows take, and where they lie in such memory.
+size_t permuted_bytes(const GptqLinear& linear, Activations kind, int64_t m);
+PermutedActivations permuted_at(const GptqLinear& linear, int isa, Activations kind, int64_t m,
+                                void* memory);
 
-// Gather row `m` of x.
-void gather_row(const GptqLayer& layer, const void* x, int type, int64_t m, const Gathered& to);
+// Write row `m` of x into its place.
+void permute_activations(const GptqLinear& linear, const void* x, int type, int64_t m,
+                         const PermutedActivations& to);
 
-#ifdef X86
-// The same of x in bytes, vnni.cpp.
-void split_row(const GptqLayer& layer, const void* x, int type, int64_t m, const Gathered& to);
-void multiply_bytes(const GptqLayer& layer, int64_t tile, int64_t m, int count, const Gathered& x, float* y);
-#endif
+// Multiply `count` (1 to ROWS) rows from row `m` on by one tile: y [count][COLUMNS]. A row's
+// numbers are the same whatever rows are beside it.
+void multiply_tile(const GptqLinear& linear, int64_t tile, int64_t m, int count,
+                   const PermutedActivations& x, float* y);
 
 // Write a tile's sums [COLUMNS] as row `m` of y, with the bias.
-void store(const GptqLayer& layer, int64_t tile, int64_t m, const float* from, void* y, int type);
+void store_tile(const GptqLinear& linear, int64_t tile, int64_t m, const float* sums, void* y,
+                int type);
 
-// Multiply `count` (1 to ROWS) gathered rows from row `m` on by one tile: y [count][COLUMNS].
-void multiply_bits(const GptqLayer& layer, int64_t tile, int64_t m, int count, const Gathered& x, float* y);
+#ifdef X86
+// The same for whole numbers, vnni.cpp.
+void quantize_activations(const GptqLinear& linear, const void* x, int type, int64_t m,
+                          const PermutedActivations& to);
+void multiply_tile_vnni(const GptqLinear& linear, int64_t tile, int64_t m, int count,
+                        const PermutedActivations& x, float* y);
+#endif
 
 }  // namespace gptq

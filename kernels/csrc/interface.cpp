@@ -1,4 +1,5 @@
-// What the library and the Python beside it must agree on, so that an old build is refused and never called.
+// What the library and the Python beside it must agree on, so that an old build is refused and
+// never called.
 
 #include "interface.h"
 
@@ -10,12 +11,17 @@ namespace {
 // A type as a letter: p pointer, i int32, l int64, f float, d double, v nothing.
 template <typename T>
 constexpr char letter() {
-  if constexpr (std::is_pointer_v<T>) return 'p';
-  else if constexpr (std::is_same_v<T, int32_t>) return 'i';
-  else if constexpr (std::is_same_v<T, int64_t>) return 'l';
-  else if constexpr (std::is_same_v<T, float>) return 'f';
-  else if constexpr (std::is_same_v<T, double>) return 'd';
-  else {
+  if constexpr (std::is_pointer_v<T>) {
+    return 'p';
+  } else if constexpr (std::is_same_v<T, int32_t>) {
+    return 'i';
+  } else if constexpr (std::is_same_v<T, int64_t>) {
+    return 'l';
+  } else if constexpr (std::is_same_v<T, float>) {
+    return 'f';
+  } else if constexpr (std::is_same_v<T, double>) {
+    return 'd';
+  } else {
     static_assert(std::is_void_v<T>, "a kind of argument that has no letter");
     return 'v';
   }
@@ -43,25 +49,39 @@ struct Function {
 #define SIZE(NAME) {#NAME, sizeof(NAME)}
 #define FUNCTION(NAME) {#NAME, Signature<decltype(NAME)>::letters}
 
-constexpr Size SIZES[] = {SIZE(GptqLayer), SIZE(GptqProjection), SIZE(GptqBlock),
-                          SIZE(GptqCache), SIZE(GptqSequence),   SIZE(GptqModel)};
+constexpr Size SIZES[] = {
+    SIZE(GptqLinear),  SIZE(GptqProjection), SIZE(GptqDecoderLayer),
+    SIZE(GptqKvCache), SIZE(GptqSequence),   SIZE(GptqModel),
+};
 constexpr Function FUNCTIONS[] = {
-    FUNCTION(gptq_isa),   FUNCTION(gptq_amx),    FUNCTION(gptq_pack), FUNCTION(gptq_matmul), FUNCTION(gptq_unpack),    FUNCTION(gptq_gemm),
-    FUNCTION(gptq_step),  FUNCTION(gptq_prompt), FUNCTION(gptq_rows), FUNCTION(gptq_narrow), FUNCTION(gptq_likeliest), FUNCTION(gptq_read_bandwidth)};
+    FUNCTION(gptq_isa),
+    FUNCTION(gptq_activations),
+    FUNCTION(gptq_amx),
+    FUNCTION(gptq_pack),
+    FUNCTION(gptq_matmul),
+    FUNCTION(gptq_unpack),
+    FUNCTION(gptq_gemm),
+    FUNCTION(gptq_decode_step),
+    FUNCTION(gptq_prefill),
+    FUNCTION(gptq_head),
+    FUNCTION(gptq_quantize_head),
+    FUNCTION(gptq_top_logits),
+    FUNCTION(gptq_read_bandwidth),
+};
 
 }  // namespace
 
 extern "C" {
 
 int64_t gptq_sizeof(const char* name) {
-  for (const Size& it : SIZES)
-    if (strcmp(it.name, name) == 0) return it.bytes;
+  for (const Size& size : SIZES)
+    if (strcmp(size.name, name) == 0) return size.bytes;
   return 0;
 }
 
 const char* gptq_signature(const char* name) {
-  for (const Function& it : FUNCTIONS)
-    if (strcmp(it.name, name) == 0) return it.letters;
+  for (const Function& function : FUNCTIONS)
+    if (strcmp(function.name, name) == 0) return function.letters;
   return nullptr;
 }
 

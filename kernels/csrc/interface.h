@@ -1,7 +1,11 @@
-// The C interface of the library: what gptq_loader_kernels/cpu/library.py calls, and mirrors field by field.
+// The C interface of the library, which gptq_loader_kernels/cpu/library.py mirrors field by field.
 //
-// Plain C, loaded with ctypes: no Python and no torch header, so one build serves all of their versions. When
-// it is loaded, sizes of structures and kinds of arguments are compared (interface.cpp).
+// Plain C, loaded with ctypes: no Python and no torch header, so one build serves all of their
+// versions. At load Python compares sizes of structures and types of arguments (interface.cpp).
+//
+// `type` is Type, `isa` Isa and `activations` Activations of simd.h; this processor must run what
+// they name. A function that returns int returns 0, or 1 where memory is short, unless it says
+// otherwise. Nothing here throws, and nothing is checked: Python does that.
 
 #pragma once
 
@@ -9,15 +13,15 @@
 
 extern "C" {
 
-// What a layer is; gemv.cpp says how it lies in memory.
-struct GptqLayer {
-  int32_t bits;           // 2, 3, 4 or 8
-  int32_t in_features;    // K
-  int32_t out_features;   // N
-  int32_t units;          // of a column
-  int32_t segments;       // of a column
-  int32_t groups;         // G
-  int32_t float_scales;   // scales are float32, else float16
+// A packed linear: w[k, n] = s[g, n] * (q[k, n] - z[g, n]). gemv.h draws how it lies in memory.
+struct GptqLinear {
+  int32_t bits;                  // 2, 3, 4 or 8
+  int32_t in_features;           // K
+  int32_t out_features;          // N
+  int32_t units;                 // of a column
+  int32_t segments;              // of a column
+  int32_t groups;                // G
+  int32_t float_scales;          // scales are float32, else float16
   const int32_t* rows;           // [units * unit rows]
   const int32_t* segment_units;  // [segments] units of each
   const int32_t* segment_group;  // [segments]
@@ -27,83 +31,112 @@ struct GptqLayer {
   const float* bias;             // [out_features], or null
 };
 
-// y = x @ W.T + bias: a packed layer, or rows [out_features][in_features] of the model's dtype.
+// y = x @ W.T + bias: a packed linear, or rows [out_features][in_features] of the model's dtype.
 struct GptqProjection {
-  const GptqLayer* packed;  // or null
-  const void* weight;       // where it is not packed
-  const float* bias;        // of what is not packed, or null
+  const GptqLinear* packed;  // or null
+  const void* weight;        // where it is not packed
+  const float* bias;         // of what is not packed, or null
   int32_t in_features;
   int32_t out_features;
-  int32_t same_rows;  // as the projection before it: what was gathered for that one serves
+  int32_t same_rows;  // as the projection before it: what was permuted for that one serves
 };
 
-struct GptqBlock {
+struct GptqDecoderLayer {
   GptqProjection q, k, v, o, gate, up, down;
-  const float* input_norm;  // [hidden]
-  const float* inner_norm;  // [hidden]
-  const float* q_norm;      // [head_dim], or null
-  const float* k_norm;
-  int64_t window;  // positions a token sees, or 0 for all
+  const float* input_norm;           // [hidden]
+  const float* post_attention_norm;  // [hidden]
+  const float* q_norm;               // [head_dim], or null
+  const float* k_norm;               // [head_dim], or null
+  int64_t window;                    // positions that a token attends to, or 0 for all
 };
 
-// What a sequence keeps of one block.
-struct GptqCache {
-  void* keys;  // [kv_heads][capacity][head_dim]
-  void* values;
+// Keys and values of one sequence in one decoder layer.
+struct GptqKvCache {
+  void* keys;    // [kv_heads][capacity][head_dim]
+  void* values;  // [kv_heads][capacity][head_dim]
   int64_t capacity;
 };
 
 // New tokens of one sequence.
 struct GptqSequence {
-  int64_t past;    // positions that its caches hold
-  int64_t tokens;  // that follow them
-  const GptqCache* caches;  // [blocks]
+  int64_t past;               // positions that its caches hold
+  int64_t tokens;             // that follow them
+  const GptqKvCache* caches;  // [layers]
 };
 
-// A Llama-like model.
+// A Llama-like decoder.
 struct GptqModel {
-  int32_t blocks, hidden, heads, kv_heads, head_dim, inner;
+  int32_t layers, hidden, heads, kv_heads, head_dim, intermediate;
   int32_t type;  // of weights, keys and values
-  int32_t isa;
+  int32_t isa, activations;
   float eps, scale;
   const float* norm;  // [hidden]
-  const GptqBlock* block;
+  const GptqDecoderLayer* layer;
 };
 
-// The size of a structure by its name, or 0 where there is none; and a function's result and arguments as
-// letters (interface.cpp), or null.
+// interface.cpp. The size of a structure by its name, or 0 where there is none; a function's result
+// and arguments as letters, or null.
 int64_t gptq_sizeof(const char* name);
 const char* gptq_signature(const char* name);
 
-// What this processor runs: the best instruction set; whether it has a matrix unit for bfloat16.
+// cpu_features.cpp. The best Isa of this processor; the Activations that few rows of bfloat16 are
+// multiplied as the fastest, and exactly; whether AMX multiplies bfloat16 here.
 int gptq_isa();
+int gptq_activations();
 int gptq_amx();
 
-// pack.cpp
-int gptq_pack(int bits, int planar, const uint32_t* qweight, const int32_t* rows, int64_t in_features, int64_t units,
-              int64_t columns, uint32_t* words, int threads);
+// pack.cpp. Pack a qweight [K * bits / 32][N] into words [tiles][units][unit words][64]; `rows`
+// [units * unit rows] names the feature of each row, or -1.
+int gptq_pack(int bits, int planar, const uint32_t* qweight, const int32_t* rows,
+              int64_t in_features, int64_t units, int64_t columns, uint32_t* words, int threads);
 
-// gemv.cpp
-int gptq_matmul(const GptqLayer* layer, const void* x, void* y, int64_t m, int type, int isa, int threads);
-void gptq_unpack(const GptqLayer* layer, int64_t first, int64_t tiles, void* w, int type, int isa, int threads);
+// gemv.cpp. y [M][N] = x [M][K] @ W.T + bias, x and y of `type`, for few rows of x.
+int gptq_matmul(const GptqLinear* linear, const void* x, void* y, int64_t m, int type, int isa,
+                int activations, int threads);
 
-// gemm.cpp
-int gptq_gemm(const GptqLayer* const* layers, void* const* y, int count, const void* x, int64_t m, int amx, int threads);
+// gemv.cpp. The transposed weight of some tiles, w [K][tiles * 64] of `type`, rounded once.
+void gptq_unpack(const GptqLinear* linear, int64_t first, int64_t tiles, void* w, int type, int isa,
+                 int threads);
 
-// decode_step.cpp, prefill.cpp
-int gptq_step(const GptqModel* model, const void* x, const float* cos, const float* sin, const GptqSequence* sequences,
-              int64_t count, void* y, int threads);
-int gptq_prompt(const GptqModel* model, const void* x, const float* cos, const float* sin, const GptqSequence* sequence,
-                void* y, int amx, int threads);
+// gemm.cpp. y[i] [M][N of i] = x [M][K] @ W[i].T + bias for `count` linears that read x alike, all
+// bfloat16, for many rows of x; by AMX where `amx` says so, else by AVX512-BF16.
+int gptq_gemm(const GptqLinear* const* linears, void* const* y, int count, const void* x, int64_t m,
+              int amx, int threads);
 
-// lm_head.cpp
-int gptq_rows(const void* weight, const void* x, void* y, int64_t m, int64_t k, int64_t n, int type, int isa, int threads);
-void gptq_narrow(const void* weight, int64_t n, int64_t k, uint32_t* words, float* scales, float* errors, float* lengths,
-                 int type, int isa, int threads);
-int gptq_likeliest(const GptqLayer* narrow, const float* errors, float longest, const void* weight, const void* x,
-                   int64_t m, const int64_t* wanted, const uint8_t* aside, void* y, int type, int isa, int threads);
+// decode_step.cpp. Run the decoder layers and the last norm on the new tokens of `count` sequences,
+// one after the other: x and y [tokens][hidden] of the model's dtype; cos and sin
+// [tokens][head_dim]. Keys and values are added to the sequences' caches.
+int gptq_decode_step(const GptqModel* model, const void* x, const float* cos, const float* sin,
+                     const GptqSequence* sequences, int64_t count, void* y, int threads);
 
-// bandwidth.cpp
+// prefill.cpp. The same for many tokens of one sequence, where every linear is packed, in bfloat16,
+// on a processor with AVX512-BF16.
+int gptq_prefill(const GptqModel* model, const void* x, const float* cos, const float* sin,
+                 const GptqSequence* sequence, void* y, int amx, int threads);
+
+// lm_head.cpp. y [M][N] = x [M][K] @ weight [N][K].T, all of `type`.
+int gptq_head(const void* weight, const void* x, void* y, int64_t m, int64_t k, int64_t n, int type,
+              int isa, int threads);
+
+// lm_head.cpp. Round a weight [N][K] of `type` to 8 bits with zeros of 128, K a multiple of 4, a
+// scale for each 64 rows: words [tiles][K / 4][64], scales [tiles][groups][64]; errors [N], what a
+// unit of x may be off by in each column, and norms [N], the length of each row.
+void gptq_quantize_head(const void* weight, int64_t n, int64_t k, uint32_t* words, float* scales,
+                        float* errors, float* norms, int type, int isa, int threads);
+
+// lm_head.cpp. gptq_head where a row's `counts[row]` greatest logits matter, and what ties with the
+// last of them: each of these is in y as gptq_head has it, and elsewhere y may be minus infinity.
+// `quantized` and `errors` are from gptq_quantize_head, `max_norm` its greatest norm. Columns that
+// `excluded` [M][N] marks, where it is not null, do not count. Returns 2 where this cannot tell: x
+// is not finite, or more are asked for than there are tiles.
+int gptq_top_logits(const GptqLinear* quantized, const float* errors, float max_norm,
+                    const void* weight, const void* x, int64_t m, const int64_t* counts,
+                    const uint8_t* excluded, void* y, int type, int isa, int activations,
+                    int threads);
+
+// bandwidth.cpp. Read `size` bytes `rounds` times, each thread a part of its own: the bytes a
+// second of the fastest round, or 0 where memory is short. A size that fits a cache measures the
+// cache.
 double gptq_read_bandwidth(int64_t size, int rounds, int threads);
 
 }  // extern "C"

@@ -1,10 +1,16 @@
-// Pack a checkpoint's words into the words that the products read; the head of gemv.cpp says how
-// those lie. The checkpoint's lie as gptq_loader_plugin/checkpoint/packing.py says: 32 codes of a
-// column take `bits` words, as one stream of bits or plane by plane.
+// Pack a checkpoint's words into those that the products read, which gemv.h draws: 5, 6 and 7 bits
+// become 8.
 //
-// No matrix of codes is made. A code is a few runs of bits in the checkpoint's words and a few in
-// ours; each pair that overlaps is a shift, a mask and a shift for 64 columns at a time. Rows in order
-// are read as the file lies; rows out of order a tile at a time, from a copy that fits the cache.
+// The checkpoint's lie as gptq_loader_plugin/checkpoint/packing.py says: 32 codes of a column, a
+// block, take `bits` words, as one stream of bits or plane by plane:
+//
+//   continuous, 3 bits   word 0 has codes 0 to 9 and two bits of code 10, word 1 its third one, ...
+//   planar, 5 bits       words 0 to 3 have the low nibbles of 8 codes each, word 4 all high bits
+//
+// No matrix of codes is made. A code is a few fields of bits in the checkpoint's words and a few in
+// ours; each pair that overlaps is a shift, a mask and a shift for 64 columns at a time. Rows in
+// order are read as the file lies; rows out of order a tile at a time, from a copy that fits the
+// cache.
 
 #include "gemv.h"
 
@@ -16,72 +22,77 @@ using namespace gptq;
 
 namespace {
 
-constexpr int BLOCK = 32;  // codes that fill whole words at every width
-constexpr int TOGETHER = 8;  // units of a tile, written one after the other
-constexpr int AHEAD = 16;  // rows of words, asked for before they are copied
+constexpr int CODES_PER_BLOCK = 32;  // which fill whole words at every width
+constexpr int UNITS_AT_ONCE = 8;     // of a tile, written one after the other
+constexpr int PREFETCH_ROWS = 16;    // of words, asked for before they are copied
 constexpr size_t HUGE_PAGE = size_t(2) << 20;
 
-// Bits of a code where they lie: `length` of them from bit `low` of the code on, at `bit` of a word.
-struct Run {
+// Bits of a code where they lie: `length` of them from bit `low` of the code on, at `bit` of a
+// word.
+struct BitField {
   int32_t word, bit, length, low;
 };
 
-struct Runs {
-  Run run[3];
+struct BitFields {
+  BitField field[3];
   int count;
 };
 
 // Where the checkpoint has the code of row `row` of a block.
-Runs stored_runs(int bits, bool planar, int row) {
-  Runs found = {};
+BitFields stored_fields(int bits, bool planar, int row) {
+  BitFields fields = {};
   if (!planar) {
     const int first = row * bits % 32, length = bits < 32 - first ? bits : 32 - first;
-    found.run[found.count++] = {row * bits / 32, first, length, 0};
-    if (length < bits) found.run[found.count++] = {row * bits / 32 + 1, 0, bits - length, length};
-    return found;
+    fields.field[fields.count++] = {row * bits / 32, first, length, 0};
+    if (length < bits)
+      fields.field[fields.count++] = {row * bits / 32 + 1, 0, bits - length, length};
+    return fields;
   }
   int word = 0, low = 0;
   for (int width = 8; width; width /= 2) {  // of a plane, the widest first
     if (!(bits & width)) continue;
     const int per_word = 32 / width;
-    found.run[found.count++] = {word + row / per_word, row % per_word * width, width, low};
+    fields.field[fields.count++] = {word + row / per_word, row % per_word * width, width, low};
     word += width;
     low += width;
   }
-  return found;
+  return fields;
 }
 
-// Where our unit has the code of its row `row`. At 3 bits: two words of low bits as at 2 bits, and one
-// of high bits, rows j and j + 8 of the first half at bits j and j + 16, of the second at 8 + j and 24 + j.
-Runs held_runs(int bits, int row) {
+// Where our unit has the code of its row `row`. At 3 bits: two words of low bits as at 2 bits, and
+// one of high bits, rows j and j + 8 of the first half at bits j and j + 16, of the second at 8 + j
+// and 24 + j.
+BitFields packed_fields(int bits, int row) {
   if (bits != 3) return {{{0, bits * row, bits, 0}}, 1};
   const int half = row / 16;
-  return {{{half, 2 * (row % 16), 2, 0}, {2, 8 * half + row % 8 + (row % 16 >= 8 ? 16 : 0), 1, 2}}, 2};
+  return {{{half, 2 * (row % 16), 2, 0}, {2, 8 * half + row % 8 + (row % 16 >= 8 ? 16 : 0), 1, 2}},
+          2};
 }
 
 struct Job {
-  int bits;       // of a code in the checkpoint
-  int held;       // of a code in our words
+  int bits;         // of a code in the checkpoint
+  int packed_bits;  // of a code in our words
   int unit_rows;
-  bool same;      // a unit of rows in order is the checkpoint's own word
+  bool same;  // a unit of rows in order is the checkpoint's own word
   const int32_t* rows;
-  Runs stored[BLOCK];
-  Runs ours[BLOCK];
+  BitFields stored[CODES_PER_BLOCK];
+  BitFields packed[CODES_PER_BLOCK];
 };
 
 // One unit of a tile, from words [..][stride].
 template <int WORDS>
-INLINE void pack_unit(const Job& job, const uint32_t* words, int64_t stride, int64_t unit, uint32_t* out) {
+INLINE void pack_unit(const Job& job, const uint32_t* words, int64_t stride, int64_t unit,
+                      uint32_t* out) {
   constexpr int C = COLUMNS / LANES;
   const int32_t* rows = job.rows + unit * job.unit_rows;
   uints sum[WORDS][C] = {};
   for (int i = 0; i < job.unit_rows; i++) {
     if (rows[i] < 0) continue;
-    const uint32_t* block = words + int64_t(rows[i] / BLOCK) * job.bits * stride;
-    const Runs &stored = job.stored[rows[i] % BLOCK], &ours = job.ours[i];
+    const uint32_t* block = words + int64_t(rows[i] / CODES_PER_BLOCK) * job.bits * stride;
+    const BitFields &stored = job.stored[rows[i] % CODES_PER_BLOCK], &packed = job.packed[i];
     for (int s = 0; s < stored.count; s++) {
-      for (int o = 0; o < ours.count; o++) {
-        const Run from = stored.run[s], to = ours.run[o];
+      for (int o = 0; o < packed.count; o++) {
+        const BitField from = stored.field[s], to = packed.field[o];
         const int low = from.low > to.low ? from.low : to.low;
         const int end = from.low + from.length, other = to.low + to.length;
         const int length = (end < other ? end : other) - low;
@@ -108,34 +119,36 @@ INLINE bool in_order(const Job& job, int64_t unit) {
   return true;
 }
 
-INLINE void pack_units(const Job& job, const uint32_t* words, int64_t stride, int64_t first, int64_t last,
-                       uint32_t* out) {
+INLINE void pack_units(const Job& job, const uint32_t* words, int64_t stride, int64_t first,
+                       int64_t last, uint32_t* out) {
   for (int64_t unit = first; unit < last; unit++) {
-    if (job.held == 3) {
+    if (job.packed_bits == 3) {
       pack_unit<3>(job, words, stride, unit, out);
       out += 3 * COLUMNS;
       continue;
     }
     if (job.same && in_order(job, unit))
-      memcpy(out, words + job.rows[unit * job.unit_rows] / job.unit_rows * stride, COLUMNS * sizeof(uint32_t));
+      memcpy(out, words + job.rows[unit * job.unit_rows] / job.unit_rows * stride,
+             COLUMNS * sizeof(uint32_t));
     else
       pack_unit<1>(job, words, stride, unit, out);
     out += COLUMNS;
   }
 }
 
-void pack_plain(const Job& job, const uint32_t* words, int64_t stride, int64_t first, int64_t last, uint32_t* out) {
+void pack_plain(const Job& job, const uint32_t* words, int64_t stride, int64_t first, int64_t last,
+                uint32_t* out) {
   pack_units(job, words, stride, first, last, out);
 }
 
 #ifdef X86
-AVX2_TARGET void pack_avx2(const Job& job, const uint32_t* words, int64_t stride, int64_t first, int64_t last,
-                           uint32_t* out) {
+AVX2_TARGET void pack_avx2(const Job& job, const uint32_t* words, int64_t stride, int64_t first,
+                           int64_t last, uint32_t* out) {
   pack_units(job, words, stride, first, last, out);
 }
 
-AVX512_TARGET void pack_avx512(const Job& job, const uint32_t* words, int64_t stride, int64_t first, int64_t last,
-                               uint32_t* out) {
+AVX512_TARGET void pack_avx512(const Job& job, const uint32_t* words, int64_t stride, int64_t first,
+                               int64_t last, uint32_t* out) {
   pack_units(job, words, stride, first, last, out);
 }
 #endif
@@ -143,7 +156,7 @@ AVX512_TARGET void pack_avx512(const Job& job, const uint32_t* words, int64_t st
 // Copy the columns of one tile, the last ones filled up.
 void copy_tile(const uint32_t* words, int64_t rows, int64_t stride, int count, uint32_t* out) {
   for (int64_t row = 0; row < rows; row++, words += stride, out += COLUMNS) {
-    for (int c = 0; c < count; c += LANES) __builtin_prefetch(words + AHEAD * stride + c);
+    for (int c = 0; c < count; c += LANES) __builtin_prefetch(words + PREFETCH_ROWS * stride + c);
     memcpy(out, words, count * sizeof(uint32_t));
     if (count < COLUMNS) memset(out + count, 0, (COLUMNS - count) * sizeof(uint32_t));
   }
@@ -164,18 +177,18 @@ void use_huge_pages(void* memory, size_t size) {
 
 extern "C" {
 
-// Pack a qweight [K * bits / 32][N] into words [tiles][units][unit words][64]; `rows` [units * unit
-// rows] names the feature of each row, or -1. 0 means done, 1 that memory is short.
-int gptq_pack(int bits, int planar, const uint32_t* qweight, const int32_t* rows, int64_t in_features,
-              int64_t units, int64_t columns, uint32_t* words, int threads) {
+int gptq_pack(int bits, int planar, const uint32_t* qweight, const int32_t* rows,
+              int64_t in_features, int64_t units, int64_t columns, uint32_t* words, int threads) {
   Job job = {};
   job.bits = bits;
-  job.held = bits <= 4 ? bits : 8;
-  job.unit_rows = job.held == 3 ? 32 : 32 / job.held;
-  job.same = bits == job.held && bits != 3;
+  job.packed_bits = bits <= 4 ? bits : 8;
+  job.unit_rows = job.packed_bits == 3 ? 32 : 32 / job.packed_bits;
+  job.same = bits == job.packed_bits && bits != 3;
   job.rows = rows;
-  for (int row = 0; row < BLOCK; row++) job.stored[row] = stored_runs(bits, planar, row);
-  for (int row = 0; row < job.unit_rows; row++) job.ours[row] = held_runs(job.held, row);
+  for (int row = 0; row < CODES_PER_BLOCK; row++)
+    job.stored[row] = stored_fields(bits, planar, row);
+  for (int row = 0; row < job.unit_rows; row++)
+    job.packed[row] = packed_fields(job.packed_bits, row);
 
   auto pack = pack_plain;
 #ifdef X86
@@ -186,7 +199,7 @@ int gptq_pack(int bits, int planar, const uint32_t* qweight, const int32_t* rows
     pack = pack_avx2;
 #endif
 
-  const int unit_words = job.held == 3 ? 3 : 1;
+  const int unit_words = job.packed_bits == 3 ? 3 : 1;
   const int64_t tiles = (columns + COLUMNS - 1) / COLUMNS, whole = columns / COLUMNS;
   const int64_t stored_rows = in_features * bits / 32;
   use_huge_pages(words, sizeof(uint32_t) * tiles * units * unit_words * COLUMNS);
@@ -198,14 +211,14 @@ int gptq_pack(int bits, int planar, const uint32_t* qweight, const int32_t* rows
     ordered = rows[i] > last;
     last = rows[i];
   }
-  const int64_t copied_from = ordered ? whole : 0;
+  const int64_t first_copied = ordered ? whole : 0;
   int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
     if (ordered) {
 #pragma omp for schedule(static) nowait
-      for (int64_t unit = 0; unit < units; unit += TOGETHER) {
-        const int64_t end = unit + TOGETHER < units ? unit + TOGETHER : units;
+      for (int64_t unit = 0; unit < units; unit += UNITS_AT_ONCE) {
+        const int64_t end = unit + UNITS_AT_ONCE < units ? unit + UNITS_AT_ONCE : units;
         for (int64_t tile = 0; tile < whole; tile++)
           pack(job, qweight + tile * COLUMNS, columns, unit, end,
                words + (tile * units + unit) * unit_words * COLUMNS);
@@ -214,8 +227,9 @@ int gptq_pack(int bits, int planar, const uint32_t* qweight, const int32_t* rows
     static thread_local Scratch scratch;
     uint32_t* copy = nullptr;
 #pragma omp for schedule(dynamic)
-    for (int64_t tile = copied_from; tile < tiles; tile++) {
-      if (!copy) copy = static_cast<uint32_t*>(scratch.get(sizeof(uint32_t) * stored_rows * COLUMNS));
+    for (int64_t tile = first_copied; tile < tiles; tile++) {
+      if (!copy)
+        copy = static_cast<uint32_t*>(scratch.get(sizeof(uint32_t) * stored_rows * COLUMNS));
       if (!copy) {
         failed = 1;
         continue;

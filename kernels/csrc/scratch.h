@@ -1,5 +1,5 @@
-// The only way this library gets memory: null where it is short, never an exception, as none may pass through
-// a C interface or out of a parallel region.
+// The only way this library gets memory: null where it is short, never an exception, as none may
+// pass through a C interface or out of a parallel region.
 
 #pragma once
 
@@ -25,12 +25,13 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { free(memory_); }
 
-  // At least `size` bytes, which hold nothing that is known; or null, where memory is short.
+  // At least `size` bytes with undefined contents, or null where memory is short.
   void* get(size_t size) {
     if (size <= size_ && memory_) return memory_;
     free(memory_);
     size_ = 0;
-    memory_ = size > SIZE_MAX - CACHE_LINE ? nullptr : aligned_alloc(CACHE_LINE, round_up(size + !size, CACHE_LINE));
+    const bool too_much = size > SIZE_MAX - CACHE_LINE;
+    memory_ = too_much ? nullptr : aligned_alloc(CACHE_LINE, round_up(size + !size, CACHE_LINE));
     if (memory_) size_ = size;
     return memory_;
   }
@@ -40,7 +41,8 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// Parts of one piece of memory, each on cache lines of its own. Without memory it counts what is needed.
+// Hands out parts of one piece of memory, each on cache lines of its own. Without memory it counts
+// the bytes that are needed.
 class Arena {
  public:
   explicit Arena(void* memory) : memory_(memory) {}
@@ -50,7 +52,7 @@ class Arena {
   T* take(size_t count) {
     static_assert(alignof(T) <= CACHE_LINE, "a part begins on a cache line");
     T* part = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(memory_) + used_);
-    // One line more: neighbours of another thread are not fetched along.
+    // One line more: what another thread writes beside it is not fetched along with it.
     used_ += round_up(count * sizeof(T), CACHE_LINE) + CACHE_LINE;
     return part;
   }

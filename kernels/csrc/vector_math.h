@@ -1,8 +1,8 @@
-// Arithmetic on vectors of 16 floats: loading, sums, e**x, norms and gates of a decoding step.
+// Arithmetic on vectors of 16 floats: loads, sums, e**x, norms, gates, rotations.
 
 #pragma once
 
-#include "gemv.h"
+#include "simd.h"
 
 #include <cmath>
 
@@ -20,7 +20,17 @@ INLINE void load(const void* from, int64_t at, floats& to) {
   }
 }
 
-INLINE float total(const floats& of) {
+// Write `count` floats as numbers of `type`, from element `at` on.
+inline void store_as(void* to, int64_t at, const float* from, int count, int type) {
+  if (type == FLOAT32) {
+    memcpy(static_cast<float*>(to) + at, from, sizeof(float) * count);
+    return;
+  }
+  for (int i = 0; i < count; i++) static_cast<uint16_t*>(to)[at + i] = to_bfloat16(from[i]);
+}
+
+// The sum of a vector's lanes.
+INLINE float reduce_add(const floats& of) {
   typedef float eight __attribute__((vector_size(32)));
   typedef float four __attribute__((vector_size(16)));
   eight low, high;
@@ -36,8 +46,8 @@ INLINE float total(const floats& of) {
 
 // e**x to a few units in the last place, after Cephes; x at most 88.
 INLINE void exponential(floats& x) {
-  const floats least = floats{} - 87.0f;
-  x = x < least ? least : x;
+  const floats lowest = floats{} - 87.0f;
+  x = x < lowest ? lowest : x;
   const floats shifted = x * 1.44269504088896341f + 12582912.0f;  // rounds to an integer
   const floats n = shifted - 12582912.0f;
   const floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -54,14 +64,15 @@ INLINE void exponential(floats& x) {
   memcpy(&x, &bits, sizeof x);
 }
 
-INLINE void norm_body(const float* x, const float* weight, int64_t count, float eps, float* y) {
+// y = x / sqrt(mean(x**2) + eps) * weight.
+INLINE void rms_norm_body(const float* x, const float* weight, int64_t count, float eps, float* y) {
   floats squares{};
   for (int64_t i = 0; i < count; i += LANES) {
     floats value;
     load<FLOAT32>(x, i, value);
     squares += value * value;
   }
-  const float factor = 1.0f / sqrtf(total(squares) / float(count) + eps);
+  const float factor = 1.0f / sqrtf(reduce_add(squares) / float(count) + eps);
   for (int64_t i = 0; i < count; i += LANES) {
     floats value, scale;
     load<FLOAT32>(x, i, value);
@@ -71,7 +82,8 @@ INLINE void norm_body(const float* x, const float* weight, int64_t count, float 
   }
 }
 
-INLINE void silu_body(const float* gate, const float* up, int count, float* y) {
+// y = silu(gate) * up.
+INLINE void silu_multiply_body(const float* gate, const float* up, int count, float* y) {
   for (int i = 0; i < count; i += LANES) {
     floats g, u;
     load<FLOAT32>(gate, i, g);
@@ -81,6 +93,15 @@ INLINE void silu_body(const float* gate, const float* up, int count, float* y) {
     exponential(e);
     g = g / (1.0f + e) * u;
     memcpy(y + i, &g, sizeof g);
+  }
+}
+
+// Rotate a head by halves: x, cos and sin [dim].
+inline void rotate(float* x, const float* cos, const float* sin, int dim) {
+  for (int i = 0; i < dim / 2; i++) {
+    const float low = x[i], high = x[i + dim / 2];
+    x[i] = low * cos[i] - high * sin[i];
+    x[i + dim / 2] = high * cos[i + dim / 2] + low * sin[i + dim / 2];
   }
 }
 

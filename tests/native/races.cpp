@@ -1,5 +1,6 @@
-// What a race detector must see, and what it must not: `races KIND` makes one race, `races none` the same
-// accesses in an order that a barrier gives them. `make sanitize` calls it before it believes the detector.
+// What a race detector must see, and what it must not: `races KIND` makes one race, `races none`
+// the same accesses in an order that a barrier gives them. `make sanitize` calls it before it
+// believes the detector.
 
 #include <cstdio>
 #include <cstring>
@@ -16,14 +17,18 @@ int total;
 // Write part `i` and, where nothing keeps a thread from going on, read another thread's too early.
 void write(const char* kind, int i) {
   const floats value = floats{} + float(i);
-  if (strcmp(kind, "vector") == 0) shared[i] = value;
-  else memcpy(&shared[i], &value, sizeof value);
+  if (strcmp(kind, "vector") == 0)
+    shared[i] = value;
+  else
+    memcpy(&shared[i], &value, sizeof value);
 }
 
 float read(const char* kind, int i, size_t size) {
   floats value{};
-  if (strcmp(kind, "vector") == 0) value = shared[i];
-  else memcpy(&value, &shared[i], size);
+  if (strcmp(kind, "vector") == 0)
+    value = shared[i];
+  else
+    memcpy(&value, &shared[i], size);
   return value[3];
 }
 
@@ -33,7 +38,8 @@ int main(int count, char** arguments) {
   if (count != 2) return 2;
   const char* kind = arguments[1];
   const bool none = strcmp(kind, "none") == 0;
-  const size_t size = sizeof(floats) - size_t(count - 2);  // not known when this is compiled: a call of memcpy
+  const size_t size =
+      sizeof(floats) - size_t(count - 2);  // not known when this is compiled: a call of memcpy
   float sum = 0;
 #pragma omp parallel num_threads(4) reduction(+ : sum)
   {

@@ -66,22 +66,20 @@ def main() -> None:
     from test_native_step import build
 
     from gptq_loader_kernels.cpu import CpuKernel
-    from gptq_loader_kernels.cpu.decoder import CACHE, NativeStep
-    from gptq_loader_kernels.cpu.head import RowsLinear, ShortLinear
-    from gptq_loader_kernels.cpu.library import Isa, load_library
+    from gptq_loader_kernels.cpu.decoder import CACHE, NativeDecoder
+    from gptq_loader_kernels.cpu.head import RowsLinear, TopLogitsLinear
     from gptq_loader_plugin.conformance.layers import Case, make_layer
     from gptq_loader_plugin.device import find_device
-    from gptq_loader_plugin.kv_cache import make_cache
+    from gptq_loader_plugin.generation.kv_cache import make_cache
 
-    isa = Isa(load_library().gptq_isa())
     spec, packed, _ = make_layer(Case(rows=256, columns=200, act_order=True))
     device = find_device("cpu")
     layer = CpuKernel().prepare(spec, packed, device)
     x = torch.randn(70, 256, dtype=torch.bfloat16)
     model = build("llama", dtype=torch.bfloat16).model
-    step = NativeStep(model)
+    step = NativeDecoder(model)
     plain = torch.nn.Linear(128, 4096, bias=False, dtype=torch.bfloat16)
-    rows, short = RowsLinear.of(plain, isa), ShortLinear.of(plain, isa)
+    rows, short = RowsLinear.of(plain), TopLogitsLinear.of(plain)
     states = torch.randn(2, 128, dtype=torch.bfloat16)
 
     def read(count: int) -> Any:
@@ -95,7 +93,7 @@ def main() -> None:
         "step": lambda: read(1),
         "prompt": lambda: read(TOKENS),
         "head": lambda: rows(states),
-        "short head": lambda: short.likeliest(states, [1, 3]),
+        "top logits": lambda: short.top_logits(states, [1, 3]),
         "bandwidth": lambda: CpuKernel().read_bandwidth(1 << 20, device),
     }
     outcome: dict[str, Any] = {}

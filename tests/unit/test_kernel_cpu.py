@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from native_codes import CODES, EXACT_CODES, Code
 
 from gptq_loader_kernels.cpu import CpuInt8Kernel, CpuKernel, gptq_kernels
 from gptq_loader_kernels.cpu import library as _native
 from gptq_loader_kernels.cpu.int4 import Int4Kernel
-from gptq_loader_kernels.cpu.library import Isa, find_library, load_library
+from gptq_loader_kernels.cpu.library import Activations, Isa, find_library, load_library
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.kernel import Accepted, Declined, Device
@@ -36,13 +37,17 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 2e-3}
 
 
 def module(
-    case: Case, isa: Isa | None = None, **how: bool
+    case: Case, code: Code | None = None, **how: bool
 ) -> tuple[NativeLinear, torch.Tensor, torch.Tensor]:
     """(the layer, its weight in float64 [N, K], its bias)."""
     from gptq_loader_kernels.cpu.linear import NativeLinear
 
     _, packed, weight = make_layer(case)
-    layer = NativeLinear(packed, in_features=case.rows, out_features=case.columns, isa=isa, **how)
+    isa, activations = code or (None, None)
+    layer = NativeLinear(
+        packed, in_features=case.rows, out_features=case.columns, isa=isa, activations=activations,
+        **how,
+    )  # fmt: skip
     bias = torch.zeros(case.columns) if packed.bias is None else packed.bias
     return layer, weight, bias.double()
 
@@ -59,11 +64,9 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @native
-@pytest.mark.parametrize("isa", list(Isa)[:-1], ids=lambda it: it.name)
+@pytest.mark.parametrize("code", EXACT_CODES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
-def test_every_code_path_is_right(isa: Isa, bits: int) -> None:
-    if isa > load_library().gptq_isa():
-        pytest.skip(f"this processor has no {isa.name}")
+def test_every_code_path_is_right(code: Code, bits: int) -> None:
     layout = "planar" if bits == 5 else "continuous"
     columns = 192 if bits == 5 else 200  # of a planar file they come in blocks of 32
     for group_size in (-1, 16, 48, 128, 0):
@@ -72,7 +75,7 @@ def test_every_code_path_is_right(isa: Isa, bits: int) -> None:
                 bits=bits, group_size=group_size, rows=384, columns=columns, dtype=scales,
                 sym=group_size == 128, extreme_zeros=True, bias=True, layout=layout,
             )  # fmt: skip
-            layer, weight, bias = module(case, isa)
+            layer, weight, bias = module(case, code)
             for many_from in (1000, 5):
                 layer.unpack_from = layer.panels_from = many_from
                 for rows in (1, 2, 3, 4, 5, 70):
@@ -82,17 +85,12 @@ def test_every_code_path_is_right(isa: Isa, bits: int) -> None:
 
 
 @native
-@pytest.mark.parametrize("isa", list(Isa), ids=lambda it: it.name)
+@pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_a_row_is_the_same_whatever_rows_are_beside_it(isa: Isa, bits: int) -> None:
-    int8 = isa is Isa.ONE_BYTE
-    if int8 and "avx512_vnni" not in find_device("cpu").features:
-        pytest.skip("this processor has no AVX512-VNNI")
-    if not int8 and isa > load_library().gptq_isa():
-        pytest.skip(f"this processor has no {isa.name}")
+def test_a_row_is_the_same_whatever_rows_are_beside_it(code: Code, bits: int) -> None:
     for group_size in (32, 48, 128):
         case = Case(bits=bits, group_size=group_size, rows=384, columns=200, bias=True)
-        layer, _, _ = module(case, None if int8 else isa, int8=int8)
+        layer, _, _ = module(case, code)
         for dtype in (torch.float32, torch.bfloat16):
             x = random(9, 384, dtype=dtype)
             alone = torch.cat([layer(row[None]) for row in x])
@@ -106,7 +104,7 @@ def test_a_row_is_the_same_whatever_rows_are_beside_it(isa: Isa, bits: int) -> N
 def test_panels_are_right(bits: int, amx: bool) -> None:
     """Rows and depths that end inside a block, a pair of blocks, a run and a part of x."""
     library = load_library()
-    if library.gptq_isa() < Isa.BF16 or (amx and not library.gptq_amx()):
+    if library.gptq_isa() < Isa.AVX512_BF16 or (amx and not library.gptq_amx()):
         pytest.skip(f"this processor has no {'AMX' if amx else 'AVX512-BF16'}")
     for group_size, features, columns in (
         (32, 256, 40), (-1, 160, 100), (16, 160, 64), (0, 320, 130), (128, 2080, 33),
@@ -131,7 +129,7 @@ def test_panels_are_right(bits: int, amx: bool) -> None:
 @pytest.mark.parametrize("act_order", [False, True])
 def test_threads_that_share_rows_answer_as_one_does(bits: int, amx: bool, act_order: bool) -> None:
     library = load_library()
-    if library.gptq_isa() < Isa.BF16 or (amx and not library.gptq_amx()):
+    if library.gptq_isa() < Isa.AVX512_BF16 or (amx and not library.gptq_amx()):
         pytest.skip(f"this processor has no {'AMX' if amx else 'AVX512-BF16'}")
     threads = torch.get_num_threads()
     for group_size, features in ((32, 256), (-1, 160), (16, 224)):
@@ -154,7 +152,7 @@ def test_threads_that_share_rows_answer_as_one_does(bits: int, amx: bool, act_or
 
 @native
 def test_layers_that_read_x_alike_are_multiplied_in_one_call() -> None:
-    if load_library().gptq_isa() < Isa.BF16:
+    if load_library().gptq_isa() < Isa.AVX512_BF16:
         pytest.skip("this processor has no AVX512-BF16")
     # order of rows and groups are the first one's: queries, keys and values of one checkpoint
     made = [
@@ -177,7 +175,7 @@ def test_layers_that_read_x_alike_are_multiplied_in_one_call() -> None:
 @native
 def test_an_unpacked_weight_is_rounded_once() -> None:
     """What a panel holds is the dequantised weight in bfloat16, to the bit."""
-    if load_library().gptq_isa() < Isa.BF16:
+    if load_library().gptq_isa() < Isa.AVX512_BF16:
         pytest.skip("this processor has no AVX512-BF16")
     from gptq_loader_kernels.cpu.linear import NativeLinear
 
@@ -217,7 +215,7 @@ def test_activations_in_8_bits(bits: int) -> None:
             bits=bits, group_size=group_size, rows=384, columns=columns, sym=False, bias=True,
             extreme_zeros=True, layout=layout,
         )  # fmt: skip
-        layer, weight, bias = module(case, int8=True)
+        layer, weight, bias = module(case, (Isa.AVX512, Activations.INT8))
         for rows in (1, 2, 3, 4, 5, 70):
             for dtype in TOLERANCE:
                 off = error(layer, weight, bias, random(rows, 384, dtype=dtype))
@@ -376,7 +374,7 @@ SIZES = {name: ctypes.sizeof(structure) for name, structure in _native.STRUCTURE
     [
         (None, None, "it has no gptq_sizeof"),
         (SIZES, None, "it has no gptq_signature"),
-        ({}, {}, f"its GptqLayer has 0 bytes, and {SIZES['GptqLayer']} here"),
+        ({}, {}, f"its GptqLinear has 0 bytes, and {SIZES['GptqLinear']} here"),
         (SIZES | {"GptqModel": 72}, {}, "its GptqModel has 72 bytes"),
         (SIZES, {}, "its gptq_isa takes other arguments"),
         (SIZES, {**_native.FUNCTIONS, "gptq_pack": "ip"}, "its gptq_pack takes other arguments"),

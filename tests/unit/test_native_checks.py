@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_native_step import build, install
 
-from gptq_loader_kernels.cpu.library import Isa, find_library, load_library
+from gptq_loader_kernels.cpu.library import Activations, Isa, find_library
 from gptq_loader_plugin.conformance.layers import Case, make_layer
-from gptq_loader_plugin.kv_cache import make_cache
+from gptq_loader_plugin.generation.kv_cache import make_cache
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.kernel import PackedLinear
@@ -222,7 +222,7 @@ def test_a_part_of_another_size(path: str, shape: tuple[int, ...], words: str) -
     assert why_not(decoder) is None
     resize(decoder, path, *shape)
     assert words in str(why_not(decoder))
-    assert describe(decoder, torch.float32, Isa.PLAIN) is None
+    assert describe(decoder, torch.float32, Isa.PLAIN, Activations.FLOAT32) is None
 
 
 def test_a_part_that_is_elsewhere_or_packed_for_another_size() -> None:
@@ -240,7 +240,7 @@ def head(cls: str, dtype: torch.dtype = torch.float32) -> Any:
     from gptq_loader_kernels.cpu import head
 
     linear = torch.nn.Linear(64, 4096, bias=False, dtype=dtype).requires_grad_(requires_grad=False)
-    return getattr(head, cls).of(linear, Isa(load_library().gptq_isa()))
+    return getattr(head, cls).of(linear)
 
 
 @torch.inference_mode()
@@ -255,21 +255,22 @@ def test_a_head_is_given_what_does_not_fit() -> None:
 
 
 @torch.inference_mode()
-def test_a_short_head_is_asked_for_what_does_not_fit() -> None:
-    short = head("ShortLinear")
+def test_top_logits_are_refused_for_what_does_not_fit() -> None:
+    short = head("TopLogitsLinear")
     x = torch.randn(2, 64)
-    for wanted in ([], [1], [1, 1, 1], [0, 1], [1, -1]):
+    for needed in ([], [1], [1, 1, 1], [0, 1], [1, -1]):
         with pytest.raises(ValueError, match="how many logits of 2 rows"):
-            short.likeliest(x, wanted)
+            short.top_logits(x, needed)
     marks = torch.zeros(2, 4096, dtype=torch.bool)
-    for aside, words in (
-        (marks[:1], r"aside is bool \[1, 4096\]"), (marks[:, 1:], r"aside is bool \[2, 4095\]"),
-        (marks.int(), r"aside is int32"), (marks.t().contiguous().t(), "aside has strides"),
-        (marks.to("meta"), "aside is on meta"),
+    for excluded, message in (
+        (marks[:1], r"excluded is bool \[1, 4096\]"),
+        (marks[:, 1:], r"excluded is bool \[2, 4095\]"),
+        (marks.int(), r"excluded is int32"), (marks.t().contiguous().t(), "excluded has strides"),
+        (marks.to("meta"), "excluded is on meta"),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=words):
-            short.likeliest(x, [1, 1], aside)
-    assert short.likeliest(x, [1, 1], marks) is not None
-    assert short.likeliest(x[:, :32], [1]) is None, "one row of 64 numbers, in the wrong shape"
+        with pytest.raises(ValueError, match=message):
+            short.top_logits(x, [1, 1], excluded)
+    assert short.top_logits(x, [1, 1], marks) is not None
+    assert short.top_logits(x[:, :32], [1]) is None, "one row of 64 numbers, in the wrong shape"
     with pytest.raises(ValueError, match="weight is float16"):
-        head("ShortLinear", torch.float16)
+        head("TopLogitsLinear", torch.float16)

@@ -48,7 +48,7 @@ def packed_layer(
 
 
 def expected_words(codes: Any, rows: Any, held: int) -> Any:
-    """Pack codes one by one, as the head of gemv.cpp and its 3-bit unit say."""
+    """Pack codes one by one, as gemv.h draws them."""
     size, tiles = unit_rows(held), -(-codes.shape[1] // COLUMNS)
     padded = np.zeros((len(codes) + 1, tiles * COLUMNS), dtype=np.uint32)  # row -1 is zeros
     padded[:-1, : codes.shape[1]] = codes

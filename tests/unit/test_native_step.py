@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from native_codes import EXACT_CODES, Code
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gptq_loader_kernels.cpu.library import Isa, find_library, load_library
+from gptq_loader_kernels.cpu.library import Isa, choose_code, find_library, load_library
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.generation.generate import Generation, generate_pieces
@@ -65,11 +66,11 @@ def build(family: str, *, dtype: torch.dtype = torch.float32, bits: int | None =
 
 def install(model: Any) -> Any:
     """Install the step and give it."""
-    from gptq_loader_kernels.cpu.decoder import NativeStep
+    from gptq_loader_kernels.cpu.decoder import NativeDecoder
     from gptq_loader_kernels.cpu.install import install
 
     step = install(model)
-    assert isinstance(step, NativeStep), step
+    assert isinstance(step, NativeDecoder), step
     return step
 
 
@@ -293,19 +294,18 @@ def test_threads_share_the_positions_of_a_head(family: str, threads: int) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("isa", list(Isa)[:-1])
-def test_the_code_for_every_processor_answers_alike(isa: Isa, dtype: torch.dtype) -> None:
-    from gptq_loader_kernels.cpu.decoder import NativeStep
+@pytest.mark.parametrize("code", EXACT_CODES)
+def test_the_code_for_every_processor_answers_alike(code: Code, dtype: torch.dtype) -> None:
+    from gptq_loader_kernels.cpu.decoder import NativeDecoder
 
-    if isa > load_library().gptq_isa():
-        pytest.skip(f"this processor does not run {isa.name}")
+    isa, activations = code
     ids = torch.randint(0, 300, (1, 200), generator=torch.Generator().manual_seed(1))
     sizes = (1, 8, 1, 4, 1, 3, 2)
     with torch.inference_mode():
         exact = build("mistral")(input_ids=ids).logits[:, 180:]
         model = build("mistral", dtype=dtype)
         plain = by_steps(model, ids, 180, sizes).float()
-    step = NativeStep(model.model, isa=isa)
+    step = NativeDecoder(model.model, isa=isa, activations=activations)
     model.model.forward = step.forward
     got = by_steps(model, ids, 180, sizes).float()
     assert step.steps == len(sizes)
@@ -332,16 +332,14 @@ def test_a_forward_put_in_its_place_sees_every_call() -> None:
     assert seen == [(1, 1)]
 
 
-@pytest.mark.parametrize("isa", list(Isa)[:-1], ids=lambda it: it.name)
+@pytest.mark.parametrize("code", EXACT_CODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 def test_sequences_step_together_as_they_do_alone(
-    family: str, dtype: torch.dtype, isa: Isa
+    family: str, dtype: torch.dtype, code: Code
 ) -> None:
-    if isa > load_library().gptq_isa():
-        pytest.skip(f"this processor does not run {isa.name}")
     for bits in (3, 4):
-        together, alone = step_together_and_alone(family, dtype, isa, bits, threads=1)
+        together, alone = step_together_and_alone(family, dtype, code, bits, threads=1)
         for got, expected in zip(together, alone, strict=True):
             assert torch.equal(got, expected), f"{bits} bits: a token's numbers are its own"
 
@@ -350,20 +348,19 @@ def test_sequences_step_together_as_they_do_alone(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 def test_threads_step_sequences_together(family: str, dtype: torch.dtype, threads: int) -> None:
-    isa = Isa(load_library().gptq_isa())
-    together, alone = step_together_and_alone(family, dtype, isa, 3, threads)
+    together, alone = step_together_and_alone(family, dtype, choose_code(), 3, threads)
     for got, expected in zip(together, alone, strict=True):
         torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
 
 
 def step_together_and_alone(
-    family: str, dtype: torch.dtype, isa: Isa, bits: int, threads: int
+    family: str, dtype: torch.dtype, code: Code, bits: int, threads: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Step nine sequences four times in one call, and each by itself: both ways' states."""
-    from gptq_loader_kernels.cpu.decoder import NativeStep
+    from gptq_loader_kernels.cpu.decoder import NativeDecoder
 
     model = build(family, dtype=dtype, bits=bits)
-    step = NativeStep(model.model, isa=isa)
+    step = NativeDecoder(model.model, isa=code[0], activations=code[1])
     model.model.forward = step.forward
     draw = torch.Generator().manual_seed(2)
     lengths = (3, 40, 1, 130, 17, 64, 9, 250, 5)
@@ -391,13 +388,13 @@ def step_together_and_alone(
     return together, [torch.cat(states) for states in alone]
 
 
-@pytest.mark.skipif(load_library().gptq_isa() < Isa.BF16, reason="no bfloat16 products here")
+@pytest.mark.skipif(load_library().gptq_isa() < Isa.AVX512_BF16, reason="no bfloat16 products here")
 @pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_native_prompt_is_no_further_from_float32_than_transformers(
     family: str, amx: bool
 ) -> None:
-    from gptq_loader_kernels.cpu.decoder import NativeStep
+    from gptq_loader_kernels.cpu.decoder import NativeDecoder
 
     if amx and not load_library().gptq_amx():
         pytest.skip("this processor has no matrix unit")
@@ -407,7 +404,7 @@ def test_a_native_prompt_is_no_further_from_float32_than_transformers(
         exact = build(family, bits=3)(input_ids=ids).logits[:, 9:]
         model = build(family, bits=3, dtype=torch.bfloat16)
         plain = by_steps(model, ids, sizes[0], sizes[1:]).float()
-    step = NativeStep(model.model, amx=amx)
+    step = NativeDecoder(model.model, amx=amx)
     model.model.forward = step.forward
     got = by_steps(model, ids, sizes[0], sizes[1:]).float()
     assert (step.prompts, step.steps) == (len(sizes) - 1, 1)
@@ -416,7 +413,7 @@ def test_a_native_prompt_is_no_further_from_float32_than_transformers(
     assert error.max() < 2 * (plain - exact).norm(dim=-1).max()  # no single token is wrong
 
 
-@pytest.mark.skipif(load_library().gptq_isa() < Isa.BF16, reason="no bfloat16 products here")
+@pytest.mark.skipif(load_library().gptq_isa() < Isa.AVX512_BF16, reason="no bfloat16 products here")
 @pytest.mark.parametrize("threads", [1, 3, 16])
 def test_a_prompt_longer_than_what_is_multiplied_at_once(threads: int) -> None:
     model = build("qwen3", dtype=torch.bfloat16)

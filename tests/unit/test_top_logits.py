@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from altered import DATA, ONE, plugins
+from native_codes import EXACT_CODES, Code
 from test_native_step import build
 
 import gptq_loader_plugin as gptq
-from gptq_loader_kernels.cpu.library import Isa, find_library, load_library
+from gptq_loader_kernels.cpu.library import find_library
 from gptq_loader_plugin.generation.generate import top_logits_head
 from gptq_loader_plugin.generation.sampling import Sampler
 from gptq_loader_plugin.kernel import TopLogitsHead
@@ -21,12 +22,12 @@ pytestmark = pytest.mark.skipif(find_library() is None, reason="the native libra
 TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
-def make_head(weight: torch.Tensor, isa: int) -> Any:
+def make_head(weight: torch.Tensor, code: Code | tuple[()] = ()) -> Any:
     from gptq_loader_kernels.cpu.head import TopLogitsLinear
 
     linear = torch.nn.Linear(*reversed(weight.shape), bias=False, dtype=weight.dtype)
     linear.weight.data = weight
-    return TopLogitsLinear.of(linear, Isa(isa))
+    return TopLogitsLinear.of(linear, *code)
 
 
 def make_weight(columns: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
@@ -59,14 +60,12 @@ def check(head: Any, x: torch.Tensor, needed: list[int], excluded: torch.Tensor 
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("isa", range(Isa.TWO_BYTES + 1))
+@pytest.mark.parametrize("code", EXACT_CODES)
 @pytest.mark.parametrize(("columns", "rows"), [(4096, 64), (3400, 100), (6000, 576)])
 def test_the_greatest_logits_are_exact_and_there(
-    columns: int, rows: int, isa: int, dtype: torch.dtype
+    columns: int, rows: int, code: Code, dtype: torch.dtype
 ) -> None:
-    if isa > load_library().gptq_isa():
-        pytest.skip("this processor has not got it")
-    head = make_head(make_weight(columns, rows, dtype), isa)
+    head = make_head(make_weight(columns, rows, dtype), code)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(9, rows, generator=generator)
     x[0, 3] = 1000  # an outlier
@@ -82,8 +81,7 @@ def test_the_greatest_logits_are_exact_and_there(
 
 
 def test_it_says_when_it_cannot_tell() -> None:
-    isa = load_library().gptq_isa()
-    head = make_head(make_weight(4096, 64, torch.float32), isa)
+    head = make_head(make_weight(4096, 64, torch.float32))
     x = torch.randn(1, 64)
     with torch.inference_mode():
         assert head.top_logits(x, [65]) is None, "more than there are tiles"
@@ -103,7 +101,7 @@ def test_another_default_dtype_changes_nothing() -> None:
     weight = make_weight(4096, 64, torch.bfloat16)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        head = make_head(weight, load_library().gptq_isa())
+        head = make_head(weight)
     finally:
         torch.set_default_dtype(torch.float32)
     assert head.errors.dtype == torch.float32
@@ -135,7 +133,7 @@ def test_replies_are_those_of_the_whole_head(options: dict[str, Any]) -> None:
 
 def test_tokens_that_are_never_picked_do_not_count() -> None:
     """What a sampler needs of a short head picks as the whole head does, padding left out."""
-    head = make_head(make_weight(4096, 64, torch.float32), load_library().gptq_isa())
+    head = make_head(make_weight(4096, 64, torch.float32))
     with torch.inference_mode():
         for seed in range(20):
             x = torch.randn(1, 64, generator=torch.Generator().manual_seed(seed))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gptq_loader_kernels.cpu.int4 import Int4Kernel
 from gptq_loader_kernels.cpu.library import (
     COLUMNS,
+    Activations,
     held_bits,
     load_library,
     unit_rows,
@@ -101,7 +102,7 @@ class CpuKernel:
         head = model.get_output_embeddings()
         if type(model).__name__ not in DECODERS or type(head) is not RowsLinear:
             return 0
-        short = TopLogitsLinear.of(head, head.isa)
+        short = TopLogitsLinear.of(head)
         model.set_output_embeddings(short)
         return short.extra_bytes
 
@@ -149,7 +150,10 @@ class CpuInt8Kernel:
 
         del device
         return NativeLinear(
-            packed, in_features=layer.in_features, out_features=layer.out_features, int8=True
+            packed,
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+            activations=Activations.INT8,
         )
 
     def finish(self, model: PreTrainedModel) -> Finished:

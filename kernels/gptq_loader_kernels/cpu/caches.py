@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from gptq_loader_kernels.cpu.library import Cache
+from gptq_loader_kernels.cpu.library import KvCache
 from gptq_loader_plugin.generation.kv_cache import GrowableLayer
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class HeldCaches:
         end: int,
         model: Model,
         dtype: torch.dtype,
-    ) -> ctypes.Array[Cache]:
+    ) -> ctypes.Array[KvCache]:
         """Make room for positions up to `end` in each layer of a cache, and say where it is."""
         known = self._known.get(cache)
         like = torch.empty(1, model.kv_heads, 0, model.head_dim, dtype=dtype)
@@ -44,9 +44,9 @@ class HeldCaches:
                     layer.lazy_initialization(like, like)
         rooms: list[torch.Tensor] = [layer.reserve(end, like) for layer in cache.layers]
         if known is not None and all(map(is_, rooms, known[0])):
-            places: ctypes.Array[Cache] = known[1]
+            places: ctypes.Array[KvCache] = known[1]
             return places
-        places = (Cache * len(rooms))()
+        places = (KvCache * len(rooms))()
         for place, room in zip(places, rooms, strict=True):
             place.capacity = room.shape[3]
             place.keys = room.data_ptr()
@@ -57,7 +57,7 @@ class HeldCaches:
 
 def is_roomy(cache: Any, model: Model, dtype: torch.dtype) -> bool:  # noqa: ANN401 - transformers' caches
     """Return whether a cache is one the step writes: of this model, and of one sequence."""
-    if type(cache) is not DynamicCache or len(cache.layers) != model.blocks:
+    if type(cache) is not DynamicCache or len(cache.layers) != model.layers:
         return False
     length = getattr(cache.layers[0], "length", 0)
     for layer in cache.layers:

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gptq_loader_kernels.cpu.caches import HeldCaches, give_room, is_roomy
 from gptq_loader_kernels.cpu.describe import Described, describe, linears
-from gptq_loader_kernels.cpu.library import Isa, load_library
+from gptq_loader_kernels.cpu.library import Activations, Isa, choose_code, load_library
 from gptq_loader_kernels.cpu.library import Sequence as Sequence_
 from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
 from gptq_loader_kernels.cpu.tensors import check_tensor
@@ -25,14 +25,14 @@ from gptq_loader_plugin.generation.kv_cache import make_cache
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["CACHE", "MOST_TOKENS", "NativeStep"]
+__all__ = ["CACHE", "MOST_TOKENS", "NativeDecoder"]
 
 MOST_TOKENS = 8  # of a step; more are a prompt
 STEADY = ("default", "linear", "llama3", "yarn")  # rotations that go by position alone
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-class NativeStep:
+class NativeDecoder:
     """The forward of a decoder: its own, or for new tokens of one sequence the native library's.
 
     A few tokens are a step, of which some layers may be unpacked and which may be in float32. More
@@ -41,6 +41,7 @@ class NativeStep:
     Args:
         decoder: the model without its head, of one of FAMILIES and as `why_not` wants it.
         isa: the code to run, by default the best the processor has.
+        activations: what bfloat16 is multiplied as, by default the fastest that rounds nothing.
         amx: whether prompts are multiplied by its matrix unit, by default where it has one.
     """
 
@@ -49,10 +50,11 @@ class NativeStep:
         decoder: Any,  # noqa: ANN401 - any of FAMILIES
         *,
         isa: Isa | None = None,
+        activations: Activations | None = None,
         amx: bool | None = None,
     ) -> None:
         self.decoder = decoder
-        self.isa = Isa(load_library().gptq_isa()) if isa is None else isa
+        self.isa, self.activations = choose_code(isa, activations)
         self.amx = bool(load_library().gptq_amx()) if amx is None else amx
         self.otherwise: Callable[..., Any] = decoder.forward
         self.steps = self.prompts = 0  # taken natively
@@ -102,9 +104,12 @@ class NativeStep:
     def takes_prompts(self) -> bool:
         """Say whether more than a few tokens are taken natively."""
         return (
-            self.isa >= Isa.BF16
+            self.isa >= Isa.AVX512_BF16
             and self.decoder.norm.weight.dtype == torch.bfloat16
-            and all(isinstance(it, NativeLinear) and not it.int8 for it in linears(self.decoder))
+            and all(
+                isinstance(linear, NativeLinear) and linear.activations is not Activations.INT8
+                for linear in linears(self.decoder)
+            )
         )
 
     def step_many(
@@ -163,10 +168,10 @@ class NativeStep:
         )  # fmt: skip
         threads, library = torch.get_num_threads(), load_library()
         if max(tokens) > MOST_TOKENS:
-            failed = library.gptq_prompt(*given, y.data_ptr(), self.amx, threads)
+            failed = library.gptq_prefill(*given, y.data_ptr(), self.amx, threads)
             self.prompts += 1
         else:
-            failed = library.gptq_step(*given, len(caches), y.data_ptr(), threads)
+            failed = library.gptq_decode_step(*given, len(caches), y.data_ptr(), threads)
             self.steps += 1
         if failed:
             raise MemoryError(f"no memory for {len(positions)} tokens")
@@ -179,7 +184,7 @@ class NativeStep:
         """Describe the decoder to the library, anew where something in it was changed."""
         built = self._built
         if built is None or built.dtype != dtype or not built.watch.unchanged():
-            self._built = describe(self.decoder, dtype, self.isa)
+            self._built = describe(self.decoder, dtype, self.isa, self.activations)
         return self._built
 
 

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gptq_loader_kernels.cpu.library import NORMS, PARTS, Block, Isa, Model, Projection
+from gptq_loader_kernels.cpu.library import (
+    NORMS,
+    PARTS,
+    Activations,
+    DecoderLayer,
+    Isa,
+    Model,
+    Projection,
+)
 from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
 from gptq_loader_kernels.cpu.watch import Watch, modules_inside
 
@@ -39,7 +47,12 @@ class Described:
     watch: Watch
 
 
-def describe(decoder: Any, dtype: torch.dtype, isa: Isa) -> Described | None:  # noqa: ANN401
+def describe(
+    decoder: Any,  # noqa: ANN401
+    dtype: torch.dtype,
+    isa: Isa,
+    activations: Activations,
+) -> Described | None:
     """Describe a decoder for activations of `dtype`; None where the library cannot run it."""
     if why_not(decoder) is not None:
         return None
@@ -54,36 +67,37 @@ def describe(decoder: Any, dtype: torch.dtype, isa: Isa) -> Described | None:  #
         kept.append(module.weight.detach().float().contiguous())
         return int(kept[-1].data_ptr())
 
-    blocks = (Block * len(decoder.layers))()
-    for block, layer in zip(blocks, decoder.layers, strict=True):
+    described = (DecoderLayer * len(decoder.layers))()
+    for place, layer in zip(described, decoder.layers, strict=True):
         before: Any = None
         for name, path in PARTS.items():
             module = layer.get_submodule(path)
-            _describe(getattr(block, name), module, dtype, kept)
+            _describe(getattr(place, name), module, dtype, kept)
             follows = name in {"k", "v", "up"} and _same_rows(before, module)
-            getattr(block, name).same_rows = follows
+            getattr(place, name).same_rows = follows
             before = module
         for name, path in NORMS.items():
-            setattr(block, name, norm(layer, path))
-        block.window = getattr(layer.self_attn, "sliding_window", None) or (
+            setattr(place, name, norm(layer, path))
+        place.window = getattr(layer.self_attn, "sliding_window", None) or (
             decoder.config.sliding_window or 0 if type(decoder).__name__ == "MistralModel" else 0
         )
     config, attention = decoder.config, decoder.layers[0].self_attn
     model = Model(
-        blocks=len(blocks),
+        layers=len(described),
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=attention.head_dim,
-        inner=config.intermediate_size,
+        intermediate=config.intermediate_size,
         type=TYPES[dtype],
         isa=isa,
+        activations=activations,
         eps=config.rms_norm_eps,
         scale=attention.scaling,
         norm=norm(decoder, "norm"),
-        block=ctypes.cast(blocks, ctypes.POINTER(Block)),
+        layer=ctypes.cast(described, ctypes.POINTER(DecoderLayer)),
     )
-    kept.append(blocks)
+    kept.append(described)
     return Described(model, dtype, kept, Watch(decoder))
 
 
@@ -143,11 +157,12 @@ def _misfit(decoder: Any) -> str | None:  # noqa: ANN401
 def _parts(decoder: Any) -> Iterator[tuple[str, Any, tuple[int, ...]]]:  # noqa: ANN401
     """Go through what the library reads, layers and tensors, with the shapes they must have."""
     config, dim = decoder.config, decoder.layers[0].self_attn.head_dim
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden, intermediate = config.hidden_size, config.intermediate_size
     queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
     shapes = {
         "q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries),
-        "gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner),
+        "gate": (intermediate, hidden), "up": (intermediate, hidden),
+        "down": (hidden, intermediate),
     }  # fmt: skip
     yield "norm", decoder.norm.weight, (hidden,)
     for layer in decoder.layers:
@@ -169,7 +184,7 @@ def all_packed(decoder: Any) -> bool:  # noqa: ANN401
 
 
 def linears(decoder: Any) -> Iterator[Any]:  # noqa: ANN401
-    """Go through the linears of a decoder's blocks."""
+    """Go through the linears of a decoder's layers."""
     return (_find(layer, path) for layer in decoder.layers for path in PARTS.values())
 
 

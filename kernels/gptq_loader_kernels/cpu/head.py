@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
 
 from gptq_loader_kernels.cpu.decoder import MOST_TOKENS
-from gptq_loader_kernels.cpu.library import COLUMNS, Isa, Layer, load_library
+from gptq_loader_kernels.cpu.library import (
+    COLUMNS,
+    Activations,
+    Isa,
+    Linear,
+    choose_code,
+    load_library,
+)
 from gptq_loader_kernels.cpu.linear import TYPES
 from gptq_loader_kernels.cpu.tensors import check_tensor
 
@@ -24,13 +31,16 @@ GROUP_SIZE, ZERO = 64, 128  # of the narrow copy
 class RowsLinear(nn.Linear):
     """A linear that is not packed, multiplying a few rows at the speed its weight is read."""
 
-    isa = Isa.PLAIN
+    isa, activations = Isa.PLAIN, Activations.FLOAT32
 
     @classmethod
-    def of(cls, linear: nn.Linear, isa: Isa) -> RowsLinear:
+    def of(
+        cls, linear: nn.Linear, isa: Isa | None = None, activations: Activations | None = None
+    ) -> Self:
         """Take over a linear's weight, which is shared and not copied."""
         made = cls(linear.in_features, linear.out_features, bias=False, device="meta")
-        made.weight, made.isa = linear.weight, isa
+        made.weight = linear.weight
+        made.isa, made.activations = choose_code(isa, activations)
         return made
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name
@@ -41,7 +51,7 @@ class RowsLinear(nn.Linear):
             return super().forward(x)  # torch has its own words for what does not fit
         x = x.contiguous()
         out = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
-        failed = load_library().gptq_rows(
+        failed = load_library().gptq_head(
             weight.data_ptr(), x.data_ptr(), out.data_ptr(), rows, self.in_features,
             self.out_features, TYPES[x.dtype], self.isa, torch.get_num_threads(),
         )  # fmt: skip
@@ -69,7 +79,9 @@ class TopLogitsLinear(RowsLinear):
     """
 
     @classmethod
-    def of(cls, linear: nn.Linear, isa: Isa) -> TopLogitsLinear:
+    def of(
+        cls, linear: nn.Linear, isa: Isa | None = None, activations: Activations | None = None
+    ) -> Self:
         """Take over a linear's weight, and copy it in 8 bits.
 
         Raises:
@@ -78,12 +90,12 @@ class TopLogitsLinear(RowsLinear):
         if linear.in_features % 4:
             raise ValueError(f"{linear.in_features} inputs do not fill words of 8-bit codes")
         check_tensor("weight", linear.weight, (linear.out_features, linear.in_features), *TYPES)
-        made = cls(linear.in_features, linear.out_features, bias=False, device="meta")
-        made.weight, made.isa = linear.weight, isa
-        made._copy()
+        made = super().of(linear, isa, activations)
+        made.quantize()
         return made
 
-    def _copy(self) -> None:
+    def quantize(self) -> None:
+        """Copy the weight in 8 bits, as it is now."""
         weight = self.weight.detach().contiguous()
         columns, rows = weight.shape
         tiles = -(-columns // COLUMNS)
@@ -101,12 +113,12 @@ class TopLogitsLinear(RowsLinear):
             "zeros": torch.full(scales.shape, ZERO, dtype=torch.uint8),
         }
         places = {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
-        load_library().gptq_narrow(
+        load_library().gptq_quantize_head(
             weight.data_ptr(), columns, rows, places["words"], places["scales"],
             self.errors.data_ptr(), lengths.data_ptr(), TYPES[weight.dtype], self.isa,
             torch.get_num_threads(),
         )  # fmt: skip
-        self.narrow = Layer(
+        self.narrow = Linear(
             bits=8, in_features=rows, out_features=columns, units=rows // 4, segments=len(sizes),
             groups=len(sizes), float_scales=True, **places,
         )  # fmt: skip
@@ -143,11 +155,11 @@ class TopLogitsLinear(RowsLinear):
         x = states.contiguous()
         counts = torch.tensor(needed, dtype=torch.int64)
         out = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
-        failed = load_library().gptq_likeliest(
+        failed = load_library().gptq_top_logits(
             ctypes.addressof(self.narrow), self.errors.data_ptr(), self.longest,
             self.weight.data_ptr(), x.data_ptr(), len(needed), counts.data_ptr(),
             None if excluded is None else excluded.data_ptr(), out.data_ptr(), TYPES[x.dtype],
-            self.isa, torch.get_num_threads(),
+            self.isa, self.activations, torch.get_num_threads(),
         )  # fmt: skip
         return None if failed else out
 
@@ -158,7 +170,7 @@ class TopLogitsLinear(RowsLinear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and copy the weight again."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._copy()
+        self.quantize()
 
     def _state(self) -> tuple[int, int]:
         """Give what changes with the weight."""

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gptq_loader_kernels.cpu.decoder import CACHE, NativeStep
+from gptq_loader_kernels.cpu.decoder import CACHE, NativeDecoder
 from gptq_loader_kernels.cpu.describe import all_packed, why_not
 from gptq_loader_kernels.cpu.head import RowsLinear
-from gptq_loader_kernels.cpu.library import Isa, load_library
 from gptq_loader_plugin.generation.kv_cache import make_cache
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ FEW = (5, 5)  # the same as steps alone
 TOLERANCE, ROUNDING, SPREAD = 1e-3, 8e-2, 1.5
 
 
-def install(model: Any) -> NativeStep | str:  # noqa: ANN401 - a transformers model
+def install(model: Any) -> NativeDecoder | str:  # noqa: ANN401 - a transformers model
     """Have a model decode natively, where its first steps answer as transformers' own do.
 
     Returns:
@@ -38,18 +37,18 @@ def install(model: Any) -> NativeStep | str:  # noqa: ANN401 - a transformers mo
     decoder: Any = getattr(model, "model", None)
     if (reason := why_not(decoder)) is not None:
         return reason
-    step = NativeStep(decoder)
+    step = NativeDecoder(decoder)
     decoder.forward = step.forward
     if (reason := _difference(step)) is not None:
         decoder.forward = step.otherwise
         return reason
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and head.bias is None:
-        model.set_output_embeddings(RowsLinear.of(head, Isa(load_library().gptq_isa())))
+        model.set_output_embeddings(RowsLinear.of(head))
     return step
 
 
-def _difference(step: NativeStep) -> str | None:
+def _difference(step: NativeDecoder) -> str | None:
     """Compare a prompt and a step with transformers' own forward; say what differs.
 
     Where every layer is packed, both compute in float32 too, which tells a mistake from rounding.
@@ -76,7 +75,7 @@ def _answer(forward: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
     return states.float()
 
 
-def _steps(step: NativeStep, x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+def _steps(step: NativeDecoder, x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
     """Give the states after so many tokens at a time, or not a number where one was not native."""
     cache, taken = make_cache(step.decoder), step.steps + step.prompts
     parts = [

@@ -12,14 +12,16 @@ from typing import Any
 __all__ = [
     "NORMS",
     "PARTS",
-    "Block",
-    "Cache",
+    "Activations",
+    "DecoderLayer",
     "Isa",
-    "Layer",
+    "KvCache",
     "LibraryMismatch",
+    "Linear",
     "Model",
     "Projection",
     "Sequence",
+    "choose_code",
     "find_library",
     "held_bits",
     "load_library",
@@ -32,18 +34,25 @@ COLUMNS = 64  # of a tile
 
 
 class Isa(IntEnum):
-    """The code that runs a product, by what it asks of the processor."""
+    """The code that runs a product, by the instructions it needs."""
 
     PLAIN = 0
     AVX2 = 1
     AVX512 = 2
-    BF16 = 3
-    TWO_BYTES = 4  # of x, in BF16's place where that is faster
-    ONE_BYTE = 5  # of x, which rounds it
+    AVX512_BF16 = 3
 
 
-class Layer(ctypes.Structure):
-    """`GptqLayer` of interface.h, field by field."""
+class Activations(IntEnum):
+    """What x is multiplied as."""
+
+    FLOAT32 = 0
+    BF16 = 1  # by AVX512_BF16's code
+    INT16 = 2  # by AVX512-VNNI, as good as BF16
+    INT8 = 3  # by AVX512-VNNI; rounds x
+
+
+class Linear(ctypes.Structure):
+    """`GptqLinear` of interface.h, field by field."""
 
     _fields_ = (
         ("bits", ctypes.c_int32),
@@ -67,7 +76,7 @@ class Projection(ctypes.Structure):
     """`GptqProjection` of interface.h."""
 
     _fields_ = (
-        ("packed", ctypes.POINTER(Layer)),
+        ("packed", ctypes.POINTER(Linear)),
         ("weight", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("in_features", ctypes.c_int32),
@@ -87,14 +96,14 @@ PARTS = {
 }
 NORMS = {
     "input_norm": "input_layernorm",
-    "inner_norm": "post_attention_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
     "q_norm": "self_attn.q_norm",
     "k_norm": "self_attn.k_norm",
 }
 
 
-class Block(ctypes.Structure):
-    """`GptqBlock` of interface.h."""
+class DecoderLayer(ctypes.Structure):
+    """`GptqDecoderLayer` of interface.h."""
 
     _fields_ = (
         *((name, Projection) for name in PARTS),
@@ -103,8 +112,8 @@ class Block(ctypes.Structure):
     )
 
 
-class Cache(ctypes.Structure):
-    """`GptqCache` of interface.h."""
+class KvCache(ctypes.Structure):
+    """`GptqKvCache` of interface.h."""
 
     _fields_ = (
         ("keys", ctypes.c_void_p),
@@ -119,7 +128,7 @@ class Sequence(ctypes.Structure):
     _fields_ = (
         ("past", ctypes.c_int64),
         ("tokens", ctypes.c_int64),
-        ("caches", ctypes.POINTER(Cache)),
+        ("caches", ctypes.POINTER(KvCache)),
     )
 
 
@@ -130,21 +139,22 @@ class Model(ctypes.Structure):
         *(
             (name, ctypes.c_int32)
             for name in (
-                "blocks", "hidden", "heads", "kv_heads", "head_dim", "inner", "type", "isa",
+                "layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "type", "isa",
+                "activations",
             )
         ),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
         ("norm", ctypes.c_void_p),
-        ("block", ctypes.POINTER(Block)),
+        ("layer", ctypes.POINTER(DecoderLayer)),
     )  # fmt: skip
 
 
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
-    "GptqLayer": Layer,
+    "GptqLinear": Linear,
     "GptqProjection": Projection,
-    "GptqBlock": Block,
-    "GptqCache": Cache,
+    "GptqDecoderLayer": DecoderLayer,
+    "GptqKvCache": KvCache,
     "GptqSequence": Sequence,
     "GptqModel": Model,
 }
@@ -159,18 +169,34 @@ LETTERS: dict[str, Any] = {
 # Each function's result and arguments, as `gptq_signature` has them.
 FUNCTIONS = {
     "gptq_isa": "i",
+    "gptq_activations": "i",
     "gptq_amx": "i",
     "gptq_pack": "iiipplllpi",
-    "gptq_matmul": "ipppliii",
+    "gptq_matmul": "ipppliiii",
     "gptq_unpack": "vpllpiii",
     "gptq_gemm": "ippiplii",
-    "gptq_step": "ippppplpi",
-    "gptq_prompt": "ippppppii",
-    "gptq_rows": "ipppllliii",
-    "gptq_narrow": "vpllppppiii",
-    "gptq_likeliest": "ippfpplpppiii",
+    "gptq_decode_step": "ippppplpi",
+    "gptq_prefill": "ippppppii",
+    "gptq_head": "ipppllliii",
+    "gptq_quantize_head": "vpllppppiii",
+    "gptq_top_logits": "ippfpplpppiiii",
     "gptq_read_bandwidth": "dlii",
 }
+
+
+def choose_code(
+    isa: Isa | None = None, activations: Activations | None = None
+) -> tuple[Isa, Activations]:
+    """Choose what is not given: the best of this processor, or what goes with the instructions.
+
+    The activations are those of a bfloat16 x; one in float32 is multiplied in float32.
+    """
+    if isa is None:
+        library = load_library()
+        isa, best = Isa(library.gptq_isa()), Activations(library.gptq_activations())
+    else:
+        best = Activations.BF16 if isa >= Isa.AVX512_BF16 else Activations.FLOAT32
+    return isa, best if activations is None else activations
 
 
 def held_bits(bits: int) -> int:

@@ -12,8 +12,10 @@ from gptq_loader_kernels.autograd import needs_gradient, with_gradient
 from gptq_loader_kernels.cpu.autograd import by_unpacking
 from gptq_loader_kernels.cpu.library import (
     COLUMNS,
+    Activations,
     Isa,
-    Layer,
+    Linear,
+    choose_code,
     held_bits,
     load_library,
     unit_rows,
@@ -55,8 +57,8 @@ class NativeLinear(torch.nn.Module):
         in_features: the length of x.
         out_features: the length of y.
         isa: the code to run, by default the best the processor has.
+        activations: what a bfloat16 x is multiplied as, by default the fastest that rounds nothing.
         amx: whether to multiply many rows by the processor's matrix unit, by default where it can.
-        int8: round x to 8 bits and multiply integers, in bfloat16's place.
 
     Raises:
         ValueError: the layer's tensors do not fit each other, or these sizes.
@@ -69,8 +71,8 @@ class NativeLinear(torch.nn.Module):
         in_features: int,
         out_features: int,
         isa: Isa | None = None,
+        activations: Activations | None = None,
         amx: bool | None = None,
-        int8: bool = False,
     ) -> None:
         super().__init__()
         check_packed(packed, in_features, out_features)
@@ -78,12 +80,11 @@ class NativeLinear(torch.nn.Module):
         self.out_features = out_features
         self.bits = held_bits(packed.bits)
         self._library = load_library()
-        self._isa = Isa(self._library.gptq_isa()) if isa is None else isa
+        self._isa, self.activations = choose_code(isa, activations)
         self._amx = bool(self._library.gptq_amx()) if amx is None else amx
-        self.int8 = int8
         self.unpack_from = UNPACK_FROM[min(self._isa, Isa.AVX512)]
         self.panels_from = PANELS_FROM_AMX if self._amx else PANELS_FROM
-        self._layer: Layer | None = None
+        self._layer: Linear | None = None
         self._addresses: list[int | None] = []
         rows, segment_units, segment_group = _lay_out(packed.g_idx, self.bits)
         # Numbers are kept as raw bits: a model's .to(dtype) must not change them.
@@ -117,29 +118,30 @@ class NativeLinear(torch.nn.Module):
         if x.dtype not in TYPES:
             y: torch.Tensor = self(x.float())
             return y.to(x.dtype)
-        if self.int8 and x.dtype != torch.bfloat16:
+        int8 = self.activations is Activations.INT8
+        if int8 and x.dtype != torch.bfloat16:
             rounded: torch.Tensor = self(x.bfloat16())
             return rounded.to(x.dtype)
         flat = x.reshape(-1, self.in_features).contiguous()
         if flat.device.type != "cpu":
             raise RuntimeError(f"this layer was prepared for the CPU; its input is on {x.device}")
         rows = flat.shape[0]
-        panels = x.dtype == torch.bfloat16 and self._isa >= Isa.BF16
-        if not panels and not self.int8 and x.dtype == torch.float32 and rows >= self.unpack_from:
+        panels = x.dtype == torch.bfloat16 and self._isa >= Isa.AVX512_BF16 and not int8
+        if x.dtype == torch.float32 and rows >= self.unpack_from:
             return self._unpacked(flat).view(*x.shape[:-1], self.out_features)
         out = torch.empty(rows, self.out_features, dtype=x.dtype)
         layer, read, written = ctypes.addressof(self.filled()), flat.data_ptr(), out.data_ptr()
         threads = torch.get_num_threads()
-        if panels and not self.int8 and rows >= self.panels_from:
+        if panels and rows >= self.panels_from:
             layers, outs = ctypes.c_void_p(layer), ctypes.c_void_p(written)
             failed = self._library.gptq_gemm(
                 ctypes.addressof(layers), ctypes.addressof(outs), 1, read, rows, self._amx, threads
             )
         else:
-            isa = self._isa if panels else min(self._isa, Isa.AVX512)
-            isa = Isa.ONE_BYTE if self.int8 else isa
+            exact = x.dtype == torch.float32
+            activations = Activations.FLOAT32 if exact else self.activations
             failed = self._library.gptq_matmul(
-                layer, read, written, rows, TYPES[x.dtype], isa, threads
+                layer, read, written, rows, TYPES[x.dtype], self._isa, activations, threads
             )
         if failed:
             raise MemoryError(f"no memory for the activations of {rows} tokens")
@@ -171,8 +173,11 @@ class NativeLinear(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """Say the shape when printed."""
-        isa = Isa.ONE_BYTE if self.int8 else self._isa
-        code = isa.name + (" with AMX" if self._amx and not self.int8 else "")
+        code = self._isa.name
+        if self.activations > Activations.BF16:
+            code += f", activations {self.activations.name}"
+        if self._amx and self.activations is not Activations.INT8:
+            code += " with AMX"
         return f"{self.in_features}, {self.out_features}, {self.bits}-bit, {code}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -184,7 +189,7 @@ class NativeLinear(torch.nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._library = load_library()
 
-    def filled(self) -> Layer:
+    def filled(self) -> Linear:
         """Give the layer as the library reads it, anew where its tensors have moved."""
         tensors = self._buffers
         addresses = [None if it is None else it.data_ptr() for it in tensors.values()]
@@ -217,7 +222,7 @@ class NativeLinear(torch.nn.Module):
         check_range("segment_units", segment_units, 1, SEGMENT_ROWS // unit + 1)
         if int(segment_units.sum()) != units:
             raise ValueError(f"segment_units do not add up to {units} units")
-        layer = Layer(
+        layer = Linear(
             bits=self.bits,
             in_features=self.in_features,
             out_features=self.out_features,

@@ -1,0 +1,100 @@
+// Vectors of 64 bytes, the targets that functions are compiled for, and conversions of numbers.
+//
+// Everything is compiled for the plainest processor of its kind; functions for AVX2, AVX-512 and
+// AVX512-BF16 carry a target attribute, and gptq_isa() tells which of them may be called.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#define X86 1
+#if defined(__clang__)
+#include <immintrin.h>
+#else
+// gcc 12 takes what this header leaves undefined on purpose for a mistake:
+// https://gcc.gnu.org/PR105593
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+#endif
+
+#if defined(__clang__)
+#define WIDE ""
+#else
+#define WIDE ",prefer-vector-width=512"  // unknown to clang, which obeys the vectors' own width
+#endif
+#define AVX512_FLAGS "avx512f,avx512bw,avx512vl,avx512dq"
+#define AVX2_TARGET __attribute__((target("avx2,fma")))
+#define AVX512_TARGET __attribute__((target(AVX512_FLAGS WIDE)))
+#define BF16_TARGET __attribute__((target(AVX512_FLAGS ",avx512bf16" WIDE)))
+#define VNNI_TARGET __attribute__((target(AVX512_FLAGS ",avx512vnni" WIDE)))
+#if defined(X86) && defined(__linux__)
+#define MATRIX_UNIT 1  // there may be one: AMX
+#define AMX_TARGET __attribute__((target("amx-tile,amx-bf16," AVX512_FLAGS ",avx512bf16" WIDE)))
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+// The best of what was compiled: NAME_avx512, NAME_avx2 or NAME_plain.
+#ifdef X86
+#define DISPATCH(NAME, ISA, ...)                \
+  ((ISA) >= AVX512 ? NAME##_avx512(__VA_ARGS__) \
+   : (ISA) == AVX2 ? NAME##_avx2(__VA_ARGS__)   \
+                   : NAME##_plain(__VA_ARGS__))
+#else
+#define DISPATCH(NAME, ISA, ...) NAME##_plain(__VA_ARGS__)
+#endif
+
+namespace gptq {
+
+constexpr int LANES = 16;  // of a vector: 64 bytes of int32 or float
+
+typedef float floats __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef uint32_t uints __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+typedef uint8_t bytes __attribute__((vector_size(16)));
+
+// Instruction sets; AVX512_BF16 is AVX512 with products of bfloat16 (vdpbf16ps).
+enum Isa { PLAIN = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
+
+// What x is multiplied as: FLOAT32 by any code, BF16 by vdpbf16ps, INT16 and INT8 by vpdpbusd
+// (AVX512-VNNI). INT16 is as good as BF16; INT8 rounds x.
+enum class Activations { FLOAT32 = 0, BF16 = 1, INT16 = 2, INT8 = 3 };
+
+// The dtype of x, y and of weights that are not packed.
+enum Type { FLOAT32 = 0, BFLOAT16 = 1 };
+
+INLINE float as_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+INLINE uint32_t as_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+// Round to nearest, ties to even; not-a-number stays one.
+INLINE uint16_t to_bfloat16(float value) {
+  const uint32_t bits = as_bits(value);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE float from_bfloat16(uint16_t value) { return as_float(uint32_t(value) << 16); }
+
+// Element `at` of a tensor of `type`.
+INLINE float load_number(const void* from, int type, int64_t at) {
+  if (type == FLOAT32) return static_cast<const float*>(from)[at];
+  return from_bfloat16(static_cast<const uint16_t*>(from)[at]);
+}
+
+}  // namespace gptq

@@ -1,0 +1,38 @@
+"""The native library's code paths, as parameters of tests: those that this processor runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from gptq_loader_kernels.cpu.library import Activations, Isa, find_library, load_library
+from gptq_loader_plugin.device import find_device
+
+__all__ = ["CODES", "EXACT_CODES", "Code", "runs"]
+
+Code = tuple[Isa, Activations]
+
+
+def runs(isa: Isa, activations: Activations) -> bool:
+    """Whether this processor runs a code path."""
+    if find_library() is None or isa > load_library().gptq_isa():
+        return False
+    integers = activations in {Activations.INT16, Activations.INT8}
+    return not integers or "avx512_vnni" in find_device("cpu").features
+
+
+def _parameters(*activations: Activations) -> list[object]:
+    codes = [(isa, Activations.FLOAT32) for isa in list(Isa)[:-1]]
+    codes += [(Isa.AVX512_BF16, it) for it in activations]
+    return [
+        pytest.param(code, id="-".join(it.name for it in code), marks=_mark(code)) for code in codes
+    ]
+
+
+def _mark(code: Code) -> pytest.MarkDecorator:
+    isa, activations = code
+    reason = f"this processor does not run {isa.name} with {activations.name}"
+    return pytest.mark.skipif(not runs(*code), reason=reason)
+
+
+EXACT_CODES = _parameters(Activations.BF16, Activations.INT16)
+CODES = _parameters(Activations.BF16, Activations.INT16, Activations.INT8)
