@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.chat.messages import check_messages
+from gptq_loader_plugin.errors import TemplateError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ __all__ = ["control_tokens", "encode_messages"]
 # <tool_call> are content: templates look for them in what an assistant said.
 CONTROL_SHAPE = re.compile(r"<[|\uff5c].*[|\uff5c]>|\[/?[A-Z_]+\]|</?s>", re.DOTALL)
 PRIVATE_USE = range(0xE000, 0xF8FF)
+WORD = re.compile(r"\w{1,50}")
+PROBE = "gptqquestion"
 ANCHOR = "\ue002"  # no vocabulary merges it with its neighbours
 
 
@@ -54,7 +57,7 @@ def encode_messages(
         The prompt's token ids.
 
     Raises:
-        TemplateError: the template does not take these messages.
+        TemplateError: the template does not take these messages, or leaves out what the user says.
     """
     checked = check_messages(messages)
     controls = control_tokens(tokenizer)
@@ -63,12 +66,14 @@ def encode_messages(
     spelled = [token for token in controls if token in contents]
     if not spelled:
         text = template.render(checked, add_generation_prompt=add_generation_prompt)
+        _check_words(template, checked, text)
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return _joined(start, ids)
-    mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in contents)
+    mark = _unused_mark(contents)
     stand_ins = {token: f"{mark}{i}{mark}" for i, token in enumerate(spelled)}
     disguised = [{**_replaced(message, stand_ins), "role": message["role"]} for message in checked]
     text = template.render(disguised, add_generation_prompt=add_generation_prompt)
+    _check_words(template, disguised, text)
     restored = {stand_in: token for token, stand_in in stand_ins.items()}
     ids = []
     end = 0
@@ -93,6 +98,42 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
         if token and index is not None:
             controls.setdefault(str(token), int(index))
     return controls
+
+
+def _check_words(template: Template, messages: Sequence[dict[str, Any]], rendered: str) -> None:
+    """Refuse a prompt that is the same whatever the user says.
+
+    Raises:
+        TemplateError: what the last user message says is not in it.
+    """
+    asked = next((i for i, it in reversed([*enumerate(messages)]) if it["role"] == "user"), None)
+    words = [] if asked is None else WORD.findall(messages[asked]["content"])
+    if asked is None or not words or max(words, key=len) in rendered:
+        return
+    probed = list(messages)
+    probed[asked] = {
+        **probed[asked],
+        "content": PROBE,
+    }  # a template may change how words are written
+    if PROBE in template.render(probed):
+        return
+    raise TemplateError(
+        f"the chat template of {template.source} leaves out what the user says",
+        hint='choose another template: template="chatml"',
+    )
+
+
+def _unused_mark(contents: str) -> str:
+    """Return characters that the contents do not have: one of private use, or more than there are.
+
+    A run of a character, longer than any in the contents, serves where every one of them is used.
+    """
+    used = set(contents)
+    unused = next((chr(code) for code in PRIVATE_USE if chr(code) not in used), None)
+    if unused is not None:
+        return unused
+    first = chr(PRIVATE_USE.start)
+    return first * (max(map(len, re.findall(f"{first}+", contents))) + 1)
 
 
 def _plain(

@@ -136,13 +136,11 @@ def _named(
             hint='leave template out, or name another: template="chatml"',
         )
     if any(mark in named for mark in JINJA_MARKS):
-        return JinjaTemplate(
-            named, name="given", source="the text given", tokens=tokens
-        ).with_stop()
+        return JinjaTemplate(named, name="given", source="the text given", tokens=tokens).probed()
     file = local_path(named)
     if file.is_file():
         text = _text(file)
-        return JinjaTemplate(text, name=file.stem, source=file.name, tokens=tokens).with_stop()
+        return JinjaTemplate(text, name=file.stem, source=file.name, tokens=tokens).probed()
     names = ", ".join(
         dict.fromkeys(["chatml", "checkpoint", "card", *(template.name for template in offered)])
     )
@@ -155,16 +153,30 @@ def _own(folder: Path, tokens: dict[str, str]) -> Template | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         text = _text(file)
-        return JinjaTemplate(text, source=file.name, tokens=tokens).with_stop()
+        return JinjaTemplate(text, source=file.name, tokens=tokens).probed()
     for name in ("chat_template.json", "tokenizer_config.json"):
         value = _table(folder / name).get("chat_template")
+        source = name
         if isinstance(value, list):  # several, by name
-            value = next(
-                (entry.get("template") for entry in value if entry.get("name") == "default"), None
-            )
+            value, called = _first_template(value)
+            source = f"{name}, the one called {called!r}" if called != "default" else name
         if isinstance(value, str) and value:
-            return JinjaTemplate(value, source=name, tokens=tokens).with_stop()
+            return JinjaTemplate(value, source=source, tokens=tokens).probed()
     return None
+
+
+def _first_template(entries: list[Any]) -> tuple[str | None, str]:
+    """Return the default one of several templates, or the first that is for plain chats; its name.
+
+    Some are for tools or documents alone ("tool_use", "rag"), and come last.
+    """
+    named = [
+        (entry.get("template"), str(entry.get("name")))
+        for entry in entries
+        if isinstance(entry, dict) and isinstance(entry.get("template"), str)
+    ]
+    named.sort(key=lambda it: (it[1] != "default", it[1] in ("tool_use", "rag")))
+    return named[0] if named else (None, "default")
 
 
 def _cards(card: Card) -> Template | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.chat.encode import encode_messages
+from gptq_loader_plugin.chat.jinja_process import RENDER_SECONDS, render_jinja
 from gptq_loader_plugin.chat.messages import check_messages
 from gptq_loader_plugin.errors import TemplateError
 
@@ -38,6 +39,21 @@ END_MARK = re.compile(r"\s*(<[^<>\s]{1,40}>|\[/?[A-Z]{2,20}\])")
 # "[INST]", "<|user|>"; on a line of its own a header may have several words.
 USER_HEADER = re.compile(
     r"(?:(?:^|\n)(?P<line>[^\n]{0,40}:)|(?P<word>[^\s.,:;]+:)|(?P<mark>\[[A-Z]+\]|<[^<>\s]+>))\s*\Z"
+)
+USER_PROBE, REPLY_PROBE, SYSTEM_PROBE = "gptqquestion", "gptqprobe", "gptqsystem"
+PROBES = (("user", USER_PROBE), ("assistant", REPLY_PROBE))
+PROBE_SECONDS = 1.0
+# The names of a message's reasoning, of which a template reads one; transformers gives it all.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+# Makes a list of parts of every content that is a text. A namespace, since a loop sets nothing
+# outside; what ends in {{ }} leaves the line break that a template may begin with.
+AS_PARTS = (
+    "{% set contents = namespace(messages=[]) %}{% for message in messages %}"
+    "{% if message['content'] is string and message['role'] in ROLES %}"
+    "{% set contents.messages = contents.messages + [dict(message, content="
+    "[{'type': 'text', 'text': message['content']}])] %}"
+    "{% else %}{% set contents.messages = contents.messages + [message] %}{% endif %}{% endfor %}"
+    "{% set messages = contents.messages %}{{ '' }}"
 )
 FIXED_SYSTEM = re.compile(r"<<SYS>>.*?<</SYS>>\s*", re.DOTALL)
 
@@ -83,7 +99,7 @@ class ChatML:
 
 @dataclass(frozen=True, slots=True)
 class JinjaTemplate:
-    """A checkpoint's own chat template, rendered by transformers.
+    """A checkpoint's own chat template, rendered as transformers does.
 
     Attributes:
         text: the jinja source.
@@ -93,7 +109,7 @@ class JinjaTemplate:
     text: str
     name: str = "checkpoint"
     source: str = "chat_template.jinja"
-    tokens: Mapping[str, str] = field(default_factory=dict)
+    tokens: Mapping[str, Any] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
@@ -102,31 +118,10 @@ class JinjaTemplate:
         Raises:
             TemplateError: the template is broken, or refuses these messages.
         """
-        import jinja2
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            render: Any = render_jinja_template
-            rendered, _ = render(
-                conversations=[check_messages(messages)],
-                chat_template=self.text,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokens,
-            )
-        except jinja2.TemplateSyntaxError as error:
-            raise TemplateError(
-                f"the chat template of {self.source} is broken in line {error.lineno}: "
-                f"{error.message}",
-                hint='repair it, or choose another template: template="chatml"',
-            ) from error
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-            raise TemplateError(
-                f"the chat template of {self.source} does not take these messages: {error}",
-                hint="leave out the system message, or alternate user and assistant; or choose "
-                'another template: template="chatml"',
-            ) from error
-        text: str = rendered[0]
-        return text
+        return self._render(
+            [_with_reasoning(message) for message in check_messages(messages)],
+            add_generation_prompt=add_generation_prompt,
+        )
 
     def encode(
         self,
@@ -140,30 +135,56 @@ class JinjaTemplate:
             self, messages, tokenizer, add_generation_prompt=add_generation_prompt, add_bos=False
         )
 
-    def _render_alone(self, messages: Sequence[Message]) -> str:
-        """Render without transformers, which would bring torch into `inspect`; else with it."""
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    def probed(self) -> JinjaTemplate:
+        """Find out where a reply ends, and in which form the template takes contents.
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        try:
-            return environment.from_string(self.text).render(messages=messages, **self.tokens)
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError):
-            return self.render(messages, add_generation_prompt=False)
+        Those of models with pictures take a list of parts, and leave out a content that is a text;
+        such a template is given what makes a list of it.
+        """
+        turns = [_turn("user", USER_PROBE), _turn("assistant", REPLY_PROBE)]
+        found = self._probe(turns)
+        parts = {role for role, probe in PROBES if probe not in found}
+        template = self
+        if parts:
+            in_parts = self._in_parts(parts)
+            text = in_parts._probe(turns)  # noqa: SLF001 - another of its own
+            if all(probe in text for _, probe in PROBES):
+                template, found = in_parts, text
+        system = _turn("system", SYSTEM_PROBE)
+        if SYSTEM_PROBE not in template._probe([system, *turns]):  # noqa: SLF001
+            in_parts = self._in_parts({*parts, "system"})
+            if SYSTEM_PROBE in in_parts._probe([system, *turns]):  # noqa: SLF001
+                template = in_parts
+        mark = END_MARK.match(found.partition(REPLY_PROBE)[2])
+        return replace(template, stop=(mark[1],)) if mark else template
 
-    def with_stop(self) -> JinjaTemplate:
-        """Find what the template writes right after an assistant's content, where a reply ends."""
-        probe = "gptqprobe"
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": probe}]
+    def _in_parts(self, roles: set[str]) -> JinjaTemplate:
+        """Give a template the contents of some roles as parts, and the tools' with the user's."""
+        listed = sorted(roles | ({"tool"} if "user" in roles else set()))
+        return replace(self, text=AS_PARTS.replace("ROLES", str(listed)) + self.text)
+
+    def _probe(self, messages: Sequence[Message]) -> str:
+        """Render words of our own, or nothing where it refuses them."""
         try:
-            text = self._render_alone(turns)
+            return self._render(messages, add_generation_prompt=False, seconds=PROBE_SECONDS)
         except TemplateError:
-            return self
-        after = text.partition(probe)[2]
-        mark = END_MARK.match(after)
-        return replace(self, stop=(mark[1],)) if mark else self
+            return ""
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        seconds: float = RENDER_SECONDS,
+    ) -> str:
+        variables = {
+            "tools": None,
+            "documents": None,
+            **self.tokens,
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return render_jinja(self.text, variables, source=self.source, seconds=seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,3 +268,16 @@ class CardTemplate:
         else:
             before = before.rpartition("{system_message}")[2].lstrip()
         return f"{before}{{prompt}}{after}"
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Give a message's reasoning under every name that templates have for it."""
+    said = (message.get(name) for name in REASONING)
+    reasoning = next((text for text in said if text is not None), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}

@@ -156,7 +156,7 @@ def test_a_template_of_a_file_or_an_object(tmp_path: Path) -> None:
 
 
 def test_a_template_that_refuses_says_so() -> None:
-    template = JinjaTemplate(LLAMA_2, tokens={"bos_token": "<s>", "eos_token": "</s>"}).with_stop()
+    template = JinjaTemplate(LLAMA_2, tokens={"bos_token": "<s>", "eos_token": "</s>"}).probed()
     assert template.render([USER]) == "<s>[INST] Tell me about AI [/INST]"
     assert template.stop == ("</s>",)
     with pytest.raises(gptq.TemplateError, match="system messages are not taken") as caught:
