@@ -106,13 +106,13 @@ def _check_words(template: Template, messages: Sequence[dict[str, Any]], rendere
     Raises:
         TemplateError: what the last user message says is not in it.
     """
-    asked = next((i for i, it in reversed([*enumerate(messages)]) if it["role"] == "user"), None)
-    words = [] if asked is None else WORD.findall(messages[asked]["content"])
-    if asked is None or not words or max(words, key=len) in rendered:
+    last = next((i for i, it in reversed([*enumerate(messages)]) if it["role"] == "user"), None)
+    words = [] if last is None else WORD.findall(messages[last]["content"])
+    if last is None or not words or max(words, key=len) in rendered:
         return
     probed = list(messages)
-    probed[asked] = {
-        **probed[asked],
+    probed[last] = {
+        **probed[last],
         "content": PROBE,
     }  # a template may change how words are written
     if PROBE in template.render(probed):

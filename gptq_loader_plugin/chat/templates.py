@@ -142,20 +142,20 @@ class JinjaTemplate:
         such a template is given what makes a list of it.
         """
         turns = [_turn("user", USER_PROBE), _turn("assistant", REPLY_PROBE)]
-        found = self._probe(turns)
-        parts = {role for role, probe in PROBES if probe not in found}
+        text = self._probe(turns)
+        parts = {role for role, probe in PROBES if probe not in text}
         template = self
         if parts:
             in_parts = self._in_parts(parts)
-            text = in_parts._probe(turns)  # noqa: SLF001 - another of its own
-            if all(probe in text for _, probe in PROBES):
-                template, found = in_parts, text
+            probed = in_parts._probe(turns)  # noqa: SLF001 - another of its own
+            if all(probe in probed for _, probe in PROBES):
+                template, text = in_parts, probed
         system = _turn("system", SYSTEM_PROBE)
         if SYSTEM_PROBE not in template._probe([system, *turns]):  # noqa: SLF001
             in_parts = self._in_parts({*parts, "system"})
             if SYSTEM_PROBE in in_parts._probe([system, *turns]):  # noqa: SLF001
                 template = in_parts
-        mark = END_MARK.match(found.partition(REPLY_PROBE)[2])
+        mark = END_MARK.match(text.partition(REPLY_PROBE)[2])
         return replace(template, stop=(mark[1],)) if mark else template
 
     def _in_parts(self, roles: set[str]) -> JinjaTemplate:
@@ -272,8 +272,8 @@ class CardTemplate:
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """Give a message's reasoning under every name that templates have for it."""
-    said = (message.get(name) for name in REASONING)
-    reasoning = next((text for text in said if text is not None), None)
+    values = (message.get(name) for name in REASONING)
+    reasoning = next((text for text in values if text is not None), None)
     if reasoning is None:
         return message
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}

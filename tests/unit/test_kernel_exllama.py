@@ -263,7 +263,7 @@ def test_a_prompt_dequantises_layers_within_the_limit(
 def test_a_layer_beyond_the_limit_takes_no_scratch(
     double: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptq_loader_kernels.exllama.linear.MOST_ELEMENTS", 1000)
+    monkeypatch.setattr("gptq_loader_kernels.exllama.linear.MAX_ELEMENTS", 1000)
     case = Case()
     module = ExllamaKernel().prepare(*make_layer(case)[:2], CPU)
     assert error(module, case, 33) < TOLERANCE

@@ -110,10 +110,10 @@ class CpuKernel:
         """Read `size` bytes of memory with torch's threads: bytes a second of the best round."""
         import torch
 
-        found: float = load_library().gptq_read_bandwidth(
+        speed: float = load_library().gptq_read_bandwidth(
             size, BANDWIDTH_ROUNDS, torch.get_num_threads()
         )
-        return found or None
+        return speed or None
 
 
 @dataclass(frozen=True, slots=True)

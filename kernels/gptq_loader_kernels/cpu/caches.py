@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_kernels.cpu.library import Model
 
-__all__ = ["HeldCaches", "give_room", "is_roomy"]
+__all__ = ["HeldCaches", "is_growable", "make_growable"]
 
 
 class HeldCaches:
@@ -55,7 +55,7 @@ class HeldCaches:
         return places
 
 
-def is_roomy(cache: Any, model: Model, dtype: torch.dtype) -> bool:  # noqa: ANN401 - transformers' caches
+def is_growable(cache: Any, model: Model, dtype: torch.dtype) -> bool:  # noqa: ANN401 - transformers' caches
     """Return whether a cache is one the step writes: of this model, and of one sequence."""
     if type(cache) is not DynamicCache or len(cache.layers) != model.layers:
         return False
@@ -75,17 +75,17 @@ def is_roomy(cache: Any, model: Model, dtype: torch.dtype) -> bool:  # noqa: ANN
     return True
 
 
-def give_room(cache: Any) -> None:  # noqa: ANN401
+def make_growable(cache: Any) -> None:  # noqa: ANN401
     """Give transformers' own layers room: plain ones, and sliding ones that are empty."""
     if type(cache) is not DynamicCache:
         return
     for layer in cache.layers:
         empty = type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized
         if type(layer) is DynamicLayer or empty:
-            _make_roomy(layer)
+            _make_growable(layer)
 
 
-def _make_roomy(layer: Any) -> None:  # noqa: ANN401 - a DynamicLayer
+def _make_growable(layer: Any) -> None:  # noqa: ANN401 - a DynamicLayer
     """Turn transformers' own layer of a cache into one with room, keeping what it holds."""
     keys, values = layer.__dict__.pop("keys", None), layer.__dict__.pop("values", None)
     layer.__class__ = GrowableLayer

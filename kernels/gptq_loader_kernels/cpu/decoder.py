@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from gptq_loader_kernels.cpu.caches import HeldCaches, give_room, is_roomy
+from gptq_loader_kernels.cpu.caches import HeldCaches, is_growable, make_growable
 from gptq_loader_kernels.cpu.describe import Described, describe, linears
 from gptq_loader_kernels.cpu.library import Activations, Isa, choose_code, load_library
 from gptq_loader_kernels.cpu.library import Sequence as Sequence_
@@ -25,9 +25,9 @@ from gptq_loader_plugin.generation.kv_cache import make_cache
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["CACHE", "MOST_TOKENS", "NativeDecoder"]
+__all__ = ["CACHE", "MAX_STEP_TOKENS", "NativeDecoder"]
 
-MOST_TOKENS = 8  # of a step; more are a prompt
+MAX_STEP_TOKENS = 8  # of a step; more are a prompt
 STEADY = ("default", "linear", "llama3", "yarn")  # rotations that go by position alone
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -80,13 +80,13 @@ class NativeDecoder:
                 return BaseModelOutputWithPast(last_hidden_state=y, **{CACHE: kept})
         return self.otherwise(*args, **kwargs)
 
-    def _fit(self, given: dict[str, Any]) -> tuple[torch.Tensor, Any] | None:
+    def _fit(self, arguments: dict[str, Any]) -> tuple[torch.Tensor, Any] | None:
         """Give embeddings [1, m, hidden] and the cache, where this is ours."""
-        call = None if torch.is_grad_enabled() else _Call.of(given)
+        call = None if torch.is_grad_enabled() else _Call.of(arguments)
         if call is None or call.tokens.shape[0] != 1 or call.tokens.shape[1] == 0:
             return None
-        give_room(call.cache)  # whoever reads these tokens: steps may follow
-        prompt = call.tokens.shape[1] > MOST_TOKENS
+        make_growable(call.cache)  # whoever reads these tokens: steps may follow
+        prompt = call.tokens.shape[1] > MAX_STEP_TOKENS
         if prompt and not self.takes_prompts():
             return None
         cache: Any = make_cache(self.decoder) if prompt and call.cache is None else call.cache
@@ -96,7 +96,7 @@ class NativeDecoder:
         built = self._build(x.dtype)
         if built is None or x.shape[2:] != (built.model.hidden,):
             return None
-        if not is_roomy(cache, built.model, x.dtype):
+        if not is_growable(cache, built.model, x.dtype):
             return None
         past: int = cache.layers[0].length
         return (x.contiguous(), cache) if call.goes_on_from(past) else None
@@ -128,7 +128,7 @@ class NativeDecoder:
             raise ValueError(f"{len(tokens)} sequences need as many caches, each its own")
         if self.decoder.forward not in (self.forward, self.otherwise):
             return None  # it was replaced since, by what is to see every call
-        if torch.is_grad_enabled() or not all(0 < len(it) <= MOST_TOKENS for it in tokens):
+        if torch.is_grad_enabled() or not all(0 < len(it) <= MAX_STEP_TOKENS for it in tokens):
             return None
         with self._lock:
             x = self.decoder.embed_tokens(torch.tensor([[it for ids in tokens for it in ids]]))
@@ -138,8 +138,8 @@ class NativeDecoder:
             if built is None:
                 return None
             for cache in caches:
-                give_room(cache)
-                if not is_roomy(cache, built.model, x.dtype):
+                make_growable(cache)
+                if not is_growable(cache, built.model, x.dtype):
                     return None
             states: torch.Tensor = self._run(x, caches, [len(it) for it in tokens])[0]
             return states
@@ -162,16 +162,16 @@ class NativeDecoder:
         cos, sin, y = cos.contiguous(), sin.contiguous(), torch.empty_like(x)
         for name, angles in (("cos", cos), ("sin", sin)):
             check_tensor(name, angles, (1, len(positions), built.model.head_dim), torch.float32)
-        given = (
+        arguments = (
             ctypes.addressof(built.model), x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
             ctypes.addressof(sequences),
         )  # fmt: skip
         threads, library = torch.get_num_threads(), load_library()
-        if max(tokens) > MOST_TOKENS:
-            failed = library.gptq_prefill(*given, y.data_ptr(), self.amx, threads)
+        if max(tokens) > MAX_STEP_TOKENS:
+            failed = library.gptq_prefill(*arguments, y.data_ptr(), self.amx, threads)
             self.prompts += 1
         else:
-            failed = library.gptq_decode_step(*given, len(caches), y.data_ptr(), threads)
+            failed = library.gptq_decode_step(*arguments, len(caches), y.data_ptr(), threads)
             self.steps += 1
         if failed:
             raise MemoryError(f"no memory for {len(positions)} tokens")
@@ -199,15 +199,15 @@ class _Call:
     positions: torch.Tensor | None
 
     @classmethod
-    def of(cls, given: dict[str, Any]) -> _Call | None:
+    def of(cls, arguments: dict[str, Any]) -> _Call | None:
         """Read the arguments of transformers' forward; None where one asks for more."""
-        given = dict(given)
-        ids, embedded = given.pop("input_ids", None), given.pop("inputs_embeds", None)
-        before, after = given.pop("past_key_values", None), given.pop("cache", None)
-        mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
+        arguments = dict(arguments)
+        ids, embedded = arguments.pop("input_ids", None), arguments.pop("inputs_embeds", None)
+        before, after = arguments.pop("past_key_values", None), arguments.pop("cache", None)
+        mask, positions = arguments.pop("attention_mask", None), arguments.pop("position_ids", None)
         for name in ("use_cache", "cache_position", "return_dict"):
-            given.pop(name, None)
-        if any(value is not None and value is not False for value in given.values()):
+            arguments.pop(name, None)
+        if any(value is not None and value is not False for value in arguments.values()):
             return None
         if (ids is None) == (embedded is None):
             return None  # transformers says what is wrong with that

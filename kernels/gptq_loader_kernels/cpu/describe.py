@@ -144,13 +144,15 @@ def _misfit(decoder: Any) -> str | None:  # noqa: ANN401
         if part is None:
             continue
         if isinstance(part, NativeLinear):
-            found = (part.out_features, part.in_features)
+            actual = (part.out_features, part.in_features)
         elif part.device.type != "cpu":
             return f"{name} is on {part.device}"
         else:
-            found = part.shape
-        if found != shape:
-            return f"{name} is {' x '.join(map(str, found))}, and not {' x '.join(map(str, shape))}"
+            actual = part.shape
+        if actual != shape:
+            return (
+                f"{name} is {' x '.join(map(str, actual))}, and not {' x '.join(map(str, shape))}"
+            )
     return None
 
 

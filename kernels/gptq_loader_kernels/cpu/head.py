@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
-from gptq_loader_kernels.cpu.decoder import MOST_TOKENS
+from gptq_loader_kernels.cpu.decoder import MAX_STEP_TOKENS
 from gptq_loader_kernels.cpu.library import (
     COLUMNS,
     Activations,
@@ -47,7 +47,7 @@ class RowsLinear(nn.Linear):
         """Multiply: x [..., in_features] -> [..., out_features]."""
         x, weight = input, self.weight
         rows = x.numel() // self.in_features
-        if not 0 < rows <= MOST_TOKENS or not self._takes(x):
+        if not 0 < rows <= MAX_STEP_TOKENS or not self._takes(x):
             return super().forward(x)  # torch has its own words for what does not fit
         x = x.contiguous()
         out = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)

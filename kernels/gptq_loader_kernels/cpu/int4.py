@@ -46,8 +46,8 @@ class Int4Kernel:
             )
         size = _operator_group(layer)
         if size is None:
-            least, most = layer.group_rows
-            rows = f"{most}" if least == most else f"{least} to {most}"
+            smallest, largest = layer.group_rows
+            rows = f"{largest}" if smallest == largest else f"{smallest} to {largest}"
             return Declined(
                 self.name,
                 f"groups of {rows} rows; torch's packed CPU operator takes multiples of "

@@ -238,11 +238,11 @@ class NativeLinear(torch.nn.Module):
 
 def _scratch(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """Give the calling thread's memory for unpacked weights: mapped once, not once a call."""
-    wanted = rows * columns * dtype.itemsize
+    size = rows * columns * dtype.itemsize
     kept: torch.Tensor | None = getattr(_kept, "memory", None)
-    if kept is None or kept.numel() < wanted:
-        kept = _kept.memory = torch.empty(wanted, dtype=torch.uint8)
-    return kept[:wanted].view(dtype).view(rows, columns)
+    if kept is None or kept.numel() < size:
+        kept = _kept.memory = torch.empty(size, dtype=torch.uint8)
+    return kept[:size].view(dtype).view(rows, columns)
 
 
 def _lay_out(g_idx: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -48,10 +48,10 @@ def check_range(name: str, tensor: torch.Tensor, first: int, end: int) -> None:
     """
     if tensor.numel() == 0:
         return
-    least, greatest = (int(it) for it in torch.aminmax(tensor))
-    if least < first or greatest >= end:
+    lowest, highest = (int(it) for it in torch.aminmax(tensor))
+    if lowest < first or highest >= end:
         raise ValueError(
-            f"{name} goes from {least} to {greatest}, and must from {first} to {end - 1}"
+            f"{name} goes from {lowest} to {highest}, and must from {first} to {end - 1}"
         )
 
 

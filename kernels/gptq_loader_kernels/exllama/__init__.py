@@ -31,7 +31,7 @@ RANK = 80  # the fastest for one token at a time, by every report on 4-bit GPTQ
 CAST_RANK = 55
 BITS = 4  # it counts 8 rows a word, whatever the config says
 MULTIPLE = 32  # the kernel takes 32 rows a step and has no tail
-MOST_ROWS = 65_535  # rows are permuted by unsigned 16-bit numbers
+MAX_ROWS = 65_535  # rows are permuted by unsigned 16-bit numbers
 SMALLEST_GROUP = 32  # a step reads one row of scales
 ZEROS = (1, 15)  # it stores zero - 1 in four bits and adds the one back without a wrap
 OLDEST = (6, 0)  # that its wheels are built for
@@ -102,13 +102,13 @@ def _layer_reason(layer: LayerSpec) -> str | None:  # noqa: PLR0911 - one for ea
         return f"{layer.bits}-bit; ExLlama takes {BITS}-bit only"
     if layer.in_features % MULTIPLE:
         return f"{layer.in_features} inputs; ExLlama takes multiples of {MULTIPLE}"
-    if layer.in_features > MOST_ROWS:
-        return f"{layer.in_features} inputs; ExLlama takes up to {MOST_ROWS}"
-    least, most = layer.group_rows
+    if layer.in_features > MAX_ROWS:
+        return f"{layer.in_features} inputs; ExLlama takes up to {MAX_ROWS}"
+    smallest, largest = layer.group_rows
     if layer.groups > 1 and not layer.even_groups:
-        return f"groups of {least} to {most} rows; ExLlama takes groups of one size"
-    if layer.groups > 1 and (most & (most - 1) or most < SMALLEST_GROUP):
-        return f"groups of {most}; ExLlama takes powers of two from {SMALLEST_GROUP} up"
+        return f"groups of {smallest} to {largest} rows; ExLlama takes groups of one size"
+    if layer.groups > 1 and (largest & (largest - 1) or largest < SMALLEST_GROUP):
+        return f"groups of {largest}; ExLlama takes powers of two from {SMALLEST_GROUP} up"
     low, high = layer.zero_range
     if low < ZEROS[0] or high > ZEROS[1]:
         return f"zeros from {low} to {high}; ExLlama takes {ZEROS[0]} to {ZEROS[1]}"

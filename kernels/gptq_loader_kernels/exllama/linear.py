@@ -25,7 +25,7 @@ __all__ = ["ExllamaLinear", "Scratch", "dequantised_rows"]
 MULTIPLE = 32  # of columns: those that are missing are padded
 # A product of more than 32 rows dequantises the whole weight and uses cuBLAS, where the weight has
 # at most so many elements; exllamav2's own limit (config.py, max_dq_size).
-MOST_ELEMENTS = 512 * 1024**2
+MAX_ELEMENTS = 512 * 1024**2
 ROWS_STEP = 128  # the extension rounds the rows it may dequantise down to multiples of it
 
 
@@ -181,7 +181,7 @@ class ExllamaLinear(torch.nn.Module):
 def dequantised_rows(in_features: int, columns: int) -> int:
     """Say how many rows the extension may dequantise: all, rounded up, or none where too large."""
     rows = -(-in_features // ROWS_STEP) * ROWS_STEP
-    return rows if rows * columns <= MOST_ELEMENTS else 0
+    return rows if rows * columns <= MAX_ELEMENTS else 0
 
 
 def _copy(tensor: torch.Tensor, device: str) -> torch.Tensor:

@@ -100,8 +100,8 @@ def _layer_reason(layer: LayerSpec) -> str | None:
     if layer.in_features % MULTIPLE:
         return f"{layer.in_features} inputs; Triton takes multiples of {MULTIPLE}"
     if layer.group_unit % SMALLEST_GROUP:
-        least, most = layer.group_rows
-        rows = f"{most}" if least == most else f"{least} to {most}"
+        smallest, largest = layer.group_rows
+        rows = f"{largest}" if smallest == largest else f"{smallest} to {largest}"
         return f"groups of {rows} rows; Triton takes multiples of {SMALLEST_GROUP}"
     return None
 

@@ -74,11 +74,11 @@ class Shape:
 
 def usual_shift(layer: LayerSpec) -> int:
     """Guess from its headers how many rows share a row of the layer's table."""
-    most = layer.group_rows[1]
+    largest = layer.group_rows[1]
     if layer.groups == 1:
         return ONE_GROUP
-    even = layer.groups == -(-layer.in_features // most)  # all but the last
-    return power(most if even and most & (most - 1) == 0 else layer.group_unit)
+    even = layer.groups == -(-layer.in_features // largest)  # all but the last
+    return power(largest if even and largest & (largest - 1) == 0 else layer.group_unit)
 
 
 def power(rows: int) -> int:

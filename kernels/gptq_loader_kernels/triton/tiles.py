@@ -11,9 +11,9 @@ from dataclasses import dataclass
 __all__ = ["BUCKETS", "Tile", "bucket", "candidates", "default_tiles", "fit"]
 
 BUCKETS = (8, 16, 32, 64, 1 << 30)  # a tile is chosen for this many rows of x, or fewer
-MOST_PARTS = 16  # partial sums: beyond, adding them up costs as much as they save
+MAX_PARTS = 16  # partial sums: beyond, adding them up costs as much as they save
 DEPTHS = (256, 64)  # the least at 3 bits, a unit; the most at 8, as many bytes as 128 rows of 4
-MOST_SPANS = 4  # groups in a tile's depth: more take minutes to compile
+MAX_SPANS = 4  # groups in a tile's depth: more take minutes to compile
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Tile:
     def parts(self, rows: int, columns: int, steps: int, multiprocessors: int) -> int:
         """Say among how many programs the rows of the weight are shared."""
         tiles = -(-rows // self.block_m) * -(-columns // self.block_n)
-        return max(1, min(self.waves * multiprocessors // tiles, MOST_PARTS, steps))
+        return max(1, min(self.waves * multiprocessors // tiles, MAX_PARTS, steps))
 
 
 # Few rows: the weight's bytes are all the time there is, so K is split until every multiprocessor
@@ -61,16 +61,16 @@ SPILLING = {(8, 0): {8: MANY[0]}, (12, 0): dict.fromkeys((2, 3, 4, 8), MANY[1])}
 
 def bucket(rows: int) -> int:
     """Give the bucket that `rows` rows of x fall in."""
-    return next(most for most in BUCKETS if rows <= most)
+    return next(bucket for bucket in BUCKETS if rows <= bucket)
 
 
-def candidates(capability: tuple[int, int], bits: int, most: int) -> tuple[Tile, ...]:
+def candidates(capability: tuple[int, int], bits: int, bucket: int) -> tuple[Tile, ...]:
     """List the tiles for one width and bucket on one kind of GPU, the default first."""
-    if most in FEW:
-        return FEW[most]
+    if bucket in FEW:
+        return FEW[bucket]
     spilling = SPILLING.get(capability, {}).get(bits)
     middle, last = tuple(it for it in MANY[:2] if it != spilling), MANY[2:]
-    if most == 64:
+    if bucket == 64:
         return (*reversed(middle), *last)
     large = capability in ASYNCHRONOUS and bits != 3  # whose units are too deep for it
     return (LARGE, *middle) if large else middle
@@ -78,7 +78,7 @@ def candidates(capability: tuple[int, int], bits: int, most: int) -> tuple[Tile,
 
 def default_tiles(capability: tuple[int, int], bits: int) -> tuple[Tile, ...]:
     """Give the tile of each bucket that is used without tuning."""
-    return tuple(candidates(capability, bits, most)[0] for most in BUCKETS)
+    return tuple(candidates(capability, bits, bucket)[0] for bucket in BUCKETS)
 
 
 def fit(tile: Tile, bits: int, group_shift: int) -> tuple[int, int]:
@@ -86,4 +86,4 @@ def fit(tile: Tile, bits: int, group_shift: int) -> tuple[int, int]:
     depth = max(tile.block_k, DEPTHS[0]) if bits == 3 else tile.block_k
     depth = min(depth, DEPTHS[1]) if bits == 8 else depth
     span = min(1 << group_shift, depth)
-    return min(depth, MOST_SPANS * span), span
+    return min(depth, MAX_SPANS * span), span

@@ -59,9 +59,10 @@ def chosen_tiles(device: Device, bits: int) -> tuple[Tile, ...]:
     if not file.is_file():
         return defaults
     tuned = _read(file, file.stat().st_mtime_ns, device.capability or OLDEST)
-    found = tuned.get(str(bits), {})
+    by_bucket = tuned.get(str(bits), {})
     return tuple(
-        found.get(str(most), default) for most, default in zip(BUCKETS, defaults, strict=True)
+        by_bucket.get(str(bucket), default)
+        for bucket, default in zip(BUCKETS, defaults, strict=True)
     )
 
 
@@ -90,12 +91,12 @@ def tune(
     seconds: dict[tuple[int, int], dict[Tile, float]] = {}
     for layer in shapes:
         module = _random_module(layer, device)
-        for place, most in enumerate(BUCKETS):
-            progress(Progress("tune", done, total, "shapes", f"{layer}, {ROWS[most][-1]} rows"))
-            spent = seconds.setdefault((layer.bits, most), {})
-            for tile in candidates(capability, layer.bits, most):
+        for place, bucket in enumerate(BUCKETS):
+            progress(Progress("tune", done, total, "shapes", f"{layer}, {ROWS[bucket][-1]} rows"))
+            spent = seconds.setdefault((layer.bits, bucket), {})
+            for tile in candidates(capability, layer.bits, bucket):
                 module.use(place, tile)
-                for rows in ROWS[most]:
+                for rows in ROWS[bucket]:
                     x = _input(rows, layer, device, module)
                     spent[tile] = spent.get(tile, 0.0) + measure(partial(module, x)) / rows
             done += 1
@@ -120,10 +121,11 @@ def _write(device: Device, capability: tuple[int, int], best: dict[tuple[int, in
     file = tuned_file(device)
     kept = _read(file, file.stat().st_mtime_ns, capability) if file.is_file() else {}
     tiles = {
-        bits: {most: asdict(tile) for most, tile in found.items()} for bits, found in kept.items()
+        bits: {bucket: asdict(tile) for bucket, tile in by_bucket.items()}
+        for bits, by_bucket in kept.items()
     }
-    for (bits, most), tile in best.items():
-        tiles.setdefault(str(bits), {})[str(most)] = asdict(tile)
+    for (bits, bucket), tile in best.items():
+        tiles.setdefault(str(bits), {})[str(bucket)] = asdict(tile)
     data = {"version": VERSION, "gpu": device.name, "capability": list(capability), "tiles": tiles}
     write_whole(file, json.dumps(data, indent=2))
     return file
@@ -151,10 +153,13 @@ def _parsed(
 ) -> Iterable[tuple[str, dict[str, Tile]]]:
     if data["version"] != VERSION or data["capability"] != list(capability):
         raise ValueError("it is of another version, or of another GPU")
-    for bits, found in data["tiles"].items():
-        tiles = {most: Tile(**fields) for most, fields in found.items()}
-        for most, tile in tiles.items():
-            if int(most) not in BUCKETS or tile not in candidates(capability, int(bits), int(most)):
+    for bits, by_bucket in data["tiles"].items():
+        tiles = {bucket: Tile(**fields) for bucket, fields in by_bucket.items()}
+        for bucket, tile in tiles.items():
+            allowed = (
+                candidates(capability, int(bits), int(bucket)) if int(bucket) in BUCKETS else ()
+            )
+            if tile not in allowed:
                 raise ValueError("it names a tile that is not on offer")
         yield bits, tiles
 
