@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-SAMPLES, SAMPLE_TOKENS = 16, 512
+SAMPLES, SAMPLE_TOKENS = 24, 512
 CHATS = Path(__file__).with_name("demo_chats.jsonl")
 
 
