@@ -21,6 +21,7 @@ check: ## format, lint, types, layers, warnings of C++, workflows, commit messag
 	@$(PYTHON) tools/set_up.py check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror kernels/csrc/*.cpp kernels/csrc/*.h tests/native/*.cpp
 	$(BIN)/mypy
 	$(BIN)/pyright
 	PYTHONPATH=.:kernels:extensions $(BIN)/lint-imports

@@ -251,8 +251,8 @@ void call_everything() {
           compare(code + ": rows", [&](int threads) {
             const Array x(random_floats(size_t(m) * HIDDEN, 3), type);
             Array y(size_t(m) * INTERMEDIATE, type);
-            check(gptq_matmul(&linear, x.bytes.data(), y.bytes.data(), m, type, isa, activations,
-                              threads) == 0,
+            check(gptq_gemv(&linear, x.bytes.data(), y.bytes.data(), m, type, isa, activations,
+                            threads) == 0,
                   "matmul");
             return y;
           });
