@@ -3,8 +3,8 @@
     python3 tools/words.py [--where]
 
 Identifiers of the packages are counted wherever they stand, and those of kernels/csrc; comments,
-docstrings and texts are not, nor are names that other libraries give. ARCHITECTURE.md has the
-glossary of the field's words.
+docstrings and texts are not, nor are names that other libraries give. ARCHITECTURE.md explains
+the few words that are ours.
 """
 
 import argparse

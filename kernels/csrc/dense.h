@@ -1,4 +1,4 @@
-// y[N] = x[K] * W[N, K]: one row of x by a weight that is not packed, rows [N][K] of float32 or
+// y[N] = x[K] @ W[N, K].T: one row of x by a weight that is not packed, rows [N][K] of float32 or
 // bfloat16.
 //
 // A column's product is one chain of sums over K, 16 lanes (32 pairs' sums of bfloat16) wide, added

@@ -1,4 +1,4 @@
-// y[M, N] = x[M, K] * W[K, N] + bias for many rows of bfloat16 and a packed W, as a prompt has.
+// y[M, N] = x[M, K] @ W[N, K].T + bias for many rows of bfloat16 and a packed W, as a prompt has.
 //
 // The weight of 32 columns, 16 blocks deep at most, is unpacked into a panel that stays in the
 // cache of its core and is multiplied by all rows of x, by AMX or by vdpbf16ps (bf16_blocks.h). An
@@ -466,7 +466,7 @@ int gptq_gemm(const GptqLinear* const* linears, void* const* y, int count, const
   const bool by_rows =
       threads > 1 && m >= threads * (columns <= FEW_COLUMNS ? SOME_ROWS : ROWS_EACH);
   const int64_t max_rows =
-      std::min(m, by_rows ? ROWS_EACH : MAX_ROWS);  // at a time: they stay in a core's cache
+      std::min(m, by_rows ? ROWS_EACH : PREFILL_ROWS);  // at a time: they stay in a core's cache
   uint32_t* shared_x = by_rows ? nullptr : memory_for_x(first, max_rows);
   if (!by_rows && !shared_x) return 1;
   int failed = 0;

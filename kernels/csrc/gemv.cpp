@@ -1,5 +1,5 @@
-// y[M, N] = x[M, K] * W[K, N] + bias for few rows of x and a packed W: w[k, n] = s[g, n] * (q[k, n]
-// - z[g, n]). How W lies in memory is drawn in gemv.h.
+// y[M, N] = x[M, K] @ W[N, K].T + bias for few rows of x and a packed W:
+// w[n, k] = s[g, n] * (q[k, n] - z[g, n]). How W lies in memory is drawn in gemv.h.
 //
 // BF16. A code q under the bits 0x4300 is the bfloat16 number 128 + q, so one shift and one
 // vpternlogd make a pair of weights of each of 16 words, and vdpbf16ps multiplies pairs:
@@ -426,8 +426,8 @@ thread_local Scratch scratch;
 
 extern "C" {
 
-int gptq_matmul(const GptqLinear* linear, const void* x, void* y, int64_t m, int type, int isa,
-                int activations, int threads) {
+int gptq_gemv(const GptqLinear* linear, const void* x, void* y, int64_t m, int type, int isa,
+              int activations, int threads) {
   if (m == 0) return 0;
   const int64_t tiles = (linear->out_features + COLUMNS - 1) / COLUMNS;
   const int64_t chunks = (m + CHUNK - 1) / CHUNK;

@@ -1,4 +1,4 @@
-// Few rows of x by one tile of a packed linear: y[M, 64] = x[M, K] * W[K, 64], M up to 4.
+// Few rows of x by one tile of a packed linear: y[M, 64] = x[M, K] @ W[64, K].T, M up to 4.
 //
 // How a packed linear lies in memory (bits 2, 3, 4 and 8; a checkpoint's 5 to 7 are widened to 8):
 //
@@ -30,9 +30,9 @@
 
 namespace gptq {
 
-constexpr int COLUMNS = 64;        // of a tile
-constexpr int ROWS = 4;            // of x, multiplied at once
-constexpr int64_t MAX_ROWS = 512;  // of a long x at a time: their sums stay in a core's cache
+constexpr int COLUMNS = 64;            // of a tile
+constexpr int ROWS = 4;                // of x, multiplied at once
+constexpr int64_t PREFILL_ROWS = 512;  // of a long x at a time: their sums stay in a core's cache
 
 // The rows that a unit holds for one column.
 INLINE int unit_rows(int bits) { return bits == 3 ? 32 : 32 / bits; }

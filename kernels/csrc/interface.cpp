@@ -58,7 +58,7 @@ constexpr Function FUNCTIONS[] = {
     FUNCTION(gptq_activations),
     FUNCTION(gptq_amx),
     FUNCTION(gptq_pack),
-    FUNCTION(gptq_matmul),
+    FUNCTION(gptq_gemv),
     FUNCTION(gptq_unpack),
     FUNCTION(gptq_gemm),
     FUNCTION(gptq_decode_step),

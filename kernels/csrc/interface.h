@@ -13,7 +13,7 @@
 
 extern "C" {
 
-// A packed linear: w[k, n] = s[g, n] * (q[k, n] - z[g, n]). gemv.h draws how it lies in memory.
+// A packed linear: w[n, k] = s[g, n] * (q[k, n] - z[g, n]). gemv.h draws how it lies in memory.
 struct GptqLinear {
   int32_t bits;                  // 2, 3, 4 or 8
   int32_t in_features;           // K
@@ -91,8 +91,8 @@ int gptq_pack(int bits, int planar, const uint32_t* qweight, const int32_t* rows
               int64_t in_features, int64_t units, int64_t columns, uint32_t* words, int threads);
 
 // gemv.cpp. y [M][N] = x [M][K] @ W.T + bias, x and y of `type`, for few rows of x.
-int gptq_matmul(const GptqLinear* linear, const void* x, void* y, int64_t m, int type, int isa,
-                int activations, int threads);
+int gptq_gemv(const GptqLinear* linear, const void* x, void* y, int64_t m, int type, int isa,
+              int activations, int threads);
 
 // gemv.cpp. The transposed weight of some tiles, w [K][tiles * 64] of `type`, rounded once.
 void gptq_unpack(const GptqLinear* linear, int64_t first, int64_t tiles, void* w, int type, int isa,

@@ -1,4 +1,4 @@
-// logits[M, N] = x[M, K] * W[N, K].T for a few rows of x: all of them, or exactly those that may be
+// logits[M, N] = x[M, K] @ W[N, K].T for a few rows of x: all of them, or exactly those that may be
 // the greatest.
 //
 // A head is read whole for each token, in a small model half of all that is read, while picking a

@@ -1,7 +1,7 @@
 // Pack a checkpoint's words into those that the products read, which gemv.h draws: 5, 6 and 7 bits
 // become 8.
 //
-// The checkpoint's lie as gptq_loader_plugin/checkpoint/packing.py says: 32 codes of a column, a
+// The checkpoint's lie as gptq_loader_plugin/kernel/packing.py says: 32 codes of a column, a
 // block, take `bits` words, as one stream of bits or plane by plane:
 //
 //   continuous, 3 bits   word 0 has codes 0 to 9 and two bits of code 10, word 1 its third one, ...

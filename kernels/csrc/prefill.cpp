@@ -3,7 +3,7 @@
 //
 // Products are gptq_gemm's, one call for the linears that read x alike. What stands between them is
 // done here in one pass each: x stays float32 from layer to layer, all else is bfloat16, as
-// transformers has it. The feed-forward part takes MAX_ROWS rows at a time, so that its gate and up
+// transformers has it. The feed-forward part takes PREFILL_ROWS rows at a time, so that its gate and up
 // stay small.
 //
 // Attention is transposed, so that a vector holds 16 tokens' values and a softmax never adds up the
@@ -327,7 +327,7 @@ struct PromptBuffers {
   uint16_t *q, *k, *v;      // [tokens][heads][head_dim], [tokens][kv_heads][head_dim] twice
   uint16_t* attention;      // [tokens][heads][head_dim]
   uint16_t* delta;          // [tokens][hidden], what is added to x
-  uint16_t *gate, *up;      // [MAX_ROWS][intermediate]
+  uint16_t *gate, *up;      // [PREFILL_ROWS][intermediate]
   uint32_t *keys, *values;  // blocks
 
   // Lay it out in `memory`, and count the bytes that takes.
@@ -338,7 +338,7 @@ struct PromptBuffers {
     };
     const size_t q_size = size_t(model.heads) * model.head_dim,
                  kv_size = size_t(model.kv_heads) * model.head_dim;
-    const size_t rows = size_t(std::min(tokens, MAX_ROWS));
+    const size_t rows = size_t(std::min(tokens, PREFILL_ROWS));
     take(x, tokens * model.hidden);
     take(normed, tokens * model.hidden);
     take(q, tokens * q_size);
@@ -464,8 +464,8 @@ struct Prefill {
     uint16_t* delta[] = {buffers.delta};
     if (project_all(o, delta, 1, buffers.attention, tokens, amx, threads)) return 1;
     norm(buffers.delta, layer.post_attention_norm, 0, tokens, buffers.normed);
-    for (int64_t row = 0; row < tokens; row += MAX_ROWS) {
-      const int64_t rows = std::min(MAX_ROWS, tokens - row);
+    for (int64_t row = 0; row < tokens; row += PREFILL_ROWS) {
+      const int64_t rows = std::min(PREFILL_ROWS, tokens - row);
       const GptqProjection *feed[] = {&layer.gate, &layer.up}, *down[] = {&layer.down};
       uint16_t *both[] = {buffers.gate, buffers.up}, *out[] = {buffers.delta + row * model.hidden};
       if (project_all(feed, both, 2, buffers.normed + row * model.hidden, rows, amx, threads))

@@ -1,4 +1,4 @@
-// y[M, 64] = x[M, K] * W[K, 64] in whole numbers, by vpdpbusd (AVX512-VNNI): the tiles of gemv.cpp.
+// y[M, 64] = x[M, K] @ W[64, K].T in whole numbers, by vpdpbusd (AVX512-VNNI): gemv.cpp's tiles.
 //
 // Each segment of a row of x (at most 256 features of one group) is written as a step, 1/127 of its
 // largest magnitude, times one byte or two: round(x / step), and what is left over in 1/254 of a

@@ -206,7 +206,7 @@ def _describe(to: Projection, module: Any, dtype: torch.dtype, kept: list[Any]) 
 
 
 def _same_rows(one: Any, other: Any) -> bool:  # noqa: ANN401 - modules of either kind
-    """Say whether two layers read x alike, so that it is gathered once for both."""
+    """Return whether two layers read x alike, so that it is permuted once for both."""
     if not isinstance(one, NativeLinear) or not isinstance(other, NativeLinear):
         return type(one) is type(other)
     names = ("rows", "segment_units")

@@ -1,4 +1,4 @@
-"""The module over torch's int4 operator; imports torch, so `cpu.py` imports it in `prepare`."""
+"""The module over torch's int4 operator; imports torch, so `Int4Kernel.prepare` imports it."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ FUNCTIONS = {
     "gptq_activations": "i",
     "gptq_amx": "i",
     "gptq_pack": "iiipplllpi",
-    "gptq_matmul": "ipppliiii",
+    "gptq_gemv": "ipppliiii",
     "gptq_unpack": "vpllpiii",
     "gptq_gemm": "ippiplii",
     "gptq_decode_step": "ippppplpi",

@@ -1,4 +1,4 @@
-"""The module over the native library; imports torch, so `cpu.py` imports it in `prepare`."""
+"""The module over the native library; imports torch, so `CpuKernel.prepare` imports it."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class NativeLinear(torch.nn.Module):
         else:
             exact = x.dtype == torch.float32
             activations = Activations.FLOAT32 if exact else self.activations
-            failed = self._library.gptq_matmul(
+            failed = self._library.gptq_gemv(
                 layer, read, written, rows, TYPES[x.dtype], self._isa, activations, threads
             )
         if failed:
