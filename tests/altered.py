@@ -24,9 +24,9 @@ GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(it.name for it in DATA.glob("gptq*"))
 SEQUENTIAL = [it for it in NAMES if "-noact-" in it or "-noneg-" in it]
 ONE = "gptq-4bit-32g-act-sym"
-# The same kernels whatever else is installed.
 # The packed CPU kernels that run here, the chosen one first: the native one needs a C++ compiler.
 CPU_KERNELS = ["cpu", "cpu-int4"] if find_library() else ["cpu-int4"]
+# The same kernels whatever else is installed.
 PLUGINS = {"GPTQ_LOADER_PLUGINS": "core,kernel-cpu,kernel-dense,kernel-reference"}
 
 Tensors = dict[str, torch.Tensor]

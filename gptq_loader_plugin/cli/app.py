@@ -75,7 +75,7 @@ BUILT_IN = frozenset(
 def add_plugin_commands(arguments: Sequence[str], plugins: Callable[[], Plugins]) -> None:
     """Add the commands of plugins, unless a built-in one is called: finding plugins takes time.
 
-    A plugin that fails costs its commands, with a warning.
+    Where one fails, the commands of all plugins are left out, with a warning.
 
     Args:
         arguments: those of the command line.

@@ -171,7 +171,7 @@ SAMPLING: dict[str, tuple[Any, Any]] = {
 def load_options(
     *names: str, device: object = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a command the options of a load, in place of its parameter `load`, a LoadOptions.
+    """Give a command the options of a load, in place of its parameter `load`, a LoadOptions.
 
     Args:
         *names: the options it takes; none named are all.
@@ -186,7 +186,7 @@ def load_options(
 
 
 def sampling(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command the sampling options, in place of its parameter `options`."""
+    """Give a command the sampling options, in place of its parameter `options`."""
     return _expand(command, parameter="options", options=SAMPLING, make=_generate_options)
 
 

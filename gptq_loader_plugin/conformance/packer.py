@@ -1,6 +1,6 @@
 """Write qweight and qzeros as the checkpoints' writers do, bit by bit.
 
-The suite packs with these, so that a mistake in `checkpoint/packing.py` or `checkpoint/zeros.py`
+The suite packs with these, so that a mistake in `kernel/packing.py` or `checkpoint/zeros.py`
 cannot hide by being made in both directions.
 """
 

@@ -199,7 +199,7 @@ class PrefixCache:
             self._kept = [*self._kept, (ids[:held], cache)][-self.max_sequences :]
 
     def clear(self) -> None:
-        """Return the memory back."""
+        """Free the memory."""
         with self._lock:
             self._kept.clear()
 

@@ -153,7 +153,7 @@ class _Pool(Generic[Result]):
         self._results[number] = result
 
     def join(self) -> None:
-        """Return threads a moment to let go of their locks."""
+        """Give the threads a moment to release their locks."""
         until = time.monotonic() + JOIN_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))

@@ -135,7 +135,7 @@ class Closable(Protocol):
     """A prepared module that holds more than its tensors, such as what a library allocated."""
 
     def close(self) -> None:
-        """Return it all back; the module is not called again."""
+        """Free it all; the module is not called again."""
         ...
 
 

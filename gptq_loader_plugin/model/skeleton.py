@@ -85,7 +85,7 @@ def _settle_buffers(
     dtype: torch.dtype,
     model_class: type[PreTrainedModel] | None,
 ) -> None:
-    """Return computed buffers the dtype they would have in a model that was made in `dtype`.
+    """Cast computed buffers to the dtype they would have in a model that was made in `dtype`.
 
     Rotary frequencies are float32 in every model, so few models need to be made once more for it.
     """

@@ -10,9 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gptq_loader_plugin.planning.top_logits import (
-    find_kernel,
-)
+from gptq_loader_plugin.planning.top_logits import find_kernel
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.kernel import Kernel
     from gptq_loader_plugin.planning.plan import Plan
 
-__all__ = ["GROUP_SIZE", "ZERO", "head_spec", "plan_top_logits"]
+__all__ = ["GROUP_SIZE", "ZERO", "find_kernel", "head_spec", "plan_top_logits"]
 
 GROUP_SIZE = 64  # of a head that is made 8-bit here
 ZERO = 128

@@ -1,7 +1,7 @@
 """Find every installed plugin and ask each one alone, so that a broken one hides no other.
 
 What is found is for people: what a plugin offers, where it comes from, whether that works on this
-machine, and if not why. A load uses `plugins.py`, where a plugin that is broken is an error.
+machine, and if not why. A load uses `manager.py`, where a plugin that is broken is an error.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ class _Work:
         return quantized
 
     def apply(self, block: Block, done: dict[str, QuantizedWeight]) -> None:
-        """Return a block its quantised weights, where another run has made them."""
+        """Set a block's quantised weights, where another run has made them."""
         modules = linears(block)
         for name, part in done.items():
             _set_weight(modules[name], part.dequantize())

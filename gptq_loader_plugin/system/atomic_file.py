@@ -48,7 +48,7 @@ def write_whole(path: Path, text: str, *, mode: int = 0o666) -> None:
 
 
 def quarantine(path: Path) -> Path:
-    """Return a damaged file a name that no file has; tell it.
+    """Rename a damaged file to a name that no file has, and return its new path.
 
     Raises:
         OSError: it cannot be renamed.

@@ -12,6 +12,12 @@ from gptq_loader_plugin import Plugins
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# A file of the sources, in a comment or a docstring; and others' files.
+NAMED = re.compile(r"(?<![\w/.{<-])((?:\w[\w-]*/)*\w+\.(?:py|cpp|h))\b(?!\()")
+OTHERS = {
+    "core.py", "ext_qmatrix.cpp", "kernels/linear/mixed_precision", "layers/quantization",
+    "llama.cpp", "malloc.h", "modules", "server.py", "setup.py",
+}  # fmt: skip
 CHECKPOINT = ROOT / "tests" / "data" / "checkpoints" / "gptq-2bit-64g-noact-sym"
 
 
@@ -83,3 +89,21 @@ def test_the_ranks_in_the_docs_are_the_kernels() -> None:
     if find_library() is None:
         del documented["cpu"], documented["cpu-int8"]  # decline, without a C++ compiler
     assert found == documented
+
+
+def test_files_that_comments_name_are_there() -> None:
+    files = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("gptq_loader_plugin", "kernels", "extensions", "tools", "bench", "tests")
+        for path in (ROOT / folder).rglob("*")
+    ]
+    missing = [
+        f"{file}: {name}"
+        for file in files
+        if file.endswith((".py", ".cpp", ".h")) and not file.startswith("tests/")
+        for name in NAMED.findall((ROOT / file).read_text(encoding="utf-8"))
+        if not any(f"/{other}".endswith(f"/{name}") for other in files)
+        and not any(f"{folder}/" in name for folder in OTHERS)
+        and name not in OTHERS
+    ]
+    assert not missing

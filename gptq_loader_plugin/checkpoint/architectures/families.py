@@ -81,7 +81,7 @@ def _biased(config: Config) -> Config:
 
 
 def _ungrouped(config: Config) -> Config:
-    """Return every head its own keys and values where config.json does not say."""
+    """Give every head its own keys and values where config.json does not say."""
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     return {"num_key_value_heads": heads}
 
