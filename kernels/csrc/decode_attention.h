@@ -1,5 +1,5 @@
-// Attention of a few new tokens of one sequence over its cache: y[R, D] = softmax(q[R, D] * K[D,
-// P]) * V[P, D].
+// Attention of a few new tokens of one sequence over its cache:
+// y[R, D] = softmax(q[R, D] @ K[P, D].T) @ V[P, D].
 //
 // A row is one query head of one new token. The rows that share a head of keys and values are taken
 // together, so each key and value is read once for all of them. Keys and values lie as
@@ -17,8 +17,7 @@
 // attended to by different threads, are merged the same way (decode_step.cpp).
 //
 // Registers, of 32 (AVX-512): scores in bfloat16 16 acc of R rows by 16 / R keys; values 16 acc of
-// 4 rows by 4 vectors. AVX2 and plain vectors of 16 floats are two and four registers each: 2 rows
-// by 2 vectors.
+// 4 rows by 4 vectors. Of 16 (AVX2, SSE2): 4 rows by 2 vectors.
 
 #pragma once
 
@@ -59,13 +58,14 @@ struct AttentionArgs {
 };
 
 // scores[R, count] = q[R, dim] * keys[count, dim].T
-template <int TYPE, int R>
+template <class V, int TYPE, int R>
 INLINE void score(const float* q, const void* keys, int64_t from, int count, int dim,
                   float* scores) {
+  using floats = typename V::floats;
   for (int p = 0; p < count; p++) {
     floats sum[R];
     for (int r = 0; r < R; r++) sum[r] = floats{};
-    for (int i = 0; i < dim; i += LANES) {
+    for (int i = 0; i < dim; i += V::LANES) {
       floats key;
       load<TYPE>(keys, (from + p) * dim + i, key);
       for (int r = 0; r < R; r++) {
@@ -78,41 +78,45 @@ INLINE void score(const float* q, const void* keys, int64_t from, int count, int
   }
 }
 
-// acc[R, V vectors from `at` on] += weights[R, count] * values[count, the same]
-template <int TYPE, int R, int V>
+// acc[R, N vectors from `at` on] += weights[R, count] * values[count, the same]
+template <class V, int TYPE, int R, int N>
 INLINE void add_values(const float* weights, const void* values, int64_t from, int count, int dim,
                        int at, float* acc) {
-  floats sum[R][V];
+  using floats = typename V::floats;
+  floats sum[R][N];
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) load<FLOAT32>(acc, r * dim + at + v * LANES, sum[r][v]);
+    for (int v = 0; v < N; v++) load<FLOAT32>(acc, r * dim + at + v * V::LANES, sum[r][v]);
   for (int p = 0; p < count; p++) {
-    floats value[V];
+    floats value[N];
     const int64_t here = (from + p) * dim + at;
-    for (int v = 0; v < V; v++) load<TYPE>(values, here + v * LANES, value[v]);
-    prefetch<TYPE>(values, here + PREFETCH_AHEAD, V * LANES);
+    for (int v = 0; v < N; v++) load<TYPE>(values, here + v * V::LANES, value[v]);
+    prefetch<TYPE>(values, here + PREFETCH_AHEAD, N * V::LANES);
     for (int r = 0; r < R; r++)
-      for (int v = 0; v < V; v++) sum[r][v] += weights[r * KV_BLOCK + p] * value[v];
+      for (int v = 0; v < N; v++) sum[r][v] += weights[r * KV_BLOCK + p] * value[v];
   }
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) memcpy(acc + r * dim + at + v * LANES, &sum[r][v], sizeof(floats));
+    for (int v = 0; v < N; v++)
+      memcpy(acc + r * dim + at + v * V::LANES, &sum[r][v], sizeof(floats));
 }
 
-template <int TYPE, int R, int V>
+template <class V, int TYPE, int R, int N>
 INLINE void add_all_values(const float* weights, const void* values, int64_t from, int count,
                            int dim, float* acc) {
   int at = 0;
-  for (; at + V * LANES <= dim; at += V * LANES)
-    add_values<TYPE, R, V>(weights, values, from, count, dim, at, acc);
-  for (; at < dim; at += 2 * LANES)
-    add_values<TYPE, R, 2>(weights, values, from, count, dim, at, acc);
+  for (; at + N * V::LANES <= dim; at += N * V::LANES)
+    add_values<V, TYPE, R, N>(weights, values, from, count, dim, at, acc);
+  for (; at < dim; at += 2 * V::LANES)
+    add_values<V, TYPE, R, 2>(weights, values, from, count, dim, at, acc);
 }
 
 // Turn one row's scores of a block into weights, and scale its sum and acc to the new maximum.
+template <class V>
 INLINE void softmax_update(const AttentionArgs& args, int row, int64_t block, int count) {
+  using floats = typename V::floats;
   float* scores = args.scores + row * KV_BLOCK;
   const int low = int(std::max<int64_t>(args.row_begin[row] - block, 0));
   const int high = int(std::min<int64_t>(args.row_end[row] - block, count));
-  const int padded = (count + LANES - 1) / LANES * LANES;
+  const int padded = (count + V::LANES - 1) / V::LANES * V::LANES;
   if (low >= high) {
     memset(scores, 0, sizeof(float) * padded);
     return;
@@ -121,17 +125,17 @@ INLINE void softmax_update(const AttentionArgs& args, int row, int64_t block, in
   for (int i = high; i < padded; i++) scores[i] = -INFINITY;
   floats lane_max;
   load<FLOAT32>(scores, 0, lane_max);
-  for (int i = LANES; i < padded; i += LANES) {
+  for (int i = V::LANES; i < padded; i += V::LANES) {
     floats other;
     load<FLOAT32>(scores, i, other);
     lane_max = other > lane_max ? other : lane_max;
   }
   const float old_max = args.running_max[row];
   float new_max = old_max;
-  for (int i = 0; i < LANES; i++) new_max = std::max(new_max, lane_max[i]);
+  for (int i = 0; i < V::LANES; i++) new_max = std::max(new_max, lane_max[i]);
   const float correction = expf(old_max - new_max);
   floats sum{};
-  for (int i = 0; i < padded; i += LANES) {
+  for (int i = 0; i < padded; i += V::LANES) {
     floats score;
     load<FLOAT32>(scores, i, score);
     floats e = score - new_max;
@@ -153,44 +157,44 @@ INLINE void reset(const AttentionArgs& args) {
   memset(args.acc, 0, sizeof(float) * args.rows * args.dim);
 }
 
-// What follows a block's scores. R rows at a time, V vectors of values: as many as there are
+// What follows a block's scores. R rows at a time, N vectors of values: as many as there are
 // registers for.
-template <int TYPE, int R, int V>
+template <class V, int TYPE, int R, int N>
 INLINE void softmax_and_values(const AttentionArgs& args, int64_t block, int count) {
-  for (int row = 0; row < args.rows; row++) softmax_update(args, row, block, count);
+  for (int row = 0; row < args.rows; row++) softmax_update<V>(args, row, block, count);
   int row = 0;
   const auto left = [&]() { return args.rows - row; };
   const auto weights = [&]() { return args.scores + row * KV_BLOCK; };
   const auto acc = [&]() { return args.acc + int64_t(row) * args.dim; };
   for (; left() >= R; row += R)
-    add_all_values<TYPE, R, V>(weights(), args.values, block, count, args.dim, acc());
+    add_all_values<V, TYPE, R, N>(weights(), args.values, block, count, args.dim, acc());
   if (R > 3 && left() == 3)
-    return add_all_values<TYPE, 3, V>(weights(), args.values, block, count, args.dim, acc());
+    return add_all_values<V, TYPE, 3, N>(weights(), args.values, block, count, args.dim, acc());
   if (R > 2 && left() == 2)
-    return add_all_values<TYPE, 2, V>(weights(), args.values, block, count, args.dim, acc());
-  if (left()) add_all_values<TYPE, 1, V>(weights(), args.values, block, count, args.dim, acc());
+    return add_all_values<V, TYPE, 2, N>(weights(), args.values, block, count, args.dim, acc());
+  if (left()) add_all_values<V, TYPE, 1, N>(weights(), args.values, block, count, args.dim, acc());
 }
 
-template <int TYPE, int R, int V>
+template <class V, int TYPE, int R, int N>
 INLINE void attend_type(const AttentionArgs& args) {
   reset(args);
   for (int64_t block = args.begin; block < args.end; block += KV_BLOCK) {
     const int count = int(std::min<int64_t>(KV_BLOCK, args.end - block));
     int row = 0;
     for (; row + R <= args.rows; row += R)
-      score<TYPE, R>(args.q + int64_t(row) * args.dim, args.keys, block, count, args.dim,
-                     args.scores + row * KV_BLOCK);
+      score<V, TYPE, R>(args.q + int64_t(row) * args.dim, args.keys, block, count, args.dim,
+                        args.scores + row * KV_BLOCK);
     for (; row < args.rows; row++)
-      score<TYPE, 1>(args.q + int64_t(row) * args.dim, args.keys, block, count, args.dim,
-                     args.scores + row * KV_BLOCK);
-    softmax_and_values<TYPE, R, V>(args, block, count);
+      score<V, TYPE, 1>(args.q + int64_t(row) * args.dim, args.keys, block, count, args.dim,
+                        args.scores + row * KV_BLOCK);
+    softmax_and_values<V, TYPE, R, N>(args, block, count);
   }
 }
 
-template <int R, int V>
+template <class V, int R, int N>
 INLINE void attend_body(const AttentionArgs& args, int type) {
-  if (type == FLOAT32) return attend_type<FLOAT32, R, V>(args);
-  attend_type<BFLOAT16, R, V>(args);
+  if (type == FLOAT32) return attend_type<V, FLOAT32, R, N>(args);
+  attend_type<V, BFLOAT16, R, N>(args);
 }
 
 #ifdef X86
@@ -254,7 +258,7 @@ BF16_TARGET static void attend_bfloat16(const AttentionArgs& args) {
     if (row < args.rows)
       score_bfloat16<1>(args.q_bf16 + int64_t(row) * args.dim, keys, count, args.dim,
                         args.scores + row * KV_BLOCK);
-    softmax_and_values<BFLOAT16, 4, 4>(args, block, count);
+    softmax_and_values<Wide, BFLOAT16, 4, 4>(args, block, count);
   }
 }
 #endif

@@ -64,20 +64,22 @@ class SpinBarrier {
   int threads_ = 1;
 };
 
-// The code for each instruction set; R rows by V vectors is what its registers hold.
-#define COMPILED(NAME, TARGET, R, V)                                                            \
+// The code for each instruction set; R rows by N vectors is what its registers hold.
+#define COMPILED(NAME, TARGET, V, R, N)                                                         \
   TARGET void rms_norm_##NAME(const float* x, const float* w, int64_t n, float eps, float* y) { \
-    rms_norm_body(x, w, n, eps, y);                                                             \
+    rms_norm_body<V>(x, w, n, eps, y);                                                          \
   }                                                                                             \
   TARGET void silu_multiply_##NAME(const float* gate, const float* up, int n, float* y) {       \
-    silu_multiply_body(gate, up, n, y);                                                         \
+    silu_multiply_body<V>(gate, up, n, y);                                                      \
   }                                                                                             \
-  TARGET void attend_##NAME(const AttentionArgs& args, int type) { attend_body<R, V>(args, type); }
+  TARGET void attend_##NAME(const AttentionArgs& args, int type) {                              \
+    attend_body<V, R, N>(args, type);                                                           \
+  }
 
-COMPILED(plain, , 2, 2)
+COMPILED(plain, , Narrow, 4, 2)
 #ifdef X86
-COMPILED(avx2, AVX2_TARGET, 2, 2)
-COMPILED(avx512, AVX512_TARGET, 4, 4)
+COMPILED(avx2, AVX2_TARGET, Middle, 4, 2)
+COMPILED(avx512, AVX512_TARGET, Wide, 4, 4)
 #endif
 
 int64_t tiles_of(const GptqProjection& p) { return (p.out_features + COLUMNS - 1) / COLUMNS; }

@@ -1,9 +1,9 @@
 // y[N] = x[K] @ W[N, K].T: one row of x by a weight that is not packed, rows [N][K] of float32 or
 // bfloat16.
 //
-// A column's product is one chain of sums over K, 16 lanes (32 pairs' sums of bfloat16) wide, added
-// up at its end; bfloat16 holds 4 columns at once: acc 4, x 1, weights from memory, of 32
-// registers.
+// A column's product is one chain of sums over K, a vector (of pairs' sums, where bfloat16 is
+// multiplied as such) wide, added up at its end. Four columns are held at once, which hides the
+// chain's latency: acc 4, x 1, weights from memory.
 
 #pragma once
 
@@ -13,6 +13,8 @@
 
 namespace gptq {
 
+constexpr int COLUMNS_AT_ONCE = 4;
+
 struct Dense {
   const void* weight;  // [n][k] of `type`
   int64_t k;
@@ -21,51 +23,58 @@ struct Dense {
   bool uses_bf16() const { return isa >= AVX512_BF16 && type == BFLOAT16; }
 };
 
-template <int TYPE>
+template <class V, int TYPE>
 INLINE void dense_type(const void* weight, int64_t k, int64_t first, int count, const float* x,
                        float* y) {
-  for (int c = 0; c < count; c++) {
-    const int64_t row = (first + c) * k;
-    floats sum{};
-    int64_t i = 0;
-    for (; i + LANES <= k; i += LANES) {
-      floats a, w;
-      load<FLOAT32>(x, i, a);
-      load<TYPE>(weight, row + i, w);
-      sum += a * w;
+  using floats = typename V::floats;
+  const int64_t whole = k / V::LANES * V::LANES;
+  for (int c = 0; c < count; c += COLUMNS_AT_ONCE) {
+    int64_t row[COLUMNS_AT_ONCE];
+    floats sum[COLUMNS_AT_ONCE];
+    for (int i = 0; i < COLUMNS_AT_ONCE; i++) {
+      row[i] = (first + std::min(c + i, count - 1)) * k;
+      sum[i] = floats{};
     }
-    float tail = 0;
-    for (; i < k; i++)
-      tail +=
-          x[i] * (TYPE == FLOAT32 ? static_cast<const float*>(weight)[row + i]
-                                  : from_bfloat16(static_cast<const uint16_t*>(weight)[row + i]));
-    y[c] = reduce_add(sum) + tail;
+    for (int64_t at = 0; at < whole; at += V::LANES) {
+      floats a;
+      load<FLOAT32>(x, at, a);
+      for (int i = 0; i < COLUMNS_AT_ONCE; i++) {
+        floats w;
+        load<TYPE>(weight, row[i] + at, w);
+        sum[i] += a * w;
+      }
+    }
+    for (int i = 0; i < COLUMNS_AT_ONCE && c + i < count; i++) {
+      float tail = 0;
+      for (int64_t at = whole; at < k; at++) tail += x[at] * load_number(weight, TYPE, row[i] + at);
+      y[c + i] = reduce_add(sum[i]) + tail;
+    }
   }
 }
 
+template <class V>
 INLINE void dense_body(const void* weight, int64_t k, int64_t first, int count, const float* x,
                        int type, float* y) {
-  if (type == FLOAT32) return dense_type<FLOAT32>(weight, k, first, count, x, y);
-  dense_type<BFLOAT16>(weight, k, first, count, x, y);
+  if (type == FLOAT32) return dense_type<V, FLOAT32>(weight, k, first, count, x, y);
+  dense_type<V, BFLOAT16>(weight, k, first, count, x, y);
 }
 
-#define DENSE(NAME, TARGET)                                                                       \
+#define DENSE(NAME, TARGET, V)                                                                    \
   TARGET inline void dense_##NAME(const void* w, int64_t k, int64_t first, int n, const float* x, \
                                   int type, float* y) {                                           \
-    dense_body(w, k, first, n, x, type, y);                                                       \
+    dense_body<V>(w, k, first, n, x, type, y);                                                    \
   }
 
-DENSE(plain, )
+DENSE(plain, , Narrow)
 #ifdef X86
-DENSE(avx2, AVX2_TARGET)
-DENSE(avx512, AVX512_TARGET)
+DENSE(avx2, AVX2_TARGET, Middle)
+DENSE(avx512, AVX512_TARGET, Wide)
 #endif
 
 #ifdef X86
 // Some columns of a bfloat16 weight by one row of bfloat16 x, with the processor's own products.
 BF16_TARGET inline void dense_bfloat16(const uint16_t* weight, int64_t k, int64_t first, int count,
                                        const uint16_t* x, float* y) {
-  constexpr int COLUMNS_AT_ONCE = 4;
   const int64_t whole = k / 32 * 32;
   const __mmask32 tail = __mmask32((uint64_t(1) << (k - whole)) - 1);
   for (int c = 0; c < count; c += COLUMNS_AT_ONCE) {

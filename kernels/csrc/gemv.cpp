@@ -41,12 +41,13 @@ struct Unit {
   static constexpr int rows = BITS == 3 ? 32 : 32 / BITS;
 };
 
-// One row's codes of 16 columns, from the words of their unit.
-template <int BITS>
-INLINE void load_codes(const uint32_t* words, int row, floats& codes) {
-  uints word;
+// One row's codes of a vector of columns, from the words of their unit.
+template <int BITS, class F>
+INLINE void load_codes(const uint32_t* words, int row, F& codes) {
+  using V = Vectors<sizeof(F)>;
+  typename V::uints word;
   if constexpr (BITS == 3) {
-    uints high;
+    typename V::uints high;
     memcpy(&word, words + row / 16 * COLUMNS, sizeof word);
     memcpy(&high, words + 2 * COLUMNS, sizeof high);
     const int bit = 8 * (row / 16) + row % 8 + (row % 16 >= 8 ? 16 : 0);
@@ -55,16 +56,18 @@ INLINE void load_codes(const uint32_t* words, int row, floats& codes) {
     memcpy(&word, words, sizeof word);
     word = word >> (BITS * row) & ((1u << BITS) - 1);
   }
-  ints code;
+  typename V::ints code;
   memcpy(&code, &word, sizeof code);
-  codes = __builtin_convertvector(code, floats);
+  codes = __builtin_convertvector(code, F);
 }
 
 // M rows of x by one tile in float32; x is [M][stride], in the order of `rows`. C vectors of
 // columns are held at once.
-template <int BITS, int M, int C>
+template <class V, int BITS, int M, int C>
 INLINE void tile_float32(const GptqLinear& linear, int64_t tile, const float* x, int64_t stride,
                          float* y) {
+  using floats = typename V::floats;
+  constexpr int LANES = V::LANES;
   constexpr int rows = Unit<BITS>::rows, per_word = Unit<BITS>::words;
   const uint32_t* words = linear.words + tile * linear.units * per_word * COLUMNS;
   for (int first = 0; first < COLUMNS / LANES; first += C) {
@@ -107,8 +110,11 @@ INLINE void tile_float32(const GptqLinear& linear, int64_t tile, const float* x,
 }
 
 // One tile's weight, rounded once, into w [K][stride], in x's own order of features.
-template <int BITS>
+template <class V, int BITS>
 INLINE void unpack_tile(const GptqLinear& linear, int64_t tile, void* w, int64_t stride, int type) {
+  using floats = typename V::floats;
+  using uints = typename V::uints;
+  constexpr int LANES = V::LANES;
   constexpr int rows = Unit<BITS>::rows, per_word = Unit<BITS>::words, C = COLUMNS / LANES;
   const uint32_t* word = linear.words + tile * linear.units * per_word * COLUMNS;
   const int32_t* row = linear.rows;
@@ -134,7 +140,7 @@ INLINE void unpack_tile(const GptqLinear& linear, int64_t tile, void* w, int64_t
             uints bits;
             memcpy(&bits, &weight, sizeof bits);
             bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-            const halves rounded = __builtin_convertvector(bits, halves);
+            const typename V::halves rounded = __builtin_convertvector(bits, typename V::halves);
             memcpy(static_cast<uint16_t*>(w) + to, &rounded, sizeof rounded);
           }
         }
@@ -147,37 +153,37 @@ INLINE void unpack_tile(const GptqLinear& linear, int64_t tile, void* w, int64_t
 
 template <int BITS>
 void unpack_plain(const GptqLinear& linear, int64_t tile, void* w, int64_t stride, int type) {
-  unpack_tile<BITS>(linear, tile, w, stride, type);
+  unpack_tile<Narrow, BITS>(linear, tile, w, stride, type);
 }
 
 template <int BITS, int M>
 void tile_plain(const GptqLinear& linear, int64_t tile, const float* x, int64_t stride, float* y) {
-  tile_float32<BITS, M, 1>(linear, tile, x, stride, y);
+  tile_float32<Narrow, BITS, M, (M == 1 ? 4 : 2)>(linear, tile, x, stride, y);
 }
 
 #ifdef X86
 template <int BITS, int M>
 AVX2_TARGET void tile_avx2(const GptqLinear& linear, int64_t tile, const float* x, int64_t stride,
                            float* y) {
-  tile_float32<BITS, M, 1>(linear, tile, x, stride, y);
+  tile_float32<Middle, BITS, M, (M == 1 ? 4 : 2)>(linear, tile, x, stride, y);
 }
 
 template <int BITS, int M>
 AVX512_TARGET void tile_avx512(const GptqLinear& linear, int64_t tile, const float* x,
                                int64_t stride, float* y) {
-  tile_float32<BITS, M, 4>(linear, tile, x, stride, y);
+  tile_float32<Wide, BITS, M, 4>(linear, tile, x, stride, y);
 }
 
 template <int BITS>
 AVX2_TARGET void unpack_avx2(const GptqLinear& linear, int64_t tile, void* w, int64_t stride,
                              int type) {
-  unpack_tile<BITS>(linear, tile, w, stride, type);
+  unpack_tile<Middle, BITS>(linear, tile, w, stride, type);
 }
 
 template <int BITS>
 AVX512_TARGET void unpack_avx512(const GptqLinear& linear, int64_t tile, void* w, int64_t stride,
                                  int type) {
-  unpack_tile<BITS>(linear, tile, w, stride, type);
+  unpack_tile<Wide, BITS>(linear, tile, w, stride, type);
 }
 
 // M rows of x by C vectors of a tile's columns in bfloat16, from vector FIRST on; x is [M][stride]

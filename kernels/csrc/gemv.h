@@ -37,26 +37,30 @@ constexpr int64_t PREFILL_ROWS = 512;  // of a long x at a time: their sums stay
 // The rows that a unit holds for one column.
 INLINE int unit_rows(int bits) { return bits == 3 ? 32 : 32 / bits; }
 
-// Zeros and scales of 16 columns, from the first of them in [tile][group][64].
-INLINE void load_zeros(const GptqLinear& linear, int64_t at, floats& zeros) {
-  bytes raw;
+// Zeros and scales of a vector of columns, from the first of them in [tile][group][64].
+template <class F>
+INLINE void load_zeros(const GptqLinear& linear, int64_t at, F& zeros) {
+  typename Vectors<sizeof(F)>::bytes raw;
   memcpy(&raw, linear.zeros + at, sizeof raw);
-  zeros = __builtin_convertvector(raw, floats);
+  zeros = __builtin_convertvector(raw, F);
 }
 
-INLINE void load_scales(const GptqLinear& linear, int64_t at, floats& scales) {
+template <class F>
+INLINE void load_scales(const GptqLinear& linear, int64_t at, F& scales) {
+  using V = Vectors<sizeof(F)>;
+  using uints = typename V::uints;
   if (linear.float_scales) {
     memcpy(&scales, static_cast<const float*>(linear.scales) + at, sizeof scales);
     return;
   }
   // A float16's exponent and mantissa, read as a float32's, are 2**112 too small; exact below
   // normal.
-  halves raw;
+  typename V::halves raw;
   memcpy(&raw, static_cast<const uint16_t*>(linear.scales) + at, sizeof raw);
   const uints half = __builtin_convertvector(raw, uints);
   const uints magnitude = (half & 0x7fff) << 13;
   const uints sign = (half & 0x8000) << 16;
-  floats value;
+  F value;
   memcpy(&value, &magnitude, sizeof value);
   value *= 0x1p112f;
   uints bits;

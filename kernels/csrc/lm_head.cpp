@@ -75,16 +75,17 @@ constexpr float SUM_ERROR =
 
 // One column of the copy, from a row of the weight: what a unit of x may be off by, and the row's
 // length.
-template <int TYPE>
+template <class V, int TYPE>
 INLINE void quantize_type(const void* weight, int64_t at, int64_t k, uint32_t* words, float* scales,
                           float& error, float& norm) {
+  using floats = typename V::floats;
   floats squares{}, off{};
   float max_of_row = 0;
   for (int64_t first = 0; first < k; first += GROUP_SIZE, scales += COLUMNS) {
     const int count = int(std::min<int64_t>(GROUP_SIZE, k - first));
     alignas(64) float values[GROUP_SIZE] = {};
-    for (int i = 0; i < count; i += LANES) {
-      if (count - i >= LANES) {
+    for (int i = 0; i < count; i += V::LANES) {
+      if (count - i >= V::LANES) {
         floats value;
         load<TYPE>(weight, at + first + i, value);
         memcpy(values + i, &value, sizeof value);
@@ -101,14 +102,14 @@ INLINE void quantize_type(const void* weight, int64_t at, int64_t k, uint32_t* w
     max_of_row = std::max(max_of_row, max_abs);
     *scales = scale;
     alignas(64) int32_t codes[GROUP_SIZE];
-    for (int i = 0; i < GROUP_SIZE; i += LANES) {
+    for (int i = 0; i < GROUP_SIZE; i += V::LANES) {
       floats value;
       memcpy(&value, values + i, sizeof value);
       const floats shifted = value * per_step + 12582912.0f;  // rounds to an integer
       const floats rest = (shifted - 12582912.0f) * scale - value;
       squares += value * value;
       off += rest * rest;
-      ints code;
+      typename V::ints code;
       memcpy(&code, &shifted, sizeof code);
       code -= 0x4b400000 - 128;
       memcpy(codes + i, &code, sizeof code);
@@ -122,22 +123,23 @@ INLINE void quantize_type(const void* weight, int64_t at, int64_t k, uint32_t* w
   error = std::sqrt(reduce_add(off)) * 1.001f + SUM_ERROR * float(k) * (norm + 2 * max_of_row);
 }
 
+template <class V>
 INLINE void quantize_body(const void* weight, int type, int64_t at, int64_t k, uint32_t* words,
                           float* scales, float& error, float& norm) {
-  if (type == FLOAT32) return quantize_type<FLOAT32>(weight, at, k, words, scales, error, norm);
-  quantize_type<BFLOAT16>(weight, at, k, words, scales, error, norm);
+  if (type == FLOAT32) return quantize_type<V, FLOAT32>(weight, at, k, words, scales, error, norm);
+  quantize_type<V, BFLOAT16>(weight, at, k, words, scales, error, norm);
 }
 
-#define QUANTIZE(NAME, TARGET)                                                                 \
+#define QUANTIZE(NAME, TARGET, V)                                                              \
   TARGET void quantize_##NAME(const void* w, int type, int64_t at, int64_t k, uint32_t* words, \
                               float* scales, float& error, float& norm) {                      \
-    quantize_body(w, type, at, k, words, scales, error, norm);                                 \
+    quantize_body<V>(w, type, at, k, words, scales, error, norm);                              \
   }
 
-QUANTIZE(plain, )
+QUANTIZE(plain, , Narrow)
 #ifdef X86
-QUANTIZE(avx2, AVX2_TARGET)
-QUANTIZE(avx512, AVX512_TARGET)
+QUANTIZE(avx2, AVX2_TARGET, Middle)
+QUANTIZE(avx512, AVX512_TARGET, Wide)
 #endif
 
 }  // namespace

@@ -80,10 +80,11 @@ struct Job {
 };
 
 // One unit of a tile, from words [..][stride].
-template <int WORDS>
+template <class V, int WORDS>
 INLINE void pack_unit(const Job& job, const uint32_t* words, int64_t stride, int64_t unit,
                       uint32_t* out) {
-  constexpr int C = COLUMNS / LANES;
+  using uints = typename V::uints;
+  constexpr int C = COLUMNS / V::LANES;
   const int32_t* rows = job.rows + unit * job.unit_rows;
   uints sum[WORDS][C] = {};
   for (int i = 0; i < job.unit_rows; i++) {
@@ -101,7 +102,7 @@ INLINE void pack_unit(const Job& job, const uint32_t* words, int64_t stride, int
         const uint32_t mask = (1u << length) - 1;
         for (int c = 0; c < C; c++) {
           uints word;
-          memcpy(&word, block + from.word * stride + c * LANES, sizeof word);
+          memcpy(&word, block + from.word * stride + c * V::LANES, sizeof word);
           sum[WORDS == 1 ? 0 : to.word][c] |= (word >> right & mask) << left;
         }
       }
@@ -119,11 +120,12 @@ INLINE bool in_order(const Job& job, int64_t unit) {
   return true;
 }
 
+template <class V>
 INLINE void pack_units(const Job& job, const uint32_t* words, int64_t stride, int64_t first,
                        int64_t last, uint32_t* out) {
   for (int64_t unit = first; unit < last; unit++) {
     if (job.packed_bits == 3) {
-      pack_unit<3>(job, words, stride, unit, out);
+      pack_unit<V, 3>(job, words, stride, unit, out);
       out += 3 * COLUMNS;
       continue;
     }
@@ -131,25 +133,25 @@ INLINE void pack_units(const Job& job, const uint32_t* words, int64_t stride, in
       memcpy(out, words + job.rows[unit * job.unit_rows] / job.unit_rows * stride,
              COLUMNS * sizeof(uint32_t));
     else
-      pack_unit<1>(job, words, stride, unit, out);
+      pack_unit<V, 1>(job, words, stride, unit, out);
     out += COLUMNS;
   }
 }
 
 void pack_plain(const Job& job, const uint32_t* words, int64_t stride, int64_t first, int64_t last,
                 uint32_t* out) {
-  pack_units(job, words, stride, first, last, out);
+  pack_units<Narrow>(job, words, stride, first, last, out);
 }
 
 #ifdef X86
 AVX2_TARGET void pack_avx2(const Job& job, const uint32_t* words, int64_t stride, int64_t first,
                            int64_t last, uint32_t* out) {
-  pack_units(job, words, stride, first, last, out);
+  pack_units<Middle>(job, words, stride, first, last, out);
 }
 
 AVX512_TARGET void pack_avx512(const Job& job, const uint32_t* words, int64_t stride, int64_t first,
                                int64_t last, uint32_t* out) {
-  pack_units(job, words, stride, first, last, out);
+  pack_units<Wide>(job, words, stride, first, last, out);
 }
 #endif
 

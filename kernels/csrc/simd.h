@@ -1,4 +1,4 @@
-// Vectors of 64 bytes, the targets that functions are compiled for, and conversions of numbers.
+// Vectors, the targets that functions are compiled for, and conversions of numbers.
 //
 // Everything is compiled for the plainest processor of its kind; functions for AVX2, AVX-512 and
 // AVX512-BF16 carry a target attribute, and gptq_isa() tells which of them may be called.
@@ -52,13 +52,29 @@
 
 namespace gptq {
 
-constexpr int LANES = 16;  // of a vector: 64 bytes of int32 or float
+// Vectors of some size, of numbers of 4 bytes, and of as many of 2 and 1 bytes: gcc takes vectors
+// that are wider than the processor's apart, in memory.
+template <int BYTES>
+struct Vectors {
+  static constexpr int LANES = BYTES / 4;
+  typedef float floats __attribute__((vector_size(BYTES)));
+  typedef int32_t ints __attribute__((vector_size(BYTES)));
+  typedef uint32_t uints __attribute__((vector_size(BYTES)));
+  typedef uint16_t halves __attribute__((vector_size(BYTES / 2)));
+  typedef uint8_t bytes __attribute__((vector_size(BYTES / 4)));
+};
 
-typedef float floats __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef uint32_t uints __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
-typedef uint8_t bytes __attribute__((vector_size(16)));
+// Those of AVX-512, AVX2, and of SSE2 and NEON, which need no flag.
+using Wide = Vectors<64>;
+using Middle = Vectors<32>;
+using Narrow = Vectors<16>;
+
+// Code for AVX-512 alone says no more.
+constexpr int LANES = Wide::LANES;
+typedef Wide::floats floats;
+typedef Wide::ints ints;
+typedef Wide::uints uints;
+typedef Wide::halves halves;
 
 // Instruction sets; AVX512_BF16 is AVX512 with products of bfloat16 (vdpbf16ps).
 enum Isa { PLAIN = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };

@@ -1,4 +1,4 @@
-// Arithmetic on vectors of 16 floats: loads, sums, e**x, norms, gates, rotations.
+// Arithmetic on vectors of floats: loads, sums, e**x, norms, gates, rotations.
 
 #pragma once
 
@@ -8,14 +8,15 @@
 
 namespace gptq {
 
-template <int TYPE>
-INLINE void load(const void* from, int64_t at, floats& to) {
+template <int TYPE, class F>
+INLINE void load(const void* from, int64_t at, F& to) {
+  using V = Vectors<sizeof(F)>;
   if constexpr (TYPE == FLOAT32) {
     memcpy(&to, static_cast<const float*>(from) + at, sizeof to);
   } else {
-    halves raw;
+    typename V::halves raw;
     memcpy(&raw, static_cast<const uint16_t*>(from) + at, sizeof raw);
-    const uints wide = __builtin_convertvector(raw, uints) << 16;
+    const typename V::uints wide = __builtin_convertvector(raw, typename V::uints) << 16;
     memcpy(&to, &wide, sizeof to);
   }
 }
@@ -30,28 +31,29 @@ inline void store_as(void* to, int64_t at, const float* from, int count, int typ
 }
 
 // The sum of a vector's lanes.
-INLINE float reduce_add(const floats& of) {
-  typedef float eight __attribute__((vector_size(32)));
-  typedef float four __attribute__((vector_size(16)));
-  eight low, high;
-  memcpy(&low, &of, sizeof low);
-  memcpy(&high, reinterpret_cast<const char*>(&of) + sizeof low, sizeof high);
-  low += high;
-  four a, b;
-  memcpy(&a, &low, sizeof a);
-  memcpy(&b, reinterpret_cast<const char*>(&low) + sizeof a, sizeof b);
-  a += b;
-  return (a[0] + a[2]) + (a[1] + a[3]);
+template <class F>
+INLINE float reduce_add(const F& of) {
+  if constexpr (sizeof(F) == 16) {
+    return (of[0] + of[2]) + (of[1] + of[3]);
+  } else {
+    typename Vectors<sizeof(F) / 2>::floats low, high;
+    memcpy(&low, &of, sizeof low);
+    memcpy(&high, reinterpret_cast<const char*>(&of) + sizeof low, sizeof high);
+    low += high;
+    return reduce_add(low);
+  }
 }
 
 // e**x to a few units in the last place, after Cephes; x at most 88.
-INLINE void exponential(floats& x) {
-  const floats lowest = floats{} - 87.0f;
+template <class F>
+INLINE void exponential(F& x) {
+  using ints = typename Vectors<sizeof(F)>::ints;
+  const F lowest = F{} - 87.0f;
   x = x < lowest ? lowest : x;
-  const floats shifted = x * 1.44269504088896341f + 12582912.0f;  // rounds to an integer
-  const floats n = shifted - 12582912.0f;
-  const floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  const F shifted = x * 1.44269504088896341f + 12582912.0f;  // rounds to an integer
+  const F n = shifted - 12582912.0f;
+  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
@@ -65,15 +67,17 @@ INLINE void exponential(floats& x) {
 }
 
 // y = x / sqrt(mean(x**2) + eps) * weight.
+template <class V>
 INLINE void rms_norm_body(const float* x, const float* weight, int64_t count, float eps, float* y) {
+  using floats = typename V::floats;
   floats squares{};
-  for (int64_t i = 0; i < count; i += LANES) {
+  for (int64_t i = 0; i < count; i += V::LANES) {
     floats value;
     load<FLOAT32>(x, i, value);
     squares += value * value;
   }
   const float factor = 1.0f / sqrtf(reduce_add(squares) / float(count) + eps);
-  for (int64_t i = 0; i < count; i += LANES) {
+  for (int64_t i = 0; i < count; i += V::LANES) {
     floats value, scale;
     load<FLOAT32>(x, i, value);
     load<FLOAT32>(weight, i, scale);
@@ -83,8 +87,10 @@ INLINE void rms_norm_body(const float* x, const float* weight, int64_t count, fl
 }
 
 // y = silu(gate) * up.
+template <class V>
 INLINE void silu_multiply_body(const float* gate, const float* up, int count, float* y) {
-  for (int i = 0; i < count; i += LANES) {
+  using floats = typename V::floats;
+  for (int i = 0; i < count; i += V::LANES) {
     floats g, u;
     load<FLOAT32>(gate, i, g);
     load<FLOAT32>(up, i, u);
