@@ -44,7 +44,9 @@ def main(record: str, reference: str | None = None) -> None:
 
     gptq.load = load_slowed
     plugins = gptq.Plugins(installed=True)
-    model = gptq.load(reference, device="cpu", plugins=plugins) if reference else None
+    # In bfloat16 a prompt that is read again from the cache may round to another token.
+    options = {"device": "cpu", "dtype": "float32", "plugins": plugins}
+    model = gptq.load(reference, **options) if reference else None
     plugins.host("gradio").install(model=model, port=0, open_browser=False)
 
 

@@ -35,7 +35,9 @@ pytestmark = MARKS
 
 def test_it_says_what_runs_and_why(page: Page) -> None:
     plan = gptq.explain(
-        CHECKPOINT, device="cpu", plugins=gptq.Plugins(installed=True, environ=ENVIRON)
+        CHECKPOINT,
+        options=gptq.LoadOptions(device="cpu", dtype="float32"),
+        plugins=gptq.Plugins(installed=True, environ=ENVIRON),
     )
     expect(page).to_have_title("gptq-4bit-32g-act-sym")
     expect(page.get_by_role("heading", level=1)).to_have_text("gptq-4bit-32g-act-sym")

@@ -39,6 +39,11 @@ def exported(page: Page, button: str) -> tuple[str, str]:
     return waiting.value.suggested_filename, file.read_text(encoding="utf-8")
 
 
+def messages(page: Page) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = json.loads(exported(page, "#export-json")[1])["messages"]
+    return found
+
+
 def test_conversations_are_kept_and_survive_a_reload(page: Page) -> None:
     ask(page, "The first question", tokens=6)
     finish(page)
@@ -117,8 +122,10 @@ def test_a_question_can_be_edited_and_is_answered_anew(page: Page) -> None:
     page.locator("#chat textarea").fill("What I would rather have read")
     page.locator("#chat").get_by_label("Submit").click()
     expect(page.locator("#chat [data-testid=bot]")).to_have_text("What I would rather have read")
-    _, text = exported(page, "#export-json")
-    assert json.loads(text)["messages"][1]["content"] == "What I would rather have read"
+    eventually(
+        lambda: messages(page)[1]["content"] == "What I would rather have read",
+        awaited="the edit in the exported chat",
+    )
 
 
 def test_the_exact_prompt_is_shown_and_typed_marks_are_no_tokens(page: Page) -> None:

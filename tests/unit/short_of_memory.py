@@ -57,7 +57,7 @@ def attempt(call: Callable[[], Any], which: int) -> tuple[Any, bool]:
 
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join()
+    thread.join(60)
     return answer[0], bool(allocations.failed_allocation())
 
 

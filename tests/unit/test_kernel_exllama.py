@@ -212,9 +212,8 @@ def test_one_scratch_is_shared_and_fits_the_largest_layer(double: Double) -> Non
     cases = [Case(rows=rows, columns=columns, group_size=32) for rows, columns in shapes]
     model: Any = torch.nn.ModuleList(kernel.prepare(*make_layer(case)[:2], CPU) for case in cases)
     assert double.made == 0, "nothing is handed over before the largest is known"
-    assert kernel.finish(model) == (
-        "prompts dequantise one layer at a time, in 49 kB that all share"
-    )
+    note = kernel.finish(model).note
+    assert note == "prompts dequantise one layer at a time, in 49 kB that all share"
     scratches = {it.temp_dq.data_ptr() for it in double.matrices.values()}
     assert len(scratches) == 1
     assert {it.temp_dq.numel() for it in double.matrices.values()} == {256 * 96}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import run_process
 from short_of_memory import INTERPOSER
 
 from gptq_loader_kernels.cpu.library import Isa, find_library, load_library
@@ -36,17 +36,15 @@ LEAST = {"rows": 3, "prompt": 8}
 
 def test_each_allocation_may_fail(tmp_path: Path) -> None:
     fails = tmp_path / "fails.so"
-    made = subprocess.run(
+    run_process(
         ["cc", "-shared", "-fPIC", "-O1", "-x", "c", "-", "-o", fails, "-ldl"],
-        input=INTERPOSER, text=True, check=False, capture_output=True,
+        input=INTERPOSER, check=True,
     )  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    child = subprocess.run(
+    child = run_process(
         [sys.executable, Path(__file__).with_name("short_of_memory.py")],
         env={**os.environ, "LD_PRELOAD": str(fails), "PYTHONPATH": str(Path(__file__).parent)},
-        text=True, check=False, capture_output=True, timeout=300,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stderr
+        check=True,
+    )
     outcome = json.loads(child.stdout)
     panels = load_library().gptq_isa() >= Isa.AVX512_BF16
     for name, words in WORDS.items():
