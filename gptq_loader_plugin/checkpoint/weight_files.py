@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["WEIGHT_SUFFIXES", "WeightFiles", "find_weight_files"]
+__all__ = ["KEPT", "KEPT_LOCK", "WEIGHT_SUFFIXES", "WeightFiles", "find_weight_files"]
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
@@ -35,6 +35,9 @@ SHARD = re.compile(r"(?P<stem>.*)-(?P<index>\d{5})-of-(?P<total>\d{5})(?P<suffix
 # Names that GPTQ-for-LLaMa's and AutoGPTQ's files had: llama-7b-4bit-128g.pt, gptq_model-4bit.bin
 GPTQ_NAME = re.compile(r"gptq|(?<!\d)[2-8]-?bit", re.IGNORECASE)
 STOCK_STEMS = ("model", "pytorch_model")
+# What `quantize` has in a folder until the checkpoint there is whole: its blocks, and its lock.
+KEPT = ".quantize"
+KEPT_LOCK = ".quantize.lock"
 AGAIN = "download the checkpoint again; every shard must be there"
 
 

@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import shutil
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,16 +22,14 @@ from gptq_loader_plugin.checkpoint.weight_files import find_weight_files
 from gptq_loader_plugin.errors import AmbiguousReference, GPTQLoaderError, OptionInvalid
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from gptq_loader_plugin.hub.hub_reference import HubReference
     from gptq_loader_plugin.hub.remote import RemoteFile
-    from gptq_loader_plugin.hub.workers import Stop
 
-__all__ = ["RepoCache", "cached_folder", "held", "lock_of"]
+__all__ = ["RepoCache", "cached_folder", "lock_of"]
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-LOCK_WAIT = 0.2  # seconds between two tries to get a lock
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,34 +134,6 @@ def lock_of(folder: Path) -> Path:
 
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
     return Path(constants.HF_HUB_CACHE) / ".locks" / "folders" / f"{name}.lock"
-
-
-@contextmanager
-def held(lock: Path, stop: Stop, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold a lock, inside; the system takes it from a process that dies.
-
-    Args:
-        lock: its file.
-        stop: ends the wait.
-        waiting: told again and again that another process has it.
-    """
-    from filelock import Timeout
-    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
-
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        stop.check()
-        taken = WeakFileLock(lock, timeout=LOCK_WAIT)
-        try:
-            taken.__enter__()
-        except Timeout:
-            waiting()
-            continue
-        break
-    try:
-        yield
-    finally:
-        taken.__exit__(None, None, None)
 
 
 def _link(blob: Path, path: Path) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptq_loader_plugin.checkpoint.weight_files import KEPT, KEPT_LOCK
 from gptq_loader_plugin.errors import (
     CheckpointNotFound,
     DownloadCancelled,
@@ -20,11 +21,12 @@ from gptq_loader_plugin.errors import (
     OptionInvalid,
 )
 from gptq_loader_plugin.events import Progress
-from gptq_loader_plugin.hub.cache import RepoCache, cached_folder, held, lock_of
+from gptq_loader_plugin.hub.cache import RepoCache, cached_folder, lock_of
 from gptq_loader_plugin.hub.error_messages import GOES_ON, explained, is_away
 from gptq_loader_plugin.hub.remote import look_up
 from gptq_loader_plugin.hub.transfer import WAITS, fetch_file, has_content
 from gptq_loader_plugin.hub.workers import Cancelled, run_jobs
+from gptq_loader_plugin.system.file_lock import held
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
@@ -164,15 +166,15 @@ class _Tally:
             self.done[file.name] = done
             self.waits_for = ""
 
-    def wait(self, file: RemoteFile, done: int) -> None:
+    def wait(self, file: RemoteFile, done: int, holder: str) -> None:
         with self.lock:
             self.done[file.name] = done
-            self.waits_for = file.name
+            self.waits_for = f"{holder} is downloading {file.name}"
 
     def report(self, progress: Callable[[Progress], None]) -> None:
         with self.lock:
-            done, name = min(sum(self.done.values()), self.total), self.waits_for
-        detail = f"another process is downloading {name}" if name else self.name
+            done, waits_for = min(sum(self.done.values()), self.total), self.waits_for
+        detail = waits_for or self.name
         often = time.monotonic() - self.reported_at < REPORT_SECONDS and done < self.total
         if often or (done, detail) == self.reported:
             return
@@ -208,7 +210,12 @@ class _InCache:
         if self.cache.has(file):
             return
         partial_file = self.cache.partial(file)
-        with held(self.cache.lock(file), stop, lambda: tally.wait(file, self.here(file))):
+
+        def waiting(holder: str) -> None:
+            stop.check()
+            tally.wait(file, self.here(file), holder)
+
+        with held(self.cache.lock(file), waiting=waiting):
             if not self.cache.has(file):
                 on_bytes = partial(tally.count, file)
                 fetch_file(file, partial_file, stop, on_bytes=on_bytes, waits=waits)
@@ -226,8 +233,17 @@ class _InFolder:
         self.branch = branch
         self.folder = folder.expanduser().absolute()
         self.staging = self.folder.with_name(f".{self.folder.name}.download")
-        names = {file.name for file in branch.files}
-        suffixes = {Path(weight_file.name).suffix for weight_file in branch.weight_files}
+        self._check_free()
+
+    def _check_free(self) -> None:
+        """Refuse a folder with another checkpoint, or one that is being quantised into."""
+        names = {file.name for file in self.branch.files}
+        suffixes = {Path(weight_file.name).suffix for weight_file in self.branch.weight_files}
+        if any((self.folder / name).exists() for name in (KEPT, KEPT_LOCK)):
+            raise OptionInvalid(
+                f"{self.folder} is being quantised into, or such a run was interrupted",
+                hint="name an empty folder, or one that is not there yet",
+            )
         if self.folder.is_dir():
             present = {path.name for path in self.folder.iterdir() if path.suffix in suffixes}
             if other := sorted(present - names):
@@ -247,11 +263,14 @@ class _InFolder:
     def guarded(self, stop: Stop, tally: _Tally) -> Iterator[None]:
         """Keep every other process out of the folder, inside."""
 
-        def waiting() -> None:
+        def waiting(holder: str) -> None:
+            stop.check()
+            self._check_free()
             for file in self.branch.files:
-                tally.wait(file, self.here(file))
+                tally.wait(file, self.here(file), holder)
 
-        with held(lock_of(self.folder), stop, waiting):
+        with held(lock_of(self.folder), waiting=waiting):
+            self._check_free()
             yield
 
     def fetch(self, file: RemoteFile, stop: Stop, tally: _Tally, waits: Sequence[float]) -> None:

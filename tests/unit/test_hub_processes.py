@@ -131,7 +131,7 @@ def test_two_processes_fetch_one_thing_once(
     with download(*to) as first:
         wait_for_bytes(tmp_path / ("models" if plain else "hf"), SIZE // 20, first)
         with download(*to) as second:
-            wait_for_words(second, "another process is downloading")
+            wait_for_words(second, f"process {first.pid} is downloading")
             hub.behave()
             for process in (first, second):
                 folder, words = process.communicate(timeout=60)
@@ -147,7 +147,7 @@ def test_one_of_two_is_killed_and_the_other_goes_on(
     with download() as first:
         wait_for_bytes(tmp_path / "hf", SIZE // 20, first)
         with download() as second:
-            wait_for_words(second, "another process is downloading")
+            wait_for_words(second, f"process {first.pid} is downloading")
             first.kill()
             folder, _ = second.communicate(timeout=60)
     assert_whole(type(source)(folder.strip()), source)
