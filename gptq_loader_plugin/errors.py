@@ -20,6 +20,7 @@
   + HubError .................. the model hub could not be reached, or refused
     - DownloadCancelled ....... a caller ended a download; what was fetched is kept
   + QuantizeError ............. a model cannot be quantised as asked
+  + CodeTooLarge .............. a code does not fit into the bits it is to be packed in
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ __all__ = [
     "BadReference",
     "CheckpointError",
     "CheckpointNotFound",
+    "CodeTooLarge",
     "ConfigInvalid",
     "CorruptCheckpoint",
     "DownloadCancelled",
@@ -233,6 +235,10 @@ class DownloadCancelled(HubError):
 
 class QuantizeError(GPTQLoaderError):
     """A model cannot be quantised as asked."""
+
+
+class CodeTooLarge(GPTQLoaderError, ValueError):
+    """A code does not fit into the bits it is to be packed in."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
+from gptq_loader_plugin.errors import CodeTooLarge
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -96,8 +98,16 @@ def pack_rows(codes: NDArray[np.uint8], bits: int, layout: Layout) -> NDArray[np
 
     Returns:
         int32 [rows * bits / 32, columns].
+
+    Raises:
+        CodeTooLarge: a code does not fit; it would change the codes beside it.
     """
     rows, columns = codes.shape
+    if codes.size and (largest := int(codes.max())) >> bits:
+        raise CodeTooLarge(
+            f"a code of {largest} does not fit into {bits} bits",
+            hint="pack codes in the width that they were made for",
+        )
     if 32 % bits == 0:
         per_word = 32 // bits
         fields = codes.reshape(rows // per_word, per_word, columns).astype(np.uint32)

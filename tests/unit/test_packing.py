@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptq_loader_plugin.checkpoint.zeros import decide_format, stored_zeros, true_zeros
+from gptq_loader_plugin.errors import CodeTooLarge
 from gptq_loader_plugin.kernel.packing import (
     BITS,
     CONTINUOUS_BITS,
+    Layout,
     pack_columns,
     pack_rows,
     unpack_columns,
@@ -149,3 +151,13 @@ def test_too_few_zeros_do_not_overrule_a_label() -> None:
     for label in ("gptq", "gptq_v2"):
         found, warning = decide_format([summed(4, zeros, minus=0)], label=label)
         assert (found, warning) == ("v1" if label == "gptq" else "v2", None)
+
+
+@pytest.mark.parametrize(("bits", "layout"), [(2, "continuous"), (3, "continuous"), (4, "planar")])
+def test_a_code_that_does_not_fit_is_refused(bits: int, layout: Layout) -> None:
+    codes = np.zeros((64, 32), dtype=np.uint8)
+    codes[5, 3] = 1 << bits
+    for pack in (pack_rows, pack_columns):
+        with pytest.raises(CodeTooLarge, match=f"a code of {1 << bits} does not fit into {bits}"):
+            pack(codes, bits, layout)
+        pack(codes.clip(max=(1 << bits) - 1), bits, layout)
