@@ -14,14 +14,15 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptq_loader_plugin.checkpoint.weight_files import KEPT
 from gptq_loader_plugin.errors import CheckpointNotFound
+from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.quantize.demo_model import find_demo_model
+from gptq_loader_plugin.system.file_lock import held_and_removed
 from gptq_loader_plugin.system.folders import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-    from gptq_loader_plugin.events import Progress
 
 __all__ = ["demo_folder", "prepare_demo"]
 
@@ -49,13 +50,26 @@ def prepare_demo(
 ) -> Path:
     """Find the prepared demo model, or quantise it now; an interrupted run goes on.
 
+    Of several processes at a time, one prepares it, and the others wait for that.
+
     Raises:
         CheckpointNotFound: its model is not here, and could not be fetched.
     """
     folder = demo_folder(environ)
-    if (folder / "config.json").is_file():
-        from gptq_loader_plugin.quantize.options import KEPT
+    if (folder / "config.json").is_file() and not (folder / KEPT).exists():
+        return folder
 
+    def waiting(holder: str) -> None:
+        progress(Progress("demo", 0, 1, "models", f"{holder} is preparing it"))
+
+    with held_and_removed(folder.with_name(f".{NAME}.lock"), waiting=waiting):
+        return _prepare(folder, progress=progress, environ=environ)
+
+
+def _prepare(
+    folder: Path, *, progress: Callable[[Progress], None], environ: Mapping[str, str]
+) -> Path:
+    if (folder / "config.json").is_file():
         # what a run left that was killed between its last file and its end
         shutil.rmtree(folder / KEPT, ignore_errors=True)
         return folder

@@ -6,9 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-__all__ = ["KEPT", "QuantizeOptions"]
-
-KEPT = ".quantize"  # finished blocks, in the output folder until it is complete
+__all__ = ["QuantizeOptions"]
 
 
 class QuantizeOptions(BaseModel):

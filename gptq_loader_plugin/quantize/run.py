@@ -6,13 +6,17 @@ import hashlib
 import json
 import shutil
 import time
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from gptq_loader_plugin.checkpoint.config import CONFIG_FILES, read_json
+from gptq_loader_plugin.checkpoint.weight_files import KEPT, KEPT_LOCK
 from gptq_loader_plugin.errors import BadReference, QuantizeError
 from gptq_loader_plugin.events import Progress
+from gptq_loader_plugin.hub.cache import lock_of
 from gptq_loader_plugin.planning.model_shape import ModelShape
 from gptq_loader_plugin.quantize.algorithm import QuantizedWeight, quantize_weight
 from gptq_loader_plugin.quantize.blocks import (
@@ -26,7 +30,6 @@ from gptq_loader_plugin.quantize.blocks import (
     subsets,
 )
 from gptq_loader_plugin.quantize.calibration import calibration_samples, calibration_text
-from gptq_loader_plugin.quantize.options import KEPT
 from gptq_loader_plugin.quantize.writer import (
     hub_names,
     pack_weight,
@@ -34,10 +37,11 @@ from gptq_loader_plugin.quantize.writer import (
     write_checkpoint,
 )
 from gptq_loader_plugin.system.atomic_file import write_whole
+from gptq_loader_plugin.system.file_lock import held, held_and_removed, lock_holder
 from gptq_loader_plugin.system.paths import local_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from torch import nn
@@ -50,6 +54,7 @@ __all__ = ["quantize", "quantize_model"]
 
 BATCH_TOKENS = 4096  # hidden states are run through a block this many tokens at a time
 UNKNOWN_CONTEXT = 2048
+FINGERPRINT = "fingerprint"  # in the metadata of a block's file, and a file beside them
 
 
 def quantize_model(
@@ -77,29 +82,24 @@ def quantize_model(
 
     Raises:
         QuantizeError: the source cannot be loaded, or it cannot be quantised as asked, or `out`
-            holds something else.
+            holds something else, or another process is writing there.
     """
     progress = progress or _ignore
-    _check_free(local_path(out))
-    progress(Progress("read model", 0, 1, "files", str(source)))
-    model, tokenizer = load_source(local_path(source))
-    progress(Progress("read model", 1, 1, "files", str(source)))
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    context = ModelShape.of_config(model.config).context or UNKNOWN_CONTEXT
-    content = calibration_text(model, tokenizer, options, text=text, progress=progress)
-    samples = calibration_samples(tokenizer, options, content, context=context)
-    return quantize(
-        model,
-        tokenizer,
-        local_path(out),
-        options=options,
-        samples=samples,
-        progress=progress,
-    )
+    with _only_writer(local_path(out)) as folder:
+        _check_free(folder)
+        progress(Progress("read model", 0, 1, "files", str(source)))
+        model, tokenizer = load_source(local_path(source))
+        progress(Progress("read model", 1, 1, "files", str(source)))
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        context = ModelShape.of_config(model.config).context or UNKNOWN_CONTEXT
+        content = calibration_text(model, tokenizer, options, text=text, progress=progress)
+        samples = calibration_samples(tokenizer, options, content, context=context)
+        return _quantize(
+            model, tokenizer, folder, options=options, samples=samples, progress=progress
+        )
 
 
-@torch.inference_mode()
 def quantize(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -123,9 +123,54 @@ def quantize(
 
     Raises:
         QuantizeError: the model has no blocks, experts that cannot be written, or activations
-            that are not finite.
+            that are not finite, or another process is writing to the folder.
     """
-    progress = progress or _ignore
+    with _only_writer(out):
+        return _quantize(
+            model, tokenizer, out, options=options, samples=samples, progress=progress or _ignore
+        )
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[Path]:
+    """Keep every other process that quantises or downloads out of a folder, inside.
+
+    One lock is in the folder, for processes of other machines and containers that share it; the
+    other is that of downloads.
+    """
+    if out.exists() and not out.is_dir():
+        raise QuantizeError(f"{out} is a file", hint="name a folder for the checkpoint")
+    is_new = not out.exists()
+
+    def refuse(holder: str) -> None:
+        raise QuantizeError(
+            f"{holder} is writing to {out}",
+            hint="wait until it has ended, or name another folder; a run of the same command "
+            "afterwards goes on where that one stopped",
+        )
+
+    try:
+        with (
+            held(lock_of(out), waiting=refuse),
+            held_and_removed(out / KEPT_LOCK, waiting=refuse),
+        ):
+            yield out
+    finally:
+        if is_new:
+            with suppress(OSError):  # there is something in it
+                out.rmdir()
+
+
+@torch.inference_mode()
+def _quantize(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    options: QuantizeOptions,
+    samples: Sequence[Sequence[int]],
+    progress: Callable[[Progress], None],
+) -> Path:
     names = hub_names(model)
     separate_experts(model, names.values())
     blocks = find_blocks(model)
@@ -211,22 +256,23 @@ class _Work:
 
 
 class _Kept:
-    """Finished blocks on disk, good for one model, one set of options and samples."""
+    """Finished blocks on disk; each says of which model, options and samples it was made."""
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self._folder = folder
-        mark = folder / "fingerprint"
-        if folder.is_dir() and (not mark.is_file() or mark.read_text() != fingerprint):
-            shutil.rmtree(folder)
+        self._fingerprint = fingerprint
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(mark, fingerprint)
+        write_whole(folder / FINGERPRINT, fingerprint)  # for people: each block has its own
+        for file in folder.glob("block-*.safetensors"):
+            if _fingerprint_of(file) != fingerprint:
+                file.unlink()
 
     def read(self, block: int) -> dict[str, QuantizedWeight] | None:
         """Read a finished block, or None where it is not finished."""
         from safetensors.torch import load_file
 
         file = self._file(block)
-        if not file.is_file():
+        if _fingerprint_of(file) != self._fingerprint:
             return None
         tensors = load_file(file)
         paths = [name.removesuffix("/codes") for name in tensors if name.endswith("/codes")]
@@ -249,7 +295,7 @@ class _Kept:
             tensors[f"{path}/scales"] = weight.scales
             tensors[f"{path}/zeros"] = weight.zeros
             tensors[f"{path}/g_idx"] = weight.g_idx
-        save_tensors(tensors, self._file(block))
+        save_tensors(tensors, self._file(block), metadata={FINGERPRINT: self._fingerprint})
 
     def remove(self) -> None:
         """Forget them: the checkpoint is complete."""
@@ -257,6 +303,18 @@ class _Kept:
 
     def _file(self, block: int) -> Path:
         return self._folder / f"block-{block:04}.safetensors"
+
+
+def _fingerprint_of(file: Path) -> str | None:
+    """Read what a block was made of; None where there is no block that can be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as block:
+            stated: dict[str, str] = block.metadata() or {}
+    except (OSError, SafetensorError):
+        return None
+    return stated.get(FINGERPRINT)
 
 
 def _same_input(names: Sequence[str], sums: dict[str, torch.Tensor]) -> list[list[str]]:
@@ -292,14 +350,22 @@ def _batches(samples: Sequence[Sequence[int]]) -> list[torch.Tensor]:
 def _fingerprint(
     model: PreTrainedModel, options: QuantizeOptions, samples: Sequence[Sequence[int]]
 ) -> str:
-    """Sum up what a finished block depends on: options, samples, the model and some weights."""
-    digest = hashlib.sha256(options.model_dump_json(exclude={"shard_bytes"}).encode())
+    """Sum up what a finished block depends on: this package, options, samples and the model."""
+    digest = hashlib.sha256(version("gptq-loader-plugin").encode())
+    digest.update(options.model_dump_json(exclude={"shard_bytes"}).encode())
     digest.update(json.dumps([list(sample) for sample in samples]).encode())
     digest.update(model.config.to_json_string(use_diff=True).encode())
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         digest.update(parameter.detach().flatten()[:64].float().numpy().tobytes())
+        digest.update(str(_bit_sum(parameter.detach())).encode())
     return digest.hexdigest()
+
+
+def _bit_sum(tensor: torch.Tensor) -> int:
+    """Add up a tensor's numbers as integers, which is the same in any order and on any machine."""
+    halves = tensor.contiguous().view(torch.int16)
+    return int(halves.sum(dtype=torch.int64))
 
 
 def load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -334,9 +400,8 @@ def load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 def _check_free(out: Path) -> None:
     """Refuse a folder with something in it that no interrupted run has left."""
-    if out.exists() and not out.is_dir():
-        raise QuantizeError(f"{out} is a file", hint="name a folder for the checkpoint")
-    if out.is_dir() and any(out.iterdir()) and not (out / KEPT).is_dir():
+    ours = {KEPT_LOCK, lock_holder(out / KEPT_LOCK).name}
+    if any(path.name not in ours for path in out.iterdir()) and not (out / KEPT).is_dir():
         raise QuantizeError(
             f"{out} is not empty, and a checkpoint would be mixed with what it holds",
             hint="name a new folder, or empty that one",

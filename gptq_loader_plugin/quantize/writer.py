@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["hub_names", "pack_weight", "save_tensors", "write_checkpoint"]
 
 INDEX = "model.safetensors.index.json"
+FROM_TORCH = {"format": "pt"}
 OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 FULL = ("os error 28", "os error 27", "os error 122")  # as safetensors writes: disk, file, quota
 
@@ -100,6 +101,9 @@ def write_checkpoint(
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").unlink(missing_ok=True)  # an older checkpoint's: it is none any more
+    for pattern in (".*.part", ".*.partial"):  # of a run that was killed while it wrote
+        for left in out.glob(pattern):
+            left.unlink()
     tokenizer.save_pretrained(out)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(out)
@@ -171,8 +175,15 @@ def _write_shards(tensors: dict[str, torch.Tensor], out: Path, *, shard_bytes: i
         save_tensors(shard, out / file)
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+def save_tensors(
+    tensors: dict[str, torch.Tensor], file: Path, *, metadata: Mapping[str, str] = FROM_TORCH
+) -> None:
     """Write tensors to a file, which is there when it is whole.
+
+    Args:
+        tensors: by their names.
+        file: the file.
+        metadata: what else its header says.
 
     Raises:
         QuantizeError: the disk is full.
@@ -182,7 +193,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
 
     partial = file.with_name(f".{file.name}.partial")
     try:
-        save_file(tensors, partial, metadata={"format": "pt"})
+        save_file(tensors, partial, metadata=dict(metadata))
         partial.chmod(0o644)  # safetensors makes files that only their owner reads
         with partial.open("rb") as written:
             os.fsync(written.fileno())

@@ -29,7 +29,7 @@ from waiting import eventually
 
 from gptq_loader_extensions.gradio.storage.settings_file import ModelSettings, SettingsFile
 from gptq_loader_plugin.catalog.local import local_models
-from gptq_loader_plugin.quantize.options import KEPT
+from gptq_loader_plugin.checkpoint.weight_files import KEPT
 from gptq_loader_plugin.system.memory import free_memory, total_memory
 
 if TYPE_CHECKING:
