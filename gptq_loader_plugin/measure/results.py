@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.system.atomic_file import is_quarantined, quarantine, write_whole
+from gptq_loader_plugin.system.file_lock import changing
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.generation.loaded import LoadedModel
@@ -168,11 +169,12 @@ class MeasuredFiles:
             GPTQLoaderError: the file cannot be written.
         """
         file = self.folder / _file_name(measured)
-        figures, _ = _read(file)
-        others = [figure for figure in figures if figure.text.key != measured.text.key]
-        stored = _Stored(measured=[*others, measured])
         try:
-            write_whole(file, stored.model_dump_json(indent=2))
+            with changing(file):
+                figures, _ = _read(file, is_locked=True)
+                others = [figure for figure in figures if figure.text.key != measured.text.key]
+                stored = _Stored(measured=[*others, measured])
+                write_whole(file, stored.model_dump_json(indent=2))
         except OSError as error:
             raise GPTQLoaderError(
                 f"the figure cannot be kept: {error.strerror} ({file})",
@@ -194,7 +196,7 @@ def _file_name(measured: Measured) -> str:
     return f"{folder or 'checkpoint'}-{digest}.json"
 
 
-def _read(file: Path) -> tuple[list[Measured], str]:
+def _read(file: Path, *, is_locked: bool = False) -> tuple[list[Measured], str]:
     """Read a file's figures; and what became of a damaged one, or ""."""
     try:
         return _Stored.model_validate_json(file.read_bytes()).measured, ""
@@ -205,6 +207,9 @@ def _read(file: Path) -> tuple[list[Measured], str]:
     except ValidationError:
         pass
     try:
+        if not is_locked:  # look again, where nobody can have replaced it meanwhile
+            with changing(file):
+                return _read(file, is_locked=True)
         quarantined = quarantine(file)
     except OSError as error:
         return [], f"a file of figures is damaged: {file} ({error.strerror})"

@@ -74,16 +74,10 @@ def add(reference: str, name: str | None) -> None:
     """Add a checkpoint: a folder, a file, or owner/repo:branch, which is downloaded."""
     import llm
 
-    from gptq_loader_extensions.llm.listing import read_added, write_added
+    from gptq_loader_extensions.llm.listing import add_to_list
 
     reference, name = _check(reference, name)
-    models = read_added(llm.user_dir())
-    if models.get(name, reference) != reference:
-        raise OptionInvalid(
-            f"gptq/{name} is already {models[name]}",
-            hint="choose another name with --name, or remove that one: llm gptq remove",
-        )
-    write_added(llm.user_dir(), {**models, name: reference})
+    add_to_list(llm.user_dir(), name, reference)
     click.echo(f"added; try it: llm -m {_quoted(f'gptq/{name}')} 'Hello'")
 
 
@@ -94,18 +88,10 @@ def remove(name: str) -> None:
     """Remove a name from the list; the checkpoint's files stay."""
     import llm
 
-    from gptq_loader_extensions.llm.listing import PREFIX, read_added, write_added
+    from gptq_loader_extensions.llm.listing import PREFIX, remove_from_list
 
-    models = read_added(llm.user_dir())
     name = name.removeprefix(PREFIX)
-    if name not in models:
-        raise OptionInvalid(
-            f"gptq/{name} was not added",
-            hint="only models that llm gptq list shows as added can be removed; to remove "
-            "another, delete its folder",
-        )
-    del models[name]
-    write_added(llm.user_dir(), models)
+    remove_from_list(llm.user_dir(), name)
     click.echo(f"removed gptq/{name}")
 
 

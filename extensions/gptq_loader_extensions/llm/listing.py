@@ -8,20 +8,36 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gptq_loader_plugin.catalog.local import local_models
-from gptq_loader_plugin.errors import CheckpointNotFound, ConfigInvalid
+from gptq_loader_plugin.errors import (
+    CheckpointNotFound,
+    ConfigInvalid,
+    GPTQLoaderError,
+    OptionInvalid,
+)
 from gptq_loader_plugin.quantize.demo import demo_folder
+from gptq_loader_plugin.system.atomic_file import write_whole
+from gptq_loader_plugin.system.file_lock import changing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-__all__ = ["PREFIX", "ListedModel", "find_listed", "list_models", "read_added", "write_added"]
+__all__ = [
+    "PREFIX",
+    "ListedModel",
+    "add_to_list",
+    "find_listed",
+    "list_models",
+    "read_added",
+    "remove_from_list",
+]
 
 PREFIX = "gptq/"
 FILE = "gptq-loader.json"
@@ -109,9 +125,48 @@ def read_added(folder: Path) -> dict[str, str]:
         ) from error
 
 
-def write_added(folder: Path, models: Mapping[str, str]) -> None:
-    """Write the added references, whole or not at all."""
+def add_to_list(folder: Path, name: str, reference: str) -> None:
+    """Add a reference to the list, whole or not at all.
+
+    Raises:
+        OptionInvalid: another one is called so.
+    """
+    with _changed(folder) as models:
+        if models.get(name, reference) != reference:
+            raise OptionInvalid(
+                f"{PREFIX}{name} is already {models[name]}",
+                hint="choose another name with --name, or remove that one: llm gptq remove",
+            )
+        models[name] = reference
+
+
+def remove_from_list(folder: Path, name: str) -> None:
+    """Remove a reference from the list, whole or not at all.
+
+    Raises:
+        OptionInvalid: none is called so.
+    """
+    with _changed(folder) as models:
+        if name not in models:
+            raise OptionInvalid(
+                f"{PREFIX}{name} was not added",
+                hint="only models that llm gptq list shows as added can be removed; to remove "
+                "another, delete its folder",
+            )
+        del models[name]
+
+
+@contextmanager
+def _changed(folder: Path) -> Iterator[dict[str, str]]:
+    """Change the added references, inside, while no other process does."""
     file = folder / FILE
-    unfinished = file.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps({"models": dict(models)}, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(file)
+    try:
+        with changing(file):
+            models = read_added(folder)
+            yield models
+            write_whole(file, json.dumps({"models": models}, indent=2) + "\n")
+    except OSError as error:
+        raise GPTQLoaderError(
+            f"the list of added models cannot be written: {error.strerror} ({file})",
+            hint="free some disk space, or make that folder writable; LLM_USER_PATH names another",
+        ) from error

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gptq_loader_kernels.triton.tiles import BUCKETS, Tile, candidates, default_tiles
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.system.atomic_file import write_whole
+from gptq_loader_plugin.system.file_lock import changing
 from gptq_loader_plugin.system.folders import cache_folder
 
 if TYPE_CHECKING:
@@ -119,6 +120,14 @@ def _kind(layer: LayerSpec) -> tuple[object, ...]:
 def _write(device: Device, capability: tuple[int, int], best: dict[tuple[int, int], Tile]) -> Path:
     """Add what was found to what the file keeps of other widths."""
     file = tuned_file(device)
+    with changing(file):
+        _replace(file, device, capability, best)
+    return file
+
+
+def _replace(
+    file: Path, device: Device, capability: tuple[int, int], best: dict[tuple[int, int], Tile]
+) -> None:
     kept = _read(file, file.stat().st_mtime_ns, capability) if file.is_file() else {}
     tiles = {
         bits: {bucket: asdict(tile) for bucket, tile in by_bucket.items()}
@@ -128,7 +137,6 @@ def _write(device: Device, capability: tuple[int, int], best: dict[tuple[int, in
         tiles.setdefault(str(bits), {})[str(bucket)] = asdict(tile)
     data = {"version": VERSION, "gpu": device.name, "capability": list(capability), "tiles": tiles}
     write_whole(file, json.dumps(data, indent=2))
-    return file
 
 
 @cache

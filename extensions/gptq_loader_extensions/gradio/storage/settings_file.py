@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.generation.options import GenerateOptions
 from gptq_loader_plugin.system.atomic_file import quarantine, write_whole
+from gptq_loader_plugin.system.file_lock import changing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,7 +65,7 @@ class SettingsFile:
         A damaged file is renamed, and the next one begins empty.
         """
         with self._writing:
-            stored, note = self._read()
+            stored, note = self._read(is_locked=False)
         return stored.models.get(name), note
 
     def save(self, name: str, settings: ModelSettings) -> str:
@@ -74,10 +75,11 @@ class SettingsFile:
             GPTQLoaderError: the file cannot be written.
         """
         with self._writing:
-            stored, note = self._read()
-            stored.models[name] = settings
             try:
-                write_whole(self.path, stored.model_dump_json(indent=2), mode=0o600)
+                with changing(self.path):  # two pages may save at a time
+                    stored, note = self._read(is_locked=True)
+                    stored.models[name] = settings
+                    write_whole(self.path, stored.model_dump_json(indent=2), mode=0o600)
             except OSError as error:
                 raise GPTQLoaderError(
                     f"cannot save the settings: {error.strerror} ({self.path})",
@@ -86,7 +88,7 @@ class SettingsFile:
                 ) from error
         return note
 
-    def _read(self) -> tuple[_Stored, str]:
+    def _read(self, *, is_locked: bool) -> tuple[_Stored, str]:
         try:
             return _Stored.model_validate_json(self.path.read_bytes()), ""
         except FileNotFoundError:
@@ -94,12 +96,12 @@ class SettingsFile:
         except OSError as error:
             return _Stored(), f"cannot read the settings: {error.strerror} ({self.path})"
         except ValidationError:
-            return _Stored(), self._rename_damaged()
-
-    def _rename_damaged(self) -> str:
-        """Rename a damaged file; return a note for the user."""
+            pass
         try:
+            if not is_locked:  # look again, where nobody can have replaced it meanwhile
+                with changing(self.path):
+                    return self._read(is_locked=True)
             renamed = quarantine(self.path)
         except OSError as error:
-            return f"the settings file is damaged: {self.path} ({error.strerror})"
-        return f"the settings file was damaged; it was renamed to {renamed.name}"
+            return _Stored(), f"the settings file is damaged: {self.path} ({error.strerror})"
+        return _Stored(), f"the settings file was damaged; it was renamed to {renamed.name}"
