@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -87,12 +88,47 @@ def test_a_browser_asks_a_person_for_the_key(locked: Running, stranger: httpx.Cl
         ("[::1]:99", 200),
         ("localhost:5000", 200),
         ("192.168.1.5:5000", 200),
+        ("LOCALHOST", 200),
+        ("[::1]", 200),
+        ("[2001:DB8::1]:80", 200),
+        ("[::ffff:127.0.0.1]:80", 200),
+        ("[::1].evil.example", 403),
+        ("[::1]evil", 403),
+        ("[::1]:80@evil.example", 403),
+        ("[::1", 403),
+        ("::1", 403),
+        ("[localhost]", 403),
+        ("[127.0.0.1]", 403),
+        ("[::1%25evil.example]", 403),
+        ("[::1%evil.example]:80", 403),
+        ("localhost:80@evil.example", 403),
+        ("user@localhost", 403),
+        ("localhost:evil", 403),
+        ("localhost:", 403),
+        ("localhost:80:80", 403),
+        ("localhost:-1", 403),
+        ("localhost:65536", 403),
+        ("localhost:" + "9" * 5000, 403),
+        ("localhost/evil.example", 403),
+        ("localhost#.evil.example", 403),
+        ("127.1", 403),
+        ("0x7f000001", 403),
+        ("2130706433", 403),
     ],
 )
 def test_a_name_that_is_not_this_machines_is_refused(
     locked: Running, host: str, status: int
 ) -> None:
     assert locked.client.get("/health", headers={"host": host}).status_code == status
+
+
+def test_two_hosts_are_none(locked: Running) -> None:
+    two = [("host", "localhost"), ("host", "localhost"), ("authorization", f"Bearer {KEY}")]
+    address = httpx.URL(locked.url)
+    lines = "".join(f"{name}: {value}\r\n" for name, value in two)
+    with socket.create_connection((address.host, address.port or 80), timeout=60) as connection:
+        connection.sendall(f"GET /health HTTP/1.1\r\n{lines}\r\n".encode())
+        assert b" 4" in connection.recv(100)[:12]
 
 
 def test_other_origins_may_not_call_it(locked: Running) -> None:
@@ -308,8 +344,6 @@ def test_without_a_model_and_a_page_to_choose_one_it_says_so(
 
 @contextmanager
 def taken_port() -> Iterator[int]:
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

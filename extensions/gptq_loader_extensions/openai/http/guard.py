@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import json
+import re
 import socket
 from base64 import b64decode
 from typing import TYPE_CHECKING
@@ -21,6 +22,11 @@ __all__ = ["Guard"]
 # Has a browser ask its user for a name, which may be any, and a password, which is the key.
 BASIC_CHALLENGE = 'Basic realm="gptq-loader: any name, and the API key as the password"'
 MAX_DIGITS = 15  # of a length in bytes
+# Names, IPv4 and, in brackets, IPv6; then nothing but a port. A zone (%eth0) is no part of it.
+HOST = re.compile(
+    r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<name>[^][:@/?#%\s]+))(?::(?P<port>[0-9]+))?"
+)
+PORTS = range(2**16)
 
 
 class Guard:
@@ -52,16 +58,15 @@ class Guard:
             await self._app(scope, receive, send)
             return
         try:
-            self._check(_headers(scope))
+            self._check(_headers(scope), hosts=_count(scope, b"host"))
         except ApiError as error:
             await _refuse(error, scope, send)
             return
         await self._app(scope, self._counted(receive), send)
 
-    def _check(self, headers: dict[str, str]) -> None:
+    def _check(self, headers: dict[str, str], *, hosts: int) -> None:
         host_header = headers.get("host", "")
-        host = _host_name(host_header)
-        if not host or (host not in self._names and not _is_number(host)):
+        if hosts > 1 or not self._is_own(host_header):
             raise ApiError(
                 403,
                 "this server does not go by that name; address it by its number, or start it with "
@@ -88,6 +93,15 @@ class Guard:
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > MAX_DIGITS or int(length) > self._max_body:
             raise self._too_large()
+
+    def _is_own(self, host_header: str) -> bool:
+        """Return whether a Host header names this machine, by a number or by a name of its own."""
+        match = HOST.fullmatch(host_header)
+        if match is None or int((match["port"] or "0")[:MAX_DIGITS]) not in PORTS:
+            return False
+        if match["ipv6"] is not None:
+            return _is_number(match["ipv6"], version=6)
+        return match["name"].casefold() in self._names or _is_number(match["name"], version=4)
 
     def _has_key(self, headers: dict[str, str]) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -135,19 +149,16 @@ def _headers(scope: Scope) -> dict[str, str]:
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
 
-def _host_name(host: str) -> str:
-    """Return the host of a Host header, without its port."""
-    if host.startswith("["):
-        return host.partition("]")[0].removeprefix("[").casefold()
-    return host.partition(":")[0].casefold()
+def _count(scope: Scope, name: bytes) -> int:
+    """Count the headers of a name, of which a request may have several."""
+    return sum(header[0] == name for header in scope["headers"])
 
 
-def _is_number(host: str) -> bool:
+def _is_number(host: str, *, version: int) -> bool:
     try:
-        ipaddress.ip_address(host)
+        return ipaddress.ip_address(host).version == version
     except ValueError:
         return False
-    return True
 
 
 async def _refuse(error: ApiError, scope: Scope, send: Send) -> None:
