@@ -11,13 +11,14 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match
 
-from gptq_loader_extensions.openai.errors import KOBOLD, ApiError, invalid, to_api_error
+from gptq_loader_extensions.openai.errors import KOBOLD, ApiError, to_api_error
 from gptq_loader_extensions.openai.http.guard import Guard
 from gptq_loader_extensions.openai.http.request_log import CLIENT_CLOSED_REQUEST, RequestLog
 from gptq_loader_extensions.openai.replies.reply_events import ClientDisconnected
 from gptq_loader_extensions.openai.routes.chat import chat_routes
 from gptq_loader_extensions.openai.routes.completions import completion_routes
 from gptq_loader_extensions.openai.routes.info import info_routes
+from gptq_loader_extensions.openai.routes.json_route import field_error
 from gptq_loader_extensions.openai.routes.kobold import kobold_routes
 from gptq_loader_extensions.openai.routes.webui import webui_routes
 
@@ -121,7 +122,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     async def malformed(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return await api_error(request, _validation_error(error))
+        return await api_error(request, field_error(error.errors()[0]))
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -139,13 +140,3 @@ def _handle_errors(app: FastAPI) -> None:
     app.add_exception_handler(ClientDisconnected, disconnected)
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(Exception, api_error)
-
-
-def _validation_error(error: RequestValidationError) -> ApiError:
-    """Name the first field that is wrong, and what is wrong with it."""
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return invalid("the body is not JSON")
-    fields = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(fields)[:200] or None
-    return invalid(f"{param or 'the body'}: {first['msg']}", param=param)

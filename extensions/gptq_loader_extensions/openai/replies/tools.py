@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gptq_loader_extensions.openai.errors import invalid
+from gptq_loader_extensions.openai.schema.json_text import parse_json
 from gptq_loader_plugin.chat.encode import control_tokens
 from gptq_loader_plugin.chat.templates import JinjaTemplate
 
@@ -196,7 +197,7 @@ def template_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
 def _template_call(call: Any) -> dict[str, Any]:  # noqa: ANN401 - schemas.ToolCall
     """Return a call as templates take it: with its arguments parsed, where they are JSON."""
     try:
-        arguments = json.loads(call.function.arguments)
+        arguments = parse_json(call.function.arguments)
     except ValueError:
         arguments = call.function.arguments
     function = {"name": call.function.name, "arguments": arguments}
@@ -205,7 +206,7 @@ def _template_call(call: Any) -> dict[str, Any]:  # noqa: ANN401 - schemas.ToolC
 
 def _parse_call(text: str, key: str) -> FunctionCall | None:
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError:
         return None
     if not isinstance(content, dict) or not isinstance(content.get("name"), str):

@@ -18,6 +18,7 @@ from gptq_loader_extensions.openai.replies.reply_events import collect
 from gptq_loader_extensions.openai.replies.runs import make_runs
 from gptq_loader_extensions.openai.replies.structured import make_grammar
 from gptq_loader_extensions.openai.replies.tools import offer_tools, template_messages
+from gptq_loader_extensions.openai.routes.json_route import JsonRoute
 from gptq_loader_extensions.openai.routes.sse import event, ignored_options, stream
 from gptq_loader_extensions.openai.schema.openapi import ERRORS, EVENTS
 from gptq_loader_extensions.openai.schema.paths import CHAT
@@ -123,7 +124,7 @@ class PreparedChat:
 
 def chat_routes(server: Server) -> APIRouter:
     """Return the route."""
-    router = APIRouter()
+    router = APIRouter(route_class=JsonRoute)
 
     @router.post(CHAT, responses=ERRORS | EVENTS, response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:

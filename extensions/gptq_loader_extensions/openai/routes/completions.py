@@ -18,6 +18,7 @@ from gptq_loader_extensions.openai.replies.record import request_record
 from gptq_loader_extensions.openai.replies.reply_events import collect
 from gptq_loader_extensions.openai.replies.runs import make_runs
 from gptq_loader_extensions.openai.routes.chat import FINISH, usage
+from gptq_loader_extensions.openai.routes.json_route import JsonRoute
 from gptq_loader_extensions.openai.routes.sse import event, ignored_options, stream
 from gptq_loader_extensions.openai.schema.openapi import ERRORS, EVENTS
 from gptq_loader_extensions.openai.schema.paths import COMPLETIONS
@@ -127,7 +128,7 @@ class CompletionChoice:
 
 def completion_routes(server: Server) -> APIRouter:
     """Return the route."""
-    router = APIRouter()
+    router = APIRouter(route_class=JsonRoute)
 
     @router.post(COMPLETIONS, responses=ERRORS | EVENTS, response_model=None)
     async def complete(body: CompletionRequest, request: Request) -> Response:

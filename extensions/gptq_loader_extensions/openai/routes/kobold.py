@@ -15,6 +15,7 @@ from gptq_loader_extensions.openai.replies.reply_events import collect
 from gptq_loader_extensions.openai.replies.runs import make_runs
 from gptq_loader_extensions.openai.routes.chat import FINISH
 from gptq_loader_extensions.openai.routes.completions import cut_prompt
+from gptq_loader_extensions.openai.routes.json_route import JsonRoute
 from gptq_loader_extensions.openai.routes.sse import event, ignored_options, stream
 from gptq_loader_extensions.openai.schema.openapi import ERRORS, EVENTS
 from gptq_loader_extensions.openai.schema.paths import GENERATE, GENERATE_LATEST, GENERATE_STREAM
@@ -42,7 +43,7 @@ MAX_LENGTH = 180  # KoboldCpp's, where a client names none
 
 def kobold_routes(server: Server) -> APIRouter:  # noqa: C901 - one small function for each route
     """Return the routes."""
-    router = APIRouter(responses=ERRORS)
+    router = APIRouter(responses=ERRORS, route_class=JsonRoute)
     started_at = time.monotonic()
 
     @router.post(GENERATE, response_model=None)

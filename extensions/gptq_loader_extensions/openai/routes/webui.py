@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 
 from gptq_loader_extensions.openai.errors import invalid
 from gptq_loader_extensions.openai.replies.prompts import next_logits
+from gptq_loader_extensions.openai.routes.json_route import JsonRoute
 from gptq_loader_extensions.openai.schema.openapi import ERRORS
 from gptq_loader_extensions.openai.schema.schemas import (
     InternalLoad,
@@ -26,7 +27,7 @@ __all__ = ["webui_routes"]
 
 def webui_routes(server: Server) -> APIRouter:  # noqa: C901 - one small function for each route
     """Return the routes."""
-    router = APIRouter(prefix="/v1/internal", responses=ERRORS)
+    router = APIRouter(prefix="/v1/internal", responses=ERRORS, route_class=JsonRoute)
 
     @router.get("/model/info")
     async def info() -> dict[str, Any]:

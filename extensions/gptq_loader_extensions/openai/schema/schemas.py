@@ -33,6 +33,7 @@ __all__ = [
 Text = Annotated[str, Field(max_length=4_000_000)]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=1_000_000)]
 STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
@@ -55,7 +56,7 @@ class Sampling(BaseModel):
         | None
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=64)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=64)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -119,9 +120,9 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[dict[str, Any]] | None = None
+    content: Text | Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=128)] | None = None
     tool_call_id: str | None = None
     reasoning_content: Text | None = None
 
@@ -158,7 +159,7 @@ class NamedTool(BaseModel):
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=10_000)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
@@ -171,15 +172,13 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    prompt: (
+    prompt: Annotated[
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=64)]
-        | Annotated[list[TokenId], Field(min_length=1, max_length=1_000_000)]
-        | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1, max_length=1_000_000)]],
-            Field(min_length=1, max_length=64),
-        ]
-    )
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=64)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=64)],
+        Field(union_mode="left_to_right"),
+    ]
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
@@ -233,7 +232,7 @@ class InternalTokens(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    tokens: Annotated[list[TokenId], Field(max_length=1_000_000)]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True, max_length=1_000_000)]
 
 
 class InternalLoad(BaseModel):
