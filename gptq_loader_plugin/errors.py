@@ -201,12 +201,16 @@ class PromptTooLong(GPTQLoaderError):
     Attributes:
         tokens: the prompt's length in tokens.
         context: the longest sequence the model was loaded for.
+        exact: whether it has just as many tokens, and not more.
     """
 
-    def __init__(self, message: str, *, tokens: int, context: int, hint: str) -> None:
+    def __init__(
+        self, message: str, *, tokens: int, context: int, hint: str, exact: bool = True
+    ) -> None:
         super().__init__(message, hint=hint)
         self.tokens = tokens
         self.context = context
+        self.exact = exact
 
 
 class TemplateError(GPTQLoaderError):

@@ -217,15 +217,15 @@ class LoadedModel:
     ) -> tuple[list[int], str]:
         """Tokenise messages; return the ids, and a warning where turns were left out."""
         kept = list(messages)
-        ids = self.template.encode(kept, self.tokenizer)
-        while len(ids) >= self.context and when_too_long == "drop-oldest":
-            first = 1 if kept and kept[0].get("role") == "system" else 0
-            following = [i for i in range(first + 1, len(kept)) if kept[i].get("role") == "user"]
-            if not following:
-                break
-            del kept[first : following[0]]
-            ids = self.template.encode(kept, self.tokenizer)
-        self.check_fits(ids)
+        ids: list[int] | None = None
+        while ids is None:
+            try:
+                encoded = self.template.encode(kept, self.tokenizer)
+                self.check_fits(encoded)
+                ids = encoded
+            except PromptTooLong:  # a tokenizer may refuse a text by its length
+                if when_too_long == "error" or not _drop_oldest(kept):
+                    raise
         dropped = len(messages) - len(kept)
         if not dropped:
             return ids, ""
@@ -357,6 +357,16 @@ class LoadedModel:
         """List the ids past the tokenizer that only pad the embedding."""
         known = max(self._vocabulary.values(), default=-1) + 1
         return range(known, int(self.model.config.get_text_config().vocab_size))
+
+
+def _drop_oldest(messages: list[Mapping[str, Any]]) -> bool:
+    """Leave out the oldest turn, but for a system message; return False where it is the last."""
+    first = 1 if messages and messages[0].get("role") == "system" else 0
+    following = (i for i in range(first + 1, len(messages)) if messages[i].get("role") == "user")
+    second = next(following, None)
+    if second is not None:
+        del messages[first:second]
+    return second is not None
 
 
 def _warned(pieces: Iterator[Piece], warning: str) -> Iterator[Piece]:

@@ -80,7 +80,8 @@ def to_api_error(error: Exception) -> ApiError:
     if isinstance(error, PromptTooLong):
         return invalid(
             f"this model's maximum context length is {error.context:,} tokens, and the prompt has "
-            f"{error.tokens:,}; shorten it, or leave the oldest turns out",
+            f"{error.tokens:,}{'' if error.exact else ' or more'}; shorten it, or leave the oldest "
+            "turns out",
             code="context_length_exceeded",
             param="messages",
         )

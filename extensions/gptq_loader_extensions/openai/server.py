@@ -14,13 +14,14 @@ from gptq_loader_extensions.openai.replies.token_text import TokenText
 from gptq_loader_extensions.openai.schema.paths import REPLY_PATHS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from fastapi import Request
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from gptq_loader_extensions.openai.replies.engine import GenerationEngine, Run
     from gptq_loader_extensions.openai.replies.model_registry import ModelRegistry
+    from gptq_loader_extensions.openai.replies.prompt_tokenizer import PromptTokenizer
     from gptq_loader_extensions.openai.settings import Settings
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
@@ -49,10 +50,10 @@ class Server:
     engine: GenerationEngine
     metrics: Metrics = field(default_factory=Metrics)
     replies: WeakKeyDictionary[PendingReply, str | None] = field(default_factory=WeakKeyDictionary)
-    token_texts: WeakKeyDictionary[LoadedModel, TokenText] = field(
+    token_texts: WeakKeyDictionary[PreTrainedModel, TokenText] = field(
         default_factory=WeakKeyDictionary
     )
-    grammar_tokenizers: WeakKeyDictionary[LoadedModel, Any] = field(
+    grammar_tokenizers: WeakKeyDictionary[PreTrainedModel, Any] = field(
         default_factory=WeakKeyDictionary
     )
 
@@ -63,6 +64,7 @@ class Server:
         prepare: Callable[[LoadedModel], tuple[Any, Sequence[Run]]],
         *,
         key: str | None = None,
+        compute: Callable[[LoadedModel, Any], Iterator[None]] | None = None,
     ) -> PendingReply:
         """Return a reply to a request; it is queued when it is started.
 
@@ -72,14 +74,17 @@ class Server:
         Args:
             request: the request.
             model: the model's name; None, or "", takes the one that is loaded.
-            prepare: called with the model, on the engine's thread.
+            prepare: called with the model, on a thread that makes prompts.
             key: the client's own name for this reply, to stop it by.
+            compute: as in `EngineRequest`.
 
         Raises:
             ApiError: there is no such model.
         """
         assert request.scope["route"].path in REPLY_PATHS, "add the route's path to REPLY_PATHS"
-        return await self._new_reply(request, model, prepare, key=key)
+        reply = await self._new_reply(request, model, prepare, compute=compute)
+        self.replies[reply] = key
+        return reply
 
     async def _new_reply(
         self,
@@ -87,7 +92,8 @@ class Server:
         model: str | None,
         prepare: Callable[[LoadedModel], tuple[Any, Sequence[Run]]],
         *,
-        key: str | None = None,
+        compute: Callable[[LoadedModel, Any], Iterator[None]] | None = None,
+        at_once: bool = False,
     ) -> PendingReply:
         name = await asyncio.to_thread(self.registry.resolve_name, model or None)
         reply = PendingReply(
@@ -96,40 +102,62 @@ class Server:
             prepare,
             timeout=self.settings.timeout,
             record=request_record(request),
+            compute=compute,
+            size=len(await request.body()),
+            at_once=at_once,
         )
-        self.replies[reply] = key
+        self.replies[reply] = None
         return reply
 
     async def with_model(
-        self, request: Request, function: Callable[[LoadedModel], T], *, model: str | None = None
+        self,
+        request: Request,
+        function: Callable[[LoadedModel], T],
+        *,
+        model: str | None = None,
+        compute: Callable[[LoadedModel, T], Iterator[None]] | None = None,
     ) -> T:
-        """Call a function with the model, in the order of the queue.
+        """Return what a function makes of the model, in the order of the queue.
+
+        Args:
+            request: the request.
+            function: called with the model, on a thread that makes prompts.
+            model: the model's name; None takes the one that is loaded.
+            compute: as in `EngineRequest`.
 
         Raises:
             ApiError: it was refused, failed, or took too long.
         """
-        reply = await self._new_reply(request, model, lambda loaded: (function(loaded), ()))
+        reply = await self._new_reply(
+            request, model, lambda loaded: (function(loaded), ()), compute=compute
+        )
         started, _ = await collect(reply, request)
         value: T = started.value
         return value
 
-    async def with_tokenizer(
-        self, request: Request, function: Callable[[PreTrainedTokenizerBase], T]
-    ) -> T:
-        """Call a function with the model's tokenizer, without waiting for the replies under way.
+    async def with_tokenizer(self, request: Request, function: Callable[[PromptTokenizer], T]) -> T:
+        """Call a function with a tokenizer of the model's, without waiting for any reply.
 
         Raises:
-            ApiError: there is no model, or it cannot be loaded.
+            ApiError: there is no model, or it cannot be loaded; too many requests wait.
         """
         if self.registry.loaded is None:
             await self.with_model(request, lambda _: None)
-        return await asyncio.to_thread(self.registry.with_tokenizer, function)
+
+        def prepare(model: LoadedModel) -> tuple[T, Sequence[Run]]:
+            tokenizer: Any = model.tokenizer
+            return function(tokenizer), ()
+
+        reply = await self._new_reply(request, None, prepare, at_once=True)
+        started, _ = await collect(reply, request)
+        value: T = started.value
+        return value
 
     def token_text(self, model: LoadedModel) -> TokenText:
         """Return what writes a model's single tokens; made once, as it lists the vocabulary."""
-        if model not in self.token_texts:
-            self.token_texts[model] = TokenText(model.tokenizer)
-        return self.token_texts[model]
+        if model.model not in self.token_texts:
+            self.token_texts[model.model] = TokenText(model.tokenizer)
+        return self.token_texts[model.model]
 
     def max_tokens(self, requested: int | None, model: LoadedModel) -> int:
         """Return the limit of a reply: what is requested, within the server's and the context."""

@@ -1,4 +1,8 @@
-"""Generate the replies of many requests at a time, in the order they came."""
+"""Generate the replies of many requests at a time, in the order they came.
+
+One thread runs the model, and nothing else that takes long. Others make the prompts: one of them
+takes small requests alone, so that they wait for no large one.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import logging
 import threading
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptq_loader_extensions.openai.errors import ApiError, to_api_error
 from gptq_loader_extensions.openai.replies.engine import (
@@ -17,12 +21,14 @@ from gptq_loader_extensions.openai.replies.engine import (
     Run,
     Started,
 )
+from gptq_loader_extensions.openai.replies.prompt_tokenizer import PROMPT_THREADS
 from gptq_loader_extensions.openai.replies.scores import LogprobRecorder
+from gptq_loader_extensions.openai.replies.waiting import WaitingRequests
 from gptq_loader_plugin.errors import is_out_of_memory
 from gptq_loader_plugin.system.memory import free_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     from gptq_loader_extensions.openai.replies.model_registry import ModelRegistry
     from gptq_loader_plugin.generation.batch import Batch
@@ -33,6 +39,7 @@ __all__ = ["BatchEngine"]
 
 KV_SHARE = 0.6  # of the memory that is free once a model is loaded, for keys and values
 CACHE_SHARE = 0.25  # of that, for sequences that a next turn may continue
+END_SECONDS = 1.0  # for what is being prepared to end when the server stops
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +63,21 @@ class RunningReply:
     recorder: LogprobRecorder | None = None
 
 
+@dataclass(slots=True)
+class PreparedRequest:
+    """A request that begins.
+
+    Attributes:
+        request: the request.
+        content: its value and its replies; None where it has not been prepared.
+        computing: what needs the model before the replies do.
+    """
+
+    request: EngineRequest
+    content: tuple[Any, Sequence[Run]] | None
+    computing: Iterator[object] | None = None
+
+
 class BatchEngine:
     """Many replies at a time: a request joins when it comes, and its replies leave as they end.
 
@@ -70,19 +92,28 @@ class BatchEngine:
 
     def __init__(self, registry: ModelRegistry, *, max_queue: int, max_num_seqs: int = 16) -> None:
         self._registry = registry
-        self._max_queue = max_queue
         self._max_num_seqs = max_num_seqs
-        self._waiting: deque[EngineRequest] = deque()
+        self._waiting = WaitingRequests(max_queue)
         self._running: dict[EngineRequest, int] = {}  # how many of its replies have not ended
+        self._switching = False  # to another model, or to none
         self._closed = False
         self._changed = threading.Condition()
-        # The rest belongs to the thread alone.
+        # The rest belongs to the engine's thread alone.
+        self._computing: deque[PreparedRequest] = deque()
         self._prepared: deque[RunningReply] = deque()  # of requests that run, not begun yet
         self._replies: dict[Generation, RunningReply] = {}
         self._batch: tuple[LoadedModel, Batch] | None = None
         self._max_kv_bytes = 0
         self._thread = threading.Thread(target=self._serve, name="gptq-engine", daemon=True)
         self._thread.start()
+        self._preparing = [
+            threading.Thread(
+                target=self._prepare_all, args=(i,), name=f"gptq-prompts-{i}", daemon=True
+            )
+            for i in range(PROMPT_THREADS)
+        ]
+        for thread in self._preparing:
+            thread.start()
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request.
@@ -93,34 +124,26 @@ class BatchEngine:
         with self._changed:
             if self._closed:
                 raise _stopping()
-            if len(self._waiting) >= self._max_queue:
-                raise ApiError(
-                    429,
-                    f"{len(self._waiting)} requests are waiting already; try again in a moment",
-                    kind="rate_limit_error",
-                    code="queue_full",
-                    headers={"Retry-After": "5"},
-                )
-            self._waiting.append(request)
+            self._waiting.add(request)
             self._changed.notify_all()
 
     def cancel(self, request: EngineRequest) -> None:
-        """Cancel a request: running, its replies end within a token; waiting, it fails."""
+        """Cancel a request: running, its replies end within a token; waiting, it fails.
+
+        One that is being prepared leaves its place to the next; nobody sees what it is prepared to.
+        """
         request.cancel.set()
-        with self._changed:
-            if request not in self._waiting:
-                return
-            self._waiting.remove(request)
-        request.send(Failed(_stopped()))
+        if self._remove(request):
+            request.send(Failed(_stopped()))
 
     def counts(self) -> tuple[int, int]:
-        """Count the requests that run, and those that wait."""
+        """Count the requests that run, and those that wait or are prepared."""
         with self._changed:
             return len(self._running), len(self._waiting)
 
     def alive(self) -> bool:
-        """Return whether the thread that generates replies still runs."""
-        return self._thread.is_alive()
+        """Return whether the threads that generate replies and make prompts still run."""
+        return all(thread.is_alive() for thread in (self._thread, *self._preparing))
 
     def stop(self) -> None:
         """Accept no more requests, and end all there are within a token."""
@@ -134,6 +157,8 @@ class BatchEngine:
         """Stop, wait for the thread to end, and unload the model."""
         self.stop()
         self._thread.join()
+        for thread in self._preparing:
+            thread.join(END_SECONDS)  # a tokenizer cannot be stopped
         self._registry.unload()
 
     def _serve(self) -> None:
@@ -145,33 +170,47 @@ class BatchEngine:
                 self._registry.release_memory()
             was_idle = idle
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._running or self._closed)
+                self._changed.wait_for(lambda: self._next() or self._running or self._closed)
                 if self._closed and not self._running:
                     break
-            while (request := self._next()) is not None:
-                self._prepare(request)
+            while (prepared := self._pop_next()) is not None:
+                self._start(prepared)
+                self._end_switching()
+            self._compute()
             self._begin()
             self._step()
         for request in self._waiting:
             request.send(Failed(_stopping()))
 
     def _next(self) -> EngineRequest | None:
-        """Pop the first request that waits, where it can join those that run."""
-        with self._changed:
-            if self._closed or not self._waiting or self._prepared:
-                return None
-            if len(self._replies) >= self._max_num_seqs:
-                return None
-            loaded, first = self._registry.loaded, self._waiting[0]
-            same_model = loaded is not None and first.model in (None, loaded[0])
-            if self._running and (not same_model or first.exclusive is not None):
-                return None
-            request = self._waiting.popleft()
-            self._running[request] = 0
-            return request
+        """Return the first request that waits and can join those that run."""
+        if self._closed or self._prepared or len(self._replies) >= self._max_num_seqs:
+            return None
+        return self._waiting.next_to_begin(self._loaded_name(), running=bool(self._running))
 
-    def _prepare(self, request: EngineRequest) -> None:
-        """Load the model, and have the request say what to generate with it."""
+    def _pop_next(self) -> PreparedRequest | None:
+        with self._changed:
+            request = self._next()
+            if request is None:
+                return None
+            self._running[request] = 0
+            prepared = PreparedRequest(request, self._waiting.pop(request))
+            self._switching = prepared.content is None
+            self._changed.notify_all()
+            return prepared
+
+    def _end_switching(self) -> None:
+        with self._changed:
+            self._switching = False
+            self._changed.notify_all()
+
+    def _loaded_name(self) -> str | None:
+        loaded = self._registry.loaded
+        return None if loaded is None else loaded[0]
+
+    def _start(self, prepared: PreparedRequest) -> None:
+        """Begin a request that is prepared, or load the model that it is to be prepared with."""
+        request = prepared.request
         if request.cancel.is_set():
             return self._failed(request, _stopped())
         if request.exclusive is not None:
@@ -179,9 +218,52 @@ class BatchEngine:
         try:
             name, model = self._registry.load(request.model, cancelled=request.cancel.is_set)
             self._use(model)
-            value, runs = request.prepare(model)
         except Exception as error:  # noqa: BLE001 - one request's fault must not end the others
             return self._failed(request, error)
+        if prepared.content is None:
+            return self._put_back(request)
+        value, runs = prepared.content
+        if request.compute is not None:
+            prepared.computing = request.compute(model, value)
+            self._computing.append(prepared)
+            return None
+        return self._begin_all(request, name, value, runs)
+
+    def _put_back(self, request: EngineRequest) -> None:
+        """Have a request prepared, now that its model is loaded."""
+        with self._changed:
+            del self._running[request]
+            self._waiting.add_first(request)
+        if request.cancel.is_set():  # while it was loaded, and `cancel` did not see it waiting
+            self.cancel(request)
+
+    def _compute(self) -> None:
+        """Take one step of what a request needs the model for before its replies."""
+        if not self._computing:
+            return
+        prepared = self._computing[0]
+        request, content = prepared.request, prepared.content
+        assert prepared.computing is not None
+        assert content is not None
+        error: Exception | None = _stopped() if request.cancel.is_set() else None
+        ended = False
+        try:
+            ended = error is None and next(prepared.computing, prepared) is prepared
+        except Exception as fault:  # noqa: BLE001 - one request's fault must not end the others
+            error = fault
+        if error is not None or ended:
+            self._computing.popleft()
+        if error is not None:
+            self._failed(request, error)
+        elif ended:
+            self._begin_all(request, self._loaded_name() or "", *content)
+
+    def _begin_all(
+        self, request: EngineRequest, name: str, value: object, runs: Sequence[Run]
+    ) -> None:
+        """Queue the replies of a request."""
+        assert self._batch is not None
+        model = self._batch[0]
         request.send(Started(name, value, runs))
         with self._changed:
             self._running[request] = len(runs)
@@ -189,7 +271,57 @@ class BatchEngine:
         for index, run in enumerate(runs):
             length = min(len(run.ids) + run.options.max_new_tokens, model.context)
             self._prepared.append(RunningReply(request, index, run, length * bytes_per_token))
-        return None if runs else self._ended(request)
+        if not runs:
+            self._ended(request)
+
+    def _prepare_all(self, thread: int) -> None:
+        """Prepare requests until the server stops, on one of the threads that do nothing else.
+
+        Args:
+            thread: which one; the first takes small requests alone.
+        """
+        while (taken := self._take_unprepared(thread)) is not None:
+            self._prepare(*taken)
+            del taken  # and not kept while this waits for the next
+
+    def _take_unprepared(self, thread: int) -> tuple[EngineRequest, str, LoadedModel] | None:
+        """Wait for a request to prepare; return it with its model, or None once all has ended."""
+        with self._changed:
+            while not self._closed:
+                prompts = self._registry.prompt_models
+                request = self._waiting.next_to_prepare(
+                    None if prompts is None else prompts[0],
+                    switching=self._switching,
+                    small=thread == 0,
+                )
+                if request is not None and prompts is not None:
+                    return request, prompts[0], prompts[1][thread]
+                self._changed.wait()
+        return None
+
+    def _prepare(self, request: EngineRequest, name: str, model: LoadedModel) -> None:
+        """Have a request say what to generate; what goes wrong with it ends it at once."""
+        try:
+            prepared = request.prepare(model)
+        except Exception as error:  # noqa: BLE001 - one request's fault must not end the others
+            if self._remove(request):
+                self._report(error)
+                request.send(Failed(error))
+            return
+        if request.at_once:
+            if self._remove(request):
+                request.send(Started(name, *prepared))
+                request.send(Ended())
+            return
+        with self._changed:
+            self._waiting.set_prepared(request, prepared)
+            self._changed.notify_all()
+
+    def _remove(self, request: EngineRequest) -> bool:
+        """Remove a request from those that wait; return whether it was among them."""
+        with self._changed:
+            self._changed.notify_all()
+            return self._waiting.remove(request)
 
     def _run_exclusive(self, request: EngineRequest, function: Callable[[], object]) -> None:
         """Call a function that loads or unloads models, or needs one to itself."""
@@ -281,17 +413,23 @@ class BatchEngine:
     def _ended(self, request: EngineRequest) -> None:
         with self._changed:
             del self._running[request]
+            self._changed.notify_all()
         request.send(Ended())
 
     def _failed(self, request: EngineRequest, error: Exception) -> None:
         request.cancel.set()  # its other replies end with it
         with self._changed:
             del self._running[request]
+            self._changed.notify_all()
         if is_out_of_memory(error):
             self._registry.release_memory(caches=True)
-        elif to_api_error(error).status == 500:
-            logger.error("a request failed", exc_info=error)
+        self._report(error)
         request.send(Failed(error))
+
+    def _report(self, error: Exception) -> None:
+        """Log what is no client's fault."""
+        if not is_out_of_memory(error) and to_api_error(error).status == 500:
+            logger.error("a request failed", exc_info=error)
 
 
 def _free_bytes(model: LoadedModel) -> int:

@@ -1,6 +1,7 @@
 """What requests hand to the engine, and the events it sends back.
 
-Nothing but the engine touches a model: `BatchEngine` is the one there is.
+Nothing but the engine's thread runs a model: `BatchEngine` is the one there is. Prompts are made
+on other threads, so that no reply waits for another's prompt.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from transformers import LogitsProcessor
 
@@ -102,18 +103,26 @@ class EngineRequest:
 
     Attributes:
         model: the model's name; None takes the one that is loaded.
-        prepare: called with the model, on the engine's thread; returns a value for the request,
-            and the replies to generate.
-        send: receives events, on the engine's thread; must not block.
+        prepare: called with the model and a tokenizer of the thread's own, on another thread than
+            the engine's; returns a value for the request, and the replies to generate.
+        send: receives events, on any thread; must not block.
         cancel: ends the replies within a token once it is set.
+        compute: called with the model and the value, once that is prepared; each step that it
+            yields from runs on the engine's thread, between two tokens of other replies.
         exclusive: called in place of all that, on the engine's thread, while no reply is generated.
+        size: the bytes of the request: small ones do not wait for large ones to be prepared.
+        at_once: whether it needs no more than the tokenizer of the model that is loaded, so that
+            it neither waits for the requests before it nor for another model.
     """
 
     model: str | None
     prepare: Callable[[LoadedModel], tuple[Any, Sequence[Run]]]
     send: Callable[[Event], object]
     cancel: threading.Event = field(default_factory=threading.Event)
+    compute: Callable[[LoadedModel, Any], Iterator[None]] | None = None
     exclusive: Callable[[], object] | None = None
+    size: int = 0
+    at_once: bool = False
 
 
 class GenerationEngine(Protocol):
@@ -128,5 +137,5 @@ class GenerationEngine(Protocol):
         ...
 
     def counts(self) -> tuple[int, int]:
-        """Count the requests that run, and those that wait."""
+        """Count the requests that run, and those that wait or are prepared."""
         ...

@@ -5,16 +5,15 @@ A name is looked up in a list and never used as a path: a name that is not liste
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from gptq_loader_extensions.openai.errors import ApiError
+from gptq_loader_extensions.openai.replies.prompt_tokenizer import prompt_models
 from gptq_loader_plugin.catalog.local import local_models
 from gptq_loader_plugin.errors import NotEnoughMemory
 from gptq_loader_plugin.hub.hub_reference import parse_hub_reference
@@ -25,15 +24,11 @@ from gptq_loader_plugin.system.paths import local_path
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from transformers import PreTrainedTokenizerBase
-
     from gptq_loader_extensions.openai.settings import Settings
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.hub.hub_reference import HubReference
 
 __all__ = ["ModelRegistry", "ServedModel"]
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +72,7 @@ class ModelRegistry:
         self._initial: ServedModel | None = None
         self._loaded: tuple[str, LoadedModel] | None = None
         self._last_name: str | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._tokenizer_lock = Lock()
+        self._prompt_models: tuple[str, tuple[LoadedModel, ...]] | None = None
         self._warned: set[Path] = set()
 
     def load_initial(self, reference: str | None, model: LoadedModel | None) -> None:
@@ -104,6 +98,11 @@ class ModelRegistry:
     def loaded(self) -> tuple[str, LoadedModel] | None:
         """The model in memory, and its name."""
         return self._loaded
+
+    @property
+    def prompt_models(self) -> tuple[str, tuple[LoadedModel, ...]] | None:
+        """The loaded model's name, and the model for each of the threads that make prompts."""
+        return self._prompt_models
 
     def list_models(self) -> list[ServedModel]:
         """List the models that may be served: the one the server was started with comes first."""
@@ -169,7 +168,7 @@ class ModelRegistry:
         """Free the memory of the model that is loaded."""
         if self._loaded is None:
             return
-        (_, model), self._loaded = self._loaded, None
+        (_, model), self._loaded, self._prompt_models = self._loaded, None, None
         model.close()
         del model
         gc.unfreeze()
@@ -191,20 +190,8 @@ class ModelRegistry:
         gc.collect()
         release_freed()
 
-    def with_tokenizer(self, function: Callable[[PreTrainedTokenizerBase], T]) -> T:
-        """Call a function with a copy of the model's tokenizer that nothing else uses meanwhile.
-
-        Tokenizers keep the options of a call inside them: two threads cannot share one.
-        """
-        with self._tokenizer_lock:
-            if self._tokenizer is None:
-                raise ApiError(503, "no model is loaded", kind="server_error")
-            return function(self._tokenizer)
-
     def _set_loaded(self, name: str, model: LoadedModel) -> tuple[str, LoadedModel]:
-        tokenizer = copy.deepcopy(model.tokenizer)
-        with self._tokenizer_lock:
-            self._tokenizer = tokenizer
+        self._prompt_models = name, prompt_models(model)
         self._loaded, self._last_name = (name, model), name
         self.release_memory()
         gc.freeze()

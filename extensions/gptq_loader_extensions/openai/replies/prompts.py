@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from gptq_loader_extensions.openai.replies.scores import ScoredToken, score_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
 
@@ -18,29 +18,37 @@ __all__ = ["next_logits", "score_prompt"]
 CHUNK = 128  # tokens whose logits are in memory at a time: 25 MB in float32 for 49,152 of them
 
 
-def score_prompt(model: LoadedModel, ids: Sequence[int], top: int) -> list[ScoredToken]:
-    """Score each token by what the model expected there; the first has nothing before it."""
-    import torch
+def score_prompt(
+    model: LoadedModel, ids: Sequence[int], top: int, scored: list[ScoredToken]
+) -> Iterator[None]:
+    """Score each token by what the model expected there; the first has nothing before it.
 
-    scored = [ScoredToken(ids[0], None)]
-    with torch.inference_mode():
-        for begin, logits in _prefill(model, ids):
-            following = ids[begin + 1 : begin + 1 + len(logits)]
-            scored += score_tokens(logits[: len(following)], following, top)
-    return scored
-
-
-def next_logits(model: LoadedModel, ids: Sequence[int]) -> torch.Tensor:
-    """Return the logits [vocabulary] of the token after a prompt."""
-    import torch
-
-    with torch.inference_mode():
-        *_, (_, logits) = _prefill(model, ids)
-    last: torch.Tensor = logits[-1].float()
-    return last
+    Args:
+        model: the model.
+        ids: the prompt's tokens.
+        top: how many alternatives to report for each.
+        scored: where the scores go; between two chunks it yields, for others to have their turn.
+    """
+    scored.append(ScoredToken(ids[0], None))
+    for begin, logits in _prefill(model, ids):
+        following = ids[begin + 1 : begin + 1 + len(logits)]
+        scored += score_tokens(logits[: len(following)], following, top)
+        yield
 
 
-def _prefill(model: LoadedModel, ids: Sequence[int]) -> Any:  # noqa: ANN401 - an iterator of pairs
+def next_logits(
+    model: LoadedModel, ids: Sequence[int], logits: list[torch.Tensor]
+) -> Iterator[None]:
+    """Append the logits [vocabulary] of the token after a prompt; yields as `score_prompt` does."""
+    last = None
+    for _, chunk in _prefill(model, ids):
+        last = chunk[-1].float()
+        yield
+    assert last is not None, "a prompt has at least one token"
+    logits.append(last)
+
+
+def _prefill(model: LoadedModel, ids: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
     """Prefill in chunks; yield where each begins, and its logits [tokens, vocabulary]."""
     import torch
 
@@ -52,4 +60,6 @@ def _prefill(model: LoadedModel, ids: Sequence[int]) -> Any:  # noqa: ANN401 - a
     sequence = torch.tensor([list(ids)], device=model.model.device)
     for begin in range(0, len(ids), CHUNK):
         chunk = sequence[:, begin : begin + CHUNK]
-        yield begin, model.model(input_ids=chunk, **cached).logits[0]
+        with torch.inference_mode():  # not around a yield, which others run after
+            logits = model.model(input_ids=chunk, **cached).logits[0]
+        yield begin, logits

@@ -17,7 +17,7 @@ from gptq_loader_extensions.openai.replies.engine import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
     from fastapi import Request
 
@@ -38,9 +38,12 @@ class PendingReply:
     Args:
         engine: generates it.
         model: the model's name; None takes the one that is loaded.
-        prepare: called with the model, on the engine's thread.
+        prepare: called with the model, on a thread that makes prompts.
         timeout: the seconds it may take, its time in the queue included.
         record: records what happens.
+        compute: as in `EngineRequest`.
+        size: the bytes of the request.
+        at_once: as in `EngineRequest`.
     """
 
     def __init__(
@@ -51,6 +54,9 @@ class PendingReply:
         *,
         timeout: float,
         record: RequestRecord,
+        compute: Callable[[LoadedModel, Any], Iterator[None]] | None = None,
+        size: int = 0,
+        at_once: bool = False,
     ) -> None:
         loop = asyncio.get_running_loop()
         self._engine = engine
@@ -63,7 +69,9 @@ class PendingReply:
             with contextlib.suppress(RuntimeError):  # the loop has closed
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        self._request = EngineRequest(model, prepare, send)
+        self._request = EngineRequest(
+            model, prepare, send, compute=compute, size=size, at_once=at_once
+        )
         self.started: Started | None = None
         self.text = ""
         self.ended = False

@@ -8,17 +8,22 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_extensions.openai.errors import ApiError, invalid
+from gptq_loader_extensions.openai.errors import invalid
+from gptq_loader_extensions.openai.replies.prompt_tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, MutableMapping
 
     import torch
+    from transformers import PreTrainedModel
 
     from gptq_loader_extensions.openai.schema.schemas import ResponseFormat
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["GrammarMask", "make_grammar"]
+
+
+MAX_SCHEMA = 1 << 18  # characters of JSON: one of 3 MB takes llguidance a second for each token
 
 
 class GrammarMask:
@@ -31,37 +36,49 @@ class GrammarMask:
     """
 
     def __init__(self, matcher: Any, begin: int, vocabulary: int) -> None:  # noqa: ANN401
+        from llguidance.numpy import allocate_token_bitmask
+
         self._matcher = matcher
         self._read = begin
-        self._vocabulary = vocabulary
+        self._mask = allocate_token_bitmask(1, vocabulary)  # int32 [1, ceil(vocabulary / 32)]
+        self._fill()  # the first takes the longest, and here nobody waits for it
+
+    def _fill(self) -> None:
+        """Mark the tokens that may follow.
+
+        Raises:
+            ApiError: the matcher has given up.
+        """
+        from llguidance.numpy import fill_next_token_bitmask
+
+        fill_next_token_bitmask(self._matcher, self._mask)
+        if error := self._matcher.get_error():
+            raise invalid(
+                f"the schema cannot be followed: {error.strip()[:500]}", param="response_format"
+            )
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the logits [1, width] with every other token at minus infinity."""
         import numpy as np
         import torch
-        from llguidance.numpy import (
-            allocate_token_bitmask,
-            apply_token_bitmask_inplace,
-            fill_next_token_bitmask,
-        )
+        from llguidance.numpy import apply_token_bitmask_inplace
 
-        for token in input_ids[0, self._read :].tolist():
-            self._matcher.consume_token(token)
+        tokens = input_ids[0, self._read :].tolist()
         self._read = input_ids.shape[1]
-        mask = allocate_token_bitmask(1, self._vocabulary)  # int32 [1, ceil(vocabulary / 32)]
-        fill_next_token_bitmask(self._matcher, mask)
-        if error := self._matcher.get_error():
-            raise ApiError(400, f"the schema cannot be followed: {error}", param="response_format")
+        if tokens:
+            for token in tokens:
+                self._matcher.consume_token(token)
+            self._fill()
         # Not llguidance.torch's, which torch.compile builds at its first call by a C++ compiler.
         bias = np.zeros(scores.shape, np.float32)
-        apply_token_bitmask_inplace(bias, mask)
+        apply_token_bitmask_inplace(bias, self._mask)
         return scores.masked_fill(torch.from_numpy(bias).to(scores.device) < 0, float("-inf"))
 
 
 def make_grammar(
     response_format: ResponseFormat | None,
     model: LoadedModel,
-    tokenizers: MutableMapping[LoadedModel, Any],
+    tokenizers: MutableMapping[PreTrainedModel, Any],
     *,
     end_ids: Iterable[int],
     begin: int,
@@ -105,10 +122,17 @@ def make_grammar(
             param="response_format",
             code="unsupported_option",
         )
-    if model not in tokenizers:
-        tokenizers[model] = llguidance.hf.from_tokenizer(tokenizer, eos_token=sorted(end_ids))
-    vocabulary = tokenizers[model]
-    grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+    written = json.dumps(schema)
+    if len(written) > MAX_SCHEMA:
+        raise invalid(
+            f"the schema has {len(written):,} characters, and may have {MAX_SCHEMA:,}",
+            param="response_format",
+        )
+    if model.model not in tokenizers:
+        own: Any = tokenizer.tokenizer if isinstance(tokenizer, PromptTokenizer) else tokenizer
+        tokenizers[model.model] = llguidance.hf.from_tokenizer(own, eos_token=sorted(end_ids))
+    vocabulary = tokenizers[model.model]
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(written)
     if problem := llguidance.LLMatcher.validate_grammar(grammar, vocabulary):
         raise invalid(
             f"the schema cannot be followed: {problem.strip()[:500]}", param="response_format"

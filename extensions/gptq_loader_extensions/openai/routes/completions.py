@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from gptq_loader_extensions.openai.errors import invalid
 from gptq_loader_extensions.openai.replies.engine import ReplyChunk, Run
 from gptq_loader_extensions.openai.replies.logprobs import LogprobAligner, completion_logprobs
+from gptq_loader_extensions.openai.replies.prompt_tokenizer import encode_end
 from gptq_loader_extensions.openai.replies.prompts import score_prompt
 from gptq_loader_extensions.openai.replies.record import request_record
 from gptq_loader_extensions.openai.replies.reply_events import collect
@@ -26,7 +27,7 @@ from gptq_loader_extensions.openai.schema.schemas import CompletionRequest
 from gptq_loader_extensions.openai.schema.unsupported import check_extra
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Iterator, Sequence
 
     from gptq_loader_extensions.openai.replies.engine import Started
     from gptq_loader_extensions.openai.replies.reply_events import PendingReply
@@ -46,13 +47,13 @@ class PreparedPrompt:
 
     Attributes:
         echo: its text, where the reply repeats it; else "".
-        scored: its tokens, where the echo is to have log-probabilities.
-        length: how many tokens it has.
+        ids: its tokens.
+        scored: the same with log-probabilities, once they are computed, where the echo has them.
     """
 
     echo: str
-    scored: Sequence[ScoredToken]
-    length: int
+    ids: Sequence[int]
+    scored: list[ScoredToken] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,10 @@ def completion_routes(server: Server) -> APIRouter:
         if len(prompts) * (body.n or 1) > 64:
             raise invalid("one request may have 64 replies; send fewer prompts, or a smaller n")
         reply = await server.new_reply(
-            request, body.model, lambda model: _prepare(server, body, prompts, model)
+            request,
+            body.model,
+            lambda model: _prepare(server, body, prompts, model),
+            compute=_score if body.echo and body.logprobs is not None else None,
         )
         base = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         if not body.stream or body.max_tokens == 0:
@@ -202,12 +206,10 @@ def _prepare(
     prepared, runs = [], []
     for prompt in prompts:
         ids = _ids(body, prompt, model, reply=max_tokens)
-        echo, scored = "", []
+        echo = ""
         if body.echo:
             echo = prompt if isinstance(prompt, str) else str(model.tokenizer.decode(prompt))
-            if body.logprobs is not None:
-                scored = score_prompt(model, ids, body.logprobs)
-        prepared.append(PreparedPrompt(echo, scored, len(ids)))
+        prepared.append(PreparedPrompt(echo, ids))
         if max_tokens:
             runs += make_runs(body, model, ids, max_tokens=max_tokens, top_logprobs=body.logprobs)
     copies = (body.n or 1) if max_tokens else 1
@@ -222,11 +224,26 @@ def _ids(
         check_ids(prompt, model)
         ids = prompt
     else:
-        ids = model.tokenizer(prompt, verbose=False)["input_ids"] or model.encode(prompt)
+        ids = _encode(body, prompt, model)
     if body.truncation_length is not None:
         return cut_prompt(ids, model, length=body.truncation_length, reply=reply)
     model.check_fits(ids)
     return ids
+
+
+def _encode(body: CompletionRequest, prompt: str, model: LoadedModel) -> list[int]:
+    """Tokenise a prompt, or the end of one that is to be cut."""
+    if body.truncation_length is not None:
+        ids = encode_end(model, prompt, model.context)
+    else:
+        ids = model.tokenizer(prompt, verbose=False)["input_ids"]
+    return ids or model.encode(prompt)
+
+
+def _score(model: LoadedModel, prepared: PreparedCompletion) -> Iterator[None]:
+    """Compute the log-probabilities of the prompts, step by step."""
+    for prompt in prepared.prompts:
+        yield from score_prompt(model, prompt.ids, prepared.top_logprobs or 0, prompt.scored)
 
 
 def _completion(started: Started, chunks: list[ReplyChunk], base: dict[str, Any]) -> dict[str, Any]:
@@ -239,7 +256,7 @@ def _completion(started: Started, chunks: list[ReplyChunk], base: dict[str, Any]
         for choice in choices:
             choice.finish = "length"
     counts = usage(started, [choice.tokens for choice in choices])
-    counts["prompt_tokens"] = sum(prompt.length for prompt in prepared.prompts)
+    counts["prompt_tokens"] = sum(len(prompt.ids) for prompt in prepared.prompts)
     counts["total_tokens"] = counts["prompt_tokens"] + counts["completion_tokens"]
     return {
         **base,

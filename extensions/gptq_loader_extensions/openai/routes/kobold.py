@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 
 from gptq_loader_extensions.openai.errors import invalid
 from gptq_loader_extensions.openai.replies.engine import ReplyChunk, Run
+from gptq_loader_extensions.openai.replies.prompt_tokenizer import encode_end
 from gptq_loader_extensions.openai.replies.record import request_record
 from gptq_loader_extensions.openai.replies.reply_events import collect
 from gptq_loader_extensions.openai.replies.runs import make_runs
@@ -165,7 +166,7 @@ def _prepare(server: Server, body: KoboldRequest, model: LoadedModel) -> list[Ru
     """Tokenise the memory and the prompt; where both are too long, cut the prompt's beginning."""
     max_tokens = server.max_tokens(body.max_tokens or MAX_LENGTH, model)
     memory = model.tokenizer(body.memory, verbose=False)["input_ids"] if body.memory else []
-    ids = model.tokenizer(body.prompt, add_special_tokens=not memory, verbose=False)["input_ids"]
+    ids = encode_end(model, body.prompt, model.context, add_special_tokens=not memory)
     length = min(body.truncation_length or model.context, model.context)
     ids = [*memory, *cut_prompt(ids, model, length=length - len(memory), reply=max_tokens)]
     return make_runs(body, model, ids or model.encode(""), max_tokens=max_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -19,10 +20,34 @@ from gptq_loader_extensions.openai.schema.schemas import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
+    from gptq_loader_extensions.openai.replies.token_text import TokenText
     from gptq_loader_extensions.openai.server import Server
-    from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["webui_routes"]
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsJob:
+    """A prompt whose next token is to be predicted.
+
+    Attributes:
+        token_text: writes single tokens.
+        ids: the prompt's tokens.
+        logits: those after them [vocabulary], once they are computed.
+    """
+
+    token_text: TokenText
+    ids: list[int]
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+    def top(self, count: int) -> dict[str, float]:
+        """Return the most probable tokens, with their probabilities."""
+        (logits,) = self.logits
+        best = logits.softmax(dim=-1).topk(min(count, len(logits)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return {self.token_text.name(token): probability for token, probability in pairs}
 
 
 def webui_routes(server: Server) -> APIRouter:  # noqa: C901 - one small function for each route
@@ -86,7 +111,12 @@ def webui_routes(server: Server) -> APIRouter:  # noqa: C901 - one small functio
         """Return the most probable tokens after a prompt, with their probabilities."""
         if body.use_samplers:
             raise invalid("use_samplers is not supported here; leave it out", param="use_samplers")
-        return await server.with_model(request, lambda model: _top_logits(server, body, model))
+        job = await server.with_model(
+            request,
+            lambda model: LogitsJob(server.token_text(model), model.encode(body.prompt)),
+            compute=lambda model, job: next_logits(model, job.ids, job.logits),
+        )
+        return await asyncio.to_thread(job.top, body.top_logits)
 
     return router
 
@@ -96,10 +126,3 @@ async def _tokenize(server: Server, request: Request, text: str) -> list[int]:
         request, lambda tokenizer: tokenizer(text, verbose=False)["input_ids"]
     )
     return ids
-
-
-def _top_logits(server: Server, body: InternalLogits, model: LoadedModel) -> dict[str, float]:
-    best = next_logits(model, model.encode(body.prompt)).softmax(dim=-1).topk(body.top_logits)
-    token_text = server.token_text(model)
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return {token_text.name(token): probability for token, probability in pairs}
