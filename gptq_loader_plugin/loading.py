@@ -128,7 +128,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         check_int8(config)
 
     filled = build_model(checkpoint, plan, plugins, options.offload_folder, check=options.check)
-    model, notes = filled.model, filled.notes
+    model, plan, notes = filled.model, filled.plan, filled.notes
     if options.head == "int8":
         from gptq_loader_plugin.model.int8_head import quantize_head
 

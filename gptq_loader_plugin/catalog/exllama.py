@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gptq_loader_plugin.device import Device
+from gptq_loader_plugin.planning.dequantized import is_dequantized
 from gptq_loader_plugin.verdict import Declined
 
 if TYPE_CHECKING:
@@ -32,7 +33,11 @@ def ask_exllama(checkpoint: Checkpoint, kernels: Sequence[Kernel]) -> ExllamaRep
     exllama = next((kernel for kernel in kernels if kernel.name == "exllama"), None)
     if exllama is None:
         return ExllamaReport(compatible=False, reason="the exllama plugin is not installed")
-    verdicts = [exllama.consider(layer, AMPERE) for layer in checkpoint.layers.values()]
+    verdicts = [
+        exllama.consider(layer, AMPERE)
+        for layer in checkpoint.layers.values()
+        if not is_dequantized(layer.name)
+    ]
     reasons = [verdict.reason for verdict in verdicts if isinstance(verdict, Declined)]
     if not reasons:
         return ExllamaReport(compatible=True, reason=f"runs all {len(verdicts)} layers")

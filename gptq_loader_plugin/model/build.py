@@ -17,6 +17,7 @@ from gptq_loader_plugin.model.multi_device import follow_devices
 from gptq_loader_plugin.model.self_check import check_finite, check_layers
 from gptq_loader_plugin.model.skeleton import build_skeleton
 from gptq_loader_plugin.model.weights import fill, reading_order
+from gptq_loader_plugin.planning.dequantized import dequantized_note
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -90,6 +91,7 @@ def build_model(
         if (checkpoint.folder / "generation_config.json").is_file():
             model.generation_config = _generation_config(checkpoint.folder)
         filled = fill(model, checkpoint, plan, progress=progress, offload_folder=folder)
+    plan = plan.dequantizing(filled.dequantized)
     several = follow_devices(model, plan)
     if check:
         plugins.progress(Progress("self-check", 0, 2, "checks"))
@@ -104,6 +106,8 @@ def build_model(
         used = {choice.kernel.name: choice.kernel for choice in plan.choices}
         done = [kernel.finish(model) for kernel in used.values() if isinstance(kernel, Finisher)]
     notes = [finished.note for finished in done]
+    if plan.dequantized:
+        notes.append(dequantized_note(plan.dequantized))
     batcher = next((finished.batcher for finished in done if finished.batcher is not None), None)
     if checkpoint.translated is not None:
         model_type = checkpoint.translated["model_type"]

@@ -12,13 +12,35 @@ __all__ = ["linear_shape"]
 
 
 def linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
-    """Return (in_features, out_features) of a linear module; GPT-2's Conv1D is one, transposed."""
+    """Return (in_features, out_features) of a linear module; GPT-2's Conv1D is one, transposed.
+
+    A router may be an `nn.Linear` that computes something else by a `forward` of its own.
+    """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and _multiplies(module):
         return module.in_features, module.out_features
     if isinstance(module, Conv1D):
         rows, columns = module.weight.shape
         return int(rows), int(columns)
     return None
+
+
+def _multiplies(module: torch.nn.Linear) -> bool:
+    """Return whether a linear module returns one product, as `nn.Linear` itself does.
+
+    Where its class has a `forward` of its own, that is tried on tensors without values.
+    """
+    import torch
+    from torch import nn
+
+    if type(module).forward is nn.Linear.forward:
+        return True
+    rows = torch.empty(1, module.in_features, device="meta", dtype=module.weight.dtype)
+    parameters = {name: it.to("meta") for name, it in module.named_parameters()}
+    try:
+        product = torch.func.functional_call(module, parameters, (rows,))
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+    return isinstance(product, torch.Tensor) and product.shape == (1, module.out_features)

@@ -25,7 +25,7 @@ from gptq_loader_plugin.planning.choose import prepared
 from gptq_loader_plugin.system.heap import release_freed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -78,11 +78,13 @@ class Filled:
     """What `fill` did.
 
     Attributes:
-        modules: the prepared module of every quantised layer, by the layer's name.
+        modules: the prepared module of every quantised layer that a kernel runs, by its name.
+        dequantized: the quantised layers that belong to no linear layer.
         warnings: what was left unread.
     """
 
     modules: dict[str, nn.Module]
+    dequantized: tuple[LayerSpec, ...]
     warnings: tuple[str, ...]
 
 
@@ -117,18 +119,25 @@ class _Filling:
         self.dtype: torch.dtype = getattr(torch, plan.dtype)
         self.names = Names(model)
         self.choices = {choice.layer.name: choice for choice in plan.choices}
+        self.dequantized = {layer.name: layer for layer in plan.dequantized}
         self.experts: dict[str, PackedExperts] = {}
         self.fused: dict[str, tuple[Any, dict[str, list[tuple[str, torch.Tensor]]]]] = {}
         self.modules: dict[str, nn.Module] = {}
         self.foreign: list[str] = []
 
     def run(self) -> Filled:
-        places = {name: self.names.layer(name, self.checkpoint) for name in self.choices}
+        places = {
+            name: self.names.layer(name, self.checkpoint)
+            for name in (*self.choices, *self.dequantized)
+        }
+        self._find_dequantized(places)
         self._make_experts([place for place in places.values() if isinstance(place, ExpertPlace)])
         order = reading_order(self.checkpoint)
         done, total = 0, sum(info.nbytes for _, parts in order for info in parts)
         for name, parts in order:
-            if name in self.choices:
+            if name in self.dequantized:
+                self._dequantize(self.dequantized[name], places[name])
+            elif name in self.choices:
                 self._place_layer(self.choices[name], places[name])
             else:
                 self._place_tensor(name)
@@ -137,7 +146,15 @@ class _Filling:
         self._fuse()
         self._finish()
         release_freed()
-        return Filled(self.modules, tuple(self._warnings()))
+        return Filled(self.modules, tuple(self.dequantized.values()), tuple(self._warnings()))
+
+    def _find_dequantized(self, places: Mapping[str, ModulePlace | ExpertPlace]) -> None:
+        """Find the layers whose modules read their weight by themselves: no linear layers."""
+        for name, place in places.items():
+            if name in self.choices and isinstance(place, ModulePlace):
+                module = self.model.get_submodule(place.path)
+                if linear_shape(module) is None and hasattr(module, "weight"):
+                    self.dequantized[name] = self.choices[name].layer
 
     def _make_experts(self, places: list[ExpertPlace]) -> None:
         for parent in dict.fromkeys(place.parent for place in places):
@@ -163,6 +180,25 @@ class _Filling:
             self.experts[place.parent].place(place.expert, place.role, module)
         else:
             self.model.set_submodule(place.path, module)
+
+    def _dequantize(self, layer: LayerSpec, place: ModulePlace | ExpertPlace) -> None:
+        """Put a layer's weight, [N, K], where a module reads it by itself."""
+        packed = self.checkpoint.packed(layer.name)
+        weight = packed.dequantize().to(self.dtype)
+        if isinstance(place, ExpertPlace):
+            linear = _linear(self._placed(layer.name, weight))
+            self.experts[place.parent].place(place.expert, place.role, linear)
+            return
+        module = self.model.get_submodule(place.path)
+        self._assign(f"{place.path}.weight", self._placed(layer.name, weight), layer.name)
+        bias: torch.Tensor | None = getattr(module, "bias", None)
+        if (packed.bias is not None and bias is None) or (bias is not None and not layer.bias):
+            what = "is missing" if packed.bias is None else f"has no place in {place.path}"
+            raise self._mismatch(f"{layer.name}.bias", what)
+        if bias is not None:
+            own = torch.zeros_like(weight[:, 0]) if packed.bias is None else packed.bias
+            own = self._placed(layer.name, own.to(self.dtype))
+            self._assign(f"{place.path}.bias", own, f"{layer.name}.bias")
 
     def _check_shape(self, layer: LayerSpec, module: nn.Module, path: str) -> None:
         shape = linear_shape(module)

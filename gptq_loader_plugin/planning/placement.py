@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gptq_loader_plugin.device import find_device, find_devices
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.planning.choose import choose
+from gptq_loader_plugin.planning.dequantized import dequantized_bytes, is_dequantized
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -138,7 +139,9 @@ def _fill(
         while True:
             where, limit = limits[which]
             size = others[unit] + sum(
-                choose(layer, where.device, kernels, only=backend).chosen.prepared_bytes
+                dequantized_bytes(layer, layer.half_dtype)
+                if is_dequantized(layer.name)
+                else choose(layer, where.device, kernels, only=backend).chosen.prepared_bytes
                 for layer in layers[unit]
             )
             if limit is None or used + size <= limit:

@@ -11,13 +11,18 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.planning.choose import choose
+from gptq_loader_plugin.planning.dequantized import (
+    dequantized_bytes,
+    dequantized_note,
+    is_dequantized,
+)
 from gptq_loader_plugin.planning.model_shape import ModelShape, kv_bytes_per_token, shape_of
 from gptq_loader_plugin.planning.placement import Place, place_of
 from gptq_loader_plugin.planning.plan_text import describe_layers, layer_json
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from gptq_loader_plugin.checkpoint.config import QuantConfig
@@ -37,7 +42,7 @@ class Plan:
         path: the checkpoint's folder or file.
         device: where it will run.
         config: how the checkpoint was quantised.
-        choices: the choice for every quantised layer.
+        choices: the choice for every quantised layer that a kernel runs.
         dtype: the dtype of everything that is not quantised, as torch names it.
         weight_bytes: what all the weights take in memory once loaded.
         checkpoint_bytes: what the weight files take on disk.
@@ -48,6 +53,8 @@ class Plan:
             beginnings of their names.
         place_bytes: what the weights take in each place.
         shape: the model's sizes, as far as config.json tells.
+        dequantized: the quantised layers that are dequantised as they are loaded: they belong to
+            routers and embeddings, which no kernel runs.
     """
 
     reference: str
@@ -64,6 +71,7 @@ class Plan:
     placed: Mapping[str, Place] = field(default_factory=dict)
     place_bytes: Mapping[str, int] = field(default_factory=dict)
     shape: ModelShape = field(default_factory=ModelShape)
+    dequantized: tuple[LayerSpec, ...] = ()
 
     def place(self, name: str) -> Place:
         """Find the place of a layer or a tensor by its name."""
@@ -105,6 +113,8 @@ class Plan:
             for where, size in self.place_bytes.items()
         ]
         lines += self._kinds()
+        if self.dequantized:
+            lines += ["", f"  {dequantized_note(self.dequantized)}"]
         other = self.not_built
         if other is not None and other.kernels() != self.kernels():
             lines += [
@@ -129,6 +139,7 @@ class Plan:
                 for choice in self.choices
             ],
             "kernels": self.kernels(),
+            "dequantized": [layer.name for layer in self.dequantized],
             "weight_bytes": self.weight_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,
             "kv_bytes_per_token": self.kv_bytes_per_token,
@@ -139,6 +150,31 @@ class Plan:
         if self.not_built is not None:
             data["not_built"] = self.not_built.to_json()
         return data
+
+    def dequantizing(self, layers: Iterable[LayerSpec]) -> Plan:
+        """Return the plan with these layers dequantised too: a load found them no linears."""
+        names = {layer.name for layer in layers}
+        moved = [choice for choice in self.choices if choice.layer.name in names]
+        if not moved:
+            return self
+        grown = [
+            (
+                self.place(choice.layer.name).name,
+                dequantized_bytes(choice.layer, self.dtype) - choice.chosen.prepared_bytes,
+            )
+            for choice in moved
+        ]
+        place_bytes = Counter(self.place_bytes)
+        if self.place_bytes:
+            for where, more in grown:
+                place_bytes[where] += more
+        return replace(
+            self,
+            choices=tuple(choice for choice in self.choices if choice.layer.name not in names),
+            dequantized=(*self.dequantized, *(choice.layer for choice in moved)),
+            weight_bytes=self.weight_bytes + sum(more for _, more in grown),
+            place_bytes=dict(place_bytes),
+        )
 
     def _counted(self) -> str:
         """Name the kernels, each with how many layers it runs."""
@@ -211,13 +247,16 @@ def make_plan(
         device = replace(device, assume_built=True)
     placed = placed or {}
     here = Place(device.torch_name, device)
+    layers = checkpoint.layers.values()
+    dequantized = tuple(layer for layer in layers if is_dequantized(layer.name))
     choices = tuple(
         choose(layer, (place_of(placed, layer.name) or here).device, kernels, only=backend)
-        for layer in checkpoint.layers.values()
+        for layer in layers
+        if not is_dequantized(layer.name)
     )
-    chosen_dtype = dtype or _usual_dtype(choices)
+    chosen_dtype = dtype or _usual_dtype(choices) or next(iter(layers)).half_dtype
     shape = shape_of(checkpoint)
-    taken = _weight_bytes(checkpoint, choices, chosen_dtype, placed)
+    taken = _weight_bytes(checkpoint, choices, dequantized, chosen_dtype, placed)
     return Plan(
         reference=reference,
         path=checkpoint.path,
@@ -233,25 +272,28 @@ def make_plan(
         placed=placed,
         place_bytes=taken if placed else {},
         shape=shape,
+        dequantized=dequantized,
     )
 
 
-def _usual_dtype(choices: Sequence[Choice]) -> str:
+def _usual_dtype(choices: Sequence[Choice]) -> str | None:
+    """Return the dtype that kernels compute most weights in, or None where none runs any."""
     weights: Counter[str] = Counter()
     for choice in choices:
         weights[choice.chosen.dtype] += choice.layer.in_features * choice.layer.out_features
-    return max(sorted(weights), key=lambda name: weights[name])
+    return max(sorted(weights), key=lambda name: weights[name], default=None)
 
 
 def _weight_bytes(
     checkpoint: Checkpoint,
     choices: Sequence[Choice],
+    dequantized: Sequence[LayerSpec],
     dtype: str,
     placed: Mapping[str, Place],
 ) -> dict[str, int]:
     """Count what the weights take in each place; "" where there is one device."""
     size = 4 if dtype == "float32" else 2
-    parts = {part for choice in choices for part in checkpoint.layer_tensors(choice.layer.name)}
+    parts = {part for name in checkpoint.layers for part in checkpoint.layer_tensors(name)}
     taken: Counter[str] = Counter()
     for name, info in checkpoint.headers.items():
         if name not in parts and info.dtype in ("F16", "BF16", "F32"):
@@ -260,4 +302,7 @@ def _weight_bytes(
     for choice in choices:
         where = place_of(placed, choice.layer.name)
         taken[where.name if where else ""] += choice.chosen.prepared_bytes
+    for layer in dequantized:
+        where = place_of(placed, layer.name)
+        taken[where.name if where else ""] += dequantized_bytes(layer, dtype)
     return dict(taken)
