@@ -18,7 +18,7 @@ from gptq_loader_plugin.chat.templates import (
     ChatML,
     JinjaTemplate,
 )
-from gptq_loader_plugin.chat.tokenizer import RANKS
+from gptq_loader_plugin.chat.tokenizer import RANKS, emptied_tokens
 from gptq_loader_plugin.checkpoint.config import read_json
 from gptq_loader_plugin.errors import TemplateError
 from gptq_loader_plugin.system.paths import local_path
@@ -202,7 +202,7 @@ def _tokens(folder: Path) -> dict[str, str]:
             content = value.get("content") if isinstance(value, dict) else value
             if key.endswith("_token") and isinstance(content, str):
                 tokens[key] = content
-    return tokens
+    return tokens | {key: it for key, it in emptied_tokens(folder).items() if isinstance(it, str)}
 
 
 def _text(file: Path) -> str:

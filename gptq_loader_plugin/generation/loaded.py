@@ -256,9 +256,10 @@ class LoadedModel:
     def explain(self) -> str:
         """Describe which kernel runs each kind of layer and why, and which template is used."""
         stops = ", ".join(self.template.stop) or "the tokenizer's end token"
-        notes = "".join(f"\n  {note}" for note in self.notes)
+        plan = self.plan.explain()
+        notes = "".join(f"\n  {note}" for note in self.notes if note not in plan)
         return (
-            f"{self.plan.explain()}{notes}\n  template {self.template.name} "
+            f"{plan}{notes}\n  template {self.template.name} "
             f"({self.template.source}); a reply stops at {stops}"
         )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from gptq_loader_plugin.chat.tokenizer import auto_tokenizer
 from gptq_loader_plugin.checkpoint.config import CONFIG_FILES, read_json
 from gptq_loader_plugin.checkpoint.weight_files import KEPT, KEPT_LOCK
 from gptq_loader_plugin.errors import BadReference, QuantizeError
@@ -387,7 +388,9 @@ def load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, **file, **(_unpacked() if file else {})
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, **file)
+        tokenizer = (
+            AutoTokenizer.from_pretrained(folder, **file) if file else auto_tokenizer(folder)
+        )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise QuantizeError(

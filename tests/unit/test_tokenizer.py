@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import Qwen2Tokenizer
+from transformers import AutoTokenizer, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import gptq_loader_plugin as gptq
+from gptq_loader_extensions.vllm.server.server_files import write_tokenizer
 from gptq_loader_plugin.chat.find_template import find_template
-from gptq_loader_plugin.chat.tokenizer import RANKS, read_tokenizer
+from gptq_loader_plugin.chat.tokenizer import RANKS, is_mended, read_tokenizer
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 
 DATA = Path(__file__).parents[1] / "data" / "checkpoints"
@@ -111,3 +112,113 @@ def test_a_tokenizer_that_is_code_alone_is_refused(folder: Path) -> None:
     with pytest.raises(gptq.CheckpointError, match=r"OwnTokenizer.*is not run") as refused:
         gptq.load(folder, device="cpu")
     assert "tokenizer.json" in refused.value.hint
+
+
+EMPTY = {"bos_token": "", "eos_token": "", "unk_token": ""}
+NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def learn_pieces(folder: Path) -> Path:
+    """Put a tokenizer.model, learnt by SentencePiece, in the place of a checkpoint's tokenizer."""
+    import sentencepiece
+
+    for file in ONE.iterdir():
+        if file.name not in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(file, folder)
+    lines = [f"the quick fox {i} sat and looked at the sky while it ran" for i in range(200)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), vocab_size=330,
+        model_type="bpe", byte_fallback=True, character_coverage=1.0, unk_id=0, bos_id=1,
+        eos_id=2, pad_id=-1, normalization_rule_name="identity", minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.vocab").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("spelling", ["config", "table", "map", "some", "pad", "more"])
+def test_special_tokens_that_are_empty_are_those_of_the_vocabulary(
+    spelling: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("sentencepiece")
+    folder = learn_pieces(tmp_path)
+    table = {key: {"content": "", "lstrip": False, "normalized": True} for key in EMPTY}
+    stated: dict[str, Any] = {
+        "config": EMPTY,
+        "table": table,
+        "map": {},
+        "some": {**NAMED, "eos_token": ""},
+        "pad": {**EMPTY, "pad_token": ""},
+        "more": {**EMPTY, "additional_special_tokens": [""]},
+    }[spelling]
+    if spelling == "map":
+        (folder / "special_tokens_map.json").write_text(json.dumps(table))
+    config = {"tokenizer_class": "LLaMATokenizer", "model_max_length": 2048, **stated}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = read_tokenizer(open_checkpoint(folder))
+    ids = (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert ids == (0, 1, 2)
+    assert "" not in tokenizer.all_special_tokens
+    assert tokenizer("the fox")["input_ids"][0] == 1
+    assert tokenizer("the fox")["input_ids"].count(1) == 1
+
+
+@pytest.mark.parametrize(
+    ("stated", "first"),
+    [
+        ({"tokenizer_class": "LlamaTokenizer"}, True),
+        ({"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": None}, True),
+        ({}, True),
+        ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}, True),
+        ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, False),
+    ],
+)
+def test_a_llamas_texts_begin_as_transformers_4_began_them(
+    stated: dict[str, Any], first: bool, tmp_path: Path
+) -> None:
+    pytest.importorskip("sentencepiece")
+    folder = learn_pieces(tmp_path)
+    if stated:
+        (folder / "tokenizer_config.json").write_text(json.dumps({**NAMED, **stated}))
+    tokenizer = read_tokenizer(open_checkpoint(folder))
+    ids: Any = tokenizer("the fox")["input_ids"]
+    assert (ids[0] == 1) is first
+    assert is_mended(folder) is ("add_bos_token" not in stated or stated["add_bos_token"] is None)
+
+
+@pytest.mark.parametrize("template", ["{{ bos_token }}{{ messages[0].content }}", "chatml"])
+def test_a_chat_begins_once(template: str, tmp_path: Path) -> None:
+    pytest.importorskip("sentencepiece")
+    folder = learn_pieces(tmp_path)
+    config = {"tokenizer_class": "LlamaTokenizer", **EMPTY}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with gptq.load(folder, device="cpu", template=template) as model:
+        ids, _ = model.encode_chat([{"role": "user", "content": "the fox"}])
+        assert ids[0] == 1
+        assert ids.count(1) == 1
+        assert model.encode("the fox")[0] == 1
+        assert 2 in model.end_ids()
+
+
+def test_empty_special_tokens_of_a_tokenizer_json(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(ONE, folder)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **EMPTY, "pad_token": ""}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = read_tokenizer(open_checkpoint(folder))
+    assert tokenizer.bos_token == "<s>"
+    assert tokenizer.pad_token is None
+    assert "" not in tokenizer.all_special_tokens
+    assert tokenizer("the fox")["input_ids"]
+
+
+def test_vllm_is_given_the_tokenizer_as_it_is_read(tmp_path: Path) -> None:
+    pytest.importorskip("sentencepiece")
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    learn_pieces(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({**EMPTY}))
+    tokenizer = read_tokenizer(open_checkpoint(folder))
+    written = write_tokenizer(tokenizer, folder, tmp_path)
+    assert written is not None
+    assert AutoTokenizer.from_pretrained(written)("the fox") == tokenizer("the fox")
+    assert write_tokenizer(tokenizer, ONE, tmp_path) is None

@@ -38,6 +38,7 @@ def write_command(
     template: Path,
     generation: Path,
     port: int,
+    tokenizer: Path | None = None,
 ) -> list[str]:
     """Write the command that serves a checkpoint.
 
@@ -49,12 +50,14 @@ def write_command(
         template: the file of its template.
         generation: the folder of its generation_config.json.
         port: the port to listen on.
+        tokenizer: the folder of its tokenizer, where that is not the checkpoint's.
     """
     settings, on_cpu = options.settings, planned.plan.device.type == "cpu"
     # vLLM has one dtype for all; on a CPU, the one the kernels compute in
     dtype = options.load.dtype_name or (planned.plan.dtype if on_cpu else None)
     flags = {
         "--model": folder,
+        "--tokenizer": tokenizer,
         "--host": settings.host,
         "--port": port,
         "--served-model-name": name,

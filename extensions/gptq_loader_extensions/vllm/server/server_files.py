@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gptq_loader_plugin.chat.find_template import NoTemplate
 from gptq_loader_plugin.chat.templates import JinjaTemplate
 from gptq_loader_plugin.chat.to_jinja import as_jinja
+from gptq_loader_plugin.chat.tokenizer import is_mended
 from gptq_loader_plugin.checkpoint.config import read_json
 
 if TYPE_CHECKING:
@@ -21,7 +22,13 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.chat.template import Template
 
-__all__ = ["end_texts", "end_tokens", "write_generation_config", "write_template"]
+__all__ = [
+    "end_texts",
+    "end_tokens",
+    "write_generation_config",
+    "write_template",
+    "write_tokenizer",
+]
 
 NO_TEMPLATE = (
     "{{ raise_exception('this checkpoint has no chat template, and its vocabulary has no ChatML "
@@ -49,6 +56,17 @@ def write_template(template: Template, tokenizer: PreTrainedTokenizerBase, folde
     file = folder / "chat_template.jinja"
     file.write_text(text, encoding="utf-8")
     return file
+
+
+def write_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, checkpoint: Path, folder: Path
+) -> Path | None:
+    """Write a tokenizer of 2023 as this package reads it; vLLM reads any other by itself."""
+    if not is_mended(checkpoint):
+        return None
+    written = folder / "tokenizer"
+    tokenizer.save_pretrained(written)
+    return written
 
 
 def end_tokens(

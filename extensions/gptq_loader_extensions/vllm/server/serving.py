@@ -22,6 +22,7 @@ from gptq_loader_extensions.vllm.server.server_files import (
     end_tokens,
     write_generation_config,
     write_template,
+    write_tokenizer,
 )
 from gptq_loader_plugin.chat.find_template import find_template
 from gptq_loader_plugin.chat.tokenizer import read_tokenizer
@@ -96,6 +97,7 @@ def serve(reference: str, options: ServeOptions, *, installed: str) -> None:
                 ends, checkpoint.folder, Path(files), max_new_tokens=settings.max_new_tokens
             ),
             port=port,
+            tokenizer=write_tokenizer(tokenizer, checkpoint.folder, Path(files)),
         )
         environ = environment(
             settings,
