@@ -12,6 +12,7 @@ from gptq_loader_plugin.chat.find_template import find_template
 from gptq_loader_plugin.chat.tokenizer import read_tokenizer
 from gptq_loader_plugin.checkpoint.architectures.translate import translate
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
+from gptq_loader_plugin.checkpoint.vocabulary import embedding_rows
 from gptq_loader_plugin.errors import ConfigInvalid, OptionInvalid
 from gptq_loader_plugin.load_options import LoadOptions
 from gptq_loader_plugin.model.top_logits import add_top_logits
@@ -115,6 +116,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         card=checkpoint.card,
         named=options.template,
         offered=plugins.templates(),
+        rows=embedding_rows(checkpoint.headers),
     )
     from gptq_loader_plugin.checkpoint.transformers_config import read_config
     from gptq_loader_plugin.model.build import build_model

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.catalog.exllama import ExllamaReport, ask_exllama
 from gptq_loader_plugin.chat.find_template import find_template
+from gptq_loader_plugin.checkpoint.vocabulary import embedding_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,7 +88,9 @@ def make_report(
         reference: what the user typed.
     """
     config = checkpoint.config
-    template = find_template(checkpoint.folder, card=checkpoint.card)
+    template = find_template(
+        checkpoint.folder, card=checkpoint.card, rows=embedding_rows(checkpoint.headers)
+    )
     extra = {**(config.model_extra or {})}
     dataset, seq_len = extra.get("dataset"), extra.get("model_seqlen") or extra.get("seq_len")
     has_config = (checkpoint.folder / "config.json").is_file()

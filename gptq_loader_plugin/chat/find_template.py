@@ -71,6 +71,7 @@ def find_template(
     card: Card,
     named: str | Template | None = None,
     offered: Sequence[Template] = (),
+    rows: int | None = None,
 ) -> Template:
     """Find the template to use; reads files only, so no tokenizer is needed.
 
@@ -79,6 +80,7 @@ def find_template(
         card: what its model card says.
         named: a template, a template's name, the path of a .jinja file, or jinja text.
         offered: the plugins' templates, found by name.
+        rows: the tokens that the model knows; None takes what config.json says.
 
     Raises:
         TemplateError: `named` is none of these.
@@ -89,29 +91,45 @@ def find_template(
     tokens = _tokens(folder)
     if named is not None:
         return _named(named, folder, card=card, offered=offered, tokens=tokens)
-    return _own(folder, tokens) or _cards(card) or _chatml(folder) or NoTemplate()
+    return _own(folder, tokens) or _cards(card) or _chatml(folder, rows) or NoTemplate()
 
 
-def known_tokens(folder: Path) -> set[str]:
-    """List the single tokens that a checkpoint's tokenizer files add to its vocabulary."""
-    known: set[str] = set()
-    for name in ("added_tokens.json", "special_tokens_map.json", "vocab.json"):
-        content = _table(folder / name)
-        known.update(content)
-        known.update(value for value in content.values() if isinstance(value, str))
+def known_tokens(folder: Path) -> dict[str, int | None]:
+    """List the single tokens that a checkpoint's tokenizer files add to its vocabulary.
+
+    Returns:
+        The id of each, or None where the file that names it does not say.
+    """
+    known: dict[str, int | None] = {}
+    for value in _table(folder / "special_tokens_map.json").values():
+        if isinstance(value, str):
+            known[value] = None
+    for name in ("added_tokens.json", "vocab.json"):
+        known.update({token: _index(index) for token, index in _table(folder / name).items()})
     config = _table(folder / "tokenizer_config.json")
-    for entry in config.get("added_tokens_decoder", {}).values():
-        known.add(str(entry.get("content")))
-    tokenizer = _table(folder / "tokenizer.json")
-    known.update(str(token.get("content")) for token in tokenizer.get("added_tokens", []))
-    vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, dict):
-        known.update(token for token in (CHATML_START, CHATML_END) if token in vocabulary)
-    else:
-        known.update(entry[0] for entry in vocabulary if entry[0] in (CHATML_START, CHATML_END))
+    decoder = config.get("added_tokens_decoder")
+    for index, entry in decoder.items() if isinstance(decoder, dict) else ():
+        if isinstance(entry, dict):
+            known[str(entry.get("content"))] = int(index) if str(index).isdigit() else None
+    known.update(_tokenizer_tokens(_table(folder / "tokenizer.json")))
     if (folder / RANKS).is_file():  # Qwen's own code adds them
-        known.update((CHATML_START, CHATML_END))
+        known.update({CHATML_START: None, CHATML_END: None})
     return known
+
+
+def _tokenizer_tokens(tokenizer: dict[str, Any]) -> dict[str, int | None]:
+    """List the tokens that a tokenizer.json adds, and ChatML's where they are in its vocabulary."""
+    added = [token for token in tokenizer.get("added_tokens") or [] if isinstance(token, dict)]
+    known = {str(token.get("content")): _index(token.get("id")) for token in added}
+    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+    if not isinstance(vocabulary, dict):
+        vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
+    chatml = (CHATML_START, CHATML_END)
+    return known | {token: _index(vocabulary[token]) for token in chatml if token in vocabulary}
+
+
+def _index(value: object) -> int | None:
+    return value if isinstance(value, int) else None
 
 
 def _named(
@@ -188,8 +206,18 @@ def _cards(card: Card) -> Template | None:
     return template
 
 
-def _chatml(folder: Path) -> Template | None:
-    if {CHATML_START, CHATML_END} <= known_tokens(folder):
+def _chatml(folder: Path, rows: int | None) -> Template | None:
+    """Return ChatML where both of its tokens are the model's: some tokenizers have more."""
+    known = known_tokens(folder)
+    if rows is None:
+        stored = _table(folder / "config.json")
+        text = stored.get("text_config")
+        stated = (text if isinstance(text, dict) else stored).get("vocab_size")
+        rows = _index(stated)
+    if all(
+        token in known and (rows is None or (known[token] or 0) < rows)
+        for token in (CHATML_START, CHATML_END)
+    ):
         return replace(ChatML(), source="both ChatML tokens are in the vocabulary")
     return None
 

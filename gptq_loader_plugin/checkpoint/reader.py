@@ -16,6 +16,7 @@ from gptq_loader_plugin.checkpoint.infer import FLOAT_DTYPES, infer, row_groups
 from gptq_loader_plugin.checkpoint.protocol import Checkpoint, Reader, missing_members
 from gptq_loader_plugin.checkpoint.tensor_info import DAMAGED
 from gptq_loader_plugin.checkpoint.tensors import TensorFiles, is_finite
+from gptq_loader_plugin.checkpoint.vocabulary import vocabulary_warning
 from gptq_loader_plugin.checkpoint.weight_files import WeightFiles, find_weight_files
 from gptq_loader_plugin.checkpoint.zeros import true_zeros
 from gptq_loader_plugin.errors import (
@@ -189,11 +190,17 @@ class GPTQReader:
         if is_early(tensors.headers):
             return EarlyCheckpoint(path, tensors, stored, model_dtype=dtype)
         inferred = infer(tensors, stored, path=path)
+        vocabulary = vocabulary_warning(folder, tensors.headers)
         return GPTQCheckpoint(
             path,
             config=inferred.config,
             layers=tuple(replace(layer, model_dtype=dtype) for layer in inferred.layers),
-            warnings=(*weights.warnings, *warnings, *inferred.warnings),
+            warnings=(
+                *weights.warnings,
+                *warnings,
+                *inferred.warnings,
+                *([vocabulary] if vocabulary else []),
+            ),
             tensors=tensors,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gptq_loader_plugin.checkpoint.vocabulary import fit_vocabulary
 from gptq_loader_plugin.errors import UnsupportedFormat
 
 if TYPE_CHECKING:
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["UNBUILDABLE", "read_config", "unknown_model"]
 
 # What transformers raises for a config that it cannot make a model of.
-UNBUILDABLE = (ValueError, KeyError, TypeError, AttributeError)
+UNBUILDABLE = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
+)  # fmt: skip
 
 
 def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -38,6 +41,7 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         raise unknown_model(model_type, checkpoint.folder / "config.json", error) from error
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
+    fit_vocabulary(config, checkpoint.headers)
     return config
 
 

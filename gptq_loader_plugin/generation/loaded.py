@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from gptq_loader_plugin.chat.messages import check_text
 from gptq_loader_plugin.chat.templates import CHATML_START
-from gptq_loader_plugin.errors import EmptyPrompt, GPTQLoaderError, PromptTooLong
+from gptq_loader_plugin.errors import (
+    EmptyPrompt,
+    GPTQLoaderError,
+    OptionInvalid,
+    PromptTooLong,
+)
 from gptq_loader_plugin.generation.generate import Generation, Piece, Reply, generate_pieces
 from gptq_loader_plugin.generation.kv_cache import PrefixCache
 from gptq_loader_plugin.generation.options import GenerateOptions
@@ -82,6 +87,11 @@ class LoadedModel:
     def config(self) -> QuantConfig:
         """How the checkpoint was quantised."""
         return self.plan.config
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """How many tokens the model and its tokenizer both have: either may have more."""
+        return min(self._embedding_rows, len(self.tokenizer))
 
     def __enter__(self) -> Self:
         """Return the model itself."""
@@ -243,7 +253,9 @@ class LoadedModel:
         end_ids = set(ends if isinstance(ends, list) else [ends])
         end_ids.add(self.tokenizer.eos_token_id)
         end_ids.update(self._single(text) for text in stop)
-        return frozenset(token for token in end_ids if token is not None)
+        return frozenset(
+            token for token in end_ids if token is not None and token < self._embedding_rows
+        )
 
     def keep(self, sequences: int) -> None:
         """Keep the keys and values of so many sequences, for prompts that begin the same."""
@@ -283,6 +295,7 @@ class LoadedModel:
 
         Raises:
             EmptyPrompt: there are no tokens.
+            OptionInvalid: one of them is none of the model's.
             PromptTooLong: there are more than the context takes.
         """
         if not ids:
@@ -293,6 +306,14 @@ class LoadedModel:
                 tokens=len(ids),
                 context=self.context,
                 hint="shorten it; a chat can drop its oldest turns: when_too_long='drop-oldest'",
+            )
+        beyond = next((index for index in ids if not 0 <= index < self._embedding_rows), None)
+        if beyond is not None:
+            token: Any = self.tokenizer.convert_ids_to_tokens(beyond) if beyond >= 0 else None
+            raise OptionInvalid(
+                f"the prompt has {token or 'a token'} (id {beyond}), and the model knows the ids 0 "
+                f"to {self._embedding_rows - 1}",
+                hint="leave it out: the tokenizer has tokens that this model does not",
             )
 
     def _pieces(
@@ -343,7 +364,11 @@ class LoadedModel:
     def _single(self, text: str) -> int | None:
         """Find the one token that is `text`; None where it takes several."""
         index = self._vocabulary.get(text) if text.startswith(("<", "[")) else None
-        return int(index) if index is not None else None
+        return int(index) if index is not None and index < self._embedding_rows else None
+
+    @cached_property
+    def _embedding_rows(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
 
     @cached_property
     def _vocabulary(self) -> dict[str, int]:

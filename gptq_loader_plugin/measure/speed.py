@@ -182,7 +182,7 @@ class _Clock(threading.Event):
 def _run(model: LoadedModel, prompt: int, tokens: int) -> list[float]:
     """Write a reply that nothing ends early; return the time at which each token was known."""
     clock = _Clock()
-    vocabulary = len(model.tokenizer)
+    vocabulary = model.vocab_size
     pieces = generate_pieces(
         lambda: Generation(
             model.model,

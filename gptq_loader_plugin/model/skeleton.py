@@ -12,6 +12,7 @@ from gptq_loader_plugin.checkpoint.transformers_config import (
     read_config,
     unknown_model,
 )
+from gptq_loader_plugin.checkpoint.vocabulary import fit_vocabulary
 from gptq_loader_plugin.model.meta import MetaDevice, empty_parameters
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def build_skeleton(
     model_type = checkpoint.model_config["model_type"]
     path = checkpoint.folder / "config.json"
     config = read_config(checkpoint) if config is None else config
+    fit_vocabulary(config, checkpoint.headers)
     try:
         model = _build(config, dtype, model_class)
         _settle_buffers(model, config, dtype, model_class)

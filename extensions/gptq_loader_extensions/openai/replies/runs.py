@@ -110,5 +110,5 @@ def _processors(request: Sampling, model: LoadedModel, begin: int) -> list[Any]:
             )
         )
     if request.logit_bias:
-        processors.append(LogitBias(read_bias(request.logit_bias, len(model.tokenizer))))
+        processors.append(LogitBias(read_bias(request.logit_bias, model.vocab_size)))
     return processors

@@ -164,9 +164,9 @@ def check_ids(ids: Sequence[int], model: LoadedModel) -> None:
     Raises:
         ApiError: one of them is too large.
     """
-    if max(ids) >= len(model.tokenizer):
+    if max(ids) >= model.vocab_size:
         raise invalid(
-            f"this model has no token {max(ids):,}; its tokens are 0 to {len(model.tokenizer) - 1}",
+            f"this model has no token {max(ids):,}; its tokens are 0 to {model.vocab_size - 1}",
             param="prompt",
         )
 

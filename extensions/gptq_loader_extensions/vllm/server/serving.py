@@ -26,6 +26,7 @@ from gptq_loader_extensions.vllm.server.server_files import (
 )
 from gptq_loader_plugin.chat.find_template import find_template
 from gptq_loader_plugin.chat.tokenizer import read_tokenizer
+from gptq_loader_plugin.checkpoint.vocabulary import embedding_rows
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.reference import resolve
@@ -70,6 +71,7 @@ def serve(reference: str, options: ServeOptions, *, installed: str) -> None:
         card=checkpoint.card,
         named=options.load.template,
         offered=plugins.templates(),
+        rows=embedding_rows(checkpoint.headers),
     )
     tokenizer = read_tokenizer(checkpoint)
     planned = plan_for_vllm(
