@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from gptq_loader_plugin.checkpoint.card import read_card
 from gptq_loader_plugin.checkpoint.config import read_json
+from gptq_loader_plugin.checkpoint.model_fields import read_fields
 from gptq_loader_plugin.errors import ConfigInvalid
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class Checkpoint(Protocol):
         """What `config.json` says of the model's shape.
 
         Raises:
-            ConfigInvalid: there is none, or it does not parse, or it names no model type.
+            ConfigInvalid: there is none, or it does not parse, or it names no model type, or a
+                field has a value that no model can have.
         """
         if self.translated is not None:
             return self.translated
@@ -102,7 +104,7 @@ class Checkpoint(Protocol):
                 path=file,
                 hint="copy config.json from the model this was made of",
             )
-        return config
+        return read_fields(config, file)
 
     @cached_property
     def card(self) -> Card:

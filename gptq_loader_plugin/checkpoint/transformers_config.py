@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
+from gptq_loader_plugin.checkpoint.config import read_json
 from gptq_loader_plugin.checkpoint.vocabulary import fit_vocabulary
 from gptq_loader_plugin.errors import UnsupportedFormat
 
@@ -30,15 +32,19 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    model_type = checkpoint.model_config["model_type"]
+    fields = checkpoint.model_config
+    model_type = fields["model_type"]
+    file = checkpoint.folder / "config.json"
+    # as JSON: 4.0 is 4 to Python, and not to transformers
+    as_it_stands = json.dumps(fields) == json.dumps(read_json(file))
     config: PreTrainedConfig
     try:
-        if checkpoint.translated is None:
+        if as_it_stands or model_type not in CONFIG_MAPPING:
             config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         else:
-            config = CONFIG_MAPPING[model_type].from_dict(checkpoint.translated)
+            config = CONFIG_MAPPING[model_type].from_dict(dict(fields))
     except (*UNBUILDABLE, OSError, StrictDataclassError) as error:
-        raise unknown_model(model_type, checkpoint.folder / "config.json", error) from error
+        raise unknown_model(model_type, file, error) from error
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
     fit_vocabulary(config, checkpoint.headers)
@@ -73,5 +79,5 @@ def unknown_model(model_type: str, path: Any, error: Exception) -> UnsupportedFo
     return UnsupportedFormat(
         f"transformers cannot build a {model_type} model ({words[:200]})",
         path=path,
-        hint="update transformers: pip install -U transformers; or check config.json",
+        hint="correct config.json, or copy it from the model this was made of",
     )

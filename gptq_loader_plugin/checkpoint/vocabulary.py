@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.checkpoint.config import read_json
+from gptq_loader_plugin.checkpoint.model_fields import read_fields
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,7 +59,7 @@ def fit_vocabulary(config: PreTrainedConfig, headers: Mapping[str, TensorInfo]) 
 def vocabulary_warning(folder: Path, headers: Mapping[str, TensorInfo]) -> str | None:
     """Return the warning for a config.json whose vocab_size is not the tensors'."""
     file = folder / "config.json"
-    stored = read_json(file) if file.is_file() else {}
+    stored = read_fields(read_json(file), file) if file.is_file() else {}
     text = stored.get("text_config")
     stated = (text if isinstance(text, dict) else stored).get("vocab_size")
     rows = embedding_rows(headers)

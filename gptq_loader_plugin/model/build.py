@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gptq_loader_plugin.checkpoint.config import read_json
+from gptq_loader_plugin.checkpoint.model_fields import read_fields
 from gptq_loader_plugin.checkpoint.read_ahead import ReadAhead
 from gptq_loader_plugin.errors import ConfigInvalid
 from gptq_loader_plugin.events import Progress
@@ -118,7 +120,12 @@ def build_model(
 def _generation_config(folder: Path) -> Any:  # noqa: ANN401 - transformers' own
     from transformers import GenerationConfig
 
+    file = folder / "generation_config.json"
+    stored = read_json(file)
+    fields = read_fields(stored, file)
     try:
+        if json.dumps(fields) != json.dumps(stored):
+            return GenerationConfig.from_dict(fields)
         return GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError, json.JSONDecodeError) as error:
         raise ConfigInvalid(

@@ -15,8 +15,9 @@ from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.generation.options import GenerateOptions
 
 if TYPE_CHECKING:
-    import torch
     from pathlib import Path
+
+    import torch
 
 ROWS = 380
 SHORT = GenerateOptions(max_new_tokens=3, temperature=0)

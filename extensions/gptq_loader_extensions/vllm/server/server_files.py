@@ -14,6 +14,7 @@ from gptq_loader_plugin.chat.templates import JinjaTemplate
 from gptq_loader_plugin.chat.to_jinja import as_jinja
 from gptq_loader_plugin.chat.tokenizer import is_mended
 from gptq_loader_plugin.checkpoint.config import read_json
+from gptq_loader_plugin.checkpoint.model_fields import read_fields
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -118,8 +119,8 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
 def _token_ids(value: Any) -> list[int]:  # noqa: ANN401 - a file's: a number, several, or none
     if isinstance(value, int):
         return [value]
-    return [token for token in value if isinstance(token, int)] if isinstance(value, list) else []
+    return value if isinstance(value, list) else []
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
+    return read_fields(read_json(file), file) if file.is_file() else {}
