@@ -17,7 +17,9 @@ int gptq_isa() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
+    return __builtin_cpu_supports("avx512bf16")   ? AVX512_BF16
+           : __builtin_cpu_supports("avx512vnni") ? AVX512_VNNI
+                                                  : AVX512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif
   return PLAIN;
@@ -25,11 +27,9 @@ int gptq_isa() {
 
 int gptq_activations() {
 #ifdef X86
-  if (gptq_isa() == AVX512_BF16) {
-    // Where there is a matrix unit for bfloat16, vdpbf16ps is slow (docs/decisions/native-cpu.md).
-    const bool integers = gptq_amx() && __builtin_cpu_supports("avx512vnni");
-    return int(integers ? Activations::INT16 : Activations::BF16);
-  }
+  // Where there is a matrix unit for bfloat16, vdpbf16ps is slow (docs/decisions/native-cpu.md).
+  if (gptq_isa() == AVX512_BF16 && !gptq_amx()) return int(Activations::BF16);
+  if (gptq_isa() >= AVX2) return int(Activations::INT16);
 #endif
   return int(Activations::FLOAT32);
 }

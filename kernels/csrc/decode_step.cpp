@@ -93,7 +93,7 @@ bool uses_bf16(const GptqModel& model) {
 }
 
 Activations activations_of(const GptqModel& model) {
-  return model.type == FLOAT32 ? Activations::FLOAT32 : Activations(model.activations);
+  return activations_for(model.type, model.isa, model.activations);
 }
 
 // x as a projection reads it, made by the thread that multiplies.

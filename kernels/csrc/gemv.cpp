@@ -19,7 +19,7 @@
 //
 // FLOAT32. Codes become floats, zeros are subtracted, and the sum is in float32: no cancellation.
 //
-// INT16, INT8: vnni.cpp. Many rows: gemm.cpp for bfloat16; for float32, gptq_unpack writes the
+// INT16, INT8: vnni.cpp, maddubs.cpp. Many rows: gemm.cpp for bfloat16; for float32, gptq_unpack writes the
 // weight of some tiles for another library, which multiplies faster than this one.
 
 #include "gemv.h"
@@ -316,7 +316,8 @@ PermutedActivations permuted_at(const GptqLinear& linear, int isa, Activations k
 void permute_activations(const GptqLinear& linear, const void* x, int type, int64_t m,
                          const PermutedActivations& to) {
 #ifdef X86
-  if (to.integers()) return quantize_activations(linear, x, type, m, to);
+  if (to.integers() && to.isa >= AVX512_VNNI) return quantize_activations(linear, x, type, m, to);
+  if (to.integers()) return quantize_activations_avx2(linear, x, type, m, to);
 #endif
   const int rows = unit_rows(linear.bits), half = linear.bits == 3 ? 8 : rows / 2;
   const int64_t from = m * linear.in_features;
@@ -378,7 +379,8 @@ namespace gptq {
 void multiply_tile(const GptqLinear& linear, int64_t tile, int64_t m, int count,
                    const PermutedActivations& x, float* y) {
 #ifdef X86
-  if (x.integers()) return multiply_tile_vnni(linear, tile, m, count, x, y);
+  if (x.integers() && x.isa >= AVX512_VNNI) return multiply_tile_vnni(linear, tile, m, count, x, y);
+  if (x.integers()) return multiply_tile_maddubs(linear, tile, m, count, x, y);
 #endif
   switch (linear.bits) {
     case 2: return dispatch_rows<2>(linear, tile, m, count, x, y);

@@ -37,6 +37,13 @@ constexpr int64_t PREFILL_ROWS = 512;  // of a long x at a time: their sums stay
 // The rows that a unit holds for one column.
 INLINE int unit_rows(int bits) { return bits == 3 ? 32 : 32 / bits; }
 
+// What x of `type` is multiplied as. A processor with products of bfloat16 has models in bfloat16,
+// and float32 where a user asks for that: it is then float32.
+INLINE Activations activations_for(int type, int isa, int activations) {
+  const bool exact = type == FLOAT32 && isa >= AVX512_BF16;
+  return exact ? Activations::FLOAT32 : Activations(activations);
+}
+
 // Zeros and scales of a vector of columns, from the first of them in [tile][group][64].
 template <class F>
 INLINE void load_zeros(const GptqLinear& linear, int64_t at, F& zeros) {
@@ -119,11 +126,15 @@ void store_tile(const GptqLinear& linear, int64_t tile, int64_t m, const float* 
                 int type);
 
 #ifdef X86
-// The same for whole numbers, vnni.cpp.
+// The same for whole numbers, vnni.cpp and, without VNNI, maddubs.cpp.
 void quantize_activations(const GptqLinear& linear, const void* x, int type, int64_t m,
                           const PermutedActivations& to);
 void multiply_tile_vnni(const GptqLinear& linear, int64_t tile, int64_t m, int count,
                         const PermutedActivations& x, float* y);
+void quantize_activations_avx2(const GptqLinear& linear, const void* x, int type, int64_t m,
+                               const PermutedActivations& to);
+void multiply_tile_maddubs(const GptqLinear& linear, int64_t tile, int64_t m, int count,
+                           const PermutedActivations& x, float* y);
 #endif
 
 }  // namespace gptq

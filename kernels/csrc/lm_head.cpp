@@ -183,7 +183,7 @@ int gptq_top_logits(const GptqLinear* quantized, const float* errors, float max_
   const int64_t k = quantized->in_features, n = quantized->out_features,
                 tiles = (n + COLUMNS - 1) / COLUMNS;
   const Dense of{weight, k, type, isa};
-  const Activations kind = type == FLOAT32 ? Activations::FLOAT32 : Activations(activations);
+  const Activations kind = activations_for(type, isa, activations);
   char* permuted_memory;
   float* widened;             // [M][K]
   float* sums;                // [tiles][M][COLUMNS], by the copy

@@ -76,11 +76,12 @@ typedef Wide::ints ints;
 typedef Wide::uints uints;
 typedef Wide::halves halves;
 
-// Instruction sets; AVX512_BF16 is AVX512 with products of bfloat16 (vdpbf16ps).
-enum Isa { PLAIN = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
+// Instruction sets: AVX512_VNNI is AVX512 with products of bytes (vpdpbusd), AVX512_BF16 has those
+// of bfloat16 (vdpbf16ps) too.
+enum Isa { PLAIN = 0, AVX2 = 1, AVX512 = 2, AVX512_VNNI = 3, AVX512_BF16 = 4 };
 
 // What x is multiplied as: FLOAT32 by any code, BF16 by vdpbf16ps, INT16 and INT8 by vpdpbusd
-// (AVX512-VNNI). INT16 is as good as BF16; INT8 rounds x.
+// (AVX512-VNNI) or vpmaddubsw (AVX2). INT16 is as good as BF16; INT8 rounds x.
 enum class Activations { FLOAT32 = 0, BF16 = 1, INT16 = 2, INT8 = 3 };
 
 // The dtype of x, y and of weights that are not packed.

@@ -5,23 +5,25 @@ from __future__ import annotations
 import pytest
 
 from gptq_loader_kernels.cpu.library import Activations, Isa, find_library, load_library
-from gptq_loader_plugin.device import find_device
 
 __all__ = ["CODES", "EXACT_CODES", "Code", "runs"]
 
 Code = tuple[Isa, Activations]
+INTEGERS = {Activations.INT16, Activations.INT8}
 
 
 def runs(isa: Isa, activations: Activations) -> bool:
     """Whether this processor runs a code path."""
     if find_library() is None or isa > load_library().gptq_isa():
         return False
-    integers = activations in {Activations.INT16, Activations.INT8}
-    return not integers or "avx512_vnni" in find_device("cpu").features
+    return True
 
 
 def _parameters(*activations: Activations) -> list[object]:
     codes = [(isa, Activations.FLOAT32) for isa in list(Isa)[:-1]]
+    codes += [
+        (isa, it) for isa in (Isa.AVX2, Isa.AVX512_VNNI) for it in activations if it in INTEGERS
+    ]
     codes += [(Isa.AVX512_BF16, it) for it in activations]
     return [
         pytest.param(code, id="-".join(it.name for it in code), marks=_mark(code)) for code in codes

@@ -39,7 +39,8 @@ class Isa(IntEnum):
     PLAIN = 0
     AVX2 = 1
     AVX512 = 2
-    AVX512_BF16 = 3
+    AVX512_VNNI = 3
+    AVX512_BF16 = 4
 
 
 class Activations(IntEnum):
@@ -47,8 +48,8 @@ class Activations(IntEnum):
 
     FLOAT32 = 0
     BF16 = 1  # by AVX512_BF16's code
-    INT16 = 2  # by AVX512-VNNI, as good as BF16
-    INT8 = 3  # by AVX512-VNNI; rounds x
+    INT16 = 2  # by AVX512-VNNI or AVX2: off by 2**-16 of what is greatest in x
+    INT8 = 3  # by the same; rounds x
 
 
 class Linear(ctypes.Structure):

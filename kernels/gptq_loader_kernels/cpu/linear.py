@@ -138,7 +138,7 @@ class NativeLinear(torch.nn.Module):
                 ctypes.addressof(layers), ctypes.addressof(outs), 1, read, rows, self._amx, threads
             )
         else:
-            exact = x.dtype == torch.float32
+            exact = x.dtype == torch.float32 and self._isa >= Isa.AVX512_BF16
             activations = Activations.FLOAT32 if exact else self.activations
             failed = self._library.gptq_gemv(
                 layer, read, written, rows, TYPES[x.dtype], self._isa, activations, threads

@@ -1,0 +1,272 @@
+// y[M, 64] = x[M, K] @ W[64, K].T in whole numbers, by vpmaddubsw (AVX2): what vnni.cpp does, for
+// processors without vpdpbusd. x lies as there: of four rows, four first and four second bytes.
+//
+// vpmaddubsw multiplies 32 codes by signed bytes and adds pairs of products in 16 bits, which hold
+// a few; vpmaddwd adds these to sums in 32 bits before they could overflow. Codes of 8 bits are
+// taken as two nibbles, since a pair of theirs does not fit.
+//
+//   bits                        2     3     4     8
+//   codes that one step takes   32    32    32    32, as two nibbles
+//   largest pair                762   1778  3810  3810
+//   steps of a unit             4     8     2     1
+//   units added in 16 bits      8     2     4     8      32, 16, 8 and 8 steps: at most 30480
+//
+// Registers, of 16, one row by two bytes: sums in 16 bits 2 * C = 4 (8 bits: 8), in 32 bits 4; codes
+// and words 2 * C. More rows take a vector of columns at a time.
+
+#include "gemv.h"
+
+#include <algorithm>
+
+using namespace gptq;
+
+#ifdef X86
+
+namespace {
+
+constexpr int L = Middle::LANES;
+constexpr float SECOND_BYTE = 254;          // what a second byte counts: half a step is 127 of it
+constexpr int MAX_SEGMENT_ROWS = 256 + 32;  // rows of a segment, filled up to whole units
+
+// 16 whole numbers of one byte each, in the order in which a word's codes want them.
+AVX2_TARGET INLINE __m128i to_bytes(__m256i first, __m256i second, __m128i order) {
+  const __m256i pairs = _mm256_packs_epi32(first, second);
+  const __m256i bytes = _mm256_packs_epi16(pairs, pairs);
+  const __m128i in_order =
+      _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+  return _mm_shuffle_epi8(in_order, order);
+}
+
+AVX2_TARGET INLINE __m256i load_words(const uint32_t* from) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+
+AVX2_TARGET INLINE int add_lanes(__m256i of) {
+  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(of), _mm256_extracti128_si256(of, 1));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
+}
+
+template <int BYTES>
+AVX2_TARGET void quantize(const GptqLinear& linear, const void* x, int type, int64_t m,
+                          const PermutedActivations& to) {
+  const int rows = unit_rows(linear.bits), together = linear.bits == 3 ? 16 : rows,
+            quarter = together / 4;
+  alignas(16) int8_t place[16];
+  for (int i = 0; i < 16; i++)
+    place[i] = int8_t(i / together * together + i % together % 4 * quarter + i % together / 4);
+  const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i*>(place));
+  int8_t* out = reinterpret_cast<int8_t*>(to.words + m * to.stride);
+  const int32_t* row = linear.rows;
+  const int64_t row_of_x = m * linear.in_features;
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  for (int segment = 0; segment < linear.segments; segment++) {
+    const int count = linear.segment_units[segment] * rows;
+    alignas(32) float values[MAX_SEGMENT_ROWS];
+    for (int i = 0; i < count; i++)
+      values[i] = row[i] < 0 ? 0.0f : load_number(x, type, row_of_x + row[i]);
+    for (int i = count; i % (2 * L); i++) values[i] = 0;
+    __m256 max_lanes = _mm256_setzero_ps(), unordered = _mm256_setzero_ps();
+    for (int i = 0; i < count; i += L) {
+      const __m256 value = _mm256_and_ps(_mm256_load_ps(values + i), magnitude);
+      max_lanes = _mm256_max_ps(max_lanes, value);
+      unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+    }
+    alignas(32) float lanes[L];
+    _mm256_store_ps(lanes, max_lanes);
+    const float max_abs = *std::max_element(lanes, lanes + L);
+    const bool finite = !_mm256_movemask_ps(unordered) && max_abs <= 3.402823466e38f;
+    // What is not finite is passed on by the step alone; what is too small to divide by is zero.
+    const float step = finite ? max_abs / 127.0f : __builtin_nanf("");
+    float steps_of_one = finite && step > 0 ? 127.0f / max_abs : 0.0f;
+    if (steps_of_one > 3.402823466e38f) steps_of_one = 0;
+    const __m256 per = _mm256_set1_ps(steps_of_one), second = _mm256_set1_ps(SECOND_BYTE);
+    __m256i sums = _mm256_setzero_si256(), rests = _mm256_setzero_si256();
+    for (int i = 0; i < count; i += 2 * L) {
+      __m256i rounded[2], rest[2];
+      for (int half = 0; half < 2; half++) {
+        const __m256 value = finite ? _mm256_mul_ps(_mm256_load_ps(values + i + half * L), per)
+                                    : _mm256_setzero_ps();
+        rounded[half] = _mm256_cvtps_epi32(value);
+        sums = _mm256_add_epi32(sums, rounded[half]);
+        const __m256 left = _mm256_sub_ps(value, _mm256_cvtepi32_ps(rounded[half]));
+        rest[half] = _mm256_cvtps_epi32(_mm256_mul_ps(left, second));
+        if constexpr (BYTES == 2) rests = _mm256_add_epi32(rests, rest[half]);
+      }
+      // Four bytes of the first kind, then the four of what is left over.
+      alignas(16) int8_t bytes[32];
+      const __m128i low = to_bytes(rounded[0], rounded[1], order);
+      if constexpr (BYTES == 2) {
+        const __m128i high = to_bytes(rest[0], rest[1], order);
+        _mm_store_si128(reinterpret_cast<__m128i*>(bytes), _mm_unpacklo_epi32(low, high));
+        _mm_store_si128(reinterpret_cast<__m128i*>(bytes + 16), _mm_unpackhi_epi32(low, high));
+      } else {
+        _mm_store_si128(reinterpret_cast<__m128i*>(bytes), low);
+      }
+      const int there = std::min(2 * L, count - i) * BYTES;
+      memcpy(out, bytes, there);
+      out += there;
+    }
+    to.steps[m * linear.segments + segment] = step;
+    to.sums[m * linear.segments + segment] =
+        float(add_lanes(sums)) + float(add_lanes(rests)) / SECOND_BYTE;
+    row += count;
+  }
+}
+
+// M rows of x by one tile, C vectors of columns at once: y [M][COLUMNS].
+template <int BITS, int BYTES, int M, int C>
+AVX2_TARGET void multiply(const GptqLinear& linear, int64_t tile, int64_t m,
+                          const PermutedActivations& from, float* y) {
+  constexpr int per_word = BITS == 3 ? 3 : 1, fours = BITS == 3 ? 8 : 8 / BITS,
+                width = BITS == 3   ? 2
+                        : BITS == 8 ? 4
+                                    : BITS,
+                NIBBLES = BITS == 8 ? 2 : 1,
+                UNITS = BITS == 3   ? 2
+                        : BITS == 4 ? 4
+                                    : 8;
+  const __m256i mask = _mm256_set1_epi8(char((1 << width) - 1));
+  for (int first = 0; first < COLUMNS / L; first += C) {
+    const uint32_t* word = linear.words + tile * linear.units * per_word * COLUMNS + first * L;
+    const uint32_t* x = from.words + m * from.stride;
+    __m256 total[M][C];
+    for (int i = 0; i < M; i++)
+      for (int c = 0; c < C; c++) total[i][c] = _mm256_setzero_ps();
+    for (int segment = 0; segment < linear.segments; segment++) {
+      __m256i sum[M][C][BYTES];
+      for (int i = 0; i < M; i++)
+        for (int c = 0; c < C; c++)
+          for (int b = 0; b < BYTES; b++) sum[i][c][b] = _mm256_setzero_si256();
+      for (int begin = 0; begin < linear.segment_units[segment]; begin += UNITS) {
+        const int units = std::min(UNITS, linear.segment_units[segment] - begin);
+        __m256i part[M][C][BYTES][NIBBLES];  // of 16 bits
+        for (int i = 0; i < M; i++)
+          for (int c = 0; c < C; c++)
+            for (int b = 0; b < BYTES; b++)
+              for (int n = 0; n < NIBBLES; n++) part[i][c][b][n] = _mm256_setzero_si256();
+        for (int unit = 0; unit < units; unit++) {
+#pragma GCC unroll 4
+          for (int i = 0; i < per_word; i++)
+            _mm_prefetch(reinterpret_cast<const char*>(word + (16 * per_word + i) * COLUMNS),
+                         _MM_HINT_T0);
+#pragma GCC unroll 8
+          for (int at = 0; at < fours; at++) {
+            __m256i codes[C][NIBBLES];
+#pragma GCC unroll 4
+            for (int c = 0; c < C; c++) {
+              const uint32_t* of = word + c * L;
+              if constexpr (BITS == 3) {
+                const int half = at / 4, j = at % 4, bit = 8 * half + j;
+                const __m256i high = load_words(of + 2 * COLUMNS);
+                // Of the high bits' halves of a word, bits `bit` and `bit` + 4 belong to bytes 0
+                // and 2, 1 and 3: both to the third bit of their bytes.
+                const __m256i even = _mm256_and_si256(
+                    bit >= 2 ? _mm256_srli_epi32(high, bit - 2) : _mm256_slli_epi32(high, 2 - bit),
+                    _mm256_set1_epi32(0x00040004));
+                const __m256i odd = _mm256_and_si256(
+                    bit >= 6 ? _mm256_srli_epi32(high, bit - 6) : _mm256_slli_epi32(high, 6 - bit),
+                    _mm256_set1_epi32(0x04000400));
+                codes[c][0] = _mm256_or_si256(
+                    _mm256_and_si256(_mm256_srli_epi32(load_words(of + half * COLUMNS), 2 * j),
+                                     mask),
+                    _mm256_or_si256(even, odd));
+              } else if constexpr (BITS == 8) {
+                codes[c][0] = _mm256_and_si256(load_words(of + 0 * COLUMNS), mask);
+                codes[c][1] =
+                    _mm256_and_si256(_mm256_srli_epi32(load_words(of + 0 * COLUMNS), 4), mask);
+              } else {
+                codes[c][0] = _mm256_and_si256(
+                    _mm256_srli_epi32(load_words(of + 0 * COLUMNS), BITS * at), mask);
+              }
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+              for (int b = 0; b < BYTES; b++) {
+                const __m256i a = _mm256_set1_epi32(int(x[i * from.stride + BYTES * at + b]));
+#pragma GCC unroll 4
+                for (int c = 0; c < C; c++)
+#pragma GCC unroll 2
+                  for (int n = 0; n < NIBBLES; n++)
+                    part[i][c][b][n] =
+                        _mm256_add_epi16(part[i][c][b][n], _mm256_maddubs_epi16(codes[c][n], a));
+              }
+          }
+          word += per_word * COLUMNS;
+          x += BYTES * fours;
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+          for (int c = 0; c < C; c++)
+#pragma GCC unroll 4
+            for (int b = 0; b < BYTES; b++)
+#pragma GCC unroll 2
+              for (int n = 0; n < NIBBLES; n++)
+                sum[i][c][b] = _mm256_add_epi32(
+                    sum[i][c][b],
+                    _mm256_madd_epi16(part[i][c][b][n], _mm256_set1_epi16(n ? 16 : 1)));
+      }
+      const int64_t at =
+          (tile * linear.groups + linear.segment_group[segment]) * COLUMNS + first * L;
+      for (int c = 0; c < C; c++) {
+        Middle::floats scales, zeros;
+        load_scales(linear, at + c * L, scales);
+        load_zeros(linear, at + c * L, zeros);
+        for (int i = 0; i < M; i++) {
+          const int64_t which = (m + i) * linear.segments + segment;
+          __m256 exact = _mm256_cvtepi32_ps(sum[i][c][0]);
+          if constexpr (BYTES == 2)
+            exact = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[i][c][1]),
+                                    _mm256_set1_ps(1 / SECOND_BYTE), exact);
+          exact = _mm256_fnmadd_ps((__m256)zeros, _mm256_set1_ps(from.sums[which]), exact);
+          total[i][c] = _mm256_fmadd_ps(
+              _mm256_mul_ps((__m256)scales, _mm256_set1_ps(from.steps[which])), exact, total[i][c]);
+        }
+      }
+    }
+    for (int i = 0; i < M; i++)
+      for (int c = 0; c < C; c++) _mm256_storeu_ps(y + i * COLUMNS + (first + c) * L, total[i][c]);
+  }
+}
+
+template <int BITS, int BYTES>
+void multiply_rows(const GptqLinear& linear, int64_t tile, int64_t m, int count,
+                   const PermutedActivations& x, float* y) {
+  if (count == 4) return multiply<BITS, BYTES, 4, 1>(linear, tile, m, x, y);
+  if (count == 3) return multiply<BITS, BYTES, 3, 1>(linear, tile, m, x, y);
+  if (count == 2) return multiply<BITS, BYTES, 2, 1>(linear, tile, m, x, y);
+  multiply<BITS, BYTES, 1, 2>(linear, tile, m, x, y);
+}
+
+template <int BYTES>
+void multiply_columns(const GptqLinear& linear, int64_t tile, int64_t m, int count,
+                      const PermutedActivations& x, float* y) {
+  switch (linear.bits) {
+    case 2: return multiply_rows<2, BYTES>(linear, tile, m, count, x, y);
+    case 3: return multiply_rows<3, BYTES>(linear, tile, m, count, x, y);
+    case 4: return multiply_rows<4, BYTES>(linear, tile, m, count, x, y);
+    default: return multiply_rows<8, BYTES>(linear, tile, m, count, x, y);
+  }
+}
+
+}  // namespace
+
+namespace gptq {
+
+void quantize_activations_avx2(const GptqLinear& linear, const void* x, int type, int64_t m,
+                               const PermutedActivations& to) {
+  if (to.kind == Activations::INT16) return quantize<2>(linear, x, type, m, to);
+  quantize<1>(linear, x, type, m, to);
+}
+
+void multiply_tile_maddubs(const GptqLinear& linear, int64_t tile, int64_t m, int count,
+                           const PermutedActivations& x, float* y) {
+  if (x.kind == Activations::INT16) return multiply_columns<2>(linear, tile, m, count, x, y);
+  multiply_columns<1>(linear, tile, m, count, x, y);
+}
+
+}  // namespace gptq
+
+#endif
