@@ -7,9 +7,11 @@ containers and refuses the rest, before anything of it runs.
 from __future__ import annotations
 
 import pickle
+import struct
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from gptq_loader_plugin.checkpoint.pickle_limits import check_pickle
 from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
 from gptq_loader_plugin.errors import CorruptCheckpoint, UnsafeFile
 
@@ -20,7 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = ["load_pickle", "read_pickle_headers"]
 
+# What torch's unpickler raises of a file that is not what it takes it for.
+DAMAGED = (
+    RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError,
+    AssertionError, ArithmeticError, ImportError, struct.error,
+)  # fmt: skip
 NESTED_UNDER = ("state_dict", "model", "module")  # where training code puts the tensors
+DEEPEST_TABLE = 10  # tables in tables
 DTYPES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
     "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
@@ -37,6 +45,7 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of pickle protocols
+            check_pickle(file)
             content = _unpickle(file)
     except pickle.UnpicklingError as error:
         if "unsupported" not in str(error).lower():
@@ -48,21 +57,40 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
             path=file,
             hint="use a .safetensors version of this checkpoint, or ask its author for one",
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+    except DAMAGED as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CorruptCheckpoint(
             f"not a readable torch file ({first})", path=file, hint="download it again"
         ) from error
-    while isinstance(content, dict):
+    for _ in range(DEEPEST_TABLE):  # a table may hold itself
+        if not isinstance(content, dict):
+            break
         inner = next(
             (content[key] for key in NESTED_UNDER if isinstance(content.get(key), dict)), None
         )
         if inner is None:
-            return _tensors(content)
+            return _checked(_tensors(content), file)
         content = inner
     raise CorruptCheckpoint(
         "it holds no table of tensors", path=file, hint="name a file that holds a model's weights"
     )
+
+
+def _checked(tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors, where each one's numbers are in the file: some say they are larger."""
+    import torch
+
+    size = file.stat().st_size
+    for name, tensor in tensors.items():
+        plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.numel() * tensor.element_size() > size:
+            raise CorruptCheckpoint(
+                f"{name} is {list(tensor.shape)}, whose numbers are not in the file",
+                path=file,
+                tensor=name,
+                hint="use a .safetensors version of this checkpoint",
+            )
+    return tensors
 
 
 def _tensors(content: dict[Any, Any]) -> dict[str, torch.Tensor]:
