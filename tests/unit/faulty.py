@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Jobs"]
 
 ROOM = 8000  # bytes of a file
+START, JOB = 300, 120  # seconds until everything is imported, and between two reports of a job
 
 
 class Jobs:
@@ -31,7 +32,7 @@ class Jobs:
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        assert self._read() == {"ready": 0}
+        assert self._read(START) == {"ready": 0}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -57,10 +58,10 @@ class Jobs:
         assert line["status"] == 0 or kill_after is not None, reports
         return reports
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self, seconds: float = JOB) -> dict[str, Any]:
         from processes import read_line  # of the tests: where this runs as a program, it is not
 
-        line: dict[str, Any] = json.loads(read_line(self._process))
+        line: dict[str, Any] = json.loads(read_line(self._process, seconds))
         return line
 
 
@@ -96,12 +97,129 @@ def install_for_ever(folder: str) -> None:
         install(Path(folder))
 
 
-def quantize(source: str, out: str) -> None:
+def quantize(source: str, out: str, bits: str = "4") -> None:
     """Quantise a model."""
     from gptq_loader_plugin.quantize import QuantizeOptions, quantize_model
 
-    options = QuantizeOptions(samples=4, seq_len=64, shard_bytes=100_000)
+    options = QuantizeOptions(bits=int(bits), samples=4, seq_len=64, shard_bytes=100_000)  # type: ignore[arg-type]
     quantize_model(source, out, options=options, progress=lambda it: report(reported=it.done))
+
+
+def quantize_or_refuse(source: str, out: str, bits: str) -> None:
+    """Quantise a model; report "made", or the words of the refusal."""
+    from gptq_loader_plugin.errors import QuantizeError
+
+    try:
+        quantize(source, out, bits)
+    except QuantizeError as error:
+        report(reported=[error.message, error.hint])
+    else:
+        report(reported="made")
+
+
+def prepare_demo(source: str, cache: str, bits: str) -> None:
+    """Prepare the demo of a small model, of fewer samples."""
+    from gptq_loader_plugin.quantize import demo, options
+
+    class Options(options.QuantizeOptions):
+        def __init__(self, **fields: Any) -> None:
+            smaller = {"bits": int(bits), "samples": 4, "seq_len": 64, "shard_bytes": 100_000}
+            super().__init__(**{**fields, **smaller})
+
+    import gptq_loader_plugin.quantize as package
+
+    package.QuantizeOptions = Options  # type: ignore[misc]
+    demo.find_demo_model = lambda **_: Path(source)  # type: ignore[assignment]
+    environ = {"GPTQ_LOADER_CACHE": cache}
+    report(reported="begun")
+    demo.prepare_demo(progress=lambda it: report(reported=it.done), environ=environ)
+
+
+def write_numbers(kind: str, folder: str, first: str) -> None:
+    """Write one number after the other to a file, for ever; report each that was written."""
+    for number in count(int(first)):
+        _write(kind, Path(folder), "one", number)
+        report(reported=number)
+
+
+def add_entries(kind: str, folder: str, name: str, entries: str) -> None:
+    """Add some entries to a file."""
+    for number in range(int(entries)):
+        widths = (2, 3) if name == "one" else (4, 8)
+        _write(kind, Path(folder), f"{name}-{number}", number, bits=widths[number % 2])
+
+
+def read_number(kind: str, folder: Path) -> int:
+    """Read the number that was written last; 0 where none was. A damaged file is an error."""
+    return max(_read(kind, folder).values(), default=0)
+
+
+def read_entries(kind: str, folder: Path) -> set[str]:
+    """List the entries of a file."""
+    return set(_read(kind, folder))
+
+
+def _write(kind: str, folder: Path, name: str, number: int, *, bits: int = 4) -> None:
+    """Write a number under a name, to the file of one kind."""
+    match kind:
+        case "settings":
+            from gptq_loader_extensions.gradio.storage.settings_file import (
+                ModelSettings,
+                SettingsFile,
+            )
+
+            settings = ModelSettings(context=number, system="words " * 2000)
+            if note := SettingsFile(folder).save(name, settings):
+                raise AssertionError(note)
+        case "figures":
+            from gptq_loader_plugin.measure.results import Measured, MeasuredFiles, MeasuredText
+
+            text = MeasuredText(name=name, digest=name, windows=1, window_tokens=64)
+            MeasuredFiles(folder).keep(
+                Measured(
+                    name="model", path="/model", bits=4, group_size=32, desc_act=True,
+                    size_bytes=1, text=text, perplexity=number + 1.5, kernels=(), seconds=1.0,
+                )
+            )  # fmt: skip
+        case "tiles":
+            from gptq_loader_kernels.triton import tuning
+            from gptq_loader_kernels.triton.tiles import BUCKETS, candidates
+            from gptq_loader_plugin.device import Device
+
+            os.environ["GPTQ_LOADER_CACHE"] = str(folder)
+            offered = candidates((8, 0), bits, BUCKETS[0])
+            best = {(bits, BUCKETS[0]): offered[number % len(offered)]}
+            tuning._write(Device("cuda", name="GPU", capability=(8, 0)), (8, 0), best)
+        case "listed":
+            from gptq_loader_extensions.llm.listing import add_to_list, remove_from_list
+
+            folder.mkdir(parents=True, exist_ok=True)
+            if name in _read(kind, folder):
+                remove_from_list(folder, name)
+            add_to_list(folder, name, str(number))
+
+
+def _read(kind: str, folder: Path) -> dict[str, int]:
+    """Read the numbers of a file by their names; raise an error where it is damaged."""
+    match kind:
+        case "settings":
+            file = folder / "page-settings.json"
+            stored = json.loads(file.read_text())["models"] if file.exists() else {}
+            return {name: it["context"] for name, it in stored.items()}
+        case "figures":
+            stored = [
+                it
+                for file in folder.rglob("[!.]*.json")
+                for it in json.loads(file.read_text())["measured"]
+            ]
+            return {it["text"]["name"]: round(it["perplexity"] - 1.5) for it in stored}
+        case "tiles":
+            files = list(folder.rglob("[!.]*.json"))
+            return dict.fromkeys(json.loads(files[0].read_text())["tiles"], 0) if files else {}
+        case _:
+            file = folder / "gptq-loader.json"
+            stored = json.loads(file.read_text())["models"] if file.exists() else {}
+            return {name: int(it) for name, it in stored.items()}
 
 
 def quantize_without_room(source: str, out: str) -> None:
@@ -142,7 +260,11 @@ JOBS: dict[str, Callable[..., None]] = {
         save_without_room,
         install_for_ever,
         quantize,
+        quantize_or_refuse,
         quantize_without_room,
+        prepare_demo,
+        write_numbers,
+        add_entries,
         load_on_disk,
     )
 }
