@@ -27,6 +27,9 @@ FEW = 8  # tokens that are read beside other sequences' ones, in a step
 # many in the time of three steps of 16 sequences, larger models in less.
 PART = 256
 WHOLE = 2048  # in a step where none wait
+# Positions after which a token takes twice as long to read as the first: 256 tokens of SmolLM2-135M
+# took 0.31 s of one core at the beginning and 1.3 s after 8,000.
+TWICE = 2048
 
 
 class Batch:
@@ -71,6 +74,8 @@ class Batch:
         left = PART if few else WHOLE
         for generation in long:
             count = min(left, len(generation.pending))
+            if few:
+                count = min(count, max(FEW, PART * TWICE // (TWICE + generation.position)))
             if count > 0:
                 yield from self._prefill(generation, count)
             left -= count

@@ -168,6 +168,11 @@ class Generation:
         logits: torch.Tensor = self._model(input_ids=ids, **cached).logits[:, -1]
         return logits
 
+    @property
+    def position(self) -> int:
+        """How many tokens have been read."""
+        return len(self._read) - len(self.pending)
+
     def needed_logits(self) -> int:
         """Return how many of the top logits `sample` needs; 0 where it needs all of them."""
         return 0 if self._watch is not None else self._sampler.needed_logits()

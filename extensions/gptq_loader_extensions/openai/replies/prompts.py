@@ -52,14 +52,17 @@ def _prefill(model: LoadedModel, ids: Sequence[int]) -> Iterator[tuple[int, torc
     """Prefill in chunks; yield where each begins, and its logits [tokens, vocabulary]."""
     import torch
 
+    from gptq_loader_plugin.generation.batch import TWICE
     from gptq_loader_plugin.generation.kv_cache import make_cache
     from gptq_loader_plugin.transformers_compat import cache_argument
 
     cache = {cache_argument(model.model): make_cache(model.model)}
     cached: dict[str, Any] = {**cache, "use_cache": True}
     sequence = torch.tensor([list(ids)], device=model.model.device)
-    for begin in range(0, len(ids), CHUNK):
-        chunk = sequence[:, begin : begin + CHUNK]
+    begin = 0
+    while begin < len(ids):
+        chunk = sequence[:, begin : begin + max(1, CHUNK * TWICE // (TWICE + begin))]
         with torch.inference_mode():  # not around a yield, which others run after
             logits = model.model(input_ids=chunk, **cached).logits[0]
         yield begin, logits
+        begin += chunk.shape[1]
