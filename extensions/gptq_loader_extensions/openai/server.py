@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from gptq_loader_extensions.openai.http.metrics import Metrics
+from gptq_loader_extensions.openai.replies.prompt_tokenizer import prompt_tokenizer
 from gptq_loader_extensions.openai.replies.record import request_record
 from gptq_loader_extensions.openai.replies.reply_events import PendingReply, collect
 from gptq_loader_extensions.openai.replies.token_text import TokenText
@@ -42,7 +43,6 @@ class Server:
         replies: those under way, each with its client's key for it: "" for a Kobold client that
             sends none, and None for any other client.
         token_texts: what writes the single tokens of a model.
-        grammar_tokenizers: llguidance's tokenizer of a model.
     """
 
     settings: Settings
@@ -51,9 +51,6 @@ class Server:
     metrics: Metrics = field(default_factory=Metrics)
     replies: WeakKeyDictionary[PendingReply, str | None] = field(default_factory=WeakKeyDictionary)
     token_texts: WeakKeyDictionary[PreTrainedModel, TokenText] = field(
-        default_factory=WeakKeyDictionary
-    )
-    grammar_tokenizers: WeakKeyDictionary[PreTrainedModel, Any] = field(
         default_factory=WeakKeyDictionary
     )
 
@@ -145,8 +142,7 @@ class Server:
             await self.with_model(request, lambda _: None)
 
         def prepare(model: LoadedModel) -> tuple[T, Sequence[Run]]:
-            tokenizer: Any = model.tokenizer
-            return function(tokenizer), ()
+            return function(prompt_tokenizer(model)), ()
 
         reply = await self._new_reply(request, None, prepare, at_once=True)
         started, _ = await collect(reply, request)

@@ -10,6 +10,7 @@ import copy
 import json
 from typing import TYPE_CHECKING, Any
 
+from gptq_loader_extensions.openai.replies.structured import grammar_tokenizer
 from gptq_loader_plugin.errors import PromptTooLong
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
-__all__ = ["PROMPT_THREADS", "PromptTokenizer", "encode_end", "prompt_models"]
+__all__ = ["PROMPT_THREADS", "PromptTokenizer", "encode_end", "prompt_models", "prompt_tokenizer"]
 
 PROMPT_THREADS = 2  # one for small requests, one for any
 COMPOSED = 4  # characters that NFC makes one of, at most
@@ -39,15 +40,23 @@ class PromptTokenizer:
     Args:
         tokenizer: the model's, or a copy of it.
         context: how many tokens the model takes.
+        grammar: the same tokenizer as llguidance has it, where it does.
 
     Attributes:
         tokenizer: refuses nothing.
+        grammar: as above.
         longest_token: the characters that a token stands for, at most; None where there is no such
             number.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        context: int,
+        grammar: Any = None,  # noqa: ANN401 - llguidance's
+    ) -> None:
         self.tokenizer = tokenizer
+        self.grammar = grammar
         self.longest_token = _longest_token(tokenizer)
         self._context = context
         self._left_out = _left_out(tokenizer)
@@ -117,13 +126,21 @@ def prompt_models(model: LoadedModel) -> tuple[LoadedModel, ...]:
 
     All else is the model's own, of which these threads may run nothing.
     """
+    grammar = grammar_tokenizer(model)
     models = []
     for _ in range(PROMPT_THREADS):
         one = copy.copy(model)
-        tokenizer: Any = PromptTokenizer(copy.deepcopy(model.tokenizer), model.context)
+        tokenizer: Any = PromptTokenizer(copy.deepcopy(model.tokenizer), model.context, grammar)
         one.tokenizer = tokenizer
         models.append(one)
     return tuple(models)
+
+
+def prompt_tokenizer(model: LoadedModel) -> PromptTokenizer:
+    """Return the tokenizer of one of `prompt_models`."""
+    tokenizer: Any = model.tokenizer
+    assert isinstance(tokenizer, PromptTokenizer), "this is the model that the engine's thread runs"
+    return tokenizer
 
 
 def encode_end(
@@ -137,8 +154,9 @@ def encode_end(
         tokens: how many are needed.
         add_special_tokens: whether to put the tokenizer's beginning-of-text token first.
     """
-    tokenizer: Any = model.tokenizer
-    ids: list[int] = tokenizer.tokenizer(
+    tokenizer = prompt_tokenizer(model)
+    whole: Any = tokenizer.tokenizer
+    ids: list[int] = whole(
         tokenizer.end_of(text, tokens), add_special_tokens=add_special_tokens, verbose=False
     )["input_ids"]
     return ids

@@ -9,18 +9,16 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_extensions.openai.errors import invalid
-from gptq_loader_extensions.openai.replies.prompt_tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, MutableMapping
+    from collections.abc import Callable
 
     import torch
-    from transformers import PreTrainedModel
 
     from gptq_loader_extensions.openai.schema.schemas import ResponseFormat
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
-__all__ = ["GrammarMask", "make_grammar"]
+__all__ = ["GrammarMask", "grammar_tokenizer", "make_grammar"]
 
 
 MAX_SCHEMA = 1 << 18  # characters of JSON: one of 3 MB takes llguidance a second for each token
@@ -75,21 +73,33 @@ class GrammarMask:
         return scores.masked_fill(torch.from_numpy(bias).to(scores.device) < 0, float("-inf"))
 
 
+def grammar_tokenizer(model: LoadedModel) -> Any:  # noqa: ANN401 - llguidance's, or None
+    """Build llguidance's tokenizer, which takes most of a second and Python's lock with it.
+
+    None where llguidance is not installed or does not take the model's tokenizer.
+    """
+    tokenizer: Any = model.tokenizer
+    try:
+        import llguidance.hf
+    except ImportError:
+        return None
+    if not tokenizer.is_fast:
+        return None
+    end_ids = sorted(model.end_ids(model.template.stop))
+    return llguidance.hf.from_tokenizer(tokenizer, eos_token=end_ids)
+
+
 def make_grammar(
     response_format: ResponseFormat | None,
-    model: LoadedModel,
-    tokenizers: MutableMapping[PreTrainedModel, Any],
+    vocabulary: Any,  # noqa: ANN401 - llguidance's
     *,
-    end_ids: Iterable[int],
     begin: int,
 ) -> Callable[[], GrammarMask] | None:
     """Return what makes a mask for each reply; None where any text is allowed.
 
     Args:
         response_format: the form of the reply.
-        model: the model that will answer.
-        tokenizers: llguidance's tokenizers by model, kept here as each takes a second to build.
-        end_ids: the tokens that end a reply.
+        vocabulary: the model's `grammar_tokenizer`.
         begin: where the reply begins in the sequence.
 
     Raises:
@@ -107,7 +117,6 @@ def make_grammar(
         schema = response_format.json_schema.content
     try:
         import llguidance
-        import llguidance.hf
     except ImportError as error:
         raise invalid(
             "this server cannot keep replies to JSON: it lacks the package llguidance; leave "
@@ -115,8 +124,7 @@ def make_grammar(
             param="response_format",
             code="unsupported_option",
         ) from error
-    tokenizer: Any = model.tokenizer
-    if not tokenizer.is_fast:
+    if vocabulary is None:
         raise invalid(
             "this model's tokenizer cannot be kept to JSON; leave response_format out",
             param="response_format",
@@ -128,10 +136,6 @@ def make_grammar(
             f"the schema has {len(written):,} characters, and may have {MAX_SCHEMA:,}",
             param="response_format",
         )
-    if model.model not in tokenizers:
-        own: Any = tokenizer.tokenizer if isinstance(tokenizer, PromptTokenizer) else tokenizer
-        tokenizers[model.model] = llguidance.hf.from_tokenizer(own, eos_token=sorted(end_ids))
-    vocabulary = tokenizers[model.model]
     grammar = llguidance.LLMatcher.grammar_from_json_schema(written)
     if problem := llguidance.LLMatcher.validate_grammar(grammar, vocabulary):
         raise invalid(

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from gptq_loader_extensions.openai.errors import invalid
 from gptq_loader_extensions.openai.replies.engine import ReplyChunk, Run
 from gptq_loader_extensions.openai.replies.logprobs import LogprobAligner, chat_logprobs
+from gptq_loader_extensions.openai.replies.prompt_tokenizer import prompt_tokenizer
 from gptq_loader_extensions.openai.replies.record import request_record
 from gptq_loader_extensions.openai.replies.reply_events import collect
 from gptq_loader_extensions.openai.replies.runs import make_runs
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from gptq_loader_extensions.openai.replies.engine import Started
+    from gptq_loader_extensions.openai.replies.prompt_tokenizer import PromptTokenizer
     from gptq_loader_extensions.openai.replies.reply_events import PendingReply
     from gptq_loader_extensions.openai.replies.token_text import TokenText
     from gptq_loader_extensions.openai.replies.tools import FunctionCall, ToolParser
@@ -153,9 +155,12 @@ def chat_routes(server: Server) -> APIRouter:
 def _prepare(
     server: Server, body: ChatRequest, model: LoadedModel
 ) -> tuple[PreparedChat, list[Run]]:
+    tokenizer = prompt_tokenizer(model)
+    messages = template_messages(body.messages)
+    _check_last(messages, tokenizer)
     template, make_parser = offer_tools(body, model)
-    ids = template.encode(template_messages(body.messages), model.tokenizer)
-    end_ids = model.end_ids(template.stop)
+    ids = template.encode(messages, model.tokenizer)
+    model.check_fits(ids)
     runs = make_runs(
         body,
         model,
@@ -163,12 +168,22 @@ def _prepare(
         max_tokens=server.max_tokens(body.max_completion_tokens or body.max_tokens, model),
         stop=template.stop,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=make_grammar(
-            body.response_format, model, server.grammar_tokenizers, end_ids=end_ids, begin=len(ids)
-        ),
+        grammar=make_grammar(body.response_format, tokenizer.grammar, begin=len(ids)),
     )
+    end_ids = model.end_ids(template.stop)
     token_text = server.token_text(model) if body.logprobs else None
     return PreparedChat(make_parser, end_ids, token_text), runs
+
+
+def _check_last(messages: list[dict[str, Any]], tokenizer: PromptTokenizer) -> None:
+    """Refuse what the user says last by its length, before it is rendered: every prompt has it.
+
+    Raises:
+        PromptTooLong: it cannot fit.
+    """
+    contents = [message["content"] for message in messages if message["role"] == "user"]
+    if contents and isinstance(contents[-1], str):
+        tokenizer.check_length(contents[-1].strip())  # as some templates do
 
 
 def _completion(started: Started, chunks: list[ReplyChunk], base: dict[str, Any]) -> dict[str, Any]:
