@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.generation.generate import Generation
 
 CALL = '<tool_call>\n{"name": "now", "arguments": {"zone": "UTC"}}\n</tool_call>'
+BRACKETS = "[" * 1500  # as a small model repeats one to its limit
 # As Hermes and Qwen write it, shortened.
 TOOLS_TEMPLATE = """{%- if tools %}<|im_start|>system
 Call functions with <tool_call>{"name": ..., "arguments": ...}</tool_call>:
@@ -97,6 +98,8 @@ def test_a_call_is_found_however_the_text_is_cut(cuts: list[int]) -> None:
         ('<tool_call>{"name": "now", "arguments": {}}', "", ["now"]),
         ('<tool_call>{"name": "now", "argu', '<tool_call>{"name": "now", "argu', []),
         ("<tool_call>[1]</tool_call>", "<tool_call>[1]</tool_call>", []),
+        (f"<tool_call>{BRACKETS}</tool_call>", f"<tool_call>{BRACKETS}</tool_call>", []),
+        (f"<tool_call>{BRACKETS}", f"<tool_call>{BRACKETS}", []),
     ],
 )
 def test_what_is_no_call_stays_text(text: str, plain: str, names: list[str]) -> None:
@@ -111,6 +114,7 @@ def test_what_is_no_call_stays_text(text: str, plain: str, names: list[str]) -> 
         ('{"answer": 42}', '{"answer": 42}', []),
         (' {"name": 3}', ' {"name": 3}', []),
         ("It is noon {now}", "It is noon {now}", []),
+        ('{"name":' * 1500, '{"name":' * 1500, []),
     ],
 )
 def test_a_whole_reply_may_be_a_call(text: str, plain: str, names: list[str]) -> None:
