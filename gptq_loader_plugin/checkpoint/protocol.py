@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from gptq_loader_plugin.checkpoint.card import read_card
 from gptq_loader_plugin.checkpoint.config import read_json
 from gptq_loader_plugin.checkpoint.model_fields import read_fields
+from gptq_loader_plugin.checkpoint.model_sizes import check_sizes
 from gptq_loader_plugin.errors import ConfigInvalid
 
 if TYPE_CHECKING:
@@ -104,7 +105,9 @@ class Checkpoint(Protocol):
                 path=file,
                 hint="copy config.json from the model this was made of",
             )
-        return read_fields(config, file)
+        fields = read_fields(config, file)
+        check_sizes(fields, self.headers, self.layers.values(), file)
+        return fields
 
     @cached_property
     def card(self) -> Card:
