@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,9 +39,13 @@ def _multiplies(module: torch.nn.Linear) -> bool:
     if type(module).forward is nn.Linear.forward:
         return True
     rows = torch.empty(1, module.in_features, device="meta", dtype=module.weight.dtype)
-    parameters = {name: it.to("meta") for name, it in module.named_parameters()}
+    stand_in = copy.copy(module)  # without values; and no hook of the module sees the call
+    stand_in.__dict__["_parameters"] = {
+        name: None if value is None else nn.Parameter(value.to("meta"), requires_grad=False)
+        for name, value in module._parameters.items()  # noqa: SLF001 - the absent bias too
+    }
     try:
-        product = torch.func.functional_call(module, parameters, (rows,))
+        product = type(module).forward(stand_in, rows)
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return False
     return isinstance(product, torch.Tensor) and product.shape == (1, module.out_features)
