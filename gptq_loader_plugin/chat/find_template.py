@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["NoTemplate", "find_template", "known_tokens"]
 
+TEMPLATE_BYTES = 1 << 20
+VOCABULARY_BYTES = 1 << 26  # the largest there are take half of it
 JINJA_MARKS = ("{%", "{{")
 
 
@@ -237,8 +239,13 @@ def _text(file: Path) -> str:
     """Read a template's file.
 
     Raises:
-        TemplateError: it is no text.
+        TemplateError: it is no text, or far too much of it.
     """
+    if (size := file.stat().st_size) > TEMPLATE_BYTES:
+        raise TemplateError(
+            f"{file} is {size:,} bytes, and no template has more than {TEMPLATE_BYTES:,}",
+            hint='download it again, or name another template: template="chatml"',
+        )
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -252,6 +259,8 @@ def _table(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     if file.name in ("tokenizer.json", "vocab.json"):  # large, and not ours to judge
+        if file.stat().st_size > VOCABULARY_BYTES:
+            return {}
         try:
             content = json.loads(file.read_bytes())
         except (ValueError, RecursionError):  # its own reader will say what is wrong with it

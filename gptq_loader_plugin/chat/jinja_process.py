@@ -26,7 +26,7 @@ from gptq_loader_plugin.errors import TemplateError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["MEMORY_BYTES", "RENDER_SECONDS", "render_jinja"]
+__all__ = ["MEMORY_BYTES", "RENDER_SECONDS", "StoppedTemplateError", "render_jinja"]
 
 RENDER_SECONDS = 5.0  # of the processor's time
 WAIT_SECONDS = 60.0  # where other programs have the processor
@@ -40,6 +40,10 @@ START = (
     f"runpy.run_path({str(WORKER)!r}, run_name='__main__')"
 )
 CHOOSE = 'choose another template: template="chatml"'
+
+
+class StoppedTemplateError(TemplateError):
+    """A template went beyond a limit of time or memory."""
 
 
 class _Stopped(Exception):
@@ -136,7 +140,7 @@ def render_jinja(
             answer = _worker.ask(request, seconds)
         except _Stopped as error:
             _close()
-            raise TemplateError(
+            raise StoppedTemplateError(
                 f"the chat template of {source} cannot be used: {error}", hint=CHOOSE
             ) from error
         except BaseException:  # its answer would be taken for the next one's

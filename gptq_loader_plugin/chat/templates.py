@@ -12,7 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.chat.encode import encode_messages
-from gptq_loader_plugin.chat.jinja_process import RENDER_SECONDS, render_jinja
+from gptq_loader_plugin.chat.jinja_process import (
+    RENDER_SECONDS,
+    StoppedTemplateError,
+    render_jinja,
+)
 from gptq_loader_plugin.chat.messages import check_messages
 from gptq_loader_plugin.errors import TemplateError
 
@@ -139,8 +143,15 @@ class JinjaTemplate:
         """Find out where a reply ends, and in which form the template takes contents.
 
         Those of models with pictures take a list of parts, and leave out a content that is a text;
-        such a template is given what makes a list of it.
+        such a template is given what makes a list of it. One that goes beyond a limit is asked
+        nothing more.
         """
+        try:
+            return self._probed()
+        except StoppedTemplateError:
+            return self
+
+    def _probed(self) -> JinjaTemplate:
         turns = [_turn("user", USER_PROBE), _turn("assistant", REPLY_PROBE)]
         text = self._probe(turns)
         parts = {role for role, probe in PROBES if probe not in text}
@@ -167,6 +178,8 @@ class JinjaTemplate:
         """Render words of our own, or nothing where it refuses them."""
         try:
             return self._render(messages, add_generation_prompt=False, seconds=PROBE_SECONDS)
+        except StoppedTemplateError:
+            raise
         except TemplateError:
             return ""
 

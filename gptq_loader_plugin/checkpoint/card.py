@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Card", "read_card"]
 
+CARD_BYTES = 1 << 20  # of a card that are read
+FRONT_BYTES = 1 << 16
 FRONT_MATTER = re.compile(r"\A---\s*\n(?P<yaml>.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 # "recommended system message" and such, then the first fenced block within a few lines of it.
 RECOMMENDED = re.compile(
@@ -41,7 +43,8 @@ def read_card(folder: Path) -> Card:
     file = folder / "README.md"
     if not file.is_file():
         return Card()
-    text = file.read_text(encoding="utf-8", errors="replace")
+    with file.open("rb") as stream:
+        text = stream.read(CARD_BYTES).decode("utf-8", errors="replace")
     template = _front_matter(text).get("prompt_template")
     usable = isinstance(template, str) and "{prompt}" in template
     return Card(prompt_template=template if usable else None, system=_recommended(text))
@@ -51,11 +54,11 @@ def _front_matter(text: str) -> dict[str, Any]:
     import yaml
 
     match = FRONT_MATTER.match(text)
-    if match is None:
+    if match is None or len(match["yaml"]) > FRONT_BYTES:
         return {}
     try:
         content = yaml.safe_load(match["yaml"])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

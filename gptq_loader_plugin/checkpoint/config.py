@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
+from gptq_loader_plugin.checkpoint.overrides import Overrides, pattern_fault
 from gptq_loader_plugin.errors import ConfigInvalid, UnsupportedFormat
 from gptq_loader_plugin.kernel.packing import BITS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
 __all__ = [
     "CONFIG_FILES",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")
+JSON_BYTES = 1 << 24
 FORMATS = ("gptq", "gptq_v2", "gptq_p")
 Number = int | float
 
@@ -88,11 +91,27 @@ class StoredConfig(BaseModel):
 
         Keys are regular expressions, matched from the start of the name: `-:` leaves a module as
         it is, `+:` or nothing changes its settings; the first that matches counts.
+
+        Raises:
+            UnsupportedFormat: the patterns take too long to match.
         """
-        for pattern, settings in (self.dynamic or {}).items():
-            if re.match(_expression(pattern), module):
-                return None if pattern.startswith("-:") else settings
-        return {}
+        if not self.dynamic:
+            return {}
+        try:
+            pattern = self._overrides.find(module)
+        except TimeoutError as error:
+            raise UnsupportedFormat(
+                f"dynamic cannot be followed: {error}",
+                path=Path(self.sources.get("dynamic", "config.json")),
+                hint="correct it, or delete dynamic: the tensors say what is quantised",
+            ) from error
+        if pattern is None:
+            return {}
+        return None if pattern.startswith("-:") else self.dynamic[pattern]
+
+    @cached_property
+    def _overrides(self) -> Overrides:
+        return Overrides(self.dynamic or {})
 
 
 ALIASES = {"format": "checkpoint_format", "method": "quant_method", "wbits": "bits"}
@@ -177,11 +196,19 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON file that must hold a table.
 
     Raises:
-        ConfigInvalid: it does not parse, or holds something else.
+        ConfigInvalid: it does not parse, holds something else, or is too large for a config.
     """
+    if not file.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(file)
+    if (size := file.stat().st_size) > JSON_BYTES:
+        raise ConfigInvalid(
+            f"is {size:,} bytes, and no config has more than {JSON_BYTES:,}",
+            path=file,
+            hint="download the file again, or correct it",
+        )
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not text, not JSON, numbers without end
         raise ConfigInvalid(
             f"not JSON ({error})", path=file, hint="download the file again, or correct it"
         ) from error
@@ -206,11 +233,6 @@ def _kind(content: object) -> str:
     if content is None:
         return "null"
     return "a list" if isinstance(content, list) else "a single value"
-
-
-def _expression(pattern: str) -> str:
-    """Return a key of `dynamic` without the mark before it."""
-    return pattern[2:] if pattern.startswith(("-:", "+:")) else pattern
 
 
 def _tables(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -307,12 +329,9 @@ def _check(stored: StoredConfig, folder: Path) -> None:
             path=folder,
             hint="correct group_size, or delete it: the tensors say what it is",
         )
-    for pattern in stored.dynamic or {}:
-        try:
-            re.compile(_expression(pattern))
-        except re.error as error:
-            raise ConfigInvalid(
-                f"dynamic holds {pattern!r}, which is no regular expression ({error})",
-                path=folder,
-                hint="correct it, or delete dynamic: the tensors say what is quantised",
-            ) from error
+    if fault := pattern_fault(stored.dynamic or {}):
+        raise ConfigInvalid(
+            f"dynamic holds {fault}",
+            path=folder,
+            hint="correct it, or delete dynamic: the tensors say what is quantised",
+        )

@@ -53,6 +53,7 @@ __all__ = [
     "row_groups",
 ]
 
+ZEROS_BYTES = 1 << 28  # twenty times the largest that were published
 FLOAT_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
@@ -186,6 +187,13 @@ def read_layer(
         raise TensorMismatch(
             f"{name}: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)} and scales "
             f"{list(scales.shape)} do not fit each other",
+            path=path,
+            tensor=f"{name}.qzeros",
+            hint=DAMAGED,
+        )
+    if qzeros.nbytes > ZEROS_BYTES:
+        raise TensorMismatch(
+            f"{name}.qzeros is {list(qzeros.shape)}, larger than any layer's",
             path=path,
             tensor=f"{name}.qzeros",
             hint=DAMAGED,

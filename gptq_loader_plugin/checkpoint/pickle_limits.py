@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["check_pickle"]
 
-MOST_ENTRIES = 500_000  # of an archive; one for each tensor
-MOST_BYTES = 100_000_000  # of the table of tensors, as of the header of a safetensors file
-DEEPEST = 100  # containers in containers; a checkpoint's tensors lie about five deep
+MAX_ENTRIES = 500_000  # of an archive; one for each tensor
+MAX_BYTES = 100_000_000  # of the table of tensors, as of the header of a safetensors file
+MAX_OPERATIONS = 1_000_000  # of the table; some 50 for a tensor, and torch's unpickler is Python
+MAX_DEPTH = 100  # containers in containers; a checkpoint's tensors lie about five deep
 ALLOCATES = ("builtins bytearray", "__builtin__ bytearray")  # as much as its argument says
 LEGACY_PICKLES = 5  # at the head of a file from before torch 1.6
 
@@ -50,14 +51,14 @@ def _pickles(file: Path) -> Iterator[IO[bytes]]:
         return
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-        if len(entries) > MOST_ENTRIES:
+        if len(entries) > MAX_ENTRIES:
             raise _refused(file, f"{len(entries):,} entries")
         for entry in entries:
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > entry.compress_size:
                 raise _refused(file, f"an entry that is compressed, {entry.filename[:60]}")
         for entry in entries:
             if entry.filename.endswith("/data.pkl"):
-                if entry.file_size > MOST_BYTES:
+                if entry.file_size > MAX_BYTES:
                     raise _refused(file, f"a table of tensors of {entry.file_size:,} bytes")
                 with archive.open(entry) as stream:
                     yield stream
@@ -67,9 +68,13 @@ def _check_operations(stream: IO[bytes], file: Path) -> None:
     """Follow a pickle's operations with nothing but the depth of what they would make."""
     stack: list[int | None] = []  # depths; None is a mark
     kept: dict[Any, int] = {}
-    for operation, argument, _ in pickletools.genops(stream):
+    for count, (operation, argument, _) in enumerate(pickletools.genops(stream)):
         name = operation.name
-        if name == "GLOBAL" and argument in ALLOCATES:
+        if count > MAX_OPERATIONS:
+            raise _refused(
+                file, f"a table of tensors that takes more than {MAX_OPERATIONS:,} operations"
+            )
+        if argument == "bytearray" or (name == "GLOBAL" and argument in ALLOCATES):
             raise _refused(file, "a bytearray, and no tensor")
         if name in ("BINGET", "LONG_BINGET", "GET"):
             stack.append(kept.get(argument, 0))
@@ -81,8 +86,8 @@ def _check_operations(stream: IO[bytes], file: Path) -> None:
         for made in operation.stack_after:
             is_mark = made is pickletools.markobject
             stack.append(None if is_mark else depth)
-        if depth > DEEPEST:
-            raise _refused(file, f"containers in containers, more than {DEEPEST} deep")
+        if depth > MAX_DEPTH:
+            raise _refused(file, f"containers in containers, more than {MAX_DEPTH} deep")
 
 
 def _pop(stack: list[int | None], operation: pickletools.OpcodeInfo) -> int:

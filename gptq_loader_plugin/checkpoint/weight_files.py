@@ -34,6 +34,7 @@ NOT_WEIGHTS = re.compile(
 SHARD = re.compile(r"(?P<stem>.*)-(?P<index>\d{5})-of-(?P<total>\d{5})(?P<suffix>\.\w+)")
 # Names that GPTQ-for-LLaMa's and AutoGPTQ's files had: llama-7b-4bit-128g.pt, gptq_model-4bit.bin
 GPTQ_NAME = re.compile(r"gptq|(?<!\d)[2-8]-?bit", re.IGNORECASE)
+INDEX_BYTES = 1 << 26
 STOCK_STEMS = ("model", "pytorch_model")
 # What `quantize` has in a folder until the checkpoint there is whole: its blocks, and its lock.
 KEPT = ".quantize"
@@ -87,7 +88,10 @@ def find_weight_files(
     if base_name and (named := _named(files, base_name)):
         return WeightFiles(named)
     indexes = sorted(
-        path for suffix in WEIGHT_SUFFIXES for path in folder.glob(f"*{suffix}.index.json")
+        path
+        for suffix in WEIGHT_SUFFIXES
+        for path in folder.glob(f"*{suffix}.index.json")
+        if path.is_file()
     )
     warnings: list[str] = []
     sets = _indexed_sets(indexes, files, warnings)
@@ -132,10 +136,12 @@ def _indexed_sets(indexes: list[Path], files: list[Path], warnings: list[str]) -
 
 
 def _shards_of(index: Path) -> list[Path]:
+    if (size := index.stat().st_size) > INDEX_BYTES:
+        raise CorruptCheckpoint(f"not a shard index: it is {size:,} bytes", path=index, hint=AGAIN)
     try:
         table = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
         names = sorted({str(name) for name in table.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCheckpoint(f"not a shard index ({error})", path=index, hint=AGAIN) from error
     for name in names:
         if (index.parent / name).parent != index.parent:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
+
+from gptq_loader_plugin.checkpoint.config import read_json
+from gptq_loader_plugin.errors import ConfigInvalid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -167,10 +169,10 @@ def _contexts(
 def _tokenizer_length(file: Path) -> int | None:
     """Return the longest sequence that a tokenizer's config names, where it is there and sane."""
     try:
-        stated = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # what is wrong with it is told where it is needed
+        stated = read_json(file)
+    except (OSError, ConfigInvalid):  # what is wrong with it is told where it is needed
         return None
-    return _number(stated, "model_max_length") if isinstance(stated, dict) else None
+    return _number(stated, "model_max_length")
 
 
 def _kv_heads(text: Mapping[str, Any], heads: int | None) -> int | None:

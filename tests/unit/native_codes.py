@@ -12,11 +12,9 @@ Code = tuple[Isa, Activations]
 INTEGERS = {Activations.INT16, Activations.INT8}
 
 
-def runs(isa: Isa, activations: Activations) -> bool:
-    """Whether this processor runs a code path."""
-    if find_library() is None or isa > load_library().gptq_isa():
-        return False
-    return True
+def runs(isa: Isa) -> bool:
+    """Whether this processor runs the code for an instruction set."""
+    return find_library() is not None and isa <= load_library().gptq_isa()
 
 
 def _parameters(*activations: Activations) -> list[object]:
@@ -33,7 +31,7 @@ def _parameters(*activations: Activations) -> list[object]:
 def _mark(code: Code) -> pytest.MarkDecorator:
     isa, activations = code
     reason = f"this processor does not run {isa.name} with {activations.name}"
-    return pytest.mark.skipif(not runs(*code), reason=reason)
+    return pytest.mark.skipif(not runs(isa), reason=reason)
 
 
 EXACT_CODES = _parameters(Activations.BF16, Activations.INT16)

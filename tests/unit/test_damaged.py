@@ -365,8 +365,8 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], type[gptq.GPTQLoaderError], str
     ),
     "a field that is no number": (
         lambda folder: edit_json(folder / "config.json", lambda it: it.update(hidden_size="big")),
-        gptq.UnsupportedFormat,
-        "config.json: transformers cannot build",
+        gptq.ConfigInvalid,
+        'config.json: hidden_size is "big"',
     ),
     "a template that is no text": (
         written("chat_template.jinja", b"\xff\xfe\x00"),
@@ -396,7 +396,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], type[gptq.GPTQLoaderError], str
     "broken generation config": (
         written("generation_config.json", "{"),
         gptq.ConfigInvalid,
-        "generation_config.json cannot be read",
+        "generation_config.json: not JSON",
     ),
 }
 

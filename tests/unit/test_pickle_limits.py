@@ -87,7 +87,7 @@ def test_an_archive_that_unpacks_to_much_more_is_refused(tmp_path: Path) -> None
 def test_an_archive_of_too_many_entries_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptq_loader_plugin.checkpoint.pickle_limits.MOST_ENTRIES", 3)
+    monkeypatch.setattr("gptq_loader_plugin.checkpoint.pickle_limits.MAX_ENTRIES", 3)
     file = archive(tmp_path / "model.pt", EMPTY)
     assert read_pickle_headers(file) == []
     with zipfile.ZipFile(file, "a") as more:
