@@ -64,6 +64,7 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
     from gptq_loader_plugin.errors import OptionInvalid
     from gptq_loader_plugin.plugins import Plugins
     from gptq_loader_plugin.quantize import QuantizeOptions, quantize_model
+    from gptq_loader_plugin.quantize.writer import left_of
 
     fields: dict[str, Any] = {
         "bits": bits,
@@ -105,8 +106,12 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
     finally:
         bars.close()
     seconds = time.monotonic() - began
+    left = left_of(folder)
     if as_json:
-        print_json({"path": str(folder), "seconds": round(seconds, 1), **options.model_dump()})
+        data = {"path": str(folder), "seconds": round(seconds, 1), "not_quantized": left}
+        print_json({**data, **options.model_dump()})
         return
+    for name, why in left.items():
+        say(f"not quantised: {name} ({why})")
     say(f"quantised in {seconds:.0f} s; chat with it: gptq-loader chat {folder}")
     typer.echo(folder)

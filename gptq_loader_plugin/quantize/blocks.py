@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
+    "NOT_LINEAR",
     "Block",
     "Call",
     "LinearOutputs",
     "find_blocks",
+    "left_out",
     "record_calls",
     "run_block",
     "separate_experts",
@@ -29,7 +31,8 @@ __all__ = [
 ]
 
 OUTPUT_BYTES = 1 << 29  # of linears' outputs that are kept while a block is quantised
-MULTIPLE = 32  # of in_features and out_features, so that codes and zeros fill whole words
+WORD_BITS = 32
+NOT_LINEAR = "no linear layer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +42,12 @@ class Block:
     Attributes:
         path: its path in the model.
         module: the block.
+        bits: the width its codes are to have.
     """
 
     path: str
     module: nn.Module
+    bits: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +62,12 @@ class _StopForwardError(Exception):
     """Raised by a hook that has seen enough of a forward pass."""
 
 
-def find_blocks(model: PreTrainedModel) -> list[Block]:
+def find_blocks(model: PreTrainedModel, bits: int = 4) -> list[Block]:
     """Find the list of modules that holds most of the model's weights: its blocks, in order.
+
+    Args:
+        model: the model.
+        bits: the width the codes are to have.
 
     Raises:
         QuantizeError: there is none.
@@ -74,7 +83,7 @@ def find_blocks(model: PreTrainedModel) -> list[Block]:
             f"a {model.config.model_type} model has no list of blocks to quantise",
             hint="quantise a decoder-only language model",
         )
-    return [Block(f"{best[1]}.{i}", module) for i, module in enumerate(best[2])]
+    return [Block(f"{best[1]}.{i}", module, bits) for i, module in enumerate(best[2])]
 
 
 def separate_experts(model: PreTrainedModel, written: Collection[str]) -> None:
@@ -115,9 +124,32 @@ def linears(block: Block) -> dict[str, nn.Module]:
     linears = {}
     for name, module in block.module.named_modules():
         shape = linear_shape(module)
-        if shape is not None and not shape[0] % MULTIPLE and not shape[1] % MULTIPLE:
+        if shape is not None and _fault(shape, block.bits) is None:
             linears[f"{block.path}.{name}"] = module
     return linears
+
+
+def left_out(blocks: Sequence[Block]) -> dict[str, str]:
+    """Say of each module with a weight that is not quantised why, by its path in the model."""
+    left = {}
+    for block in blocks:
+        for name, module in block.module.named_modules():
+            weight, shape = getattr(module, "weight", None), linear_shape(module)
+            if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+                continue
+            fault = NOT_LINEAR if shape is None else _fault(shape, block.bits)
+            if fault is not None:
+                left[f"{block.path}.{name}"] = fault
+    return left
+
+
+def _fault(shape: tuple[int, int], bits: int) -> str | None:
+    """Say why codes of this width do not fill whole words, or None where they do."""
+    multiple = WORD_BITS if WORD_BITS % bits else WORD_BITS // bits
+    sides = [side for side in shape if side % multiple]
+    if not sides:
+        return None
+    return f"{shape[0]}x{shape[1]}: {sides[0]} is no multiple of {multiple}, as {bits} bits need"
 
 
 @torch.inference_mode()

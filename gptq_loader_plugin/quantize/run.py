@@ -24,6 +24,7 @@ from gptq_loader_plugin.quantize.blocks import (
     LinearOutputs,
     find_blocks,
     hessians,
+    left_out,
     linears,
     record_calls,
     run_block,
@@ -174,7 +175,13 @@ def _quantize(
 ) -> Path:
     names = hub_names(model)
     separate_experts(model, names.values())
-    blocks = find_blocks(model)
+    blocks = find_blocks(model, options.bits)
+    left = left_out(blocks)
+    if not any(linears(block) for block in blocks):
+        raise QuantizeError(
+            "none of its layers can be quantised: " + "; ".join(dict.fromkeys(left.values())),
+            hint="take another width: 4 bits need multiples of 8, 8 bits multiples of 4",
+        )
     kept = _Kept(out / KEPT, _fingerprint(model, options, samples))
     batches = _batches(samples)
     hidden, calls = record_calls(model, blocks, batches)
@@ -193,7 +200,7 @@ def _quantize(
             for j, (states, call) in enumerate(zip(hidden, calls[i], strict=True)):
                 outputs.start(j)
                 hidden[j] = run_block(block, states, call)
-    write_checkpoint(model, tokenizer, packed, out, options=options, names=names)
+    write_checkpoint(model, tokenizer, packed, out, options=options, names=names, left=left)
     kept.remove()
     return out
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gptq_loader_plugin.checkpoint.config import read_json
 from gptq_loader_plugin.errors import QuantizeError
 from gptq_loader_plugin.kernel.packing import pack_columns, pack_rows
 from gptq_loader_plugin.model.tensor_names import ExpertPlace, ModulePlace, Names
+from gptq_loader_plugin.quantize.blocks import NOT_LINEAR
 from gptq_loader_plugin.system.atomic_file import write_whole
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.quantize.algorithm import QuantizedWeight
     from gptq_loader_plugin.quantize.options import QuantizeOptions
 
-__all__ = ["hub_names", "pack_weight", "save_tensors", "write_checkpoint"]
+__all__ = ["hub_names", "left_of", "pack_weight", "save_tensors", "write_checkpoint"]
 
 INDEX = "model.safetensors.index.json"
 FROM_TORCH = {"format": "pt"}
@@ -87,6 +89,7 @@ def write_checkpoint(
     *,
     options: QuantizeOptions,
     names: Mapping[str, str],
+    left: Mapping[str, str],
 ) -> None:
     """Write tensors, configs and tokenizer; the weights' files appear only when complete.
 
@@ -98,6 +101,7 @@ def write_checkpoint(
         out: the folder.
         options: how it was quantised.
         names: from `hub_names`.
+        left: the modules that are not quantised, by their path, and why.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").unlink(missing_ok=True)  # an older checkpoint's: it is none any more
@@ -107,7 +111,10 @@ def write_checkpoint(
     tokenizer.save_pretrained(out)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(out)
-    quantization = _quantize_config(options)
+    hub = {path.removesuffix(".weight"): name for name, path in names.items()}
+    quantization = _quantize_config(
+        options, {hub.get(path, path).removesuffix(".weight"): why for path, why in left.items()}
+    )
     _write_json(out / "quantize_config.json", quantization)
     config = json.loads(model.config.to_json_string(use_diff=True))
     config["architectures"] = [type(model).__name__]
@@ -115,6 +122,13 @@ def write_checkpoint(
     _write_shards(_tensors(model, packed, names), out, shard_bytes=options.shard_bytes)
     # The last file written: a folder with config.json is a finished checkpoint.
     _write_json(out / "config.json", {**config, "quantization_config": quantization})
+
+
+def left_of(folder: Path) -> dict[str, str]:
+    """Read which layers of a checkpoint that was written here are not quantised, and why."""
+    meta = read_json(folder / "quantize_config.json").get("meta")
+    left = meta.get("not_quantized") if isinstance(meta, dict) else None
+    return left if isinstance(left, dict) else {}
 
 
 def _tensors(
@@ -210,8 +224,13 @@ def save_tensors(
         partial.unlink(missing_ok=True)
 
 
-def _quantize_config(options: QuantizeOptions) -> dict[str, Any]:
-    """Write the fields AutoGPTQ wrote, and those GPTQModel added."""
+def _quantize_config(options: QuantizeOptions, left: Mapping[str, str]) -> dict[str, Any]:
+    """Write the fields AutoGPTQ wrote, and those GPTQModel added.
+
+    `dynamic` tells other loaders which linears are not quantised; routers none of them expects.
+    """
+    linears = [name for name, why in left.items() if why != NOT_LINEAR]
+    dynamic = {"dynamic": {f"-:{re.escape(name)}$": {} for name in linears}} if linears else {}
     return {
         "bits": options.bits,
         "group_size": options.group_size,
@@ -231,7 +250,9 @@ def _quantize_config(options: QuantizeOptions) -> dict[str, Any]:
             "damp_percent": options.damp_percent,
             "static_groups": options.static_groups,
             "true_sequential": options.true_sequential,
+            **({"not_quantized": dict(left)} if left else {}),
         },
+        **dynamic,
     }
 
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 from altered import DATA, error, plugins
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig
+from typer.testing import CliRunner
 
 import gptq_loader_plugin as gptq
 from gptq_loader_plugin.chat.templates import ChatML
 from gptq_loader_plugin.checkpoint.reader import GPTQReader
+from gptq_loader_plugin.cli.app import app
 from gptq_loader_plugin.quantize import QuantizeOptions, quantize, quantize_model
 from gptq_loader_plugin.quantize.algorithm import quantize_weight
 from gptq_loader_plugin.quantize.calibration import (
@@ -24,6 +26,7 @@ from gptq_loader_plugin.quantize.calibration import (
 )
 from gptq_loader_plugin.quantize.demo import CHAT_TEMPLATE
 from gptq_loader_plugin.quantize.own_chats import render_chat, write_chats
+from gptq_loader_plugin.quantize.writer import left_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -337,3 +340,71 @@ def test_a_source_that_is_no_model_is_said(tmp_path: Path) -> None:
     with pytest.raises(gptq.QuantizeError, match="cannot be loaded") as caught:
         quantize_model(tmp_path, tmp_path / "out", options=options())
     assert "transformers" in caught.value.hint
+
+
+def narrow(**fields: Any) -> tuple[Any, Any, list[list[int]]]:
+    """A model of widths 96, 136 and 48, which fill words at 4 bits."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 384, "hidden_size": 96, "intermediate_size": 136, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
+        "max_position_embeddings": 256, "bos_token_id": 380, "eos_token_id": 381,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**sizes, **fields})).float().eval()
+    _, tokenizer, samples = tiny()
+    return model, tokenizer, samples
+
+
+@pytest.mark.parametrize(("bits", "left"), [(2, 3), (3, 5), (4, 0), (8, 0)])
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_every_width_that_fills_words_is_quantised_and_the_others_are_named(
+    bits: int, left: int, group_size: int, tmp_path: Path
+) -> None:
+    model, tokenizer, samples = narrow()
+    chosen = options(bits=bits, group_size=group_size)
+    quantize(model, tokenizer, tmp_path, options=chosen, samples=samples)
+    named = left_of(tmp_path)
+    assert len(named) == left
+    assert all("is no multiple of" in why for why in named.values())
+    with gptq.load(tmp_path, device="cpu", dtype="float32", plugins=plugins()) as loaded:
+        assert len(loaded.plan.choices) == 7 - left
+        ids = torch.tensor([[1, 5, 9, 200]])
+        with torch.inference_mode():
+            assert error(loaded.model(ids).logits, model.half().float()(ids).logits) < 1e-2
+    stored = json.loads((tmp_path / "quantize_config.json").read_text())
+    assert len(stored.get("dynamic", {})) == left
+    overrides = GPTQReader().open(tmp_path).config.dynamic
+    assert set(overrides) == set(stored.get("dynamic", {}))
+
+
+def test_a_router_is_named_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=384, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    _, tokenizer, samples = tiny()
+    quantize(model, tokenizer, tmp_path, options=options(), samples=samples)
+    assert left_of(tmp_path) == {"model.layers.0.block_sparse_moe.gate": "no linear layer"}
+    assert "dynamic" not in json.loads((tmp_path / "quantize_config.json").read_text())
+
+
+def test_a_model_that_no_width_of_is_quantised_is_refused(tmp_path: Path) -> None:
+    model, tokenizer, samples = narrow(hidden_size=104, head_dim=26, intermediate_size=60)
+    with pytest.raises(gptq.QuantizeError, match=r"none of its layers.*is no multiple of 32"):
+        quantize(model, tokenizer, tmp_path, options=options(bits=3), samples=samples)
+
+
+def test_the_command_names_what_it_leaves_out(tmp_path: Path) -> None:
+    model, tokenizer, _ = narrow()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    few = ["--samples", "2", "--seq-len", "32", "--bits", "3"]
+    command = ["quantize", str(tmp_path / "model"), str(tmp_path / "out"), *few]
+    found = CliRunner().invoke(app, command)
+    assert found.exit_code == 0, found.output
+    assert "not quantised: model.layers.0.self_attn.k_proj (96x48: 48 is no mul" in found.stderr
+    command[2] = str(tmp_path / "again")
+    found = CliRunner().invoke(app, [*command, "--json"])
+    assert len(json.loads(found.stdout)["not_quantized"]) == 5
