@@ -33,6 +33,7 @@ namespace {
 
 constexpr float SECOND_BYTE = 254;          // what a second byte counts: half a step is 127 of it
 constexpr int MAX_SEGMENT_ROWS = 256 + 32;  // rows of a segment, filled up to whole units
+constexpr float TINY = 0x1p-100f;           // numbers below are divided by it first, exactly
 
 // Round 16 numbers to whole ones and put them where a word's codes want them.
 VNNI_TARGET INLINE __m512i round_and_store(__m512 numbers, __m128i order, int8_t* to) {
@@ -73,11 +74,16 @@ VNNI_TARGET void quantize(const GptqLinear& linear, const void* x, int type, int
           _mm512_fpclass_ps_mask(value, 0x01 | 0x08 | 0x10 | 0x80);  // not a number, infinite
       max_lanes = _mm512_max_ps(max_lanes, _mm512_abs_ps(value));
     }
-    const float max_abs = _mm512_reduce_max_ps(max_lanes);
+    float max_abs = _mm512_reduce_max_ps(max_lanes);
     // What is not finite is passed on by the step alone.
     const float step = not_finite ? NAN : max_abs / 127.0f;
-    const __m512 per =
-        _mm512_set1_ps(not_finite || max_abs / 127.0f == 0 ? 0.0f : 127.0f / max_abs);
+    if (!not_finite && max_abs < TINY) {  // whose 127 / max_abs may be infinite
+      for (int i = 0; i < count; i += LANES)
+        _mm512_store_ps(values + i,
+                        _mm512_mul_ps(_mm512_load_ps(values + i), _mm512_set1_ps(1 / TINY)));
+      max_abs *= 1 / TINY;
+    }
+    const __m512 per = _mm512_set1_ps(not_finite || step == 0 ? 0.0f : 127.0f / max_abs);
     __m512i sums = _mm512_setzero_si512(), rests = _mm512_setzero_si512();
     for (int i = 0; i < count; i += LANES) {
       const __m512 value =
