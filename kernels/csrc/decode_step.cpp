@@ -65,15 +65,16 @@ class SpinBarrier {
 };
 
 // The code for each instruction set; R rows by N vectors is what its registers hold.
-#define COMPILED(NAME, TARGET, V, R, N)                                                         \
-  TARGET void rms_norm_##NAME(const float* x, const float* w, int64_t n, float eps, float* y) { \
-    rms_norm_body<V>(x, w, n, eps, y);                                                          \
-  }                                                                                             \
-  TARGET void silu_multiply_##NAME(const float* gate, const float* up, int n, float* y) {       \
-    silu_multiply_body<V>(gate, up, n, y);                                                      \
-  }                                                                                             \
-  TARGET void attend_##NAME(const AttentionArgs& args, int type) {                              \
-    attend_body<V, R, N>(args, type);                                                           \
+#define COMPILED(NAME, TARGET, V, R, N)                                                      \
+  TARGET void rms_norm_##NAME(const float* x, const void* w, int type, int64_t n, float eps, \
+                              float* y) {                                                    \
+    rms_norm_body<V>(x, w, type, n, eps, y);                                                 \
+  }                                                                                          \
+  TARGET void silu_multiply_##NAME(const float* gate, const float* up, int n, float* y) {    \
+    silu_multiply_body<V>(gate, up, n, y);                                                   \
+  }                                                                                          \
+  TARGET void attend_##NAME(const AttentionArgs& args, int type) {                           \
+    attend_body<V, R, N>(args, type);                                                        \
   }
 
 COMPILED(plain, , Narrow, 4, 2)
@@ -127,7 +128,6 @@ int project_tile(const GptqModel& model, const GptqProjection& p, int64_t tile, 
                  const Input& in, float* y) {
   const int64_t first = tile * COLUMNS;
   const int count = columns_of(p, tile);
-  const float* bias = p.packed ? p.packed->bias : p.bias;
   if (p.packed) {
     for (int64_t row = 0; row < m; row += ROWS)
       multiply_tile(*p.packed, tile, row, int(std::min<int64_t>(ROWS, m - row)), in.permuted,
@@ -139,9 +139,13 @@ int project_tile(const GptqModel& model, const GptqProjection& p, int64_t tile, 
             in.x_bf16 ? in.x_bf16 + at : nullptr, y + row * COLUMNS);
     }
   }
+  const void* bias = p.packed ? p.packed->bias : p.bias;
+  const int type = p.packed ? FLOAT32 : model.parameter_type;
   if (bias)
-    for (int64_t row = 0; row < m; row++)
-      for (int c = 0; c < count; c++) y[row * COLUMNS + c] += bias[first + c];
+    for (int c = 0; c < count; c++) {
+      const float added = load_number(bias, type, first + c);
+      for (int64_t row = 0; row < m; row++) y[row * COLUMNS + c] += added;
+    }
   return count;
 }
 
@@ -195,10 +199,10 @@ struct Worker : ThreadBuffers {
   int64_t from(int64_t all) const { return all * thread / threads; }
   int64_t to(int64_t all) const { return all * (thread + 1) / threads; }
 
-  void norm(const float* weight) {
+  void norm(const void* weight) {
     for (int64_t row = 0; row < m; row++)
-      DISPATCH(rms_norm, model.isa, shared.x + row * model.hidden, weight, model.hidden, model.eps,
-               normed + row * model.hidden);
+      DISPATCH(rms_norm, model.isa, shared.x + row * model.hidden, weight, model.parameter_type,
+               model.hidden, model.eps, normed + row * model.hidden);
   }
 
   void self_attention(int index) {
@@ -277,7 +281,8 @@ struct Worker : ThreadBuffers {
       for (int64_t i = 0; i < tokens; i++) {
         const int64_t row = span.row + i;
         float* k = shared.k + row * kv_stride + span.head * dim;
-        if (layer.k_norm) DISPATCH(rms_norm, model.isa, k, layer.k_norm, dim, model.eps, k);
+        if (layer.k_norm)
+          DISPATCH(rms_norm, model.isa, k, layer.k_norm, model.parameter_type, dim, model.eps, k);
         rotate(k, cos + row * dim, sin + row * dim, dim);
         store_as(cache.keys, head_at + (past + i) * dim, k, dim, model.type);
         store_as(cache.values, head_at + (past + i) * dim,
@@ -290,7 +295,8 @@ struct Worker : ThreadBuffers {
       float* to = q + i * dim;
       memcpy(to, shared.q + row * q_stride + (span.head * group + i / tokens) * dim,
              sizeof(float) * dim);
-      if (layer.q_norm) DISPATCH(rms_norm, model.isa, to, layer.q_norm, dim, model.eps, to);
+      if (layer.q_norm)
+        DISPATCH(rms_norm, model.isa, to, layer.q_norm, model.parameter_type, dim, model.eps, to);
       rotate(to, cos + row * dim, sin + row * dim, dim);
       for (int d = 0; d < dim; d++) to[d] *= model.scale;
       if (uses_bf16(model)) store_as(q_bf16, i * dim, to, dim, BFLOAT16);
@@ -477,8 +483,8 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
   }
   for (int64_t row = 0; row < m; row++) {
     float* normed = own[0].normed;
-    DISPATCH(rms_norm, model.isa, shared.x + row * model.hidden, model.norm, model.hidden,
-             model.eps, normed);
+    DISPATCH(rms_norm, model.isa, shared.x + row * model.hidden, model.norm, model.parameter_type,
+             model.hidden, model.eps, normed);
     store_as(y, row * model.hidden, normed, model.hidden, model.type);
   }
   return 0;

@@ -35,7 +35,7 @@ struct GptqLinear {
 struct GptqProjection {
   const GptqLinear* packed;  // or null
   const void* weight;        // where it is not packed
-  const float* bias;         // of what is not packed, or null
+  const void* bias;          // of what is not packed, or null
   int32_t in_features;
   int32_t out_features;
   int32_t same_rows;  // as the projection before it: what was permuted for that one serves
@@ -43,11 +43,11 @@ struct GptqProjection {
 
 struct GptqDecoderLayer {
   GptqProjection q, k, v, o, gate, up, down;
-  const float* input_norm;           // [hidden]
-  const float* post_attention_norm;  // [hidden]
-  const float* q_norm;               // [head_dim], or null
-  const float* k_norm;               // [head_dim], or null
-  int64_t window;                    // positions that a token attends to, or 0 for all
+  const void* input_norm;           // [hidden]
+  const void* post_attention_norm;  // [hidden]
+  const void* q_norm;               // [head_dim], or null
+  const void* k_norm;               // [head_dim], or null
+  int64_t window;                   // positions that a token attends to, or 0 for all
 };
 
 // Keys and values of one sequence in one decoder layer.
@@ -70,8 +70,9 @@ struct GptqModel {
   int32_t type;  // of weights, keys and values
   int32_t isa, activations;
   float eps, scale;
-  const float* norm;  // [hidden]
+  const void* norm;  // [hidden]
   const GptqDecoderLayer* layer;
+  int32_t parameter_type;  // of norms, and of the biases of what is not packed
 };
 
 // interface.cpp. The size of a structure by its name, or 0 where there is none; a function's result

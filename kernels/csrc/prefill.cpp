@@ -50,9 +50,15 @@ BF16_TARGET INLINE __m512 load_bf16(const uint16_t* from) {
       _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16));
 }
 
+// 16 numbers of a tensor of `type`.
+BF16_TARGET INLINE __m512 load_as(const void* from, int type, int64_t at) {
+  if (type == FLOAT32) return _mm512_loadu_ps(static_cast<const float*>(from) + at);
+  return load_bf16(static_cast<const uint16_t*>(from) + at);
+}
+
 // x += added, then its norm, rounded: one token.
-BF16_TARGET void add_rms_norm(float* x, const uint16_t* added, const float* weight, int64_t size,
-                              float eps, uint16_t* y) {
+BF16_TARGET void add_rms_norm(float* x, const uint16_t* added, const void* weight, int type,
+                              int64_t size, float eps, uint16_t* y) {
   __m512 squares = _mm512_setzero_ps();
   for (int64_t i = 0; i < size; i += LANES) {
     __m512 value = _mm512_loadu_ps(x + i);
@@ -67,7 +73,7 @@ BF16_TARGET void add_rms_norm(float* x, const uint16_t* added, const float* weig
   for (int64_t i = 0; i < size; i += LANES) {
     const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(x + i), factor);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + i),
-                        to_bf16(_mm512_mul_ps(value, _mm512_loadu_ps(weight + i))));
+                        to_bf16(_mm512_mul_ps(value, load_as(weight, type, i))));
   }
 }
 
@@ -90,8 +96,8 @@ BF16_TARGET void silu_multiply(uint16_t* gate, const uint16_t* up, int64_t size)
 }
 
 // A head of one token: its norm, where it has one, and its rotation.
-BF16_TARGET void rotate_head(const uint16_t* from, const float* norm, float eps, const float* cos,
-                             const float* sin, int dim, uint16_t* to) {
+BF16_TARGET void rotate_head(const uint16_t* from, const void* norm, int type, float eps,
+                             const float* cos, const float* sin, int dim, uint16_t* to) {
   alignas(64) float values[16 * LANES];
   __m512 squares = _mm512_setzero_ps();
   for (int i = 0; i < dim; i += LANES) {
@@ -103,8 +109,8 @@ BF16_TARGET void rotate_head(const uint16_t* from, const float* norm, float eps,
     const __m512 factor =
         _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / float(dim) + eps));
     for (int i = 0; i < dim; i += LANES) {
-      const __m512 value = _mm512_mul_ps(_mm512_mul_ps(_mm512_load_ps(values + i), factor),
-                                         _mm512_loadu_ps(norm + i));
+      const __m512 value =
+          _mm512_mul_ps(_mm512_mul_ps(_mm512_load_ps(values + i), factor), load_as(norm, type, i));
       _mm512_store_ps(values + i, value);
     }
   }
@@ -377,12 +383,12 @@ struct Prefill {
   int64_t past, tokens, keys_held;
   int amx, threads;
 
-  void norm(const uint16_t* added, const float* weight, int64_t from, int64_t to,
+  void norm(const uint16_t* added, const void* weight, int64_t from, int64_t to,
             uint16_t* y) const {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = from; row < to; row++)
       add_rms_norm(buffers.x + row * model.hidden, added ? added + row * model.hidden : nullptr,
-                   weight, model.hidden, model.eps, y + row * model.hidden);
+                   weight, model.parameter_type, model.hidden, model.eps, y + row * model.hidden);
   }
 
   // Rotate queries and keys, write keys and values into the cache, and bring those of it into
@@ -395,13 +401,14 @@ struct Prefill {
     for (int64_t row = 0; row < tokens; row++) {
       for (int head = 0; head < model.heads; head++) {
         uint16_t* q = buffers.q + (row * model.heads + head) * dim;
-        rotate_head(q, layer.q_norm, model.eps, cos + row * dim, sin + row * dim, dim, q);
+        rotate_head(q, layer.q_norm, model.parameter_type, model.eps, cos + row * dim,
+                    sin + row * dim, dim, q);
       }
       for (int head = 0; head < model.kv_heads; head++) {
         const int64_t from = (row * model.kv_heads + head) * dim,
                       to = (head * cache.capacity + past + row) * dim;
-        rotate_head(buffers.k + from, layer.k_norm, model.eps, cos + row * dim, sin + row * dim,
-                    dim, keys + to);
+        rotate_head(buffers.k + from, layer.k_norm, model.parameter_type, model.eps,
+                    cos + row * dim, sin + row * dim, dim, keys + to);
         memcpy(values + to, buffers.v + from, size_t(dim) * 2);
       }
     }

@@ -67,8 +67,8 @@ INLINE void exponential(F& x) {
 }
 
 // y = x / sqrt(mean(x**2) + eps) * weight.
-template <class V>
-INLINE void rms_norm_body(const float* x, const float* weight, int64_t count, float eps, float* y) {
+template <class V, int TYPE>
+INLINE void rms_norm_type(const float* x, const void* weight, int64_t count, float eps, float* y) {
   using floats = typename V::floats;
   floats squares{};
   for (int64_t i = 0; i < count; i += V::LANES) {
@@ -80,10 +80,18 @@ INLINE void rms_norm_body(const float* x, const float* weight, int64_t count, fl
   for (int64_t i = 0; i < count; i += V::LANES) {
     floats value, scale;
     load<FLOAT32>(x, i, value);
-    load<FLOAT32>(weight, i, scale);
+    load<TYPE>(weight, i, scale);
     value *= scale * factor;
     memcpy(y + i, &value, sizeof value);
   }
+}
+
+// A weight of either type.
+template <class V>
+INLINE void rms_norm_body(const float* x, const void* weight, int type, int64_t count, float eps,
+                          float* y) {
+  if (type == FLOAT32) return rms_norm_type<V, FLOAT32>(x, weight, count, eps, y);
+  rms_norm_type<V, BFLOAT16>(x, weight, count, eps, y);
 }
 
 // y = silu(gate) * up.

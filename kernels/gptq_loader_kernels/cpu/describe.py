@@ -28,6 +28,9 @@ __all__ = ["Described", "all_packed", "describe", "linears", "why_not"]
 
 FAMILIES = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 LANES = 16
+ACTIVATIONS = ("SiLUActivation", "SiLU")
+# Ways to compute the same attention; another name is somebody's own.
+ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class Described:
     Attributes:
         model: the description, which points into the decoder's tensors.
         dtype: of its activations.
-        kept: what the description points to.
+        kept: what the description points to: the decoder's own tensors, of which nothing is copied.
         watch: tells whether the decoder has been changed since.
     """
 
@@ -64,23 +67,21 @@ def describe(
         module = _find(owner, path)
         if module is None:
             return None
-        kept.append(module.weight.detach().float().contiguous())
+        kept.append(module.weight)
         return int(kept[-1].data_ptr())
 
     described = (DecoderLayer * len(decoder.layers))()
-    for place, layer in zip(described, decoder.layers, strict=True):
+    for index, (place, layer) in enumerate(zip(described, decoder.layers, strict=True)):
         before: Any = None
         for name, path in PARTS.items():
             module = layer.get_submodule(path)
-            _describe(getattr(place, name), module, dtype, kept)
+            _describe(getattr(place, name), module, kept)
             follows = name in {"k", "v", "up"} and _same_rows(before, module)
             getattr(place, name).same_rows = follows
             before = module
         for name, path in NORMS.items():
             setattr(place, name, norm(layer, path))
-        place.window = getattr(layer.self_attn, "sliding_window", None) or (
-            decoder.config.sliding_window or 0 if type(decoder).__name__ == "MistralModel" else 0
-        )
+        place.window = _window(decoder, index)
     config, attention = decoder.config, decoder.layers[0].self_attn
     model = Model(
         layers=len(described),
@@ -92,7 +93,8 @@ def describe(
         type=TYPES[dtype],
         isa=isa,
         activations=activations,
-        eps=config.rms_norm_eps,
+        parameter_type=TYPES[decoder.norm.weight.dtype],
+        eps=decoder.norm.variance_epsilon,
         scale=attention.scaling,
         norm=norm(decoder, "norm"),
         layer=ctypes.cast(described, ctypes.POINTER(DecoderLayer)),
@@ -116,7 +118,7 @@ def why_not(decoder: Any) -> str | None:  # noqa: ANN401 - one for each limit
         return f"its hidden size {config.hidden_size} is not a multiple of {LANES}"
     if decoder.norm.weight.dtype not in TYPES:
         return f"it is in {decoder.norm.weight.dtype}; the step takes bfloat16 and float32"
-    return _changed(decoder) or _misfit(decoder)
+    return _changed(decoder) or _computed_otherwise(decoder) or _misfit(decoder)
 
 
 def _changed(decoder: Any) -> str | None:  # noqa: ANN401
@@ -130,6 +132,52 @@ def _changed(decoder: Any) -> str | None:  # noqa: ANN401
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:  # noqa: SLF001 - torch has no other way to tell
             return f"something watches a {type(module).__name__} of it"
     return None
+
+
+def _computed_otherwise(decoder: Any) -> str | None:  # noqa: ANN401
+    """Say what a decoder computes by that the step does not, or has only one of."""
+    kinds = list(_classes(decoder))
+    family, module = type(decoder).__name__.removesuffix("Model"), type(decoder).__module__
+    for path, kind, name in ((path, type(part), name) for path, part, name in kinds):
+        if kind.__name__ != family + name or kind.__module__ != module:
+            return f"{path} is a {kind.__name__}, and not transformers' own"
+    numbers = {
+        "epsilon": {part.variance_epsilon for _, part, name in kinds if name == "RMSNorm"},
+        "scaling": {layer.self_attn.scaling for layer in decoder.layers},
+    }
+    for name, values in numbers.items():
+        if len(values) > 1:
+            return f"its {name} is {' and '.join(map(str, sorted(values)))}; the step takes one"
+    for index, layer in enumerate(decoder.layers):
+        window = _window(decoder, index)
+        if (getattr(layer.self_attn, "sliding_window", window) or 0) != window:
+            return f"layers.{index} attends to another window than its config has"
+    activations = {type(layer.mlp.act_fn).__name__ for layer in decoder.layers}
+    if other := sorted(activations.difference(ACTIVATIONS)):
+        return f"its activation is {other[0]}; the step has silu"
+    attention = getattr(decoder.config, "_attn_implementation", None)
+    return None if attention in ATTENTIONS else f"its attention is {attention}"
+
+
+def _classes(decoder: Any) -> Iterator[tuple[str, Any, str]]:  # noqa: ANN401
+    """Go through the modules whose place a step takes: path, module, and the end of its class."""
+    yield "norm", decoder.norm, "RMSNorm"
+    for i, layer in enumerate(decoder.layers):
+        yield f"layers.{i}", layer, "DecoderLayer"
+        for path, name in (("self_attn", "Attention"), ("mlp", "MLP")):
+            yield f"layers.{i}.{path}", _find(layer, path), name
+        for path in NORMS.values():
+            if (norm := _find(layer, path)) is not None:
+                yield f"layers.{i}.{path}", norm, "RMSNorm"
+
+
+def _window(decoder: Any, index: int) -> int:  # noqa: ANN401
+    """Return how many positions a layer attends to, or 0 for all: by the config, as its mask."""
+    config = decoder.config
+    kinds = getattr(config, "layer_types", None)
+    if type(decoder).__name__ == "MistralModel" or (kinds and kinds[index] == "sliding_attention"):
+        return int(config.sliding_window or 0)
+    return 0
 
 
 def _misfit(decoder: Any) -> str | None:  # noqa: ANN401
@@ -153,6 +201,10 @@ def _misfit(decoder: Any) -> str | None:  # noqa: ANN401
             return (
                 f"{name} is {' x '.join(map(str, actual))}, and not {' x '.join(map(str, shape))}"
             )
+        if isinstance(part, torch.Tensor) and part.dtype != decoder.norm.weight.dtype:
+            return f"{name} is in {part.dtype}, and its last norm in {decoder.norm.weight.dtype}"
+        if isinstance(part, torch.Tensor) and not part.is_contiguous():
+            return f"{name} is not contiguous"
     return None
 
 
@@ -190,19 +242,17 @@ def linears(decoder: Any) -> Iterator[Any]:  # noqa: ANN401
     return (_find(layer, path) for layer in decoder.layers for path in PARTS.values())
 
 
-def _describe(to: Projection, module: Any, dtype: torch.dtype, kept: list[Any]) -> None:  # noqa: ANN401
+def _describe(to: Projection, module: Any, kept: list[Any]) -> None:  # noqa: ANN401
     to.in_features, to.out_features = module.in_features, module.out_features
     if isinstance(module, NativeLinear):
         filled = module.filled()
         kept.append((module, filled))
         to.packed = ctypes.pointer(filled)
         return
-    weight = module.weight.detach().to(dtype).contiguous()
-    kept.append(weight)
-    to.weight = weight.data_ptr()
+    kept += module.weight, module.bias
+    to.weight = module.weight.data_ptr()
     if module.bias is not None:
-        kept.append(module.bias.detach().float().contiguous())
-        to.bias = kept[-1].data_ptr()
+        to.bias = module.bias.data_ptr()
 
 
 def _same_rows(one: Any, other: Any) -> bool:  # noqa: ANN401 - modules of either kind

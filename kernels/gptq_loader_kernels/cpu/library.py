@@ -148,6 +148,7 @@ class Model(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("norm", ctypes.c_void_p),
         ("layer", ctypes.POINTER(DecoderLayer)),
+        ("parameter_type", ctypes.c_int32),
     )  # fmt: skip
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from operator import is_
+from itertools import repeat
+from operator import eq, is_
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.modules import module as torch_module
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,12 +16,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Watch", "modules_inside"]
 
+# What a module computes by that is no tensor and no module of its own.
+NUMBERS = ("variance_epsilon", "scaling", "sliding_window", "head_dim")
+SETTINGS = ("sliding_window", "layer_types", "_attn_implementation_internal")  # of the config
+
 
 class Watch:
     """Everything of a decoder that a step was built from.
 
     Asked once a token, so it is lists that are gone through without a line of Python for each:
-    modules and tensors by name, tensors' addresses, and hooks.
+    modules and tensors by name, tensors' addresses, numbers and hooks. What is in a tensor is not
+    compared: a step reads the tensor itself, whoever writes into it.
     """
 
     def __init__(self, decoder: Any) -> None:  # noqa: ANN401
@@ -33,21 +40,34 @@ class Watch:
         self.holders, self.names, self.values = zip(*held, strict=True)
         self.tensors = [it for it in self.values if isinstance(it, torch.Tensor)]
         self.addresses = list(map(torch.Tensor.data_ptr, self.tensors))
+        self.own = [module.__dict__ for module in inside]
+        numbers = [
+            (own, name, own[name]) for own in self.own for name in NUMBERS if name in own
+        ] + [(vars(decoder.config), name, _setting(decoder, name)) for name in SETTINGS]
+        self.owners, self.settings, self.numbers = zip(*numbers, strict=True)
         self.hooks = [
             hooks
             for module in inside
             for hooks in (module._forward_hooks, module._forward_pre_hooks)  # noqa: SLF001
         ]
-        self.own = [module.__dict__ for module in inside]
+        # those of every module there is
+        self.hooks += torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks  # noqa: SLF001 - torch has no other way to tell
 
     def unchanged(self) -> bool:
-        """Say whether all of it is as it was."""
+        """Return whether all of it is as it was."""
         return (
             not any(self.hooks)
-            and not any("forward" in own for own in self.own)
+            and not any(map(dict.__contains__, self.own, repeat("forward")))
             and all(map(is_, map(dict.get, self.holders, self.names), self.values))
             and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
+            and all(map(eq, map(dict.get, self.owners, self.settings), self.numbers))
         )
+
+
+def _setting(decoder: Any, name: str) -> Any:  # noqa: ANN401
+    """Return a setting of the config as it is now: a list may be written into."""
+    value = vars(decoder.config).get(name)
+    return list(value) if isinstance(value, list) else value
 
 
 def modules_inside(decoder: Any) -> Iterator[nn.Module]:  # noqa: ANN401
