@@ -78,7 +78,7 @@ class Sampler:
         """
         if not self._penalised and not self._banned_ids:
             return None
-        marks = torch.zeros(vocabulary, dtype=torch.bool)
+        marks = torch.zeros(vocabulary, dtype=torch.bool, device=sequence.device)
         marks[self._banned_ids] = True
         if self._penalised:
             marks[sequence[0]] = True

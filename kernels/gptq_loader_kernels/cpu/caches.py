@@ -37,7 +37,7 @@ class HeldCaches:
     ) -> ctypes.Array[KvCache]:
         """Make room for positions up to `end` in each layer of a cache, and say where it is."""
         known = self._known.get(cache)
-        like = torch.empty(1, model.kv_heads, 0, model.head_dim, dtype=dtype)
+        like = torch.empty(1, model.kv_heads, 0, model.head_dim, dtype=dtype, device="cpu")
         if known is None:
             for layer in cache.layers:
                 if not layer.is_initialized:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["RowsLinear", "TopLogitsLinear"]
 
 GROUP_SIZE, ZERO = 64, 128  # of the narrow copy
+SAMPLE_ROWS = 16  # of the weight, and as many numbers of each, that are compared at each token
 
 
 class RowsLinear(nn.Linear):
@@ -50,7 +51,7 @@ class RowsLinear(nn.Linear):
         if not 0 < rows <= MAX_STEP_TOKENS or not self._takes(x):
             return super().forward(x)  # torch has its own words for what does not fit
         x = x.contiguous()
-        out = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
+        out = x.new_empty(*x.shape[:-1], self.out_features)
         failed = load_library().gptq_head(
             weight.data_ptr(), x.data_ptr(), out.data_ptr(), rows, self.in_features,
             self.out_features, TYPES[x.dtype], self.isa, torch.get_num_threads(),
@@ -61,7 +62,11 @@ class RowsLinear(nn.Linear):
 
     def _takes(self, x: torch.Tensor) -> bool:
         weight = self.weight
-        plain = weight.is_contiguous() and weight.device.type == x.device.type == "cpu"
+        plain = (
+            self.bias is None
+            and weight.is_contiguous()
+            and weight.device.type == x.device.type == "cpu"
+        )
         same = weight.dtype == x.dtype and x.dtype in TYPES
         fits = weight.shape == (self.out_features, self.in_features)
         fits = fits and x.shape[-1:] == (self.in_features,)
@@ -100,17 +105,20 @@ class TopLogitsLinear(RowsLinear):
         columns, rows = weight.shape
         tiles = -(-columns // COLUMNS)
         sizes = [min(GROUP_SIZE, rows - first) for first in range(0, rows, GROUP_SIZE)]
-        # The default dtype is the process's, and another thread's load may be changing it.
-        scales = torch.zeros(tiles, len(sizes), COLUMNS, dtype=torch.float32)
-        self.errors = torch.empty(columns, dtype=torch.float32)
-        lengths = torch.empty(columns, dtype=torch.float32)
+        # The default dtype and device are the process's: another thread's load may be changing the
+        # one, and addresses on the other are none that the library can read.
+        floats: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        integers: dict[str, Any] = {"dtype": torch.int32, "device": "cpu"}
+        scales = torch.zeros(tiles, len(sizes), COLUMNS, **floats)
+        self.errors = torch.empty(columns, **floats)
+        lengths = torch.empty(columns, **floats)
         self._tensors = {
-            "rows": torch.arange(rows, dtype=torch.int32),
-            "segment_units": torch.tensor(sizes, dtype=torch.int32) // 4,
-            "segment_group": torch.arange(len(sizes), dtype=torch.int32),
-            "words": torch.zeros(tiles, rows // 4, COLUMNS, dtype=torch.int32),
+            "rows": torch.arange(rows, **integers),
+            "segment_units": torch.tensor(sizes, **integers) // 4,
+            "segment_group": torch.arange(len(sizes), **integers),
+            "words": torch.zeros(tiles, rows // 4, COLUMNS, **integers),
             "scales": scales,
-            "zeros": torch.full(scales.shape, ZERO, dtype=torch.uint8),
+            "zeros": torch.full(scales.shape, ZERO, dtype=torch.uint8, device="cpu"),
         }
         places = {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
         load_library().gptq_quantize_head(
@@ -123,7 +131,7 @@ class TopLogitsLinear(RowsLinear):
             groups=len(sizes), float_scales=True, **places,
         )  # fmt: skip
         self.longest = float(lengths.max())
-        self._copied = self._state()
+        self._copied, self._sample = self._state(), self._some().clone()
         self.extra_bytes = self.errors.nbytes + sum(it.nbytes for it in self._tensors.values())
 
     def top_logits(
@@ -148,13 +156,13 @@ class TopLogitsLinear(RowsLinear):
             raise ValueError(f"{[*needed]} does not say how many logits of {rows} rows are needed")
         if excluded is not None:
             check_tensor("excluded", excluded, (rows, self.out_features), torch.bool)
-        if rows == 0 or not self._takes(states) or self._copied != self._state():
+        if rows == 0 or not self._takes(states) or self._changed():
             return None
         if max(needed) * COLUMNS > self.out_features:
             return None
         x = states.contiguous()
-        counts = torch.tensor(needed, dtype=torch.int64)
-        out = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
+        counts = torch.tensor(needed, dtype=torch.int64, device="cpu")
+        out = x.new_empty(*x.shape[:-1], self.out_features)
         failed = load_library().gptq_top_logits(
             ctypes.addressof(self.narrow), self.errors.data_ptr(), self.longest,
             self.weight.data_ptr(), x.data_ptr(), len(needed), counts.data_ptr(),
@@ -171,6 +179,19 @@ class TopLogitsLinear(RowsLinear):
         """Restore, and copy the weight again."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.quantize()
+
+    def _changed(self) -> bool:
+        """Return whether the weight is another one than was copied.
+
+        What is written through `.data`, as adapters are merged, changes no version; such a change
+        is one of all rows.
+        """
+        return self._copied != self._state() or not torch.equal(self._some(), self._sample)
+
+    def _some(self) -> torch.Tensor:
+        """Return the beginnings of some of the weight's rows."""
+        step = max(self.out_features // SAMPLE_ROWS, 1)
+        return self.weight.detach()[::step, :SAMPLE_ROWS]
 
     def _state(self) -> tuple[int, int]:
         """Give what changes with the weight."""

@@ -54,7 +54,7 @@ def _difference(step: NativeDecoder) -> str | None:
     Where every layer is packed, both compute in float32 too, which tells a mistake from rounding.
     """
     decoder = step.decoder
-    ids = torch.arange(3, 3 + sum(PROBE))[None] % decoder.config.vocab_size
+    ids = torch.arange(3, 3 + sum(PROBE), device="cpu")[None] % decoder.config.vocab_size
     with torch.inference_mode():
         x = decoder.embed_tokens(ids)
         theirs = exact = _answer(step.otherwise, x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,6 +86,7 @@ class NativeLinear(torch.nn.Module):
         self.unpack_from = UNPACK_FROM[min(self._isa, Isa.AVX512)]
         self.panels_from = PANELS_FROM_AMX if self._amx else PANELS_FROM
         self._layer: Linear | None = None
+        self._held: tuple[torch.Tensor | None, ...] = ()
         self._addresses: list[int | None] = []
         rows, segment_units, segment_group = _lay_out(packed.g_idx, self.bits)
         # Numbers are kept as raw bits: a model's .to(dtype) must not change them.
@@ -129,7 +131,7 @@ class NativeLinear(torch.nn.Module):
         panels = x.dtype == torch.bfloat16 and self._isa >= Isa.AVX512_BF16 and not int8
         if x.dtype == torch.float32 and rows >= self.unpack_from:
             return self._unpacked(flat).view(*x.shape[:-1], self.out_features)
-        out = torch.empty(rows, self.out_features, dtype=x.dtype)
+        out = flat.new_empty(rows, self.out_features)
         layer, read, written = ctypes.addressof(self.filled()), flat.data_ptr(), out.data_ptr()
         threads = torch.get_num_threads()
         if panels and rows >= self.panels_from:
@@ -152,7 +154,7 @@ class NativeLinear(torch.nn.Module):
         layer = self.filled()
         tiles: int = -(-self.out_features // COLUMNS)
         step = max(UNPACKED_BYTES // (self.in_features * COLUMNS * x.element_size()), 8)
-        out = torch.empty(x.shape[0], self.out_features, dtype=x.dtype)
+        out = x.new_empty(x.shape[0], self.out_features)
         for first in range(0, tiles, step):
             count = min(step, tiles - first)
             weight = _scratch(self.in_features, count * COLUMNS, x.dtype)
@@ -182,7 +184,7 @@ class NativeLinear(torch.nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what points into memory: a copy points into its own."""
-        return {**self.__dict__, "_layer": None, "_addresses": [], "_library": None}
+        return {**self.__dict__, "_layer": None, "_held": (), "_addresses": [], "_library": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and find the library again."""
@@ -190,11 +192,16 @@ class NativeLinear(torch.nn.Module):
         self._library = load_library()
 
     def filled(self) -> Linear:
-        """Give the layer as the library reads it, anew where its tensors have moved."""
+        """Give the layer as the library reads it, anew where a tensor was replaced or has moved.
+
+        Those it was read from are held on to: another one at the address of one that is gone may
+        be smaller.
+        """
         tensors = self._buffers
-        addresses = [None if it is None else it.data_ptr() for it in tensors.values()]
+        held = tuple(tensors.values())
+        addresses = [None if it is None else it.data_ptr() for it in held]
         layer = self._layer
-        if layer is not None and addresses == self._addresses:
+        if layer is not None and addresses == self._addresses and all(map(is_, held, self._held)):
             return layer
         rows, words, scales = (self.get_buffer(name) for name in ("rows", "words", "scales"))
         segment_units = self.get_buffer("segment_units")
@@ -232,7 +239,7 @@ class NativeLinear(torch.nn.Module):
             float_scales=scales.dtype == torch.int32,
             **dict(zip(tensors, addresses, strict=True)),
         )
-        self._layer, self._addresses = layer, addresses
+        self._layer, self._held, self._addresses = layer, held, addresses
         return layer
 
 
@@ -241,7 +248,7 @@ def _scratch(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     size = rows * columns * dtype.itemsize
     kept: torch.Tensor | None = getattr(_kept, "memory", None)
     if kept is None or kept.numel() < size:
-        kept = _kept.memory = torch.empty(size, dtype=torch.uint8)
+        kept = _kept.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
     return kept[:size].view(dtype).view(rows, columns)
 
 
@@ -259,14 +266,14 @@ def _lay_out(g_idx: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor
         for start in range(0, count, SEGMENT_ROWS):
             length = min(SEGMENT_ROWS, count - start)
             parts.append(order[first + start : first + start + length])
-            parts.append(torch.full((-length % size,), -1, dtype=torch.int32))
+            parts.append(order.new_full((-length % size,), -1))
             units.append(-(-length // size))
             groups.append(group)
         first += count
     return (
         torch.cat(parts),
-        torch.tensor(units, dtype=torch.int32),
-        torch.tensor(groups, dtype=torch.int32),
+        torch.tensor(units, dtype=torch.int32, device="cpu"),
+        torch.tensor(groups, dtype=torch.int32, device="cpu"),
     )
 
 
@@ -276,7 +283,7 @@ def _pack(
     """Pack the codes as the library reads them: int32 [tiles, units, words of a unit, 64]."""
     units = len(rows) // unit_rows(bits)
     qweight = packed.qweight.contiguous()
-    words = torch.empty(-(-columns // COLUMNS), units, unit_words(bits), COLUMNS, dtype=torch.int32)
+    words = rows.new_empty(-(-columns // COLUMNS), units, unit_words(bits), COLUMNS)
     failed = library.gptq_pack(
         packed.bits,
         packed.layout == "planar",
