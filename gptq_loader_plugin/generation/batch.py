@@ -101,7 +101,8 @@ class Batch:
             return None
         for generation in few:
             generation.pending = []
-        last = torch.tensor([len(token) for token in tokens]).cumsum(0) - 1
+        counts = torch.tensor([len(token) for token in tokens], device=states.device)
+        last = counts.cumsum(0) - 1
         states = states[last]
         if self._head is not None:
             return compute_logits(self._head, few, states)[:, None]

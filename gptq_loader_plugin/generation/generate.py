@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from gptq_loader_plugin.generation.kv_cache import PrefixCache
+from gptq_loader_plugin.generation.model_runner import ModelRunner
 from gptq_loader_plugin.generation.sampling import Sampler
 from gptq_loader_plugin.generation.text_stream import TextStream
 from gptq_loader_plugin.kernel import TopLogitsHead
-from gptq_loader_plugin.transformers_compat import cache_argument
 
 if TYPE_CHECKING:
     import threading
@@ -135,6 +135,7 @@ class Generation:
         if not ids:
             raise ValueError("an empty prompt")
         self._model = model
+        self._runner = ModelRunner(model)
         self._head = top_logits_head(model)
         self._text = TextStream(tokenizer, stop, silent_ids)
         self._sampler = Sampler(options, banned_ids, model.device, processors)
@@ -144,7 +145,8 @@ class Generation:
         self._read = list(ids)  # whose keys and values the cache has, or will have once it is used
         self._sequence = torch.tensor([self._read], device=model.device)
         self._tokens = 0
-        self.cache, held = self._kept.reuse(model, ids)
+        self._rotation = self._runner.rotation.of(len(self._read))
+        self.cache, held = self._kept.reuse(model, ids, self._rotation)
         self.pending = self._read[held:]
         self.finished = False
 
@@ -156,17 +158,24 @@ class Generation:
                 return logits
 
     def prefill_chunk(self, max_tokens: int) -> torch.Tensor:
-        """Run the model over some pending tokens; return the logits after them [1, vocabulary]."""
-        part, self.pending = self.pending[:max_tokens], self.pending[max_tokens:]
-        cached = {cache_argument(self._model): self.cache, "use_cache": True, "logits_to_keep": 1}
-        ids = torch.tensor([part], device=self._model.device)
+        """Run the model over some pending tokens; return the logits after them [1, vocabulary].
+
+        Over all of them, where the model takes no parts of a prompt.
+        """
+        length, past = len(self._read), len(self._read) - len(self.pending)
+        count = max_tokens if self._runner.takes_parts else len(self.pending)
+        part, self.pending = self.pending[:count], self.pending[count:]
+        output, self.cache = self._runner.run(
+            part,
+            self.cache,
+            past=past,
+            length=length,
+            states=self._head is not None,
+            logits_to_keep=1,
+        )
         if self._head is not None:
-            decoder: Any = self._model.get_decoder()
-            del cached["logits_to_keep"]
-            states = decoder(input_ids=ids, **cached).last_hidden_state[:, -1]
-            return compute_logits(self._head, [self], states)
-        logits: torch.Tensor = self._model(input_ids=ids, **cached).logits[:, -1]
-        return logits
+            return compute_logits(self._head, [self], output[:, -1])
+        return output[:, -1]
 
     @property
     def position(self) -> int:
@@ -204,12 +213,16 @@ class Generation:
         self._read.append(token)
         step = torch.tensor([[token]], device=self._model.device)
         self._sequence = torch.cat((self._sequence, step), dim=1)
+        rotation = self._runner.rotation.of(len(self._read))
+        if self._runner.rereads or rotation != self._rotation:
+            self._rotation, self.cache = rotation, self._kept.make(self._model)
+            self.pending = list(self._read)
         return Piece(new, self._tokens) if new else None
 
     def close(self) -> None:
         """End the reply, where it has not ended, and keep its cache for the next one."""
         self.finished = True
-        self._kept.store(self._read, self.cache)
+        self._kept.store(self._read, self.cache, self._rotation)
 
     def _end(self, text: str, finish: Finish) -> Piece:
         self.finished = True
@@ -234,7 +247,7 @@ def compute_logits(
         marks = [generation.excluded(head.out_features) for generation in generations]
         excluded = None
         if any(mark is not None for mark in marks):
-            none = torch.zeros(head.out_features, dtype=torch.bool)
+            none = torch.zeros(head.out_features, dtype=torch.bool, device=states.device)
             excluded = torch.stack([none if mark is None else mark for mark in marks])
         logits = head.top_logits(states, needed, excluded)
         if logits is not None:

@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.planning.model_shape import ModelShape, cache_group
+from gptq_loader_plugin.transformers_compat import find_cache_argument
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,8 +28,16 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["GrowableLayer", "PrefixCache", "check_int8", "make_cache", "make_int8_cache"]
+__all__ = [
+    "GrowableLayer",
+    "PrefixCache",
+    "check_int8",
+    "make_cache",
+    "make_int8_cache",
+    "makes_own_cache",
+]
 
+Rotation = tuple[int, ...]  # of `LengthRotation.of`
 MIN_CAPACITY = 256  # positions
 GROWTH = 1.25
 
@@ -119,8 +128,19 @@ class GrowableLayer(DynamicLayer):
         self.length = value.shape[-2]
 
 
-def make_cache(model: PreTrainedModel) -> DynamicCache:
-    """Make an empty cache for `model`, with room where its layers are plain attention."""
+def makes_own_cache(model: Any) -> bool:  # noqa: ANN401 - a transformers model or decoder
+    """Return whether a model's cache is one of a class of its own."""
+    takes_any: Any = getattr(model, "_supports_default_dynamic_cache", None)
+    return takes_any is not None and not takes_any()
+
+
+def make_cache(model: PreTrainedModel) -> DynamicCache | None:
+    """Make an empty cache for `model`, with room where its layers are plain attention.
+
+    None for a model that makes one of its own class, or keeps nothing.
+    """
+    if makes_own_cache(model) or find_cache_argument(model) is None:
+        return None
     cache = DynamicCache(config=model.config)
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     alike = ModelShape.of_config(model.config).latent_size is None  # of the same width
@@ -169,17 +189,34 @@ class PrefixCache:
     def __init__(self, kind: Literal["int8"] | None = None, *, max_sequences: int = 1) -> None:
         self._make = make_cache if kind is None else make_int8_cache
         self._lock = threading.Lock()
-        self._kept: list[tuple[list[int], Any]] = []  # the newest last
+        self._kept: list[tuple[list[int], Any, Rotation]] = []  # the newest last
         self.max_sequences = max_sequences
 
-    def reuse(self, model: PreTrainedModel, ids: Sequence[int]) -> tuple[Any, int]:
+    def make(self, model: PreTrainedModel) -> Any:  # noqa: ANN401 - transformers' caches
+        """Make an empty cache, or None for a model that takes none of ours."""
+        return self._make(model)
+
+    def reuse(
+        self, model: PreTrainedModel, ids: Sequence[int], rotation: Rotation = ()
+    ) -> tuple[Any, int]:
         """Return a cache for `ids`, and how many of them it holds: never the last one.
 
         A cache in use is nobody else's: two replies at a time have one each.
+
+        Args:
+            model: whose cache it is.
+            ids: the tokens.
+            rotation: how `ids` are rotated, where that goes by their length; a cache of others is
+                none of theirs.
         """
         with self._lock:
             same, at = max(
-                ((_same(old, ids), i) for i, (old, _) in enumerate(self._kept)), default=(0, 0)
+                (
+                    (_same(old, ids), i)
+                    for i, (old, _, rotated) in enumerate(self._kept)
+                    if rotated == rotation
+                ),
+                default=(0, 0),
             )
             if same and len(self._kept) < self.max_sequences and same < len(self._kept[at][0]) // 2:
                 same = 0  # another conversation's: there is room for both
@@ -190,13 +227,19 @@ class PrefixCache:
             layer.crop(same - layer.length)
         return cache, same
 
-    def store(self, ids: list[int], cache: Any) -> None:  # noqa: ANN401 - transformers' caches
+    def store(
+        self,
+        ids: list[int],
+        cache: Any,  # noqa: ANN401 - transformers' caches
+        rotation: Rotation = (),
+    ) -> None:
         """Keep the cache of `ids`, where it can be cut short."""
-        if not all(isinstance(layer, GrowableLayer) for layer in cache.layers):
+        layers = getattr(cache, "layers", None)
+        if not layers or not all(isinstance(layer, GrowableLayer) for layer in layers):
             return
         held = min((layer.length for layer in cache.layers), default=0)
         with self._lock:
-            self._kept = [*self._kept, (ids[:held], cache)][-self.max_sequences :]
+            self._kept = [*self._kept, (ids[:held], cache, rotation)][-self.max_sequences :]
 
     def clear(self) -> None:
         """Free the memory."""

@@ -15,6 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.generation.kv_cache import PrefixCache
+from gptq_loader_plugin.generation.rotation import LengthRotation
 from gptq_loader_plugin.transformers_compat import CACHE_NAMES, cache_argument
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ class HostGenerate:
                 return self._generate(**options)
             ids: list[int] = prompt[0].tolist()
             cache, _ = self._prefix_cache.reuse(model, ids)
+            if cache is None or LengthRotation(model).varies:  # transformers' own begins anew
+                return self._generate(**options)
             try:
                 return self._generate(**options, **{cache_argument(model): cache})
             finally:

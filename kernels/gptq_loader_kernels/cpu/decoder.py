@@ -21,6 +21,7 @@ from gptq_loader_kernels.cpu.library import Sequence as Sequence_
 from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
 from gptq_loader_kernels.cpu.tensors import check_tensor
 from gptq_loader_plugin.generation.kv_cache import make_cache
+from gptq_loader_plugin.generation.rotation import rope_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["CACHE", "MAX_STEP_TOKENS", "NativeDecoder"]
 
 MAX_STEP_TOKENS = 8  # of a step; more are a prompt
-STEADY = ("default", "linear", "llama3", "yarn")  # rotations that go by position alone
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
@@ -99,7 +99,8 @@ class NativeDecoder:
         if not is_growable(cache, built.model, x.dtype):
             return None
         past: int = cache.layers[0].length
-        return (x.contiguous(), cache) if call.goes_on_from(past) else None
+        ours = self._keeps_angles(past + x.shape[1]) and call.goes_on_from(past)
+        return (x.contiguous(), cache) if ours else None
 
     def takes_prompts(self) -> bool:
         """Say whether more than a few tokens are taken natively."""
@@ -131,22 +132,28 @@ class NativeDecoder:
         if torch.is_grad_enabled() or not all(0 < len(it) <= MAX_STEP_TOKENS for it in tokens):
             return None
         with self._lock:
-            x = self.decoder.embed_tokens(torch.tensor([[it for ids in tokens for it in ids]]))
-            if x.dtype not in TYPES or x.device.type != "cpu" or not self._keeps_angles():
+            ids = torch.tensor([[it for ids in tokens for it in ids]], device="cpu")
+            x = self.decoder.embed_tokens(ids)
+            if x.dtype not in TYPES or x.device.type != "cpu":
                 return None
             built = self._build(x.dtype)
             if built is None:
                 return None
-            for cache in caches:
+            for cache, new in zip(caches, tokens, strict=True):
                 make_growable(cache)
-                if not is_growable(cache, built.model, x.dtype):
+                ours = is_growable(cache, built.model, x.dtype)
+                if not ours or not self._keeps_angles(cache.layers[0].length + len(new)):
                     return None
             states: torch.Tensor = self._run(x, caches, [len(it) for it in tokens])[0]
             return states
 
-    def _keeps_angles(self) -> bool:
-        """Say whether a position's rotation is the same however long its sequence is."""
-        return getattr(self.decoder.rotary_emb, "rope_type", "default") in STEADY
+    def _keeps_angles(self, length: int) -> bool:
+        """Return whether every sequence of up to `length` positions is rotated alike.
+
+        Where rotations go by the length, what is beyond is transformers', as the caller has it.
+        """
+        limit = rope_limit(self.decoder.rotary_emb)
+        return limit is None or length < limit
 
     def _run(self, x: torch.Tensor, caches: Sequence[Any], tokens: Sequence[int]) -> torch.Tensor:
         built = self._built
@@ -158,7 +165,8 @@ class NativeDecoder:
             sequence.tokens = count
             sequence.caches = self._held.reserve(cache, past + count, built.model, x.dtype)
             positions.extend(range(past, past + count))
-        cos, sin = self.decoder.rotary_emb(x[:, :0].float(), torch.tensor([positions]))
+        places = torch.tensor([positions], device="cpu")
+        cos, sin = self.decoder.rotary_emb(x[:, :0].float(), places)
         cos, sin, y = cos.contiguous(), sin.contiguous(), torch.empty_like(x)
         for name, angles in (("cos", cos), ("sin", sin)):
             check_tensor(name, angles, (1, len(positions), built.model.head_dim), torch.float32)

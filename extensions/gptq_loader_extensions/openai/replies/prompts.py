@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gptq_loader_extensions.openai.replies.scores import ScoredToken, score_tokens
 
@@ -54,15 +54,14 @@ def _prefill(model: LoadedModel, ids: Sequence[int]) -> Iterator[tuple[int, torc
 
     from gptq_loader_plugin.generation.batch import TWICE
     from gptq_loader_plugin.generation.kv_cache import make_cache
-    from gptq_loader_plugin.transformers_compat import cache_argument
+    from gptq_loader_plugin.generation.model_runner import ModelRunner
 
-    cache = {cache_argument(model.model): make_cache(model.model)}
-    cached: dict[str, Any] = {**cache, "use_cache": True}
-    sequence = torch.tensor([list(ids)], device=model.model.device)
+    runner, cache = ModelRunner(model.model), make_cache(model.model)
     begin = 0
     while begin < len(ids):
-        chunk = sequence[:, begin : begin + max(1, CHUNK * TWICE // (TWICE + begin))]
+        size = max(1, CHUNK * TWICE // (TWICE + begin)) if runner.takes_parts else len(ids)
+        chunk = ids[begin : begin + size]
         with torch.inference_mode():  # not around a yield, which others run after
-            logits = model.model(input_ids=chunk, **cached).logits[0]
-        yield begin, logits
-        begin += chunk.shape[1]
+            logits, cache = runner.run(chunk, cache, past=begin, length=len(ids))
+        yield begin, logits[0]
+        begin += len(chunk)

@@ -1,0 +1,85 @@
+"""Run a model over the tokens of one sequence, part by part, as one call over all of it answers.
+
+Families differ in what they keep of what they have read: most fill a cache that is handed to them,
+some make one of a class of their own, and some keep nothing that can be handed back. Some count
+the positions of each call from zero, and some rotate by the length of the sequence.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gptq_loader_plugin.generation.kv_cache import makes_own_cache
+from gptq_loader_plugin.generation.rotation import LengthRotation
+from gptq_loader_plugin.transformers_compat import CACHE_NAMES, find_cache_argument
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+__all__ = ["ModelRunner"]
+
+
+class ModelRunner:
+    """A model, and how it reads one sequence.
+
+    Args:
+        model: a causal language model.
+
+    Attributes:
+        rotation: how it rotates sequences of different lengths.
+        rereads: whether it keeps nothing: each call must have the whole sequence.
+        takes_parts: whether a prompt may be read in parts. Not where what is kept is of the class's
+            own: MiniMax answers otherwise where several tokens follow others.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model: Any = model
+        self._cache_name = find_cache_argument(model)
+        self._takes_positions = "position_ids" in signature(type(model).forward).parameters
+        self.rotation = LengthRotation(model)
+        self.rereads = self._cache_name is None
+        self.takes_parts = not self.rereads and not makes_own_cache(model)
+
+    def run(
+        self,
+        tokens: Sequence[int],
+        cache: Any,  # noqa: ANN401 - transformers' caches
+        *,
+        past: int,
+        length: int,
+        states: bool = False,
+        logits_to_keep: int = 0,
+    ) -> tuple[torch.Tensor, Any]:
+        """Read tokens of a sequence.
+
+        Args:
+            tokens: what is read, of which `past` tokens are before.
+            cache: what was kept of those, or None.
+            past: how many tokens were read before.
+            length: of the sequence, what is read later included.
+            states: whether to return the decoder's states in place of logits.
+            logits_to_keep: of how many last tokens logits are needed; 0 for all.
+
+        Returns:
+            Logits [1, tokens, vocabulary] or states [1, tokens, hidden], and what is kept now.
+        """
+        device = self._model.device
+        more: dict[str, Any] = {}
+        if self._cache_name is not None:
+            more = {self._cache_name: cache, "use_cache": True}
+        if self._takes_positions:
+            more["position_ids"] = torch.arange(past, past + len(tokens), device=device)[None]
+        if not states:
+            more["logits_to_keep"] = logits_to_keep
+        run = self._model.get_decoder() if states else self._model
+        with self.rotation.applied(length):
+            output = run(input_ids=torch.tensor([tokens], device=device), **more)
+        if cache is None and self._cache_name is not None:
+            names = (self._cache_name, *CACHE_NAMES)
+            cache = next((getattr(output, name) for name in names if hasattr(output, name)), None)
+        return (output.last_hidden_state if states else output.logits), cache
