@@ -49,12 +49,14 @@ scale: ## drive the real vLLM and Ray Serve, some 15 minutes
 	@GPTQ_SCALE=1 $(PYTHON) tools/set_up.py hosts vllm ray
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/scale $(ARGS)
 
-conformance: ## hold every kernel that runs here against float64, over the whole grid
+conformance: ## hold every kernel that runs here against float64, and whole models against transformers
 	@$(PYTHON) tools/set_up.py test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m gptq_loader_plugin.conformance --device cpu --jobs 2 \
 		--kernel reference --kernel dense --kernel cpu --kernel cpu-int4 $(ARGS)
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m gptq_loader_plugin.conformance \
 		--device cpu --jobs 2 --kernel triton --cells cover $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m gptq_loader_plugin.conformance.models --kernel reference
+	@OMP_NUM_THREADS=1 $(BIN)/python -m gptq_loader_plugin.conformance.models --kernel cpu
 
 bench: ## measure: exactness, memory, the demo's speed, CPU kernels, and other programs by PEERS="--peer ..."
 	@$(PYTHON) tools/set_up.py test

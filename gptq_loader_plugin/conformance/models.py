@@ -1,0 +1,318 @@
+"""Hold whole models to one call without a cache: `python -m gptq_loader_plugin.conformance.models`.
+
+Tiny random models of many families, their linears packed and prepared by a kernel, write replies as
+a loaded model writes them: prompts in parts, kept prefixes, edited and cancelled turns, several
+replies at a time, scored prompts. Each token's logits are compared with those of the same model by
+transformers alone, in float32, over the whole sequence at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import sys
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from gptq_loader_plugin.conformance.families import FAMILIES, make_config
+from gptq_loader_plugin.conformance.layers import Case, make_layer
+from gptq_loader_plugin.device import find_device
+from gptq_loader_plugin.generation.batch import Batch
+from gptq_loader_plugin.generation.generate import Generation
+from gptq_loader_plugin.generation.kv_cache import PrefixCache, make_cache
+from gptq_loader_plugin.generation.model_runner import ModelRunner
+from gptq_loader_plugin.generation.options import GenerateOptions
+from gptq_loader_plugin.generation.rotation import LengthRotation
+from gptq_loader_plugin.kernel import Finisher
+from gptq_loader_plugin.plugins import Plugins
+from gptq_loader_plugin.verdict import Declined
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from gptq_loader_plugin.generation.loaded import LoadedModel
+    from gptq_loader_plugin.kernel import Batcher, Kernel
+
+__all__ = ["CHECKS", "ModelReport", "Subject", "check_family", "main", "make_subject"]
+
+# Both sides compute in float32; the order of their sums differs: 1e-6 to 1e-5 measured.
+TOLERANCE = 1e-4
+PACKED = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj",
+    "gate_up_proj", "fc1", "fc2",
+)  # fmt: skip
+GREEDY = GenerateOptions(temperature=0)
+REPLY = 4  # tokens
+
+
+@dataclass(slots=True)
+class Subject:
+    """A model under test, and what it must answer like.
+
+    Attributes:
+        model: with packed linears, finished by the kernel.
+        batcher: steps several of its sequences at a time, or None.
+        plain: transformers' own model of the same weights.
+        worst: how far the worst logits were off.
+    """
+
+    model: Any
+    batcher: Batcher | None
+    plain: Any
+    worst: float = 0.0
+
+    @torch.inference_mode()
+    def compare(self, ids: Sequence[int], logits: torch.Tensor) -> None:
+        """Compare the logits after the last of some tokens with those of one call over all."""
+        if LengthRotation(self.plain).varies:
+            self.plain(input_ids=torch.tensor([[0]]), use_cache=False)  # forget longer ones
+        right = self.plain(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, -1]
+        error = float((logits.flatten() - right).norm() / right.norm())
+        self.worst = max(self.worst, error if error == error else float("inf"))  # noqa: PLR0124 - not a number
+
+    def begin(
+        self,
+        ids: Sequence[int],
+        kept: PrefixCache | None = None,
+        *,
+        tokens: int = REPLY,
+        cancel: threading.Event | None = None,
+        sequence: list[int] | None = None,
+    ) -> Generation:
+        """Begin a reply, each of whose tokens is compared, and added to `sequence`."""
+        sequence = list(ids) if sequence is None else sequence
+
+        def watch(token: int, logits: torch.Tensor) -> None:
+            self.compare(sequence, logits)
+            sequence.append(token)
+
+        return Generation(
+            self.model,
+            cast("Any", _Letters()),
+            ids,
+            GREEDY,
+            max_new_tokens=tokens,
+            stop=(),
+            stop_ids=frozenset(),
+            kept=kept,
+            cancel=cancel,
+            watch=watch,
+        )
+
+    @torch.inference_mode()
+    def write(
+        self, ids: Sequence[int], kept: PrefixCache | None = None, part: int = 2048
+    ) -> list[int]:
+        """Write a reply, its prompt in parts; return prompt and reply."""
+        sequence = list(ids)
+        generation = self.begin(ids, kept, sequence=sequence)
+        while not generation.finished:
+            logits = generation.prefill(part)
+            if generation.cancelled() is None:
+                generation.sample(logits)
+        generation.close()
+        return sequence
+
+
+@dataclass(slots=True)
+class ModelReport:
+    """What came of one family.
+
+    Attributes:
+        family: its name.
+        passed: the checks that held, and how far the worst logits were off.
+        failed: those that did not, and why.
+    """
+
+    family: str
+    passed: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+class _Letters:
+    """A tokenizer of one letter a token."""
+
+    def decode(self, tokens: list[int], **_: object) -> str:
+        """Join the letters."""
+        return "".join(chr(97 + token % 26) for token in tokens)
+
+
+def make_subject(family: str, kernel: Kernel, *, seed: int = 0) -> Subject:
+    """Make a random model of a family, and the same one with linears that a kernel prepared."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    plain: Any = AutoModelForCausalLM.from_config(make_config(family)).float().eval()
+    plain.requires_grad_(requires_grad=False)
+    device, prepared = find_device("cpu"), {}
+    for name, module in plain.named_modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.weight.normal_(0, 0.3)
+        if type(module) is not torch.nn.Linear:
+            continue
+        module.weight.normal_(0, module.in_features**-0.5)
+        if not name.endswith(PACKED) or module.in_features % 32:
+            continue
+        case = Case(
+            group_size=32,
+            sym=False,
+            rows=module.in_features,
+            columns=module.out_features,
+            bias=module.bias is not None,
+        )
+        spec, packed, weight = make_layer(case)
+        if isinstance(kernel.consider(spec, device), Declined):
+            continue
+        module.weight.copy_(weight)
+        if packed.bias is not None:
+            module.bias.copy_(packed.bias)
+        prepared[name] = kernel.prepare(spec, packed, device)
+    plain.tie_weights()
+    model = copy.deepcopy(plain)
+    for name, module in prepared.items():
+        model.set_submodule(name, module)
+    batcher = kernel.finish(model).batcher if isinstance(kernel, Finisher) else None
+    return Subject(model, batcher, plain)
+
+
+def _prompt(length: int, seed: int = 1) -> list[int]:
+    draw = random.Random(seed)  # noqa: S311 - a seeded draw
+    return [draw.randrange(3, 250) for _ in range(length)]
+
+
+def _chunks(subject: Subject) -> None:
+    """Read prompts in parts of several sizes, on both sides of 64 tokens."""
+    for length, part in ((1, 2048), (40, 7), (62, 33), (90, 32), (20, 1), (140, 2048)):
+        subject.write(_prompt(length), part=part)
+
+
+def _kept(subject: Subject) -> None:
+    """Begin with what was kept: longer, shorter, edited, cancelled, and another conversation."""
+    kept = PrefixCache(max_sequences=2)
+    first = subject.write(_prompt(50), kept)
+    cancel = threading.Event()
+    cancelled = subject.begin([*first, *_prompt(20, 2)], kept, cancel=cancel)
+    with torch.inference_mode():
+        cancelled.prefill_chunk(9)
+    cancel.set()
+    cancelled.cancelled()
+    cancelled.close()
+    long = subject.write([*first, *_prompt(30, 3)], kept)
+    subject.write(first[:30], kept)
+    subject.write([*long[:40], 7, *long[41:]], kept)
+    subject.write(_prompt(70, 4), kept)
+    subject.write(_prompt(70, 4)[:20], kept)
+    subject.write([*long, *_prompt(3, 5)], kept, 5)
+
+
+def _batch(subject: Subject) -> None:
+    """Write replies side by side that join, leave and are cancelled."""
+    batch = Batch(cast("LoadedModel", subject))
+    cancel = threading.Event()
+    lengths = (5, 60, 1, 100, 12, 58)
+    waiting = [
+        subject.begin(_prompt(length, seed=i), tokens=REPLY + 2 * i)
+        for i, length in enumerate(lengths)
+    ]
+    waiting.insert(2, subject.begin(_prompt(30, 9), tokens=100, cancel=cancel))
+    for turn in range(400):
+        if waiting and turn % 2 == 0:
+            batch.add(waiting.pop(0))
+        if turn == 9:
+            cancel.set()
+        for _, what in batch.step():
+            if isinstance(what, Exception):
+                raise what
+        if not waiting and not len(batch):
+            return
+    raise RuntimeError("the replies did not end")
+
+
+@torch.inference_mode()
+def _scores(subject: Subject) -> None:
+    """Score every token of a prompt, read in parts."""
+    ids, past = _prompt(100, 6), 0
+    runner, cache = ModelRunner(subject.model), make_cache(subject.model)
+    if LengthRotation(subject.plain).varies:
+        subject.plain(input_ids=torch.tensor([[0]]), use_cache=False)
+    right = subject.plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    for size in (16, 1, 40, 43) if runner.takes_parts else (len(ids),):
+        part = ids[past : past + size]
+        logits, cache = runner.run(part, cache, past=past, length=len(ids))
+        expected = right[past : past + size]
+        error = float((logits[0] - expected).norm() / expected.norm())
+        subject.worst = max(subject.worst, error if error == error else float("inf"))  # noqa: PLR0124
+        past += size
+
+
+CHECKS: dict[str, Callable[[Subject], None]] = {
+    "parts": _chunks,
+    "kept": _kept,
+    "batch": _batch,
+    "scores": _scores,
+}
+
+
+def check_family(family: str, kernel: Kernel, checks: Sequence[str] = tuple(CHECKS)) -> ModelReport:
+    """Run the checks of one family."""
+    report = ModelReport(family)
+    try:
+        subject = make_subject(family, kernel)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the family was not tested
+        report.failed = dict.fromkeys(checks, f"{type(error).__name__}: {error}")
+        return report
+    for name in checks:
+        subject.worst = 0.0
+        try:
+            CHECKS[name](subject)
+        except Exception as error:  # noqa: BLE001 - it has failed, whatever was raised
+            report.failed[name] = f"{type(error).__name__}: {error}"
+            continue
+        if subject.worst <= TOLERANCE:
+            report.passed[name] = subject.worst
+        else:
+            report.failed[name] = f"off by {subject.worst:.1e}"
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the families that the command line names.
+
+    Returns:
+        0 where every check of every family held.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m gptq_loader_plugin.conformance.models",
+        description="Hold whole models' replies to one call of transformers without a cache.",
+    )
+    parser.add_argument(
+        "--kernel", default="reference", help="what multiplies; reference by default"
+    )
+    parser.add_argument(
+        "--family", action="append", choices=sorted(FAMILIES), help="all by default"
+    )
+    options = parser.parse_args(arguments)
+    kernels = {kernel.name: kernel for kernel in Plugins(installed=True).kernels()}
+    if options.kernel not in kernels:
+        parser.error(f"no kernel is named {options.kernel!r}; there is {', '.join(kernels)}")
+    reports = []
+    for family in options.family or FAMILIES:
+        reports.append(report := check_family(family, kernels[options.kernel]))
+        worst = max(report.passed.values(), default=0.0)
+        words = [f"{len(report.passed)} of {len(CHECKS)} checks held, at most {worst:.0e} off"]
+        words += [f"  {name}: {why}" for name, why in report.failed.items()]
+        sys.stdout.write(f"{family}: " + "\n".join(words) + "\n")
+        sys.stdout.flush()
+    failed = sum(len(report.failed) for report in reports)
+    sys.stdout.write(
+        f"{len(reports)} families x {len(CHECKS)} checks by {options.kernel}: {failed} failed\n"
+    )
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
