@@ -106,8 +106,8 @@ def write_checkpoint(
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").unlink(missing_ok=True)  # an older checkpoint's: it is none any more
     for pattern in (".*.part", ".*.partial"):  # of a run that was killed while it wrote
-        for left in out.glob(pattern):
-            left.unlink()
+        for unfinished in out.glob(pattern):
+            unfinished.unlink()
     tokenizer.save_pretrained(out)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(out)
@@ -230,7 +230,9 @@ def _quantize_config(options: QuantizeOptions, left: Mapping[str, str]) -> dict[
     `dynamic` tells other loaders which linears are not quantised; routers none of them expects.
     """
     linears = [name for name, why in left.items() if why != NOT_LINEAR]
-    dynamic = {"dynamic": {f"-:{re.escape(name)}$": {} for name in linears}} if linears else {}
+    dynamic: dict[str, Any] = (
+        {"dynamic": {f"-:{re.escape(name)}$": {} for name in linears}} if linears else {}
+    )
     return {
         "bits": options.bits,
         "group_size": options.group_size,
