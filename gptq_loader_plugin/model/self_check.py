@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptq_loader_plugin.errors import CorruptCheckpoint, PluginError
+from gptq_loader_plugin.errors import CorruptCheckpoint, PluginError, UnsupportedFormat
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,6 +48,8 @@ def check_layers(
     kinds: dict[tuple[object, ...], Choice] = {}
     for choice in plan.choices:
         layer = choice.layer
+        if layer.name not in modules:  # it was cut into several
+            continue
         kind = (choice.kernel.name, layer.bits, layer.group_size, layer.desc_act, layer.layout)
         kinds.setdefault(kind, choice)
     for choice in kinds.values():
@@ -59,6 +61,7 @@ def check_finite(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 
     Raises:
         CorruptCheckpoint: one is not; the message names the first module that gave such a value.
+        UnsupportedFormat: the class does what a quantised layer cannot answer.
     """
     ids = (
         torch.arange(PROBE_TOKENS, device=model.device)[None]
@@ -75,7 +78,16 @@ def check_finite(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         return hook
 
     with torch.inference_mode():
-        if bool(torch.isfinite(model(input_ids=ids).logits).all()):
+        try:
+            finite = bool(torch.isfinite(model(input_ids=ids).logits).all())
+        except (AttributeError, RuntimeError, TypeError) as error:  # the class touches a weight
+            raise UnsupportedFormat(
+                f"a {model.config.model_type} model cannot run with these kernels and this dtype "
+                f"({str(error).splitlines()[0][:200]})",
+                path=checkpoint.path,
+                hint='load it with backend="dense" and dtype="float32"',
+            ) from error
+        if finite:
             return
         handles = [
             module.register_forward_hook(watch(name)) for name, module in model.named_modules()

@@ -11,16 +11,24 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from gptq_loader_plugin.errors import TensorMismatch, UnsupportedFormat
+from gptq_loader_plugin.model.experts import experts_layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
 
-__all__ = ["ExpertPlace", "ModulePlace", "Names", "Place"]
+__all__ = ["ExpertPlace", "ModulePlace", "Names", "Place", "SplitPlace"]
 
 EXPERT_INDEX = re.compile(r"\.experts\.(\d+)\.")
+# An expert's tensor where transformers has no conversion for it: as GPTQModel names it.
+EXPERT = re.compile(
+    r"(?P<parent>.+)\.(?:(?P<expert>\d+)\.(?P<role>gate|up|gate_up|down)_proj"
+    r"|(?P<role_before>gate_up|down)(?:_projs)?\.(?P<expert_after>\d+))\.(?:weight|bias)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +45,7 @@ class ExpertPlace:
     Attributes:
         parent: the fused module's path, `model.layers.0.mlp.experts`.
         expert: which expert.
-        role: "gate", "up" or "down".
+        role: "gate", "up", "gate_up" or "down".
     """
 
     parent: str
@@ -45,8 +53,21 @@ class ExpertPlace:
     role: str
 
 
+@dataclass(frozen=True, slots=True)
+class SplitPlace:
+    """A layer is several modules of the model, side by side.
+
+    Attributes:
+        columns: which columns are each module's, int64 [n], by its path.
+    """
+
+    columns: dict[str, torch.Tensor]
+
+
 Place = ModulePlace | ExpertPlace
-ROLES = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+NEXT_MODULE = r"^(model\.)?mtp\b"
+NEXT_TOKENS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+ROLES = {"gate_up_proj": ("gate", "up"), "up_proj": ("up",), "down_proj": ("down",)}
 
 
 class Names:
@@ -64,8 +85,14 @@ class Names:
             transform for transform in transforms if isinstance(transform, WeightConverter)
         ]
         self._prefix = model.base_model_prefix
-        self._known = set(model.state_dict().keys()) | {name for name, _ in model.named_buffers()}
+        self._tensors = {**model.state_dict(), **dict(model.named_buffers())}
+        self._known = set(self._tensors)
         self._modules = {name for name, _ in model.named_modules()}
+        self._model = model
+        layouts = {name: experts_layout(module) for name, module in model.named_modules()}
+        self._experts = {
+            name: layout.count for name, layout in layouts.items() if layout is not None
+        }
 
     def target(self, tensor: str) -> tuple[str, Any, str | None]:
         """Rename one tensor of a checkpoint.
@@ -92,7 +119,7 @@ class Names:
         """Find where one tensor belongs: a parameter's path, an expert's projection, or nowhere."""
         target, converter, pattern = self.target(tensor)
         if converter is None:
-            return ModulePlace(target) if self.exists(target) else None
+            return ModulePlace(target) if self.exists(target) else self._separate(target)
         parent, _, fused = target.rpartition(".")
         expert = EXPERT_INDEX.search(tensor)
         roles = ROLES.get(fused)
@@ -101,8 +128,20 @@ class Names:
             return None
         return ExpertPlace(parent, int(expert[1]), roles[sources.index(str(pattern))])
 
-    def layer(self, name: str, checkpoint: Checkpoint) -> Place:
-        """Find the module, or the expert, that a quantised layer replaces.
+    def _separate(self, name: str) -> ExpertPlace | None:
+        """Find the expert of a tensor whose class has all experts in one, also in its files."""
+        match = EXPERT.fullmatch(name)
+        if match is None:
+            return None
+        parents = (match["parent"], f"{self._prefix}.{match['parent']}")
+        parent = next((parent for parent in parents if parent in self._experts), None)
+        if parent is None:
+            return None
+        expert = match["expert"] or match["expert_after"]
+        return ExpertPlace(parent, int(expert), match["role"] or match["role_before"])
+
+    def layer(self, name: str, checkpoint: Checkpoint) -> Place | SplitPlace:
+        """Find the module, the modules or the expert that a quantised layer replaces.
 
         Raises:
             TensorMismatch: the model has no such module.
@@ -117,6 +156,9 @@ class Names:
                 pass
         target, converter, _ = self.target(f"{name}.weight")
         if converter is not None:
+            columns = self._columns(target, converter, checkpoint.layers[name].out_features)
+            if columns is not None:
+                return SplitPlace(columns)
             raise UnsupportedFormat(
                 f"{name} is quantised, and this transformers fuses it into {target}",
                 path=checkpoint.path,
@@ -131,9 +173,64 @@ class Names:
             "model is newer than it",
         )
 
+    def _columns(self, target: str, converter: Any, count: int) -> dict[str, torch.Tensor] | None:  # noqa: ANN401 - transformers' own
+        """Learn which columns of a layer go where, by converting their numbers."""
+        end = target.index(converter.target_patterns[0])
+        suffix = target[end + len(converter.target_patterns[0]) :]
+        numbers: Any = {converter.source_patterns[0]: [torch.arange(count)[:, None]]}
+        try:
+            for operation in converter.operations:
+                numbers = operation.convert(
+                    numbers,
+                    source_patterns=converter.source_patterns,
+                    target_patterns=converter.target_patterns,
+                    full_layer_name=target,
+                    model=self._model,
+                    config=self._model.config,
+                    missing_keys=None,
+                )
+            columns = {
+                f"{target[:end]}{pattern}{suffix}".removesuffix(".weight"): (
+                    value[0] if isinstance(value, list) else value
+                ).flatten()
+                for pattern, value in numbers.items()
+            }
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return None
+        every = torch.cat(list(columns.values())).sort().values
+        whole = len(converter.source_patterns) == 1 and torch.equal(every, torch.arange(count))
+        return columns if whole and columns.keys() <= self._modules else None
+
     def exists(self, target: str) -> bool:
         """Whether the model has a parameter or buffer of this name."""
         return target in self._known
+
+    def parameter(self, target: str) -> torch.Tensor | None:
+        """Return the model's own parameter or buffer of this name, as it was built."""
+        return self._tensors.get(target)
+
+    def has_expert(self, parent: str, expert: int) -> bool:
+        """Whether a module has that expert: those that pass states on as they are have none."""
+        return expert < self._experts.get(parent, 0)
+
+    def is_module(self, path: str) -> bool:
+        """Whether the model has a module of this path."""
+        return path in self._modules or f"{self._prefix}.{path}" in self._modules
+
+    def is_left_out(self, name: str) -> bool:
+        """Whether transformers leaves out what a layer is of: a layer that predicts more tokens.
+
+        Such layers are counted on after the last one (`num_nextn_predict_layers`), or lie apart.
+        """
+        if self.place(f"{name}.weight") is not None or self.inside_a_block(name):
+            return False
+        ignored = getattr(self._model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        if any(re.search(pattern, name) for pattern in (*ignored, NEXT_MODULE)):
+            return True
+        config = self._model.config.get_text_config()
+        block = re.search(r"\.layers\.(\d+)\.", name)
+        more = next((getattr(config, key, None) for key in NEXT_TOKENS if hasattr(config, key)), 0)
+        return block is not None and 0 <= int(block[1]) - config.num_hidden_layers < (more or 0)
 
     def inside_a_block(self, target: str) -> bool:
         """Whether a tensor without a place names a block that the model has: `layers.0.…`."""

@@ -7,7 +7,7 @@ there beyond need is one warning, or an error where it belongs to a layer of the
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +18,16 @@ from gptq_loader_plugin.checkpoint.tensors import is_finite
 from gptq_loader_plugin.errors import CorruptCheckpoint, TensorMismatch
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.model.experts import PackedExperts
+from gptq_loader_plugin.model.float32 import kept_in_float32
 from gptq_loader_plugin.model.linears import linear_shape
 from gptq_loader_plugin.model.offload import offload_module, offload_tensor
-from gptq_loader_plugin.model.tensor_names import ExpertPlace, ModulePlace, Names
+from gptq_loader_plugin.model.tensor_names import (
+    ExpertPlace,
+    ModulePlace,
+    Names,
+    Place,
+    SplitPlace,
+)
 from gptq_loader_plugin.planning.choose import prepared
 from gptq_loader_plugin.system.heap import release_freed
 
@@ -123,22 +130,30 @@ class _Filling:
         self.experts: dict[str, PackedExperts] = {}
         self.fused: dict[str, tuple[Any, dict[str, list[tuple[str, torch.Tensor]]]]] = {}
         self.modules: dict[str, nn.Module] = {}
+        self.prepared: set[str] = set()
         self.foreign: list[str] = []
+        self.expert_tensors: dict[ExpertPlace, dict[str, torch.Tensor]] = {}
+        self.tied: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
+        self.float32 = kept_in_float32(model, self.dtype)
 
     def run(self) -> Filled:
         places = {
             name: self.names.layer(name, self.checkpoint)
             for name in (*self.choices, *self.dequantized)
+            if not self.names.is_left_out(name)
         }
         self._find_dequantized(places)
-        self._make_experts([place for place in places.values() if isinstance(place, ExpertPlace)])
+        separate = [*places.values(), *self._separate_experts()]
+        self._make_experts([place for place in separate if isinstance(place, ExpertPlace)])
         order = reading_order(self.checkpoint)
         done, total = 0, sum(info.nbytes for _, parts in order for info in parts)
         for name, parts in order:
-            if name in self.dequantized:
+            if name in self.dequantized and name in places:
                 self._dequantize(self.dequantized[name], places[name])
-            elif name in self.choices:
+            elif name in places:
                 self._place_layer(self.choices[name], places[name])
+            elif name in self.choices:
+                self.foreign += [info.name for info in parts]
             else:
                 self._place_tensor(name)
             done += sum(info.nbytes for info in parts)
@@ -148,7 +163,7 @@ class _Filling:
         release_freed()
         return Filled(self.modules, tuple(self.dequantized.values()), tuple(self._warnings()))
 
-    def _find_dequantized(self, places: Mapping[str, ModulePlace | ExpertPlace]) -> None:
+    def _find_dequantized(self, places: Mapping[str, Place | SplitPlace]) -> None:
         """Find the layers whose modules read their weight by themselves: no linear layers."""
         for name, place in places.items():
             if name in self.choices and isinstance(place, ModulePlace):
@@ -156,14 +171,26 @@ class _Filling:
                 if linear_shape(module) is None and hasattr(module, "weight"):
                     self.dequantized[name] = self.choices[name].layer
 
+    def _separate_experts(self) -> list[ExpertPlace]:
+        """List experts in 16 bits that transformers has no way to fuse."""
+        places = {name: self.names.place(name) for name in self.checkpoint.headers}
+        return [
+            place
+            for name, place in places.items()
+            if isinstance(place, ExpertPlace) and self.names.target(name)[1] is None
+        ]
+
     def _make_experts(self, places: list[ExpertPlace]) -> None:
         for parent in dict.fromkeys(place.parent for place in places):
-            fused: Any = self.model.get_submodule(parent)
-            packed = PackedExperts(fused.num_experts, fused.act_fn)
+            packed = PackedExperts(self.model.get_submodule(parent))
             self.model.set_submodule(parent, packed)
             self.experts[parent] = packed
 
-    def _place_layer(self, choice: Choice, place: ModulePlace | ExpertPlace) -> None:
+    def _place_layer(self, choice: Choice, place: Place | SplitPlace) -> None:
+        if isinstance(place, ExpertPlace) and not self._has_expert(choice.layer.name, place):
+            return None
+        if isinstance(place, SplitPlace):
+            return self._place_split(choice, place)
         layer = choice.layer
         if isinstance(place, ModulePlace):
             self._check_shape(layer, self.model.get_submodule(place.path), place.path)
@@ -180,16 +207,45 @@ class _Filling:
             self.experts[place.parent].place(place.expert, place.role, module)
         else:
             self.model.set_submodule(place.path, module)
+            self.prepared.add(place.path)
+        return None
 
-    def _dequantize(self, layer: LayerSpec, place: ModulePlace | ExpertPlace) -> None:
+    def _has_expert(self, name: str, place: ExpertPlace) -> bool:
+        """Whether the model has that expert; LongCat's files have some that compute nothing."""
+        experts = self.experts[place.parent]
+        if place.expert >= experts.num_experts and not experts.passes_on:
+            raise self._mismatch(
+                name, f"is of an expert beyond the {experts.num_experts} that config.json names"
+            )
+        return place.expert < experts.num_experts
+
+    def _place_split(self, choice: Choice, place: SplitPlace) -> None:
+        """Cut a layer's columns into the modules that the model has for them."""
+        packed = self.checkpoint.packed(choice.layer.name)
+        where = self.plan.place(choice.layer.name)
+        for path, columns in place.columns.items():
+            layer = replace(choice.layer, name=path, out_features=len(columns))
+            self._check_shape(layer, self.model.get_submodule(path), path)
+            part = packed.take_columns(columns)
+            module = prepared(choice.kernel, layer, part, where.device).to(where.device.torch_name)
+            module.eval()
+            if where.on_disk and self.offload_folder is not None:
+                offload_module(module, self.offload_folder)
+            self.modules[path] = module
+            self.model.set_submodule(path, module)
+
+    def _dequantize(self, layer: LayerSpec, place: Place | SplitPlace) -> None:
         """Put a layer's weight, [N, K], where a module reads it by itself."""
         packed = self.checkpoint.packed(layer.name)
-        weight = packed.dequantize().to(self.dtype)
+        weight = packed.dequantize()
         if isinstance(place, ExpertPlace):
-            linear = _linear(self._placed(layer.name, weight))
+            linear = _linear(self._placed(layer.name, weight.to(self.dtype)))
             self.experts[place.parent].place(place.expert, place.role, linear)
             return
+        if isinstance(place, SplitPlace):
+            raise self._mismatch(f"{layer.name}.qweight", "is of a layer that this class cuts")
         module = self.model.get_submodule(place.path)
+        weight = weight.to(self._dtype(f"{place.path}.weight", None))
         self._assign(f"{place.path}.weight", self._placed(layer.name, weight), layer.name)
         bias: torch.Tensor | None = getattr(module, "bias", None)
         if (packed.bias is not None and bias is None) or (bias is not None and not layer.bias):
@@ -220,18 +276,18 @@ class _Filling:
         if COMPUTED.fullmatch(name):
             return  # a file may have it in half precision
         target, converter, pattern = self.names.target(name)
-        parent = target.rpartition(".")[0]
-        if converter is not None:
-            tensor = self._read(name)
-            if parent in self.experts:
-                place = self.names.layer(name.removesuffix(".weight"), self.checkpoint)
-                if isinstance(place, ExpertPlace):
-                    self.experts[parent].place(place.expert, place.role, _linear(tensor))
+        place = self.names.place(name)
+        if isinstance(place, ExpertPlace) and place.parent in self.experts:
+            if not self._has_expert(name, place):
                 return
+            parts = self.expert_tensors.setdefault(place, {})
+            parts["bias" if name.endswith("bias") else "weight"] = self._read(name, target)
+        elif converter is not None:
+            tensor = self._read(name, target)
             _, collected = self.fused.setdefault(target, (converter, {}))
             collected.setdefault(str(pattern), []).append((name, tensor))
         elif self.names.exists(target):
-            self._assign(target, self._read(name), name)
+            self._assign(target, self._read(name, target), name)
         elif self.names.inside_a_block(target):
             raise self._mismatch(
                 name,
@@ -242,22 +298,31 @@ class _Filling:
         else:
             self.foreign.append(name)
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _read(self, name: str, target: str) -> torch.Tensor:
         tensor = self.checkpoint.tensor(name)
         if not tensor.is_floating_point():
             return self._placed(name, tensor.clone())  # the model outlives the file
-        own = torch.empty(tensor.shape, dtype=self.dtype)
+        old = self.names.parameter(target)
+        unlimited = old is not None and not old.is_meta and bool(torch.isinf(old).any())
+        own = torch.empty(tensor.shape, dtype=self._dtype(target, old))
         parts = (values.flatten().split(COPIED_VALUES) for values in (tensor, own))
-        for source, target in zip(*parts, strict=True):
-            if not is_finite(source):
+        for source, converted in zip(*parts, strict=True):
+            if not is_finite(source) and not (unlimited and not bool(source.isnan().any())):
                 raise CorruptCheckpoint(
                     f"{name} holds values that are not finite",
                     path=self.checkpoint.path,
                     tensor=name,
                     hint=DAMAGED,
                 )
-            target.copy_(source)
+            converted.copy_(source)
         return self._placed(name, own)
+
+    def _dtype(self, target: str, old: torch.Tensor | None) -> torch.dtype:
+        """Return what transformers loads a tensor in: some classes keep some in float32."""
+        if self.float32 is not None and self.float32.search(target):
+            return torch.float32
+        keeps = old is not None and old.dtype == torch.float32 and old.is_floating_point()
+        return torch.float32 if keeps else self.dtype
 
     def _placed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         where = self.plan.place(name)
@@ -304,6 +369,9 @@ class _Filling:
 
     def _finish(self) -> None:
         """Tie what the config ties, then find what is still without a value."""
+        for place, parts in self.expert_tensors.items():
+            if "weight" in parts:
+                self.experts[place.parent].place(place.expert, place.role, _linear(**parts))
         for parent, packed in self.experts.items():
             if missing := packed.missing():
                 raise self._mismatch(f"{parent}.{missing[0]}", "is missing: an expert's weight")
@@ -321,13 +389,28 @@ class _Filling:
         head, embedding = self.model.get_output_embeddings(), self._embedding()
         if head is None or not isinstance(head, nn.Linear):  # a quantised head is tied to nothing
             self.model.config.tie_word_embeddings = False
-        elif head.weight.is_meta:
-            self.model.tie_weights()
-            # While another thread loads a model, transformers has taken tie_weights away.
-            if head.weight.is_meta and self.model.config.tie_word_embeddings:
-                head.weight = embedding.weight
-        elif embedding.weight.is_meta and self.model.config.tie_word_embeddings:
-            embedding.weight = head.weight  # some writers kept the head's name of the two
+        for target, source in self.tied.items():  # some writers kept the other name of the two
+            self._share(source, target)
+            self._share(target, source)
+        translated = self.checkpoint.translated or {}
+        silent = bool(translated) and "tie_word_embeddings" not in translated
+        if isinstance(head, nn.Linear) and head.weight.is_meta and silent:
+            head.weight = embedding.weight  # the config around the language model's own ties them
+            self.model.config.tie_word_embeddings = True
+
+    def _share(self, source: str, target: str) -> None:
+        """Let one parameter be another where the checkpoint has that one alone."""
+        (source_path, _, source_leaf), (path, _, leaf) = (
+            name.rpartition(".") for name in (source, target)
+        )
+        module, other = self.model.get_submodule(path), self.model.get_submodule(source_path)
+        if not getattr(getattr(module, leaf, None), "is_meta", False):
+            return
+        value = getattr(other, source_leaf, None)
+        if isinstance(value, nn.Parameter) and not value.is_meta:
+            setattr(module, leaf, value)
+        elif isinstance(module, nn.Linear) and source_path in self.prepared:
+            self.model.set_submodule(path, other)
 
     def _embedding(self) -> Any:  # noqa: ANN401 - a module with a weight
         return self.model.get_input_embeddings()
@@ -335,11 +418,16 @@ class _Filling:
     def _warnings(self) -> list[str]:
         if not self.foreign:
             return []
-        roots = dict.fromkeys(
-            re.sub(r"\.\d+\..*", "", name).rpartition(".")[0] or name for name in self.foreign
-        )
+        roots = dict.fromkeys(self._root(name) for name in self.foreign)
         named = ", ".join(list(roots)[:4])
         return [f"{len(self.foreign)} tensors of parts this model lacks were not read: {named}"]
+
+    def _root(self, name: str) -> str:
+        """Name the part that a tensor is of: `model.visual`, or a block past the model's last."""
+        blocks = re.match(r"(.+?)\.\d+\.", name)
+        if blocks is None:
+            return name.rpartition(".")[0] or name
+        return blocks[0][:-1] if self.names.is_module(blocks[1]) else blocks[1].rpartition(".")[0]
 
     def _mismatch(self, tensor: str, what: str, *, hint: str = DAMAGED) -> TensorMismatch:
         return TensorMismatch(
@@ -347,9 +435,11 @@ class _Filling:
         )
 
 
-def _linear(weight: torch.Tensor) -> nn.Linear:
-    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     module.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        module.bias = nn.Parameter(bias, requires_grad=False)
     return module
 
 
