@@ -14,6 +14,7 @@ from gptq_loader_plugin.checkpoint.transformers_config import (
 )
 from gptq_loader_plugin.checkpoint.vocabulary import fit_vocabulary
 from gptq_loader_plugin.model.meta import MetaDevice, empty_parameters
+from gptq_loader_plugin.model.pictures import auto_class, drop_towers, reads_pictures
 
 if TYPE_CHECKING:
     import torch
@@ -68,16 +69,16 @@ def _build(
     default_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """Build the modules; a default dtype is set by transformers, meanwhile, for every thread."""
-    from transformers import AutoModelForCausalLM
-
     built: PreTrainedModel
     with MetaDevice(dtype):
         if model_class is not None:
             built = model_class._from_config(config, dtype=default_dtype)  # noqa: SLF001 - what it calls
         else:
-            built = AutoModelForCausalLM.from_config(
+            built = auto_class(config).from_config(
                 config, dtype=default_dtype, trust_remote_code=False
             )
+    if model_class is None and reads_pictures(config):
+        drop_towers(built)
     return built
 
 

@@ -30,8 +30,6 @@ DIFFERENT = {
     "baichuan of 13B": ("baichuan", {"hidden_size": 5120}, "ALiBi"),
     "chatglm 1": ("chatglm", {"multi_query_attention": ...}, "first generation"),
     "chatglm, rotated otherwise": ("chatglm", {"original_rope": False}, "original_rope is false"),
-    "llava on qwen": ("llava", {"text_config": {"model_type": "qwen2"}}, "not Llama or Mistral"),
-    "mistral3 on another": ("mistral3", {"text_config": {"model_type": "x"}}, "not Mistral"),
     "minicpm of experts": ("minicpm", {"num_experts": 8}, "mixture of experts"),
     "orion with biases": ("orion", {"attention_bias": True}, "attention_bias is true"),
     "qwen, partly rotated": ("qwen", {"rotary_pct": 0.5}, "rotary_pct is 0.5"),

@@ -160,8 +160,21 @@ def _code(config: Config) -> str:
 
 
 def _language_model(config: Config) -> Config:
-    """Take the config of the language model inside."""
-    return {**config.get("text_config", {}), "text_config": None, "vision_config": None}
+    """Take the config of the language model inside; the one around it says what is tied."""
+    text = config.get("text_config") or {}
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+    parts = {"text_config": None, "vision_config": None, "tie_word_embeddings": tied}
+    return {**text, **parts}
+
+
+def _is_on(model_type: str, default: str | None = None) -> Callable[[Config], bool]:
+    """Recognise a model with pictures by the language model it is built on."""
+
+    def when(config: Config) -> bool:
+        text = config["text_config"] if default is None else config.get("text_config", {})
+        return bool(text.get("model_type", default) == model_type)
+
+    return when
 
 
 def _plain_rotation(config: Config) -> Config:
@@ -350,26 +363,13 @@ FAMILIES = (
         computed=_minicpm,
     ),
     Family("llama", "llama", when=_is_superhot, computed=_superhot),
-    Family(
-        "llava",
-        "llama",
-        when=lambda config: config.get("text_config", {}).get("model_type", "llama") == "llama",
-        computed=_language_model,
-        names=INSIDE,
+    *(
+        Family("llava", text, when=_is_on(text, "llama"), computed=_language_model, names=INSIDE)
+        for text in ("llama", "mistral", "qwen2")
     ),
-    Family(
-        "llava",
-        "mistral",
-        when=lambda config: config["text_config"]["model_type"] == "mistral",
-        computed=_language_model,
-        names=INSIDE,
-    ),
-    Family(
-        "mistral3",
-        "mistral",
-        when=lambda config: config["text_config"]["model_type"] == "mistral",
-        computed=_language_model,
-        names=INSIDE,
+    *(
+        Family("mistral3", text, when=_is_on(text), computed=_language_model, names=INSIDE)
+        for text in ("mistral", "ministral3")
     ),
     Family("qwen2_vl", "qwen2", computed=_plain_rotation, names=INSIDE),
     Family("qwen2_5_vl", "qwen2", computed=_plain_rotation, names=INSIDE),

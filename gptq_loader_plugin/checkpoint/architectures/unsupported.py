@@ -64,8 +64,6 @@ REFUSED = (
         "is SantaCoder, whose queries and keys are not GPT-2's",
         when=lambda config: config.get("attention_head_type") == "multiquery",
     ),
-    Refused("mistral3", "is built on a language model that is not Mistral"),
-    Refused("llava", "is built on a language model that is not Llama or Mistral"),
     *(
         Refused(name, "brings Python code of its own, which is not run, and no class of "
                 "transformers computes the same")
