@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from gptq_loader_plugin.errors import QuantizeError
-from gptq_loader_plugin.model.experts import PackedExperts
+from gptq_loader_plugin.model.experts import PackedExperts, expert_weights, experts_layout
 from gptq_loader_plugin.model.linears import linear_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
@@ -43,11 +44,13 @@ class Block:
         path: its path in the model.
         module: the block.
         bits: the width its codes are to have.
+        shared: its linears whose weight an earlier block has too (Zamba's one attention block).
     """
 
     path: str
     module: nn.Module
     bits: int = 4
+    shared: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,49 +76,55 @@ def find_blocks(model: PreTrainedModel, bits: int = 4) -> list[Block]:
         QuantizeError: there is none.
     """
     best: tuple[int, str, nn.ModuleList] | None = None
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            weights = sum(parameter.numel() for parameter in module.parameters())
-            if best is None or weights > best[0]:
-                best = (weights, path, module)
+    for path, module in _block_lists(model):
+        weights = sum(parameter.numel() for parameter in module.parameters())
+        if best is None or weights > best[0]:
+            best = (weights, path, module)
     if best is None:
         raise QuantizeError(
             f"a {model.config.model_type} model has no list of blocks to quantise",
             hint="quantise a decoder-only language model",
         )
-    return [Block(f"{best[1]}.{i}", module, bits) for i, module in enumerate(best[2])]
+    return _blocks(best[1], best[2], bits)
 
 
-def separate_experts(model: PreTrainedModel, written: Collection[str]) -> None:
-    """Replace fused experts by linears of their own, so that each is quantised by itself.
+def _block_lists(model: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
+    """List what may be the blocks: the decoder's own lists, or any: a tower may be larger."""
+    decoder = model.get_decoder()
+    every = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
+    own = [(path, module) for path, module in every.items() if module in set(decoder.children())]
+    return own or list(every.items())
 
-    Args:
-        model: is changed.
-        written: the parameters that files of this architecture hold, by their path in the model.
 
-    Raises:
-        QuantizeError: its files hold all experts as one tensor, which no GPTQ file does.
-    """
+def _blocks(path: str, modules: nn.ModuleList, bits: int) -> list[Block]:
+    blocks: list[Block] = []
+    seen: set[int] = set()
+    for i, module in enumerate(modules):
+        every = linears(Block(f"{path}.{i}", module, bits))
+        weights = {name: id(linear.weight) for name, linear in every.items()}
+        shared = frozenset(name for name, weight in weights.items() if weight in seen)
+        seen.update(weights.values())
+        blocks.append(Block(f"{path}.{i}", module, bits, shared))
+    return blocks
+
+
+def separate_experts(model: PreTrainedModel) -> None:
+    """Replace fused experts by linears of their own, so that each is quantised by itself."""
     for path, module in list(model.named_modules()):
-        fused: Any = module
-        if (
-            getattr(fused, "gate_up_proj", None) is None
-            or getattr(fused, "down_proj", None) is None
-        ):
+        layout = experts_layout(module)
+        if layout is None:
             continue
-        if not isinstance(fused.gate_up_proj, nn.Parameter) or fused.gate_up_proj.dim() != 3:
-            continue
-        if f"{path}.gate_up_proj" in written:
-            raise QuantizeError(
-                f"the files of a {model.config.model_type} model hold all experts as one tensor, "
-                "for which GPTQ has no form",
-                hint="quantise a model without experts, or one such as Mixtral or Qwen3-MoE",
-            )
-        packed = PackedExperts(fused.num_experts, fused.act_fn)
-        for expert in range(fused.num_experts):
-            gate, up = fused.gate_up_proj[expert].chunk(2, dim=0)
-            for role, weight in (("gate", gate), ("up", up), ("down", fused.down_proj[expert])):
-                packed.place(expert, role, _linear(weight.detach().clone()))
+        projections = [
+            (expert, role, _linear(weight, bias))
+            for expert, role, weight, bias in expert_weights(module, layout)
+        ]
+        packed = PackedExperts(module)
+        for expert, role, linear in projections:
+            packed.place(expert, role, linear)
         model.set_submodule(path, packed)
 
 
@@ -124,9 +133,9 @@ def linears(block: Block) -> dict[str, nn.Module]:
     linears = {}
     for name, module in block.module.named_modules():
         shape = linear_shape(module)
-        if shape is not None and _fault(shape, block.bits) is None:
+        if _is_plain(module) and shape is not None and _fault(shape, block.bits) is None:
             linears[f"{block.path}.{name}"] = module
-    return linears
+    return {name: module for name, module in linears.items() if name not in block.shared}
 
 
 def left_out(blocks: Sequence[Block]) -> dict[str, str]:
@@ -137,10 +146,16 @@ def left_out(blocks: Sequence[Block]) -> dict[str, str]:
             weight, shape = getattr(module, "weight", None), linear_shape(module)
             if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
                 continue
-            fault = NOT_LINEAR if shape is None else _fault(shape, block.bits)
+            plain = shape is not None and _is_plain(module)
+            fault = _fault(shape, block.bits) if shape is not None and plain else NOT_LINEAR
             if fault is not None:
                 left[f"{block.path}.{name}"] = fault
     return left
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Return whether a module is a linear and nothing else: a router's class may have its own."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def _fault(shape: tuple[int, int], bits: int) -> str | None:
@@ -190,7 +205,7 @@ def record_calls(
 def run_block(block: Block, hidden: torch.Tensor, call: Call) -> torch.Tensor:
     """Run one block on one batch of hidden states."""
     output = block.module(hidden, *call.arguments, **call.keywords)
-    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    states: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
     return states
 
 
@@ -391,10 +406,12 @@ def _output_shape(
         model(input_ids=ids, use_cache=False)
     except _StopForwardError:
         handle.remove()
-    return outputs[0][1:] if isinstance(outputs[0], tuple) else None
+    return tuple(outputs[0][1:]) if isinstance(outputs[0], tuple | list) else None
 
 
-def _linear(weight: torch.Tensor) -> nn.Linear:
-    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    module.weight = nn.Parameter(weight, requires_grad=False)
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    if bias is not None:
+        module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return module

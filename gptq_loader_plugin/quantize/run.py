@@ -18,6 +18,7 @@ from gptq_loader_plugin.checkpoint.weight_files import KEPT, KEPT_LOCK
 from gptq_loader_plugin.errors import BadReference, QuantizeError
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.hub.cache import lock_of
+from gptq_loader_plugin.model.pictures import auto_class
 from gptq_loader_plugin.planning.model_shape import ModelShape
 from gptq_loader_plugin.quantize.algorithm import QuantizedWeight, quantize_weight
 from gptq_loader_plugin.quantize.blocks import (
@@ -124,8 +125,8 @@ def quantize(
         progress: called with the layers done.
 
     Raises:
-        QuantizeError: the model has no blocks, experts that cannot be written, or activations
-            that are not finite, or another process is writing to the folder.
+        QuantizeError: the model has no blocks, or activations that are not finite, or another
+            process is writing to the folder.
     """
     with _only_writer(out):
         return _quantize(
@@ -174,7 +175,7 @@ def _quantize(
     progress: Callable[[Progress], None],
 ) -> Path:
     names = hub_names(model)
-    separate_experts(model, names.values())
+    separate_experts(model)
     blocks = find_blocks(model, options.bits)
     left = left_out(blocks)
     if not any(linears(block) for block in blocks):
@@ -377,7 +378,7 @@ def _bit_sum(tensor: torch.Tensor) -> int:
 
 
 def load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if not source.exists():
         raise BadReference(
@@ -386,13 +387,15 @@ def load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
             tried=[str(source)],
             hint="name the folder of a model that transformers can load, or a .gguf file",
         )
-    folder, file = source, {}
+    folder, file, kind = source, {}, AutoModelForCausalLM
     if source.is_file():
         folder, file = source.parent, {"gguf_file": source.name}
     else:
         _check_plain(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        if not file:
+            kind = auto_class(AutoConfig.from_pretrained(folder))
+        model = kind.from_pretrained(
             folder, dtype=torch.float32, **file, **(_unpacked() if file else {})
         )
         tokenizer = (

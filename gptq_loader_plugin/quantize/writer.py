@@ -14,6 +14,8 @@ import torch
 from gptq_loader_plugin.checkpoint.config import read_json
 from gptq_loader_plugin.errors import QuantizeError
 from gptq_loader_plugin.kernel.packing import pack_columns, pack_rows
+from gptq_loader_plugin.model.experts import experts_layout
+from gptq_loader_plugin.model.float32 import kept_in_float32
 from gptq_loader_plugin.model.tensor_names import ExpertPlace, ModulePlace, Names
 from gptq_loader_plugin.quantize.blocks import NOT_LINEAR
 from gptq_loader_plugin.system.atomic_file import write_whole
@@ -63,22 +65,55 @@ def hub_names(model: PreTrainedModel) -> dict[str, str]:
     """Map every tensor's name in the hub's files to the module path or parameter in the model.
 
     transformers 5 renames and fuses some weights; files keep the names of their year. An expert's
-    projection maps to its linear in `PackedExperts`. Call it before experts are separated.
+    projection maps to its linear in `PackedExperts`, and has GPTQModel's name where the files of
+    the family hold all experts as one tensor. What a file holds joined and the model does not
+    (or the other way round) has the model's name. Call it before experts are separated.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
     names = Names(model)
-    empty = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    empty = {name: tensor.to("meta") for name, tensor in state.items()}
     mapped = {}
     for hub_name in revert_weight_conversion(model, empty):
         match names.place(hub_name):
             case ExpertPlace(parent=parent, expert=expert, role=role):
-                mapped[hub_name] = f"{parent}.experts.{expert}.{role}.weight"
+                if names.has_expert(parent, expert):
+                    mapped[hub_name] = f"{parent}.experts.{expert}.{role}.weight"
             case ModulePlace(path=path):
                 mapped[hub_name] = path
             case None:
-                mapped[hub_name] = hub_name
-    return mapped
+                pass
+    separate: dict[str, str] = {}
+    for path, module in model.named_modules():
+        layout = experts_layout(module)
+        if layout is None:
+            continue
+        fused = {f"{path}.{name}" for name in layout.parameters}
+        hub = next((name for name, own in mapped.items() if own in fused), None)
+        if hub is None:
+            continue
+        leaf = hub.rpartition(".")[2]
+        parent = hub.removesuffix(f".{leaf}") if leaf in layout.parameters else path
+        mapped = {name: own for name, own in mapped.items() if own not in fused}
+        leaves = ("weight", "bias") if layout.bias else ("weight",)
+        separate |= {
+            f"{parent}.{i}.{role}_proj.{leaf}": f"{path}.experts.{i}.{role}.{leaf}"
+            for i in range(layout.count)
+            for role in layout.roles
+            for leaf in leaves
+        }
+    placed = {own for own in mapped.values() if own in state}
+    joined = {
+        name: name for name in state if name not in placed and not _is_fused_expert(model, name)
+    }
+    return {**mapped, **separate, **joined}
+
+
+def _is_fused_expert(model: PreTrainedModel, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    layout = experts_layout(model.get_submodule(path))
+    return layout is not None and leaf in layout.parameters
 
 
 def write_checkpoint(
@@ -139,6 +174,8 @@ def _tensors(
     state = model.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     tied = _tied_head(model)
+    float32 = kept_in_float32(model, torch.float16)
+    shared = {state[f"{path}.weight"].data_ptr() for path in packed if f"{path}.weight" in state}
     for hub_name, target in names.items():
         path = target.removesuffix(".weight")
         if target.endswith(".weight") and path in packed:
@@ -146,9 +183,12 @@ def _tensors(
             tensors.update({f"{prefix}{part}": tensor for part, tensor in packed[path].items()})
             continue
         tensor = state[target]
-        if target == tied:
+        if target == tied or tensor.data_ptr() in shared:
             continue
-        tensors[hub_name] = (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+        if tensor.is_floating_point():
+            kept = float32 is not None and float32.search(target)
+            tensor = tensor.float() if kept else tensor.half()
+        tensors[hub_name] = tensor.contiguous()
     return tensors
 
 
