@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PROMPT
 
-.PHONY: help demo test check docs sanitize hosts scale conformance bench aot clean
+.PHONY: help demo test check docs sanitize hosts scale conformance families bench aot clean
 
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -57,6 +57,10 @@ conformance: ## hold every kernel that runs here against float64, and whole mode
 		--device cpu --jobs 2 --kernel triton --cells cover $(ARGS)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m gptq_loader_plugin.conformance.models --kernel reference
 	@OMP_NUM_THREADS=1 $(BIN)/python -m gptq_loader_plugin.conformance.models --kernel cpu
+
+families: ## load, decode and quantise a tiny model of every type transformers has; NAMES="llama ..."
+	@$(PYTHON) tools/set_up.py test
+	@$(BIN)/python tools/families.py $(NAMES) $(ARGS)
 
 bench: ## measure: exactness, memory, the demo's speed, CPU kernels, and other programs by PEERS="--peer ..."
 	@$(PYTHON) tools/set_up.py test

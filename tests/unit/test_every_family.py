@@ -1,0 +1,179 @@
+"""Families of every kind, from published checkpoints: `make families` tries them all."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from altered import error
+from published import Experts, dequantised, publish
+from round_trip import IDS, logits, round_trip
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from gptq_loader_plugin.errors import TensorMismatch
+from gptq_loader_plugin.load_options import LoadOptions
+from gptq_loader_plugin.loading import load_model
+from gptq_loader_plugin.model.float32 import kept_in_float32
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from published import Published
+
+SAMPLE = (
+    "deepseek_v4",  # a gate that clamps
+    "falcon_h1", "gpt2", "gpt_oss", "granitemoe", "kimi_linear", "llama4_text", "longcat_flash",
+    "nemotron_h",  # experts without a gate
+    "qwen3_next",
+    "qwen3_vl",  # pictures
+    "sarvam_moe",  # queries, keys and values that the class splits
+    "zamba2",  # one block in several layers
+)  # fmt: skip
+WITHOUT_TRUTH = ("longcat_flash",)  # transformers wants weights of experts that compute nothing
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_its_published_checkpoint_loads_and_it_is_quantised(
+    model_type: str, tmp_path: Path
+) -> None:
+    row = round_trip(model_type, tmp_path)
+    assert (row.loads, row.decodes) == ("exact", "exact"), row.notes
+    assert row.quantises == ("fails" if model_type in WITHOUT_TRUTH else "exact"), row.notes
+
+
+def test_experts_named_as_gptqmodel_names_those_of_gpt_oss(tmp_path: Path) -> None:
+    """gate_up.3 has both, interleaved, and down.3 the rest."""
+    published = publish("gpt_oss", tmp_path)
+    expected = logits(dequantised(published.packed, published, tmp_path / "right"), IDS)
+    edit(published, as_gptqmodel(published))
+    found = logits(load_model(published.packed, options()).model, IDS)
+    assert error(found, expected) < 1e-4
+
+
+def as_gptqmodel(published: Published) -> dict[str, torch.Tensor]:
+    tensors = load_file(published.packed / "model.safetensors")
+    for experts in published.fused.values():
+        if experts.bias:
+            continue
+        for i in range(4):
+            join_expert(tensors, experts, i)
+    return tensors
+
+
+def join_expert(tensors: dict[str, torch.Tensor], experts: Experts, i: int) -> None:
+    parts = [f"{experts.prefix}.{i}.{role}_proj" for role in experts.roles]
+    name = f"{experts.prefix}.{'_'.join(experts.roles)}.{i}"
+    shifts = torch.arange(0, 32, 4)
+    for part in ("qweight", "scales", "bias"):
+        own = [tensors.pop(f"{it}.{part}") for it in parts]
+        tensors[f"{name}.{part}"] = torch.stack(own, -1).flatten(-2).contiguous()
+    zeros = [tensors.pop(f"{it}.qzeros") for it in parts]
+    tensors[f"{name}.qzeros"] = torch.cat(zeros, -1)  # all of them are the same
+    assert len((tensors[f"{name}.qzeros"][..., None] >> shifts & 15).unique()) == 1
+    for it in parts:  # the same in all of them
+        tensors[f"{name}.g_idx"] = tensors.pop(f"{it}.g_idx")
+
+
+def test_an_expert_beyond_the_last_is_a_mismatch(tmp_path: Path) -> None:
+    published = publish("qwen3_moe", tmp_path)
+    tensors = load_file(published.packed / "model.safetensors")
+    more = {it.replace("experts.3.", "experts.4."): tensors[it].clone() for it in tensors}
+    edit(published, {**more, **tensors})
+    with pytest.raises(TensorMismatch, match="beyond the 4"):
+        load_model(published.packed, options())
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe"])
+def test_a_packed_layer_of_multi_token_prediction_is_left(model_type: str, tmp_path: Path) -> None:
+    published = publish(model_type, tmp_path)
+    expected = logits(dequantised(published.packed, published, tmp_path / "right"), IDS)
+    tensors = load_file(published.packed / "model.safetensors")
+    more = {it.replace("layers.1.", "layers.2."): tensors[it].clone() for it in tensors}
+    edit(published, {**more, **tensors}, num_nextn_predict_layers=1)
+    loaded = load_model(published.packed, options())
+    assert error(logits(loaded.model, IDS), expected) < 1e-4
+    assert "not read: model.layers.2" in " ".join(loaded.warnings)
+
+
+def test_a_layer_that_nothing_announces_is_still_a_mismatch(tmp_path: Path) -> None:
+    published = publish("llama", tmp_path)
+    tensors = load_file(published.packed / "model.safetensors")
+    more = {it.replace("layers.1.", "layers.2."): tensors[it].clone() for it in tensors}
+    edit(published, {**more, **tensors})
+    with pytest.raises(TensorMismatch, match="no such layer"):
+        load_model(published.packed, options())
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe"])
+def test_what_transformers_keeps_in_float32_is_not_rounded(model_type: str, tmp_path: Path) -> None:
+    published = publish(model_type, tmp_path)
+    tensors = load_file(published.packed / "model.safetensors")
+    name = next(it for it in tensors if it.endswith("e_score_correction_bias"))
+    tensors[name] = 8 + 0.1 * torch.randn(4)
+    edit(published, tensors)
+    loaded = load_model(
+        published.packed, LoadOptions(backend="dense", device="cpu", dtype="bfloat16")
+    )
+    kept = loaded.model.state_dict()[name]
+    assert kept.dtype == torch.float32
+    assert torch.equal(kept, tensors[name])
+    right = AutoModelForCausalLM.from_pretrained(published.original, dtype=torch.bfloat16)
+    theirs = {it: tensor.dtype for it, tensor in right.state_dict().items()}
+    ours = {it: tensor.dtype for it, tensor in loaded.model.state_dict().items()}
+    assert {it: theirs[it] for it in ours if it in theirs} == {
+        it: ours[it] for it in ours if it in theirs
+    }
+
+
+def test_the_quantiser_writes_it_in_float32(tmp_path: Path) -> None:
+    published = publish("glm4_moe", tmp_path)
+    quantised = gptq_quantize(published.original, tmp_path / "ours")
+    name = next(it for it in quantised if it.endswith("e_score_correction_bias"))
+    model = AutoModelForCausalLM.from_pretrained(published.original)
+    pattern = kept_in_float32(model, torch.float16)
+    assert pattern is not None
+    assert {quantised[it].dtype for it in quantised if pattern.search(it)} == {torch.float32}
+    assert quantised[name].dtype == torch.float32
+
+
+def gptq_quantize(source: Path, out: Path) -> dict[str, torch.Tensor]:
+    from gptq_loader_plugin.quantize.options import QuantizeOptions
+    from gptq_loader_plugin.quantize.run import load_source, quantize
+
+    model, tokenizer = load_source(source)
+    quantize(model, tokenizer, out, options=QuantizeOptions(group_size=32), samples=[IDS, IDS])
+    return load_file(out / "model.safetensors")
+
+
+def test_a_block_in_several_layers_is_written_once(tmp_path: Path) -> None:
+    published = publish("zamba2", tmp_path)
+    names = {it.rpartition(".")[0] for it in gptq_quantize(published.original, tmp_path / "ours")
+             if it.endswith(".qweight") and "shared_transf" in it}  # fmt: skip
+    assert names
+    assert len({it.split(".shared_transf")[0] for it in names}) == 1
+
+
+def test_a_head_that_only_the_model_around_it_ties(tmp_path: Path) -> None:
+    """transformers leaves out of config.json what is its default there: that they are tied."""
+    published = publish("mistral3", tmp_path)
+    config = json.loads((published.packed / "config.json").read_text())
+    assert "tie_word_embeddings" not in {**config, **config["text_config"]}
+    assert not any("lm_head" in it for it in load_file(published.packed / "model.safetensors"))
+    expected = logits(dequantised(published.packed, published, tmp_path / "right"), IDS)
+    loaded = load_model(published.packed, options())
+    assert error(logits(loaded.model, IDS), expected) < 1e-4
+    assert loaded.model.config.tie_word_embeddings
+
+
+def options() -> LoadOptions:
+    return LoadOptions(backend="reference", device="cpu", dtype="float32")
+
+
+def edit(published: Published, tensors: dict[str, torch.Tensor], **fields: object) -> None:
+    """Write other tensors into the packed checkpoint, and other fields into its config."""
+    save_file(tensors, published.packed / "model.safetensors", metadata={"format": "pt"})
+    file = published.packed / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
