@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from gptq_loader_plugin.errors import QuantizeError
 from gptq_loader_plugin.model.experts import PackedExperts, expert_weights, experts_layout
@@ -133,7 +132,7 @@ def linears(block: Block) -> dict[str, nn.Module]:
     linears = {}
     for name, module in block.module.named_modules():
         shape = linear_shape(module)
-        if _is_plain(module) and shape is not None and _fault(shape, block.bits) is None:
+        if shape is not None and _fault(shape, block.bits) is None:
             linears[f"{block.path}.{name}"] = module
     return {name: module for name, module in linears.items() if name not in block.shared}
 
@@ -146,16 +145,10 @@ def left_out(blocks: Sequence[Block]) -> dict[str, str]:
             weight, shape = getattr(module, "weight", None), linear_shape(module)
             if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
                 continue
-            plain = shape is not None and _is_plain(module)
-            fault = _fault(shape, block.bits) if shape is not None and plain else NOT_LINEAR
+            fault = NOT_LINEAR if shape is None else _fault(shape, block.bits)
             if fault is not None:
                 left[f"{block.path}.{name}"] = fault
     return left
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Return whether a module is a linear and nothing else: a router's class may have its own."""
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def _fault(shape: tuple[int, int], bits: int) -> str | None:
@@ -271,7 +264,7 @@ class LinearOutputs:
     def __exit__(self, *_: object) -> None:
         """Let every linear compute again."""
         for module in self._replaced:
-            del module.forward
+            vars(module).pop("forward", None)
         self._replaced.clear()
         self._kept.clear()
 

@@ -90,9 +90,9 @@ def hub_names(model: PreTrainedModel) -> dict[str, str]:
         if layout is None:
             continue
         fused = {f"{path}.{name}" for name in layout.parameters}
-        hub = next((name for name, own in mapped.items() if own in fused), None)
-        if hub is None:
+        if any(own.startswith(f"{path}.experts.") for own in mapped.values()):
             continue
+        hub = next((name for name, own in mapped.items() if own in fused), "")
         leaf = hub.rpartition(".")[2]
         parent = hub.removesuffix(f".{leaf}") if leaf in layout.parameters else path
         mapped = {name: own for name, own in mapped.items() if own not in fused}

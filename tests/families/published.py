@@ -64,6 +64,7 @@ class Experts:
         transposed: whether it is [experts, inputs, outputs].
         interleaved: whether gate and up alternate.
         bias: whether it is a bias, [experts, outputs].
+        parameter: its name in the model, where the file has its rows in another order.
     """
 
     prefix: str
@@ -71,6 +72,7 @@ class Experts:
     transposed: bool = False
     interleaved: bool = False
     bias: bool = False
+    parameter: str = ""
 
     def split(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """Cut it into every expert's tensors, [outputs, inputs], by their names."""
@@ -117,10 +119,13 @@ def publish(model_type: str, folder: Path) -> Published:
     tensors = load_file(published.original / "model.safetensors")
     published.fused = _fused(model, tensors)
     for name in published.fused:
-        tensors |= published.fused[name].split(tensors.pop(name))
+        saved, parameter = tensors.pop(name), published.fused[name].parameter
+        value = model.get_parameter(parameter).data.half() if parameter else saved
+        tensors |= published.fused[name].split(value)
     linears = {
         name: module for name, module in model.named_modules()
-        if type(module).forward in (torch.nn.Linear.forward, Conv1D.forward)
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and not re.search("Router|Grouped", type(module).__name__)
     }  # fmt: skip
     parameters = dict(model.named_parameters())
     packed: dict[str, torch.Tensor] = {}
@@ -164,7 +169,8 @@ def dequantised(packed: Path, published: Published, folder: Path) -> PreTrainedM
             tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
     for name, experts in published.fused.items():
         if name not in tensors:
-            tensors[name] = experts.join(tensors, len(original[name]))
+            joined = experts.join(tensors, len(original[name]))
+            tensors[experts.parameter or name] = joined
     separate = {
         name for fused in published.fused for name in published.fused[fused].split(original[fused])
     }
@@ -225,6 +231,8 @@ def _fused(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[
         down = getattr(module, "down_proj", None)
         if not isinstance(down, torch.nn.Parameter) or down.dim() != 3:
             continue
+        if hasattr(module, "gate_proj"):  # all of them always run, and stay in 16 bits
+            continue
         for leaf, roles in (("gate_up_proj", ("gate", "up")), ("up_proj", ("up",)),
                             ("down_proj", ("down",))):  # fmt: skip
             for bias in (False, True):
@@ -239,7 +247,8 @@ def _fused(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[
                     module, "is_transposed", type(module).__name__.startswith("Llama4")
                 )
                 mixed = not getattr(module, "is_concatenated", True) and len(roles) > 1
-                fused[saved] = Experts(prefix, roles, turned, mixed, bias)
+                same = torch.equal(tensors[saved], value.half())
+                fused[saved] = Experts(prefix, roles, turned, mixed, bias, "" if same else name)
     return fused
 
 
