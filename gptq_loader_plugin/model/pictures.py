@@ -9,7 +9,7 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["auto_class", "drop_towers", "reads_pictures"]
+__all__ = ["NotLoaded", "auto_class", "drop_towers", "reads_pictures"]
 
 
 class NotLoaded(nn.Module):

@@ -15,6 +15,7 @@ import torch
 
 from gptq_loader_plugin.errors import TensorMismatch, UnsupportedFormat
 from gptq_loader_plugin.model.experts import experts_layout
+from gptq_loader_plugin.model.pictures import NotLoaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,6 +90,9 @@ class Names:
         self._known = set(self._tensors)
         self._modules = {name for name, _ in model.named_modules()}
         self._model = model
+        self._towers = [
+            name for name, module in model.named_modules() if isinstance(module, NotLoaded)
+        ]
         layouts = {name: experts_layout(module) for name, module in model.named_modules()}
         self._experts = {
             name: layout.count for name, layout in layouts.items() if layout is not None
@@ -218,10 +222,13 @@ class Names:
         return path in self._modules or f"{self._prefix}.{path}" in self._modules
 
     def is_left_out(self, name: str) -> bool:
-        """Whether transformers leaves out what a layer is of: a layer that predicts more tokens.
+        """Whether what a layer is of is left out: a tower, or a block that predicts more tokens.
 
-        Such layers are counted on after the last one (`num_nextn_predict_layers`), or lie apart.
+        Such blocks are counted on after the last one (`num_nextn_predict_layers`), or lie apart.
         """
+        target = self.target(f"{name}.weight")[0]
+        if any(target.startswith(f"{tower}.") for tower in self._towers):
+            return True
         if self.place(f"{name}.weight") is not None or self.inside_a_block(name):
             return False
         ignored = getattr(self._model, "_keys_to_ignore_on_load_unexpected", None) or ()
