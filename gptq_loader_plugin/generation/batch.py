@@ -71,14 +71,13 @@ class Batch:
                 yield self._emit(generation, piece)
         long = [generation for generation in self._written if len(generation.pending) > FEW]
         few = [generation for generation in self._written if len(generation.pending) <= FEW]
-        left = PART if few else WHOLE
+        left: float = PART if few else WHOLE
         for generation in long:
-            count = min(left, len(generation.pending))
-            if few:
-                count = min(count, max(FEW, PART * TWICE // (TWICE + generation.position)))
-            if count > 0:
+            cost = 1 + generation.position / TWICE if few else 1
+            if left > 0:
+                count = min(max(int(left / cost), 1), len(generation.pending))
+                left -= count * cost
                 yield from self._prefill(generation, count)
-            left -= count
         try:
             states = self._step_many(few)
         except Exception as error:  # noqa: BLE001 - the caller's to tell: memory may be short
