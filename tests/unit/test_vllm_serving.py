@@ -132,8 +132,9 @@ def test_experts_are_no_layers_of_kernels(tmp_path: Path) -> None:
 
 
 def test_vllm_runs_four_bits_in_one_group_and_not_act_order_with_groups() -> None:
-    for device in (None, CPU, AMPERE):
+    for device in (None, AMPERE):
         assert refusal_of(WHOLE, device) is None
+    for device in (None, CPU, AMPERE):
         assert "act-order with groups" in str(refusal_of(ONE, device))
     assert "needs sm75 or newer; this is cuda sm70" in str(refusal_of(WHOLE, VOLTA))
 
@@ -161,6 +162,7 @@ def changed(**fields: Any) -> Callable[[LayerSpec], LayerSpec]:
         (changed(group_size=128, in_features=576), None, "do not divide 576 rows evenly"),
         (changed(bits=8), CPU, "on a CPU vLLM supports 4 bits"),
         (changed(out_features=100), CPU, "multiples of 32, and this is"),
+        (changed(in_features=320), CPU, "blocks of 128, and fails where they do not divide 320"),
     ],
 )
 def test_tensors_refuse_what_the_config_would_not(
@@ -169,6 +171,18 @@ def test_tensors_refuse_what_the_config_would_not(
     checkpoint = open_checkpoint(DATA / WHOLE)
     layers = [change(layer) for layer in fused_layers(checkpoint)]
     assert message in str(refusal(checkpoint, layers, device))
+
+
+def test_rows_without_groups_that_vllms_blocks_do_not_fill_are_ours_on_a_cpu() -> None:
+    checkpoint = open_checkpoint(DATA / WHOLE)  # of 128 and of 192 rows
+    assert not is_taken_by_default(checkpoint)
+    assert not is_taken_by_default(checkpoint, AMPERE)
+    assert is_taken_by_default(checkpoint, CPU)
+    layers = fused_layers(checkpoint)
+    for rows in (32, 96, 128, 256, 1536):
+        assert refusal(checkpoint, [replace(it, in_features=rows) for it in layers], CPU) is None
+    grouped = [replace(it, in_features=320, group_size=64, groups=5) for it in layers]
+    assert refusal(checkpoint, grouped, CPU) is None
 
 
 def test_without_a_quantization_config_vllm_knows_nothing(tmp_path: Path) -> None:

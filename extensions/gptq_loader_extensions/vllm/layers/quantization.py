@@ -23,6 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
 )
 from vllm.model_executor.models.utils import WeightsMapper
+from vllm.platforms import current_platform
 
 from gptq_loader_extensions.vllm.error_messages import as_value_error
 from gptq_loader_extensions.vllm.layers.context import LoadContext
@@ -32,6 +33,7 @@ from gptq_loader_extensions.vllm.layers.linear import GPTQLoaderLinearMethod
 from gptq_loader_extensions.vllm.options import NAME
 from gptq_loader_extensions.vllm.planning.checkpoint import open_gptq
 from gptq_loader_extensions.vllm.planning.eligibility import METHODS, refusal
+from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.plugins import Plugins
 
@@ -110,7 +112,8 @@ class GPTQLoaderConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not 
             checkpoint.close()
             reason = reason or _vllm_refusal({**hf_quant_cfg, **corrected})
             # what it accepts and gets wrong, such as a short last group
-            reason = reason or refusal(checkpoint, checkpoint.layers.values(), None)
+            device = find_device("cpu") if current_platform.is_cpu() else None
+            reason = reason or refusal(checkpoint, checkpoint.layers.values(), device)
         if reason is None:
             return None
         logger.info("gptq_loader takes this checkpoint, because vLLM would not: %s", reason)

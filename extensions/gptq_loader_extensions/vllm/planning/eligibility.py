@@ -9,8 +9,9 @@ Compare them with these files of vllm/model_executor whenever WRITTEN_FOR in opt
     oldest GPU      kernels/linear/mixed_precision/marlin.py: get_min_capability
     CPU             kernels/linear/mixed_precision/cpu.py: CPUWNA16LinearKernel.can_implement
 
-Two more are no rules of vLLM's but what it gets wrong: tensors that contradict config.json, and a
-short last group, whose rows it drops. tests/scale/test_vllm_serve.py compares all of them with an
+Three more are no rules of vLLM's but what it gets wrong: tensors that contradict config.json; a
+short last group, whose rows it drops; and rows without groups that its CPU kernel cannot cut into
+blocks of 128, on which it dies. tests/scale/test_vllm_serve.py compares all of them with an
 installed vLLM.
 """
 
@@ -41,6 +42,7 @@ METHODS = ("gptq", "gptq_v2")  # names of the method in config.json that the plu
 BITS = (4, 8)  # the keys of TYPE_MAP, which are symmetric
 GROUP_SIZES = (-1, 32, 64, 128)
 WIDTH_UNIT = 32  # of the CPU kernel's rows and columns
+BLOCK_ROWS = 128  # of the CPU kernel, where a group has more
 OLDEST_GPU = (7, 5)
 
 
@@ -88,10 +90,16 @@ def config_refusal(stored: Mapping[str, Any]) -> str | None:
     return None
 
 
-def is_taken_by_default(checkpoint: GPTQCheckpoint) -> bool:
-    """Return whether the plug-in takes a checkpoint when vLLM is given no quantization method."""
+def is_taken_by_default(checkpoint: GPTQCheckpoint, device: Device | None = None) -> bool:
+    """Return whether the plug-in takes a checkpoint when vLLM is given no quantization method.
+
+    Args:
+        checkpoint: the open checkpoint.
+        device: the device it will run on; vLLM's build for a CPU is known when it decides.
+    """
     method = str(stored_quantization(checkpoint.folder).get("quant_method", "")).lower()
-    reason = refusal(checkpoint, checkpoint.layers.values(), None)
+    known = device if device is not None and device.type == "cpu" else None
+    reason = refusal(checkpoint, checkpoint.layers.values(), known)
     return method in METHODS and reason is not None
 
 
@@ -144,6 +152,12 @@ def _layer_refusal_on(layer: LayerSpec, device: Device) -> str | None:
             return (
                 f"on a CPU vLLM supports widths that are multiples of {WIDTH_UNIT}, and this is "
                 f"{layer.in_features}x{layer.out_features}"
+            )
+        rows = layer.in_features
+        if layer.groups == 1 and rows > BLOCK_ROWS and rows % BLOCK_ROWS:
+            return (
+                f"on a CPU vLLM cuts rows without groups into blocks of {BLOCK_ROWS}, and fails "
+                f"where they do not divide {rows}"
             )
     if device.capability is not None and device.capability < OLDEST_GPU:
         return f"vLLM's own GPTQ needs sm75 or newer; this is {device}"

@@ -133,7 +133,7 @@ def plan_for_vllm(
     return VllmPlan(
         plan=_choose_for_vllm(plan, layers, experts, plugins, backend),
         refusal=refusal(checkpoint, layers, plan.device),
-        by_default=is_taken_by_default(checkpoint),
+        by_default=is_taken_by_default(checkpoint, plan.device),
         reason=reason_to_request(plan.device, backend=backend, dtype=options.dtype_name),
         experts=len(experts),
         installed=installed,
