@@ -57,16 +57,16 @@ def check_sizes(
     if not sides:
         return
     blocks = {match[0]: name for name in headers if (match := BLOCK.match(name))}
-    for field, value in _given(fields, BLOCKS):
+    for field, value in _stated(fields, BLOCKS):
         if value > len(blocks):
             last = list(blocks.values())[-1] if blocks else next(iter(headers))
             raise _contradicted(field, value, f"{len(blocks)} blocks, the last with {last}", file)
-    for field, value in _given(fields, WIDTHS):
+    for field, value in _stated(fields, WIDTHS):
         if value not in sides:
             name = _embedding(headers) or sides[max(sides)]
             shape = list(headers[name].shape) if name in headers else sorted(sides)[-3:]
             raise _contradicted(field, value, f"{name} of {shape}", file)
-    for field, value in _given(fields, BOUNDED):
+    for field, value in _stated(fields, BOUNDED):
         if value > max(sides) * SLACK:
             raise _contradicted(
                 field, value, f"no side longer than {max(sides)}, of {sides[max(sides)]}", file
@@ -75,7 +75,7 @@ def check_sizes(
 
 
 def _check_contexts(fields: Mapping[str, Any], file: Path) -> None:
-    for field, value in _given(fields, CONTEXTS):
+    for field, value in _stated(fields, CONTEXTS):
         if value > LONGEST:
             raise ConfigInvalid(
                 f"{field} is {value}; no model takes more than {LONGEST} tokens",
@@ -98,7 +98,7 @@ def _sides(
         yield layer.name, layer.out_features
 
 
-def _given(fields: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, int]]:
+def _stated(fields: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, int]]:
     for name in names:
         value = fields.get(name)
         if isinstance(value, int) and not isinstance(value, bool):

@@ -402,9 +402,9 @@ def test_the_command_names_what_it_leaves_out(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "model")
     few = ["--samples", "2", "--seq-len", "32", "--bits", "3"]
     command = ["quantize", str(tmp_path / "model"), str(tmp_path / "out"), *few]
-    found = CliRunner().invoke(app, command)
-    assert found.exit_code == 0, found.output
-    assert "not quantised: model.layers.0.self_attn.k_proj (96x48: 48 is no mul" in found.stderr
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "not quantised: model.layers.0.self_attn.k_proj (96x48: 48 is no mul" in result.stderr
     command[2] = str(tmp_path / "again")
-    found = CliRunner().invoke(app, [*command, "--json"])
-    assert len(json.loads(found.stdout)["not_quantized"]) == 5
+    result = CliRunner().invoke(app, [*command, "--json"])
+    assert len(json.loads(result.stdout)["not_quantized"]) == 5
