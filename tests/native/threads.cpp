@@ -333,10 +333,33 @@ void call_everything() {
   check(gptq_read_bandwidth(1 << 20, 2, THREADS) > 0, "bandwidth");
 }
 
+// Steps of a batch and prompts of one model, by callers that do not wait for each other: they share
+// its packed words and its tables, and each has buffers and caches of its own.
+void share_a_model() {
+  const int isa = gptq_isa(), type = isa >= AVX512_BF16 ? BFLOAT16 : FLOAT32;
+  const int activations = isa >= AVX512_BF16 ? gptq_activations() : EXACT;
+  const std::vector<Linear> linears = make_linears(4, true, THREADS);
+  const Array stepped = step(linears, true, type, isa, activations, 1);
+  const Array read = type == BFLOAT16 ? prompt(linears, gptq_amx(), 1) : stepped;
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < 4; caller++)
+    callers.emplace_back([&, caller] {
+      for (int turn = 0; turn < 3; turn++) {
+        if (caller % 2 && type == BFLOAT16)
+          check(prompt(linears, gptq_amx(), 2).bytes == read.bytes, "a prompt beside steps");
+        else
+          check(step(linears, true, type, isa, activations, 2).off(stepped) <= 2e-2,
+                "a step beside prompts");
+      }
+    });
+  for (std::thread& caller : callers) caller.join();
+}
+
 }  // namespace
 
 int main() {
   call_everything();
+  share_a_model();
   std::thread one(call_everything), other(call_everything);
   one.join();
   other.join();
