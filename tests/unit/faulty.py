@@ -138,7 +138,9 @@ def prepare_demo(source: str, cache: str, bits: str) -> None:
 def write_numbers(kind: str, folder: str, first: str) -> None:
     """Write one number after the other to a file, for ever; report each that was written."""
     for number in count(int(first)):
-        _write(kind, Path(folder), "one", number)
+        # a name in the list stays with what it was given: each number has its own
+        name = f"one-{number}" if kind == "listed" else "one"
+        _write(kind, Path(folder), name, number)
         report(reported=number)
 
 
@@ -191,11 +193,9 @@ def _write(kind: str, folder: Path, name: str, number: int, *, bits: int = 4) ->
             best = {(bits, BUCKETS[0]): offered[number % len(offered)]}
             tuning._write(Device("cuda", name="GPU", capability=(8, 0)), (8, 0), best)
         case "listed":
-            from gptq_loader_extensions.llm.listing import add_to_list, remove_from_list
+            from gptq_loader_extensions.llm.listing import add_to_list
 
             folder.mkdir(parents=True, exist_ok=True)
-            if name in _read(kind, folder):
-                remove_from_list(folder, name)
             add_to_list(folder, name, str(number))
 
 
