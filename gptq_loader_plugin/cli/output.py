@@ -35,7 +35,15 @@ __all__ = [
 
 P = ParamSpec("P")
 CTRL_C = 130
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, its owner's part of it, one file
+FULL = "free some disk space, then run the same command again"
+TOO_MANY = "let this process open more files: ulimit -n 1024; then run the same command again"
+HINTS = {  # by what the system says
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EFBIG: FULL,
+    errno.EMFILE: TOO_MANY,
+    errno.ENFILE: TOO_MANY,
+}
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but a tab and the end of a line
 
 
@@ -130,9 +138,8 @@ def _in_words(error: Exception) -> tuple[str, str]:
         )
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
-        full = "free some disk space, then run the same command again"
-        return f"{error.strerror or error}{where}", (
-            full if error.errno in FULL else "check that path and its permissions"
+        return f"{error.strerror or error}{where}", HINTS.get(
+            error.errno or 0, "check that path and its permissions"
         )
     first = (str(error).splitlines() or [""])[0]
     return (
