@@ -25,7 +25,7 @@ LATENT: dict[str, Any] = {
     "v_head_dim": 32, "num_key_value_heads": 2, "head_dim": 16,
 }  # fmt: skip
 STATES: dict[str, Any] = {
-    "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 8,
+    "mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 8,
     "mamba_n_groups": 1, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 16,
 }  # fmt: skip
 LONGROPE: dict[str, Any] = {

@@ -33,8 +33,8 @@ class ModelRunner:
     Attributes:
         rotation: how it rotates sequences of different lengths.
         rereads: whether it keeps nothing: each call must have the whole sequence.
-        takes_parts: whether a prompt may be read in parts. Not where what is kept is of the class's
-            own: MiniMax answers otherwise where several tokens follow others.
+        takes_parts: whether a prompt may be read in parts. Not where a state is kept, or a cache of
+            the class's own: Jamba and MiniMax answer otherwise where several tokens follow others.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -43,7 +43,8 @@ class ModelRunner:
         self._takes_positions = "position_ids" in signature(type(model).forward).parameters
         self.rotation = LengthRotation(model)
         self.rereads = self._cache_name is None
-        self.takes_parts = not self.rereads and not makes_own_cache(model)
+        keeps_state = makes_own_cache(model) or getattr(model, "_is_stateful", False)
+        self.takes_parts = not self.rereads and not keeps_state
 
     def run(
         self,
