@@ -25,12 +25,13 @@ int gptq_isa() {
   return PLAIN;
 }
 
-int gptq_activations() {
+int gptq_activations(int isa) {
 #ifdef X86
   // Where there is a matrix unit for bfloat16, vdpbf16ps is slow (docs/decisions/native-cpu.md).
-  if (gptq_isa() == AVX512_BF16 && !gptq_amx()) return int(Activations::BF16);
-  if (gptq_isa() >= AVX2) return int(Activations::INT16);
+  if (isa == AVX512_BF16 && !gptq_amx()) return int(Activations::BF16);
+  if (isa >= AVX2) return int(Activations::INT16);
 #endif
+  (void)isa;
   return int(Activations::FLOAT32);
 }
 

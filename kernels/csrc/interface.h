@@ -80,10 +80,10 @@ struct GptqModel {
 int64_t gptq_sizeof(const char* name);
 const char* gptq_signature(const char* name);
 
-// cpu_features.cpp. The best Isa of this processor; the Activations that few rows of bfloat16 are
-// multiplied as the fastest, and exactly; whether AMX multiplies bfloat16 here.
+// cpu_features.cpp. The best Isa of this processor; the Activations that few rows of x are
+// multiplied as the fastest by an Isa, as good as x; whether AMX multiplies bfloat16 here.
 int gptq_isa();
-int gptq_activations();
+int gptq_activations(int isa);
 int gptq_amx();
 
 // pack.cpp. Pack a qweight [K * bits / 32][N] into words [tiles][units][unit words][64]; `rows`

@@ -34,6 +34,7 @@ CPU = Device("cpu", features=frozenset({"avx2", "avx512f", "avx512_bf16"}))
 native = pytest.mark.skipif(find_library() is None, reason="no C++ compiler built the library")
 # Products are exact in both; float32's sums are rounded, and bfloat16's answers are.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 2e-3}
+INT16_TOLERANCE = 3e-5  # x is off by 2**-16 of the greatest of its segment
 
 
 def module(
@@ -79,9 +80,11 @@ def test_every_code_path_is_right(code: Code, bits: int) -> None:
             for many_from in (1000, 5):
                 layer.unpack_from = layer.panels_from = many_from
                 for rows in (1, 2, 3, 4, 5, 70):
-                    for dtype, most in TOLERANCE.items():
+                    for dtype, limit in TOLERANCE.items():
+                        if code[1] is Activations.INT16:
+                            limit = max(limit, INT16_TOLERANCE)  # noqa: PLW2901
                         off = error(layer, weight, bias, random(rows, 384, dtype=dtype))
-                        assert off < most, (case, rows, many_from, dtype, off)
+                        assert off < limit, (case, rows, many_from, dtype, off)
 
 
 @native

@@ -13,6 +13,7 @@ from torch import nn
 from gptq_loader_kernels.cpu.decoder import CACHE, NativeDecoder
 from gptq_loader_kernels.cpu.describe import all_packed, why_not
 from gptq_loader_kernels.cpu.head import RowsLinear
+from gptq_loader_kernels.cpu.library import Activations, Isa
 from gptq_loader_plugin.generation.kv_cache import make_cache
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ FEW = (5, 5)  # the same as steps alone
 # bfloat16 some tokens' states are 0.4 off whoever computes them (SmolLM2-135M, tokens 3 to 8), so a
 # step may be as far from float32 as transformers itself is, and half as far again.
 TOLERANCE, ROUNDING, SPREAD = 1e-3, 8e-2, 1.5
+INT16_TOLERANCE = 1e-2  # 1e-3 was measured, most of it where one feature is far greater than others
 
 
 def install(model: Any) -> NativeDecoder | str:  # noqa: ANN401 - a transformers model
@@ -54,15 +56,17 @@ def _difference(step: NativeDecoder) -> str | None:
     Where every layer is packed, both compute in float32 too, which tells a mistake from rounding.
     """
     decoder = step.decoder
+    rounds = step.activations is Activations.INT16 and step.isa < Isa.AVX512_BF16
+    tolerance = INT16_TOLERANCE if rounds else TOLERANCE
     ids = torch.arange(3, 3 + sum(PROBE), device="cpu")[None] % decoder.config.vocab_size
     with torch.inference_mode():
         x = decoder.embed_tokens(ids)
         theirs = exact = _answer(step.otherwise, x)
         if x.dtype != torch.float32 and all_packed(decoder):
             exact = _answer(step.otherwise, x.float())
-            if not _apart(_steps(step, x.float(), FEW), exact) <= TOLERANCE:
+            if not _apart(_steps(step, x.float(), FEW), exact) <= tolerance:
                 return "in float32, its first steps differ from transformers'"
-        allowed = TOLERANCE if x.dtype == torch.float32 else ROUNDING
+        allowed = tolerance if x.dtype == torch.float32 else ROUNDING
         allowed = max(allowed, SPREAD * _apart(theirs, exact))
         error = _apart(_steps(step, x, PROBE if step.takes_prompts() else FEW), exact)
     if not error <= allowed:

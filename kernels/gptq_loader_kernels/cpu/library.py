@@ -9,6 +9,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from gptq_loader_plugin.errors import OptionInvalid
+
 __all__ = [
     "NORMS",
     "PARTS",
@@ -171,7 +173,7 @@ LETTERS: dict[str, Any] = {
 # Each function's result and arguments, as `gptq_signature` has them.
 FUNCTIONS = {
     "gptq_isa": "i",
-    "gptq_activations": "i",
+    "gptq_activations": "ii",
     "gptq_amx": "i",
     "gptq_pack": "iiipplllpi",
     "gptq_gemv": "ipppliiii",
@@ -189,16 +191,23 @@ FUNCTIONS = {
 def choose_code(
     isa: Isa | None = None, activations: Activations | None = None
 ) -> tuple[Isa, Activations]:
-    """Choose what is not given: the best of this processor, or what goes with the instructions.
+    """Choose what is not given: the best of this processor, and what goes with the instructions.
 
-    The activations are those of a bfloat16 x; one in float32 is multiplied in float32.
+    `GPTQ_LOADER_ISA` names the best instructions to use, to see what others' processors do.
     """
+    library = load_library()
     if isa is None:
-        library = load_library()
-        isa, best = Isa(library.gptq_isa()), Activations(library.gptq_activations())
-    else:
-        best = Activations.BF16 if isa >= Isa.AVX512_BF16 else Activations.FLOAT32
-    return isa, best if activations is None else activations
+        isa = Isa(library.gptq_isa())
+        if limit := os.environ.get("GPTQ_LOADER_ISA"):
+            if limit.upper() not in Isa.__members__:
+                raise OptionInvalid(
+                    f"GPTQ_LOADER_ISA is {limit!r}",
+                    hint=f"name one of {', '.join(Isa.__members__)}",
+                )
+            isa = min(isa, Isa[limit.upper()])
+    if activations is None:
+        activations = Activations(library.gptq_activations(isa))
+    return isa, activations
 
 
 def held_bits(bits: int) -> int:
