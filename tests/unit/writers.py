@@ -222,7 +222,7 @@ def main() -> None:
                 results = [kill_checkpoint(jobs, folder, job=writer, kills=kills, seed=seed)]
             if writer == "quantize":
                 pairs = max(kills // 4, 2)
-                results += [two_checkpoints(jobs, other, folder, pairs=pairs, seed=seed)]
+                results += [two_checkpoints(jobs, other, folder / "two", pairs=pairs, seed=seed)]
             for result in results:
                 sys.stdout.write("\n  ".join([str(result), *result.corrupt]) + "\n")
                 sys.stdout.flush()
