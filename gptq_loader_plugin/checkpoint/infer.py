@@ -389,11 +389,9 @@ def _merge(
     for name, value in defaults.items():
         if name not in fields:
             fields[name], sources[name] = value, "default"
-    if fields.get("checkpoint_format") not in (
-        "gptq_p",
-        "gptq_v2" if zeros_format == "v2" else "gptq",
-    ):
-        fields["checkpoint_format"] = "gptq_v2" if zeros_format == "v2" else "gptq"
+    of_zeros = "gptq_v2" if zeros_format == "v2" else "gptq"
+    if fields.get("checkpoint_format") not in ("gptq_p", of_zeros):
+        fields["checkpoint_format"] = of_zeros
         sources["checkpoint_format"] = "tensors"
     return QuantConfig(**fields, zeros=zeros_format, sources=sources)
 

@@ -30,6 +30,7 @@ __all__ = [
     "Layout",
     "pack_columns",
     "pack_rows",
+    "unfilled_words",
     "unpack_columns",
     "unpack_rows",
     "words",
@@ -182,3 +183,12 @@ def _planes(bits: int) -> list[tuple[int, int, int, int, int]]:
             fields.append((code, width, offset, first_word + word, width * j))
         first_word += width
     return fields
+
+
+def unfilled_words(shape: tuple[int, int], bits: int) -> str | None:
+    """Say why codes of this width do not fill whole words, or None where they do."""
+    multiple = BLOCK if BLOCK % bits else BLOCK // bits
+    sides = [side for side in shape if side % multiple]
+    if not sides:
+        return None
+    return f"{shape[0]}x{shape[1]}: {sides[0]} is no multiple of {multiple}, as {bits} bits need"

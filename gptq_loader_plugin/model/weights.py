@@ -19,6 +19,7 @@ from gptq_loader_plugin.errors import CorruptCheckpoint, TensorMismatch
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.model.experts import PackedExperts
 from gptq_loader_plugin.model.float32 import kept_in_float32
+from gptq_loader_plugin.model.joined import fused_tensors, tie_weights
 from gptq_loader_plugin.model.linears import linear_shape
 from gptq_loader_plugin.model.offload import offload_module, offload_tensor
 from gptq_loader_plugin.model.tensor_names import (
@@ -344,28 +345,11 @@ class _Filling:
             setattr(module, leaf, tensor)
 
     def _fuse(self) -> None:
-        """Join tensors that transformers keeps as one, by its own operations."""
+        """Join tensors that transformers keeps as one."""
         for target, (converter, collected) in self.fused.items():
-            tensors: Any = {
-                pattern: [tensor for _, tensor in sorted(parts, key=_natural)]
-                for pattern, parts in collected.items()
-            }
-            for operation in converter.operations:
-                tensors = operation.convert(
-                    tensors,
-                    source_patterns=converter.source_patterns,
-                    target_patterns=converter.target_patterns,
-                    full_layer_name=target,
-                    model=self.model,
-                    config=self.model.config,
-                    missing_keys=None,
-                )
             source = next(iter(collected.values()))[0][0]
-            for pattern, value in tensors.items():
-                tensor = value[0] if isinstance(value, list) else value
-                end = target.index(converter.target_patterns[0])
-                suffix = target[end + len(converter.target_patterns[0]) :]
-                self._assign(target[:end] + pattern + suffix, tensor, source)
+            for name, tensor in fused_tensors(self.model, target, converter, collected).items():
+                self._assign(name, tensor, source)
 
     def _finish(self) -> None:
         """Tie what the config ties, then find what is still without a value."""
@@ -375,7 +359,7 @@ class _Filling:
         for parent, packed in self.experts.items():
             if missing := packed.missing():
                 raise self._mismatch(f"{parent}.{missing[0]}", "is missing: an expert's weight")
-        self._tie()
+        tie_weights(self.model, self.tied, self.checkpoint.translated or {}, prepared=self.prepared)
         for name, value in (*self.model.named_parameters(), *self.model.named_buffers()):
             if value.is_meta:
                 raise self._mismatch(name, "is missing")
@@ -384,36 +368,6 @@ class _Filling:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(where))
         self.model.requires_grad_(False)  # noqa: FBT003 - torch's signature
-
-    def _tie(self) -> None:
-        head, embedding = self.model.get_output_embeddings(), self._embedding()
-        if head is None or not isinstance(head, nn.Linear):  # a quantised head is tied to nothing
-            self.model.config.tie_word_embeddings = False
-        for target, source in self.tied.items():  # some writers kept the other name of the two
-            self._share(source, target)
-            self._share(target, source)
-        translated = self.checkpoint.translated or {}
-        silent = bool(translated) and "tie_word_embeddings" not in translated
-        if isinstance(head, nn.Linear) and head.weight.is_meta and silent:
-            head.weight = embedding.weight  # the config around the language model's own ties them
-            self.model.config.tie_word_embeddings = True
-
-    def _share(self, source: str, target: str) -> None:
-        """Let one parameter be another where the checkpoint has that one alone."""
-        (source_path, _, source_leaf), (path, _, leaf) = (
-            name.rpartition(".") for name in (source, target)
-        )
-        module, other = self.model.get_submodule(path), self.model.get_submodule(source_path)
-        if not getattr(getattr(module, leaf, None), "is_meta", False):
-            return
-        value = getattr(other, source_leaf, None)
-        if isinstance(value, nn.Parameter) and not value.is_meta:
-            setattr(module, leaf, value)
-        elif isinstance(module, nn.Linear) and source_path in self.prepared:
-            self.model.set_submodule(path, other)
-
-    def _embedding(self) -> Any:  # noqa: ANN401 - a module with a weight
-        return self.model.get_input_embeddings()
 
     def _warnings(self) -> list[str]:
         if not self.foreign:
@@ -441,8 +395,3 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear
     if bias is not None:
         module.bias = nn.Parameter(bias, requires_grad=False)
     return module
-
-
-def _natural(part: tuple[str, torch.Tensor]) -> list[int | str]:
-    """Order names with numbers in them as people do: experts.2 before experts.10."""
-    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", part[0])]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gptq_loader_plugin.errors import QuantizeError
+from gptq_loader_plugin.kernel.packing import unfilled_words
 from gptq_loader_plugin.model.experts import PackedExperts, expert_weights, experts_layout
 from gptq_loader_plugin.model.linears import linear_shape
 
@@ -31,7 +32,6 @@ __all__ = [
 ]
 
 OUTPUT_BYTES = 1 << 29  # of linears' outputs that are kept while a block is quantised
-WORD_BITS = 32
 NOT_LINEAR = "no linear layer"
 
 
@@ -80,10 +80,8 @@ def find_blocks(model: PreTrainedModel, bits: int = 4) -> list[Block]:
         if best is None or weights > best[0]:
             best = (weights, path, module)
     if best is None:
-        raise QuantizeError(
-            f"a {model.config.model_type} model has no list of blocks to quantise",
-            hint="quantise a decoder-only language model",
-        )
+        message = f"a {model.config.model_type} model has no list of blocks to quantise"
+        raise QuantizeError(message, hint="quantise a decoder-only language model")
     return _blocks(best[1], best[2], bits)
 
 
@@ -132,7 +130,7 @@ def linears(block: Block) -> dict[str, nn.Module]:
     linears = {}
     for name, module in block.module.named_modules():
         shape = linear_shape(module)
-        if shape is not None and _fault(shape, block.bits) is None:
+        if shape is not None and unfilled_words(shape, block.bits) is None:
             linears[f"{block.path}.{name}"] = module
     return {name: module for name, module in linears.items() if name not in block.shared}
 
@@ -145,19 +143,10 @@ def left_out(blocks: Sequence[Block]) -> dict[str, str]:
             weight, shape = getattr(module, "weight", None), linear_shape(module)
             if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
                 continue
-            fault = NOT_LINEAR if shape is None else _fault(shape, block.bits)
+            fault = NOT_LINEAR if shape is None else unfilled_words(shape, block.bits)
             if fault is not None:
                 left[f"{block.path}.{name}"] = fault
     return left
-
-
-def _fault(shape: tuple[int, int], bits: int) -> str | None:
-    """Say why codes of this width do not fill whole words, or None where they do."""
-    multiple = WORD_BITS if WORD_BITS % bits else WORD_BITS // bits
-    sides = [side for side in shape if side % multiple]
-    if not sides:
-        return None
-    return f"{shape[0]}x{shape[1]}: {sides[0]} is no multiple of {multiple}, as {bits} bits need"
 
 
 @torch.inference_mode()

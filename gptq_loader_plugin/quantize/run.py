@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
-from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +15,6 @@ from gptq_loader_plugin.checkpoint.config import CONFIG_FILES, read_json
 from gptq_loader_plugin.checkpoint.weight_files import KEPT, KEPT_LOCK
 from gptq_loader_plugin.errors import BadReference, QuantizeError
 from gptq_loader_plugin.events import Progress
-from gptq_loader_plugin.hub.cache import lock_of
 from gptq_loader_plugin.model.pictures import auto_class
 from gptq_loader_plugin.planning.model_shape import ModelShape
 from gptq_loader_plugin.quantize.algorithm import QuantizedWeight, quantize_weight
@@ -33,18 +30,17 @@ from gptq_loader_plugin.quantize.blocks import (
     subsets,
 )
 from gptq_loader_plugin.quantize.calibration import calibration_samples, calibration_text
+from gptq_loader_plugin.quantize.kept_blocks import KeptBlocks, only_writer
 from gptq_loader_plugin.quantize.writer import (
     hub_names,
     pack_weight,
-    save_tensors,
     write_checkpoint,
 )
-from gptq_loader_plugin.system.atomic_file import write_whole
-from gptq_loader_plugin.system.file_lock import held, held_and_removed, lock_holder
+from gptq_loader_plugin.system.file_lock import lock_holder
 from gptq_loader_plugin.system.paths import local_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from torch import nn
@@ -57,7 +53,6 @@ __all__ = ["quantize", "quantize_model"]
 
 BATCH_TOKENS = 4096  # hidden states are run through a block this many tokens at a time
 UNKNOWN_CONTEXT = 2048
-FINGERPRINT = "fingerprint"  # in the metadata of a block's file, and a file beside them
 
 
 def quantize_model(
@@ -88,7 +83,7 @@ def quantize_model(
             holds something else, or another process is writing there.
     """
     progress = progress or _ignore
-    with _only_writer(local_path(out)) as folder:
+    with only_writer(local_path(out)) as folder:
         _check_free(folder)
         progress(Progress("read model", 0, 1, "files", str(source)))
         model, tokenizer = load_source(local_path(source))
@@ -128,40 +123,10 @@ def quantize(
         QuantizeError: the model has no blocks, or activations that are not finite, or another
             process is writing to the folder.
     """
-    with _only_writer(out):
+    with only_writer(out):
         return _quantize(
             model, tokenizer, out, options=options, samples=samples, progress=progress or _ignore
         )
-
-
-@contextmanager
-def _only_writer(out: Path) -> Iterator[Path]:
-    """Keep every other process that quantises or downloads out of a folder, inside.
-
-    One lock is in the folder, for processes of other machines and containers that share it; the
-    other is that of downloads.
-    """
-    if out.exists() and not out.is_dir():
-        raise QuantizeError(f"{out} is a file", hint="name a folder for the checkpoint")
-    is_new = not out.exists()
-
-    def refuse(holder: str) -> None:
-        raise QuantizeError(
-            f"{holder} is writing to {out}",
-            hint="wait until it has ended, or name another folder; a run of the same command "
-            "afterwards goes on where that one stopped",
-        )
-
-    try:
-        with (
-            held(lock_of(out), waiting=refuse),
-            held_and_removed(out / KEPT_LOCK, waiting=refuse),
-        ):
-            yield out
-    finally:
-        if is_new:
-            with suppress(OSError):  # there is something in it
-                out.rmdir()
 
 
 @torch.inference_mode()
@@ -183,7 +148,7 @@ def _quantize(
             "none of its layers can be quantised: " + "; ".join(dict.fromkeys(left.values())),
             hint="take another width: 4 bits need multiples of 8, 8 bits multiples of 4",
         )
-    kept = _Kept(out / KEPT, _fingerprint(model, options, samples))
+    kept = KeptBlocks(out / KEPT, _fingerprint(model, options, samples))
     batches = _batches(samples)
     hidden, calls = record_calls(model, blocks, batches)
     work = _Work(options, progress, total=sum(len(linears(block)) for block in blocks))
@@ -262,68 +227,6 @@ class _Work:
             minutes, rest = divmod(round(seconds), 60)
             detail = f"{name}, {f'{minutes} min ' if minutes else ''}{rest} s left"
         self._progress(Progress("quantize", self._done, self._total, "layers", detail))
-
-
-class _Kept:
-    """Finished blocks on disk; each says of which model, options and samples it was made."""
-
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        self._folder = folder
-        self._fingerprint = fingerprint
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / FINGERPRINT, fingerprint)  # for people: each block has its own
-        for file in folder.glob("block-*.safetensors"):
-            if _fingerprint_of(file) != fingerprint:
-                file.unlink()
-
-    def read(self, block: int) -> dict[str, QuantizedWeight] | None:
-        """Read a finished block, or None where it is not finished."""
-        from safetensors.torch import load_file
-
-        file = self._file(block)
-        if _fingerprint_of(file) != self._fingerprint:
-            return None
-        tensors = load_file(file)
-        paths = [name.removesuffix("/codes") for name in tensors if name.endswith("/codes")]
-        return {
-            path: QuantizedWeight(
-                tensors[f"{path}/codes"],
-                tensors[f"{path}/scales"],
-                tensors[f"{path}/zeros"],
-                tensors[f"{path}/g_idx"],
-                0.0,
-            )
-            for path in paths
-        }
-
-    def write(self, block: int, done: dict[str, QuantizedWeight]) -> None:
-        """Keep a finished block."""
-        tensors = {}
-        for path, weight in done.items():
-            tensors[f"{path}/codes"] = weight.codes
-            tensors[f"{path}/scales"] = weight.scales
-            tensors[f"{path}/zeros"] = weight.zeros
-            tensors[f"{path}/g_idx"] = weight.g_idx
-        save_tensors(tensors, self._file(block), metadata={FINGERPRINT: self._fingerprint})
-
-    def remove(self) -> None:
-        """Forget them: the checkpoint is complete."""
-        shutil.rmtree(self._folder)
-
-    def _file(self, block: int) -> Path:
-        return self._folder / f"block-{block:04}.safetensors"
-
-
-def _fingerprint_of(file: Path) -> str | None:
-    """Read what a block was made of; None where there is no block that can be read."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as block:
-            stated: dict[str, str] = block.metadata() or {}
-    except (OSError, SafetensorError):
-        return None
-    return stated.get(FINGERPRINT)
 
 
 def _same_input(names: Sequence[str], sums: dict[str, torch.Tensor]) -> list[list[str]]:

@@ -26,6 +26,7 @@ namespace {
 
 constexpr int L = Middle::LANES;
 constexpr float SECOND_BYTE = 254;          // what a second byte counts: half a step is 127 of it
+constexpr float TINY = 0x1p-100f;           // numbers below are divided by it first, exactly
 constexpr int MAX_SEGMENT_ROWS = 256 + 32;  // rows of a segment, filled up to whole units
 
 // 16 whole numbers of one byte each, in the order in which a word's codes want them.
@@ -74,12 +75,15 @@ AVX2_TARGET void quantize(const GptqLinear& linear, const void* x, int type, int
     }
     alignas(32) float lanes[L];
     _mm256_store_ps(lanes, max_lanes);
-    const float max_abs = *std::max_element(lanes, lanes + L);
+    float max_abs = *std::max_element(lanes, lanes + L);
     const bool finite = !_mm256_movemask_ps(unordered) && max_abs <= 3.402823466e38f;
-    // What is not finite is passed on by the step alone; what is too small to divide by is zero.
+    // What is not finite is passed on by the step alone.
     const float step = finite ? max_abs / 127.0f : __builtin_nanf("");
-    float steps_of_one = finite && step > 0 ? 127.0f / max_abs : 0.0f;
-    if (steps_of_one > 3.402823466e38f) steps_of_one = 0;
+    if (finite && max_abs < TINY) {  // whose 127 / max_abs may be infinite
+      for (int i = 0; i < count; i++) values[i] *= 1 / TINY;
+      max_abs *= 1 / TINY;
+    }
+    const float steps_of_one = finite && step > 0 ? 127.0f / max_abs : 0.0f;
     const __m256 per = _mm256_set1_ps(steps_of_one), second = _mm256_set1_ps(SECOND_BYTE);
     __m256i sums = _mm256_setzero_si256(), rests = _mm256_setzero_si256();
     for (int i = 0; i < count; i += 2 * L) {

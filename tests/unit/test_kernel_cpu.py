@@ -9,7 +9,7 @@ import io
 import pickle
 import shutil
 import subprocess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ CPU = Device("cpu", features=frozenset({"avx2", "avx512f", "avx512_bf16"}))
 native = pytest.mark.skipif(find_library() is None, reason="no C++ compiler built the library")
 # Products are exact in both; float32's sums are rounded, and bfloat16's answers are.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 2e-3}
-INT16_TOLERANCE = 3e-5  # x is off by 2**-16 of the greatest of its segment
+INT16_TOLERANCE = 5e-5  # x is off by 2**-16 of the greatest of its segment
 
 
 def module(
@@ -265,7 +265,8 @@ def test_smallest_float16_scales_are_exact() -> None:
     scales = torch.arange(1, 65, dtype=torch.int16).view(torch.float16)[None]  # subnormal
     packed = dataclasses.replace(packed, scales=scales)
     for isa in range(load_library().gptq_isa() + 1):
-        layer = NativeLinear(packed, in_features=128, out_features=64, isa=Isa(isa))
+        code: Any = {"isa": Isa(isa), "activations": Activations.FLOAT32}
+        layer = NativeLinear(packed, in_features=128, out_features=64, **code)
         x = torch.ones(1, 128)
         right = x @ packed.dequantize().t()
         assert torch.equal(layer(x), right)
@@ -378,7 +379,7 @@ SIZES = {name: ctypes.sizeof(structure) for name, structure in _native.STRUCTURE
         (None, None, "it has no gptq_sizeof"),
         (SIZES, None, "it has no gptq_signature"),
         ({}, {}, f"its GptqLinear has 0 bytes, and {SIZES['GptqLinear']} here"),
-        (SIZES | {"GptqModel": 72}, {}, "its GptqModel has 72 bytes"),
+        (SIZES | {"GptqModel": 8}, {}, "its GptqModel has 8 bytes"),
         (SIZES, {}, "its gptq_isa takes other arguments"),
         (SIZES, {**_native.FUNCTIONS, "gptq_pack": "ip"}, "its gptq_pack takes other arguments"),
         (SIZES, _native.FUNCTIONS, "it has no gptq_isa"),

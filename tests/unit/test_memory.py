@@ -80,7 +80,7 @@ def test_what_is_planned_is_what_is_taken(name: str, backend: str) -> None:
         copied = head.extra_bytes if isinstance(head, TopLogitsHead) else 0
         assert plan.weight_bytes == pytest.approx(held(loaded.model) + copied, rel=0.03)
         loaded.generate("Hi", gptq.GenerateOptions(max_new_tokens=3))
-        ((_, kept),) = loaded._cache._kept
+        ((_, kept, _),) = loaded._cache._kept
         rooms = [layer.room for layer in kept.layers]
         # what a position takes; the cache keeps room for a quarter more of them than it holds
         taken = sum(room.nbytes / room.shape[3] for room in rooms)

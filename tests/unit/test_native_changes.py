@@ -207,13 +207,14 @@ def test_another_default_device_changes_nothing(device: str) -> None:
 
 @pytest.mark.parametrize("activations", [Activations.INT8, Activations.INT16])
 @pytest.mark.parametrize("size", [1e-30, 3e-37, 1e-37])
-def test_tiny_activations_do_not_overflow(size: float, activations: Activations) -> None:
+@pytest.mark.parametrize("isa", [Isa.AVX2, Isa.AVX512_VNNI], ids=lambda isa: isa.name)
+def test_tiny_activations_do_not_overflow(isa: Isa, size: float, activations: Activations) -> None:
     from gptq_loader_kernels.cpu.linear import NativeLinear
 
-    if not runs(Isa.AVX512, activations):
-        pytest.skip("no AVX512-VNNI here")
+    if not runs(isa):
+        pytest.skip(f"this processor does not run {isa.name}")
     _, packed, weight = make_layer(Case(group_size=32, rows=128))
-    code: Any = {"isa": Isa.AVX512, "activations": activations}
+    code: Any = {"isa": isa, "activations": activations}
     layer = NativeLinear(packed, in_features=128, out_features=96, **code)
     x = (torch.randn(3, 128) * size).bfloat16()
     right = x.double() @ weight.t()

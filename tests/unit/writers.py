@@ -128,7 +128,7 @@ def two_checkpoints(one: Jobs, other: Jobs, folder: Path, *, pairs: int, seed: i
             thread.start()
             time.sleep(draw.uniform(0, 0.2))
         for thread in threads:
-            thread.join()
+            thread.join(600)
         result.tried += 2
         last = [reports[-1] for reports in ended.values()]
         won = [widths[number] for number, reports in ended.items() if reports[-1] == "made"]
@@ -191,7 +191,7 @@ def two_files(one: Jobs, other: Jobs, folder: Path, kind: str, *, entries: int) 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(600)
     expected = {f"{name}-{number}" for name in ("one", "other") for number in range(entries)}
     if kind == "tiles":
         expected = {"2", "3", "4", "8"}

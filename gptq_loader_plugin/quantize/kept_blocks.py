@@ -1,0 +1,115 @@
+"""The folder that a run writes to: one run at a time, and its finished blocks until the end."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from gptq_loader_plugin.checkpoint.weight_files import KEPT_LOCK
+from gptq_loader_plugin.errors import QuantizeError
+from gptq_loader_plugin.hub.cache import lock_of
+from gptq_loader_plugin.quantize.algorithm import QuantizedWeight
+from gptq_loader_plugin.quantize.writer import save_tensors
+from gptq_loader_plugin.system.atomic_file import write_whole
+from gptq_loader_plugin.system.file_lock import held, held_and_removed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+__all__ = ["KeptBlocks", "only_writer"]
+
+FINGERPRINT = "fingerprint"  # in the metadata of a block's file, and a file beside them
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[Path]:
+    """Keep every other process that quantises or downloads out of a folder, inside.
+
+    One lock is in the folder, for processes of other machines and containers that share it; the
+    other is that of downloads.
+    """
+    if out.exists() and not out.is_dir():
+        raise QuantizeError(f"{out} is a file", hint="name a folder for the checkpoint")
+    is_new = not out.exists()
+
+    def refuse(holder: str) -> None:
+        raise QuantizeError(
+            f"{holder} is writing to {out}",
+            hint="wait until it has ended, or name another folder; a run of the same command "
+            "afterwards goes on where that one stopped",
+        )
+
+    try:
+        with (
+            held(lock_of(out), waiting=refuse),
+            held_and_removed(out / KEPT_LOCK, waiting=refuse),
+        ):
+            yield out
+    finally:
+        if is_new:
+            with suppress(OSError):  # there is something in it
+                out.rmdir()
+
+
+class KeptBlocks:
+    """Finished blocks on disk; each says of which model, options and samples it was made."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self._folder = folder
+        self._fingerprint = fingerprint
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / FINGERPRINT, fingerprint)  # for people: each block has its own
+        for file in folder.glob("block-*.safetensors"):
+            if _fingerprint_of(file) != fingerprint:
+                file.unlink()
+
+    def read(self, block: int) -> dict[str, QuantizedWeight] | None:
+        """Read a finished block, or None where it is not finished."""
+        from safetensors.torch import load_file
+
+        file = self._file(block)
+        if _fingerprint_of(file) != self._fingerprint:
+            return None
+        tensors = load_file(file)
+        paths = [name.removesuffix("/codes") for name in tensors if name.endswith("/codes")]
+        return {
+            path: QuantizedWeight(
+                tensors[f"{path}/codes"],
+                tensors[f"{path}/scales"],
+                tensors[f"{path}/zeros"],
+                tensors[f"{path}/g_idx"],
+                0.0,
+            )
+            for path in paths
+        }
+
+    def write(self, block: int, done: dict[str, QuantizedWeight]) -> None:
+        """Keep a finished block."""
+        tensors = {}
+        for path, weight in done.items():
+            tensors[f"{path}/codes"] = weight.codes
+            tensors[f"{path}/scales"] = weight.scales
+            tensors[f"{path}/zeros"] = weight.zeros
+            tensors[f"{path}/g_idx"] = weight.g_idx
+        save_tensors(tensors, self._file(block), metadata={FINGERPRINT: self._fingerprint})
+
+    def remove(self) -> None:
+        """Forget them: the checkpoint is complete."""
+        shutil.rmtree(self._folder)
+
+    def _file(self, block: int) -> Path:
+        return self._folder / f"block-{block:04}.safetensors"
+
+
+def _fingerprint_of(file: Path) -> str | None:
+    """Read what a block was made of; None where there is no block that can be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as block:
+            stated: dict[str, str] = block.metadata() or {}
+    except (OSError, SafetensorError):
+        return None
+    return stated.get(FINGERPRINT)
