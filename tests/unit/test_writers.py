@@ -78,12 +78,17 @@ def test_a_block_of_another_run_is_made_again(jobs: Jobs, tmp_path: Path) -> Non
     jobs.run("quantize", DATA / "base", tmp_path / "alone", 4)
     for bits, cut in ((3, False), (8, False), (4, True)):
         out = tmp_path / f"over-{bits}"
-        seconds = 1.0
+        early, late = 0.0, 2.0  # seconds: no block yet, and the checkpoint complete
         while not list((out / KEPT).glob("block-0000*")):
+            seconds = (early + late) / 2
             jobs.run("quantize", DATA / "base", out, bits, kill_after=seconds)
-            if (out / "config.json").exists():  # it was killed too late
+            if (out / "config.json").exists():
                 shutil.rmtree(out)
-                seconds *= 0.7
+                late = seconds
+            else:
+                early = seconds
+            if late - early < 0.01:  # how long it takes differs from run to run
+                early, late = 0.0, 2.0
         (block,) = (out / KEPT).glob("block-0000*")
         with safe_open(block, "pt") as tensors:
             assert tensors.metadata()["fingerprint"] == (out / KEPT / "fingerprint").read_text()
