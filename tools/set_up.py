@@ -28,6 +28,11 @@ LOG = os.path.join(VENV, "set_up.log")
 OLDEST = (3, 11)
 # Alone and first: resolved together with the rest, another torch may come with gigabytes of CUDA.
 TORCH = "torch==2.13.0"
+# Files that are no Python of today's are passed over.
+COMPILE = (
+    "import compileall, sysconfig; "
+    "compileall.compile_dir(sysconfig.get_path('purelib'), quiet=2, workers=0)"
+)
 EXTRAS = {
     "demo": "demo",
     "page": "demo,gradio,server",
@@ -187,6 +192,8 @@ def plan(target):
     steps.append(by_uv)
     words = "installing gptq-loader-plugin and what it needs"
     steps.append((words, uv_install(python, TORCH, *package, *more)))
+    if target in ("test", "check"):  # their programs begin some hundred times
+        steps.append(("compiling what was installed", [python, "-c", COMPILE]))
     return steps
 
 
