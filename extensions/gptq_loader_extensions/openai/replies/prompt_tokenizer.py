@@ -71,7 +71,7 @@ class PromptTokenizer:
             PromptTooLong: it cannot fit.
         """
         self.check_length(text)
-        return self.tokenizer(text, **options)
+        return self.tokenizer(text if isinstance(text, str) else list(text), **options)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - the tokenizer's
         """Return what the tokenizer has."""
