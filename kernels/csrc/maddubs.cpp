@@ -14,9 +14,7 @@
 // Registers, of 16, one row by two bytes: sums in 16 bits 2 * C = 4 (8 bits: 8), in 32 bits 4; codes
 // and words 2 * C. More rows take a vector of columns at a time.
 
-#include "gemv.h"
-
-#include <algorithm>
+#include "integers.h"
 
 using namespace gptq;
 
@@ -25,9 +23,6 @@ using namespace gptq;
 namespace {
 
 constexpr int L = Middle::LANES;
-constexpr float SECOND_BYTE = 254;          // what a second byte counts: half a step is 127 of it
-constexpr float TINY = 0x1p-100f;           // numbers below are divided by it first, exactly
-constexpr int MAX_SEGMENT_ROWS = 256 + 32;  // rows of a segment, filled up to whole units
 
 // 16 whole numbers of one byte each, in the order in which a word's codes want them.
 AVX2_TARGET INLINE __m128i to_bytes(__m256i first, __m256i second, __m128i order) {
@@ -49,13 +44,11 @@ AVX2_TARGET INLINE int add_lanes(__m256i of) {
 }
 
 template <int BYTES>
-AVX2_TARGET void quantize(const GptqLinear& linear, const void* x, int type, int64_t m,
-                          const PermutedActivations& to) {
-  const int rows = unit_rows(linear.bits), together = linear.bits == 3 ? 16 : rows,
-            quarter = together / 4;
+AVX2_TARGET void quantize_segments(const GptqLinear& linear, const void* x, int type, int64_t m,
+                                   const PermutedActivations& to) {
+  const int rows = unit_rows(linear.bits);
   alignas(16) int8_t place[16];
-  for (int i = 0; i < 16; i++)
-    place[i] = int8_t(i / together * together + i % together % 4 * quarter + i % together / 4);
+  order_bytes(linear.bits, place);
   const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i*>(place));
   int8_t* out = reinterpret_cast<int8_t*>(to.words + m * to.stride);
   const int32_t* row = linear.rows;
@@ -64,9 +57,7 @@ AVX2_TARGET void quantize(const GptqLinear& linear, const void* x, int type, int
   for (int segment = 0; segment < linear.segments; segment++) {
     const int count = linear.segment_units[segment] * rows;
     alignas(32) float values[MAX_SEGMENT_ROWS];
-    for (int i = 0; i < count; i++)
-      values[i] = row[i] < 0 ? 0.0f : load_number(x, type, row_of_x + row[i]);
-    for (int i = count; i % (2 * L); i++) values[i] = 0;
+    gather(x, type, row_of_x, row, count, 2 * L, values);
     __m256 max_lanes = _mm256_setzero_ps(), unordered = _mm256_setzero_ps();
     for (int i = 0; i < count; i += L) {
       const __m256 value = _mm256_and_ps(_mm256_load_ps(values + i), magnitude);
@@ -120,8 +111,8 @@ AVX2_TARGET void quantize(const GptqLinear& linear, const void* x, int type, int
 
 // M rows of x by one tile, C vectors of columns at once: y [M][COLUMNS].
 template <int BITS, int BYTES, int M, int C>
-AVX2_TARGET void multiply(const GptqLinear& linear, int64_t tile, int64_t m,
-                          const PermutedActivations& from, float* y) {
+AVX2_TARGET void multiply_columns(const GptqLinear& linear, int64_t tile, int64_t m,
+                                  const PermutedActivations& from, float* y) {
   constexpr int per_word = BITS == 3 ? 3 : 1, fours = BITS == 3 ? 8 : 8 / BITS,
                 width = BITS == 3   ? 2
                         : BITS == 8 ? 4
@@ -235,25 +226,18 @@ AVX2_TARGET void multiply(const GptqLinear& linear, int64_t tile, int64_t m,
   }
 }
 
-template <int BITS, int BYTES>
-void multiply_rows(const GptqLinear& linear, int64_t tile, int64_t m, int count,
-                   const PermutedActivations& x, float* y) {
-  if (count == 4) return multiply<BITS, BYTES, 4, 1>(linear, tile, m, x, y);
-  if (count == 3) return multiply<BITS, BYTES, 3, 1>(linear, tile, m, x, y);
-  if (count == 2) return multiply<BITS, BYTES, 2, 1>(linear, tile, m, x, y);
-  multiply<BITS, BYTES, 1, 2>(linear, tile, m, x, y);
-}
-
-template <int BYTES>
-void multiply_columns(const GptqLinear& linear, int64_t tile, int64_t m, int count,
-                      const PermutedActivations& x, float* y) {
-  switch (linear.bits) {
-    case 2: return multiply_rows<2, BYTES>(linear, tile, m, count, x, y);
-    case 3: return multiply_rows<3, BYTES>(linear, tile, m, count, x, y);
-    case 4: return multiply_rows<4, BYTES>(linear, tile, m, count, x, y);
-    default: return multiply_rows<8, BYTES>(linear, tile, m, count, x, y);
+struct Maddubs {
+  template <int BYTES>
+  static void quantize(const GptqLinear& linear, const void* x, int type, int64_t m,
+                       const PermutedActivations& to) {
+    quantize_segments<BYTES>(linear, x, type, m, to);
   }
-}
+  template <int BITS, int BYTES, int M>
+  static void multiply(const GptqLinear& linear, int64_t tile, int64_t m,
+                       const PermutedActivations& x, float* y) {
+    multiply_columns<BITS, BYTES, M, M == 1 ? 2 : 1>(linear, tile, m, x, y);
+  }
+};
 
 }  // namespace
 
@@ -261,14 +245,12 @@ namespace gptq {
 
 void quantize_activations_avx2(const GptqLinear& linear, const void* x, int type, int64_t m,
                                const PermutedActivations& to) {
-  if (to.kind == Activations::INT16) return quantize<2>(linear, x, type, m, to);
-  quantize<1>(linear, x, type, m, to);
+  quantize_by<Maddubs>(linear, x, type, m, to);
 }
 
 void multiply_tile_maddubs(const GptqLinear& linear, int64_t tile, int64_t m, int count,
                            const PermutedActivations& x, float* y) {
-  if (x.kind == Activations::INT16) return multiply_columns<2>(linear, tile, m, count, x, y);
-  multiply_columns<1>(linear, tile, m, count, x, y);
+  multiply_by<Maddubs>(linear, tile, m, count, x, y);
 }
 
 }  // namespace gptq

@@ -20,7 +20,7 @@
 // Registers, of 32, two bytes: acc 2 * M * columns / 16 = 8, 16, 12, 16 for M = 1, 2, 3, 4, of 64
 // columns, or 32 where M > 2; codes and words 4 to 16; x is broadcast from memory.
 
-#include "gemv.h"
+#include "integers.h"
 
 #include <algorithm>
 #include <cmath>
@@ -31,10 +31,6 @@ using namespace gptq;
 
 namespace {
 
-constexpr float SECOND_BYTE = 254;          // what a second byte counts: half a step is 127 of it
-constexpr int MAX_SEGMENT_ROWS = 256 + 32;  // rows of a segment, filled up to whole units
-constexpr float TINY = 0x1p-100f;           // numbers below are divided by it first, exactly
-
 // Round 16 numbers to whole ones and put them where a word's codes want them.
 VNNI_TARGET INLINE __m512i round_and_store(__m512 numbers, __m128i order, int8_t* to) {
   const __m512i rounded = _mm512_cvtps_epi32(numbers);
@@ -44,13 +40,11 @@ VNNI_TARGET INLINE __m512i round_and_store(__m512 numbers, __m128i order, int8_t
 }
 
 template <int BYTES>
-VNNI_TARGET void quantize(const GptqLinear& linear, const void* x, int type, int64_t m,
-                          const PermutedActivations& to) {
-  const int rows = unit_rows(linear.bits), together = linear.bits == 3 ? 16 : rows,
-            quarter = together / 4;
+VNNI_TARGET void quantize_segments(const GptqLinear& linear, const void* x, int type, int64_t m,
+                                   const PermutedActivations& to) {
+  const int rows = unit_rows(linear.bits);
   alignas(16) int8_t place[16];
-  for (int i = 0; i < 16; i++)
-    place[i] = int8_t(i / together * together + i % together % 4 * quarter + i % together / 4);
+  order_bytes(linear.bits, place);
   const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i*>(place));
   int8_t* out = reinterpret_cast<int8_t*>(to.words + m * to.stride);
   const int32_t* row = linear.rows;
@@ -58,14 +52,7 @@ VNNI_TARGET void quantize(const GptqLinear& linear, const void* x, int type, int
   for (int segment = 0; segment < linear.segments; segment++) {
     const int count = linear.segment_units[segment] * rows;
     alignas(64) float values[MAX_SEGMENT_ROWS];
-    if (type == FLOAT32) {
-      const float* from = static_cast<const float*>(x) + row_of_x;
-      for (int i = 0; i < count; i++) values[i] = row[i] < 0 ? 0.0f : from[row[i]];
-    } else {
-      const uint16_t* from = static_cast<const uint16_t*>(x) + row_of_x;
-      for (int i = 0; i < count; i++) values[i] = row[i] < 0 ? 0.0f : from_bfloat16(from[row[i]]);
-    }
-    for (int i = count; i % LANES; i++) values[i] = 0;
+    gather(x, type, row_of_x, row, count, LANES, values);
     __m512 max_lanes = _mm512_setzero_ps();
     __mmask16 not_finite = 0;
     for (int i = 0; i < count; i += LANES) {
@@ -113,8 +100,8 @@ VNNI_TARGET void quantize(const GptqLinear& linear, const void* x, int type, int
 // M rows of x by one tile, C vectors of columns at once: y [M][COLUMNS]. Its loops are unrolled, or
 // gcc keeps the sums in memory and stores them for every word.
 template <int BITS, int BYTES, int M, int C>
-VNNI_TARGET void multiply(const GptqLinear& linear, int64_t tile, int64_t m,
-                          const PermutedActivations& from, float* y) {
+VNNI_TARGET void multiply_columns(const GptqLinear& linear, int64_t tile, int64_t m,
+                                  const PermutedActivations& from, float* y) {
   constexpr int per_word = BITS == 3 ? 3 : 1, fours = BITS == 3 ? 8 : 8 / BITS,
                 width = BITS == 3 ? 2 : BITS;
   const __m512i mask = _mm512_set1_epi8(char((1 << width) - 1));
@@ -208,26 +195,19 @@ VNNI_TARGET void multiply(const GptqLinear& linear, int64_t tile, int64_t m,
   }
 }
 
-template <int BITS, int BYTES>
-void multiply_rows(const GptqLinear& linear, int64_t tile, int64_t m, int count,
-                   const PermutedActivations& x, float* y) {
-  constexpr int C = BYTES == 2 ? 2 : 4;  // of three and four rows: their sums fill the registers
-  if (count == 4) return multiply<BITS, BYTES, 4, C>(linear, tile, m, x, y);
-  if (count == 3) return multiply<BITS, BYTES, 3, C>(linear, tile, m, x, y);
-  if (count == 2) return multiply<BITS, BYTES, 2, 4>(linear, tile, m, x, y);
-  multiply<BITS, BYTES, 1, 4>(linear, tile, m, x, y);
-}
-
-template <int BYTES>
-void multiply_columns(const GptqLinear& linear, int64_t tile, int64_t m, int count,
-                      const PermutedActivations& x, float* y) {
-  switch (linear.bits) {
-    case 2: return multiply_rows<2, BYTES>(linear, tile, m, count, x, y);
-    case 3: return multiply_rows<3, BYTES>(linear, tile, m, count, x, y);
-    case 4: return multiply_rows<4, BYTES>(linear, tile, m, count, x, y);
-    default: return multiply_rows<8, BYTES>(linear, tile, m, count, x, y);
+struct Vnni {
+  template <int BYTES>
+  static void quantize(const GptqLinear& linear, const void* x, int type, int64_t m,
+                       const PermutedActivations& to) {
+    quantize_segments<BYTES>(linear, x, type, m, to);
   }
-}
+  template <int BITS, int BYTES, int M>
+  static void multiply(const GptqLinear& linear, int64_t tile, int64_t m,
+                       const PermutedActivations& x, float* y) {
+    constexpr int C = BYTES == 2 && M > 2 ? 2 : 4;  // their sums fill the registers
+    multiply_columns<BITS, BYTES, M, C>(linear, tile, m, x, y);
+  }
+};
 
 }  // namespace
 
@@ -235,14 +215,12 @@ namespace gptq {
 
 void quantize_activations(const GptqLinear& linear, const void* x, int type, int64_t m,
                           const PermutedActivations& to) {
-  if (to.kind == Activations::INT16) return quantize<2>(linear, x, type, m, to);
-  quantize<1>(linear, x, type, m, to);
+  quantize_by<Vnni>(linear, x, type, m, to);
 }
 
 void multiply_tile_vnni(const GptqLinear& linear, int64_t tile, int64_t m, int count,
                         const PermutedActivations& x, float* y) {
-  if (x.kind == Activations::INT16) return multiply_columns<2>(linear, tile, m, count, x, y);
-  multiply_columns<1>(linear, tile, m, count, x, y);
+  multiply_by<Vnni>(linear, tile, m, count, x, y);
 }
 
 }  // namespace gptq
