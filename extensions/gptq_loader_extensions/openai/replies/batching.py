@@ -1,7 +1,6 @@
 """Generate the replies of many requests at a time, in the order they came.
 
-One thread runs the model, and nothing else that takes long. Others make the prompts: one of them
-takes small requests alone, so that they wait for no large one.
+One thread runs the model, and nothing else that takes long: others make the prompts.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from gptq_loader_extensions.openai.replies.engine import (
     Run,
     Started,
 )
-from gptq_loader_extensions.openai.replies.prompt_tokenizer import PROMPT_THREADS
+from gptq_loader_extensions.openai.replies.kv_budget import reserve_kv_cache
+from gptq_loader_extensions.openai.replies.prompt_threads import PromptThreads
 from gptq_loader_extensions.openai.replies.scores import LogprobRecorder
 from gptq_loader_extensions.openai.replies.waiting import WaitingRequests
 from gptq_loader_plugin.errors import is_out_of_memory
-from gptq_loader_plugin.system.memory import free_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchEngine"]
 
-KV_SHARE = 0.6  # of the memory that is free once a model is loaded, for keys and values
-CACHE_SHARE = 0.25  # of that, for sequences that a next turn may continue
 END_SECONDS = 1.0  # for what is being prepared to end when the server stops
 
 logger = logging.getLogger(__name__)
@@ -106,14 +103,10 @@ class BatchEngine:
         self._max_kv_bytes = 0
         self._thread = threading.Thread(target=self._serve, name="gptq-engine", daemon=True)
         self._thread.start()
-        self._preparing = [
-            threading.Thread(
-                target=self._prepare_all, args=(i,), name=f"gptq-prompts-{i}", daemon=True
-            )
-            for i in range(PROMPT_THREADS)
-        ]
-        for thread in self._preparing:
-            thread.start()
+        self._prompts = PromptThreads(
+            self._take_unprepared, self._set_prepared, self._cannot_prepare
+        )
+        self._prompts.start()
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request.
@@ -143,7 +136,7 @@ class BatchEngine:
 
     def alive(self) -> bool:
         """Return whether the threads that generate replies and make prompts still run."""
-        return all(thread.is_alive() for thread in (self._thread, *self._preparing))
+        return self._thread.is_alive() and self._prompts.alive()
 
     def stop(self) -> None:
         """Accept no more requests, and end all there are within a token."""
@@ -157,8 +150,7 @@ class BatchEngine:
         """Stop, wait for the thread to end, and unload the model."""
         self.stop()
         self._thread.join()
-        for thread in self._preparing:
-            thread.join(END_SECONDS)  # a tokenizer cannot be stopped
+        self._prompts.join(END_SECONDS)
         self._registry.unload()
 
     def _serve(self) -> None:
@@ -274,18 +266,12 @@ class BatchEngine:
         if not runs:
             self._ended(request)
 
-    def _prepare_all(self, thread: int) -> None:
-        """Prepare requests until the server stops, on one of the threads that do nothing else.
+    def _take_unprepared(self, thread: int) -> tuple[EngineRequest, str, LoadedModel] | None:
+        """Wait for a request to prepare; return it with its model, or None once all has ended.
 
         Args:
-            thread: which one; the first takes small requests alone.
+            thread: which one waits; the first takes small requests alone.
         """
-        while (taken := self._take_unprepared(thread)) is not None:
-            self._prepare(*taken)
-            del taken  # and not kept while this waits for the next
-
-    def _take_unprepared(self, thread: int) -> tuple[EngineRequest, str, LoadedModel] | None:
-        """Wait for a request to prepare; return it with its model, or None once all has ended."""
         with self._changed:
             while not self._closed:
                 prompts = self._registry.prompt_models
@@ -299,15 +285,16 @@ class BatchEngine:
                 self._changed.wait()
         return None
 
-    def _prepare(self, request: EngineRequest, name: str, model: LoadedModel) -> None:
-        """Have a request say what to generate; what goes wrong with it ends it at once."""
-        try:
-            prepared = request.prepare(model)
-        except Exception as error:  # noqa: BLE001 - one request's fault must not end the others
-            if self._remove(request):
-                self._report(error)
-                request.send(Failed(error))
-            return
+    def _cannot_prepare(self, request: EngineRequest, error: Exception) -> None:
+        """End a request that cannot be prepared, at once."""
+        if self._remove(request):
+            self._report(error)
+            request.send(Failed(error))
+
+    def _set_prepared(
+        self, request: EngineRequest, name: str, prepared: tuple[Any, Sequence[Run]]
+    ) -> None:
+        """Keep what a request was prepared to until its turn, or answer it where that is all."""
         if request.at_once:
             if self._remove(request):
                 request.send(Started(name, *prepared))
@@ -338,10 +325,7 @@ class BatchEngine:
         if self._batch is not None and self._batch[0] is model:
             return
         self._batch = model, Batch(model)
-        self._max_kv_bytes = int(_free_bytes(model) * KV_SHARE)
-        bytes_per_sequence = model.context * (model.plan.kv_bytes_per_token or 0)
-        kept = self._max_kv_bytes * CACHE_SHARE // max(1, bytes_per_sequence)
-        model.keep(int(min(max(kept, 1), self._max_num_seqs)))
+        self._max_kv_bytes = reserve_kv_cache(model, self._max_num_seqs)
 
     def _begin(self) -> None:
         """Begin replies while there is memory; one is always begun, however long it may become."""
@@ -430,15 +414,6 @@ class BatchEngine:
         """Log what is no client's fault."""
         if not is_out_of_memory(error) and to_api_error(error).status == 500:
             logger.error("a request failed", exc_info=error)
-
-
-def _free_bytes(model: LoadedModel) -> int:
-    """Count the memory that is free where a model's keys and values will be."""
-    if model.model.device.type == "cuda":
-        import torch
-
-        return int(torch.cuda.mem_get_info(model.model.device)[0])
-    return free_memory()
 
 
 def _stopping() -> ApiError:
