@@ -111,7 +111,7 @@ class Subject:
         sequence = list(ids)
         generation = self.begin(ids, kept, sequence=sequence)
         while not generation.finished:
-            logits = generation.prefill(part)
+            logits = generation.forward_pending(part)
             if generation.cancelled() is None:
                 generation.sample(logits)
         generation.close()
@@ -197,7 +197,7 @@ def _kept(subject: Subject) -> None:
     cancel = threading.Event()
     cancelled = subject.begin([*first, *_prompt(20, 2)], kept, cancel=cancel)
     with torch.inference_mode():
-        cancelled.prefill_chunk(9)
+        cancelled.forward_chunk(9)
     cancel.set()
     cancelled.cancelled()
     cancelled.close()

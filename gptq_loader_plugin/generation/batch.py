@@ -77,7 +77,7 @@ class Batch:
             if left > 0:
                 count = min(max(int(left / cost), 1), len(generation.pending))
                 left -= count * cost
-                yield from self._prefill(generation, count)
+                yield from self._forward(generation, count)
         try:
             states = self._step_many(few)
         except Exception as error:  # noqa: BLE001 - the caller's to tell: memory may be short
@@ -86,7 +86,7 @@ class Batch:
             return
         for i, generation in enumerate(few):
             if states is None:
-                yield from self._prefill(generation, FEW)
+                yield from self._forward(generation, FEW)
             else:
                 yield from self._sample(generation, states[i])
 
@@ -108,11 +108,11 @@ class Batch:
         logits: torch.Tensor = self._model.get_output_embeddings()(states)
         return logits[:, None]
 
-    def _prefill(
+    def _forward(
         self, generation: Generation, max_tokens: int
     ) -> Iterator[tuple[Generation, Piece | Exception]]:
         try:
-            logits = generation.prefill_chunk(max_tokens)
+            logits = generation.forward_chunk(max_tokens)
         except Exception as error:  # noqa: BLE001 - the caller's to tell; the others go on
             yield self._emit(generation, error)
             return

@@ -79,7 +79,7 @@ def generate_pieces(begin: Callable[[], Generation]) -> Iterator[Piece]:
     generation = begin()
     try:
         while not generation.finished:
-            logits = generation.prefill()
+            logits = generation.forward_pending()
             piece = generation.cancelled() or generation.sample(logits)
             if piece is not None:
                 yield piece
@@ -90,8 +90,8 @@ def generate_pieces(begin: Callable[[], Generation]) -> Iterator[Piece]:
 class Generation:
     """One reply as it is written: until a stop token, a stop text, the length or a cancellation.
 
-    `prefill` runs the model over the pending tokens, a prompt's or the last one, and `sample` picks
-    the token that follows. `Batch`, which writes several replies, runs them itself.
+    `forward_pending` runs the model over the pending tokens, a prompt's or the last one, and
+    `sample` picks the token that follows. `Batch`, which writes several replies, runs them itself.
 
     Args:
         model: a causal language model.
@@ -150,14 +150,14 @@ class Generation:
         self.pending = self._read[held:]
         self.finished = False
 
-    def prefill(self, max_tokens: int = PREFILL_TOKENS) -> torch.Tensor:
+    def forward_pending(self, max_tokens: int = PREFILL_TOKENS) -> torch.Tensor:
         """Run the model over all pending tokens, so many at a time: logits [1, vocabulary]."""
         while True:
-            logits = self.prefill_chunk(max_tokens)
+            logits = self.forward_chunk(max_tokens)
             if not self.pending:
                 return logits
 
-    def prefill_chunk(self, max_tokens: int) -> torch.Tensor:
+    def forward_chunk(self, max_tokens: int) -> torch.Tensor:
         """Run the model over some pending tokens; return the logits after them [1, vocabulary].
 
         Over all of them, where the model takes no parts of a prompt.
