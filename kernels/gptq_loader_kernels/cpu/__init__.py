@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CpuKernel", "gptq_kernels"]
 
+# By a processor's flags, the best first; with none of them x is multiplied in float32.
+INSTRUCTIONS = {"avx512_vnni": "AVX512-VNNI", "avx512f": "AVX-512", "avx2": "AVX2"}
 RANK = 70  # above cpu-int4 (50)
 INT8_RANK = 0  # below everything: by name alone
 BANDWIDTH_ROUNDS = 5
@@ -52,15 +54,11 @@ class CpuKernel:
             if "amx_bf16" in device.features:
                 code += " and AMX"
         else:
-            dtype = "float32"
-            code = next(
-                (
-                    words
-                    for flag, words in (("avx512f", "AVX-512"), ("avx2", "AVX2"))
-                    if flag in device.features
-                ),
-                "any processor, slower than with AVX2",
-            )
+            dtype, code = "float32", "any processor, slower than with AVX2"
+            for flag, words in INSTRUCTIONS.items():
+                if flag in device.features:
+                    code = f"{words}, activations in 16 bits"
+                    break
         widened = "" if held_bits(layer.bits) == layer.bits else f"; {layer.bits} bits held in 8"
         return Accepted(
             self.name,
