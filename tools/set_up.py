@@ -117,8 +117,9 @@ def plan_host(name, environment):
     if not os.path.exists(python):
         steps.append(("creating .venvs/" + name, [sys.executable, "-m", "venv", venv]))
     steps.append((name + ": installing torch", pip_install(python, TORCH)))
-    rest = (TORCH, "-e", ".", *environment["requirements"])
-    steps.append((name + ": installing the rest", pip_install(python, *rest)))
+    package = () if environment.get("alone") else ("-e", ".")
+    rest = uv_install(python, TORCH, *package, *environment["requirements"])
+    steps.append((name + ": installing the rest", rest))
     if "remove" in environment:
         remove = [python, "-m", "pip", "uninstall", "--yes", *environment["remove"]]
         steps.append((name + ": removing what is built for another torch", remove))
@@ -132,8 +133,8 @@ def pip_install(python, *requirements):
 
 
 def uv_install(python, *requirements):
-    """Have uv, which pip has installed beside a Python, install there: some ten times faster."""
-    uv = os.path.join(os.path.dirname(python), "uv.exe" if os.name == "nt" else "uv")
+    """Have uv, which pip has installed into .venv, install for a Python: some ten times faster."""
+    uv = os.path.join(os.path.dirname(python_in(VENV)), "uv.exe" if os.name == "nt" else "uv")
     return [uv, "pip", "install", "--native-tls", "--python", python, *requirements]
 
 
