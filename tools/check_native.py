@@ -19,6 +19,7 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SOURCES = os.path.join(ROOT, "kernels", "csrc")
+TESTS = os.path.join(ROOT, "tests", "native")
 BUILT = os.path.join(ROOT, "build", "native")
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 # gcc finds some only where it optimises; clang's come from reading alone, where nothing is linked.
@@ -27,7 +28,8 @@ THROWS = re.compile(r"\b(_Zn[wa]\w*|_ZSt\d+__throw\w*|__cxa_throw\w*|__cxa_alloc
 
 
 def main():
-    sources = sorted(glob.glob(os.path.join(SOURCES, "*.cpp")))
+    folders = (SOURCES, TESTS)
+    sources = [it for folder in folders for it in sorted(glob.glob(os.path.join(folder, "*.cpp")))]
     failed = False
     for name, how in COMPILERS.items():
         compiler = find(name)
@@ -64,10 +66,11 @@ def arguments():
 
 
 def check(name, command, sources):
-    """Compile every source; True where none has a warning and none can throw."""
+    """Compile every source; True where none has a warning and none of the library's can throw."""
     version = subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout
     content = version + repr(command).encode() + read(os.path.abspath(__file__))
-    content += b"".join(map(read, sorted(glob.glob(os.path.join(SOURCES, "*")))))
+    for inside in (SOURCES, TESTS):
+        content += b"".join(map(read, sorted(glob.glob(os.path.join(inside, "*")))))
     fingerprint = hashlib.sha256(content).hexdigest()
     folder = os.path.join(BUILT, name)
     os.makedirs(folder, exist_ok=True)
@@ -92,6 +95,8 @@ def compile_one(command, source, folder):
     done = subprocess.run([*command, "-c", source, "-o", made], capture_output=True, text=True)
     if done.returncode:
         return done.stderr
+    if not source.startswith(SOURCES):
+        return ""
     names = subprocess.run(["nm", "-u", made], capture_output=True, text=True, check=True).stdout
     found = sorted(set(THROWS.findall(names)))
     return "%s: it may throw, by %s\n" % (name, ", ".join(found)) if found else ""

@@ -27,8 +27,8 @@ PROGRAMS = os.path.join(ROOT, "tests", "native")
 PYTHON = os.path.join(ROOT, ".venv", "bin", "python")
 # test_native_memory has a library of its own loaded before all others, as a sanitizer's must be.
 NAMES = (
-    "test_kernel_cpu test_native_pack test_native_step test_native_checks test_shortlist test_head "
-    "test_autograd"
+    "test_kernel_cpu test_native_pack test_native_step test_native_checks test_native_changes "
+    "test_top_logits test_head test_autograd"
 ).split()
 FOUND = 66  # ThreadSanitizer's exit code
 # Mistakes of a caller, and what the sanitizers say of them: words too small for what is packed, and
@@ -77,6 +77,9 @@ def check_memory():
         if words not in shown.stderr:
             sys.exit("error: it did not find a %s:\n%s" % (words, shown.stderr[-2000:]))
     tests = [os.path.join(TESTS, name + ".py") for name in NAMES]
+    for path in tests:
+        if not os.path.exists(path):
+            sys.exit("error: there is no " + os.path.relpath(path, ROOT))
     if run([PYTHON, "-m", "pytest", "-q", "-n", "2", *tests], environment).returncode:
         sys.exit(1)
 

@@ -212,7 +212,7 @@ Array step(const std::vector<Linear>& linears, bool all_packed, int type, int is
 }
 
 Array prompt(const std::vector<Linear>& linears, int amx, int threads) {
-  Model model(linears, true, BFLOAT16, AVX512_BF16, gptq_activations());
+  Model model(linears, true, BFLOAT16, AVX512_BF16, gptq_activations(AVX512_BF16));
   const int tokens = 150;
   const GptqSequence sequence = model.begin(40, tokens);
   const Array x(random_floats(size_t(tokens) * HIDDEN, 5), BFLOAT16);
@@ -245,7 +245,7 @@ void call_everything() {
       check(linear.packed == make_linears(width, shuffled, 1)[4].packed, name + ": packed words");
       for (int isa = 0; isa <= best; isa++) {
         const int type = isa >= AVX512_BF16 ? BFLOAT16 : FLOAT32;
-        const int activations = isa >= AVX512_BF16 ? gptq_activations() : EXACT;
+        const int activations = isa >= AVX512_BF16 ? gptq_activations(isa) : EXACT;
         const std::string code = name + ", code " + std::to_string(isa);
         for (int m : {1, 7, 70})
           compare(code + ": rows", [&](int threads) {
@@ -324,7 +324,7 @@ void call_everything() {
       Array y(3 * VOCABULARY, type);
       const float longest = *std::max_element(lengths.begin(), lengths.end());
       check(gptq_top_logits(&narrow, errors.data(), longest, weight.bytes.data(), x.bytes.data(), 3,
-                            wanted, nullptr, y.bytes.data(), type, isa, gptq_activations(),
+                            wanted, nullptr, y.bytes.data(), type, isa, gptq_activations(isa),
                             threads) == 0,
             "short head");
       return y;
@@ -337,7 +337,7 @@ void call_everything() {
 // its packed words and its tables, and each has buffers and caches of its own.
 void share_a_model() {
   const int isa = gptq_isa(), type = isa >= AVX512_BF16 ? BFLOAT16 : FLOAT32;
-  const int activations = isa >= AVX512_BF16 ? gptq_activations() : EXACT;
+  const int activations = isa >= AVX512_BF16 ? gptq_activations(isa) : EXACT;
   const std::vector<Linear> linears = make_linears(4, true, THREADS);
   const Array stepped = step(linears, true, type, isa, activations, 1);
   const Array read = type == BFLOAT16 ? prompt(linears, gptq_amx(), 1) : stepped;
