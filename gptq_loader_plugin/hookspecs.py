@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.reader import Reader
     from gptq_loader_plugin.events import LoadRequest, Progress
     from gptq_loader_plugin.host import Host
-    from gptq_loader_plugin.kernel import Kernel
+    from gptq_loader_plugin.kernel import Device, Kernel, PagedAttention
 
 __all__ = ["hookimpl", "hookspec"]
 
@@ -61,6 +61,18 @@ def gptq_kernels() -> Iterable[Kernel]:  # type: ignore[empty-body]
     Every kernel is asked about every layer, and rank decides: the order of registration never
     does. Offer a kernel whether or not this machine can run it; declining, with a reason, is
     `Kernel.consider`'s work.
+    """
+
+
+@hookspec(firstresult=True)
+def gptq_paged_attention(device: Device) -> PagedAttention | None:
+    """Offer attention over keys and values in blocks, for writing many replies at a time.
+
+    Args:
+        device: where the model is.
+
+    Returns:
+        It, or None to let the next plugin answer.
     """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from codecs import BOM_UTF8
 from dataclasses import replace
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.catalog.report import CheckpointReport
     from gptq_loader_plugin.chat.template import Template
     from gptq_loader_plugin.events import Head
+    from gptq_loader_plugin.generation.generate import Engine
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.model.build import FilledModel
     from gptq_loader_plugin.opening import Opened
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["explain", "inspect", "load", "load_model"]
 
+ENGINE_VARIABLE = "GPTQ_LOADER_ENGINE"
 UNKNOWN_CONTEXT = 2048  # a model that does not say how long its context is
 
 logger = logging.getLogger(__name__)
@@ -141,6 +144,9 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         plan, done = add_top_logits(model, plan, plugins.kernels())
         notes = (*notes, *done)
     _report_loaded(opened, plugins)
+    context_tokens = _context(plan, model, options.context)
+    engine, done = _make_engine(filled, options, plugins, context_tokens)
+    notes = (*notes, *done)
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
     loaded = LoadedModel(
@@ -149,14 +155,33 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         plan=plan,
         template=chat_template,
         card=checkpoint.card,
-        context=_context(plan, model, options.context),
+        context=context_tokens,
         warnings=filled.warnings,
         notes=notes,
         batcher=filled.batcher,
+        engine=engine,
         kv_cache="int8" if options.kv_cache == "int8" else None,
     )
     _never_sample_padding(loaded)
     return loaded
+
+
+def _make_engine(
+    filled: FilledModel, options: LoadOptions, plugins: Plugins, context: int
+) -> tuple[Engine | None, tuple[str, ...]]:
+    """Make what writes many replies in one pass, on an accelerator; say what was found."""
+    several = len({place.device.torch_name for place in filled.plan.placed.values()}) > 1
+    forced = os.environ.get(ENGINE_VARIABLE)
+    wanted = filled.plan.device.type != "cpu" if forced not in ("0", "1") else forced == "1"
+    if not wanted or several or options.kv_cache is not None:
+        return None, ()
+    attention = plugins.hook.gptq_paged_attention(device=filled.plan.device)
+    if attention is None:
+        return None, ("replies are written one after the other: no plugin offers paged attention",)
+    from gptq_loader_plugin.engine.paged_engine import make_engine
+
+    engine, note = make_engine(filled.model, attention, context)
+    return engine, (note,)
 
 
 def _one_set(options: LoadOptions | None, arguments: LoadOptions) -> LoadOptions:

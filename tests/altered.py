@@ -27,7 +27,7 @@ ONE = "gptq-4bit-32g-act-sym"
 # The packed CPU kernels that run here, the chosen one first: the native one needs a C++ compiler.
 CPU_KERNELS = ["cpu", "cpu-int4"] if find_library() else ["cpu-int4"]
 # The same kernels whatever else is installed.
-PLUGINS = {"GPTQ_LOADER_PLUGINS": "core,kernel-cpu,kernel-dense,kernel-reference"}
+PLUGINS = {"GPTQ_LOADER_PLUGINS": "core,kernel-cpu,kernel-dense,kernel-reference,attention"}
 
 Tensors = dict[str, torch.Tensor]
 

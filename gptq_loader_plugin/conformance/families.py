@@ -92,7 +92,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax": {**EXPERTS, "layer_types": ["linear_attention", "full_attention"], "block_size": 16},
     "gpt2": {}, "gpt_neox": {}, "gptj": {"rotary_dim": 16}, "opt": {"ffn_dim": 96,
                                                                     "word_embed_proj_dim": 64},
-    "bloom": {}, "falcon": {}, "mpt": {}, "openai-gpt": {"n_positions": 512},
+    "bloom": {}, "falcon": {"head_dim": None}, "mpt": {}, "openai-gpt": {"n_positions": 512},
 }  # fmt: skip
 
 
@@ -101,4 +101,6 @@ def make_config(family: str) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     fields = SHAPE | FAMILIES[family]
+    if fields["head_dim"] is None:  # a class that computes it, and takes no other
+        del fields["head_dim"]
     return AutoConfig.for_model(fields.pop("model_type", family), **fields)

@@ -21,6 +21,8 @@ import torch
 from gptq_loader_plugin.conformance.families import FAMILIES, make_config
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import find_device
+from gptq_loader_plugin.engine.attention import NotPaged
+from gptq_loader_plugin.engine.paged_engine import PagedEngine
 from gptq_loader_plugin.generation.batch import Batch
 from gptq_loader_plugin.generation.generate import Generation
 from gptq_loader_plugin.generation.kv_cache import PrefixCache, make_cache
@@ -34,8 +36,9 @@ from gptq_loader_plugin.verdict import Declined
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from gptq_loader_plugin.generation.generate import Engine
     from gptq_loader_plugin.generation.loaded import LoadedModel
-    from gptq_loader_plugin.kernel import Batcher, Kernel
+    from gptq_loader_plugin.kernel import Batcher, Kernel, PagedAttention
 
 __all__ = ["CHECKS", "ModelReport", "Subject", "check_family", "main", "make_subject"]
 
@@ -47,6 +50,8 @@ PACKED = (
 )  # fmt: skip
 GREEDY = GenerateOptions(temperature=0)
 REPLY = 4  # tokens
+CONTEXT = 256  # tokens, no less than any check's sequences have
+SEQUENCES = 8  # no fewer than any check writes side by side
 
 
 @dataclass(slots=True)
@@ -57,12 +62,14 @@ class Subject:
         model: with packed linears, finished by the kernel.
         batcher: steps several of its sequences at a time, or None.
         plain: transformers' own model of the same weights.
+        engine: reads its tokens, in place of the model itself; or None.
         worst: how far the worst logits were off.
     """
 
     model: Any
     batcher: Batcher | None
     plain: Any
+    engine: Engine | None = None
     worst: float = 0.0
 
     @torch.inference_mode()
@@ -99,6 +106,7 @@ class Subject:
             stop=(),
             stop_ids=frozenset(),
             kept=kept,
+            engine=self.engine,
             cancel=cancel,
             watch=watch,
         )
@@ -126,11 +134,13 @@ class ModelReport:
         family: its name.
         passed: the checks that held, and how far the worst logits were off.
         failed: those that did not, and why.
+        not_paged: why no engine runs it, where one was to.
     """
 
     family: str
     passed: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    not_paged: str | None = None
 
 
 class _Letters:
@@ -141,8 +151,20 @@ class _Letters:
         return "".join(chr(97 + token % 26) for token in tokens)
 
 
-def make_subject(family: str, kernel: Kernel, *, seed: int = 0) -> Subject:
-    """Make a random model of a family, and the same one with linears that a kernel prepared."""
+def make_subject(
+    family: str, kernel: Kernel, attention: PagedAttention | None = None, *, seed: int = 0
+) -> Subject:
+    """Make a random model of a family, and the same one with linears that a kernel prepared.
+
+    Args:
+        family: one of `FAMILIES`.
+        kernel: what multiplies.
+        attention: makes an engine that reads the tokens; None for none.
+        seed: of the weights.
+
+    Raises:
+        NotPaged: there is an attention, and the engine does not run this family.
+    """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -176,7 +198,12 @@ def make_subject(family: str, kernel: Kernel, *, seed: int = 0) -> Subject:
     for name, module in prepared.items():
         model.set_submodule(name, module)
     batcher = kernel.finish(model).batcher if isinstance(kernel, Finisher) else None
-    return Subject(model, batcher, plain)
+    engine = None
+    if attention is not None:
+        engine = PagedEngine(model, attention, CONTEXT)
+        engine.probe()
+        engine.max_sequences = SEQUENCES
+    return Subject(model, batcher, plain, engine)
 
 
 def _prompt(length: int, seed: int = 1) -> list[int]:
@@ -257,11 +284,19 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
 }
 
 
-def check_family(family: str, kernel: Kernel, checks: Sequence[str] = tuple(CHECKS)) -> ModelReport:
-    """Run the checks of one family."""
+def check_family(
+    family: str,
+    kernel: Kernel,
+    checks: Sequence[str] = tuple(CHECKS),
+    attention: PagedAttention | None = None,
+) -> ModelReport:
+    """Run the checks of one family: by an engine, where there is an attention to make it of."""
     report = ModelReport(family)
     try:
-        subject = make_subject(family, kernel)
+        subject = make_subject(family, kernel, attention)
+    except NotPaged as reason:
+        report.not_paged = str(reason)
+        return report
     except Exception as error:  # noqa: BLE001 - whatever it is, the family was not tested
         report.failed = dict.fromkeys(checks, f"{type(error).__name__}: {error}")
         return report
@@ -295,13 +330,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--family", action="append", choices=sorted(FAMILIES), help="all by default"
     )
+    parser.add_argument(
+        "--engine", action="store_true", help="read by the engine for accelerators, on the CPU"
+    )
     options = parser.parse_args(arguments)
-    kernels = {kernel.name: kernel for kernel in Plugins(installed=True).kernels()}
+    plugins = Plugins(installed=True)
+    kernels = {kernel.name: kernel for kernel in plugins.kernels()}
+    attention = None
+    if options.engine:
+        attention = plugins.hook.gptq_paged_attention(device=find_device("cpu"))
     if options.kernel not in kernels:
         parser.error(f"no kernel is named {options.kernel!r}; there is {', '.join(kernels)}")
     reports = []
     for family in options.family or FAMILIES:
-        reports.append(report := check_family(family, kernels[options.kernel]))
+        report = check_family(family, kernels[options.kernel], attention=attention)
+        reports.append(report)
+        if report.not_paged is not None:
+            sys.stdout.write(f"{family}: no engine, {report.not_paged}\n")
+            continue
         worst = max(report.passed.values(), default=0.0)
         words = [f"{len(report.passed)} of {len(CHECKS)} checks held, at most {worst:.0e} off"]
         words += [f"  {name}: {why}" for name, why in report.failed.items()]

@@ -41,7 +41,7 @@ class Batch:
 
     def __init__(self, model: LoadedModel) -> None:
         self._model: Any = model.model
-        self._batcher = model.batcher
+        self._batcher, self._engine = model.batcher, model.engine
         self._head = top_logits_head(self._model)
         self._written: list[Generation] = []
 
@@ -92,9 +92,15 @@ class Batch:
 
     def _step_many(self, few: list[Generation]) -> torch.Tensor | None:
         """Read what is unread of some replies in one step: logits [replies, 1, vocabulary]."""
+        tokens = [generation.pending for generation in few]
+        if self._engine is not None and few:
+            caches, lengths = [it.cache for it in few], [it.length for it in few]
+            logits = self._engine.step(tokens, caches, lengths)
+            for generation in few:
+                generation.pending = []
+            return logits[:, None]
         if self._batcher is None or len(few) < 2:
             return None
-        tokens = [generation.pending for generation in few]
         states = self._batcher.step_many(tokens, [generation.cache for generation in few])
         if states is None:
             return None
@@ -105,8 +111,8 @@ class Batch:
         states = states[last]
         if self._head is not None:
             return compute_logits(self._head, few, states)[:, None]
-        logits: torch.Tensor = self._model.get_output_embeddings()(states)
-        return logits[:, None]
+        of_all: torch.Tensor = self._model.get_output_embeddings()(states)
+        return of_all[:, None]
 
     def _forward(
         self, generation: Generation, max_tokens: int

@@ -7,7 +7,7 @@ unfinished character.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
     from gptq_loader_plugin.generation.options import GenerateOptions
+    from gptq_loader_plugin.generation.rotation import LengthRotation
 
 __all__ = [
+    "Engine",
     "Finish",
     "Generation",
     "Piece",
@@ -73,6 +75,59 @@ class Reply:
     finish: Finish
 
 
+class Engine(Protocol):
+    """Reads the tokens of many sequences in one pass, and keeps what it read, as PrefixCache does.
+
+    Attributes:
+        rotation: how its model rotates sequences of different lengths.
+        max_sequences: for how many sequences it has room.
+    """
+
+    rotation: LengthRotation
+    max_sequences: int
+
+    def step(
+        self, tokens: Sequence[Sequence[int]], caches: Sequence[Any], lengths: Sequence[int]
+    ) -> torch.Tensor:
+        """Read new tokens of some sequences.
+
+        Args:
+            tokens: of each sequence.
+            caches: of each sequence; what is read is added to them.
+            lengths: of each sequence, what is read later included.
+
+        Returns:
+            The logits after the last token of each [sequences, vocabulary], until the next step.
+        """
+        ...
+
+    def make(self, model: PreTrainedModel, rotation: tuple[int, ...] = ()) -> Any:  # noqa: ANN401 - the engine's own
+        """Make an empty cache."""
+        ...
+
+    def reuse(
+        self, model: PreTrainedModel, ids: Sequence[int], rotation: tuple[int, ...] = ()
+    ) -> tuple[Any, int]:
+        """Return a cache for `ids`, and how many of them it holds: never the last one."""
+        ...
+
+    def store(self, ids: list[int], cache: Any, rotation: tuple[int, ...] = ()) -> None:  # noqa: ANN401
+        """Keep the cache of `ids` for sequences that begin the same, as long as there is room."""
+        ...
+
+    def clear(self) -> None:
+        """Forget what is kept."""
+        ...
+
+    def reserve(self, sequences: int) -> int:
+        """Have room for so many sequences; return the bytes that running ones may fill."""
+        ...
+
+    def close(self) -> None:
+        """Free the memory."""
+        ...
+
+
 @torch.inference_mode()
 def generate_pieces(begin: Callable[[], Generation]) -> Iterator[Piece]:
     """Write the reply that `begin` begins to its end, piece by piece."""
@@ -105,6 +160,7 @@ class Generation:
         banned_ids: tokens that are never sampled: the embedding's padding.
         cancel: ends the reply once it is set.
         kept: the caches of replies before this one; tokens one of them holds are not read again.
+        engine: reads the tokens, in place of the model itself.
         processors: change the logits before a token is picked, after those that `options` ask for.
         watch: told each token once it is picked, an end token too, and the model's own logits for
             it [1, vocabulary].
@@ -129,6 +185,7 @@ class Generation:
         banned_ids: Sequence[int] = (),
         cancel: threading.Event | None = None,
         kept: PrefixCache | None = None,
+        engine: Engine | None = None,
         processors: Sequence[LogitsProcessor] = (),
         watch: Callable[[int, torch.Tensor], object] | None = None,
     ) -> None:
@@ -136,12 +193,13 @@ class Generation:
             raise ValueError("an empty prompt")
         self._model = model
         self._runner = ModelRunner(model)
-        self._head = top_logits_head(model)
+        self._engine = engine
+        self._head = top_logits_head(model) if engine is None else None
         self._text = TextStream(tokenizer, stop, silent_ids)
         self._sampler = Sampler(options, banned_ids, model.device, processors)
         self._max_new_tokens, self._stop_ids = max_new_tokens, stop_ids
         self._cancel, self._watch = cancel, watch
-        self._kept = kept or PrefixCache()
+        self._kept: PrefixCache | Engine = engine or kept or PrefixCache()
         self._read = list(ids)  # whose keys and values the cache has, or will have once it is used
         self._sequence = torch.tensor([self._read], device=model.device)
         self._tokens = 0
@@ -162,7 +220,10 @@ class Generation:
 
         Over all of them, where the model takes no parts of a prompt.
         """
-        length, past = len(self._read), len(self._read) - len(self.pending)
+        length, past = len(self._read), self.position
+        if self._engine is not None:
+            part, self.pending = self.pending[:max_tokens], self.pending[max_tokens:]
+            return self._engine.step([part], [self.cache], [length])
         count = max_tokens if self._runner.takes_parts else len(self.pending)
         part, self.pending = self.pending[:count], self.pending[count:]
         output, self.cache = self._runner.run(
@@ -180,7 +241,12 @@ class Generation:
     @property
     def position(self) -> int:
         """How many tokens have been read."""
-        return len(self._read) - len(self.pending)
+        return self.length - len(self.pending)
+
+    @property
+    def length(self) -> int:
+        """How many tokens there are, those that are pending included."""
+        return len(self._read)
 
     def needed_logits(self) -> int:
         """Return how many of the top logits `sample` needs; 0 where it needs all of them."""
@@ -215,7 +281,7 @@ class Generation:
         self._sequence = torch.cat((self._sequence, step), dim=1)
         rotation = self._runner.rotation.of(len(self._read))
         if self._runner.rereads or rotation != self._rotation:
-            self._rotation, self.cache = rotation, self._kept.make(self._model)
+            self._rotation, self.cache = rotation, self._kept.make(self._model, rotation)
             self.pending = list(self._read)
         return Piece(new, self._tokens) if new else None
 

@@ -192,8 +192,9 @@ class PrefixCache:
         self._kept: list[tuple[list[int], Any, Rotation]] = []  # the newest last
         self.max_sequences = max_sequences
 
-    def make(self, model: PreTrainedModel) -> Any:  # noqa: ANN401 - transformers' caches
+    def make(self, model: PreTrainedModel, rotation: Rotation = ()) -> Any:  # noqa: ANN401 - transformers' caches
         """Make an empty cache, or None for a model that takes none of ours."""
+        del rotation
         return self._make(model)
 
     def reuse(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.chat.template import Template
     from gptq_loader_plugin.checkpoint.card import Card
     from gptq_loader_plugin.checkpoint.config import QuantConfig
+    from gptq_loader_plugin.generation.generate import Engine
     from gptq_loader_plugin.kernel import Batcher
     from gptq_loader_plugin.planning.plan import Plan
 
@@ -55,6 +56,7 @@ class LoadedModel:
         warnings: what a user should know, one sentence each.
         notes: what kernels did for the model as a whole.
         batcher: steps several sequences in one call, where a kernel can.
+        engine: reads many sequences in one pass, on an accelerator.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class LoadedModel:
         warnings: tuple[str, ...] = (),
         notes: tuple[str, ...] = (),
         batcher: Batcher | None = None,
+        engine: Engine | None = None,
         kv_cache: Literal["int8"] | None = None,
     ) -> None:
         self.model = model
@@ -80,6 +83,7 @@ class LoadedModel:
         self.warnings = warnings
         self.notes = notes
         self.batcher = batcher
+        self.engine = engine
         self._cache = PrefixCache(kv_cache)
         self._closed = False
 
@@ -260,10 +264,12 @@ class LoadedModel:
     def keep(self, sequences: int) -> None:
         """Keep the keys and values of so many sequences, for prompts that begin the same."""
         self._cache.max_sequences = sequences
+        if self.engine is not None:
+            self.engine.max_sequences = sequences
 
     def forget(self) -> None:
         """Free the memory of kept prefixes; the next prompts are read from their beginnings."""
-        self._cache.clear()
+        (self.engine or self._cache).clear()
 
     def explain(self) -> str:
         """Describe which kernel runs each kind of layer and why, and which template is used."""
@@ -281,6 +287,8 @@ class LoadedModel:
             return
         self._closed = True
         self._cache.clear()
+        if self.engine is not None:
+            self.engine.close()
         for module in self.model.modules():
             if isinstance(module, Closable):
                 module.close()
@@ -353,6 +361,7 @@ class LoadedModel:
             banned_ids=self._padding_ids(),
             cancel=cancel,
             kept=self._cache,
+            engine=self.engine,
             processors=processors,
             watch=watch,
         )

@@ -21,6 +21,7 @@ __all__ = [
     "Finished",
     "Finisher",
     "Meter",
+    "PagedAttention",
     "TopLogitsHead",
     "TopLogitsKernel",
     "Tunable",
@@ -159,4 +160,64 @@ class Meter(Protocol):
 
     def read_bandwidth(self, size: int, device: Device) -> float | None:
         """Read `size` bytes of the device's memory; return bytes a second, None where it cannot."""
+        ...
+
+
+@runtime_checkable
+class PagedAttention(Protocol):
+    """Attention over keys and values in blocks, on one kind of device.
+
+    Neither method waits for the device or looks at a value: a CUDA graph captures them.
+    """
+
+    def write_cache(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        """Write the keys and values of tokens into blocks.
+
+        Args:
+            keys: [tokens, kv_heads, head_dim].
+            values: [tokens, kv_heads, value_dim].
+            key_cache: [blocks, block_size, kv_heads, head_dim], in the dtype of the keys.
+            value_cache: [blocks, block_size, kv_heads, value_dim].
+            slots: where each token goes, block x block_size + offset, int64 [tokens]; less than 0
+                for nowhere.
+        """
+        ...
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        lengths: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attend from the last token of each sequence to all of its positions.
+
+        Args:
+            query: [sequences, heads, head_dim].
+            key_cache: [blocks, block_size, kv_heads, head_dim].
+            value_cache: [blocks, block_size, kv_heads, value_dim].
+            block_tables: the blocks of each sequence, int32 [sequences, blocks].
+            lengths: positions of each sequence, its last token's included, int32 [sequences]; 0 for
+                a row that is no sequence.
+            scale: what products are multiplied by.
+            window: how many of the last positions are seen; None for all.
+            softcap: scores are softcap * tanh(score / softcap); None for as they are.
+            sinks: a score for each head that no value goes with [heads]; None for none.
+
+        Returns:
+            [sequences, heads, value_dim], in the dtype of the query.
+        """
         ...

@@ -19,7 +19,7 @@ from gptq_loader_kernels.cpu.library import (
     Projection,
 )
 from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
-from gptq_loader_kernels.cpu.watch import Watch, modules_inside
+from gptq_loader_plugin.model.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,7 +100,7 @@ def describe(
         layer=ctypes.cast(described, ctypes.POINTER(DecoderLayer)),
     )
     kept.append(described)
-    return Described(model, dtype, kept, Watch(decoder))
+    return Described(model, dtype, kept, Watch(decoder, list(modules_inside(decoder))))
 
 
 def why_not(decoder: Any) -> str | None:  # noqa: ANN401 - one for each limit
@@ -119,6 +119,12 @@ def why_not(decoder: Any) -> str | None:  # noqa: ANN401 - one for each limit
     if decoder.norm.weight.dtype not in TYPES:
         return f"it is in {decoder.norm.weight.dtype}; the step takes bfloat16 and float32"
     return _changed(decoder) or _computed_otherwise(decoder) or _misfit(decoder)
+
+
+def modules_inside(decoder: Any) -> Iterator[nn.Module]:  # noqa: ANN401
+    """Go through the modules whose place a step takes."""
+    yield from decoder.layers.modules()
+    yield decoder.norm
 
 
 def _changed(decoder: Any) -> str | None:  # noqa: ANN401

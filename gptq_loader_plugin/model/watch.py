@@ -1,4 +1,4 @@
-"""See when a part of a decoder is replaced, moved or hooked after a step was built from it."""
+"""See when a part of a model is replaced, moved or hooked after a step was built from it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch.nn.modules import module as torch_module
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Sequence
 
     from torch import nn
 
-__all__ = ["Watch", "modules_inside"]
+__all__ = ["Watch"]
 
 # What a module computes by that is no tensor and no module of its own.
 NUMBERS = ("variance_epsilon", "scaling", "sliding_window", "head_dim")
@@ -22,18 +22,21 @@ SETTINGS = ("sliding_window", "layer_types", "_attn_implementation_internal")  #
 
 
 class Watch:
-    """Everything of a decoder that a step was built from.
+    """Everything of a model that a step was built from.
+
+    Args:
+        root: a model or its decoder, whose config the step goes by.
+        inside: the modules whose place the step takes.
 
     Asked once a token, so it is lists that are gone through without a line of Python for each:
     modules and tensors by name, tensors' addresses, numbers and hooks. What is in a tensor is not
     compared: a step reads the tensor itself, whoever writes into it.
     """
 
-    def __init__(self, decoder: Any) -> None:  # noqa: ANN401
-        inside = list(modules_inside(decoder))
+    def __init__(self, root: Any, inside: Sequence[nn.Module]) -> None:  # noqa: ANN401
         held = [
             (held, name, value)
-            for module in (decoder, *inside)
+            for module in (root, *inside)
             for held in (module._modules, module._parameters, module._buffers)  # noqa: SLF001 - what assigning to a module changes
             for name, value in held.items()
         ]
@@ -43,7 +46,7 @@ class Watch:
         self.own = [module.__dict__ for module in inside]
         numbers = [
             (own, name, own[name]) for own in self.own for name in NUMBERS if name in own
-        ] + [(vars(decoder.config), name, _setting(decoder, name)) for name in SETTINGS]
+        ] + [(vars(root.config), name, _setting(root, name)) for name in SETTINGS]
         self.owners, self.settings, self.numbers = zip(*numbers, strict=True)
         self.hooks = [
             hooks
@@ -64,13 +67,7 @@ class Watch:
         )
 
 
-def _setting(decoder: Any, name: str) -> Any:  # noqa: ANN401
+def _setting(root: Any, name: str) -> Any:  # noqa: ANN401
     """Return a setting of the config as it is now: a list may be written into."""
-    value = vars(decoder.config).get(name)
+    value = vars(root.config).get(name)
     return list(value) if isinstance(value, list) else value
-
-
-def modules_inside(decoder: Any) -> Iterator[nn.Module]:  # noqa: ANN401
-    """Go through the modules whose place a step takes."""
-    yield from decoder.layers.modules()
-    yield decoder.norm

@@ -1,0 +1,348 @@
+"""Run a model over many sequences in one pass, with their keys and values in blocks."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from gptq_loader_plugin.engine.attention import KVCache, NotPaged, Step, StepCache, attention_of
+from gptq_loader_plugin.engine.block_pool import BlockPool, BlockTable
+from gptq_loader_plugin.engine.decode_graphs import DecodeGraphs
+from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.generation.rotation import LengthRotation
+from gptq_loader_plugin.system.device_memory import free_device_memory
+from gptq_loader_plugin.transformers_compat import find_cache_argument
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+    from gptq_loader_plugin.kernel import PagedAttention
+
+__all__ = ["PagedEngine", "make_engine"]
+
+BLOCK_SIZE = 16  # positions
+PROBE = (5, 1, 1)  # tokens of the steps that a model is tried with
+# Relative RMS of the probe's logits. The engine adds in another order than torch's attention does.
+KV_SHARE = 0.6  # of the memory that is free, for keys and values
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+def make_engine(
+    model: PreTrainedModel, attention: PagedAttention, context: int
+) -> tuple[PagedEngine | None, str]:
+    """Make the engine of a model, where its class keeps plain keys and values.
+
+    A few tokens are read with the engine and without it; it must answer alike.
+
+    Args:
+        model: a causal language model, every tensor on one device.
+        attention: how to attend to blocks.
+        context: the longest sequence.
+
+    Returns:
+        The engine or None, and what was found in words, as part of a sentence.
+    """
+    try:
+        engine = PagedEngine(model, attention, context)
+        engine.probe()
+    except NotPaged as reason:
+        return None, f"replies are written one after the other: {reason}"
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        problem = str(error).partition("\n")[0][:200]
+        return None, f"replies are written one after the other: its class has {problem}"
+    return engine, "several replies are written in one pass, keys and values in blocks"
+
+
+class PagedEngine:
+    """A model that reads tokens of many sequences in one pass.
+
+    Args:
+        model: a causal language model, every tensor on one device.
+        attention: how to attend to blocks.
+        context: the longest sequence.
+
+    Attributes:
+        rotation: how the model rotates sequences of different lengths.
+        max_sequences: for how many of the longest sequences there is room, where memory allows.
+        pool: which block holds what.
+    """
+
+    def __init__(self, model: PreTrainedModel, attention: PagedAttention, context: int) -> None:
+        self._model: Any = model
+        self._attention = attention
+        self._context = context
+        self._lock = threading.RLock()
+        self._layers = _plain_layers(model)
+        self._running = attention_of(model)
+        self._cache = StepCache(self._layers)
+        name = find_cache_argument(model)
+        if name is None:
+            raise NotPaged("it takes no cache")
+        self._cache_name = name
+        self._caches: dict[int, KVCache] = {}
+        self._graphs: DecodeGraphs | None = None
+        self._room = 0  # blocks that were asked for last
+        self.max_sequences = 1
+        self.rotation = LengthRotation(model)
+        self.pool = BlockPool(0, BLOCK_SIZE)
+
+    @property
+    def block_bytes(self) -> int:
+        """The bytes of one block, in every layer."""
+        return sum(
+            it.shape[1:].numel() * it.element_size()
+            for cache in self._caches.values()
+            for it in (cache.keys, cache.values)
+        )
+
+    @property
+    def num_blocks_per_sequence(self) -> int:
+        """The blocks of the longest sequence."""
+        return -(-self._context // BLOCK_SIZE)
+
+    def probe(self) -> None:
+        """Try the model with and without the engine.
+
+        Raises:
+            NotPaged: it answers otherwise, or does what the engine does not.
+        """
+        count = min(sum(PROBE), self._context)
+        ids = [i % self._model.config.get_text_config().vocab_size for i in range(1, count + 1)]
+        with torch.inference_mode():
+            device = self._model.device
+            expected = self._model(input_ids=torch.tensor([ids], device=device)).logits[0].float()
+            self.resize(1)
+            table = BlockTable(self.pool)
+            first = 0
+            for size in PROBE:
+                part = ids[first : first + size]
+                if not part:
+                    break
+                first += size
+                logits = self.step([part], [table], [count])[0].float()
+                right = expected[first - 1]
+                error = float((logits - right).norm() / right.norm().clamp_min(1e-12))
+                if not error <= TOLERANCE.get(self._model.dtype, 6e-2):
+                    raise NotPaged(f"its logits differ by {error:.1%} in blocks")
+        if len(self._caches) != self._layers:
+            raise NotPaged("some of its layers keep no keys and values")
+
+    def resize(self, num_blocks: int) -> None:
+        """Have so many blocks; what the old ones hold is forgotten.
+
+        Nobody may hold a block.
+        """
+        with self._lock:
+            if self.pool.free_blocks() != self.pool.num_blocks:
+                raise GPTQLoaderError(
+                    "the key-value cache is in use", hint="wait until all replies have ended"
+                )
+            self._graphs = None
+            self.pool = BlockPool(num_blocks, BLOCK_SIZE)
+            for layer, old in list(self._caches.items()):
+                self._caches[layer] = KVCache(
+                    *(_resized(it, num_blocks) for it in (old.keys, old.values))
+                )
+
+    @torch.inference_mode()
+    def step(
+        self, tokens: Sequence[Sequence[int]], caches: Sequence[BlockTable], lengths: Sequence[int]
+    ) -> torch.Tensor:
+        """Read new tokens of some sequences.
+
+        Args:
+            tokens: of each sequence.
+            caches: the blocks of each; what is read is added to them.
+            lengths: of each sequence, what is read later included: some models rotate by it.
+
+        Returns:
+            The logits after the last token of each [sequences, vocabulary], until the next step.
+
+        Raises:
+            GPTQLoaderError: there is no room for them.
+        """
+        with self._lock:
+            slots = [table.reserve(len(part)) for part, table in zip(tokens, caches, strict=True)]
+            if self.rotation.varies:
+                logits = self._read_by_rotation(tokens, caches, slots, lengths)
+            elif all(len(part) == 1 for part in tokens):
+                logits = self._decode([part[0] for part in tokens], caches, [it[0] for it in slots])
+            else:
+                logits = self._read(tokens, caches, slots)
+            for part, table in zip(tokens, caches, strict=True):
+                table.append(part)
+            return logits
+
+    def make(self, model: PreTrainedModel, rotation: tuple[int, ...] = ()) -> BlockTable:
+        """Make an empty table of blocks."""
+        del model
+        with self._lock:
+            self._grow()
+            return BlockTable(self.pool, rotation)
+
+    def reuse(
+        self, model: PreTrainedModel, ids: Sequence[int], rotation: tuple[int, ...] = ()
+    ) -> tuple[BlockTable, int]:
+        """Return a table whose blocks hold the beginning of `ids`, and how many tokens that is."""
+        table = self.make(model, rotation)
+        return table, table.reuse(ids)
+
+    def store(self, ids: list[int], cache: BlockTable, rotation: tuple[int, ...] = ()) -> None:
+        """Give the blocks of a sequence back; full ones stay known until their room is needed."""
+        del ids, rotation
+        cache.release()
+
+    def clear(self) -> None:
+        """Forget every prefix."""
+        self.pool.clear()
+
+    def close(self) -> None:
+        """Free the memory."""
+        with self._lock:
+            self._graphs = None
+            self._caches.clear()
+            self.pool = BlockPool(0, BLOCK_SIZE)
+
+    def reserve(self, sequences: int) -> int:
+        """Have room for so many sequences; return the bytes that running ones may fill."""
+        with self._lock:
+            self.max_sequences = sequences
+            self._grow()
+            # The last block of each is full to its last position at the best.
+            return max(self.pool.num_blocks - sequences, 0) * self.block_bytes
+
+    def _grow(self) -> None:
+        """Make room for `max_sequences` and one more, or as many as there is memory for."""
+        needed = (self.max_sequences + 1) * self.num_blocks_per_sequence
+        if self.pool.num_blocks >= needed or self.pool.free_blocks() != self.pool.num_blocks:
+            return
+        if self._room == needed:  # it was tried
+            return
+        self._room = needed
+        self.resize(0)
+        fitting = int(free_device_memory(self._model.device) * KV_SHARE) // self.block_bytes
+        if fitting < 1:
+            raise GPTQLoaderError(
+                "there is no memory left for keys and values",
+                hint="load a smaller model, or a shorter context: context=2048",
+            )
+        self.resize(min(needed, fitting))
+
+    def _read_by_rotation(
+        self,
+        tokens: Sequence[Sequence[int]],
+        tables: Sequence[BlockTable],
+        slots: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+    ) -> torch.Tensor:
+        """Read in one pass each those sequences that are rotated alike."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, length in enumerate(lengths):
+            groups.setdefault(self.rotation.of(length), []).append(i)
+        parts: dict[int, torch.Tensor] = {}
+        for group in groups.values():
+            with self.rotation.applied(lengths[group[0]]):
+                logits = self._read(
+                    [tokens[i] for i in group],
+                    [tables[i] for i in group],
+                    [slots[i] for i in group],
+                )
+            parts |= dict(zip(group, logits, strict=True))
+        return torch.stack([parts[i] for i in range(len(tokens))])
+
+    def _decode(
+        self, tokens: Sequence[int], tables: Sequence[BlockTable], slots: Sequence[int]
+    ) -> torch.Tensor:
+        """Read one token of each sequence."""
+        if self._graphs is None:
+            self._graphs = DecodeGraphs(self._run, self._model, self.num_blocks_per_sequence)
+        positions = [len(table) for table in tables]
+        return self._graphs.run(tokens, positions, slots, [table.blocks for table in tables])
+
+    def _read(
+        self,
+        tokens: Sequence[Sequence[int]],
+        tables: Sequence[BlockTable],
+        slots: Sequence[Sequence[int]],
+    ) -> torch.Tensor:
+        """Read several tokens of some sequences."""
+        device = self._model.device
+        positions = [
+            range(len(table), len(table) + len(part))
+            for part, table in zip(tokens, tables, strict=True)
+        ]
+        counts = [len(part) for part in tokens]
+        lengths = [it.stop for it in positions]
+        widest = max(len(table.blocks) for table in tables)
+        blocks = [table.blocks + [0] * (widest - len(table.blocks)) for table in tables]
+        step = self._step(
+            torch.tensor([it for part in slots for it in part], device=device),
+            torch.tensor(blocks, dtype=torch.int32, device=device),
+            torch.tensor(lengths, dtype=torch.int32, device=device),
+        )
+        step.counts, step.known_lengths = counts, lengths
+        return self._run_step(
+            torch.tensor([[it for part in tokens for it in part]], device=device),
+            torch.tensor([[it for part in positions for it in part]], device=device),
+            step,
+            torch.tensor(counts, device=device).cumsum(0) - 1,
+        )
+
+    def _run(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        block_tables: torch.Tensor,
+        lengths: torch.Tensor,
+    ) -> torch.Tensor:
+        """Read one token of each sequence: int64 [sequences] -> logits [sequences, vocabulary]."""
+        step = self._step(slots, block_tables, lengths)
+        return self._run_step(tokens[None], positions[None], step, 0)
+
+    def _step(self, slots: torch.Tensor, block_tables: torch.Tensor, lengths: torch.Tensor) -> Step:
+        return Step(self._attention, self._caches, self._make_cache, slots, block_tables, lengths)
+
+    def _run_step(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        step: Step,
+        logits_to_keep: torch.Tensor | int,
+    ) -> torch.Tensor:
+        with self._running.running(step):
+            output = self._model(
+                input_ids=ids,
+                position_ids=positions,
+                logits_to_keep=logits_to_keep,
+                use_cache=True,
+                **{self._cache_name: self._cache},
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _make_cache(self, keys: torch.Tensor, values: torch.Tensor) -> KVCache:
+        """Make the cache of a layer: keys [tokens, kv_heads, head_dim]."""
+        shape = (self.pool.num_blocks, BLOCK_SIZE)
+        return KVCache(
+            keys.new_zeros(*shape, *keys.shape[1:]), values.new_zeros(*shape, *values.shape[1:])
+        )
+
+
+def _plain_layers(model: Any) -> int:  # noqa: ANN401 - a transformers model
+    """Count a model's layers, all of which keep keys and values and nothing else."""
+    layers = DynamicCache(config=model.config).layers
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    for layer in layers:
+        if type(layer) not in plain:
+            raise NotPaged(f"it keeps a {type(layer).__name__}")
+    return len(layers) or int(model.config.get_text_config().num_hidden_layers)
+
+
+def _resized(cache: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    return cache.new_zeros(num_blocks, *cache.shape[1:])
