@@ -7,7 +7,7 @@ from typing import Any
 
 from gptq_loader_plugin.errors import TemplateError
 
-__all__ = ["ROLES", "Message", "check_messages", "check_text"]
+__all__ = ["ROLES", "Message", "check_messages", "check_text", "drop_oldest"]
 
 Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
@@ -78,3 +78,13 @@ def _text(part: object, index: int) -> str:
 
 def _kind(value: object) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def drop_oldest(messages: list[Mapping[str, Any]]) -> bool:
+    """Leave out the oldest turn, but for a system message; return False where it is the last."""
+    first = 1 if messages and messages[0].get("role") == "system" else 0
+    following = (i for i in range(first + 1, len(messages)) if messages[i].get("role") == "user")
+    second = next(following, None)
+    if second is not None:
+        del messages[first:second]
+    return second is not None

@@ -6,7 +6,7 @@ import logging
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from gptq_loader_plugin.chat.messages import check_text
+from gptq_loader_plugin.chat.messages import check_text, drop_oldest
 from gptq_loader_plugin.chat.templates import CHATML_START
 from gptq_loader_plugin.errors import (
     EmptyPrompt,
@@ -238,7 +238,7 @@ class LoadedModel:
                 self.check_fits(encoded)
                 ids = encoded
             except PromptTooLong:  # a tokenizer may refuse a text by its length
-                if when_too_long == "error" or not _drop_oldest(kept):
+                if when_too_long == "error" or not drop_oldest(kept):
                     raise
         dropped = len(messages) - len(kept)
         if not dropped:
@@ -392,16 +392,6 @@ class LoadedModel:
         """List the ids past the tokenizer that only pad the embedding."""
         known = max(self._vocabulary.values(), default=-1) + 1
         return range(known, int(self.model.config.get_text_config().vocab_size))
-
-
-def _drop_oldest(messages: list[Mapping[str, Any]]) -> bool:
-    """Leave out the oldest turn, but for a system message; return False where it is the last."""
-    first = 1 if messages and messages[0].get("role") == "system" else 0
-    following = (i for i in range(first + 1, len(messages)) if messages[i].get("role") == "user")
-    second = next(following, None)
-    if second is not None:
-        del messages[first:second]
-    return second is not None
 
 
 def _warned(pieces: Iterator[Piece], warning: str) -> Iterator[Piece]:

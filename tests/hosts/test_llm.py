@@ -301,7 +301,10 @@ assert shared_cache()._entry.model is first
 before = conversation.responses[0].input_tokens
 reads = []
 reuse = first._cache.reuse
-first._cache.reuse = lambda model, ids: reads.append((len(ids), reuse(model, ids))) or reads[-1][1]
+def watched(model, ids, *more):
+    reads.append((len(ids), reuse(model, ids, *more)))
+    return reads[-1][1]
+first._cache.reuse = watched
 conversation.prompt("And then?", temperature=0, max_tokens=8).text()
 (length, (_, reused)), = reads
 assert 0 < before <= reused < length, (before, reused, length)

@@ -6,13 +6,14 @@ import inspect
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from gptq_loader_plugin import (
     Accepted,
     Declined,
+    GenerateOptions,
     LoadRequest,
     OptionInvalid,
     PluginError,
@@ -25,6 +26,10 @@ from gptq_loader_plugin import (
 )
 from gptq_loader_plugin import inspect as inspect_checkpoint
 from gptq_loader_plugin.chat.templates import ChatML
+from gptq_loader_plugin.device import find_device
+
+if TYPE_CHECKING:
+    from gptq_loader_plugin.device import Device
 
 HOOKS = dict(
     inspect.getmembers(hookspecs, lambda it: inspect.isfunction(it) and "gptq" in it.__name__)
@@ -78,6 +83,30 @@ def test_gptq_readers_open_what_is_theirs() -> None:
 
     explain(CHECKPOINT, plugins=Plugins(Plugin(), installed=True), device="cpu")
     assert opened == [CHECKPOINT]
+
+
+def test_gptq_paged_attention_of_a_plugin_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTQ_LOADER_ENGINE", "1")
+    own = Plugins(installed=True).hook.gptq_paged_attention(device=find_device("cpu"))
+    decoded = []
+
+    class Counting:
+        @hookimpl
+        def gptq_paged_attention(self, device: Device) -> Counting | None:
+            return self if device.type == "cpu" else None
+
+        def write_cache(self, *args: Any) -> None:
+            own.write_cache(*args)
+
+        def decode(self, *args: Any, **how: Any) -> Any:
+            decoded.append(how["window"])
+            return own.decode(*args, **how)
+
+    options = GenerateOptions(temperature=0, max_new_tokens=5)
+    with load(CHECKPOINT, backend="reference", plugins=Plugins(Counting(), installed=True)) as it:
+        decoded.clear()
+        it.generate("The", options)
+        assert decoded == [None] * it.model.config.num_hidden_layers * 4  # the first is a prompt's
 
 
 def test_gptq_kernels_are_all_asked_and_rank_decides() -> None:

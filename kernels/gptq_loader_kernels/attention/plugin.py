@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["gptq_paged_attention"]
 
 
-@hookimpl
+@hookimpl(trylast=True)
 def gptq_paged_attention(device: Device) -> PagedAttention:
     """Offer Triton's kernels where Triton runs, and plain torch operations elsewhere."""
     del device  # each operator looks at its tensors
