@@ -44,6 +44,9 @@ __all__ = ["CHECKS", "ModelReport", "Subject", "check_family", "main", "make_sub
 
 # Both sides compute in float32; the order of their sums differs: 1e-6 to 1e-5 measured.
 TOLERANCE = 1e-4
+# PhiMoE leaves experts out whose score is just below a threshold: a change of 2e-7 of the embedding
+# moved its logits by 1e-4 in three of six draws.
+TOLERANCES = {"phimoe-longrope": 1e-3}
 PACKED = (
     "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj",
     "gate_up_proj", "fc1", "fc2",
@@ -307,7 +310,7 @@ def check_family(
         except Exception as error:  # noqa: BLE001 - it has failed, whatever was raised
             report.failed[name] = f"{type(error).__name__}: {error}"
             continue
-        if subject.worst <= TOLERANCE:
+        if subject.worst <= TOLERANCES.get(family, TOLERANCE):
             report.passed[name] = subject.worst
         else:
             report.failed[name] = f"off by {subject.worst:.1e}"

@@ -1,12 +1,15 @@
 """Run a model over the tokens of one sequence, part by part, as one call over all of it answers.
 
 Families differ in what they keep of what they have read: most fill a cache that is handed to them,
-some make one of a class of their own, and some keep nothing that can be handed back. Some count
-the positions of each call from zero, and some rotate by the length of the sequence.
+some make one of a class of their own, some keep a state in their modules, and some keep nothing
+that can be handed back. Some count the positions of each call from zero, and some rotate by the
+length of the sequence.
 """
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +20,16 @@ from gptq_loader_plugin.generation.rotation import LengthRotation
 from gptq_loader_plugin.transformers_compat import CACHE_NAMES, find_cache_argument
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel
 
 __all__ = ["ModelRunner"]
+
+# What RecurrentGemma's modules keep of the last sequence that was read.
+MODULE_STATES = ("recurrent_states", "conv1d_state")
+# Such a module has one state, so that threads take turns.
+_turn = threading.RLock()
 
 
 class ModelRunner:
@@ -42,6 +50,13 @@ class ModelRunner:
         self._cache_name = find_cache_argument(model)
         self._takes_positions = "position_ids" in signature(type(model).forward).parameters
         self.rotation = LengthRotation(model)
+        self._states = [
+            (vars(module), name)
+            for module in (model.modules() if isinstance(model, torch.nn.Module) else ())
+            for name in MODULE_STATES
+            if name in vars(module)
+        ]
+        self._kept: list[Any] = [None] * len(self._states)
         self.rereads = self._cache_name is None
         keeps_state = makes_own_cache(model) or getattr(model, "_is_stateful", False)
         self.takes_parts = not self.rereads and not keeps_state
@@ -78,9 +93,21 @@ class ModelRunner:
         if not states:
             more["logits_to_keep"] = logits_to_keep
         run = self._model.get_decoder() if states else self._model
-        with self.rotation.applied(length):
+        with self.rotation.applied(length), self._own_states():
             output = run(input_ids=torch.tensor([tokens], device=device), **more)
         if cache is None and self._cache_name is not None:
             names = (self._cache_name, *CACHE_NAMES)
             cache = next((getattr(output, name) for name in names if hasattr(output, name)), None)
         return (output.last_hidden_state if states else output.logits), cache
+
+    @contextmanager
+    def _own_states(self) -> Iterator[None]:
+        """Have the modules go on with what they kept of this sequence, and keep it."""
+        if not self._states:
+            yield
+            return
+        with _turn:
+            for (own, name), kept in zip(self._states, self._kept, strict=True):
+                own[name] = kept
+            yield
+            self._kept = [own[name] for own, name in self._states]
