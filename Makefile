@@ -57,6 +57,7 @@ conformance: ## hold every kernel that runs here against float64, and whole mode
 		--device cpu --jobs 2 --kernel triton --cells cover $(ARGS)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m gptq_loader_plugin.conformance.models --kernel reference
 	@OMP_NUM_THREADS=1 $(BIN)/python -m gptq_loader_plugin.conformance.models --kernel cpu
+	@OMP_NUM_THREADS=1 $(BIN)/python -m gptq_loader_plugin.conformance.models --engine
 
 families: ## load, decode and quantise a tiny model of every type transformers has; NAMES="llama ..."
 	@$(PYTHON) tools/set_up.py test

@@ -16,6 +16,7 @@ SAMPLE = [
     ("reference", "bamba"),
     ("reference", "rwkv"),
     ("reference", "minimax"),
+    ("reference", "recurrent_gemma"),  # a state in its modules
     ("reference", "gemma3_text"),
     pytest.param("cpu", "llama-dynamic", marks=native),
     pytest.param("cpu", "llama-longrope", marks=native),
