@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gptq_loader_plugin.generation.batch_sampling import pick_tokens
 from gptq_loader_plugin.generation.generate import compute_logits, top_logits_head
 
 if TYPE_CHECKING:
@@ -84,11 +85,12 @@ class Batch:
             for generation in few:
                 yield self._emit(generation, error)
             return
+        picked = {} if states is None else self._pick(few, states)
         for i, generation in enumerate(few):
             if states is None:
                 yield from self._forward(generation, FEW)
             else:
-                yield from self._sample(generation, states[i])
+                yield from self._sample(generation, states[i], picked.get(i))
 
     def _step_many(self, few: list[Generation]) -> torch.Tensor | None:
         """Read what is unread of some replies in one step: logits [replies, 1, vocabulary]."""
@@ -114,6 +116,15 @@ class Batch:
         of_all: torch.Tensor = self._model.get_output_embeddings()(states)
         return of_all[:, None]
 
+    def _pick(self, few: list[Generation], logits: torch.Tensor) -> dict[int, int]:
+        """Pick at a time the tokens of those replies that can be, by their place."""
+        rows = {i: it.row for i, it in enumerate(few) if it.row is not None}
+        if not rows:
+            return {}
+        some = logits[:, 0] if len(rows) == len(few) else logits[list(rows), 0]
+        picked = pick_tokens(list(rows.values()), [few[i].sequence for i in rows], some)
+        return dict(zip(rows, picked.tolist(), strict=True))
+
     def _forward(
         self, generation: Generation, max_tokens: int
     ) -> Iterator[tuple[Generation, Piece | Exception]]:
@@ -126,10 +137,10 @@ class Batch:
             yield from self._sample(generation, logits)
 
     def _sample(
-        self, generation: Generation, logits: torch.Tensor
+        self, generation: Generation, logits: torch.Tensor, picked: int | None = None
     ) -> Iterator[tuple[Generation, Piece | Exception]]:
         try:
-            piece = generation.sample(logits)
+            piece = generation.sample(logits) if picked is None else generation.take(picked, logits)
         except Exception as error:  # noqa: BLE001 - a caller's processor may fail
             yield self._emit(generation, error)
             return

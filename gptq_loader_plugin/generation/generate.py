@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
+from gptq_loader_plugin.generation.batch_sampling import Row, pick_tokens
 from gptq_loader_plugin.generation.kv_cache import PrefixCache
 from gptq_loader_plugin.generation.model_runner import ModelRunner
 from gptq_loader_plugin.generation.sampling import Sampler
@@ -168,6 +169,7 @@ class Generation:
     Attributes:
         cache: keys and values of what was read.
         pending: the tokens to read next.
+        sequence: all tokens, int64 [1, n].
         finished: whether the reply has ended.
     """
 
@@ -197,11 +199,16 @@ class Generation:
         self._head = top_logits_head(model) if engine is None else None
         self._text = TextStream(tokenizer, stop, silent_ids)
         self._sampler = Sampler(options, banned_ids, model.device, processors)
+        self.row: Row | None = None  # how its token is picked beside others'
+        if engine is not None and not processors:
+            self.row = Row.of(
+                options, banned_ids, model.config.get_text_config().vocab_size, model.device
+            )
         self._max_new_tokens, self._stop_ids = max_new_tokens, stop_ids
         self._cancel, self._watch = cancel, watch
         self._kept: PrefixCache | Engine = engine or kept or PrefixCache()
         self._read = list(ids)  # whose keys and values the cache has, or will have once it is used
-        self._sequence = torch.tensor([self._read], device=model.device)
+        self.sequence = torch.tensor([self._read], device=model.device)
         self._tokens = 0
         self._rotation = self._runner.rotation.of(len(self._read))
         self.cache, held = self._kept.reuse(model, ids, self._rotation)
@@ -254,7 +261,7 @@ class Generation:
 
     def excluded(self, vocabulary: int) -> torch.Tensor | None:
         """Mark the tokens that do not count among those needed: bool [vocabulary]."""
-        return self._sampler.excluded(self._sequence, vocabulary)
+        return self._sampler.excluded(self.sequence, vocabulary)
 
     def cancelled(self) -> Piece | None:
         """Return the last piece where the reply was cancelled."""
@@ -264,8 +271,15 @@ class Generation:
 
     def sample(self, logits: torch.Tensor) -> Piece | None:
         """Pick the token that follows what was read; return the text that is certain with it."""
-        token = self._sampler.sample(self._sequence, logits)
+        if self.row is not None:
+            return self.take(int(pick_tokens([self.row], [self.sequence], logits)), logits)
+        return self.take(self._sampler.sample(self.sequence, logits), logits)
+
+    def take(self, token: int, logits: torch.Tensor) -> Piece | None:
+        """Go on with a token that was picked by `logits`; return the text that is certain now."""
         self._tokens += 1
+        if self.row is not None:
+            self.row.drawn += 1
         if self._watch is not None:
             self._watch(token, logits)
         if token in self._stop_ids:
@@ -278,7 +292,7 @@ class Generation:
         self.pending = [token]
         self._read.append(token)
         step = torch.tensor([[token]], device=self._model.device)
-        self._sequence = torch.cat((self._sequence, step), dim=1)
+        self.sequence = torch.cat((self.sequence, step), dim=1)
         rotation = self._runner.rotation.of(len(self._read))
         if self._runner.rereads or rotation != self._rotation:
             self._rotation, self.cache = rotation, self._kept.make(self._model, rotation)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from altered import ONE
+from altered import DATA, ONE
 from served import CHAT, COMPLETE, OTHER, Brake, Running, load, running
 from waiting import eventually
 
@@ -45,6 +45,40 @@ def test_everyone_gets_the_text_they_would_get_alone(tmp_path: Path) -> None:
 
         with ThreadPoolExecutor(20) as pool:
             assert list(pool.map(ask, prompts)) == alone
+
+
+def test_sixteen_clients_share_the_steps_of_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [f"Tell me about number {i}" for i in range(16)]
+    options = gptq.GenerateOptions(max_new_tokens=24, temperature=0)
+    with load(DATA / ONE) as model:
+        alone = [model.generate(it, options).text for it in prompts]
+    monkeypatch.setenv("GPTQ_LOADER_ENGINE", "1")
+    steps: list[int] = []
+
+    def watched(target: str | Path) -> gptq.LoadedModel:
+        model = load(target)
+        assert model.engine is not None
+        step = model.engine.step
+
+        def counted(tokens: Any, caches: Any, lengths: Any) -> Any:
+            steps.append(len(tokens))
+            return step(tokens, caches, lengths)
+
+        monkeypatch.setattr(model.engine, "step", counted)
+        return model
+
+    with running(tmp_path, names=(ONE,), loads=watched, max_num_seqs=16) as served:
+
+        def ask(prompt: str) -> str:
+            answer = served.post(COMPLETE, prompt=prompt, max_tokens=24, temperature=0)
+            return str(answer.json()["choices"][0]["text"])
+
+        with ThreadPoolExecutor(16) as pool:
+            assert list(pool.map(ask, prompts)) == alone
+    assert max(steps) > 8
+    assert sum(steps) / len(steps) > 3  # prompts' parts, one sequence each, included
 
 
 def test_a_full_queue_says_when_to_come_back(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gptq_loader_plugin.system.memory import free_memory
+from gptq_loader_plugin.system.device_memory import free_device_memory
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.generation.loaded import LoadedModel
@@ -25,17 +25,11 @@ def reserve_kv_cache(model: LoadedModel, max_num_seqs: int) -> int:
     Returns:
         The bytes that the keys and values of running replies may take.
     """
-    max_bytes = int(_free_bytes(model) * KV_SHARE)
+    if model.engine is not None:
+        model.keep(max_num_seqs)
+        return model.engine.reserve(max_num_seqs)
+    max_bytes = int(free_device_memory(model.model.device) * KV_SHARE)
     bytes_per_sequence = model.context * (model.plan.kv_bytes_per_token or 0)
     kept = max_bytes * CACHE_SHARE // max(1, bytes_per_sequence)
     model.keep(int(min(max(kept, 1), max_num_seqs)))
     return max_bytes
-
-
-def _free_bytes(model: LoadedModel) -> int:
-    """Count the memory that is free where a model's keys and values will be."""
-    if model.model.device.type == "cuda":
-        import torch
-
-        return int(torch.cuda.mem_get_info(model.model.device)[0])
-    return free_memory()
