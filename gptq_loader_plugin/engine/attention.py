@@ -72,6 +72,7 @@ class Step:
         attention: how to attend.
         caches: of each layer, once it was seen.
         make_cache: makes a layer's cache, of its first keys and values [tokens, kv_heads, size].
+        windows: the sizes of windows whose mask functions were asked what they show.
         slots: where the keys and values of each token go, int64 [tokens]; below 0 for nowhere.
         block_tables: the blocks of each sequence, int32 [sequences, blocks].
         lengths: positions of each sequence, those of this step included, int32 [sequences].
@@ -82,6 +83,7 @@ class Step:
     attention: PagedAttention
     caches: dict[int, KVCache]
     make_cache: Callable[[torch.Tensor, torch.Tensor], KVCache]
+    windows: set[int | None]
     slots: torch.Tensor
     block_tables: torch.Tensor
     lengths: torch.Tensor
@@ -215,16 +217,21 @@ _usual = _Usual()
 
 def _mask(*args: Any, mask_function: Any = None, **kwargs: Any) -> Any:  # noqa: ANN401 - transformers' own types
     """Return which positions are seen, in place of a mask."""
-    if getattr(_running, "step", None) is None:
+    step: Step | None = getattr(_running, "step", None)
+    if step is None:
         usual = ALL_MASK_ATTENTION_FUNCTIONS[_usual.name]
         return usual(*args, mask_function=mask_function, **kwargs)
     if kwargs.get("attention_mask") is not None:
         raise NotPaged("it masks some tokens")
-    return _window(mask_function, kwargs.get("local_size"))
+    size: int | None = kwargs.get("local_size")
+    if size not in step.windows:
+        _check_window(mask_function, size)
+        step.windows.add(size)
+    return Window(size)
 
 
-def _window(mask_function: Any, size: int | None) -> Window:  # noqa: ANN401
-    """Find out what a mask function shows, by asking it."""
+def _check_window(mask_function: Any, size: int | None) -> None:  # noqa: ANN401
+    """Ask a mask function what it shows."""
     positions = range(40) if size is None else [0, 1, size - 1, size, size + 1, 2 * size + 1]
     keys = torch.arange(max(positions) + 2)
     zero = torch.tensor(0)
@@ -236,7 +243,6 @@ def _window(mask_function: Any, size: int | None) -> Window:  # noqa: ANN401
         first = 0 if size is None else position - size + 1
         if not torch.equal(torch.as_tensor(shown), (keys <= position) & (keys >= first)):
             raise NotPaged("its attention mask is neither causal nor a sliding window")
-    return Window(size)
 
 
 def _forward(

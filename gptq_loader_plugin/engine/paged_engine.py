@@ -85,6 +85,7 @@ class PagedEngine:
             raise NotPaged("it takes no cache")
         self._cache_name = name
         self._caches: dict[int, KVCache] = {}
+        self._windows: set[int | None] = set()
         self._graphs: DecodeGraphs | None = None
         self._room = 0  # blocks that were asked for last
         self.max_sequences = 1
@@ -161,7 +162,7 @@ class PagedEngine:
             lengths: of each sequence, what is read later included: some models rotate by it.
 
         Returns:
-            The logits after the last token of each [sequences, vocabulary], until the next step.
+            The logits after the last token of each [sequences, vocabulary].
 
         Raises:
             GPTQLoaderError: there is no room for them.
@@ -262,7 +263,8 @@ class PagedEngine:
         if self._graphs is None:
             self._graphs = DecodeGraphs(self._run, self._model, self.num_blocks_per_sequence)
         positions = [len(table) for table in tables]
-        return self._graphs.run(tokens, positions, slots, [table.blocks for table in tables])
+        logits = self._graphs.run(tokens, positions, slots, [table.blocks for table in tables])
+        return logits.clone()  # the next step, of another thread maybe, overwrites them
 
     def _read(
         self,
@@ -306,7 +308,15 @@ class PagedEngine:
         return self._run_step(tokens[None], positions[None], step, 0)
 
     def _step(self, slots: torch.Tensor, block_tables: torch.Tensor, lengths: torch.Tensor) -> Step:
-        return Step(self._attention, self._caches, self._make_cache, slots, block_tables, lengths)
+        return Step(
+            self._attention,
+            self._caches,
+            self._make_cache,
+            self._windows,
+            slots,
+            block_tables,
+            lengths,
+        )
 
     def _run_step(
         self,

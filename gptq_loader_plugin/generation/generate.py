@@ -98,7 +98,7 @@ class Engine(Protocol):
             lengths: of each sequence, what is read later included.
 
         Returns:
-            The logits after the last token of each [sequences, vocabulary], until the next step.
+            The logits after the last token of each [sequences, vocabulary].
         """
         ...
 
