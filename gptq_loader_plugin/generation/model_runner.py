@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelRunner"]
 
+# Types whose class wants the whole sequence in each call, and cuts off what its cache has.
+WHOLE_SEQUENCE = ("cpmant",)
 # What RecurrentGemma's modules keep of the last sequence that was read.
 MODULE_STATES = ("recurrent_states", "conv1d_state")
 # Such a module has one state, so that threads take turns.
@@ -48,11 +50,17 @@ class ModelRunner:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model: Any = model
         self._cache_name = find_cache_argument(model)
-        self._takes_positions = "position_ids" in signature(type(model).forward).parameters
+        modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+        if getattr(model.config, "model_type", None) in WHOLE_SEQUENCE:
+            self._cache_name = None
+        # RoBERTa's kin count positions from the padding token's id, by what the cache holds.
+        counts_itself = any(hasattr(it, "create_position_ids_from_input_ids") for it in modules)
+        names = signature(type(model).forward).parameters
+        self._takes_positions = "position_ids" in names and not counts_itself
         self.rotation = LengthRotation(model)
         self._states = [
             (vars(module), name)
-            for module in (model.modules() if isinstance(model, torch.nn.Module) else ())
+            for module in modules
             for name in MODULE_STATES
             if name in vars(module)
         ]
