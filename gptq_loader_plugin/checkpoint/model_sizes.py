@@ -57,8 +57,11 @@ def check_sizes(
     if not sides:
         return
     blocks = {match[0]: name for name in headers if (match := BLOCK.match(name))}
+    kinds = fields.get("layer_types")
+    # Dory's config counts a block's attention and its mlp apart.
+    counted = 2 if isinstance(kinds, list) and "mlp" in kinds else 1
     for field, value in _stated(fields, BLOCKS):
-        if value > len(blocks):
+        if value > len(blocks) * counted:
             last = list(blocks.values())[-1] if blocks else next(iter(headers))
             raise _contradicted(field, value, f"{len(blocks)} blocks, the last with {last}", file)
     for field, value in _stated(fields, WIDTHS):

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelRunner"]
 
-# Types whose class wants the whole sequence in each call, and cuts off what its cache has.
-WHOLE_SEQUENCE = ("cpmant",)
+# Types whose class wants the whole sequence in each call, and cuts off what its cache has; or whose
+# loops write into one cache what each of them keeps.
+WHOLE_SEQUENCE = ("cpmant", "dory")
 # What RecurrentGemma's modules keep of the last sequence that was read.
 MODULE_STATES = ("recurrent_states", "conv1d_state")
 # Such a module has one state, so that threads take turns.
@@ -57,6 +58,7 @@ class ModelRunner:
         counts_itself = any(hasattr(it, "create_position_ids_from_input_ids") for it in modules)
         names = signature(type(model).forward).parameters
         self._takes_positions = "position_ids" in names and not counts_itself
+        self._takes_use_cache = "use_cache" in names
         self.rotation = LengthRotation(model)
         self._states = [
             (vars(module), name)
@@ -96,6 +98,8 @@ class ModelRunner:
         more: dict[str, Any] = {}
         if self._cache_name is not None:
             more = {self._cache_name: cache, "use_cache": True}
+        elif self._takes_use_cache:
+            more = {"use_cache": False}
         if self._takes_positions:
             more["position_ids"] = torch.arange(past, past + len(tokens), device=device)[None]
         if not states:

@@ -92,8 +92,18 @@ TABLE: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"linear_head_dim": HEAD},
     "bamba": {"attn_layer_indices": [1]},
     "chameleon": {"vocabulary_map": {"<image>": 370}},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
-    "dory": {"num_hidden_layers": 2},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            "full_attention": None,
+        },
+    },
+    "dbrx": {
+        "attn_config.rope_theta": 10_000.0, "attn_config.kv_n_heads": 2,
+        "attn_config.clip_qkv": 8.0, "ffn_config.hidden_size": HIDDEN,
+    },
+    "dory": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
     "dots3_note_text": {"num_key_value_heads": HEADS},
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 0},
     "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
