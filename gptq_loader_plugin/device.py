@@ -2,7 +2,7 @@
 
 CUDA is asked through libcuda with ctypes, ROCm through /sys/class/kfd, the CPU through
 /proc/cpuinfo. A device that is not here can be named too, for `explain`: `cuda:sm86`,
-`rocm:gfx1100`, or `rocm` for any.
+`rocm:gfx1100`, or `rocm`, `mps` and `xpu` for any.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ CUDA_CARDS = {
     (12, 0): "RTX 50 series",
 }
 ROCM_CARDS = {"gfx90a": "MI210, MI250", "gfx942": "MI300", "gfx1100": "RX 7900"}
+UNNUMBERED: dict[DeviceType, str] = {"mps": "Apple GPU", "xpu": "Intel GPU"}
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 CPU_FLAGS_ARM = ("asimd", "asimddp", "i8mm", "bf16", "sve")
 
@@ -95,7 +96,8 @@ def find_device(name: str | None = None) -> Device:
 
     Args:
         name: "cpu", "cuda", "cuda:1", "rocm", "mps", "xpu"; or one that need not be here,
-            "cuda:sm86", "rocm:gfx1100" (and "rocm"); or None for the best of this machine.
+            "cuda:sm86", "rocm:gfx1100" (and "rocm", "mps", "xpu"); or None for the best of this
+            machine.
 
     Raises:
         OptionInvalid: the name is of no kind known, or names a device that is not here.
@@ -119,6 +121,9 @@ def find_device(name: str | None = None) -> Device:
             return device
     if kind == "rocm" and not which:
         return _absent_rocm(ROCM_ARCH)
+    for unnumbered, maker in UNNUMBERED.items():
+        if kind == unnumbered and not which:
+            return Device(unnumbered, name=maker, present=False)
     here = ", ".join(
         f"{device_.type}:{device_.index}" if device_.type != "cpu" else "cpu" for device_ in devices
     )

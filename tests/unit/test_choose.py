@@ -147,6 +147,16 @@ def test_a_device_that_is_not_here_is_called_what_people_call_it() -> None:
     assert find_device("cuda:sm53").name == find_device("rocm:gfx803").name == ""
 
 
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_a_gpu_that_torch_knows_alone_is_only_planned_for(kind: str) -> None:
+    device = find_device(kind)
+    assert (str(device), device.torch_name, device.present) == (kind, kind, False)
+    with pytest.raises(gptq.OptionInvalid, match=f"^{kind} is not on this machine"):
+        gptq.load(DATA / ONE, device=kind, plugins=plugins())
+    with pytest.raises(gptq.OptionInvalid, match="there is no"):
+        find_device(f"{kind}:7")
+
+
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:avx", "cuda:9", "rocm:9", "rocm:sm86", ""])
 def test_a_device_that_is_none_is_said(name: str) -> None:
     with pytest.raises(gptq.OptionInvalid) as caught:
