@@ -17,6 +17,8 @@ class Accepted:
         dtype: the dtype it computes in, as torch names it.
         prepared_bytes: what the layer takes in memory once prepared.
         note: what a user should know about this choice, or "".
+        scratch_bytes: what a product takes besides, in memory that all layers of a device share one
+            after the other: a plan counts the largest, once.
         activations: what x is rounded to before it is multiplied, "int8", or "" for `dtype`.
     """
 
@@ -26,6 +28,7 @@ class Accepted:
     prepared_bytes: int
     note: str = ""
     activations: str = ""
+    scratch_bytes: int = 0
 
     @property
     def exactness(self) -> str:

@@ -150,6 +150,8 @@ def test_a_device_that_is_not_here_is_called_what_people_call_it() -> None:
 @pytest.mark.parametrize("kind", ["mps", "xpu"])
 def test_a_gpu_that_torch_knows_alone_is_only_planned_for(kind: str) -> None:
     device = find_device(kind)
+    if device.present:
+        pytest.skip("it is here")
     assert (str(device), device.torch_name, device.present) == (kind, kind, False)
     with pytest.raises(gptq.OptionInvalid, match=f"^{kind} is not on this machine"):
         gptq.load(DATA / ONE, device=kind, plugins=plugins())
