@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_plugin.planning.choose import choose
+from gptq_loader_plugin.planning.choose import choose, depends_on_memory
 from gptq_loader_plugin.planning.dequantized import (
     dequantized_bytes,
     dequantized_note,
     is_dequantized,
 )
+from gptq_loader_plugin.planning.headroom import check_headroom
 from gptq_loader_plugin.planning.model_shape import ModelShape, kv_bytes_per_token, shape_of
 from gptq_loader_plugin.planning.placement import Place, place_of
 from gptq_loader_plugin.planning.plan_text import describe_layers, layer_json
@@ -267,46 +268,63 @@ def make_plan(
     dequantized = tuple(layer for layer in layers if is_dequantized(layer.name))
     shape = shape_of(checkpoint)
 
-    choices = tuple(
-        choose(
-            layer,
-            (place_of(placed, layer.name) or here).device,
-            kernels,
-            only=backend,
+    def plan(*, if_fits: bool) -> Plan:
+        choices = tuple(
+            choose(
+                layer,
+                (place_of(placed, layer.name) or here).device,
+                kernels,
+                only=backend,
+                if_fits=if_fits,
+            )
+            for layer in layers
+            if not is_dequantized(layer.name)
         )
-        for layer in layers
-        if not is_dequantized(layer.name)
-    )
-    chosen_dtype = dtype or _usual_dtype(choices) or next(iter(layers)).half_dtype
-    taken = _weight_bytes(checkpoint, choices, dequantized, chosen_dtype, placed)
-    return Plan(
-        reference=reference,
-        path=checkpoint.path,
-        device=device,
-        config=checkpoint.config,
-        choices=choices,
-        dtype=chosen_dtype,
-        weight_bytes=sum(taken.values()),
-        checkpoint_bytes=checkpoint.size_bytes,
-        kv_bytes_per_token=kv_bytes_per_token(shape, chosen_dtype, int8_cache=int8_cache),
-        warnings=checkpoint.warnings,
-        not_built=not_built,
-        placed=placed,
-        place_bytes=taken if placed else {},
+        chosen_dtype = dtype or _usual_dtype(choices) or next(iter(layers)).half_dtype
+        taken = _weight_bytes(checkpoint, choices, dequantized, chosen_dtype, placed)
+        return Plan(
+            reference=reference,
+            path=checkpoint.path,
+            device=device,
+            config=checkpoint.config,
+            choices=choices,
+            dtype=chosen_dtype,
+            weight_bytes=sum(taken.values()),
+            checkpoint_bytes=checkpoint.size_bytes,
+            kv_bytes_per_token=kv_bytes_per_token(shape, chosen_dtype, int8_cache=int8_cache),
+            warnings=checkpoint.warnings,
+            not_built=not_built,
+            placed=placed,
+            place_bytes=taken if placed else {},
+            shape=shape,
+            dequantized=dequantized,
+            scratch_bytes=shared_scratch(choices, placed),
+        )
+
+    if placed:  # their layers were placed by what they take packed
+        return plan(if_fits=False)
+    best = plan(if_fits=True)
+    if not any(map(depends_on_memory, best.choices)):
+        return best
+    headroom = check_headroom(
+        device,
+        memory_bytes=best.memory_bytes,
+        kv_bytes_per_token=best.kv_bytes_per_token,
         shape=shape,
-        dequantized=dequantized,
-        scratch_bytes=shared_scratch(choices, placed),
     )
+    chosen = best if headroom.fits else plan(if_fits=False)
+    choices = tuple(replace(choice, headroom=headroom.words) for choice in chosen.choices)
+    return replace(chosen, choices=choices)
 
 
 def shared_scratch(choices: Iterable[Choice], placed: Mapping[str, Place]) -> int:
     """Count what products take besides the weights: on each device, a kernel's largest once."""
-    most: dict[tuple[str, str], int] = {}
+    largest: dict[tuple[str, str], int] = {}
     for choice in choices:
         where = place_of(placed, choice.layer.name)
         key = where.device.torch_name if where else "", choice.chosen.kernel
-        most[key] = max(most.get(key, 0), choice.chosen.scratch_bytes)
-    return sum(most.values())
+        largest[key] = max(largest.get(key, 0), choice.chosen.scratch_bytes)
+    return sum(largest.values())
 
 
 def _usual_dtype(choices: Sequence[Choice]) -> str | None:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["DenseKernel", "gptq_kernels"]
 
 RANK = 10  # above reference (float32), below every kernel that reads packed weights
+# Above torch (20), which unpacks what this reads: one read of 16 bits a weight in place of some ten
+# bytes. Below every kernel that unpacks inside its product.
+RANK_IF_FITS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class DenseKernel:
             RANK,
             dtype=dtype,
             prepared_bytes=dense,
+            rank_if_fits=RANK_IF_FITS,
             note=f"weights dequantised once to {dtype}, about {times} times the packed bytes",
         )
 

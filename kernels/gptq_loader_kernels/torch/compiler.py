@@ -19,12 +19,14 @@ C_COMPILERS = ("cc", "gcc", "clang")  # Triton compiles what launches a kernel
 
 def why_not_compiled(device: Device) -> str | None:
     """Say why weights are not unpacked by compiled code on a device, or None where they are."""
-    asked = os.environ.get(COMPILE)
-    if asked == "0":
+    setting = os.environ.get(COMPILE)
+    if setting == "0":
         return f"{COMPILE}=0"
     if device.type in ("cpu", "mps"):
         # On a CPU with a C++ compiler the kernel `cpu` was built; Metal's backend is a prototype.
-        return None if asked == "1" else f"on a {device.type} device torch compiles by {COMPILE}=1"
+        return (
+            None if setting == "1" else f"on a {device.type} device torch compiles by {COMPILE}=1"
+        )
     if device.capability is not None and device.capability < OLDEST:
         return f"torch compiles for sm{OLDEST[0]}{OLDEST[1]} or newer; this is {device}"
     if importlib.util.find_spec("triton") is None:

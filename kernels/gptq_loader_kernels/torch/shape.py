@@ -81,14 +81,14 @@ class Shape:
         """
         rows, size = layer.in_features, _size(dtype)
         columns = min(part_columns(rows, PART_OF.get(device_type, PART)), layer.out_features)
-        most = 1 + size
+        peak = 1 + size
         if device_type == "cpu":
             widened = size < WIDE and layer.scales_dtype != dtype
-            most = max(most + size, size + 2 * WIDE if widened else 0)
+            peak = max(peak + size, size + 2 * WIDE if widened else 0)
         tables = rows // self.unit if self.listed else layer.groups
         gathered = tables * (_size(layer.scales_dtype) + 1) if self.listed else 0
         zeros = 0 if self.one_zero else tables * size
-        return columns * (rows * most + gathered + zeros)
+        return columns * (rows * peak + gathered + zeros)
 
 
 TILE_OF = {"cpu": CPU_TILE}
