@@ -1,13 +1,17 @@
-"""Memory in a plan: scratch counted once, and kernels whose rank goes by what is free."""
+"""Kernels whose rank goes by what memory is free, and what seven billion weights take."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from altered import ALL, DATA
+from processes import run_process
 
 import gptq_loader_plugin as gptq
 from gptq_loader_plugin.checkpoint.config import read_stored_config
@@ -170,3 +174,61 @@ def test_what_amd_gpus_have_free_is_read_from_the_driver(tmp_path: Path) -> None
     assert free_rocm(2, nodes, renderers) is None
     (renderers / "renderD129" / "device" / "mem_info_vram_used").unlink()
     assert free_rocm(0, nodes, renderers) is None
+
+
+# What the driver and NVML of a machine with two GPUs answer, the first of which is hidden: CUDA
+# counts the second alone, and NVML counts both.
+LIBRARIES = {
+    "libcuda.so.1": """
+        #include <stdio.h>
+        #include <string.h>
+        int cuInit(unsigned flags) { return 0; }
+        int cuDeviceGetCount(int *count) { *count = 1; return 0; }
+        int cuDeviceGet(int *handle, int index) { *handle = 70; return index != 0; }
+        int cuDeviceGetAttribute(int *value, int which, int handle) {
+            *value = which == 75 ? 7 : 5;
+            return handle != 70;
+        }
+        int cuDeviceTotalMem_v2(size_t *bytes, int handle) { *bytes = 16000000000; return 0; }
+        int cuDeviceGetName(char *name, int length, int handle) {
+            return snprintf(name, length, "Tesla T4") < 0;
+        }
+        int cuDeviceGetPCIBusId(char *bus, int length, int handle) {
+            return snprintf(bus, length, "0000:65:00.0") < 0 || handle != 70;
+        }
+    """,
+    "libnvidia-ml.so.1": """
+        #include <string.h>
+        typedef struct { unsigned long long total, free, used; } memory;
+        static int started, gpu;
+        int nvmlInit_v2(void) { started++; return 0; }
+        int nvmlShutdown(void) { started--; return 0; }
+        int nvmlDeviceGetHandleByPciBusId_v2(const char *bus, void **handle) {
+            *handle = &gpu;
+            return strcmp(bus, "0000:65:00.0") || started != 1;
+        }
+        int nvmlDeviceGetMemoryInfo(void *handle, memory *answer) {
+            memory it = {16000000000, 15100000000, 900000000};
+            *answer = it;
+            return handle != (void *)&gpu;
+        }
+    """,
+}
+ASK = """
+from gptq_loader_plugin.device import find_device
+from gptq_loader_plugin.planning.free_memory import free_bytes
+device = find_device()
+print(device.name, device, free_bytes(device), free_bytes(device))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="no C compiler")
+def test_what_an_nvidia_gpu_has_free_is_asked_by_its_bus(tmp_path: Path) -> None:
+    for name, code in LIBRARIES.items():
+        source = tmp_path / f"{name}.c"
+        source.write_text(code)
+        run_process(["gcc", "-shared", "-fPIC", "-o", tmp_path / name, source], check=True)
+    done = run_process(
+        [sys.executable, "-c", ASK], env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    )
+    assert done.stdout.split("\n")[0] == "Tesla T4 cuda sm75 15100000000 15100000000", done.stderr
