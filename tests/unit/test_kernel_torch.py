@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from altered import DATA, NAMES, PLUGINS, error
+from torch._dynamo.utils import counters
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -286,6 +287,27 @@ def test_what_torch_compiles_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (calls, again.unpack_weight) == (0, module.unpack_weight)
     trials.compile(prepare(Case(rows=256, columns=96, bits=3))[0])
     assert calls == 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", [{"sym": True, "group_size": -1}, {"group_size": 96}], ids=str)
+def test_a_kind_of_layer_is_compiled_once_for_any_columns(kind: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    trials = Trials(None)
+    x = torch.randn(1, 256)
+    for count, columns in enumerate((96, 64, 160, 1024)):
+        if count == 1:
+            counters["stats"].clear()
+        case = Case(**{"rows": 256, "columns": columns, "act_order": False, **kind})
+        module, weight = prepare(case)
+        trials.compile(module)
+        for rows in (1, 100):
+            with torch.inference_mode():
+                y = in_parts(module, 32 * rows)(x.expand(rows, -1))
+            assert error(y, (x.double() @ weight.T).expand(rows, -1)) <= 1e-6
+    assert trials.reason is None
+    assert not counters["stats"]["unique_graphs"]
 
 
 def failing(function: Any, **_: Any) -> Any:

@@ -62,11 +62,11 @@ class TorchLinear(torch.nn.Module):
             groups = torch.arange(layer.groups, dtype=torch.int32).repeat_interleave(units)
         # Raw bits: a model's .to(dtype) changes no integer.
         self.scales_dtype = packed.scales.dtype
-        scales = packed.scales.t().contiguous().view(RAW[packed.scales.element_size()])
+        scales = _transposed(packed.scales).view(RAW[packed.scales.element_size()])
         self.planes = len(planes)
         buffers = {f"plane{which}": plane for which, plane in enumerate(planes)} | {
             "scales": scales,
-            "zeros": zeros.t().contiguous(),
+            "zeros": _transposed(zeros),
             "groups": groups,
             "permutation": None if permutation is None else permutation.to(torch.int32),
             "bias": None if packed.bias is None else packed.bias.to(self.dtype),
@@ -126,6 +126,11 @@ class TorchLinear(torch.nn.Module):
     def extra_repr(self) -> str:
         """Say the shape and width when printed."""
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, dtype={self.dtype}"
+
+
+def _transposed(table: torch.Tensor) -> torch.Tensor:
+    """Transpose a table into strides of its own, which compiled code sees even of a side of 1."""
+    return table.new_empty(table.shape[1], table.shape[0]).copy_(table.t())
 
 
 def _input_gradient(module: TorchLinear, gradient: torch.Tensor) -> torch.Tensor:
