@@ -52,7 +52,7 @@ scale: ## drive the real vLLM and Ray Serve, some 15 minutes
 conformance: ## hold every kernel that runs here against float64, and whole models against transformers
 	@$(PYTHON) tools/set_up.py test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m gptq_loader_plugin.conformance --device cpu --jobs 2 \
-		--kernel reference --kernel dense --kernel cpu --kernel cpu-int4 $(ARGS)
+		--kernel reference --kernel dense --kernel torch --kernel cpu --kernel cpu-int4 $(ARGS)
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m gptq_loader_plugin.conformance \
 		--device cpu --jobs 2 --kernel triton --cells cover $(ARGS)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m gptq_loader_plugin.conformance.models --kernel reference

@@ -1,13 +1,15 @@
 """What this machine can compute on, found without importing torch.
 
-CUDA is asked through libcuda with ctypes, ROCm through /sys/class/kfd, the CPU through
-/proc/cpuinfo. A device that is not here can be named too, for `explain`: `cuda:sm86`,
-`rocm:gfx1100`, or `rocm` for any.
+CUDA is asked through libcuda with ctypes, ROCm through /sys/class/kfd, Intel's GPUs through
+/sys/class/drm where torch was built for them, the CPU through /proc/cpuinfo. A device that is not
+here can be named too, for `explain`: `cuda:sm86`, `rocm:gfx1100`, or `rocm`, `mps` and `xpu` for
+any.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import platform
 import re
@@ -39,6 +41,8 @@ CUDA_CARDS = {
     (12, 0): "RTX 50 series",
 }
 ROCM_CARDS = {"gfx90a": "MI210, MI250", "gfx942": "MI300", "gfx1100": "RX 7900"}
+UNNUMBERED: dict[DeviceType, str] = {"mps": "Apple GPU", "xpu": "Intel GPU"}
+INTEL = "0x8086"  # its number among the vendors of PCI devices
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 CPU_FLAGS_ARM = ("asimd", "asimddp", "i8mm", "bf16", "sve")
 
@@ -87,7 +91,7 @@ class Device:
 
 def find_devices() -> tuple[Device, ...]:
     """Find every device of this machine, the best first; the CPU is always the last."""
-    return (*_cuda(), *_rocm(), *_mps(), _cpu())
+    return (*_cuda(), *_rocm(), *_xpu(), *_mps(), _cpu())
 
 
 def find_device(name: str | None = None) -> Device:
@@ -95,7 +99,8 @@ def find_device(name: str | None = None) -> Device:
 
     Args:
         name: "cpu", "cuda", "cuda:1", "rocm", "mps", "xpu"; or one that need not be here,
-            "cuda:sm86", "rocm:gfx1100" (and "rocm"); or None for the best of this machine.
+            "cuda:sm86", "rocm:gfx1100" (and "rocm", "mps", "xpu"); or None for the best of this
+            machine.
 
     Raises:
         OptionInvalid: the name is of no kind known, or names a device that is not here.
@@ -119,6 +124,9 @@ def find_device(name: str | None = None) -> Device:
             return device
     if kind == "rocm" and not which:
         return _absent_rocm(ROCM_ARCH)
+    for unnumbered, maker in UNNUMBERED.items():
+        if kind == unnumbered and not which:
+            return Device(unnumbered, name=maker, present=False)
     here = ", ".join(
         f"{device_.type}:{device_.index}" if device_.type != "cpu" else "cpu" for device_ in devices
     )
@@ -219,6 +227,31 @@ def _rocm(nodes: Path = Path("/sys/class/kfd/kfd/topology/nodes")) -> tuple[Devi
             Device("rocm", index=len(devices), arch=arch, memory_bytes=sum(banks) or None)
         )
     return tuple(devices)
+
+
+def _xpu(
+    renderers: Path = Path("/sys/class/drm"), *, built: bool | None = None
+) -> tuple[Device, ...]:
+    """List the Intel GPUs that Linux knows, where torch was built for them.
+
+    Args:
+        renderers: the kernel's list of GPUs.
+        built: whether torch was built for them; None looks for its library.
+    """
+    if built is None:
+        torch = importlib.util.find_spec("torch")
+        folder = Path((torch and torch.origin) or "").parent / "lib"
+        built = (folder / "libtorch_xpu.so").is_file()
+    vendors = [
+        file.read_text().strip()
+        for file in sorted(renderers.glob("renderD*/device/vendor"), key=_renderer)
+    ]
+    count = vendors.count(INTEL) if built else 0
+    return tuple(Device("xpu", index=index, name=UNNUMBERED["xpu"]) for index in range(count))
+
+
+def _renderer(vendor: Path) -> int:
+    return int(vendor.parts[-3].removeprefix("renderD"))
 
 
 def _mps() -> tuple[Device, ...]:

@@ -17,6 +17,10 @@ class Accepted:
         dtype: the dtype it computes in, as torch names it.
         prepared_bytes: what the layer takes in memory once prepared.
         note: what a user should know about this choice, or "".
+        scratch_bytes: what a product takes besides, in memory that all layers of a device share one
+            after the other: a plan counts the largest, once.
+        rank_if_fits: the rank in place of `rank` where the device's free memory holds the model
+            prepared by this kernel whole, with a context and some to spare; None for `rank`.
         activations: what x is rounded to before it is multiplied, "int8", or "" for `dtype`.
     """
 
@@ -26,6 +30,8 @@ class Accepted:
     prepared_bytes: int
     note: str = ""
     activations: str = ""
+    scratch_bytes: int = 0
+    rank_if_fits: int | None = None
 
     @property
     def exactness(self) -> str:

@@ -31,8 +31,9 @@ PLUGINS = {"GPTQ_LOADER_PLUGINS": "core,kernel-cpu,kernel-dense,kernel-reference
 
 Tensors = dict[str, torch.Tensor]
 
-# The kernels for GPUs too: they are only asked.
-ALL = {"GPTQ_LOADER_PLUGINS": f"{PLUGINS['GPTQ_LOADER_PLUGINS']},kernel-exllama,kernel-triton"}
+# The kernels for GPUs too, which are only asked, and torch, which runs on all.
+OTHERS = "kernel-exllama,kernel-torch,kernel-triton"
+ALL = {"GPTQ_LOADER_PLUGINS": f"{PLUGINS['GPTQ_LOADER_PLUGINS']},{OTHERS}"}
 
 
 def plugins() -> gptq.Plugins:

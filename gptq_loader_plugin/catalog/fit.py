@@ -81,7 +81,7 @@ def check_fit(
         kv_bytes=kv_bytes,
         context=context,
     )
-    return _judged(fit, plan.weight_bytes + kv_bytes, device, disk)
+    return _judged(fit, plan.memory_bytes + kv_bytes, device, disk)
 
 
 class _Remembering:

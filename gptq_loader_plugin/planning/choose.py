@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec, PackedLinear
     from gptq_loader_plugin.verdict import Verdict
 
-__all__ = ["Choice", "choose", "prepared"]
+__all__ = ["Choice", "choose", "depends_on_memory", "prepared"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +28,14 @@ class Choice:
         kernel: the chosen kernel.
         accepted: every acceptance, the chosen one first.
         declined: every refusal, by kernel name.
+        headroom: what decided where a kernel's rank goes by free memory, in words; "" elsewhere.
     """
 
     layer: LayerSpec
     kernel: Kernel
     accepted: tuple[Accepted, ...]
     declined: tuple[Declined, ...]
+    headroom: str = ""
 
     @property
     def chosen(self) -> Accepted:
@@ -43,18 +45,30 @@ class Choice:
     def reasons(self) -> tuple[tuple[str, str], ...]:
         """Return what became of every kernel: (name, words), the chosen one first."""
         chosen, *others = self.accepted
-        note = f": {chosen.note}" if chosen.note else ""
-        lines = [(chosen.kernel, f"chosen{note}")]
+        notes = [chosen.note, self.headroom if chosen.rank_if_fits is not None else ""]
+        note = "; ".join(note for note in notes if note)
+        lines = [(chosen.kernel, f"chosen: {note}" if note else "chosen")]
         lines += [
-            (other.kernel, f"could run it, in {other.dtype}; ranks below {chosen.kernel}")
+            (other.kernel, f"could run it, in {other.dtype}; {self._why_outranked(other)}")
             for other in others
         ]
         lines += [(verdict.kernel, verdict.reason) for verdict in self.declined]
         return tuple(lines)
 
+    def _why_outranked(self, other: Accepted) -> str:
+        """Say why a kernel that accepted was not chosen: its rank, or the device's memory."""
+        if self.headroom and (other.rank_if_fits or 0) > self.chosen.rank:
+            return self.headroom
+        return f"ranks below {self.chosen.kernel}"
+
 
 def choose(
-    layer: LayerSpec, device: Device, kernels: Sequence[Kernel], *, only: str | None = None
+    layer: LayerSpec,
+    device: Device,
+    kernels: Sequence[Kernel],
+    *,
+    only: str | None = None,
+    if_fits: bool = False,
 ) -> Choice:
     """Choose the highest-ranked kernel that accepts `layer` on `device`.
 
@@ -64,6 +78,7 @@ def choose(
         kernels: the kernels to ask; each is asked.
         only: accept this kernel and no other. Never a preference: a named kernel that declines is
             an error, so that a slow fallback cannot pass for the kernel that was asked for.
+        if_fits: rank each kernel as where the device's free memory holds the whole model by it.
 
     Raises:
         NoBackend: every kernel declined; the error carries each one's reason.
@@ -81,13 +96,22 @@ def choose(
             accepted.append((verdict, kernel))
     if not accepted:
         raise NoBackend(f"{layer.name} ({layer}) on {device}", declined, hint=_hint(kernels, only))
-    accepted.sort(key=lambda pair: (-pair[0].rank, pair[0].kernel))
+    accepted.sort(key=lambda pair: (-_rank(pair[0], if_fits=if_fits), pair[0].kernel))
     return Choice(
         layer=layer,
         kernel=accepted[0][1],
         accepted=tuple(verdict for verdict, _ in accepted),
         declined=tuple(declined),
     )
+
+
+def depends_on_memory(choice: Choice) -> bool:
+    """Return whether a choice made with `if_fits` would be another one without."""
+    return any(verdict.rank > choice.chosen.rank for verdict in choice.accepted)
+
+
+def _rank(verdict: Accepted, *, if_fits: bool) -> int:
+    return verdict.rank_if_fits if if_fits and verdict.rank_if_fits is not None else verdict.rank
 
 
 def _ask(kernel: Kernel, layer: LayerSpec, device: Device) -> Verdict:

@@ -32,7 +32,7 @@ def check_memory(name: str, plan: Plan, *, replaced: Plan | None = None) -> None
     free = free_memory()
     if replaced is not None and replaced.device.type == "cpu":
         free += replaced.weight_bytes
-    needed = int(plan.weight_bytes * OVERHEAD)
+    needed = int(plan.memory_bytes * OVERHEAD)
     if needed > free:
         raise NotEnoughMemory(
             f"{name} needs {write_size(needed)} of memory, and {write_size(free)} is free",

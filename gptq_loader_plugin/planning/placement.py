@@ -134,26 +134,28 @@ def _fill(
         others[_unit(name)] += 0 if name in packed else info.nbytes
     units = sorted(others, key=_natural)  # "" first
     placed: dict[str, Place] = {}
-    which, used = 0, 0
+    which, used, scratch = 0, 0, 0
     for unit in units:
         while True:
             where, limit = limits[which]
-            size = others[unit] + sum(
-                dequantized_bytes(layer, layer.half_dtype)
-                if is_dequantized(layer.name)
-                else choose(layer, where.device, kernels, only=backend).chosen.prepared_bytes
-                for layer in layers[unit]
-            )
-            if limit is None or used + size <= limit:
+            size, needed = others[unit], scratch
+            for layer in layers[unit]:
+                if is_dequantized(layer.name):
+                    size += dequantized_bytes(layer, layer.half_dtype)
+                    continue
+                chosen = choose(layer, where.device, kernels, only=backend).chosen
+                size += chosen.prepared_bytes
+                needed = max(needed, chosen.scratch_bytes)
+            if limit is None or used + size + needed <= limit:
                 break
-            which, used = which + 1, 0
+            which, used, scratch = which + 1, 0, 0
             if which == len(limits):
                 raise OptionInvalid(
                     f"{len(placed)} of the model's {len(units)} parts fit the memory given",
                     hint="give more, or let the rest stay on the disk: --max-memory cpu=8GB,disk",
                 )
         placed[unit] = where
-        used += size
+        used, scratch = used + size, needed
     return placed
 
 

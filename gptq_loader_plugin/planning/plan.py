@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_plugin.planning.choose import choose
+from gptq_loader_plugin.planning.choose import choose, depends_on_memory
 from gptq_loader_plugin.planning.dequantized import (
     dequantized_bytes,
     dequantized_note,
     is_dequantized,
 )
+from gptq_loader_plugin.planning.headroom import check_headroom
 from gptq_loader_plugin.planning.model_shape import ModelShape, kv_bytes_per_token, shape_of
 from gptq_loader_plugin.planning.placement import Place, place_of
 from gptq_loader_plugin.planning.plan_text import describe_layers, layer_json
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.kernel import Device, Kernel, LayerSpec
     from gptq_loader_plugin.planning.choose import Choice
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "make_plan", "shared_scratch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Plan:
         placed: where there is more than one device, the places of the model's parts, by the
             beginnings of their names.
         place_bytes: what the weights take in each place.
+        scratch_bytes: what products take besides, in memory that layers use in turn.
         shape: the model's sizes, as far as config.json tells.
         dequantized: the quantised layers that are dequantised as they are loaded: they belong to
             routers and embeddings, which no kernel runs.
@@ -72,6 +74,12 @@ class Plan:
     place_bytes: Mapping[str, int] = field(default_factory=dict)
     shape: ModelShape = field(default_factory=ModelShape)
     dequantized: tuple[LayerSpec, ...] = ()
+    scratch_bytes: int = 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the weights take, and what products by them do."""
+        return self.weight_bytes + self.scratch_bytes
 
     def place(self, name: str) -> Place:
         """Find the place of a layer or a tensor by its name."""
@@ -105,6 +113,7 @@ class Plan:
             f"{self.reference} on {self.device}{name}{absent}",
             f"  {config.bits}-bit, {group}, {order}, {symmetry}; {stored}",
             f"  weights {memory} in memory, {disk} on disk{context}",
+            *self._scratch(),
             f"  kernels {self._counted()}, computing in {self.dtype}",
         ]
         lines += [
@@ -121,6 +130,7 @@ class Plan:
                 "",
                 "  where ExLlamaV2's extension is not built:",
                 f"  weights {write_size(other.weight_bytes)} in memory",
+                *other._scratch(),  # noqa: SLF001
                 f"  kernels {other._counted()}, computing in {other.dtype}",  # noqa: SLF001
                 *other._kinds(),  # noqa: SLF001
             ]
@@ -141,6 +151,7 @@ class Plan:
             "kernels": self.kernels(),
             "dequantized": [layer.name for layer in self.dequantized],
             "weight_bytes": self.weight_bytes,
+            "scratch_bytes": self.scratch_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "warnings": list(self.warnings),
@@ -185,6 +196,12 @@ class Plan:
             else f"{name} (all {total} layers)"
             for name, count in self.kernels().items()
         )
+
+    def _scratch(self) -> list[str]:
+        """Write a line for the memory that layers use in turn, where there is any."""
+        if not self.scratch_bytes:
+            return []
+        return [f"  scratch {write_size(self.scratch_bytes)} more, which layers use in turn"]
 
     def _kinds(self) -> list[str]:
         """Write a paragraph for all layers with the same answers, and a line for every answer."""
@@ -249,31 +266,65 @@ def make_plan(
     here = Place(device.torch_name, device)
     layers = checkpoint.layers.values()
     dequantized = tuple(layer for layer in layers if is_dequantized(layer.name))
-    choices = tuple(
-        choose(layer, (place_of(placed, layer.name) or here).device, kernels, only=backend)
-        for layer in layers
-        if not is_dequantized(layer.name)
-    )
-    chosen_dtype = dtype or _usual_dtype(choices) or next(iter(layers)).half_dtype
     shape = shape_of(checkpoint)
-    taken = _weight_bytes(checkpoint, choices, dequantized, chosen_dtype, placed)
-    return Plan(
-        reference=reference,
-        path=checkpoint.path,
-        device=device,
-        config=checkpoint.config,
-        choices=choices,
-        dtype=chosen_dtype,
-        weight_bytes=sum(taken.values()),
-        checkpoint_bytes=checkpoint.size_bytes,
-        kv_bytes_per_token=kv_bytes_per_token(shape, chosen_dtype, int8_cache=int8_cache),
-        warnings=checkpoint.warnings,
-        not_built=not_built,
-        placed=placed,
-        place_bytes=taken if placed else {},
+
+    def plan(*, if_fits: bool) -> Plan:
+        choices = tuple(
+            choose(
+                layer,
+                (place_of(placed, layer.name) or here).device,
+                kernels,
+                only=backend,
+                if_fits=if_fits,
+            )
+            for layer in layers
+            if not is_dequantized(layer.name)
+        )
+        chosen_dtype = dtype or _usual_dtype(choices) or next(iter(layers)).half_dtype
+        taken = _weight_bytes(checkpoint, choices, dequantized, chosen_dtype, placed)
+        return Plan(
+            reference=reference,
+            path=checkpoint.path,
+            device=device,
+            config=checkpoint.config,
+            choices=choices,
+            dtype=chosen_dtype,
+            weight_bytes=sum(taken.values()),
+            checkpoint_bytes=checkpoint.size_bytes,
+            kv_bytes_per_token=kv_bytes_per_token(shape, chosen_dtype, int8_cache=int8_cache),
+            warnings=checkpoint.warnings,
+            not_built=not_built,
+            placed=placed,
+            place_bytes=taken if placed else {},
+            shape=shape,
+            dequantized=dequantized,
+            scratch_bytes=shared_scratch(choices, placed),
+        )
+
+    if placed:  # their layers were placed by what they take packed
+        return plan(if_fits=False)
+    best = plan(if_fits=True)
+    if not any(map(depends_on_memory, best.choices)):
+        return best
+    headroom = check_headroom(
+        device,
+        memory_bytes=best.memory_bytes,
+        kv_bytes_per_token=best.kv_bytes_per_token,
         shape=shape,
-        dequantized=dequantized,
     )
+    chosen = best if headroom.fits else plan(if_fits=False)
+    choices = tuple(replace(choice, headroom=headroom.words) for choice in chosen.choices)
+    return replace(chosen, choices=choices)
+
+
+def shared_scratch(choices: Iterable[Choice], placed: Mapping[str, Place]) -> int:
+    """Count what products take besides the weights: on each device, a kernel's largest once."""
+    largest: dict[tuple[str, str], int] = {}
+    for choice in choices:
+        where = place_of(placed, choice.layer.name)
+        key = where.device.torch_name if where else "", choice.chosen.kernel
+        largest[key] = max(largest.get(key, 0), choice.chosen.scratch_bytes)
+    return sum(largest.values())
 
 
 def _usual_dtype(choices: Sequence[Choice]) -> str | None:

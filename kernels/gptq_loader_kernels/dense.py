@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gptq_loader_kernels.dtypes import matmul_dtype
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.kernel import Accepted
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["DenseKernel", "gptq_kernels"]
 
 RANK = 10  # above reference (float32), below every kernel that reads packed weights
-AMPERE = (8, 0)  # the first CUDA capability with bfloat16 matmuls
+# Above torch (20), which unpacks what this reads: one read of 16 bits a weight in place of some ten
+# bytes. Below every kernel that unpacks inside its product.
+RANK_IF_FITS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,7 @@ class DenseKernel:
 
     def consider(self, layer: LayerSpec, device: Device) -> Verdict:
         """Accept any layer anywhere, and say what it costs in memory."""
-        dtype = _dtype(device, layer)
+        dtype = matmul_dtype(device, layer)
         size = 4 if dtype == "float32" else 2
         dense = size * layer.in_features * layer.out_features
         times = round(dense / layer.packed_bytes)
@@ -36,6 +39,7 @@ class DenseKernel:
             RANK,
             dtype=dtype,
             prepared_bytes=dense,
+            rank_if_fits=RANK_IF_FITS,
             note=f"weights dequantised once to {dtype}, about {times} times the packed bytes",
         )
 
@@ -45,22 +49,9 @@ class DenseKernel:
 
         from gptq_loader_kernels.dense_linear import DenseLinear
 
-        dtype = getattr(torch, _dtype(device, layer))
+        dtype = getattr(torch, matmul_dtype(device, layer))
         bias = None if packed.bias is None else packed.bias.to(device.torch_name, dtype)
         return DenseLinear(packed.dequantize(dtype).to(device.torch_name), bias)
-
-
-def _dtype(device: Device, layer: LayerSpec) -> str:
-    """Choose the dtype the device multiplies fast in without overflow where it can be had."""
-    if device.type == "cpu":
-        return (
-            "bfloat16"
-            if "avx512_bf16" in device.features or "bf16" in device.features
-            else "float32"
-        )
-    if device.type == "cuda" and (device.capability or AMPERE) < AMPERE:
-        return "float16"
-    return layer.half_dtype
 
 
 @hookimpl

@@ -31,7 +31,7 @@ SUITE = ("-m", "pytest", "--pyargs", "gptq_loader_plugin.conformance", "-q", "-W
 CPU = Device("cpu", features=frozenset({"avx2", "avx512f", "avx512_bf16"}))
 GPU = Device("cuda", capability=(8, 6), present=False, assume_built=True)
 native = pytest.mark.skipif(find_library() is None, reason="no C++ compiler built the library")
-HERE = ["reference", "dense", "cpu-int4", pytest.param("cpu", marks=native)]
+HERE = ["reference", "dense", "torch", "cpu-int4", pytest.param("cpu", marks=native)]
 
 
 def suite(folder: Path, *options: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -135,7 +135,7 @@ def test_the_command_fails_where_a_kernel_declines_everything(never: Path) -> No
 @pytest.mark.parametrize(
     ("kernel", "device"),
     [
-        *((it, CPU) for it in ("reference", "dense", "cpu-int4")),
+        *((it, CPU) for it in ("reference", "dense", "torch", "cpu-int4")),
         pytest.param("cpu", CPU, marks=native),
         *((it, GPU) for it in ("triton", "exllama")),
     ],

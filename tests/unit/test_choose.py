@@ -11,7 +11,7 @@ from altered import DATA, ONE, plugins
 
 import gptq_loader_plugin as gptq
 from gptq_loader_plugin.conformance.layers import Case, make_layer
-from gptq_loader_plugin.device import Device, _rocm, find_device, find_devices
+from gptq_loader_plugin.device import Device, _rocm, _xpu, find_device, find_devices
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.kernel import Accepted, Declined
 from gptq_loader_plugin.planning.choose import choose
@@ -147,6 +147,18 @@ def test_a_device_that_is_not_here_is_called_what_people_call_it() -> None:
     assert find_device("cuda:sm53").name == find_device("rocm:gfx803").name == ""
 
 
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_a_gpu_that_torch_knows_alone_is_only_planned_for(kind: str) -> None:
+    device = find_device(kind)
+    if device.present:
+        pytest.skip("it is here")
+    assert (str(device), device.torch_name, device.present) == (kind, kind, False)
+    with pytest.raises(gptq.OptionInvalid, match=f"^{kind} is not on this machine"):
+        gptq.load(DATA / ONE, device=kind, plugins=plugins())
+    with pytest.raises(gptq.OptionInvalid, match="there is no"):
+        find_device(f"{kind}:7")
+
+
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:avx", "cuda:9", "rocm:9", "rocm:sm86", ""])
 def test_a_device_that_is_none_is_said(name: str) -> None:
     with pytest.raises(gptq.OptionInvalid) as caught:
@@ -164,3 +176,15 @@ def test_amd_gpus_are_read_from_the_kernel(tmp_path: Path) -> None:
     first, second = _rocm(tmp_path)
     assert (str(first), first.index, first.memory_bytes) == ("rocm gfx1100", 0, 25753026560)
     assert (str(second), second.torch_name) == ("rocm gfx90a", "cuda:1")
+
+
+def test_intels_gpus_are_read_from_the_kernel(tmp_path: Path) -> None:
+    for minor, vendor in ((129, "0x8086"), (128, "0x10de"), (130, "0x8086")):
+        folder = tmp_path / f"renderD{minor}" / "device"
+        folder.mkdir(parents=True)
+        (folder / "vendor").write_text(f"{vendor}\n")
+    first, second = _xpu(tmp_path, built=True)
+    assert (str(first), first.torch_name, second.torch_name) == ("xpu", "xpu", "xpu:1")
+    assert first.present
+    assert _xpu(tmp_path, built=False) == ()
+    assert _xpu(tmp_path) == ()  # torch is not built for them here

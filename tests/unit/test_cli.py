@@ -226,7 +226,7 @@ def test_perplexity(tmp_path: Path, data: Path) -> None:
     [
         (("inspect", "nowhere"), "names no checkpoint; looked in nowhere", "or demo"),
         (("explain", DATA / ONE, "--device", "gpu"), "no device is called 'gpu'", "cuda:sm86"),
-        (("explain", DATA / ONE, "--device", "xpu"), "no xpu on this", "one that is here"),
+        (("explain", DATA / ONE, "--device", "xpu:7"), "no xpu:7 on this", "one that is here"),
         (("generate", DATA / ONE, "--prompt", "a", "--device", "rocm"), "not on this", "explain"),
         (("generate", DATA / ONE, "--prompt", ""), None, None),
         (

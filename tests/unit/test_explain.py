@@ -87,12 +87,12 @@ def test_a_float16_model_goes_to_exllama_first(tmp_path: Path) -> None:
         plan = gptq.explain(folder, device=device, plugins=installed())
         assert plan.kernels() == {"exllama": 14}
         assert plan.not_built is not None
-        assert plan.not_built.kernels() == {"dense": 14}
+        assert plan.not_built.kernels() == {"torch": 14}
 
 
 def test_both_answers_are_in_the_json() -> None:
     data = gptq.explain(DATA / ONE, device="cuda:sm75", plugins=installed()).to_json()
-    assert (data["kernels"], data["not_built"]["kernels"]) == ({"exllama": 14}, {"dense": 14})
+    assert (data["kernels"], data["not_built"]["kernels"]) == ({"exllama": 14}, {"torch": 14})
     reasons = {it["kernel"]: it["reason"] for it in data["not_built"]["layers"][0]["declined"]}
     assert reasons["exllama"] == "needs ExLlamaV2's compiled extension, taken here as not built"
     assert reasons["triton"] == (
@@ -211,7 +211,8 @@ def table() -> str:
     """Ask every kernel about every kind of layer, and join the devices that answer alike."""
     kernels = installed().kernels()
     devices = [(it, find_device(f"cuda:{it}")) for it in ARCHITECTURES]
-    devices += [("ROCm", find_device("rocm")), ("CPU", CPU)]
+    devices += [("ROCm", find_device("rocm")), ("Apple", find_device("mps"))]
+    devices += [("Intel", find_device("xpu")), ("CPU", CPU)]
     columns: dict[tuple[str, ...], list[str]] = {}
     for name, device in devices:
         answers = []

@@ -24,7 +24,8 @@ from exllama_double import Crash, Double
 import gptq_loader_plugin as gptq
 from gptq_loader_kernels.exllama import ExllamaKernel
 from gptq_loader_kernels.exllama.extension import BUILD
-from gptq_loader_kernels.exllama.linear import ExllamaLinear, Scratch, dequantised_rows
+from gptq_loader_kernels.exllama.linear import ExllamaLinear, Scratch
+from gptq_loader_kernels.exllama.shape import dequantised_rows
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import Device, find_device
 from gptq_loader_plugin.hookspecs import hookimpl
@@ -263,7 +264,7 @@ def test_a_prompt_dequantises_layers_within_the_limit(
 def test_a_layer_beyond_the_limit_takes_no_scratch(
     double: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptq_loader_kernels.exllama.linear.MAX_ELEMENTS", 1000)
+    monkeypatch.setattr("gptq_loader_kernels.exllama.shape.MAX_ELEMENTS", 1000)
     case = Case()
     module = ExllamaKernel().prepare(*make_layer(case)[:2], CPU)
     assert error(module, case, 33) < TOLERANCE

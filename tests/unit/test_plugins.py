@@ -12,7 +12,7 @@ from altered import DATA, ONE
 import gptq_loader_plugin as gptq
 from gptq_loader_plugin import PluginError, Plugins, hookimpl
 
-OURS = ["cpu", "cpu-int4", "cpu-int8", "dense", "exllama", "reference", "triton"]
+OURS = ["cpu", "cpu-int4", "cpu-int8", "dense", "exllama", "reference", "torch", "triton"]
 
 
 def test_our_kernels_come_through_the_entry_points() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from gptq_loader_kernels.exllama.extension import find_extension
+from gptq_loader_kernels.exllama.shape import MULTIPLE, dequantised_rows
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.kernel import Accepted, Declined, Finished
 from gptq_loader_plugin.system.units import write_size
@@ -30,7 +31,6 @@ RANK = 80  # the fastest for one token at a time, by every report on 4-bit GPTQ
 # goes before it, because it computes in bfloat16, and what dequantises comes after.
 CAST_RANK = 55
 BITS = 4  # it counts 8 rows a word, whatever the config says
-MULTIPLE = 32  # the kernel takes 32 rows a step and has no tail
 MAX_ROWS = 65_535  # rows are permuted by unsigned 16-bit numbers
 SMALLEST_GROUP = 32  # a step reads one row of scales
 ZEROS = (1, 15)  # it stores zero - 1 in four bits and adds the one back without a wrap
@@ -66,6 +66,7 @@ class ExllamaKernel:
             RANK if layer.half_dtype == "float16" else CAST_RANK,
             dtype="float16",
             prepared_bytes=_prepared_bytes(layer),
+            scratch_bytes=_scratch_bytes(layer),
             note=note,
         )
 
@@ -137,6 +138,12 @@ def _prepared_bytes(layer: LayerSpec) -> int:
     biases = 2 * columns + 2 * layer.out_features * layer.bias
     permutations = 4 * layer.in_features if layer.groups > 1 and layer.desc_act else 0
     return codes + tables + biases + permutations
+
+
+def _scratch_bytes(layer: LayerSpec) -> int:
+    """Count what the layer is dequantised in for products of many rows."""
+    columns = -(-layer.out_features // MULTIPLE) * MULTIPLE
+    return 2 * layer.in_features * columns if dequantised_rows(layer.in_features, columns) else 0
 
 
 @hookimpl

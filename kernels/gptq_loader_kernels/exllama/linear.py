@@ -14,19 +14,14 @@ import torch
 
 from gptq_loader_kernels.autograd import by_identity, needs_gradient, with_gradient
 from gptq_loader_kernels.exllama.extension import load_extension
+from gptq_loader_kernels.exllama.shape import MULTIPLE, dequantised_rows
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.kernel.packing import pack_columns
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.kernel import LayerSpec, PackedLinear
 
-__all__ = ["ExllamaLinear", "Scratch", "dequantised_rows"]
-
-MULTIPLE = 32  # of columns: those that are missing are padded
-# A product of more than 32 rows dequantises the whole weight and uses cuBLAS, where the weight has
-# at most so many elements; exllamav2's own limit (config.py, max_dq_size).
-MAX_ELEMENTS = 512 * 1024**2
-ROWS_STEP = 128  # the extension rounds the rows it may dequantise down to multiples of it
+__all__ = ["ExllamaLinear", "Scratch"]
 
 
 class Scratch:
@@ -176,12 +171,6 @@ class ExllamaLinear(torch.nn.Module):
     def __getstate__(self) -> NoReturn:
         """Refuse to be copied: two modules would free one handle."""
         raise TypeError("a layer that ExLlama holds cannot be copied or pickled")
-
-
-def dequantised_rows(in_features: int, columns: int) -> int:
-    """Say how many rows the extension may dequantise: all, rounded up, or none where too large."""
-    rows = -(-in_features // ROWS_STEP) * ROWS_STEP
-    return rows if rows * columns <= MAX_ELEMENTS else 0
 
 
 def _copy(tensor: torch.Tensor, device: str) -> torch.Tensor:

@@ -15,6 +15,7 @@ from gptq_loader_extensions.vllm.planning.eligibility import (
 from gptq_loader_extensions.vllm.planning.fused_layers import expert_layers, fused_layers
 from gptq_loader_plugin.opening import plan_load
 from gptq_loader_plugin.planning.choose import choose
+from gptq_loader_plugin.planning.plan import shared_scratch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -159,6 +160,7 @@ def _choose_for_vllm(
         plan,
         choices=choices,
         weight_bytes=plan.weight_bytes - before + after + plain,
+        scratch_bytes=shared_scratch(choices, plan.placed),
         not_built=other and _choose_for_vllm(other, layers, experts, plugins, other_backend),
     )
 
