@@ -26,34 +26,29 @@ LINES = 12  # of its output that a check shows
 
 
 def run(record: Record, where: Where) -> None:
-    """Run the products plainly first, which compiles their kernels, then watched."""
+    """Run products plainly first, which compiles their kernels, then watched; then whole steps."""
     sanitizer = find_sanitizer() if where.is_gpu else None
-    for program in ("linears", "steps"):
-        if where.tiny and program == "steps":
-            continue
-        command = [sys.executable, str(Path(__file__).with_name("products.py")), program]
-        command += [str(where.folder), *["--tiny"] * where.tiny]
-        plain, words = _call(command, record.left)
-        record.check(f"{program}: right without a sanitizer", passed=plain == 0, detail=words)
-        name = f"{program}: nothing out of bounds"
-        if sanitizer is None:
-            why = "compute-sanitizer is not here" if where.is_gpu else "there is no GPU"
-            record.check(name, passed=None, detail=why)
-            continue
-        options = [
-            "--tool",
-            "memcheck",
-            "--error-exitcode",
-            str(FOUND),
-            "--report-api-errors",
-            "no",
-        ]
-        # Each tensor is an allocation of its own, unless graphs are captured, which forbid that.
-        caching = {} if program == "steps" else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        code, words = _call([sanitizer, *options, *command], record.left, caching)
+    linears, steps = (_command(where, program) for program in ("linears", "steps"))
+    code, words = _call(linears, record.left)
+    record.check("linears: right without a sanitizer", passed=code == 0, detail=words)
+    if sanitizer is None:
+        why = "compute-sanitizer is not here" if where.is_gpu else "there is no GPU"
+        record.check("nothing out of bounds", passed=None, detail=why)
+        return
+    watched = [sanitizer, "--tool", "memcheck", "--error-exitcode", str(FOUND)]
+    watched += ["--report-api-errors", "no"]
+    # Each tensor is an allocation of its own, unless graphs are captured, which forbid that.
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for name, command, environ in (("linears", linears, alone), ("steps", steps, {})):
+        code, words = _call([*watched, *command], record.left, environ)
         finished = code == 0 and "ERROR SUMMARY" in words
         passed = True if finished else False if code == FOUND else None
-        record.check(name, passed=passed, detail=words if not passed else "0 errors")
+        record.check(f"{name}: nothing out of bounds", passed=passed, detail=words)
+
+
+def _command(where: Where, program: str) -> list[str]:
+    file = Path(__file__).with_name("products.py")
+    return [sys.executable, str(file), program, str(where.folder), *["--tiny"] * where.tiny]
 
 
 def find_sanitizer() -> str | None:

@@ -14,6 +14,8 @@ from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.verdict import Accepted
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from record import Record
     from where import Where
 
@@ -40,23 +42,35 @@ def run(record: Record, where: Where) -> None:
         work = work[:: len(work) // TINY_LAYERS]
     jobs = 1 if where.tiny else max(1, min(JOBS, (os.cpu_count() or 2) // 2))
     reports = {name: Report(name) for name in names}
-    left_out = len(work)
-    for done, part in run_in_parts(names, where.device, work, jobs=jobs, layers=LAYERS):
+    parts = run_in_parts(names, where.device, work, jobs=jobs, layers=LAYERS)
+    for done, part in parts:
         for report in part:
             reports[report.kernel].update(report)
-        left_out = len(work) - done
+        record.restart()
+        _note(record, reports.values())
+        record.figure("cover", layers=len(work), done=done)
+        if done < len(work):
+            why = f"{len(work) - done} of {len(work)} layers were not reached"
+            record.check("the whole cover", passed=None, detail=why)
         if record.left < 0:
-            break
-    for name, report in reports.items():
+            return  # whoever started this process ends those that it has started
+
+
+def _note(record: Record, reports: Iterable[Report]) -> None:
+    """Note what has come of each kernel up to now."""
+    for report in reports:
         failed = "; ".join(f"{cell}: {why}" for cell, why in report.failed[:SHOWN])
         record.check(
-            f"{name}: {report.passed} cells right, {report.declined.cells} declined, "
+            f"{report.kernel}: {report.passed} cells right, {report.declined.cells} declined, "
             f"{len(report.failed)} wrong",
             passed=not report.failed,
             detail=failed,
         )
         for key, worst in sorted(report.worst.items()):
             record.figure(
-                name, computes=key, error=worst.error, allowed=worst.allowed, cell=worst.cell
+                report.kernel,
+                computes=key,
+                error=worst.error,
+                allowed=worst.allowed,
+                cell=worst.cell,
             )
-    record.figure("cover", layers=len(work), left_out=left_out)

@@ -99,7 +99,7 @@ def _time_plain(
         calls = [partial(torch.nn.functional.linear, x, weight) for weight in weights]
         with torch.inference_mode():
             seconds[count] = seconds_a_call(calls, where.device)
-        _note(record, "torch float16", sides, count, size, seconds[count], bandwidth, ratio=1.0)
+        _note(record, "float16", sides, count, size, seconds[count], bandwidth, ratio=1.0)
     return seconds
 
 

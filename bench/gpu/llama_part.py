@@ -28,6 +28,7 @@ TINY_PROMPT, TINY_REPLY = 12, 4
 BUFFER = 1 << 30
 FEW = 4  # tokens that say how many there is time for
 USED = 0.8  # of the time that is left
+ROOM = 2 << 30  # bytes for an embedding, activations, and what others hold
 SPARE = 20  # seconds that are to be left before replies of more sequences are begun
 
 
@@ -59,13 +60,25 @@ def run(record: Record, where: Where) -> None:
             tiny=where.tiny,
         )
         for count in SEQUENCES:
-            if record.left < SPARE and not where.tiny:
-                record.check(f"{count} sequences", passed=None, detail="no time was left")
+            if (why := _why_not(record, where, model, count, size)) is not None:
+                record.check(f"{count} sequences", passed=None, detail=why)
                 continue
             with record.checking(f"{count} sequences"):
                 _time_replies(record, where, model, count, size, bandwidth)
     if not where.tiny:
         shutil.rmtree(folder)
+
+
+def _why_not(
+    record: Record, where: Where, model: gptq.LoadedModel, count: int, size: int
+) -> str | None:
+    """Say why so many sequences cannot be tried, or None where they can."""
+    if where.tiny:
+        return None
+    needed = size + count * (PROMPT + REPLY) * _position_bytes(model) + ROOM
+    if needed > (where.device.memory_bytes or needed):
+        return f"they need {needed / 1e9:.1f} GB"
+    return "no time was left" if record.left < SPARE else None
 
 
 def _time_replies(

@@ -47,6 +47,11 @@ class Record:
         self.figures.append({"name": name, **values})
         self._write()
 
+    def restart(self) -> None:
+        """Forget all notes: those that follow say the same of more."""
+        self.checks.clear()
+        self.figures.clear()
+
     @contextmanager
     def checking(self, name: str) -> Iterator[None]:
         """Note whatever is raised as a check that failed, and go on."""

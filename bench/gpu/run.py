@@ -37,9 +37,9 @@ PARTS = {
     "conformance": 110,
     "models": 70,
     "capture": 40,
-    "bounds": 60,
+    "bounds": 80,
     "layers": 70,
-    "llama": 120,
+    "llama": 110,
     "tune": 60,
 }
 BUDGET = 480

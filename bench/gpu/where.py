@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Where"]
 
 PLAIN = ("reference", "dense")  # that multiply by a dequantised weight, as torch does
+NATIVE = "cpu"  # how kernels begin that are no GPU's: the CPU only stands in for one
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,8 @@ class Where:
         ranks = {}
         for kernel in Plugins(installed=True).kernels():
             verdict = kernel.consider(layer, self.device)
-            native = not self.is_gpu and not verdict.kernel.startswith("triton")
-            if isinstance(verdict, Accepted) and kernel.name not in PLAIN and not native:
+            if kernel.name in PLAIN or kernel.name.startswith(NATIVE):
+                continue
+            if isinstance(verdict, Accepted):
                 ranks[kernel.name] = (verdict.rank, kernel)
         return [kernel for _, kernel in sorted(ranks.values(), key=lambda it: -it[0])]

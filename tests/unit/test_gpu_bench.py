@@ -85,7 +85,7 @@ def test_what_is_measured(ran: tuple[subprocess.CompletedProcess[str], Any]) -> 
     parts = found["parts"]
     layers = [it for it in parts["layers"]["figures"] if it["name"] == "layer"]
     assert {it["rows"] for it in layers} == {1, 16}
-    assert {it["kernel"] for it in layers} == {"torch float16", "triton 4-bit", "triton 4-bit act"}
+    assert {it["kernel"] for it in layers} >= {"float16", "triton 4-bit", "triton 4-bit act"}
     assert all(it["seconds"] > 0 and it["share_of_memory"] > 0 for it in layers)
     replies = [it for it in parts["llama"]["figures"] if it["name"] == "replies"]
     assert [it["sequences"] for it in replies] == [1, 16]
