@@ -11,12 +11,13 @@ from checkpoints import shapes
 from models_part import batch_replies, prompts_of
 from timing import launch_seconds, measure_bandwidth, synchronize
 
-import gptq_loader_plugin as gptq
 from gptq_loader_plugin.measure.speed import bytes_read_a_token, peak_memory
 
 if TYPE_CHECKING:
     from record import Record
     from where import Where
+
+    import gptq_loader_plugin as gptq
 
 __all__ = ["TIMES", "run"]
 
@@ -45,13 +46,14 @@ def run(record: Record, where: Where) -> None:
     rates = measure_bandwidth(where.device, 1 << 20 if where.tiny else BUFFER)
     bandwidth, launch = max(rates.values()), launch_seconds(where.device)
     began = time.monotonic()
-    with gptq.load(folder, device=where.device.torch_name, check=False) as model:
+    with where.load(folder, check=False) as model:
         synchronize(where.device)
         size = bytes_read_a_token(model)
         record.figure(
             "loaded",
             seconds=time.monotonic() - began,
             kernels=model.plan.kernels(),
+            engine=model.engine is not None,
             bytes_a_token=size,
             peak_bytes=peak_memory(where.device),
             notes=list(model.notes),

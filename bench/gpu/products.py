@@ -54,10 +54,8 @@ def steps(where: Where) -> int:
     from checkpoints import make_llama
     from models_part import batch_replies, prompts_of
 
-    import gptq_loader_plugin as gptq
-
     path = make_llama(where.folder / "checkpoints" / "llama-bounds", layers=1)
-    with gptq.load(path, device=where.device.torch_name, check=False) as model:
+    with where.load(path, check=False) as model:
         replies = batch_replies(model, prompts_of((3, 40, 17), 256), 4, watched=False)
     print(f"{len(replies)} replies")
     return sum(not reply.text for reply in replies)

@@ -75,6 +75,7 @@ def test_what_is_checked(ran: tuple[subprocess.CompletedProcess[str], Any]) -> N
         "a batch as each alone", "a batch as each alone, unwatched",
     ]  # fmt: skip
     assert "as float32 on the CPU" in passed["models"][0]
+    assert all(it["engine"] for it in parts["models"]["figures"])  # as on a GPU
     assert [it for it in passed["capture"] if it.startswith("triton, 4-bit")]
     assert passed["bounds"] == ["linears: right without a sanitizer"]
     assert len([it for it in passed["layers"] if it.startswith("triton, 4-bit")]) == 4
