@@ -137,6 +137,9 @@ def _watch_steps(record: Record, where: Where) -> None:
             why = "there is no GPU" if not where.is_gpu else "each sequence takes its own step"
             record.check("steps: memory is flat", passed=None, detail=why)
             return
+        launches = counts["graph_launches_a_step"]
+        detail = f"{launches:.1f} graphs and {counts['launches_a_step']:.1f} kernels a step"
+        record.check("steps: launched as a graph", passed=launches >= 1, detail=detail)
         kept = after[0] - before[0]
         record.check(
             "steps: memory is flat", passed=kept <= FLAT, detail=f"{kept} bytes in {STEPS} steps"
