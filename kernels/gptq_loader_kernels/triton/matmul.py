@@ -52,7 +52,10 @@ def multiply(  # noqa: PLR0913, PLR0917, ANN201 - a kernel's arguments
     """Compute one tile [BLOCK_M, BLOCK_N] of y, or of one part of it."""
     UNIT: tl.constexpr = 256 if BITS == 3 else 256 // BITS  # noqa: N806
     ROWS: tl.constexpr = 24 if BITS == 3 else 8  # noqa: N806 - rows of words in a unit
-    DEPTH: tl.constexpr = min(SPAN, UNIT, 64, BLOCK_K // 2)  # noqa: N806 - rows of one dot product
+    # Rows of one dot product, the least of four. In Triton 3.5, torch 2.9's, a min is no constant.
+    SHORTER: tl.constexpr = SPAN if SPAN < UNIT else UNIT  # noqa: N806, FURB136
+    HALF: tl.constexpr = 64 if BLOCK_K > 128 else BLOCK_K // 2  # noqa: N806
+    DEPTH: tl.constexpr = SHORTER if SHORTER < HALF else HALF  # noqa: N806, FURB136
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(2)
