@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["model_ratios", "print_report"]
 
 SHARE, TIMES = 0.85, 10  # the aims: docs/kernels/gpu.md
+KERNELS = 9  # of a layer in a step
 FEW = 16  # rows for which the first one holds
 
 
@@ -40,6 +41,8 @@ def print_report(results: dict[str, Any]) -> bool:
         if part["state"] == "crashed":
             failed = True
             print(f"CRASHED {name}: {part['error']}")
+    for steps in _figures(results, "capture", "steps"):
+        _print_steps(steps)
     _print_layers(_figures(results, "layers", "layer"))
     _print_replies(results)
     return failed
@@ -73,6 +76,19 @@ def model_ratios(results: dict[str, Any]) -> list[dict[str, float]]:
 def _figures(results: dict[str, Any], part: str, name: str) -> list[dict[str, Any]]:
     figures = results["parts"].get(part, {}).get("figures", [])
     return [it for it in figures if it["name"] == name]
+
+
+def _print_steps(steps: dict[str, Any]) -> None:
+    if "kernels_a_step" not in steps:
+        return
+    a_layer = steps["kernels_a_step"] / steps["layers"]
+    print(
+        f"\na step of {steps['sequences']} sequences and {steps['layers']} layers: "
+        f"{steps['kernels_a_step']:.0f} kernels ({a_layer:.1f} a layer, all counted; aim "
+        f"{KERNELS}), {steps['launches_a_step']:.0f} launched one by one, "
+        f"{steps['graph_launches_a_step']:.0f} graphs, {steps['waits_a_step']:.0f} waits, "
+        f"{steps['allocations_a_step']:.0f} allocations"
+    )
 
 
 def _print_layers(layers: list[dict[str, Any]]) -> None:

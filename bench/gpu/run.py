@@ -84,7 +84,7 @@ def main() -> int:
         results["seconds"] = time.monotonic() - began
         write_json(options.json, results)
     failed = print_report(results)
-    _say(f"everything is in {options.json}")
+    _say(f"everything is in {options.json}, and what the parts wrote in {folder}")
     return int(failed)
 
 
