@@ -201,3 +201,35 @@ def test_the_model_counts_bytes_and_launches() -> None:
     step = llama.step_seconds(1e12, sequences=16, context=100, launch=1e-6)
     moved = llama.weight_bytes + 16 * 100 * llama.position_bytes
     assert step == pytest.approx(moved / 1e12 + llama.launches * 1e-6)
+
+
+def test_a_check_that_failed_is_told_and_the_model_is_held_against_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = module(GPU / "report.py")
+    replies = {
+        "name": "replies", "sequences": 1, "prompt": 512, "reply": 128, "step_seconds": 2e-3,
+        "prompt_tokens_a_second": 1e4, "tokens_a_second": 500.0, "share_of_memory": 0.8,
+        "share_of_memory_with_kv": 0.85,
+    }  # fmt: skip
+    loaded = {"name": "loaded", "bandwidth": 4e12, "launch_seconds": 1e-6}
+    good = {"name": "one", "passed": True, "detail": ""}
+    results: dict[str, Any] = {
+        "machine": {"name": "A GPU", "device": "cuda sm90", "python": "3.12.3", "torch": "2.11.0"},
+        "tiny": False,
+        "parts": {
+            "capture": {"state": "done", "seconds": 1.0, "checks": [good], "figures": []},
+            "llama": {"state": "out of time", "checks": [], "figures": [loaded, replies]},
+        },
+    }
+    assert not report.print_report(results)
+    model = module(ROOT / "bench" / "step_model.py").LLAMA_2_7B
+    expected = model.step_seconds(4e12, context=576, launch=1e-6)
+    (ratio,) = report.model_ratios(results)
+    assert (ratio["model"], ratio["ratio"]) == (expected, 2e-3 / expected)
+    assert (
+        f"{1e3 * expected:.3f} by the model: ratio {2e-3 / expected:.2f}" in capsys.readouterr().out
+    )
+    results["parts"]["capture"]["checks"] = [{"name": "two", "passed": False, "detail": "off"}]
+    assert report.print_report(results)
+    assert "FAILED capture: two: off" in capsys.readouterr().out
