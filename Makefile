@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PROMPT
 
-.PHONY: help demo test check docs sanitize hosts scale conformance families bench aot clean
+.PHONY: help demo test check docs sanitize hosts scale conformance families bench aot gpu clean
 
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -78,6 +78,9 @@ bench: ## measure: exactness, memory, the demo's speed, CPU kernels, and other p
 aot: ## compile every Triton tile for every GPU, and gate the machine code
 	@$(PYTHON) tools/set_up.py test
 	@$(BIN)/python bench/triton_aot.py --table docs/kernels/triton.md
+
+gpu: ## prove and measure everything on this machine's GPU, in eight minutes; tiny without one
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bench/gpu/run.py $(ARGS)
 
 clean: ## forget .venv, .venvs and everything built
 	rm -rf .venv .venvs build dist *.egg-info

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["SHAPES", "Shape", "make_checkpoint"]
+__all__ = ["BOS", "EOS", "SHAPES", "Shape", "make_checkpoint", "write_tokenizer"]
 
 SHARD_BYTES = 1 << 30
 BOS, EOS = 256, 257  # after a token for every byte
@@ -104,7 +104,7 @@ def make_checkpoint(
         "model_file_base_name": "model",
     }
     _write_shards(folder, _tensors(shape, bits, group_size, random, act_order=act_order))
-    _write_tokenizer(folder, shape)
+    write_tokenizer(folder, shape.vocabulary, shape.context)
     _write_json(folder / "quantize_config.json", quantization)
     _write_json(
         folder / "config.json", {**_model_config(shape), "quantization_config": quantization}
@@ -212,13 +212,14 @@ def _model_config(shape: Shape) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(folder: Path, shape: Shape) -> None:
+def write_tokenizer(folder: Path, vocabulary: int, context: int) -> None:
+    """Write a tokenizer of one token a byte, filled up to a vocabulary."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: i for i, letter in enumerate(letters)} | {"<s>": BOS, "</s>": EOS}
-    vocabulary |= {f"Ġ{i}": i for i in range(EOS + 1, shape.vocabulary)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokens = {letter: i for i, letter in enumerate(letters)} | {"<s>": BOS, "</s>": EOS}
+    tokens |= {f"Ġ{i}": i for i in range(EOS + 1, vocabulary)}
+    tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<s>"), AddedToken("</s>")])
@@ -229,7 +230,7 @@ def _write_tokenizer(folder: Path, shape: Shape) -> None:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "<s>",
             "eos_token": "</s>",
-            "model_max_length": shape.context,
+            "model_max_length": context,
         },
     )
 

@@ -19,13 +19,18 @@ if TYPE_CHECKING:
 
 __all__ = ["run_in_parts"]
 
-LAYERS = 40  # of a part
+LAYERS = 40  # of a part, unless the caller says
 
 Task = tuple[tuple[str, ...], "Device", "Sequence[Work]"]
 
 
 def run_in_parts(
-    names: tuple[str, ...], device: Device, work: Sequence[Work], *, jobs: int
+    names: tuple[str, ...],
+    device: Device,
+    work: Sequence[Work],
+    *,
+    jobs: int,
+    layers: int = LAYERS,
 ) -> Iterator[tuple[int, list[Report]]]:
     """Run kernels over the work, in this process or in several.
 
@@ -34,11 +39,12 @@ def run_in_parts(
         device: where they run.
         work: layers, and their cells.
         jobs: how many processes.
+        layers: how many of a part, which one process runs.
 
     Yields:
         How many layers are done, and the reports of the last part.
     """
-    parts = [work[start : start + LAYERS] for start in range(0, len(work), LAYERS)]
+    parts = [work[start : start + layers] for start in range(0, len(work), layers)]
     tasks: list[Task] = [(names, device, part) for part in parts]
     done = 0
     for task, reports in zip(tasks, _answers(tasks, jobs), strict=True):

@@ -96,8 +96,9 @@ def test_it_takes_the_memory_it_said(case: Case) -> None:
 
 INTERPRETED = """
 import itertools, torch
+import triton.language as tl
 from torch.library import opcheck
-from gptq_loader_kernels.triton import TritonKernel
+from gptq_loader_kernels.triton import TritonKernel, matmul
 from gptq_loader_kernels.triton.operator import multiply_packed
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import Device
@@ -133,6 +134,14 @@ for case in cases:
         limit = 4e-3 if torch.bfloat16 in (dtype, packed.scales.dtype) else 5e-4
         assert error < limit, (str(case), rows, dtype, error)
         checked += 1
+
+# Other versions of Triton take the zeros otherwise.
+matmul.REPEAT_ZEROS = tl.constexpr(not matmul.REPEAT_ZEROS.value)
+for bits, group, scales in itertools.product((2, 3, 4, 8), (-1, 64), ("bfloat16", "float32")):
+    spec, packed, weight = make_layer(Case(bits=bits, group_size=group, sym=False, dtype=scales))
+    x = product(3, torch.bfloat16, spec)
+    y, expected = kernel.prepare(spec, packed, cpu)(x).double(), x.double() @ weight.T
+    assert float((y - expected).norm() / expected.norm()) < 4e-3, (bits, group, scales)
 
 spec, packed, _ = make_layer(Case(bias=True))
 module, x = kernel.prepare(spec, packed, cpu), product(3, torch.float16, spec)
