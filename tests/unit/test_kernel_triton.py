@@ -316,6 +316,44 @@ def test_tuning_keeps_the_fastest_tiles_and_the_crossovers_of_this_gpu(tmp_path:
     assert kept["crossovers"] == {"4": {"256x32": 384}, "3": {"256x32": NEVER}}
 
 
+TUNED_ROWS = """
+from gptq_loader_kernels.triton.tuning import chosen_crossover, chosen_tiles, tune
+from gptq_loader_plugin.conformance.layers import Case, make_layer
+from gptq_loader_plugin.device import Device
+
+turing = Device("cpu", name="T4", capability=(7, 5))
+
+
+def timed(call):  # the tile of 8 rows is the fastest for many rows; 33 rows are a crossover
+    module, x = call.func, call.args[0]
+    assert not module.tensor_cores
+    if len(x) == 4:
+        assert call().shape == (4, module.out_features)
+    if module.crossover == 1:
+        return 33.0
+    return len(x) + (0.5 if module.tiles[24] == 8 else 0.6)
+
+
+layer = make_layer(Case(columns=32))[0]
+print(tune([layer], turing, lambda progress: None, measure=timed))
+assert [it.block_m for it in chosen_tiles(turing, 4)] == [1, 2, 4, 8, 8]
+assert [it.block_m for it in chosen_tiles(Device("cpu", capability=(7, 5)), 4)] == [1, 2, 4, 8, 16]
+assert chosen_crossover(layer, turing) == 48
+"""
+
+
+def test_tuning_without_tensor_cores_measures_fewer_rows(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    said = interpret(TUNED_ROWS, tmp_path)
+    assert said.startswith("1 shape measured; 1 of 5 choices differ from the defaults")
+    assert "; dequantised from 48 rows on; kept in " in said
+    kept = json.loads((tmp_path / "tuned" / "triton-t4.json").read_text())
+    assert (kept["capability"], list(kept["tiles"]["4"])) == (
+        [7, 5],
+        [str(it) for it in ROW_BUCKETS],
+    )
+
+
 OLDER = {
     "version": 1,
     "gpu": "NVIDIA GeForce RTX 3090",

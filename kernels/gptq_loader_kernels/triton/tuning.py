@@ -150,9 +150,9 @@ def tune(
     changed = sum(best[key] != usual[key] for key in best)
     gain = max(spent[usual[key]] / spent[best[key]] for key, spent in seconds.items())
     return (
-        f"{len(shapes)} shapes measured; {changed} of {len(best)} choices differ from the "
-        f"defaults, the best by {100 * (gain - 1):.0f} %; {_words(crossovers.values())}; "
-        f"kept in {file}"
+        f"{len(shapes)} shape{'s' * (len(shapes) > 1)} measured; {changed} of {len(best)} choices "
+        f"differ from the defaults, the best by {100 * (gain - 1):.0f} %; "
+        f"{_words(crossovers.values())}; kept in {file}"
     )
 
 
