@@ -49,7 +49,8 @@ def multiply_rows(  # noqa: PLR0913, PLR0917, ANN201 - a kernel's arguments
     """Compute one tile [BLOCK_M, BLOCK_N] of y, or of one part of it."""
     UNIT: tl.constexpr = 256 if BITS == 3 else 256 // BITS  # noqa: N806
     ROWS: tl.constexpr = 24 if BITS == 3 else 8  # noqa: N806 - rows of words in a unit
-    DEPTH: tl.constexpr = min(SPAN, UNIT)  # noqa: N806 - rows of a unit that share a group
+    # Rows of a unit that share a group. In Triton 3.5, torch 2.9's, a min is no constant.
+    DEPTH: tl.constexpr = SPAN if SPAN < UNIT else UNIT  # noqa: N806, FURB136
     # Many rows share the work of a scaled weight, and leave no registers for a second sum.
     SCALED: tl.constexpr = BLOCK_M >= 4  # noqa: N806
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -74,11 +75,12 @@ def multiply_rows(  # noqa: PLR0913, PLR0917, ANN201 - a kernel's arguments
                 if not SCALED:
                     partial = tl.zeros((BLOCK_M, 8, BLOCK_N), dtype=tl.float32)
                 for place in tl.static_range(DEPTH // 16):
-                    block = span * (DEPTH // 16) + place
-                    low, high = _weights(first, second, third, zero, block, BITS)
+                    low, high = _weights(
+                        first, second, third, zero, span * (DEPTH // 16) + place, BITS
+                    )
                     if SCALED:
                         low, high = low * scale, high * scale
-                    row = unit * (UNIT // 2) + block * 8
+                    row = unit * (UNIT // 2) + (span * (DEPTH // 16) + place) * 8
                     if EVEN:
                         values = tl.load(x_at + row)
                     else:
@@ -120,8 +122,7 @@ def dequantize(  # noqa: ANN201 - a kernel's arguments
         row = unit * UNIT + span * SPAN
         scale, zero = _group(table, row >> GROUP_SHIFT, S, column, EVEN=False, SCALES=SCALES)
         for place in tl.static_range(SPAN // 16):
-            block = span * SPAN // 16 + place
-            low, high = _weights(first, second, third, zero, block, BITS)
+            low, high = _weights(first, second, third, zero, span * (SPAN // 16) + place, BITS)
             even = row + place * 16 + pair * 2
             to = weight + even.to(tl.int64) * S + column
             inside = (column < S) & (even < K)
