@@ -68,8 +68,9 @@ def multiply_packed(  # noqa: PLR0913, PLR0917 - an operator's arguments
     with torch.cuda.device_of(x):
         if rows >= crossover:
             weight = _dequantized(x, words, table, bits, group_shift, scales)
-            product = x @ weight[:, :out_features]
-            return (product if bias is None else product.add_(bias)).to(dtype)
+            weight = weight[:, :out_features]
+            y = x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
+            return y.to(dtype)
         y = torch.empty(rows, out_features, dtype=dtype, device=x.device)
         among = BUCKETS if tensor_cores else ROW_BUCKETS
         at = among.index(bucket(rows, among)) * FIELDS
