@@ -152,7 +152,7 @@ def make(job: Job) -> Made:
         target=GPUTarget("cuda", job.capability, 32),
         options={"num_warps": job.tile.warps, "num_stages": job.tile.stages},
     )
-    registers, stack, loop = _read(made.asm["cubin"])
+    registers, stack, loop = read(made.asm["cubin"])
     opcode = next((it for it in OPCODES if loop[it]), "")
     limit = SHARED[job.capability] << 10
     faults = (
@@ -167,13 +167,13 @@ def make(job: Job) -> Made:
     )  # fmt: skip
 
 
-def _read(cubin: bytes) -> tuple[int, int, Counter[str]]:
-    """Take registers, local memory and the main loop's instructions from machine code."""
+def read(cubin: bytes, *, disassembled: bool = True) -> tuple[int, int, Counter[str]]:
+    """Take registers, local memory and, disassembled, the main loop's instructions of a cubin."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "multiply.cubin"
         file.write_bytes(cubin)
         usage = _run("cuobjdump", "--dump-resource-usage", str(file))
-        code = _run("nvdisasm", "-c", str(file)).splitlines()
+        code = _run("nvdisasm", "-c", str(file)).splitlines() if disassembled else []
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if found is None:
         raise ValueError(usage)
@@ -214,18 +214,18 @@ def table(made: list[Made]) -> str:
         kinds.setdefault((it.job.capability, it.job.tile), []).append(it)
     for (capability, tile), group in kinds.items():
         usual = next((it for it in group if it.job.bits == 4 and it.job.shift == 7), group[0])
-        shared = _range([it.shared / 1024 for it in group])
+        shared = range_of([it.shared / 1024 for it in group])
         lines.append(
             f"| sm{capability} | {tile.block_m} x {tile.block_n} x {tile.block_k} "
             f"| {tile.warps}, {tile.stages} | {len(group)} "
-            f"| {_range([it.registers for it in group])} "
+            f"| {range_of([it.registers for it in group])} "
             f"| {shared} of {SHARED[capability]} | {usual.opcode} "
-            f"| {usual.loads} ({_range([it.loads for it in group])}) | {usual.instructions} |"
+            f"| {usual.loads} ({range_of([it.loads for it in group])}) | {usual.instructions} |"
         )
     return "\n".join(lines)
 
 
-def _range(values: list[Any]) -> str:
+def range_of(values: list[Any]) -> str:
     least, most = (round(it) for it in (min(values), max(values)))
     return f"{least}" if least == most else f"{least}-{most}"
 

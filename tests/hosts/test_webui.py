@@ -199,7 +199,7 @@ def test_the_context_is_what_is_asked_for(host: Webui) -> None:
 def test_a_load_that_fails_says_why_and_the_host_stays_up(host: Webui) -> None:
     name = host.add(ONE)
     why = host.refused("/v1/internal/model/load", model_name=name, args={"gptq_backend": "triton"})
-    assert "needs a CUDA GPU; this is cpu" in why
+    assert "needs a CUDA or ROCm GPU; this is cpu" in why
     assert "\nhint: " in why
     assert f"Cannot load {name}: no kernel can run" in host.log()
     damaged = host.models / host.add(ONE, "damaged")

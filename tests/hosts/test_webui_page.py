@@ -147,7 +147,7 @@ def test_a_load_that_fails_is_explained(host: Webui, page: Page) -> None:
     page.set("gptq-backend", "triton")
     status = load(page)
     assert "### The model could not be loaded" in status
-    assert "triton     needs a CUDA GPU; this is cpu" in status
+    assert "triton     needs a CUDA or ROCm GPU; this is cpu" in status
     assert "**Hint:** leave backend out" in status
     assert "Traceback" not in status
     page.set("gptq-backend", "auto")

@@ -191,7 +191,7 @@ def _write(kind: str, folder: Path, name: str, number: int, *, bits: int = 4) ->
             os.environ["GPTQ_LOADER_CACHE"] = str(folder)
             offered = candidates((8, 0), bits, BUCKETS[0])
             best = {(bits, BUCKETS[0]): offered[number % len(offered)]}
-            tuning._write(Device("cuda", name="GPU", capability=(8, 0)), (8, 0), best)
+            tuning._write(Device("cuda", name="GPU", capability=(8, 0)), (8, 0), best, {})
         case "listed":
             from gptq_loader_extensions.llm.listing import add_to_list
 

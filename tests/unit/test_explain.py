@@ -87,17 +87,28 @@ def test_a_float16_model_goes_to_exllama_first(tmp_path: Path) -> None:
         plan = gptq.explain(folder, device=device, plugins=installed())
         assert plan.kernels() == {"exllama": 14}
         assert plan.not_built is not None
-        assert plan.not_built.kernels() == {"torch": 14}
+        assert plan.not_built.kernels() == {"triton": 14}
 
 
 def test_both_answers_are_in_the_json() -> None:
     data = gptq.explain(DATA / ONE, device="cuda:sm75", plugins=installed()).to_json()
-    assert (data["kernels"], data["not_built"]["kernels"]) == ({"exllama": 14}, {"torch": 14})
+    assert (data["kernels"], data["not_built"]["kernels"]) == ({"exllama": 14}, {"triton": 14})
     reasons = {it["kernel"]: it["reason"] for it in data["not_built"]["layers"][0]["declined"]}
     assert reasons["exllama"] == "needs ExLlamaV2's compiled extension, taken here as not built"
-    assert reasons["triton"] == (
-        "needs sm80 or newer: Triton has no tensor-core path on older GPUs; this is cuda sm75"
+    note = data["not_built"]["layers"][0]["note"]
+    assert re.fullmatch(
+        r"weights stay packed; multiplied without tensor cores; from \d+ rows on dequantised", note
     )
+
+
+def test_the_plan_counts_the_largest_layers_scratch_once() -> None:
+    plan = gptq.explain(DATA / ONE, device="cuda:sm80", plugins=installed())
+    dense = gptq.explain(DATA / ONE, device="cuda:sm80", plugins=installed(), backend="dense")
+    assert (plan.dtype, dense.dtype) == ("bfloat16", "bfloat16")
+    rest = dense.weight_bytes - sum(it.chosen.prepared_bytes for it in dense.choices)
+    layers = sum(it.chosen.prepared_bytes for it in plan.choices)
+    largest = max(2 * it.layer.in_features * it.layer.out_features for it in plan.choices)
+    assert (plan.weight_bytes, plan.scratch_bytes) == (rest + layers, largest)
 
 
 LAYERS = [

@@ -1,4 +1,4 @@
-"""2-, 3-, 4- and 8-bit layers on NVIDIA GPUs from Ampere on, through Triton kernels."""
+"""2-, 3-, 4- and 8-bit layers on GPUs of NVIDIA and AMD, through Triton kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gptq_loader_kernels.dtypes import matmul_dtype
+from gptq_loader_kernels.triton.crossover import NEVER
 from gptq_loader_kernels.triton.shape import Shape
+from gptq_loader_kernels.triton.tiles import has_tensor_cores, kind_of
+from gptq_loader_kernels.triton.tuning import chosen_crossover
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.kernel import Accepted, Declined
 
@@ -23,8 +27,13 @@ __all__ = ["TritonKernel", "gptq_kernels"]
 
 RANK = 60  # below exllama (80) for one token at a time, above everything that dequantises
 INTERPRETED_RANK = 0  # below every kernel: the interpreter is a thousand times slower than any
+# Volta and Turing have bfloat16 neither in tensor cores nor in torch's fast matmuls: there it
+# computes in float16 as exllama does, and below its cast (55).
+FLOAT16_RANK = 50
 BITS = (2, 3, 4, 8)
-OLDEST = (8, 0)
+OLDEST = (7, 0)  # that Triton's compiler makes code for which passes the gates
+# AMD's, for which `make aot` compiles it; Triton makes no code for those before (gfx1030).
+ARCHES = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1101", "gfx1102", "gfx1200", "gfx1201")
 MULTIPLE = 32  # of in_features, so that 3-bit codes fill whole words
 SMALLEST_GROUP = 16  # rows a tensor core multiplies at a time
 
@@ -42,18 +51,18 @@ class TritonKernel:
         reason = reason or _layer_reason(layer) or _missing(device)
         if reason is not None:
             return Declined(self.name, reason)
+        crossover = chosen_crossover(layer, device)
         return Accepted(
             self.name,
-            INTERPRETED_RANK if interpreted else RANK,
-            dtype=layer.half_dtype,
+            INTERPRETED_RANK if interpreted else _rank(device),
+            dtype=_dtype(layer, device),
             prepared_bytes=Shape.of(layer).bytes(layer),
-            note="interpreted, for tests"
-            if interpreted
-            else "weights stay packed; decoded inside the matmul",
+            note="interpreted, for tests" if interpreted else _note(device, crossover),
+            scratch_bytes=0 if crossover == NEVER else Shape.of(layer).dequantized_bytes(layer),
         )
 
     def prepare(self, layer: LayerSpec, packed: PackedLinear, device: Device) -> torch.nn.Module:
-        """Lay the codes out as tensor cores want them, with the tiles tuned for this GPU."""
+        """Lay the codes out as the kernels want them, with what was tuned for this GPU."""
         from gptq_loader_kernels.triton.linear import TritonLinear
         from gptq_loader_kernels.triton.tuning import chosen_tiles, multiprocessors
 
@@ -63,6 +72,9 @@ class TritonKernel:
             device.torch_name,
             tiles=chosen_tiles(device, layer.bits),
             multiprocessors=multiprocessors(device),
+            dtype=_dtype(layer, device),
+            tensor_cores=has_tensor_cores(kind_of(device)),
+            crossover=chosen_crossover(layer, device),
         )
 
     def tune(
@@ -82,15 +94,34 @@ def _interpreted(device: Device) -> bool:
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _rank(device: Device) -> int:
+    cores = device.type == "rocm" or has_tensor_cores(kind_of(device))
+    return RANK if cores else FLOAT16_RANK
+
+
+def _dtype(layer: LayerSpec, device: Device) -> str:
+    return layer.half_dtype if device.type == "cpu" else matmul_dtype(device, layer)
+
+
+def _note(device: Device, crossover: int) -> str:
+    how = (
+        "decoded inside the matmul"
+        if has_tensor_cores(kind_of(device))
+        else "multiplied without tensor cores"
+    )
+    above = "" if crossover == NEVER else f"; from {crossover} rows on dequantised"
+    return f"weights stay packed; {how}{above}"
+
+
 def _device_reason(device: Device) -> str | None:
     if device.type == "rocm":
-        return f"is tried on CUDA only, not yet on AMD GPUs; this is {device}"
+        if device.arch in ARCHES:
+            return None
+        return f"needs {', '.join(ARCHES[:-1])} or {ARCHES[-1]}; this is {device}"
     if device.type != "cuda":
-        return f"needs a CUDA GPU; this is {device}"
+        return f"needs a CUDA or ROCm GPU; this is {device}"
     if device.capability is not None and device.capability < OLDEST:
-        return (
-            f"needs sm80 or newer: Triton has no tensor-core path on older GPUs; this is {device}"
-        )
+        return f"needs sm70 or newer, which Triton compiles for; this is {device}"
     return None
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptq_loader_kernels.autograd import by_identity, needs_gradient, with_gradient
+from gptq_loader_kernels.triton.crossover import NEVER
 from gptq_loader_kernels.triton.layout import lay_out
 from gptq_loader_kernels.triton.operator import multiply_packed
 
@@ -25,8 +26,8 @@ class TritonLinear(torch.nn.Module):
 
     `forward` looks at no value of a tensor and never waits for the device, so a CUDA graph can
     capture it. What it allocates comes from torch's allocator: y; the partial sums, float32
-    [parts, M, N], where K is split; x in order of the groups, where rows were out of order; and x
-    in 16 bits, where it came in 32.
+    [parts, M, N], where K is split; x in order of the groups, where rows were out of order; x in
+    16 bits, where it came in 32; and from `crossover` rows on, the weight in 16 bits.
 
     Args:
         layer: a layer that `TritonKernel.consider` accepted.
@@ -34,6 +35,9 @@ class TritonLinear(torch.nn.Module):
         device: torch's name of the device.
         tiles: the tile of each bucket.
         multiprocessors: how many the GPU has.
+        dtype: what x is rounded to where it comes in 32 bits; `layer.half_dtype` if not given.
+        tensor_cores: whether the tiles are those that use them.
+        crossover: from how many rows of x on the weight is dequantised for torch to multiply by.
     """
 
     def __init__(
@@ -44,14 +48,18 @@ class TritonLinear(torch.nn.Module):
         *,
         tiles: tuple[Tile, ...],
         multiprocessors: int,
+        dtype: str | None = None,
+        tensor_cores: bool = True,
+        crossover: int = NEVER,
     ) -> None:
         super().__init__()
         self.bits = layer.bits
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.dtype: torch.dtype = getattr(torch, layer.half_dtype)
+        self.dtype: torch.dtype = getattr(torch, dtype or layer.half_dtype)
         self.scales = str(packed.scales.dtype).removeprefix("torch.")
         self.tiles = [it for tile in tiles for it in astuple(tile)]
         self.multiprocessors = multiprocessors
+        self.tensor_cores, self.crossover = tensor_cores, crossover
         shape, words, table, permutation = lay_out(layer, packed, device)
         self.group_shift = shape.group_shift
         bias = None if packed.bias is None else packed.bias.to(device, torch.float32)
@@ -84,6 +92,8 @@ class TritonLinear(torch.nn.Module):
             self.scales,
             self.tiles,
             self.multiprocessors,
+            self.tensor_cores,
+            self.crossover,
             x.dtype,
         )
         shaped: torch.Tensor = y.view(*x.shape[:-1], self.out_features)

@@ -71,6 +71,10 @@ class Shape:
         permutation = 4 * layer.in_features if layer.desc_act and layer.groups > 1 else 0
         return words + permutation + (4 * layer.out_features if layer.bias else 0)
 
+    def dequantized_bytes(self, layer: LayerSpec) -> int:
+        """Count what the layer's weight takes in 16 bits, while it is multiplied by."""
+        return 2 * layer.in_features * self.columns
+
 
 def usual_shift(layer: LayerSpec) -> int:
     """Guess from its headers how many rows share a row of the layer's table."""

@@ -1,16 +1,40 @@
-"""Which tile multiplies how many rows of x: the defaults, and what tuning may choose. No imports.
+"""Which tile multiplies how many rows of x: the defaults, and what tuning may choose.
 
-Every tile here is compiled ahead of time for every GPU that may take it, at every width and group
-size, and must keep within the GPU's registers and shared memory (docs/kernels/triton.md).
+Imports nothing heavy. Every tile here is compiled ahead of time for every GPU that may take it, at
+every width and group size, and must keep within the GPU's registers and shared memory
+(docs/kernels/triton.md).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-__all__ = ["BUCKETS", "Tile", "bucket", "candidates", "default_tiles", "fit"]
+from gptq_loader_kernels.triton.shape import unit_rows
+
+if TYPE_CHECKING:
+    from gptq_loader_plugin.kernel import Device
+
+__all__ = [
+    "BUCKETS",
+    "Kind",
+    "Tile",
+    "bucket",
+    "buckets",
+    "candidates",
+    "default_tiles",
+    "fit",
+    "fit_units",
+    "has_tensor_cores",
+    "kind_of",
+]
+
+Kind = tuple[int, int] | str  # of a GPU: CUDA's compute capability, or ROCm's architecture
+INTERPRETED = (8, 0)  # what an interpreted kernel runs as, on a CPU that names no kind
+AMPERE = (8, 0)  # the first whose tensor cores Triton uses
 
 BUCKETS = (8, 16, 32, 64, 1 << 30)  # a tile is chosen for this many rows of x, or fewer
+ROW_BUCKETS = (1, 2, 4, 8, 1 << 30)  # the same without tensor cores, where every row costs
 MAX_PARTS = 16  # partial sums: beyond, adding them up costs as much as they save
 DEPTHS = (256, 64)  # the least at 3 bits, a unit; the most at 8, as many bytes as 128 rows of 4
 MAX_SPANS = 4  # groups in a tile's depth: more take minutes to compile
@@ -59,26 +83,59 @@ ASYNCHRONOUS = ((9, 0),)  # with wgmma; on sm100, groups of 16 rows leave LARGE 
 SPILLING = {(8, 0): {8: MANY[0]}, (12, 0): dict.fromkeys((2, 3, 4, 8), MANY[1])}
 
 
-def bucket(rows: int) -> int:
-    """Give the bucket that `rows` rows of x fall in."""
-    return next(bucket for bucket in BUCKETS if rows <= bucket)
+# Without tensor cores: a thread takes four columns of one or two rows of words, and has a sum for
+# each and every row of x. Eight warps share a tile where one row of words is all that registers
+# have room for; on AMD's gfx9, whose warps are of 64 threads, four are as many.
+ROWS = {
+    1: (Tile(1, 128, 128, 4, 1, 8), Tile(1, 128, 128, 4, 1, 4)),
+    2: (Tile(2, 128, 128, 4, 1, 8), Tile(2, 128, 128, 4, 1, 4)),
+    4: (Tile(4, 128, 64, 4, 1, 4), Tile(4, 128, 64, 8, 1, 4)),
+    8: (Tile(8, 128, 64, 8, 1, 4), Tile(8, 128, 64, 8, 1, 2)),
+    1 << 30: (Tile(16, 128, 64, 8, 1, 2), Tile(8, 128, 64, 8, 1, 4)),
+}
 
 
-def candidates(capability: tuple[int, int], bits: int, bucket: int) -> tuple[Tile, ...]:
+def kind_of(device: Device) -> Kind:
+    """Return the kind of a GPU, which tiles and crossovers go by."""
+    return device.arch or device.capability or INTERPRETED
+
+
+def has_tensor_cores(kind: Kind) -> bool:
+    """Whether the tiles of this kind of GPU multiply by tensor cores."""
+    return not isinstance(kind, str) and kind >= AMPERE
+
+
+def buckets(kind: Kind) -> tuple[int, ...]:
+    """Return the numbers of rows that a tile is chosen for on one kind of GPU."""
+    return BUCKETS if has_tensor_cores(kind) else ROW_BUCKETS
+
+
+def bucket(rows: int, among: tuple[int, ...]) -> int:
+    """Return the bucket that `rows` rows of x fall in."""
+    return next(bucket for bucket in among if rows <= bucket)
+
+
+def candidates(kind: Kind, bits: int, bucket: int) -> tuple[Tile, ...]:
     """List the tiles for one width and bucket on one kind of GPU, the default first."""
+    if isinstance(kind, str) and kind.startswith("gfx9"):
+        # 16 rows spill at 3 bits (gfx90a, groups of 64): a unit's words are three times as many.
+        offered = [it for it in ROWS[bucket] if bits != 3 or it.block_m < 16]
+        return tuple(dict.fromkeys(replace(it, warps=4) for it in offered))
+    if isinstance(kind, str) or not has_tensor_cores(kind):
+        return ROWS[bucket]
     if bucket in FEW:
         return FEW[bucket]
-    spilling = SPILLING.get(capability, {}).get(bits)
+    spilling = SPILLING.get(kind, {}).get(bits)
     middle, last = tuple(it for it in MANY[:2] if it != spilling), MANY[2:]
     if bucket == 64:
         return (*reversed(middle), *last)
-    large = capability in ASYNCHRONOUS and bits != 3  # whose units are too deep for it
+    large = kind in ASYNCHRONOUS and bits != 3  # whose units are too deep for it
     return (LARGE, *middle) if large else middle
 
 
-def default_tiles(capability: tuple[int, int], bits: int) -> tuple[Tile, ...]:
-    """Give the tile of each bucket that is used without tuning."""
-    return tuple(candidates(capability, bits, bucket)[0] for bucket in BUCKETS)
+def default_tiles(kind: Kind, bits: int) -> tuple[Tile, ...]:
+    """Return the tile of each bucket that is used without tuning."""
+    return tuple(candidates(kind, bits, bucket)[0] for bucket in buckets(kind))
 
 
 def fit(tile: Tile, bits: int, group_shift: int) -> tuple[int, int]:
@@ -87,3 +144,9 @@ def fit(tile: Tile, bits: int, group_shift: int) -> tuple[int, int]:
     depth = min(depth, DEPTHS[1]) if bits == 8 else depth
     span = min(1 << group_shift, depth)
     return min(depth, MAX_SPANS * span), span
+
+
+def fit_units(tile: Tile, bits: int, group_shift: int) -> tuple[int, int]:
+    """Fit a tile without tensor cores to a layer: its depth is of whole units."""
+    depth = max(tile.block_k, unit_rows(bits))
+    return depth, min(1 << group_shift, depth)
