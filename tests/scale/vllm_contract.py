@@ -152,6 +152,7 @@ VARIABLES = ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_PLUGIN
 TEXTS = {
     "entrypoints/serve/instrumentator/health.py": '@router.get("/health"',
     "model_executor/layers/quantization/auto_gptq.py": "Using %s for AutoGPTQLinearMethod",
+    "model_executor/models/utils.py": "mapper |= quant_config.get_checkpoint_weight_mapper()",
     "logger.py": '"pid=%(process)d) %(levelname)s %(asctime)s "',
     "plugins/__init__.py": '"vllm.general_plugins"',
 }

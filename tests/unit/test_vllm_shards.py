@@ -144,6 +144,16 @@ def test_a_quantised_layer_that_no_module_takes_is_an_error() -> None:
         names.check_claimed()
 
 
+def test_a_layer_that_vllm_keeps_plain_is_claimed_once_it_is_dequantised() -> None:
+    router, other = f"{BLOCK}.block_sparse_moe.gate", "model.mtp.0.proj"
+    names = LayerNames([f"{BLOCK}.self_attn.o_proj", router, other], DATA)
+    names.claim(f"{BLOCK}.self_attn.o_proj", FUSED)
+    assert names.unclaimed_in_blocks() == [router]  # the model has no block of the other
+    names.claim_plain(router)
+    assert names.unclaimed_in_blocks() == []
+    assert names.check_claimed() == [other]
+
+
 def test_layers_that_are_fused_must_all_be_quantised() -> None:
     names = LayerNames([f"{BLOCK}.mlp.gate_proj"], DATA)
     with pytest.raises(UnsupportedFormat, match="up_proj is not; vLLM fuses the two"):
