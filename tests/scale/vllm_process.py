@@ -78,6 +78,7 @@ def ask(
     environ: dict[str, str] | None = None,
     withhold: str = "",
     ids: Sequence[int] = IDS,
+    vllm: Path | None = None,
     **options: Any,
 ) -> list[Answer]:
     """Load one model after another in one process of vLLM, and run the prompt on each.
@@ -87,6 +88,7 @@ def ask(
         environ: more of the process's environment.
         withhold: the suffix of tensors that vLLM's model does not load.
         ids: the prompt's tokens.
+        vllm: a folder with another vLLM than the installed one.
         **options: of vLLM's `LLM`.
     """
     job = {
@@ -97,7 +99,8 @@ def ask(
     }
     workers = options.get("tensor_parallel_size", 1) > 1
     multiprocessing = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(workers))}
-    completed = run_in_vllm(PROBE, json.dumps(job), environ={**multiprocessing, **(environ or {})})
+    environ = {**multiprocessing, **(environ or {})}
+    completed = run_in_vllm(PROBE, json.dumps(job), environ=environ, vllm=vllm)
     log = completed.stdout + completed.stderr
     found = {}
     for line in completed.stdout.splitlines():
