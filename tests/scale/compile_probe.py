@@ -47,7 +47,6 @@ class Block(torch.nn.Module):
         hidden, inner = config["hidden_size"], config["intermediate_size"]
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         size = config.get("head_dim") or hidden // heads
-        self.split = heads * size
 
         def options(name: str) -> dict[str, Any]:
             return {"bias": False, "quant_config": quant, "prefix": f"{prefix}.{name}"}
@@ -55,7 +54,8 @@ class Block(torch.nn.Module):
         self.qkv_proj = QKVParallelLinear(
             hidden, size, heads, kv_heads, **options("self_attn.qkv_proj")
         )
-        self.o_proj = RowParallelLinear(self.split, hidden, **options("self_attn.o_proj"))
+        self.split = self.qkv_proj.num_heads * size  # this worker's
+        self.o_proj = RowParallelLinear(heads * size, hidden, **options("self_attn.o_proj"))
         self.gate_up_proj = MergedColumnParallelLinear(
             hidden, [inner] * 2, **options("mlp.gate_up_proj")
         )

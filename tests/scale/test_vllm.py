@@ -25,8 +25,7 @@ pytestmark = [
 ]
 
 BRANCHES = branches()
-# Workers, and the core of each.
-BOUND = {2: {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, 4: {"VLLM_CPU_OMP_THREADS_BIND": "0|1|0|1"}}
+BOUND = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}  # two workers, a core each
 WITHOUT = {"VLLM_PLUGINS": ""}
 # vLLM 0.32's own kernel of 8-bit activations, which it takes where there is AMX, fails on layers of
 # 576 rows without groups ("shape ... is invalid"); its other one runs them.
@@ -105,23 +104,10 @@ def test_two_workers_answer_as_one(altered: dict[str, tuple[Path, Answer]]) -> N
         **{DATA / it: checkpoints()[it] for it in (ACT_ORDER, V2)},
         **dict(altered[it] for it in SHARED),
     }
-    check_shared(alone, workers=2)
-
-
-def test_four_workers_answer_as_one(tmp_path: Path) -> None:
-    """Two of which have each head of keys and values."""
-    folders = [DATA / ACT_ORDER, make("a mixture with a quantised router", tmp_path / "mixture")]
-    answers = ask(folders, **FLOAT32, **BY_NAME)
-    check_shared(dict(zip(folders, answers, strict=True)), workers=4)
-
-
-def check_shared(alone: dict[Path, Answer], *, workers: int) -> None:
-    """Compare several workers' answers with those of one."""
-    environ, options = BOUND[workers], {**FLOAT32, **BY_NAME}
-    together = ask(list(alone), environ=environ, **options, tensor_parallel_size=workers)
-    for (folder, one), several in zip(alone.items(), together, strict=True):
-        assert several.off_by(one) <= CLOSE, folder
-        assert several.following == one.following
+    together = ask(list(alone), environ=BOUND, **FLOAT32, **BY_NAME, tensor_parallel_size=2)
+    for (folder, one), two in zip(alone.items(), together, strict=True):
+        assert two.off_by(one) <= CLOSE, folder
+        assert two.following == one.following
 
 
 def test_a_compiled_model_answers_as_an_eager_one() -> None:
