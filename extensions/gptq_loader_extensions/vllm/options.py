@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-__all__ = ["LOOPBACK", "NAME", "WRITTEN_FOR", "ServeOptions"]
+__all__ = ["LOOPBACK", "NAME", "NEWEST", "OLDEST", "ServeOptions"]
 
 NAME = "gptq_loader"  # what users pass as vLLM's `quantization`
-WRITTEN_FOR = "0.32"
+OLDEST, NEWEST = "0.32", "0.33"  # of vLLM, that this was tried with
 LOOPBACK = "127.0.0.1"
 
 

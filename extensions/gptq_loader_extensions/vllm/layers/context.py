@@ -83,6 +83,16 @@ class LoadContext:
             count,
         )
 
+    def log_plain(self, name: str) -> None:
+        """Log once that layers which vLLM keeps plain were dequantised."""
+        level = logging.DEBUG if "plain" in self._logged else logging.INFO
+        self._logged.add("plain")
+        logger.log(
+            level,
+            "gptq_loader: %s, and layers like it: dequantised, because vLLM keeps it plain",
+            name,
+        )
+
     def check_claimed(self) -> None:
         """Check once, before the first layer is prepared, that every quantised layer has a place.
 

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from gptq_loader_extensions.vllm.error_messages import as_value_error
-from gptq_loader_extensions.vllm.layers.operator import multiply_layer
+from gptq_loader_extensions.vllm.layers.operator import layer_argument, multiply_layer
 from gptq_loader_extensions.vllm.layers.shards import (
     LayerSlice,
     Partition,
@@ -66,6 +66,7 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
         self._prefix = prefix
         self._names = names
         self._key = f"{prefix}.gptq_loader"
+        self._argument = layer_argument(self._key)
         self._slices: dict[tuple[int, ...], LayerSlice] = {}
         self._collector = TensorCollector(context.checkpoint)
         self._packed: dict[str, PackedLinear] = {}
@@ -130,7 +131,7 @@ class GPTQLoaderLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM is 
         """Multiply: x [..., in_features] -> [..., out_features]."""
         del layer
         if torch.compiler.is_compiling():
-            y: torch.Tensor = multiply_layer(x, self._key, self._outputs)
+            y: torch.Tensor = multiply_layer(x, self._argument, self._outputs)
         else:
             y = self.multiply(x)
         return y if bias is None else y + bias

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -22,7 +22,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
 )
-from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
 from gptq_loader_extensions.vllm.error_messages import as_value_error
@@ -30,12 +29,16 @@ from gptq_loader_extensions.vllm.layers.context import LoadContext
 from gptq_loader_extensions.vllm.layers.experts import GPTQLoaderExpertsMethod, expert_names
 from gptq_loader_extensions.vllm.layers.folder import find_folder
 from gptq_loader_extensions.vllm.layers.linear import GPTQLoaderLinearMethod
+from gptq_loader_extensions.vllm.layers.plain_layers import PlainLayers
 from gptq_loader_extensions.vllm.options import NAME
 from gptq_loader_extensions.vllm.planning.checkpoint import open_gptq
 from gptq_loader_extensions.vllm.planning.eligibility import METHODS, refusal
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.plugins import Plugins
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
 
 __all__ = ["GPTQLoaderConfig"]
 
@@ -83,10 +86,10 @@ class GPTQLoaderConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is not 
         del config
         return cls()
 
-    @staticmethod
-    def get_checkpoint_weight_mapper() -> WeightsMapper:
-        """Rename nothing: vLLM's own drops every g_idx here."""
-        return WeightsMapper()
+    def get_checkpoint_weight_mapper(self) -> PlainLayers:
+        """Drop nothing: vLLM's own drops every g_idx here."""
+        with as_value_error():
+            return PlainLayers(context=self._open())
 
     @classmethod
     def override_quantization_method(

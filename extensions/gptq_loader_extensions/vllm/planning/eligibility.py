@@ -1,7 +1,8 @@
 """Decide whether vLLM would run a checkpoint by itself, and why not, without importing vLLM.
 
-The rules are copied by hand from vLLM 0.32.0, so that they can be applied where it is not there.
-Compare them with these files of vllm/model_executor whenever WRITTEN_FOR in options.py changes:
+The rules are copied by hand from vLLM 0.32.0, so that they can be applied where it is not there;
+those of 0.33.0 are the same. Compare them with these files of vllm/model_executor whenever NEWEST
+in options.py changes:
 
     config.json     layers/quantization/auto_gptq.py: AutoGPTQConfig, its TYPE_MAP
     act-order       layers/quantization/utils/gptq_utils.py: normalize_and_validate_gptq_desc_act
@@ -80,7 +81,7 @@ def config_refusal(stored: Mapping[str, Any]) -> str | None:
     if str(stored.get("quant_method", "")).lower() != "gptq":
         return "config.json does not say that its method is gptq, and vLLM reads no other file"
     if stored.get("desc_act") and stored.get("group_size") != -1:
-        return "config.json says act-order with groups, which vLLM 0.32 no longer supports"
+        return "config.json says act-order with groups, which vLLM no longer supports"
     if stored.get("bits") not in BITS or not stored.get("sym"):
         symmetry = "symmetric" if stored.get("sym") else "asymmetric"
         return (

@@ -70,23 +70,33 @@ class LayerNames:
         self._claimed.update(layers)
         return layers
 
+    def unclaimed_in_blocks(self) -> list[str]:
+        """List the checkpoint's layers that no module claimed, in blocks that the model has."""
+        blocks = {_block(layer) for layer in self._claimed}
+        return [
+            layer
+            for layer in self._stored.values()
+            if layer not in self._claimed and (_block(layer) in blocks or "." not in layer)
+        ]
+
+    def claim_plain(self, layer: str) -> None:
+        """Claim a layer of the checkpoint for a module that is not quantised."""
+        self._claimed.add(layer)
+
     def check_claimed(self) -> list[str]:
         """Return the layers of modules that the model lacks, such as multi-token prediction.
 
         Raises:
             TensorMismatch: a layer has no place, though its block is in the model.
         """
-        blocks = {_block(layer) for layer in self._claimed}
-        unclaimed = [layer for layer in self._stored.values() if layer not in self._claimed]
-        for name in unclaimed:
-            if _block(name) in blocks or "." not in name:
-                raise TensorMismatch(
-                    f"{name} is quantised, and vLLM's model has no quantised layer there",
-                    path=self._path,
-                    tensor=f"{name}.qweight",
-                    hint="load it with gptq-loader, or with transformers",
-                )
-        return unclaimed
+        for name in self.unclaimed_in_blocks():
+            raise TensorMismatch(
+                f"{name} is quantised, and vLLM's model has no quantised layer there",
+                path=self._path,
+                tensor=f"{name}.qweight",
+                hint="load it with gptq-loader, or with transformers",
+            )
+        return [layer for layer in self._stored.values() if layer not in self._claimed]
 
 
 def _block(name: str) -> str:
