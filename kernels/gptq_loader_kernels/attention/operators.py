@@ -6,11 +6,17 @@ None waits for the device, and no size depends on a value, so that a graph captu
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from gptq_loader_kernels.attention import torch_attention, torch_elementwise
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 __all__ = [
     "Activation",
@@ -26,6 +32,7 @@ __all__ = [
 Activation = Literal["silu", "gelu_pytorch_tanh"]
 NormStyle = Literal["llama", "gemma", "gpt_oss"]
 
+FLOAT8 = (8, 9)  # the first capability that converts it
 CACHES = ("key_cache", "value_cache", "key_scales", "value_scales")
 
 
@@ -195,6 +202,28 @@ def activation_and_mul(joined: torch.Tensor, *, activation: Activation = "silu")
     return y
 
 
+@cache
+def _runs_triton(device: torch.device, cache_dtype: torch.dtype | None) -> bool:
+    """Whether Triton's kernels take tensors of this device, and caches of this dtype."""
+    if find_spec("triton") is None:
+        return False
+    if device.type == "cpu":
+        return os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda":
+        return False
+    if cache_dtype == torch.float8_e4m3fn:
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= FLOAT8
+    return True
+
+
+def _attention(cache: torch.Tensor) -> ModuleType:
+    if not _runs_triton(cache.device, cache.dtype):
+        return torch_attention
+    from gptq_loader_kernels.attention import launch
+
+    return launch
+
+
 @torch.library.custom_op("gptq_loader::write_cache", mutates_args=CACHES)
 def _write_cache(
     keys: torch.Tensor,
@@ -229,10 +258,11 @@ def _paged_attention(
     key_scales: torch.Tensor | None,
     value_scales: torch.Tensor | None,
 ) -> torch.Tensor:
-    return torch_attention.paged_attention(
+    result: torch.Tensor = _attention(key_cache).paged_attention(
         query, key_cache, value_cache, block_tables, lengths,
         scale, window, softcap, sinks, key_scales, value_scales,
     )  # fmt: skip
+    return result
 
 
 @_paged_attention.register_fake
