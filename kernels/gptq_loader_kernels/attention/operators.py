@@ -224,6 +224,14 @@ def _attention(cache: torch.Tensor) -> ModuleType:
     return launch
 
 
+def _elementwise(tensor: torch.Tensor, *, cache: torch.dtype | None = None) -> ModuleType:
+    if not _runs_triton(tensor.device, cache):
+        return torch_elementwise
+    from gptq_loader_kernels.attention import launch_elementwise
+
+    return launch_elementwise
+
+
 @torch.library.custom_op("gptq_loader::write_cache", mutates_args=CACHES)
 def _write_cache(
     keys: torch.Tensor,
@@ -234,7 +242,7 @@ def _write_cache(
     key_scales: torch.Tensor | None,
     value_scales: torch.Tensor | None,
 ) -> None:
-    torch_attention.write_cache(
+    _elementwise(keys, cache=key_cache.dtype).write_cache(
         keys, values, key_cache, value_cache, slots, key_scales, value_scales
     )
 
@@ -275,7 +283,8 @@ def _paged_attention_fake(
 
 @torch.library.custom_op("gptq_loader::rms_norm", mutates_args=())
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, style: str) -> torch.Tensor:
-    return torch_elementwise.rms_norm(x, weight, eps, style).contiguous()
+    normed: torch.Tensor = _elementwise(x).rms_norm(x, weight, eps, style)
+    return normed.contiguous()
 
 
 @_rms_norm.register_fake
@@ -292,7 +301,10 @@ def _add_rms_norm(
     style: str,
     post_weight: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch_elementwise.add_rms_norm(x, residual, weight, eps, style, post_weight)
+    normed: torch.Tensor
+    total: torch.Tensor
+    normed, total = _elementwise(x).add_rms_norm(x, residual, weight, eps, style, post_weight)
+    return normed.contiguous(), total.contiguous()
 
 
 @_add_rms_norm.register_fake
@@ -318,10 +330,11 @@ def _rotary_and_cache(  # noqa: PLR0913, PLR0917 - an operator's arguments
     key_scales: torch.Tensor | None,
     value_scales: torch.Tensor | None,
 ) -> torch.Tensor:
-    return torch_elementwise.rotary_and_cache(
+    rotated: torch.Tensor = _elementwise(query, cache=key_cache.dtype).rotary_and_cache(
         query, keys, values, cos, sin, key_cache, value_cache, slots, interleaved,
         query_weight, key_weight, eps, style, key_scales, value_scales,
     )  # fmt: skip
+    return rotated
 
 
 @_rotary_and_cache.register_fake
@@ -331,7 +344,8 @@ def _rotary_and_cache_fake(query: torch.Tensor, *_: object) -> torch.Tensor:
 
 @torch.library.custom_op("gptq_loader::activation_and_mul", mutates_args=())
 def _activation_and_mul(joined: torch.Tensor, activation: str) -> torch.Tensor:
-    return torch_elementwise.activation_and_mul(joined, activation)
+    y: torch.Tensor = _elementwise(joined).activation_and_mul(joined, activation)
+    return y
 
 
 @_activation_and_mul.register_fake

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CHUNK", "Tile", "splits", "tile_of"]
+__all__ = ["CHUNK", "MAX_SPLITS", "Tile", "norm_warps", "power_of_two", "splits", "tile_of"]
 
 CHUNK = 128  # positions that one program attends to at least: a smaller part costs as much to add
 PROGRAMS = 2  # for each multiprocessor that one sequence is shared among
@@ -70,3 +70,8 @@ def splits(kv_heads: int, max_positions: int, multiprocessors: int) -> int:
     """Count the programs that share a sequence's positions."""
     enough = -(-PROGRAMS * multiprocessors // kv_heads)
     return max(1, min(MAX_SPLITS, enough, -(-max_positions // CHUNK)))
+
+
+def norm_warps(size: int) -> int:
+    """Choose the warps that share a row of a norm: 16 numbers a thread, or more."""
+    return max(1, min(16, power_of_two(size) // 512))
