@@ -266,9 +266,9 @@ def combine(
     length = tl.load(lengths + sequence)
     _, base, size = _chunk(length, window, SPLITS, CHUNK, POSITIONS)
     used = tl.cdiv(length - base, size)
-    part = tl.arange(0, MAX_SPLITS)
+    every = tl.arange(0, MAX_SPLITS)
     at = stats + row * (SPLITS * 2)
-    highest = tl.max(tl.load(at + part * 2, mask=part < used, other=LOWEST), axis=0)
+    highest = tl.max(tl.load(at + every * 2, mask=every < used, other=LOWEST), axis=0)
     dv = tl.arange(0, DV_PAD)[None, :]
     total = 0.0
     sums = tl.zeros((DV_PAD,), tl.float32)

@@ -91,6 +91,7 @@ def paged_attention(
             PACKED=query.device.type == "cuda" and torch.version.hip is None,
             num_warps=tile.warps,
             num_stages=tile.stages,
+            enable_fp_fusion=True,
         )
         if parts > 1:
             combine[(sequences, heads)](
@@ -105,6 +106,7 @@ def paged_attention(
                 MAX_SPLITS=MAX_SPLITS,
                 CHUNK=CHUNK,
                 POSITIONS=tile.positions,
+                enable_fp_fusion=True,
             )
     return out
 

@@ -19,7 +19,7 @@ MAX_SPLITS = 64  # for the longest sequence; more parts cost as much to add up a
 MAX_ROWS = 32  # query heads in a program, by tensor cores
 LANE_ROWS = 8  # as many without, each of which keeps sums of its own
 
-STEP = 4096  # numbers of keys in a step: two steps, with values, fit sm86 for two programs
+STEP = 32  # positions: two steps of 128 numbers, with values, fit sm86 for two programs
 SUMS = 8192  # that a program without tensor cores keeps, 64 of each thread
 
 
@@ -57,10 +57,9 @@ def tile_of(group: int, dim: int, *, cores: bool, amd: bool = False) -> Tile:
         amd: whether it is AMD's, where steps in flight take registers until they spill.
     """
     dim = power_of_two(dim)
-    if cores and group > 1:
+    if cores and group > 1 and not (amd and dim > 128):  # which spills on gfx1100
         rows = max(16, min(power_of_two(group), MAX_ROWS))
-        positions = max(16, min(64, STEP // dim))
-        return Tile(cores=True, rows=rows, positions=positions, warps=4, stages=1 if amd else 5)
+        return Tile(cores=True, rows=rows, positions=STEP, warps=4, stages=1 if amd else 5)
     rows = min(power_of_two(group), LANE_ROWS)
     positions = max(4, min(32, SUMS // (rows * dim)))
     return Tile(cores=False, rows=rows, positions=positions, warps=4, stages=1)
