@@ -77,6 +77,7 @@ bench: ## measure: exactness, memory, the demo's speed, CPU kernels, and other p
 aot: ## compile every Triton tile for every GPU, and gate the machine code
 	@$(PYTHON) tools/set_up.py test
 	@$(BIN)/python bench/triton_aot.py --table docs/kernels/triton.md
+	@$(BIN)/python bench/attention_aot.py --table docs/kernels/attention.md
 
 clean: ## forget .venv, .venvs and everything built
 	rm -rf .venv .venvs build dist *.egg-info

@@ -15,6 +15,7 @@ from gptq_loader_kernels.attention import paged_attention, write_cache
 from gptq_loader_kernels.attention.torch_attention import quantize
 
 CASES = Path(__file__).parent / "attention_cases.py"
+AOT = Path(__file__).parents[2] / "bench" / "attention_aot.py"
 
 
 @pytest.mark.parametrize("case", [*BASIC, *HALF, *EIGHT, *FLOAT8], ids=str)
@@ -83,3 +84,15 @@ def test_the_kernels_do_so_under_the_interpreter() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == str(len((*BASIC, *HALF, *EIGHT, *FLOAT8)))
+
+
+def test_every_kind_of_kernel_compiles_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    environment = {key: it for key, it in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(AOT), "--fast", "--jobs", "1"],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "6 configurations, 0 of them against a gate" in done.stdout
