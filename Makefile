@@ -79,6 +79,7 @@ aot: ## compile every Triton tile for every GPU, and gate the machine code
 	@$(PYTHON) tools/set_up.py test
 	@$(BIN)/python bench/triton_aot.py --table docs/kernels/triton.md
 	@$(BIN)/python bench/triton_aot_fma.py --table docs/kernels/triton.md
+	@$(BIN)/python bench/attention_aot.py --table docs/kernels/attention.md
 
 gpu: ## prove and measure everything on this machine's GPU, in eight minutes; tiny without one
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bench/gpu/run.py $(ARGS)

@@ -6,7 +6,7 @@ As a program it checks every case as the environment has it: with TRITON_INTERPR
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -175,12 +175,26 @@ EIGHT = [
     Case(cache_dtype=torch.int8, dtype=torch.float16, heads=8, dim=96, lengths=(33, 0, 150)),
     Case(cache_dtype=torch.int8, dtype=torch.bfloat16, heads=2, scales_dtype=torch.float32),
 ]  # fmt: skip
+FLOAT8 = [replace(it, cache_dtype=torch.float8_e4m3fn) for it in EIGHT]
+
+
+def check_batches() -> None:
+    """A sequence's output is the same to the last bit alone, and by a wider table."""
+    pool = made(Case(lengths=(300, 129, 64, 0, 700), heads=2, kv_heads=1, dim=16, sinks=True))
+    result = attended(pool)
+    wider = torch.nn.functional.pad(pool["block_tables"], (0, 100), value=OUTSIDE)
+    assert torch.equal(attended({**pool, "block_tables": wider}), result)
+    for row in range(5):
+        alone = {key: pool[key][row, None] for key in ("query", "block_tables", "lengths")}
+        assert torch.equal(attended({**pool, **alone})[0], result[row]), row
 
 
 def main() -> None:
-    for case in (*BASIC, *HALF, *EIGHT):
+    cases = (*BASIC, *HALF, *EIGHT, *FLOAT8)
+    for case in cases:
         check(case)
-    print(len((*BASIC, *HALF, *EIGHT)))  # noqa: T201 - what the test reads
+    check_batches()
+    print(len(cases))  # noqa: T201 - what the test reads
 
 
 if __name__ == "__main__":

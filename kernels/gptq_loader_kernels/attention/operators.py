@@ -6,11 +6,17 @@ None waits for the device, and no size depends on a value, so that a graph captu
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from gptq_loader_kernels.attention import torch_attention, torch_elementwise
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 __all__ = [
     "Activation",
@@ -26,6 +32,7 @@ __all__ = [
 Activation = Literal["silu", "gelu_pytorch_tanh"]
 NormStyle = Literal["llama", "gemma", "gpt_oss"]
 
+FLOAT8 = (8, 9)  # the first capability that converts it
 CACHES = ("key_cache", "value_cache", "key_scales", "value_scales")
 
 
@@ -195,6 +202,36 @@ def activation_and_mul(joined: torch.Tensor, *, activation: Activation = "silu")
     return y
 
 
+@cache
+def _runs_triton(device: torch.device, cache_dtype: torch.dtype | None) -> bool:
+    """Whether Triton's kernels take tensors of this device, and caches of this dtype."""
+    if find_spec("triton") is None:
+        return False
+    if device.type == "cpu":
+        return os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda":
+        return False
+    if cache_dtype == torch.float8_e4m3fn:
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= FLOAT8
+    return True
+
+
+def _attention(cache: torch.Tensor) -> ModuleType:
+    if not _runs_triton(cache.device, cache.dtype):
+        return torch_attention
+    from gptq_loader_kernels.attention import launch
+
+    return launch
+
+
+def _elementwise(tensor: torch.Tensor, *, cache: torch.dtype | None = None) -> ModuleType:
+    if not _runs_triton(tensor.device, cache):
+        return torch_elementwise
+    from gptq_loader_kernels.attention import launch_elementwise
+
+    return launch_elementwise
+
+
 @torch.library.custom_op("gptq_loader::write_cache", mutates_args=CACHES)
 def _write_cache(
     keys: torch.Tensor,
@@ -205,7 +242,7 @@ def _write_cache(
     key_scales: torch.Tensor | None,
     value_scales: torch.Tensor | None,
 ) -> None:
-    torch_attention.write_cache(
+    _elementwise(keys, cache=key_cache.dtype).write_cache(
         keys, values, key_cache, value_cache, slots, key_scales, value_scales
     )
 
@@ -229,10 +266,11 @@ def _paged_attention(
     key_scales: torch.Tensor | None,
     value_scales: torch.Tensor | None,
 ) -> torch.Tensor:
-    return torch_attention.paged_attention(
+    result: torch.Tensor = _attention(key_cache).paged_attention(
         query, key_cache, value_cache, block_tables, lengths,
         scale, window, softcap, sinks, key_scales, value_scales,
     )  # fmt: skip
+    return result
 
 
 @_paged_attention.register_fake
@@ -245,7 +283,8 @@ def _paged_attention_fake(
 
 @torch.library.custom_op("gptq_loader::rms_norm", mutates_args=())
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, style: str) -> torch.Tensor:
-    return torch_elementwise.rms_norm(x, weight, eps, style).contiguous()
+    normed: torch.Tensor = _elementwise(x).rms_norm(x, weight, eps, style)
+    return normed.contiguous()
 
 
 @_rms_norm.register_fake
@@ -262,7 +301,10 @@ def _add_rms_norm(
     style: str,
     post_weight: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch_elementwise.add_rms_norm(x, residual, weight, eps, style, post_weight)
+    normed: torch.Tensor
+    total: torch.Tensor
+    normed, total = _elementwise(x).add_rms_norm(x, residual, weight, eps, style, post_weight)
+    return normed.contiguous(), total.contiguous()
 
 
 @_add_rms_norm.register_fake
@@ -288,10 +330,11 @@ def _rotary_and_cache(  # noqa: PLR0913, PLR0917 - an operator's arguments
     key_scales: torch.Tensor | None,
     value_scales: torch.Tensor | None,
 ) -> torch.Tensor:
-    return torch_elementwise.rotary_and_cache(
+    rotated: torch.Tensor = _elementwise(query, cache=key_cache.dtype).rotary_and_cache(
         query, keys, values, cos, sin, key_cache, value_cache, slots, interleaved,
         query_weight, key_weight, eps, style, key_scales, value_scales,
     )  # fmt: skip
+    return rotated
 
 
 @_rotary_and_cache.register_fake
@@ -301,7 +344,8 @@ def _rotary_and_cache_fake(query: torch.Tensor, *_: object) -> torch.Tensor:
 
 @torch.library.custom_op("gptq_loader::activation_and_mul", mutates_args=())
 def _activation_and_mul(joined: torch.Tensor, activation: str) -> torch.Tensor:
-    return torch_elementwise.activation_and_mul(joined, activation)
+    y: torch.Tensor = _elementwise(joined).activation_and_mul(joined, activation)
+    return y
 
 
 @_activation_and_mul.register_fake

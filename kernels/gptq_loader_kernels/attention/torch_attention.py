@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["CODE_LIMITS", "gather_cache", "paged_attention", "quantize", "write_cache"]
+__all__ = ["CODE_LIMITS", "gather_cache", "paged_attention", "quantize", "required", "write_cache"]
 
 CODE_LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the largest code of each dtype
 SMALLEST_SCALE = 2.0**-14  # float16's smallest normal number: below, its scales lose their digits
@@ -63,8 +63,8 @@ def write_cache(
     for new, cache, scales in ((keys, key_cache, key_scales), (values, value_cache, value_scales)):
         written = new[rows]
         if cache.dtype in CODE_LIMITS:
-            codes, new_scales = quantize(written, cache.dtype, _required(scales).dtype)
-            _put(_required(scales), at, new_scales, any_kept)
+            codes, new_scales = quantize(written, cache.dtype, required(scales).dtype)
+            _put(required(scales), at, new_scales, any_kept)
             _put(cache, at, codes, any_kept)
         else:
             _put(cache, at, written.to(cache.dtype), any_kept)
@@ -110,7 +110,7 @@ def gather_cache(
         codes = cache[blocks]
     gathered = codes.flatten(1, 2).to(dtype)
     if cache.dtype in CODE_LIMITS:
-        gathered *= _required(scales)[blocks].flatten(1, 2).to(dtype)[..., None]
+        gathered *= required(scales)[blocks].flatten(1, 2).to(dtype)[..., None]
     return gathered.masked_fill(~visible[..., None, None], 0)
 
 
@@ -162,7 +162,8 @@ def _largest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).max
 
 
-def _required(scales: torch.Tensor | None) -> torch.Tensor:
+def required(scales: torch.Tensor | None) -> torch.Tensor:
+    """Return the scales of a cache in 8 bits, which must be there."""
     if scales is None:
         raise ValueError("a cache in 8 bits needs the tensors of its scales")
     return scales

@@ -10,7 +10,14 @@ from torch.nn import functional
 
 from gptq_loader_kernels.attention.torch_attention import write_cache
 
-__all__ = ["activation_and_mul", "add_rms_norm", "rms_norm", "rotary_and_cache", "rotate"]
+__all__ = [
+    "activation_and_mul",
+    "add_rms_norm",
+    "rms_norm",
+    "rotary_and_cache",
+    "rotate",
+    "write_cache",
+]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, style: str) -> torch.Tensor:
