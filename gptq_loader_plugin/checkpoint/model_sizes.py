@@ -19,6 +19,7 @@ __all__ = ["check_sizes"]
 
 BLOCK = re.compile(r".*?\.(\d+)\.")  # model.layers.0.
 BLOCKS = ("num_hidden_layers", "n_layer", "num_layers")
+LOOPED = ("num_layers_per_stack",)
 WIDTHS = ("hidden_size", "n_embd")
 # No more than the largest side of any tensor, times what a fused one may hide.
 BOUNDED = (
@@ -60,7 +61,9 @@ def check_sizes(
     kinds = fields.get("layer_types")
     # Dory's config counts a block's attention and its mlp apart.
     counted = 2 if isinstance(kinds, list) and "mlp" in kinds else 1
-    for field, value in _stated(fields, BLOCKS):
+    # Where a config counts the loops over its blocks too, it says how many blocks those are.
+    names = LOOPED if any(name in fields for name in LOOPED) else BLOCKS
+    for field, value in _stated(fields, names):
         if value > len(blocks) * counted:
             last = list(blocks.values())[-1] if blocks else next(iter(headers))
             raise _contradicted(field, value, f"{len(blocks)} blocks, the last with {last}", file)

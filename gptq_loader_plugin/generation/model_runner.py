@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelRunner"]
 
-# Types whose class wants the whole sequence in each call, and cuts off what its cache has; or whose
-# loops write into one cache what each of them keeps.
-WHOLE_SEQUENCE = ("cpmant", "dory")
+# Types whose class wants the whole sequence in each call, and cuts off what its cache has; whose
+# loops write into one cache what each of them keeps; or which answers otherwise with one.
+WHOLE_SEQUENCE = ("cpmant", "dory", "prophetnet", "xlm")
 # What RecurrentGemma's modules keep of the last sequence that was read.
 MODULE_STATES = ("recurrent_states", "conv1d_state")
 # Such a module has one state, so that threads take turns.
