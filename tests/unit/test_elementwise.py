@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from elementwise_cases import ALL, NORMED, check_rotary
+from processes import run_process
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CASES = Path(__file__).parent / "elementwise_cases.py"
+SLOW = 900  # seconds: Triton's interpreter, on a machine with other work
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_to_cpu", "item")
 
 
@@ -47,11 +48,11 @@ def test_heads_are_normalised_before_they_turn(family: str, dtype: torch.dtype) 
 
 def test_the_kernels_do_so_under_the_interpreter() -> None:
     pytest.importorskip("triton")
-    done = subprocess.run(
+    done = run_process(
         [sys.executable, "-W", "ignore", str(CASES)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        seconds=SLOW,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == str(len(ALL) + len(NORMED))
 

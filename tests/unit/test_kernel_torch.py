@@ -14,6 +14,7 @@ from altered import DATA, NAMES, PLUGINS, error
 from torch._dynamo.utils import counters
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from waiting import join
 
 import gptq_loader_plugin as gptq
 from gptq_loader_kernels.torch import TorchKernel
@@ -223,8 +224,7 @@ def test_two_models_answer_side_by_side() -> None:
     ]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    join(*threads)
     assert not wrong
 
 
