@@ -172,8 +172,8 @@ def _make_engine(
     """Make what writes many replies in one pass, on an accelerator; say what was found."""
     several = len({place.device.torch_name for place in filled.plan.placed.values()}) > 1
     forced = os.environ.get(ENGINE_VARIABLE)
-    wanted = filled.plan.device.type != "cpu" if forced not in ("0", "1") else forced == "1"
-    if not wanted or several or options.kv_cache is not None:
+    active = filled.plan.device.type != "cpu" if forced not in ("0", "1") else forced == "1"
+    if not active or several or options.kv_cache is not None:
         return None, ()
     attention = plugins.hook.gptq_paged_attention(device=filled.plan.device)
     if attention is None:

@@ -70,7 +70,7 @@ class Step:
 
     Attributes:
         attention: how to attend.
-        caches: of each layer, once it was seen.
+        caches: of each layer, once it has any.
         make_cache: makes a layer's cache, of its first keys and values [tokens, kv_heads, size].
         windows: the sizes of windows whose mask functions were asked what they show.
         slots: where the keys and values of each token go, int64 [tokens]; below 0 for nowhere.
@@ -216,7 +216,7 @@ _usual = _Usual()
 
 
 def _mask(*args: Any, mask_function: Any = None, **kwargs: Any) -> Any:  # noqa: ANN401 - transformers' own types
-    """Return which positions are seen, in place of a mask."""
+    """Return which positions are visible, in place of a mask."""
     step: Step | None = getattr(_running, "step", None)
     if step is None:
         usual = ALL_MASK_ATTENTION_FUNCTIONS[_usual.name]
@@ -305,14 +305,14 @@ def _attend_many(
     tokens, heads, length = query.shape[0], query.shape[1], keys.shape[0]
     q, k, v = (it.transpose(0, 1)[None] for it in (query, keys, values))
     whole = tokens == length and (window is None or window >= length)
-    seen = None
+    visible = None
     if not whole:
         at = torch.arange(length - tokens, length, device=query.device)[:, None]
         to = torch.arange(length, device=query.device)[None]
-        seen = to <= at if window is None else (to <= at) & (to > at - window)
+        visible = to <= at if window is None else (to <= at) & (to > at - window)
     if softcap is None and sinks is None:
         y = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, is_causal=whole, scale=scale, enable_gqa=heads != k.shape[1]
+            q, k, v, attn_mask=visible, is_causal=whole, scale=scale, enable_gqa=heads != k.shape[1]
         )
         return y[0].transpose(0, 1)
     groups = heads // k.shape[1]
@@ -320,9 +320,9 @@ def _attend_many(
     scores = (q @ k.transpose(-1, -2)).float() * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    if seen is None:
-        seen = torch.ones(tokens, length, dtype=torch.bool, device=query.device).tril()
-    scores = scores.masked_fill(~seen, float("-inf"))
+    if visible is None:
+        visible = torch.ones(tokens, length, dtype=torch.bool, device=query.device).tril()
+    scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:
         sink = sinks.float().view(1, heads, 1, 1).expand(1, heads, tokens, 1)
         weights = torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1]

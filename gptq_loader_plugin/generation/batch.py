@@ -140,7 +140,11 @@ class Batch:
         self, generation: Generation, logits: torch.Tensor, picked: int | None = None
     ) -> Iterator[tuple[Generation, Piece | Exception]]:
         try:
-            piece = generation.sample(logits) if picked is None else generation.take(picked, logits)
+            piece = (
+                generation.sample(logits)
+                if picked is None
+                else generation.append_token(picked, logits)
+            )
         except Exception as error:  # noqa: BLE001 - a caller's processor may fail
             yield self._emit(generation, error)
             return

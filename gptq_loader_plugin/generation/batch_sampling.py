@@ -35,13 +35,13 @@ class Row:
         options: how to sample.
         banned: tokens that are never picked, bool [vocabulary]; None where all may be.
         seed: of its draws.
-        drawn: how many tokens were picked.
+        num_sampled: how many tokens were picked.
     """
 
     options: GenerateOptions
     banned: torch.Tensor | None
     seed: int
-    drawn: int = 0
+    num_sampled: int = 0
 
     @classmethod
     def of(
@@ -94,7 +94,7 @@ def pick_tokens(
     kept &= (probabilities.cumsum(dim=-1) - probabilities < top_p) | (top_p >= 1)
     kept &= probabilities >= min_p * probabilities[:, :1]
     kept[:, 0] = True
-    noise = _gumbel([row.seed for row in rows], [row.drawn for row in rows], ids)
+    noise = _gumbel([row.seed for row in rows], [row.num_sampled for row in rows], ids)
     greedy = torch.tensor([row.options.temperature == 0 for row in rows]).to(device)[:, None]
     noise = noise.masked_fill(greedy, 0.0)
     at = (scores + noise).masked_fill(~kept, float("-inf")).max(dim=-1, keepdim=True).indices

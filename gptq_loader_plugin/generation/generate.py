@@ -272,14 +272,14 @@ class Generation:
     def sample(self, logits: torch.Tensor) -> Piece | None:
         """Pick the token that follows what was read; return the text that is certain with it."""
         if self.row is not None:
-            return self.take(int(pick_tokens([self.row], [self.sequence], logits)), logits)
-        return self.take(self._sampler.sample(self.sequence, logits), logits)
+            return self.append_token(int(pick_tokens([self.row], [self.sequence], logits)), logits)
+        return self.append_token(self._sampler.sample(self.sequence, logits), logits)
 
-    def take(self, token: int, logits: torch.Tensor) -> Piece | None:
+    def append_token(self, token: int, logits: torch.Tensor) -> Piece | None:
         """Go on with a token that was picked by `logits`; return the text that is certain now."""
         self._tokens += 1
         if self.row is not None:
-            self.row.drawn += 1
+            self.row.num_sampled += 1
         if self._watch is not None:
             self._watch(token, logits)
         if token in self._stop_ids:

@@ -50,7 +50,7 @@ def test_draws_have_the_probabilities_of_transformers_processors(fields: dict[st
     options = gptq.GenerateOptions(**fields, seed=5)
     sequence, logits = torch.tensor([[1, 2, 2, 30]]), logits_of(1)
     row = Row.of(options, BANNED, VOCABULARY, CPU)
-    rows = [Row(options, row.banned, row.seed, drawn) for drawn in range(DRAWS)]
+    rows = [Row(options, row.banned, row.seed, num_sampled) for num_sampled in range(DRAWS)]
     picked = pick_tokens(rows, [sequence] * DRAWS, logits.expand(DRAWS, -1))
     counts = picked.bincount(minlength=VOCABULARY)
     sampler = Sampler(options, BANNED, CPU)
@@ -83,12 +83,12 @@ def test_seeds_and_numbers_of_tokens_draw_independently() -> None:
     options = gptq.GenerateOptions(temperature=1, top_k=0, top_p=1)
     flat = torch.zeros(1, VOCABULARY)
     picked = {}
-    for seed, drawn in itertools.product((0, 1, 2, -1, 2**63, 2**64 - 1), range(40)):
+    for seed, num_sampled in itertools.product((0, 1, 2, -1, 2**63, 2**64 - 1), range(40)):
         row = Row.of(
             gptq.GenerateOptions(**options.model_dump() | {"seed": seed}), (), VOCABULARY, CPU
         )
-        row.drawn = drawn
-        picked[seed, drawn] = int(pick_tokens([row], [torch.tensor([[1]])], flat))
+        row.num_sampled = num_sampled
+        picked[seed, num_sampled] = int(pick_tokens([row], [torch.tensor([[1]])], flat))
     repeated = sum(picked[0, i] == picked[1, i] for i in range(40))
     assert repeated < 8
     assert len({picked[0, i] for i in range(40)}) > 20
