@@ -76,7 +76,9 @@ def try_family(name: str) -> Row:
 
 def line(row: Row) -> str:
     """Write one row of the table."""
-    note = "; ".join(row.notes)[:200]
+    # In code, where brackets and angles are none of Markdown's.
+    note = "; ".join(row.notes)[:200].replace("`", "'")
+    note = f"`{note}`" if note else ""
     cells = (row.model_type, row.loads, row.decodes, row.quantises, row.path, note)
     shown = (re.sub(r"/\S*/tmp\w+/", "", cell).replace("|", "/") for cell in cells)
     return f"| {' | '.join(shown)} |"
