@@ -12,15 +12,15 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from machine_code import range_of, run_tool
 
 from gptq_loader_kernels.attention.tiles import (
     CHUNK,
@@ -245,8 +245,8 @@ def _nvidia(cubin: bytes) -> tuple[int, int, Counter[str]]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        usage = _run("cuobjdump", "--dump-resource-usage", str(file))
-        code = _run("nvdisasm", "-c", str(file))
+        usage = run_tool("cuobjdump", "--dump-resource-usage", str(file))
+        code = run_tool("nvdisasm", "-c", str(file))
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if found is None:
         raise ValueError(usage)
@@ -259,20 +259,6 @@ def _amd(code: str) -> tuple[int, int, Counter[str]]:
     if registers is None or not spills:
         raise ValueError(code[-2000:])
     return int(registers[1]), sum(map(int, spills)), Counter(AMD_OPCODE.findall(code))
-
-
-@cache
-def _tools() -> Path:
-    import triton
-
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-def _run(tool: str, *arguments: str) -> str:
-    done = subprocess.run(  # noqa: S603 - Triton's own tools
-        [_tools() / tool, *arguments], capture_output=True, text=True, check=True
-    )
-    return done.stdout
 
 
 def table(made: list[Made]) -> str:
@@ -288,18 +274,13 @@ def table(made: list[Made]) -> str:
             kind = "attention, tensor cores" if tile(it.job).cores else "attention, lanes"
         kinds.setdefault((it.job.gpu, kind), []).append(it)
     for (gpu, kind), group in kinds.items():
-        shared = _range([it.shared / 1024 for it in group])
+        shared = range_of([it.shared / 1024 for it in group])
         lines.append(
             f"| {gpu} | {kind.replace('_', ' ')} | {len(group)} "
-            f"| {_range([it.registers for it in group])} | {shared} of {SHARED[gpu]} "
-            f"| {_range([it.cores for it in group])} |"
+            f"| {range_of([it.registers for it in group])} | {shared} of {SHARED[gpu]} "
+            f"| {range_of([it.cores for it in group])} |"
         )
     return "\n".join(lines)
-
-
-def _range(values: list[Any]) -> str:
-    smallest, largest = (round(it) for it in (min(values), max(values)))
-    return f"{smallest}" if smallest == largest else f"{smallest}-{largest}"
 
 
 def main() -> int:

@@ -13,16 +13,16 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from machine_code import range_of, run_tool
 
 from gptq_loader_kernels.triton.tiles import BUCKETS, Tile, candidates, fit
 
@@ -172,8 +172,8 @@ def read(cubin: bytes, *, disassembled: bool = True) -> tuple[int, int, Counter[
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "multiply.cubin"
         file.write_bytes(cubin)
-        usage = _run("cuobjdump", "--dump-resource-usage", str(file))
-        code = _run("nvdisasm", "-c", str(file)).splitlines() if disassembled else []
+        usage = run_tool("cuobjdump", "--dump-resource-usage", str(file))
+        code = run_tool("nvdisasm", "-c", str(file)).splitlines() if disassembled else []
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if found is None:
         raise ValueError(usage)
@@ -187,20 +187,6 @@ def read(cubin: bytes, *, disassembled: bool = True) -> tuple[int, int, Counter[
     longest = max(cores or loops or [code], key=len)
     counted = Counter(OPCODE.findall("\n".join(longest)))
     return int(found[1]), int(found[2]) + int(found[3]), counted
-
-
-@cache
-def _tools() -> Path:
-    import triton
-
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-def _run(tool: str, *arguments: str) -> str:
-    done = subprocess.run(  # noqa: S603 - Triton's own tools
-        [_tools() / tool, *arguments], capture_output=True, text=True, check=True
-    )
-    return done.stdout
 
 
 def table(made: list[Made]) -> str:
@@ -223,11 +209,6 @@ def table(made: list[Made]) -> str:
             f"| {usual.loads} ({range_of([it.loads for it in group])}) | {usual.instructions} |"
         )
     return "\n".join(lines)
-
-
-def range_of(values: list[Any]) -> str:
-    least, most = (round(it) for it in (min(values), max(values)))
-    return f"{least}" if least == most else f"{least}-{most}"
 
 
 def main() -> int:

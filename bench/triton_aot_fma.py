@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import triton_aot
+from machine_code import range_of
 from triton_aot import BITS, DTYPES, SHIFTS
 
 from gptq_loader_kernels.triton.crossover import GPUS, INSTRUCTIONS
@@ -283,16 +284,15 @@ def table(made: list[Made]) -> str:
     kinds: dict[tuple[Kind, Tile | None], list[Made]] = {}
     for it in made:
         kinds.setdefault((it.job.kind, it.job.tile), []).append(it)
-    span = triton_aot.range_of
     for (kind, tile), group in kinds.items():
         usual = next((it for it in group if it.job.bits == 4 and it.job.shift == 7), group[0])
         shape = "dequantise" if tile is None else f"{tile.block_m} x {tile.block_n}"
         slots = "" if tile is None or kind == (7, 0) else f"{usual.slots:.1f}"
         lines.append(
             f"| {name_of(kind)} | {shape} | {4 if tile is None else tile.warps} | {len(group)} "
-            f"| {span([it.registers for it in group])} "
-            f"| {span([it.shared / 1024 for it in group])} "
-            f"| {usual.vectors} ({span([it.vectors for it in group])}) | {slots} |"
+            f"| {range_of([it.registers for it in group])} "
+            f"| {range_of([it.shared / 1024 for it in group])} "
+            f"| {usual.vectors} ({range_of([it.vectors for it in group])}) | {slots} |"
         )
     return "\n".join(lines)
 
