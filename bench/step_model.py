@@ -18,6 +18,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from shapes import SHAPES, Shape
+
 __all__ = ["CARDS", "LLAMA_2_7B", "Card", "Decoder", "table"]
 
 SHARE = 0.85  # of a card's bandwidth that the kernels are to reach
@@ -58,23 +60,13 @@ class Decoder:
     """A Llama-like model, by its sizes.
 
     Attributes:
-        hidden: of a state.
-        inner: of the MLP.
-        layers: how many blocks.
-        heads: of queries.
-        kv_heads: of keys.
-        vocabulary: rows of the head.
+        shape: its sizes.
         bits: of a code.
         group_size: rows that share a scale and a zero, 32 bits together.
         kv_bytes: of a key's or value's element.
     """
 
-    hidden: int
-    inner: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
+    shape: Shape
     bits: int = 4
     group_size: int = 128
     kv_bytes: int = 2
@@ -82,21 +74,28 @@ class Decoder:
     @property
     def weight_bytes(self) -> float:
         """The weights that a step reads: packed layers, and a head in 16 bits."""
-        keys = self.hidden // self.heads * self.kv_heads
-        block = self.hidden * (2 * self.hidden + 2 * keys + 3 * self.inner)
-        return block * self.layers * (self.bits + 32 / self.group_size) / 8 + (
-            2 * self.vocabulary * self.hidden
+        keys = self.shape.hidden // self.shape.heads * self.shape.kv_heads
+        block = self.shape.hidden * (2 * self.shape.hidden + 2 * keys + 3 * self.shape.inner)
+        return block * self.shape.layers * (self.bits + 32 / self.group_size) / 8 + (
+            2 * self.shape.vocabulary * self.shape.hidden
         )
 
     @property
     def position_bytes(self) -> float:
         """The keys and values of one position."""
-        return 2 * self.layers * self.hidden // self.heads * self.kv_heads * self.kv_bytes
+        return (
+            2
+            * self.shape.layers
+            * self.shape.hidden
+            // self.shape.heads
+            * self.shape.kv_heads
+            * self.kv_bytes
+        )
 
     @property
     def launches(self) -> int:
         """The kernels of a step."""
-        return self.layers * LAUNCHES_A_LAYER + LAUNCHES_BESIDE
+        return self.shape.layers * LAUNCHES_A_LAYER + LAUNCHES_BESIDE
 
     def step_seconds(
         self,
@@ -120,7 +119,7 @@ class Decoder:
         return moved / bandwidth + launch * (self.launches if launches is None else launches)
 
 
-LLAMA_2_7B = Decoder(4096, 11008, 32, 32, 32, 32000)
+LLAMA_2_7B = Decoder(SHAPES["Llama-2-7B"])
 
 
 def table(model: Decoder = LLAMA_2_7B, contexts: tuple[int, ...] = (64, 576)) -> str:

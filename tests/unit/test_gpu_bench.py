@@ -25,6 +25,8 @@ PAGE = ROOT / "docs" / "kernels" / "gpu.md"
 
 
 def module(file: Path) -> Any:
+    if str(file.parent) not in sys.path:
+        sys.path.insert(0, str(file.parent))  # as where it runs itself
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
