@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import sys
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
 import pytest
+from processes import run_process
 
 from gptq_loader_kernels.triton import TritonKernel
 from gptq_loader_kernels.triton.crossover import GPUS, INSTRUCTIONS, NEVER, default_crossover
@@ -259,14 +259,16 @@ print(checked)
 
 
 def interpret(program: str, folder: Path) -> str:
-    done = subprocess.run(
+    done = run_process(
         [sys.executable, "-W", "ignore", "-c", program],
         env={
-            **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
             "GPTQ_LOADER_CACHE": str(folder),
         },
-        capture_output=True, text=True, check=False, cwd=folder,
-    )  # fmt: skip
+        cwd=folder,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -442,6 +444,7 @@ def test_defaults_are_candidates_and_it_can_be_tuned() -> None:
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels" / "triton.md"
+BENCH = Path(__file__).parents[2] / "bench"
 
 
 def crossovers() -> str:
@@ -488,29 +491,25 @@ def test_a_crossover_is_where_the_two_estimates_meet() -> None:
     assert default_crossover((10, 0), 4) < default_crossover((8, 9), 4) < NEVER
 
 
-def test_it_compiles_to_tensor_cores_within_every_limit(tmp_path: Path) -> None:
+def compiled(program: str, folder: Path) -> str:
+    """Compile a few configurations ahead of time, and return what was printed of them."""
     pytest.importorskip("triton")
-    program = Path(__file__).parents[2] / "bench" / "triton_aot.py"
     environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", program, "--fast", "--jobs", "1"],
-        env={**environ, "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
+    done = run_process(
+        [sys.executable, "-W", "ignore", BENCH / program, "--fast", "--jobs", "1"],
+        env={**environ, "TRITON_CACHE_DIR": str(folder)},
+        cwd=folder,
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "4 configurations, 0 of them against a gate" in done.stdout
+    return done.stdout
+
+
+def test_it_compiles_to_tensor_cores_within_every_limit(tmp_path: Path) -> None:
+    compiled("triton_aot.py", tmp_path)
 
 
 def test_without_tensor_cores_it_compiles_within_every_limit(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    program = Path(__file__).parents[2] / "bench" / "triton_aot_fma.py"
-    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", program, "--fast", "--jobs", "1"],
-        env={**environ, "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert "4 configurations, 0 of them against a gate" in done.stdout
+    shown = compiled("triton_aot_fma.py", tmp_path)
     for kind in ("sm70", "sm75", "gfx942", "gfx1100"):
-        assert f"| {kind} | " in done.stdout
+        assert f"| {kind} | " in shown
