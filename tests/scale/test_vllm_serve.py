@@ -201,12 +201,20 @@ def test_the_rules_refuse_the_labels_that_vllm_refuses(tmp_path: Path) -> None:
 
 
 def test_vllm_alone_is_right_where_the_rules_say() -> None:
-    """Float16: in bfloat16, vLLM's own kernel ends the process on these widths, on some CPUs."""
+    """Float16: in bfloat16, vLLM's own kernel ends the process on these widths, on some CPUs.
+
+    Rows without groups that its blocks do not divide are refused for that alone.
+    """
     folders = [DATA / it for it in NAMES]
     answers = ask(folders, environ={"VLLM_PLUGINS": ""}, dtype="float16", enforce_eager=True)
     opened = [open_checkpoint(it) for it in folders]
     cpu = find_device("cpu")
-    expected = {it.path.name for it in opened if refusal(it, fused_layers(it), cpu) is None}
+    refusals = {it.path.name: refusal(it, fused_layers(it), cpu) for it in opened}
+    expected = {
+        name
+        for name, reason in refusals.items()
+        if reason is None or "vLLM cuts rows without groups into blocks" in reason
+    }
     right = {
         folder.name
         for folder, answer in zip(folders, answers, strict=True)
