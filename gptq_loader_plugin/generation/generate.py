@@ -169,7 +169,7 @@ class Generation:
     Attributes:
         cache: keys and values of what was read.
         pending: the tokens to read next.
-        sequence: all tokens, int64 [1, n].
+        sequence: all tokens, int64 [1, n]; the prompt's, where picking one goes by no others.
         finished: whether the reply has ended.
     """
 
@@ -291,8 +291,9 @@ class Generation:
             return self._end(new + self._text.rest(), "length")
         self.pending = [token]
         self._read.append(token)
-        step = torch.tensor([[token]], device=self._model.device)
-        self.sequence = torch.cat((self.sequence, step), dim=1)
+        if self.row is None or self.row.options.repetition_penalty != 1:
+            step = torch.tensor([[token]], device=self._model.device)
+            self.sequence = torch.cat((self.sequence, step), dim=1)
         rotation = self._runner.rotation.of(len(self._read))
         if self._runner.rereads or rotation != self._rotation:
             self._rotation, self.cache = rotation, self._kept.make(self._model, rotation)
