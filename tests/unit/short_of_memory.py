@@ -27,16 +27,22 @@ INTERPOSER = r"""
 #include <stdatomic.h>
 #include <string.h>
 
-static atomic_long left = -1;
+static atomic_long left;
+static atomic_int failed;  /* told apart: two threads may take the last number down at once */
 
 void fail_allocation(long which) { atomic_store(&left, which); }  /* 1 is the next one */
-long failed_allocation(void) { return atomic_exchange(&left, -1) == 0; }
+int failed_allocation(void) {
+  atomic_store(&left, 0);
+  return atomic_exchange(&failed, 0);
+}
 
 void* aligned_alloc(size_t alignment, size_t size) {
   Dl_info from;
   if (atomic_load(&left) > 0 && dladdr(__builtin_return_address(0), &from) &&
-      strstr(from.dli_fname, "_gptq_cpu") && atomic_fetch_sub(&left, 1) == 1)
+      strstr(from.dli_fname, "_gptq_cpu") && atomic_fetch_sub(&left, 1) == 1) {
+    atomic_store(&failed, 1);
     return 0;
+  }
   return memalign(alignment, size);
 }
 """

@@ -106,7 +106,10 @@ def test_requests_are_answered_in_the_order_they_came(tmp_path: Path) -> None:
                 pool.submit(served.chat, max_tokens=3 + i, temperature=0)
                 until(served, running=1, waiting=i)
             brake.let_go()
-        assert [it["tokens"] for it in served.lines if it["route"] == CHAT] == [3, 4, 5, 6]
+        lines = eventually(  # the last is written after the answer
+            lambda: len(served.lines) >= 4 and served.lines, awaited="four lines in the log"
+        )
+        assert [it["tokens"] for it in lines if it["route"] == CHAT] == [3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("stream", [True, False])
