@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 __all__ = ["Watch"]
 
 # What a module computes by that is no tensor and no module of its own.
-NUMBERS = ("variance_epsilon", "scaling", "sliding_window", "head_dim")
-SETTINGS = ("sliding_window", "layer_types", "_attn_implementation_internal")  # of the config
+NUMBERS = (
+    "attn_logit_softcapping", "eps", "head_dim", "scaling", "sliding_window", "variance_epsilon",
+)  # fmt: skip
+SETTINGS = (  # of the config
+    "_attn_implementation_internal", "final_logit_softcapping", "layer_types", "sliding_window",
+)  # fmt: skip
 
 
 class Watch:
