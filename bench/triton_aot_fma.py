@@ -147,7 +147,8 @@ def make(job: Job) -> Made:
     from gptq_loader_kernels.triton.operator import SCALES
 
     tile, unit = job.tile, unit_rows(job.bits)
-    types = {"words": "*i32", "table": "*i32", "K": "i32", "S": "i32", "GROUP_SHIFT": "i32"}
+    types = {"words": "*i32", "table": "*i32", "K": "i32", "N": "i32", "S": "i32"}
+    types["GROUP_SHIFT"] = "i32"
     values: dict[str, Any] = {"BITS": job.bits, "SCALES": SCALES[DTYPES[job.scales]]}
     if tile is None:
         kernel, warps, varying = fma.dequantize, 4, ("GROUP_SHIFT",)
@@ -160,7 +161,7 @@ def make(job: Job) -> Made:
         block_n = tile.block_n
         types |= {
             "x": "*i32", "bias": "*fp32", "y": "*fp32" if job.split else f"*{job.dtype}",
-            "M": "i32", "N": "i32", "STEPS": "i32", "PARTS": "i32",
+            "M": "i32", "STEPS": "i32", "PARTS": "i32",
         }  # fmt: skip
         values |= {
             "BLOCK_M": tile.block_m, "BLOCK_N": block_n, "BLOCK_K": depth, "SPAN": span,

@@ -20,6 +20,8 @@ __all__ = [
     "Closable",
     "Finished",
     "Finisher",
+    "FusedOperators",
+    "Joinable",
     "Meter",
     "PagedAttention",
     "TopLogitsHead",
@@ -219,5 +221,100 @@ class PagedAttention(Protocol):
 
         Returns:
             [sequences, heads, value_dim], in the dtype of the query.
+        """
+        ...
+
+
+@runtime_checkable
+class FusedOperators(PagedAttention, Protocol):
+    """Attention over blocks, and what a decode step computes between its products.
+
+    As with attention, none waits for the device or looks at a value.
+
+    `style` says how a norm rounds: "llama" rounds to x's dtype before it multiplies by the weight,
+    "gemma" multiplies by 1 + weight in float32 and rounds after.
+    """
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, *, style: str
+    ) -> torch.Tensor:
+        """Normalise the last dimension by its root mean square: x [tokens, D], weight [D]."""
+        ...
+
+    def add_rms_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        style: str,
+        post_weight: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add x [tokens, D] to the residual, and normalise; x first, where it has a `post_weight`.
+
+        Returns:
+            The normalised sum and the sum, [tokens, D] each.
+        """
+        ...
+
+    def rotary_and_cache(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        slots: torch.Tensor,
+        *,
+        query_weight: torch.Tensor | None,
+        key_weight: torch.Tensor | None,
+        eps: float,
+        style: str,
+    ) -> torch.Tensor:
+        """Rotate query and keys by halves, and write keys and values into blocks.
+
+        Args:
+            query: [tokens, heads, head_dim]; like keys and values it may be a part of a product.
+            keys: [tokens, kv_heads, head_dim].
+            values: [tokens, kv_heads, value_dim].
+            cos: [tokens, R], for the first 2 * R dimensions of a head.
+            sin: [tokens, R].
+            key_cache: as in `write_cache`.
+            value_cache: as in `write_cache`.
+            slots: as in `write_cache`.
+            query_weight: of a norm of each head before it is rotated [head_dim]; None for none.
+            key_weight: as query_weight.
+            eps: of those norms.
+            style: of those norms.
+
+        Returns:
+            The rotated query [tokens, heads, head_dim].
+        """
+        ...
+
+    def activation_and_mul(self, joined: torch.Tensor, *, activation: str) -> torch.Tensor:
+        """Multiply act(gate) by up, both in one tensor [tokens, 2 * I], gate first.
+
+        `activation` is "silu" or "gelu_pytorch_tanh".
+        """
+        ...
+
+
+@runtime_checkable
+class Joinable(Protocol):
+    """A prepared module that can multiply in one product with others which read the same x."""
+
+    def join(self, others: Sequence[torch.nn.Module]) -> torch.nn.Module | None:
+        """Join this module and others, q, k and v for instance, side by side.
+
+        The modules go on to multiply by themselves; their tensors become parts of the joined one's,
+        so that the device holds each once.
+
+        Returns:
+            A module of all outputs, x [..., in_features] -> [..., sum of out_features], or None
+            where they are not laid out alike.
         """
         ...

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch.nn import functional
+
+from gptq_loader_kernels.side_by_side import join_modules
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["DenseLinear"]
 
@@ -19,6 +26,7 @@ class DenseLinear(torch.nn.Module):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         self.weight: torch.Tensor
@@ -27,6 +35,10 @@ class DenseLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply: x [..., in_features] -> [..., out_features]."""
         return functional.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+
+    def join(self, others: Sequence[torch.nn.Module]) -> DenseLinear | None:
+        """Join modules of the same x, as `gptq_loader_plugin.kernel.Joinable` has it."""
+        return join_modules(self, others, settings=("in_features",), along={"weight": 0, "bias": 0})
 
     def extra_repr(self) -> str:
         """Say the shape and dtype when printed."""

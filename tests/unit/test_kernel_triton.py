@@ -134,6 +134,7 @@ def test_it_takes_the_memory_it_said(case: Case) -> None:
 INTERPRETED = """
 import itertools, torch
 import triton.language as tl
+from columns import check_joined
 from torch.library import opcheck
 from gptq_loader_kernels.triton import TritonKernel, matmul
 from gptq_loader_kernels.triton.operator import multiply_packed
@@ -198,12 +199,21 @@ for rows in (3, 20):
             module.bias, module.bits, module.out_features, module.group_shift, module.scales,
             module.tiles, 8, True, 20, torch.float32),
             test_utils=("test_schema", "test_faketensor"))
+
+# Joined layers: a tile of one reaches into the next, and behind the last.
+for bits, act_order, scales in ((4, True, "float16"), (3, False, "float32")):
+    spec, packed, _ = make_layer(
+        Case(bits=bits, act_order=act_order, sym=False, columns=224, dtype=scales))
+    for rows, crossover in ((1, 1 << 30), (9, 1 << 30), (3, 1)):
+        check_joined(kernel, cpu, (spec, packed), (96, 64, 64), product(rows, torch.float16, spec),
+                     crossover)
 print(checked)
 """
 
 # The same layers by the kernels without tensor cores, and dequantised.
 ROWS_INTERPRETED = """
 import itertools, torch
+from columns import check_joined
 from gptq_loader_kernels.triton import TritonKernel
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import Device
@@ -249,6 +259,7 @@ for crossover in (1 << 30, 1):
     y = module(x)
     assert torch.equal(y[:3], module(x)[:3]) and torch.isfinite(y[:3]).all(), crossover
     assert torch.isnan(y[3]).all() and torch.isfinite(y[4:]).all()
+check_joined(kernel, turing, make_layer(Case(columns=224))[:2], (96, 64, 64), x[:2])
 module.crossover, x = 4, x[:3].repeat(2, 1)
 compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
 with torch.inference_mode():
@@ -266,6 +277,7 @@ def interpret(program: str, folder: Path) -> str:
             "TRITON_INTERPRET": "1",
             "OMP_NUM_THREADS": "1",
             "GPTQ_LOADER_CACHE": str(folder),
+            "PYTHONPATH": str(Path(__file__).parent),
         },
         cwd=folder,
     )

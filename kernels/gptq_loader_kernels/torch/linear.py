@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from gptq_loader_kernels.autograd import needs_gradient, with_gradient
+from gptq_loader_kernels.side_by_side import join_modules
 from gptq_loader_kernels.torch.shape import (
     FEW_ROWS,
     PART,
@@ -20,7 +21,7 @@ from gptq_loader_kernels.torch.shape import (
 from gptq_loader_kernels.torch.unpack import pack_planes, unpack_weight
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from gptq_loader_plugin.kernel import LayerSpec, PackedLinear
 
@@ -122,6 +123,17 @@ class TorchLinear(torch.nn.Module):
             self.bits,
             dtype,
         )
+
+    def join(self, others: Sequence[torch.nn.Module]) -> TorchLinear | None:
+        """Join modules of the same x, as `gptq_loader_plugin.kernel.Joinable` has it."""
+        settings = (
+            "bits", "dtype", "in_features", "planes", "scales_dtype", "unpack_weight",
+            "prepared_for", "tile_columns", "part_columns",
+        )  # fmt: skip
+        along: dict[str, int | None] = {f"plane{which}": 0 for which in range(self.planes)}
+        along |= {"scales": 0, "zeros": None if len(self.zeros) == 1 else 0, "bias": 0}
+        along |= {"groups": None, "permutation": None}
+        return join_modules(self, others, settings=settings, along=along)
 
     def extra_repr(self) -> str:
         """Say the shape and width when printed."""

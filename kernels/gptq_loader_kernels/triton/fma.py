@@ -32,7 +32,7 @@ def multiply_rows(  # noqa: PLR0913, PLR0917, ANN201 - a kernel's arguments
     M,  # noqa: ANN001, N803 - rows of x
     N,  # noqa: ANN001, N803 - columns of the weight
     K,  # noqa: ANN001, N803 - rows of the weight
-    S,  # noqa: ANN001, N803 - columns of the tables, N padded to a multiple of 32
+    S,  # noqa: ANN001, N803 - columns of the tables, those of joined layers too
     STEPS,  # noqa: ANN001, N803 - padded K / BLOCK_K
     PARTS,  # noqa: ANN001, N803 - programs that share a tile's rows of the weight
     GROUP_SHIFT,  # noqa: ANN001, N803 - a group of the tables has 2**GROUP_SHIFT rows
@@ -100,9 +100,10 @@ def multiply_rows(  # noqa: PLR0913, PLR0917, ANN201 - a kernel's arguments
 def dequantize(  # noqa: ANN201 - a kernel's arguments
     words,  # noqa: ANN001 - int32 [padded K / UNIT, PLANES, 8, S]
     table,  # noqa: ANN001 - int32 [G, S] or [G, 2, S]
-    weight,  # noqa: ANN001 - float16 or bfloat16 [K, S]
+    weight,  # noqa: ANN001 - float16 or bfloat16 [K, N]
     K,  # noqa: ANN001, N803 - rows of the weight
-    S,  # noqa: ANN001, N803 - columns
+    N,  # noqa: ANN001, N803 - its columns, padded to a multiple of 32
+    S,  # noqa: ANN001, N803 - columns of the tables, those of joined layers too
     GROUP_SHIFT,  # noqa: ANN001, N803
     BITS: tl.constexpr,  # noqa: N803
     BLOCK_N: tl.constexpr,  # noqa: N803
@@ -124,10 +125,10 @@ def dequantize(  # noqa: ANN201 - a kernel's arguments
         for place in tl.static_range(SPAN // 16):
             low, high = _weights(first, second, third, zero, span * (SPAN // 16) + place, BITS)
             even = row + place * 16 + pair * 2
-            to = weight + even.to(tl.int64) * S + column
-            inside = (column < S) & (even < K)
+            to = weight + even.to(tl.int64) * N + column
+            inside = (column < N) & (even < K)
             tl.store(to, (low * scale).to(weight.dtype.element_ty), mask=inside)
-            tl.store(to + S, (high * scale).to(weight.dtype.element_ty), mask=inside)
+            tl.store(to + N, (high * scale).to(weight.dtype.element_ty), mask=inside)
 
 
 @triton.jit

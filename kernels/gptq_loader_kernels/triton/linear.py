@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptq_loader_kernels.autograd import by_identity, needs_gradient, with_gradient
+from gptq_loader_kernels.side_by_side import join_modules
 from gptq_loader_kernels.triton.crossover import NEVER
 from gptq_loader_kernels.triton.layout import lay_out
 from gptq_loader_kernels.triton.operator import multiply_packed
+from gptq_loader_kernels.triton.shape import VECTOR
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gptq_loader_kernels.triton.tiles import Tile
     from gptq_loader_plugin.kernel import LayerSpec, PackedLinear
 
@@ -98,6 +102,18 @@ class TritonLinear(torch.nn.Module):
         )
         shaped: torch.Tensor = y.view(*x.shape[:-1], self.out_features)
         return shaped
+
+    def join(self, others: Sequence[torch.nn.Module]) -> TritonLinear | None:
+        """Join modules of the same x, as `gptq_loader_plugin.kernel.Joinable` has it."""
+        before = (self, *others)[:-1]
+        if any(getattr(it, "out_features", 1) % VECTOR for it in before):
+            return None  # its columns are padded, which would lie between the parts
+        settings = (
+            "bits", "in_features", "dtype", "scales", "tiles", "multiprocessors", "tensor_cores",
+            "crossover", "group_shift",
+        )  # fmt: skip
+        along = {"words": 1, "table": 2, "bias": 0, "permutation": None}
+        return join_modules(self, others, settings=settings, along=along)
 
     def use(self, place: int, tile: Tile) -> None:
         """Use another tile for one bucket."""

@@ -39,7 +39,7 @@ def multiply(  # noqa: PLR0913, PLR0917, ANN201 - a kernel's arguments
     M,  # noqa: ANN001, N803 - rows of x
     N,  # noqa: ANN001, N803 - columns of the weight
     K,  # noqa: ANN001, N803 - rows of the weight
-    S,  # noqa: ANN001, N803 - columns of the tables, N padded to a multiple of 32
+    S,  # noqa: ANN001, N803 - columns of the tables, those of joined layers too
     TILES,  # noqa: ANN001, N803 - padded K / BLOCK_K
     PARTS,  # noqa: ANN001, N803 - programs that share a tile's rows of the weight
     GROUP_SHIFT,  # noqa: ANN001, N803 - a group of the tables has 2**GROUP_SHIFT rows

@@ -4,7 +4,8 @@
 two neighbouring rows, 2i in its low half and 2i + 1 in its high half, of as many blocks as fit:
 two at 8 bits, four at 4, eight at 2. At 3 bits a unit is sixteen blocks in three planes of words,
 five blocks in each; the sixteenth block's three bits are the halves' last ones. K is padded to
-whole steps of the kernel, N to whole vectors.
+whole steps of the kernel, N to whole vectors. Of joined layers the rows lie side by side, and a
+kernel reads one layer's columns of them.
 
 *table*: a row for each group, one 32-bit word for each column: the scale's 16 bits, and above them
 the zero. Scales in float32 take a row of their own before that of the zeros. Where groups are not
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gptq_loader_plugin.kernel import LayerSpec
 
-__all__ = ["Shape", "unit_rows"]
+__all__ = ["VECTOR", "Shape", "unit_rows"]
 
 VECTOR = 32  # columns: whole 128-byte lines of words
 STEP = {2: 128, 3: 256, 4: 128, 8: 128}  # rows: the most that one step of the kernel takes
