@@ -24,8 +24,10 @@ __all__ = ["CARDS", "LLAMA_2_7B", "Card", "Decoder", "table"]
 
 SHARE = 0.85  # of a card's bandwidth that the kernels are to reach
 LAUNCH = 1.5e-6  # seconds; make gpu measures the card's own
-LAUNCHES_A_LAYER = 9  # the aim: four products, two norms, rotary with cache, attention, SiLU
-LAUNCHES_BESIDE = 6  # embedding, last norm, head, sampling
+# Four products, two norms, rotary with cache, attention, SiLU; and the sums of what is shared among
+# programs: the products o and down, and attention.
+LAUNCHES_A_LAYER = 12
+LAUNCHES_BESIDE = 10  # embedding, rotary table, last norm, head, sampling
 SEQUENCES = (1, 16)
 MARKS = re.compile(r"(?<=<!-- model: begin -->\n).*?(?=<!-- model: end -->)", re.DOTALL)
 

@@ -138,12 +138,14 @@ class ModelReport:
         passed: the checks that held, and how far the worst logits were off.
         failed: those that did not, and why.
         not_paged: why no engine runs it, where one was to.
+        fused: whether the engine's steps fuse its layers.
     """
 
     family: str
     passed: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     not_paged: str | None = None
+    fused: bool = False
 
 
 class _Letters:
@@ -205,6 +207,7 @@ def make_subject(
     if attention is not None:
         engine = PagedEngine(model, attention, CONTEXT)
         engine.probe()
+        engine.fuse()
         engine.max_sequences = SEQUENCES
     return Subject(model, batcher, plain, engine)
 
@@ -303,6 +306,7 @@ def check_family(
     except Exception as error:  # noqa: BLE001 - whatever it is, the family was not tested
         report.failed = dict.fromkeys(checks, f"{type(error).__name__}: {error}")
         return report
+    report.fused = isinstance(subject.engine, PagedEngine) and subject.engine.fused
     for name in checks:
         subject.worst = 0.0
         try:

@@ -23,7 +23,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from gptq_loader_plugin.kernel import PagedAttention
 
@@ -78,6 +78,7 @@ class Step:
         lengths: positions of each sequence, those of this step included, int32 [sequences].
         counts: how many tokens of each sequence are read, where one has several; else None.
         known_lengths: `lengths`, where `counts` is not None.
+        observed: takes how each layer attends, where somebody asks.
     """
 
     attention: PagedAttention
@@ -89,6 +90,7 @@ class Step:
     lengths: torch.Tensor
     counts: Sequence[int] | None = None
     known_lengths: Sequence[int] = ()
+    observed: dict[int, Mapping[str, Any]] | None = None
     written: tuple[int, torch.Tensor] | None = field(default=None, init=False)
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -115,6 +117,8 @@ class Step:
         """Attend to all of each sequence: query [tokens, heads, head_dim] -> [.., value_dim]."""
         cache = self.caches[layer]
         how: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+        if self.observed is not None:
+            self.observed[layer] = how
         if self.counts is None:
             return self.attention.decode(
                 query, cache.keys, cache.values, self.block_tables, self.lengths, **how

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +12,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from gptq_loader_plugin.engine.attention import KVCache, NotPaged, Step, StepCache, attention_of
 from gptq_loader_plugin.engine.block_pool import BlockPool, BlockTable
 from gptq_loader_plugin.engine.decode_graphs import DecodeGraphs
+from gptq_loader_plugin.engine.fused_decoder import FusedDecoder, NotFused, Observed, observing
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.generation.rotation import LengthRotation
+from gptq_loader_plugin.kernel import FusedOperators
 from gptq_loader_plugin.system.device_memory import free_device_memory
 from gptq_loader_plugin.transformers_compat import find_cache_argument
 
@@ -27,8 +30,8 @@ __all__ = ["PagedEngine", "make_engine"]
 
 BLOCK_SIZE = 16  # positions
 PROBE = (5, 1, 1)  # tokens of the steps that a model is tried with
-# Relative RMS of the probe's logits. The engine adds in another order than torch's attention does.
 KV_SHARE = 0.6  # of the memory that is free, for keys and values
+# Relative RMS of the probe's logits. The engine adds in another order than torch's attention does.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
@@ -50,12 +53,13 @@ def make_engine(
     try:
         engine = PagedEngine(model, attention, context)
         engine.probe()
+        layers = engine.fuse()
     except NotPaged as reason:
         return None, f"replies are written one after the other: {reason}"
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         problem = str(error).partition("\n")[0][:200]
         return None, f"replies are written one after the other: its class has {problem}"
-    return engine, "several replies are written in one pass, keys and values in blocks"
+    return engine, f"several replies are written in one pass, keys and values in blocks; {layers}"
 
 
 class PagedEngine:
@@ -87,10 +91,17 @@ class PagedEngine:
         self._caches: dict[int, KVCache] = {}
         self._windows: set[int | None] = set()
         self._graphs: DecodeGraphs | None = None
+        self._observed = Observed()
+        self._fused: FusedDecoder | None = None
         self._room = 0  # blocks that were asked for last
         self.max_sequences = 1
         self.rotation = LengthRotation(model)
         self.pool = BlockPool(0, BLOCK_SIZE)
+
+    @property
+    def fused(self) -> bool:
+        """Whether a step of one token a sequence takes fewer kernels than the model's layers."""
+        return self._fused is not None
 
     @property
     def block_bytes(self) -> int:
@@ -112,6 +123,8 @@ class PagedEngine:
         Raises:
             NotPaged: it answers otherwise, or does what the engine does not.
         """
+        self._observed = Observed()
+        tolerance = _tolerance(self._model)
         count = min(sum(PROBE), self._context)
         ids = [i % self._model.config.get_text_config().vocab_size for i in range(1, count + 1)]
         with torch.inference_mode():
@@ -125,13 +138,34 @@ class PagedEngine:
                 if not part:
                     break
                 first += size
-                logits = self.step([part], [table], [count])[0].float()
+                with observing(self._model, self._observed) if first == size else nullcontext():
+                    logits = self.step([part], [table], [count])[0].float()
                 right = expected[first - 1]
                 error = float((logits - right).norm() / right.norm().clamp_min(1e-12))
-                if not error <= TOLERANCE.get(self._model.dtype, 6e-2):
+                if not error <= tolerance:
                     raise NotPaged(f"its logits differ by {error:.1%} in blocks")
         if len(self._caches) != self._layers:
             raise NotPaged("some of its layers keep no keys and values")
+
+    def fuse(self) -> str:
+        """Have steps of one token a sequence take fewer kernels, where the model's class allows.
+
+        To be called after `probe`, which saw what its layers do.
+
+        Returns:
+            What was found in words, as part of a sentence.
+        """
+        otherwise = "its layers are transformers' own"
+        if not isinstance(self._attention, FusedOperators):
+            return otherwise
+        try:
+            with torch.inference_mode(mode=False):
+                self._fused = FusedDecoder(self._model, self._attention, self._observed)
+            self.probe()
+        except (NotFused, NotPaged, AttributeError, TypeError, RuntimeError, ValueError) as reason:
+            self._fused = None
+            return f"{otherwise}: {str(reason).partition(chr(10))[0][:200]}"
+        return "norms, rotations and products of its layers are fused"
 
     def resize(self, num_blocks: int) -> None:
         """Have so many blocks; what the old ones hold is forgotten.
@@ -305,6 +339,8 @@ class PagedEngine:
     ) -> torch.Tensor:
         """Read one token of each sequence: int64 [sequences] -> logits [sequences, vocabulary]."""
         step = self._step(slots, block_tables, lengths)
+        if self._fused is not None and self._fused.unchanged():
+            return self._fused(tokens, positions, step)
         return self._run_step(tokens[None], positions[None], step, 0)
 
     def _step(self, slots: torch.Tensor, block_tables: torch.Tensor, lengths: torch.Tensor) -> Step:
@@ -316,6 +352,7 @@ class PagedEngine:
             slots,
             block_tables,
             lengths,
+            observed=self._observed.attention if self._observed.active else None,
         )
 
     def _run_step(
@@ -352,6 +389,12 @@ def _plain_layers(model: Any) -> int:  # noqa: ANN401 - a transformers model
         if type(layer) not in plain:
             raise NotPaged(f"it keeps a {type(layer).__name__}")
     return len(layers) or int(model.config.get_text_config().num_hidden_layers)
+
+
+def _tolerance(model: Any) -> float:  # noqa: ANN401
+    """Return how far logits may lie apart: by the least precise dtype that a layer computes in."""
+    dtypes: set[Any] = {getattr(module, "dtype", None) for module in model.modules()}
+    return max(TOLERANCE[it] for it in (dtypes | {model.dtype}) & TOLERANCE.keys())
 
 
 def _resized(cache: torch.Tensor, num_blocks: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +12,7 @@ from altered import DATA, ONE, plugins
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gptq_loader_plugin as gptq
-from gptq_loader_plugin.conformance.models import check_family
+from gptq_loader_plugin.conformance.models import check_family, make_subject
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.engine.block_pool import BlockPool, BlockTable
 from gptq_loader_plugin.engine.paged_engine import PagedEngine
@@ -35,6 +36,13 @@ SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "i
 PLAIN = (
     "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "phi3", "gpt_neox", "mixtral",
 )  # fmt: skip
+# Of these the layers are fused; GPT-NeoX's norms are of another kind.
+FUSED = (*PLAIN[:-2], "mixtral", "gemma2", "qwen2_moe")
+# Operators that launch nothing.
+VIEWS = {
+    "alias", "contiguous", "detach", "expand", "flatten", "reshape", "resolve_conj", "resolve_neg",
+    "select", "slice", "split_with_sizes", "t", "to", "transpose", "unsqueeze", "view",
+}  # fmt: skip
 ONE_AFTER_THE_OTHER = ("bloom", "deepseek_v3", "lfm2", "mamba", "rwkv")
 
 
@@ -108,13 +116,14 @@ def test_a_prompt_that_begins_as_another_is_not_read_again(model: gptq.LoadedMod
     generation.close()
 
 
-@pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.parametrize("family", sorted({*PLAIN, *FUSED}))
 def test_families_are_written_as_one_call_answers(family: str) -> None:
     loaded = plugins()
     kernel = next(it for it in loaded.kernels() if it.name == "reference")
     attention = loaded.hook.gptq_paged_attention(device=find_device("cpu"))
     report = check_family(family, kernel, ("parts", "kept", "batch"), attention)
     assert report.not_paged is None
+    assert report.fused == (family in FUSED)
     assert report.failed == {}
 
 
@@ -140,6 +149,82 @@ class Dispatched(TorchDispatchMode):
         del types
         self.names.append(function.overloadpacket.__name__)
         return function(*args, **(kwargs or {}))
+
+
+def kernels_of_a_step(engine: PagedEngine, model: gptq.LoadedModel) -> list[str]:
+    """Name the operators of a decode step that are no views: each launches a kernel."""
+    tables = [engine.make(model.model) for _ in range(3)]
+    engine.step([[1, 2, 3], [4], [5, 6]], tables, [3, 1, 2])
+    with Dispatched() as dispatched:
+        engine.step([[1], [2], [3]], tables, [4, 2, 3])
+    for table in tables:
+        table.release()
+    return [it for it in dispatched.names if it not in VIEWS]
+
+
+def test_a_layer_takes_nine_kernels(model: gptq.LoadedModel) -> None:
+    """A sum and a norm twice, four products, rotation, attention, activation."""
+    engine = engine_of(model)
+    names = Counter(kernels_of_a_step(engine, model))
+    layers = model.model.config.num_hidden_layers
+    fused = ("add_rms_norm", "linear", "rotary_and_cache", "paged_attention", "activation_and_mul")
+    counts = {name: names[name] for name in fused}
+    assert counts == {
+        "add_rms_norm": 2 * layers,
+        "linear": 4 * layers + 1,  # and the head
+        "rotary_and_cache": layers,
+        "paged_attention": layers,
+        "activation_and_mul": layers,
+    }
+    assert names["rms_norm"] == 1
+    # Nothing else is of a layer: the embedding, the rotary table and the step's inputs are once.
+    assert not {"silu", "mean", "rsqrt", "write_cache", "add", "index_select"} & set(names)
+
+
+@pytest.mark.parametrize("what", ["hook", "norm", "layer"])
+def test_a_changed_model_goes_on_by_its_own_layers(model: gptq.LoadedModel, what: str) -> None:
+    engine = engine_of(model)
+    assert "add_rms_norm" in kernels_of_a_step(engine, model)
+    layer = model.model.model.layers[1]
+    if what == "hook":
+        layer.mlp.register_forward_hook(lambda module, args, output: 2 * output)
+    elif what == "norm":
+        layer.input_layernorm.variance_epsilon = 0.1
+    else:
+        layer.self_attn.k_proj = torch.nn.Linear(
+            model.model.config.hidden_size, layer.self_attn.k_proj.out_features, bias=False
+        )
+    assert "add_rms_norm" not in kernels_of_a_step(engine, model)
+    ids = [5, 6, 7, 8]
+    with torch.inference_mode():
+        right = model.model(torch.tensor([ids])).logits[0, -1]
+    table = engine.make(model.model)
+    engine.step([ids[:3]], [table], [3])
+    assert torch.allclose(engine.step([ids[3:]], [table], [4])[0], right, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", sorted({*PLAIN, *FUSED}))
+def test_a_step_is_traced_whole_by_a_compiler(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    loaded = plugins()
+    kernel = next(it for it in loaded.kernels() if it.name == "reference")
+    attention = loaded.hook.gptq_paged_attention(device=find_device("cpu"))
+    subject = make_subject(family, kernel, attention)
+    engine = subject.engine
+    assert isinstance(engine, PagedEngine)
+    if engine._fused is not None:  # asked once a step, before it
+        monkeypatch.setattr(engine._fused, "unchanged", lambda: True)
+    tables = [engine.make(subject.model) for _ in range(2)]
+    engine.step([[5, 6, 7], [8]], tables, [3, 1])
+    slots = [table.reserve(1)[0] for table in tables]
+    blocks = [table.blocks for table in tables]
+    inputs = (
+        torch.tensor([9, 10]), torch.tensor([3, 1]), torch.tensor(slots),
+        torch.tensor(blocks, dtype=torch.int32), torch.tensor([4, 2], dtype=torch.int32),
+    )  # fmt: skip
+    step = torch.compile(engine._run, fullgraph=True, backend="eager")
+    with torch.inference_mode():
+        torch.testing.assert_close(step(*inputs), engine._run(*inputs))
 
 
 def test_a_decoding_step_waits_for_nothing(model: gptq.LoadedModel) -> None:
