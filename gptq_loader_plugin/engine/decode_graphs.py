@@ -58,14 +58,14 @@ class DecodeGraphs:
 
     def run(
         self,
-        tokens: Sequence[int],
+        tokens: Sequence[int] | torch.Tensor,
         positions: Sequence[int],
         slots: Sequence[int],
         blocks: Sequence[Sequence[int]],
     ) -> torch.Tensor:
         """Read one token of each sequence; return the logits [sequences, vocabulary].
 
-        They are overwritten by the next call.
+        They are overwritten by the next call. Tokens may be int64 [sequences] on the device.
         """
         parts = []
         for i in range(0, len(tokens), BUCKETS[-1]):
@@ -76,7 +76,7 @@ class DecodeGraphs:
 
     def _run_bucket(
         self,
-        tokens: Sequence[int],
+        tokens: Sequence[int] | torch.Tensor,
         positions: Sequence[int],
         slots: Sequence[int],
         blocks: Sequence[Sequence[int]],
@@ -86,10 +86,14 @@ class DecodeGraphs:
         width = self._width if self._captures else FIELDS + max(map(len, blocks))
         if self._copied is not None:
             self._copied.synchronize()  # long done: the last step has read the host's buffer
-        self._write(bucket, width, tokens, positions, slots, blocks)
-        self._inputs[: bucket * width].copy_(self._host[: bucket * width], non_blocking=True)
+        known = [0] * count if isinstance(tokens, torch.Tensor) else tokens
+        self._write(bucket, width, known, positions, slots, blocks)
+        inputs = self._inputs[: bucket * width]
+        inputs.copy_(self._host[: bucket * width], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
+        if isinstance(tokens, torch.Tensor):
+            inputs.view(bucket, width)[:count, 0].copy_(tokens)
         if not self._captures or self._refused or not self._watch.unchanged():
             return self._call(bucket, width)[:count]
         if bucket not in self._graphs and not self._capture(bucket):

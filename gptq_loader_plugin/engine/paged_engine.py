@@ -99,6 +99,11 @@ class PagedEngine:
         self.pool = BlockPool(0, BLOCK_SIZE)
 
     @property
+    def runs_ahead(self) -> bool:
+        """Whether the device computes a step while the host goes on, and rotations never change."""
+        return self._model.device.type == "cuda" and not self.rotation.varies
+
+    @property
     def fused(self) -> bool:
         """Whether a step of one token a sequence takes fewer kernels than the model's layers."""
         return self._fused is not None
@@ -213,6 +218,29 @@ class PagedEngine:
                 table.append(part)
             return logits
 
+    @torch.inference_mode()
+    def step_ahead(self, tokens: torch.Tensor, caches: Sequence[BlockTable]) -> torch.Tensor:
+        """Read a token of each of some sequences, whose values only the device knows yet.
+
+        Args:
+            tokens: int64 [sequences].
+            caches: the blocks of each; `append` adds the tokens to them once they are known.
+
+        Returns:
+            As `step`.
+
+        Raises:
+            GPTQLoaderError: there is no room for them.
+        """
+        with self._lock:
+            return self._decode(tokens, caches, [table.reserve(1)[0] for table in caches])
+
+    def append(self, tokens: Sequence[int], caches: Sequence[BlockTable]) -> None:
+        """Note which tokens `step_ahead` has read."""
+        with self._lock:
+            for token, table in zip(tokens, caches, strict=True):
+                table.append([token])
+
     def make(self, model: PreTrainedModel, rotation: tuple[int, ...] = ()) -> BlockTable:
         """Make an empty table of blocks."""
         del model
@@ -291,7 +319,10 @@ class PagedEngine:
         return torch.stack([parts[i] for i in range(len(tokens))])
 
     def _decode(
-        self, tokens: Sequence[int], tables: Sequence[BlockTable], slots: Sequence[int]
+        self,
+        tokens: Sequence[int] | torch.Tensor,
+        tables: Sequence[BlockTable],
+        slots: Sequence[int],
     ) -> torch.Tensor:
         """Read one token of each sequence."""
         if self._graphs is None:

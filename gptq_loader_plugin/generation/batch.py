@@ -4,6 +4,9 @@ Continuous batching: a reply joins whenever it comes and leaves when it ends. Wh
 several sequences in one call (`Batcher`), the weights are read once for all of them; elsewhere each
 sequence takes its step in turn, so that replies still come side by side. A reply is the one it
 would be alone: sequences share no padding, no mask and no sum.
+
+Where a device computes while the host goes on, its next step is begun before the host has seen the
+tokens that it reads: they stay on the device, and their text is made meanwhile.
 """
 
 from __future__ import annotations
@@ -12,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptq_loader_plugin.generation.batch_sampling import pick_tokens
+from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.generation.batch_sampling import pick_tokens, to_device
 from gptq_loader_plugin.generation.generate import compute_logits, top_logits_head
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from gptq_loader_plugin.generation.generate import Generation, Piece
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "write_alone"]
 
 FEW = 8  # tokens that are read beside other sequences' ones, in a step
 # Of prompts in a step while replies are being written, which wait for it: SmolLM2-135M reads so
@@ -31,6 +35,52 @@ WHOLE = 2048  # in a step where none wait
 # Positions after which a token takes twice as long to read as the first: 256 tokens of SmolLM2-135M
 # took 0.31 s of one core at the beginning and 1.3 s after 8,000.
 TWICE = 2048
+
+
+class _Picked:
+    """Tokens that the device has picked, on their way to the host.
+
+    Args:
+        replies: whose they are.
+        tokens: int64 [replies].
+    """
+
+    def __init__(self, replies: list[Generation], tokens: torch.Tensor) -> None:
+        self.replies, self.tokens = replies, tokens
+        self._host, self._copied = tokens, None
+        if tokens.is_cuda:  # now, as a copy waits for all that is launched before it
+            self._host = torch.empty(len(tokens), dtype=tokens.dtype, pin_memory=True)
+            self._host.copy_(tokens, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def wait(self) -> list[int]:
+        """Return them once they are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host.tolist()
+
+    def only(self, places: list[int]) -> _Picked:
+        """Leave out the others."""
+        if len(places) == len(self.replies):
+            return self
+        at = to_device(places, torch.int64, self.tokens.device)
+        return _Picked([self.replies[i] for i in places], self.tokens.index_select(0, at))
+
+
+def write_alone(model: LoadedModel, begin: Callable[[], Generation]) -> Iterator[Piece]:
+    """Write the reply that `begin` begins to its end, by the steps that a batch takes."""
+    batch = Batch(model)
+    with torch.inference_mode():
+        batch.add(begin())
+    try:
+        while len(batch):
+            for _, what in batch.step():
+                if isinstance(what, Exception):
+                    raise what
+                yield what
+    finally:
+        batch.close()
 
 
 class Batch:
@@ -45,6 +95,7 @@ class Batch:
         self._batcher, self._engine = model.batcher, model.engine
         self._head = top_logits_head(self._model)
         self._written: list[Generation] = []
+        self._picked: _Picked | None = None
 
     def __len__(self) -> int:
         """Count the replies that are being written."""
@@ -59,6 +110,7 @@ class Batch:
         for generation in self._written:
             generation.close()
         self._written.clear()
+        self._picked = None
 
     @torch.inference_mode()
     def step(self) -> Iterator[tuple[Generation, Piece | Exception]]:
@@ -70,27 +122,87 @@ class Batch:
         for generation in list(self._written):
             if (piece := generation.cancelled()) is not None:
                 yield self._emit(generation, piece)
+        picked, self._picked = self._picked, None
+        if picked is not None:
+            following = self._run_ahead(picked)
+            yield from self._see(picked, following)
+            if following is not None:
+                return
         long = [generation for generation in self._written if len(generation.pending) > FEW]
         few = [generation for generation in self._written if len(generation.pending) <= FEW]
-        left: float = PART if few else WHOLE
-        for generation in long:
-            cost = 1 + generation.position / TWICE if few else 1
-            if left > 0:
-                count = min(max(int(left / cost), 1), len(generation.pending))
-                left -= count * cost
-                yield from self._forward(generation, count)
+        yield from self._read_prompts(long, waiting=bool(few))
         try:
             states = self._step_many(few)
         except Exception as error:  # noqa: BLE001 - the caller's to tell: memory may be short
             for generation in few:
                 yield self._emit(generation, error)
             return
-        picked = {} if states is None else self._pick(few, states)
+        if states is not None and self._takes_turns(few):
+            self._picked = _Picked(few, self._pick(few, states[:, 0]))
+            return
+        seen = {} if states is None else self._pick_seen(few, states)
         for i, generation in enumerate(few):
             if states is None:
                 yield from self._forward(generation, FEW)
             else:
-                yield from self._sample(generation, states[i], picked.get(i))
+                yield from self._sample(generation, states[i], seen.get(i))
+
+    def _read_prompts(
+        self, long: list[Generation], *, waiting: bool
+    ) -> Iterator[tuple[Generation, Piece | Exception]]:
+        """Read some of the prompts; less of them while other replies wait."""
+        left: float = PART if waiting else WHOLE
+        for generation in long:
+            cost = 1 + generation.position / TWICE if waiting else 1
+            if left > 0:
+                count = min(max(int(left / cost), 1), len(generation.pending))
+                left -= count * cost
+                yield from self._forward(generation, count)
+
+    def _takes_turns(self, few: list[Generation]) -> bool:
+        """Return whether the next step may begin before the tokens of this one are seen."""
+        return (
+            self._engine is not None
+            and self._engine.runs_ahead
+            and bool(few)
+            and len(few) == len(self._written)
+            and all(it.runs_ahead for it in few)
+        )
+
+    def _run_ahead(self, picked: _Picked) -> _Picked | None:
+        """Begin the step that reads picked tokens; return those that it picks.
+
+        None where there is something else to do first, or no room.
+        """
+        assert self._engine is not None
+        replies = picked.replies
+        if replies != self._written or all(it.ends_next for it in replies):
+            return None
+        try:
+            logits = self._engine.step_ahead(picked.tokens, [it.cache for it in replies])
+        except GPTQLoaderError:
+            return None  # a step that knows its tokens says so, of one reply
+        return _Picked(replies, self._pick(replies, logits, uncounted=1))
+
+    def _see(
+        self, picked: _Picked, following: _Picked | None
+    ) -> list[tuple[Generation, Piece | Exception]]:
+        """Wait for tokens that were picked; a step that has begun goes on with those unfinished."""
+        assert self._engine is not None
+        pieces, left = [], []
+        for i, (generation, token) in enumerate(zip(picked.replies, picked.wait(), strict=True)):
+            if generation.finished:  # cancelled meanwhile
+                continue
+            piece = generation.append_token(token, None)
+            if piece is not None:
+                pieces.append(self._emit(generation, piece))
+            if following is not None and not generation.finished:
+                generation.pending = []
+                self._engine.append([token], [generation.cache])
+                left.append(i)
+        if following is not None and left:
+            self._picked = following.only(left)
+        return pieces
 
     def _step_many(self, few: list[Generation]) -> torch.Tensor | None:
         """Read what is unread of some replies in one step: logits [replies, 1, vocabulary]."""
@@ -116,14 +228,21 @@ class Batch:
         of_all: torch.Tensor = self._model.get_output_embeddings()(states)
         return of_all[:, None]
 
-    def _pick(self, few: list[Generation], logits: torch.Tensor) -> dict[int, int]:
+    def _pick_seen(self, few: list[Generation], logits: torch.Tensor) -> dict[int, int]:
         """Pick at a time the tokens of those replies that can be, by their place."""
-        rows = {i: it.row for i, it in enumerate(few) if it.row is not None}
+        rows = [i for i, it in enumerate(few) if it.row is not None]
         if not rows:
             return {}
-        some = logits[:, 0] if len(rows) == len(few) else logits[list(rows), 0]
-        picked = pick_tokens(list(rows.values()), [few[i].sequence for i in rows], some)
+        some = logits[:, 0] if len(rows) == len(few) else logits[rows, 0]
+        picked = self._pick([few[i] for i in rows], some)
         return dict(zip(rows, picked.tolist(), strict=True))
+
+    def _pick(
+        self, replies: list[Generation], logits: torch.Tensor, uncounted: int = 0
+    ) -> torch.Tensor:
+        """Pick a token of each reply on the device, from logits [replies, vocabulary]."""
+        rows = [it.row for it in replies if it.row is not None]
+        return pick_tokens(rows, [it.sequence for it in replies], logits, uncounted=uncounted)
 
     def _forward(
         self, generation: Generation, max_tokens: int

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.generation.options import GenerateOptions
 
-__all__ = ["Row", "pick_tokens"]
+__all__ = ["Row", "pick_tokens", "to_device"]
 
 TIES = 8  # tokens past top_k that are looked at: those as likely as the last one count too
 # The constants of SplitMix64 (doi:10.1145/2714064.2660195), as signed numbers.
@@ -61,7 +61,11 @@ class Row:
 
 
 def pick_tokens(
-    rows: Sequence[Row], sequences: Sequence[torch.Tensor], logits: torch.Tensor
+    rows: Sequence[Row],
+    sequences: Sequence[torch.Tensor],
+    logits: torch.Tensor,
+    *,
+    uncounted: int = 0,
 ) -> torch.Tensor:
     """Pick a token of each reply.
 
@@ -69,6 +73,7 @@ def pick_tokens(
         rows: how.
         sequences: the tokens of each so far, int64 [1, n], which a penalty goes by.
         logits: [rows, vocabulary].
+        uncounted: how many tokens were picked that no row has counted yet.
 
     Returns:
         int64 [rows].
@@ -86,7 +91,7 @@ def pick_tokens(
         (limit - 1, row.options.temperature or 1.0, row.options.top_p, row.options.min_p)
         for row, limit in zip(rows, limits, strict=True)
     ]
-    columns = torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
+    columns = to_device(values, torch.float32, device)
     last, temperature, top_p, min_p = (columns[:, i : i + 1] for i in range(4))
     kept = scores >= scores.gather(1, last.long())
     scores = (scores / temperature).masked_fill(~kept, float("-inf"))
@@ -94,11 +99,18 @@ def pick_tokens(
     kept &= (probabilities.cumsum(dim=-1) - probabilities < top_p) | (top_p >= 1)
     kept &= probabilities >= min_p * probabilities[:, :1]
     kept[:, 0] = True
-    noise = _gumbel([row.seed for row in rows], [row.num_sampled for row in rows], ids)
-    greedy = torch.tensor([row.options.temperature == 0 for row in rows]).to(device)[:, None]
+    counts = [row.num_sampled + uncounted for row in rows]
+    noise = _gumbel([row.seed for row in rows], counts, ids)
+    greedy = to_device([[row.options.temperature == 0] for row in rows], torch.bool, device)
     noise = noise.masked_fill(greedy, 0.0)
     at = (scores + noise).masked_fill(~kept, float("-inf")).max(dim=-1, keepdim=True).indices
     return ids.gather(1, at)[:, 0]
+
+
+def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Copy numbers to a device without waiting for what it computes."""
+    tensor = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)
 
 
 def _penalised(
@@ -123,7 +135,7 @@ def _penalised(
 
 def _gumbel(seeds: Sequence[int], counts: Sequence[int], ids: torch.Tensor) -> torch.Tensor:
     """Draw a Gumbel variate for each candidate: ids int64 [rows, n] -> float32 [rows, n]."""
-    numbers = torch.tensor([seeds, counts]).to(ids.device, non_blocking=True)
+    numbers = to_device([seeds, counts], torch.int64, ids.device)
     state = numbers[0][:, None]
     for more in (numbers[1][:, None], ids):
         state = _mix(state + STEPS[0] * (more + 1))

@@ -87,6 +87,11 @@ class Engine(Protocol):
     rotation: LengthRotation
     max_sequences: int
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether its device computes a step while the host goes on."""
+        ...
+
     def step(
         self, tokens: Sequence[Sequence[int]], caches: Sequence[Any], lengths: Sequence[int]
     ) -> torch.Tensor:
@@ -100,6 +105,17 @@ class Engine(Protocol):
         Returns:
             The logits after the last token of each [sequences, vocabulary].
         """
+        ...
+
+    def step_ahead(self, tokens: torch.Tensor, caches: Sequence[Any]) -> torch.Tensor:
+        """Read a token of each of some sequences, int64 [sequences], as `step`; add none of them.
+
+        For tokens whose values only the device knows yet.
+        """
+        ...
+
+    def append(self, tokens: Sequence[int], caches: Sequence[Any]) -> None:
+        """Add the tokens that `step_ahead` has read, once they are known."""
         ...
 
     def make(self, model: PreTrainedModel, rotation: tuple[int, ...] = ()) -> Any:  # noqa: ANN401 - the engine's own
@@ -246,6 +262,26 @@ class Generation:
         return output[:, -1]
 
     @property
+    def runs_ahead(self) -> bool:
+        """Whether the token after the next one is picked by nothing but logits and a draw."""
+        return (
+            self.row is not None
+            and self._watch is None
+            and self.row.options.repetition_penalty == 1
+            and not self._runner.rereads
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens were picked."""
+        return self._tokens
+
+    @property
+    def ends_next(self) -> bool:
+        """Whether the next token is the last one, whichever it is."""
+        return self._tokens + 1 >= self._max_new_tokens
+
+    @property
     def position(self) -> int:
         """How many tokens have been read."""
         return self.length - len(self.pending)
@@ -275,12 +311,15 @@ class Generation:
             return self.append_token(int(pick_tokens([self.row], [self.sequence], logits)), logits)
         return self.append_token(self._sampler.sample(self.sequence, logits), logits)
 
-    def append_token(self, token: int, logits: torch.Tensor) -> Piece | None:
-        """Go on with a token that was picked by `logits`; return the text that is certain now."""
+    def append_token(self, token: int, logits: torch.Tensor | None) -> Piece | None:
+        """Go on with a token that was picked by `logits`; return the text that is certain now.
+
+        Nobody who `runs_ahead` looks at the logits.
+        """
         self._tokens += 1
         if self.row is not None:
             self.row.num_sampled += 1
-        if self._watch is not None:
+        if self._watch is not None and logits is not None:
             self._watch(token, logits)
         if token in self._stop_ids:
             return self._end(self._text.rest(), "stop")

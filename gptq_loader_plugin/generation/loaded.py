@@ -14,6 +14,7 @@ from gptq_loader_plugin.errors import (
     OptionInvalid,
     PromptTooLong,
 )
+from gptq_loader_plugin.generation.batch import write_alone
 from gptq_loader_plugin.generation.generate import Generation, Piece, Reply, generate_pieces
 from gptq_loader_plugin.generation.kv_cache import PrefixCache
 from gptq_loader_plugin.generation.options import GenerateOptions
@@ -335,7 +336,12 @@ class LoadedModel:
         watch: Callable[[int, torch.Tensor], object] | None = None,
     ) -> Iterator[Piece]:
         self._check_open()
-        pieces = generate_pieces(lambda: self._begin(ids, options, stop, cancel, processors, watch))
+
+        def begin() -> Generation:
+            return self._begin(ids, options, stop, cancel, processors, watch)
+
+        ahead = self.engine is not None and self.engine.runs_ahead
+        pieces = write_alone(self, begin) if ahead else generate_pieces(begin)
         return _warned(pieces, warning) if warning else pieces
 
     def _begin(

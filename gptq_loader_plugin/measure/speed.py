@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.generation.batch import Batch
 from gptq_loader_plugin.generation.generate import Generation, generate_pieces
 from gptq_loader_plugin.generation.options import GenerateOptions
 from gptq_loader_plugin.kernel import Meter, TopLogitsHead
@@ -183,8 +184,9 @@ def _run(model: LoadedModel, prompt: int, tokens: int) -> list[float]:
     """Write a reply that nothing ends early; return the time at which each token was known."""
     clock = _Clock()
     vocabulary = model.vocab_size
-    pieces = generate_pieces(
-        lambda: Generation(
+
+    def begin(cancel: threading.Event | None = None) -> Generation:
+        return Generation(
             model.model,
             model.tokenizer,
             [i % vocabulary for i in range(100, 100 + prompt)],
@@ -192,12 +194,23 @@ def _run(model: LoadedModel, prompt: int, tokens: int) -> list[float]:
             max_new_tokens=tokens,
             stop=(),
             stop_ids=frozenset(),
-            cancel=clock,
+            engine=model.engine,
+            cancel=cancel,
         )
-    )
-    for _ in pieces:
-        pass
-    return clock.times
+
+    if model.engine is None:
+        for _ in generate_pieces(lambda: begin(clock)):
+            pass
+        return clock.times
+    model.forget()  # a prompt that begins as one before is not read again
+    times: list[float] = []
+    batch, generation = Batch(model), begin()
+    batch.add(generation)
+    while len(batch):
+        for _ in batch.step():
+            pass
+        times += [time.perf_counter()] * (generation.num_tokens - len(times))
+    return times
 
 
 def _bandwidth(model: LoadedModel, size: int) -> list[float]:

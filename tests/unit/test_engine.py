@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,10 @@ from gptq_loader_plugin.engine.paged_engine import PagedEngine
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.generation.batch import Batch
 from gptq_loader_plugin.generation.batch_sampling import Row, pick_tokens
+from gptq_loader_plugin.measure.speed import reply_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from gptq_loader_plugin.generation.generate import Generation
 
@@ -99,6 +101,92 @@ def test_sixteen_replies_are_what_they_are_alone(
     assert texts == expected
     longest = options(len(PROMPTS)).max_new_tokens
     assert steps < longest + len(PROMPTS)  # side by side, and not one after the other
+    pool = engine_of(model).pool
+    assert pool.free_blocks() == pool.num_blocks
+
+
+@pytest.mark.parametrize("more", [{}, {"temperature": 0.9, "seed": 3, "top_p": 0.9}])
+def test_a_step_that_begins_before_its_tokens_are_seen_changes_no_reply(
+    model: gptq.LoadedModel, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the host is a token behind: with stops, joins, a ceiling, a penalty."""
+    model.keep(len(PROMPTS))
+    chosen = [options(i, **more) for i in range(len(PROMPTS))]
+    expected = [model.generate(it, chosen[i]).text for i, it in enumerate(PROMPTS)]
+    stop = next(text[3:6] for text in expected if len(text) > 12)
+    chosen = [options(i, stop=(stop,) if i % 2 else (), **more) for i in range(len(PROMPTS))]
+    chosen[5] = options(5, repetition_penalty=1.2, **more)  # which the host must see first
+    expected = [model.generate(it, chosen[i]).text for i, it in enumerate(PROMPTS)]
+    model.forget()
+
+    engine = engine_of(model)
+    ahead: list[Any] = []
+    monkeypatch.setattr(PagedEngine, "runs_ahead", True)
+    monkeypatch.setattr(engine, "step_ahead", noting(ahead, engine.step_ahead))
+    for which in (range(len(PROMPTS)), [0, 1, 2], [4]):
+        ahead.clear()
+        coming = [model.begin(model.encode(PROMPTS[i]), chosen[i]) for i in which]
+        texts, steps = write(model, coming)
+        assert texts == [expected[i] for i in which]
+        assert len(ahead) > steps // 3  # among all is one with a penalty, for whose end they wait
+    assert engine.pool.free_blocks() == engine.pool.num_blocks
+    assert [model.generate(PROMPTS[i], chosen[i]).text for i in (0, 3)] == [
+        expected[0],
+        expected[3],
+    ]
+
+
+def noting(read: list[Any], step: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Note the tokens that a step reads."""
+
+    def noted(tokens: Any, *args: Any) -> torch.Tensor:
+        read.append(tokens)
+        return step(tokens, *args)
+
+    return noted
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_speed_is_that_of_the_engine(
+    model: gptq.LoadedModel, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PagedEngine, "runs_ahead", ahead)
+    engine = engine_of(model)
+    read: list[Any] = []
+    for name in ("step", "step_ahead"):
+        monkeypatch.setattr(engine, name, noting(read, getattr(engine, name)))
+    for _ in range(2):  # the second time, every token of the prompt again
+        read.clear()
+        assert reply_seconds(model, 5) > 0
+        assert (
+            sum(len(part) for tokens in read if isinstance(tokens, list) for part in tokens) >= 16
+        )
+        assert sum(isinstance(tokens, torch.Tensor) for tokens in read) == (4 if ahead else 0)
+
+
+def test_a_reply_that_is_cancelled_with_a_step_under_way_leaves_no_trace(
+    model: gptq.LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PagedEngine, "runs_ahead", True)
+    model.keep(2)
+    right = model.generate("She said", options(5)).text
+    cancel = threading.Event()
+    coming = [
+        model.begin(model.encode("Once upon a time"), options(9), cancel=cancel),
+        model.begin(model.encode("She said"), options(5)),
+    ]
+    batch, texts, finish = Batch(model), {id(it): "" for it in coming}, {}
+    for generation in coming:
+        batch.add(generation)
+    while len(batch):
+        for generation, what in batch.step():
+            assert not isinstance(what, Exception)
+            texts[id(generation)] += what.text
+            finish[id(generation)] = what.finish
+            if len(texts[id(coming[0])]) > 3:
+                cancel.set()
+    assert finish[id(coming[0])] == "cancelled"
+    assert texts[id(coming[1])] == right
     pool = engine_of(model).pool
     assert pool.free_blocks() == pool.num_blocks
 
