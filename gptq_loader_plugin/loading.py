@@ -87,7 +87,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         offload_folder: where the weights go whose place is the disk. They are computed with on
             the CPU, and read whenever they are needed.
         kv_cache: "int8" keeps the context's keys and values in 8 bits, half the memory, slower
-            and less exact; needs the package hqq. None keeps them in the model's dtype.
+            and less exact; on a CPU by the package hqq. None keeps them in the model's dtype.
         options: all of the above in one; in place of them.
         plugins: the plugins in force; None takes those installed.
 
@@ -122,14 +122,14 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         rows=embedding_rows(checkpoint.headers),
     )
     from gptq_loader_plugin.checkpoint.transformers_config import read_config
+    from gptq_loader_plugin.generation.kv_cache import check_int8
     from gptq_loader_plugin.model.build import build_model
 
     _check_marks(checkpoint.folder)
     config = read_config(checkpoint)  # before the tokenizer, which would be blamed for it
     tokenizer = read_tokenizer(checkpoint)
-    if options.kv_cache == "int8":
-        from gptq_loader_plugin.generation.kv_cache import check_int8
-
+    int8 = options.kv_cache == "int8"
+    if int8 and not _wants_engine(plan):
         check_int8(config)
 
     filled = build_model(checkpoint, plan, plugins, options.offload_folder, check=options.check)
@@ -147,6 +147,8 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     context_tokens = _context(plan, model, options.context)
     engine, done = _make_engine(filled, options, plugins, context_tokens)
     notes = (*notes, *done)
+    if int8 and engine is None:
+        check_int8(config)
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
     loaded = LoadedModel(
@@ -160,7 +162,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         notes=notes,
         batcher=filled.batcher,
         engine=engine,
-        kv_cache="int8" if options.kv_cache == "int8" else None,
+        kv_cache="int8" if int8 and engine is None else None,
     )
     _never_sample_padding(loaded)
     return loaded
@@ -170,18 +172,23 @@ def _make_engine(
     filled: FilledModel, options: LoadOptions, plugins: Plugins, context: int
 ) -> tuple[Engine | None, tuple[str, ...]]:
     """Make what writes many replies in one pass, on an accelerator; say what was found."""
-    several = len({place.device.torch_name for place in filled.plan.placed.values()}) > 1
-    forced = os.environ.get(ENGINE_VARIABLE)
-    active = filled.plan.device.type != "cpu" if forced not in ("0", "1") else forced == "1"
-    if not active or several or options.kv_cache is not None:
+    if not _wants_engine(filled.plan):
         return None, ()
     attention = plugins.hook.gptq_paged_attention(device=filled.plan.device)
     if attention is None:
         return None, ("replies are written one after the other: no plugin offers paged attention",)
     from gptq_loader_plugin.engine.paged_engine import make_engine
 
-    engine, note = make_engine(filled.model, attention, context)
+    int8 = options.kv_cache == "int8"
+    engine, note = make_engine(filled.model, attention, context, int8=int8)
     return engine, (note,)
+
+
+def _wants_engine(plan: Plan) -> bool:
+    """Return whether an engine is to be made: on one accelerator, or where somebody says so."""
+    forced = os.environ.get(ENGINE_VARIABLE)
+    active = plan.device.type != "cpu" if forced not in ("0", "1") else forced == "1"
+    return active and len({place.device.torch_name for place in plan.placed.values()}) < 2
 
 
 def _one_set(options: LoadOptions | None, arguments: LoadOptions) -> LoadOptions:

@@ -58,10 +58,49 @@ class KVCache:
     Attributes:
         keys: [blocks, block_size, kv_heads, head_dim].
         values: [blocks, block_size, kv_heads, value_dim].
+        key_scales: what each head of a position is multiplied by, float16
+            [blocks, block_size, kv_heads], where keys are int8; else None.
+        value_scales: as key_scales.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, shape: tuple[int, int], keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype
+    ) -> KVCache:
+        """Make an empty one [blocks, block_size] for such keys and values [tokens, heads, size]."""
+        caches = [it.new_zeros(*shape, *it.shape[1:], dtype=dtype) for it in (keys, values)]
+        if dtype != torch.int8:
+            return cls(*caches)
+        scales = [it.new_zeros(*shape, it.shape[1], dtype=torch.float16) for it in (keys, values)]
+        return cls(*caches, *scales)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that it holds."""
+        every = (self.keys, self.values, self.key_scales, self.value_scales)
+        return tuple(it for it in every if it is not None)
+
+    def resized(self, num_blocks: int) -> KVCache:
+        """Make an empty one of as many blocks."""
+        return KVCache(*(it.new_zeros(num_blocks, *it.shape[1:]) for it in self.tensors))
+
+    def gather(
+        self, blocks: torch.Tensor, length: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of one sequence [length, kv_heads, size] in a dtype."""
+        keys, values = (
+            it[blocks].flatten(0, 1)[:length].to(dtype)
+            if scales is None
+            else it[blocks].flatten(0, 1)[:length].to(dtype)
+            * scales[blocks].flatten(0, 1)[:length, :, None].to(dtype)
+            for it, scales in ((self.keys, self.key_scales), (self.values, self.value_scales))
+        )
+        return keys, values
 
 
 @dataclass(slots=True)
@@ -101,7 +140,15 @@ class Step:
         cache = self.caches.get(layer)
         if cache is None:
             cache = self.caches[layer] = self.make_cache(new_keys, new_values)
-        self.attention.write_cache(new_keys, new_values, cache.keys, cache.values, self.slots)
+        self.attention.write_cache(
+            new_keys,
+            new_values,
+            cache.keys,
+            cache.values,
+            self.slots,
+            key_scales=cache.key_scales,
+            value_scales=cache.value_scales,
+        )
         self.written = layer, keys
 
     def attend(
@@ -121,14 +168,14 @@ class Step:
             self.observed[layer] = how
         if self.counts is None:
             return self.attention.decode(
-                query, cache.keys, cache.values, self.block_tables, self.lengths, **how
-            )
+                query, cache.keys, cache.values, self.block_tables, self.lengths,
+                key_scales=cache.key_scales, value_scales=cache.value_scales, **how,
+            )  # fmt: skip
         size = cache.keys.shape[1]
         parts, first = [], 0
         for i, (count, length) in enumerate(zip(self.counts, self.known_lengths, strict=True)):
             blocks = self.block_tables[i, : -(-length // size)]
-            keys = cache.keys[blocks].flatten(0, 1)[:length]
-            values = cache.values[blocks].flatten(0, 1)[:length]
+            keys, values = cache.gather(blocks, length, query.dtype)
             parts.append(_attend_many(query[first : first + count], keys, values, **how))
             first += count
         return torch.cat(parts)

@@ -217,6 +217,7 @@ class FusedDecoder:
             query, keys, values, *tables[layer.table], cache.keys, cache.values, step.slots,
             query_weight=_weight(layer.query_norm), key_weight=_weight(layer.key_norm),
             eps=self._eps, style=self._style,
+            key_scales=cache.key_scales, value_scales=cache.value_scales,
         )  # fmt: skip
         y: torch.Tensor = layer.output(step.attend(query, layer.index, **layer.how).flatten(1))
         return y

@@ -32,11 +32,12 @@ BLOCK_SIZE = 16  # positions
 PROBE = (5, 1, 1)  # tokens of the steps that a model is tried with
 KV_SHARE = 0.6  # of the memory that is free, for keys and values
 # Relative RMS of the probe's logits. The engine adds in another order than torch's attention does.
+INT8_TOLERANCE = 5e-2  # more, where keys and values are rounded to 8 bits
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
 def make_engine(
-    model: PreTrainedModel, attention: PagedAttention, context: int
+    model: PreTrainedModel, attention: PagedAttention, context: int, *, int8: bool = False
 ) -> tuple[PagedEngine | None, str]:
     """Make the engine of a model, where its class keeps plain keys and values.
 
@@ -46,12 +47,13 @@ def make_engine(
         model: a causal language model, every tensor on one device.
         attention: how to attend to blocks.
         context: the longest sequence.
+        int8: whether keys and values are kept in 8 bits.
 
     Returns:
         The engine or None, and what was found in words, as part of a sentence.
     """
     try:
-        engine = PagedEngine(model, attention, context)
+        engine = PagedEngine(model, attention, context, int8=int8)
         engine.probe()
         layers = engine.fuse()
     except NotPaged as reason:
@@ -59,7 +61,11 @@ def make_engine(
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         problem = str(error).partition("\n")[0][:200]
         return None, f"replies are written one after the other: its class has {problem}"
-    return engine, f"several replies are written in one pass, keys and values in blocks; {layers}"
+    bits = " of 8 bits" if int8 else ""
+    return (
+        engine,
+        f"several replies are written in one pass, keys and values in blocks{bits}; {layers}",
+    )
 
 
 class PagedEngine:
@@ -69,6 +75,7 @@ class PagedEngine:
         model: a causal language model, every tensor on one device.
         attention: how to attend to blocks.
         context: the longest sequence.
+        int8: whether keys and values are kept in 8 bits, a scale for each head and position.
 
     Attributes:
         rotation: how the model rotates sequences of different lengths.
@@ -76,10 +83,17 @@ class PagedEngine:
         pool: which block holds what.
     """
 
-    def __init__(self, model: PreTrainedModel, attention: PagedAttention, context: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        attention: PagedAttention,
+        context: int,
+        *,
+        int8: bool = False,
+    ) -> None:
         self._model: Any = model
         self._attention = attention
-        self._context = context
+        self._context, self._int8 = context, int8
         self._lock = threading.RLock()
         self._layers = _plain_layers(model)
         self._running = attention_of(model)
@@ -114,7 +128,7 @@ class PagedEngine:
         return sum(
             it.shape[1:].numel() * it.element_size()
             for cache in self._caches.values()
-            for it in (cache.keys, cache.values)
+            for it in cache.tensors
         )
 
     @property
@@ -129,7 +143,7 @@ class PagedEngine:
             NotPaged: it answers otherwise, or does what the engine does not.
         """
         self._observed = Observed()
-        tolerance = _tolerance(self._model)
+        tolerance = _tolerance(self._model) + (INT8_TOLERANCE if self._int8 else 0)
         count = min(sum(PROBE), self._context)
         ids = [i % self._model.config.get_text_config().vocab_size for i in range(1, count + 1)]
         with torch.inference_mode():
@@ -185,9 +199,7 @@ class PagedEngine:
             self._graphs = None
             self.pool = BlockPool(num_blocks, BLOCK_SIZE)
             for layer, old in list(self._caches.items()):
-                self._caches[layer] = KVCache(
-                    *(_resized(it, num_blocks) for it in (old.keys, old.values))
-                )
+                self._caches[layer] = old.resized(num_blocks)
 
     @torch.inference_mode()
     def step(
@@ -407,9 +419,7 @@ class PagedEngine:
     def _make_cache(self, keys: torch.Tensor, values: torch.Tensor) -> KVCache:
         """Make the cache of a layer: keys [tokens, kv_heads, head_dim]."""
         shape = (self.pool.num_blocks, BLOCK_SIZE)
-        return KVCache(
-            keys.new_zeros(*shape, *keys.shape[1:]), values.new_zeros(*shape, *values.shape[1:])
-        )
+        return KVCache.of(shape, keys, values, torch.int8 if self._int8 else keys.dtype)
 
 
 def _plain_layers(model: Any) -> int:  # noqa: ANN401 - a transformers model
@@ -426,7 +436,3 @@ def _tolerance(model: Any) -> float:  # noqa: ANN401
     """Return how far logits may lie apart: by the least precise dtype that a layer computes in."""
     dtypes: set[Any] = {getattr(module, "dtype", None) for module in model.modules()}
     return max(TOLERANCE[it] for it in (dtypes | {model.dtype}) & TOLERANCE.keys())
-
-
-def _resized(cache: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    return cache.new_zeros(num_blocks, *cache.shape[1:])

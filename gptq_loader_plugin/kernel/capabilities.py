@@ -179,16 +179,22 @@ class PagedAttention(Protocol):
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
         slots: torch.Tensor,
+        *,
+        key_scales: torch.Tensor | None = None,
+        value_scales: torch.Tensor | None = None,
     ) -> None:
         """Write the keys and values of tokens into blocks.
 
         Args:
             keys: [tokens, kv_heads, head_dim].
             values: [tokens, kv_heads, value_dim].
-            key_cache: [blocks, block_size, kv_heads, head_dim], in the dtype of the keys.
+            key_cache: [blocks, block_size, kv_heads, head_dim], in the dtype of the keys or int8.
             value_cache: [blocks, block_size, kv_heads, value_dim].
             slots: where each token goes, block x block_size + offset, int64 [tokens]; less than 0
                 for nowhere.
+            key_scales: takes the scale of each head, float16 [blocks, block_size, kv_heads], where
+                the cache is int8; else None.
+            value_scales: as key_scales.
         """
         ...
 
@@ -204,6 +210,8 @@ class PagedAttention(Protocol):
         window: int | None,
         softcap: float | None,
         sinks: torch.Tensor | None,
+        key_scales: torch.Tensor | None = None,
+        value_scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend from the last token of each sequence to all of its positions.
 
@@ -218,6 +226,8 @@ class PagedAttention(Protocol):
             window: how many of the last positions are seen; None for all.
             softcap: scores are softcap * tanh(score / softcap); None for as they are.
             sinks: a score for each head that no value goes with [heads]; None for none.
+            key_scales: as in `write_cache`.
+            value_scales: as in `write_cache`.
 
         Returns:
             [sequences, heads, value_dim], in the dtype of the query.
@@ -258,7 +268,7 @@ class FusedOperators(PagedAttention, Protocol):
         """
         ...
 
-    def rotary_and_cache(
+    def rotary_and_cache(  # noqa: PLR0913 - all that one kernel reads
         self,
         query: torch.Tensor,
         keys: torch.Tensor,
@@ -273,6 +283,8 @@ class FusedOperators(PagedAttention, Protocol):
         key_weight: torch.Tensor | None,
         eps: float,
         style: str,
+        key_scales: torch.Tensor | None = None,
+        value_scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Rotate query and keys by halves, and write keys and values into blocks.
 
@@ -289,6 +301,8 @@ class FusedOperators(PagedAttention, Protocol):
             key_weight: as query_weight.
             eps: of those norms.
             style: of those norms.
+            key_scales: as in `write_cache`.
+            value_scales: as in `write_cache`.
 
         Returns:
             The rotated query [tokens, heads, head_dim].

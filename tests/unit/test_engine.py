@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -381,3 +382,40 @@ def test_random_tables_never_share_what_differs() -> None:
     for it in held:
         it.release()
     assert pool.free_blocks() == 40
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
+def test_keys_and_values_of_8_bits_take_half_and_are_nearly_the_same(family: str) -> None:
+    loaded = plugins()
+    kernel = next(it for it in loaded.kernels() if it.name == "reference")
+    attention = loaded.hook.gptq_paged_attention(device=find_device("cpu"))
+    subject = make_subject(family, kernel, attention)
+    whole = subject.engine
+    assert isinstance(whole, PagedEngine)
+    eight = PagedEngine(subject.model, attention, 96, int8=True)
+    eight.probe()
+    assert "fused" in eight.fuse() or family == "gpt_neox"
+    eight.max_sequences = 2
+    assert eight.block_bytes < 0.35 * whole.block_bytes  # those are float32
+    ids = [5 + i % 200 for i in range(60)]
+    with torch.inference_mode():
+        right = subject.model(torch.tensor([ids])).logits[0, -1]
+    for parts in ([59, 1], [30, 29, 1], [60]):
+        table = eight.make(subject.model)
+        first = 0
+        for part in parts:
+            logits = eight.step([ids[first : first + part]], [table], [60])[0]
+            first += part
+        table.release()
+        assert 0 < float((logits - right).norm() / right.norm()) < 0.02
+
+
+def test_a_load_with_8_bits_uses_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTQ_LOADER_ENGINE", "1")
+    with gptq.load(DATA / ONE, backend="reference", dtype="float32", kv_cache="int8") as model:
+        assert "keys and values in blocks of 8 bits" in model.explain()
+        assert model.generate("She said", options(2)).tokens
+    monkeypatch.setenv("GPTQ_LOADER_ENGINE", "0")
+    if find_spec("hqq") is None:
+        with pytest.raises(GPTQLoaderError, match="hqq"):
+            gptq.load(DATA / ONE, backend="reference", kv_cache="int8")
