@@ -77,7 +77,7 @@ def unknown_model(model_type: str, path: Any, error: Exception) -> UnsupportedFo
             hint="use a model for text generation; or check model_type",
         )
     return UnsupportedFormat(
-        f"transformers cannot build a {model_type} model ({words[:200]})",
+        f"transformers {version} cannot build a {model_type} model ({words[:200]})",
         path=path,
         hint="correct config.json, or copy it from the model this was made of",
     )

@@ -15,6 +15,7 @@ from gptq_loader_plugin.checkpoint.read_ahead import ReadAhead
 from gptq_loader_plugin.errors import ConfigInvalid
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.kernel import Finished, Finisher
+from gptq_loader_plugin.model.class_errors import class_errors
 from gptq_loader_plugin.model.multi_device import follow_devices
 from gptq_loader_plugin.model.self_check import check_finite, check_layers
 from gptq_loader_plugin.model.skeleton import build_skeleton
@@ -86,7 +87,8 @@ def build_model(
 
     tensors = [info for _, parts in reading_order(checkpoint) for info in parts]
     folder = None if offload_folder is None else Path(offload_folder)
-    with ReadAhead(tensors) as ahead:
+    model_type = checkpoint.model_config["model_type"]
+    with ReadAhead(tensors) as ahead, class_errors(model_type, checkpoint.path):
         model = build_skeleton(
             checkpoint, getattr(torch, plan.dtype), config=config, model_class=model_class
         )
@@ -99,7 +101,8 @@ def build_model(
         plugins.progress(Progress("self-check", 0, 2, "checks"))
         check_layers(filled.modules, checkpoint, plan)
         plugins.progress(Progress("self-check", 1, 2, "checks"))
-        check_finite(model, checkpoint)
+        with class_errors(model_type, checkpoint.path):
+            check_finite(model, checkpoint)
         plugins.progress(Progress("self-check", 2, 2, "checks"))
     warnings = (*checkpoint.warnings, *filled.warnings)
     if several:  # a kernel finishes a model whose every tensor is on its device
@@ -112,7 +115,6 @@ def build_model(
         notes.append(dequantized_note(plan.dequantized))
     batcher = next((finished.batcher for finished in done if finished.batcher is not None), None)
     if checkpoint.translated is not None:
-        model_type = checkpoint.translated["model_type"]
         notes.insert(0, f"built as a {model_type} model, which computes what its own code does")
     return FilledModel(model, checkpoint, plan, filled.modules, warnings, tuple(notes), batcher)
 

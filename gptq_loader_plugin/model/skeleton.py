@@ -13,10 +13,13 @@ from gptq_loader_plugin.checkpoint.transformers_config import (
     unknown_model,
 )
 from gptq_loader_plugin.checkpoint.vocabulary import fit_vocabulary
+from gptq_loader_plugin.errors import UnsupportedFormat
 from gptq_loader_plugin.model.meta import MetaDevice, empty_parameters
 from gptq_loader_plugin.model.pictures import auto_class, drop_towers, reads_pictures
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -53,12 +56,27 @@ def build_skeleton(
         _settle_buffers(model, config, dtype, model_class)
     except (*UNBUILDABLE, RuntimeError) as error:
         raise unknown_model(model_type, path, error) from error
+    if model_class is None:
+        _check_token_by_token(model, path)
     empty_parameters(model)
     parts = [getattr(model.config, name) for name in model.config.sub_configs]
     for part in (model.config, *(part for part in parts if part is not None)):
         part.dtype = dtype
     model.eval()
     return model
+
+
+def _check_token_by_token(model: PreTrainedModel, path: Path) -> None:
+    """Refuse a class without transformers' own `generate`: it denoises blocks, or moves a robot."""
+    from transformers import GenerationMixin
+
+    if not isinstance(model, GenerationMixin):
+        raise UnsupportedFormat(
+            f"a {type(model).__name__} does not go on with a text token by token",
+            path=path,
+            hint="use a model for text generation, or this one unquantised and by transformers' "
+            "own code for it",
+        )
 
 
 def _build(

@@ -1,0 +1,99 @@
+"""What a class of transformers raises while a checkpoint is loaded, in plain words."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import FunctionType
+from typing import TYPE_CHECKING
+
+import pytest
+import transformers
+from published import publish
+from tiny_configs import tiny_config
+from transformers import LlamaForCausalLM, Qwen3VLForConditionalGeneration
+from transformers.models.llama import modeling_llama
+
+from gptq_loader_plugin.errors import UnsupportedFormat
+from gptq_loader_plugin.load_options import LoadOptions
+from gptq_loader_plugin.loading import load_model
+from gptq_loader_plugin.model.class_errors import raised_in_transformers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return publish("llama", tmp_path_factory.mktemp("llama")).packed
+
+
+def options() -> LoadOptions:
+    return LoadOptions(backend="reference", device="cpu", dtype="float32")
+
+
+def test_one_that_denoises_blocks_is_refused_by_its_class(tmp_path: Path) -> None:
+    published = publish("diffusion_gemma", tmp_path)
+    with pytest.raises(UnsupportedFormat, match="DiffusionGemmaForBlockDiffusion does not go on"):
+        load_model(published.packed, options())
+
+
+def test_what_is_raised_while_tensors_are_placed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its class ties what is of the tower, which a text does not need and which is not loaded."""
+    published = publish("qwen3_vl", tmp_path / "published")
+    tied = {"model.visual.patch_embed.proj.weigh.": "lm_head.weight"}
+    monkeypatch.setattr(Qwen3VLForConditionalGeneration, "_tied_weights_keys", tied)
+    (tmp_path / "tied").mkdir()
+    folder = edited(published.packed, tmp_path / "tied", tie_word_embeddings=True)
+    with pytest.raises(UnsupportedFormat, match="issue with your definition of") as raised:
+        load_model(folder, options())
+    name = "Qwen3VLForConditionalGeneration"
+    assert f"{name} of transformers {transformers.__version__} fails" in raised.value.message
+    assert str(folder) in raised.value.message
+    assert "update transformers" in raised.value.hint
+
+
+def test_what_is_raised_by_the_first_forward_pass(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_mask(**_: object) -> object:
+        empty: list[object] = []
+        return empty[1]
+
+    theirs = FunctionType(no_mask.__code__, vars(modeling_llama))
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", theirs)
+    with pytest.raises(UnsupportedFormat, match=r"LlamaForCausalLM of .* fails .*IndexError"):
+        load_model(llama, options())
+
+
+def test_a_package_that_a_class_needs_is_named(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = edited(llama, tmp_path, **tiny_config("inkling_mm_model").to_dict())
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(UnsupportedFormat, match=r"of transformers .* needs scipy") as raised:
+        load_model(folder, options())
+    assert raised.value.hint.startswith("install it")
+
+
+def test_what_our_own_code_raises_is_not_theirs(llama: Path) -> None:
+    def ours(**_: object) -> None:
+        raise IndexError
+
+    model = LlamaForCausalLM(tiny_config("llama"))
+    model.model.register_forward_pre_hook(lambda *_: ours())
+    with pytest.raises(IndexError) as raised:
+        model(input_ids=model.dummy_inputs["input_ids"])
+    assert not raised_in_transformers(raised.value)
+
+
+def edited(checkpoint: Path, folder: Path, **fields: object) -> Path:
+    """Link a checkpoint's files under another config."""
+    for file in checkpoint.iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+    return folder
