@@ -222,6 +222,7 @@ class Generation:
             )
         self._max_new_tokens, self._stop_ids = max_new_tokens, stop_ids
         self._cancel, self._watch = cancel, watch
+        kept = kept if self._runner.keeps_prefixes else None
         self._kept: PrefixCache | Engine = engine or kept or PrefixCache()
         self._read = list(ids)  # whose keys and values the cache has, or will have once it is used
         self.sequence = torch.tensor([self._read], device=model.device)

@@ -32,6 +32,7 @@ __all__ = [
     "GrowableLayer",
     "PrefixCache",
     "check_int8",
+    "looks_ahead",
     "make_cache",
     "make_int8_cache",
     "makes_own_cache",
@@ -132,6 +133,16 @@ def makes_own_cache(model: Any) -> bool:  # noqa: ANN401 - a transformers model 
     """Return whether a model's cache is one of a class of its own."""
     takes_any: Any = getattr(model, "_supports_default_dynamic_cache", None)
     return takes_any is not None and not takes_any()
+
+
+def looks_ahead(model: Any) -> bool:  # noqa: ANN401 - a transformers model or decoder
+    """Return whether a prompt's tokens see those after them, as PaliGemma's do.
+
+    transformers' `generate` reads a prompt whole, and each token after it with what is before
+    alone. One forward pass over both answers otherwise, and so do parts of a prompt.
+    """
+    text: Any = model.config.get_text_config()
+    return getattr(text, "use_bidirectional_attention", None) is True  # Gemma 4: of pictures alone
 
 
 def make_cache(model: PreTrainedModel) -> DynamicCache | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptq_loader_plugin.generation.kv_cache import makes_own_cache
+from gptq_loader_plugin.generation.kv_cache import looks_ahead, makes_own_cache
 from gptq_loader_plugin.generation.rotation import LengthRotation
 from gptq_loader_plugin.transformers_compat import CACHE_NAMES, find_cache_argument
 
@@ -46,6 +46,8 @@ class ModelRunner:
         rereads: whether it keeps nothing: each call must have the whole sequence.
         takes_parts: whether a prompt may be read in parts. Not where a state is kept, or a cache of
             the class's own: Jamba and MiniMax answer otherwise where several tokens follow others.
+            Nor where a prompt's tokens see those after them.
+        keeps_prefixes: whether what it read of one prompt holds in another that begins the same.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -69,7 +71,8 @@ class ModelRunner:
         self._kept: list[Any] = [None] * len(self._states)
         self.rereads = self._cache_name is None
         keeps_state = makes_own_cache(model) or getattr(model, "_is_stateful", False)
-        self.takes_parts = not self.rereads and not keeps_state
+        self.keeps_prefixes = not looks_ahead(model)
+        self.takes_parts = not self.rereads and not keeps_state and self.keeps_prefixes
 
     def run(
         self,

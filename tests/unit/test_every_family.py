@@ -9,13 +9,14 @@ import pytest
 import torch
 from altered import error
 from published import Experts, dequantised, publish
-from round_trip import IDS, logits, round_trip
+from round_trip import IDS, generate_logits, logits, round_trip
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gptq_loader_plugin.errors import TensorMismatch
+from gptq_loader_plugin.generation.options import GenerateOptions
 from gptq_loader_plugin.load_options import LoadOptions
-from gptq_loader_plugin.loading import load_model
+from gptq_loader_plugin.loading import load, load_model
 from gptq_loader_plugin.model.float32 import kept_in_float32
 
 if TYPE_CHECKING:
@@ -168,6 +169,27 @@ def test_a_head_that_only_the_model_around_it_ties(tmp_path: Path) -> None:
     loaded = load_model(published.packed, options())
     assert error(logits(loaded.model, IDS), expected) < 1e-4
     assert loaded.model.config.tie_word_embeddings
+
+
+def test_a_prompt_whose_tokens_see_those_after_them_is_read_whole(tmp_path: Path) -> None:
+    """A kept prefix, whose end saw less, would answer otherwise; so would parts of a prompt."""
+    published = publish("paligemma", tmp_path)
+    reference = dequantised(published.packed, published, tmp_path / "right")
+    loaded = load(published.packed, backend="reference", device="cpu", dtype="float32")
+    steps = 5
+    for ids in (IDS[:16], IDS, IDS):
+        seen: list[torch.Tensor] = []
+        reply = loaded.begin(
+            ids,
+            GenerateOptions(max_new_tokens=steps, temperature=0.0),
+            watch=lambda _, own, seen=seen: seen.append(own[0].float()),
+        )
+        while not reply.finished:
+            reply.sample(reply.forward_pending(max_tokens=7))
+        reply.close()
+        right = generate_logits(reference, ids, steps)
+        assert len(seen) == steps
+        assert error(torch.stack(seen), right) < 1e-5
 
 
 def options() -> LoadOptions:

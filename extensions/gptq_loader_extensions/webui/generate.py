@@ -14,7 +14,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from gptq_loader_plugin.errors import GPTQLoaderError
-from gptq_loader_plugin.generation.kv_cache import PrefixCache
+from gptq_loader_plugin.generation.kv_cache import PrefixCache, looks_ahead
 from gptq_loader_plugin.generation.rotation import LengthRotation
 from gptq_loader_plugin.transformers_compat import CACHE_NAMES, cache_argument
 
@@ -78,7 +78,8 @@ class HostGenerate:
                 return self._generate(**options)
             ids: list[int] = prompt[0].tolist()
             cache, _ = self._prefix_cache.reuse(model, ids)
-            if cache is None or LengthRotation(model).varies:  # transformers' own begins anew
+            varies = LengthRotation(model).varies or looks_ahead(model)
+            if cache is None or varies:  # transformers' own begins anew
                 return self._generate(**options)
             try:
                 return self._generate(**options, **{cache_argument(model): cache})
