@@ -54,10 +54,36 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a block is called with, besides the hidden states."""
+    """What a block is called with, besides the hidden states.
+
+    Attributes:
+        arguments: those by their place, after the hidden states.
+        keywords: those by their name.
+        named: whether the hidden states are handed by their name.
+    """
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
+    named: bool = False
+
+    def after(self, output: Any) -> Call:  # noqa: ANN401 - a block's own
+        """Return the call with what the block before answered in the places that take it."""
+
+        def filled(value: Any) -> Any:  # noqa: ANN401
+            return output[value.index] if isinstance(value, _Carried) else value
+
+        return Call(
+            tuple(filled(it) for it in self.arguments),
+            {name: filled(it) for name, it in self.keywords.items()},
+            self.named,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Carried:
+    """Stands in a call for what the block before answers, at this index: Zaya's router states."""
+
+    index: int
 
 
 class _StopForwardError(Exception):
@@ -166,16 +192,20 @@ def record_calls(
     Returns:
         The hidden states before the first block, a batch each; and calls[block][batch].
     """
-    rest = _output_shape(model, blocks[0], batches[0][:1, :8])
+    answer = _probe_output(model, blocks[0], batches[0][:1, :8])
     holder: Any = model.get_submodule(blocks[0].path.rpartition(".")[0])
     first: list[torch.Tensor] = []
     calls: list[list[Call]] = [[] for _ in blocks]
-    recorders = [_Recorder(block.module, calls[i], rest) for i, block in enumerate(blocks)]
+    handed: list[torch.Tensor | None] = []
+    recorders = [
+        _Recorder(block.module, calls[i], answer, handed) for i, block in enumerate(blocks)
+    ]
     recorders[0].inputs = first
     try:
         for i, recorder in enumerate(recorders):
             holder[i] = recorder
         for batch in batches:
+            handed.clear()
             model(input_ids=batch, use_cache=False, logits_to_keep=1)
     finally:
         for i, block in enumerate(blocks):
@@ -184,11 +214,14 @@ def record_calls(
 
 
 @torch.inference_mode()
-def run_block(block: Block, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-    """Run one block on one batch of hidden states."""
-    output = block.module(hidden, *call.arguments, **call.keywords)
+def run_block(block: Block, hidden: torch.Tensor, call: Call) -> tuple[torch.Tensor, Any]:
+    """Run one block on one batch of hidden states; return those after it, and its whole answer."""
+    if call.named:
+        output = block.module(hidden_states=hidden, **call.keywords)
+    else:
+        output = block.module(hidden, *call.arguments, **call.keywords)
     states: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
-    return states
+    return states, output
 
 
 @torch.inference_mode()
@@ -347,13 +380,27 @@ def hessians(
 
 
 class _Recorder(nn.Module):
-    """Stand in for a block: note the call, hand the hidden states on."""
+    """Stand in for a block: note the call, hand the hidden states on.
 
-    def __init__(self, block: nn.Module, calls: list[Call], rest: tuple[Any, ...] | None) -> None:
+    Args:
+        block: the block.
+        calls: what to note calls in.
+        answer: what a block answers with.
+        handed: what the recorder before this one handed on, all of its answer; changed.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        calls: list[Call],
+        answer: Any,  # noqa: ANN401 - a block's own
+        handed: list[torch.Tensor | None],
+    ) -> None:
         super().__init__()
         self._block = [block]  # in a list, so that it is no submodule
         self._calls = calls
-        self._rest = rest
+        self._answer = answer
+        self._handed = handed
         self.inputs: list[torch.Tensor] | None = None
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the parent asks of a block
@@ -369,14 +416,38 @@ class _Recorder(nn.Module):
             hidden, rest = keywords.pop("hidden_states"), ()
         if self.inputs is not None:
             self.inputs.append(hidden)
-        self._calls.append(Call(rest, keywords))
-        return hidden if self._rest is None else (hidden, *self._rest)
+        self._calls.append(
+            Call(
+                tuple(self._carried(it) for it in rest),
+                {name: self._carried(it) for name, it in keywords.items()},
+                named=not arguments,
+            )
+        )
+        if not isinstance(self._answer, tuple | list):
+            return hidden
+        probed = self._answer[0].shape[:2]
+        handed = [_resized(it, probed, hidden.shape[:2]) for it in self._answer]
+        self._handed[:] = handed
+        kind: Any = getattr(type(self._answer), "_make", tuple)  # of a named tuple
+        return kind((hidden, *handed[1:]))
+
+    def _carried(self, value: Any) -> Any:  # noqa: ANN401
+        """Return a mark in place of what the recorder before this one has handed on."""
+        for i, own in enumerate(self._handed):
+            if i and isinstance(own, torch.Tensor) and own is value:
+                return _Carried(i)
+        return value
 
 
-def _output_shape(
-    model: PreTrainedModel, block: Block, ids: torch.Tensor
-) -> tuple[Any, ...] | None:
-    """Learn whether a block answers with a tensor (None) or a tuple: what follows in it."""
+def _resized(value: Any, before: torch.Size, after: torch.Size) -> Any:  # noqa: ANN401
+    """Return a tensor for as many samples and tokens as there are; anything else as it is."""
+    if isinstance(value, torch.Tensor) and value.shape[:2] == before:
+        return value.new_zeros((*after, *value.shape[2:]))
+    return value
+
+
+def _probe_output(model: PreTrainedModel, block: Block, ids: torch.Tensor) -> Any:  # noqa: ANN401
+    """Learn what a block answers with: a tensor, or a tuple with more in it."""
     outputs: list[Any] = []
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:  # noqa: ANN401
@@ -388,7 +459,7 @@ def _output_shape(
         model(input_ids=ids, use_cache=False)
     except _StopForwardError:
         handle.remove()
-    return tuple(outputs[0][1:]) if isinstance(outputs[0], tuple | list) else None
+    return outputs[0]
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

@@ -165,7 +165,10 @@ def _quantize(
                 packed[path] = pack_weight(weight, options, name="")
             for j, (states, call) in enumerate(zip(hidden, calls[i], strict=True)):
                 outputs.start(j)
-                hidden[j] = run_block(block, states, call)
+                hidden[j], output = run_block(block, states, call)
+                if i + 1 < len(blocks):
+                    calls[i + 1][j] = calls[i + 1][j].after(output)
+        calls[i].clear()
     write_checkpoint(model, tokenizer, packed, out, options=options, names=names, left=left)
     kept.remove()
     return out
