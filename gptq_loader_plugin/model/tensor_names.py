@@ -151,7 +151,7 @@ class Names:
             TensorMismatch: the model has no such module.
             UnsupportedFormat: transformers fuses it in a way that is not known here.
         """
-        match self.place(f"{name}.weight"):
+        match self.place(self._weight(name)):
             case ExpertPlace() as place:
                 return place
             case ModulePlace(path=path):
@@ -176,6 +176,12 @@ class Names:
             hint="check that config.json is of this checkpoint; update transformers if the "
             "model is newer than it",
         )
+
+    def _weight(self, layer: str) -> str:
+        """Name a layer's weight: the layer's own name where its files have no `.weight`."""
+        name = f"{layer}.weight"
+        bare = self.place(name) is None and isinstance(self.place(layer), ModulePlace)
+        return layer if bare else name
 
     def _columns(self, target: str, converter: Any, count: int) -> dict[str, torch.Tensor] | None:  # noqa: ANN401 - transformers' own
         """Learn which columns of a layer go where, by converting their numbers."""
@@ -226,10 +232,10 @@ class Names:
 
         Such blocks are counted on after the last one (`num_nextn_predict_layers`), or lie apart.
         """
-        target = self.target(f"{name}.weight")[0]
+        target = self.target(self._weight(name))[0]
         if any(target.startswith(f"{tower}.") for tower in self._towers):
             return True
-        if self.place(f"{name}.weight") is not None or self.inside_a_block(name):
+        if self.place(self._weight(name)) is not None or self.inside_a_block(name):
             return False
         ignored = getattr(self._model, "_keys_to_ignore_on_load_unexpected", None) or ()
         if any(re.search(pattern, name) for pattern in (*ignored, NEXT_MODULE)):

@@ -161,10 +161,11 @@ def dequantised(packed: Path, published: Published, folder: Path) -> PreTrainedM
         layer, _, part = name.rpartition(".")
         if part == "qweight":
             weight = unpack(*(stored[f"{layer}.{it}"] for it in PARTS))
-            before = original.get(f"{layer}.weight")
+            own = layer if layer in original else f"{layer}.weight"
+            before = original.get(own)
             turned = before is not None and before.shape != weight.shape
             turned = turned or _is_conv1d(model_type)
-            tensors[f"{layer}.weight"] = weight.t().contiguous() if turned else weight
+            tensors[own] = weight.t().contiguous() if turned else weight
         elif part not in PARTS:
             tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
     for name, experts in published.fused.items():
@@ -175,6 +176,7 @@ def dequantised(packed: Path, published: Published, folder: Path) -> PreTrainedM
         name for fused in published.fused for name in published.fused[fused].split(original[fused])
     }
     tensors = {name: it.contiguous() for name, it in tensors.items() if name not in separate}
+    tensors = {**_computing_nothing(original), **tensors}
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(published.original / "config.json", folder)
@@ -185,6 +187,16 @@ def dequantised(packed: Path, published: Published, folder: Path) -> PreTrainedM
     if info["missing_keys"]:
         raise KeyError(f"transformers lacks {sorted(info['missing_keys'])[:3]}")
     return model.eval()
+
+
+def _computing_nothing(original: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights of LongCat's experts that pass on what they read: its class wants some."""
+    found = {}
+    for name, tensor in original.items():
+        down, count = re.subn(r"(experts\.\d+)\.(gate|up)_proj", r"\1.down_proj", name)
+        if count and down not in original:
+            found[name] = tensor
+    return found
 
 
 def pack(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
