@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,9 +13,16 @@ import torch
 
 from gptq_loader_plugin.chat.tokenizer import auto_tokenizer
 from gptq_loader_plugin.checkpoint.config import CONFIG_FILES, read_json
+from gptq_loader_plugin.checkpoint.transformers_config import UNBUILDABLE
 from gptq_loader_plugin.checkpoint.weight_files import KEPT, KEPT_LOCK
-from gptq_loader_plugin.errors import BadReference, QuantizeError
+from gptq_loader_plugin.errors import (
+    BadReference,
+    GPTQLoaderError,
+    QuantizeError,
+    is_out_of_memory,
+)
 from gptq_loader_plugin.events import Progress
+from gptq_loader_plugin.model.class_errors import raised_in_transformers
 from gptq_loader_plugin.model.pictures import auto_class
 from gptq_loader_plugin.planning.model_shape import ModelShape
 from gptq_loader_plugin.quantize.algorithm import QuantizedWeight, quantize_weight
@@ -40,7 +48,7 @@ from gptq_loader_plugin.system.file_lock import lock_holder
 from gptq_loader_plugin.system.paths import local_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from torch import nn
@@ -91,11 +99,12 @@ def quantize_model(
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         context = ModelShape.of_config(model.config).context or UNKNOWN_CONTEXT
-        content = calibration_text(model, tokenizer, options, text=text, progress=progress)
-        samples = calibration_samples(tokenizer, options, content, context=context)
-        return _quantize(
-            model, tokenizer, folder, options=options, samples=samples, progress=progress
-        )
+        with _class_errors(model):
+            content = calibration_text(model, tokenizer, options, text=text, progress=progress)
+            samples = calibration_samples(tokenizer, options, content, context=context)
+            return _quantize(
+                model, tokenizer, folder, options=options, samples=samples, progress=progress
+            )
 
 
 def quantize(
@@ -123,7 +132,7 @@ def quantize(
         QuantizeError: the model has no blocks, or activations that are not finite, or another
             process is writing to the folder.
     """
-    with only_writer(out):
+    with only_writer(out), _class_errors(model):
         return _quantize(
             model, tokenizer, out, options=options, samples=samples, progress=progress or _ignore
         )
@@ -284,7 +293,7 @@ def _bit_sum(tensor: torch.Tensor) -> int:
 
 
 def load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
     if not source.exists():
         raise BadReference(
@@ -307,14 +316,40 @@ def load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         tokenizer = (
             AutoTokenizer.from_pretrained(folder, **file) if file else auto_tokenizer(folder)
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (*UNBUILDABLE, OSError, ImportError, RuntimeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise QuantizeError(
             f"{source} cannot be loaded ({first[:200]})",
             hint="name the folder of an unquantised model that transformers can load, or a .gguf "
             "file (which needs pip install gguf)",
         ) from error
+    if not issubclass(type(model), GenerationMixin):
+        raise QuantizeError(
+            f"{source}: a {type(model).__name__} does not go on with a text token by token",
+            hint="quantise a model for text generation",
+        )
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _class_errors(model: PreTrainedModel) -> Iterator[None]:
+    """Raise `QuantizeError` for what a model's class raises when its blocks run one by one."""
+    from transformers import __version__ as transformers_version
+
+    try:
+        yield
+    except GPTQLoaderError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or not raised_in_transformers(error):
+            raise
+        words = " ".join(str(error).split())[:200]
+        raise QuantizeError(
+            f"{type(model).__name__} of transformers {transformers_version} does not run block by "
+            f"block ({type(error).__name__}: {words})",
+            hint="update transformers: pip install -U transformers; or quantise another version "
+            "of this model",
+        ) from error
 
 
 def _check_free(out: Path) -> None:

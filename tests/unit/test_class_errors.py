@@ -14,10 +14,12 @@ from tiny_configs import tiny_config
 from transformers import LlamaForCausalLM, Qwen3VLForConditionalGeneration
 from transformers.models.llama import modeling_llama
 
-from gptq_loader_plugin.errors import UnsupportedFormat
+from gptq_loader_plugin.errors import QuantizeError, UnsupportedFormat
 from gptq_loader_plugin.load_options import LoadOptions
 from gptq_loader_plugin.loading import load_model
 from gptq_loader_plugin.model.class_errors import raised_in_transformers
+from gptq_loader_plugin.quantize.options import QuantizeOptions
+from gptq_loader_plugin.quantize.run import load_source, quantize
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,12 +60,7 @@ def test_what_is_raised_while_tensors_are_placed(
 def test_what_is_raised_by_the_first_forward_pass(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_mask(**_: object) -> object:
-        empty: list[object] = []
-        return empty[1]
-
-    theirs = FunctionType(no_mask.__code__, vars(modeling_llama))
-    monkeypatch.setattr(modeling_llama, "create_causal_mask", theirs)
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", raised_there())
     with pytest.raises(UnsupportedFormat, match=r"LlamaForCausalLM of .* fails .*IndexError"):
         load_model(llama, options())
 
@@ -78,6 +75,22 @@ def test_a_package_that_a_class_needs_is_named(
     assert raised.value.hint.startswith("install it")
 
 
+def test_what_is_raised_while_its_blocks_are_quantised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load_source(publish("llama", tmp_path / "published").original)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", raised_there())
+    with pytest.raises(QuantizeError, match=r"LlamaForCausalLM of .* \(IndexError"):
+        quantize(
+            model, tokenizer, tmp_path / "out", options=QuantizeOptions(), samples=[[1, 2, 3, 4]]
+        )
+
+
+def test_one_that_denoises_blocks_is_not_quantised(tmp_path: Path) -> None:
+    with pytest.raises(QuantizeError, match="DiffusionGemmaForBlockDiffusion does not go on"):
+        load_source(publish("diffusion_gemma", tmp_path).original)
+
+
 def test_what_our_own_code_raises_is_not_theirs(llama: Path) -> None:
     def ours(**_: object) -> None:
         raise IndexError
@@ -87,6 +100,16 @@ def test_what_our_own_code_raises_is_not_theirs(llama: Path) -> None:
     with pytest.raises(IndexError) as raised:
         model(input_ids=model.dummy_inputs["input_ids"])
     assert not raised_in_transformers(raised.value)
+
+
+def raised_there() -> FunctionType:
+    """Make a function that raises as if it stood in transformers."""
+
+    def raised(*_: object, **__: object) -> object:
+        empty: list[object] = []
+        return empty[1]
+
+    return FunctionType(raised.__code__, vars(modeling_llama))
 
 
 def edited(checkpoint: Path, folder: Path, **fields: object) -> Path:
