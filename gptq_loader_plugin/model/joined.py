@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    import torch
     from transformers import PreTrainedModel
 
-__all__ = ["fused_tensors", "tie_weights"]
+__all__ = ["JoinedLinears", "fused_tensors", "tie_weights"]
 
 
 def fused_tensors(
@@ -53,6 +53,37 @@ def fused_tensors(
         target[:end] + pattern + suffix: value[0] if isinstance(value, list) else value
         for pattern, value in tensors.items()
     }
+
+
+class JoinedLinears(nn.Module):
+    """Several layers that read the same and whose answers stand side by side, as one linear.
+
+    Args:
+        in_features: of each.
+        out_features: of all of them.
+        count: how many they are.
+    """
+
+    def __init__(self, in_features: int, out_features: int, count: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.parts = nn.ModuleList(nn.Identity() for _ in range(count))
+        self._widths: dict[int, int] = {}
+
+    def place(self, index: int, module: nn.Module, width: int) -> None:
+        """Put a layer of so many outputs in its place."""
+        self.parts[index] = module
+        self._widths[index] = width
+
+    @property
+    def width(self) -> int | None:
+        """The outputs of all layers, once every one is in its place."""
+        whole = len(self._widths) == len(self.parts)
+        return sum(self._widths.values()) if whole else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply by all of them: [..., out_features]."""
+        return torch.cat([part(x) for part in self.parts], dim=-1)
 
 
 def tie_weights(

@@ -22,7 +22,15 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
 
-__all__ = ["ExpertPlace", "ModulePlace", "Names", "Place", "SplitPlace"]
+__all__ = [
+    "ExpertPlace",
+    "JoinedPlace",
+    "LayerPlace",
+    "ModulePlace",
+    "Names",
+    "Place",
+    "SplitPlace",
+]
 
 EXPERT_INDEX = re.compile(r"\.experts\.(\d+)\.")
 # An expert's tensor where transformers has no conversion for it: as GPTQModel names it.
@@ -65,7 +73,23 @@ class SplitPlace:
     columns: dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class JoinedPlace:
+    """A layer is some of one module's columns, beside other layers' (MiniMax-M3's gate and up).
+
+    Attributes:
+        path: the module's path in the model.
+        index: which of its layers this is.
+        count: how many it has.
+    """
+
+    path: str
+    index: int
+    count: int
+
+
 Place = ModulePlace | ExpertPlace
+LayerPlace = Place | SplitPlace | JoinedPlace
 NEXT_MODULE = r"^(model\.)?mtp\b"
 NEXT_TOKENS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 ROLES = {"gate_up_proj": ("gate", "up"), "up_proj": ("up",), "down_proj": ("down",)}
@@ -144,8 +168,8 @@ class Names:
         expert = match["expert"] or match["expert_after"]
         return ExpertPlace(parent, int(expert), match["role"] or match["role_before"])
 
-    def layer(self, name: str, checkpoint: Checkpoint) -> Place | SplitPlace:
-        """Find the module, the modules or the expert that a quantised layer replaces.
+    def layer(self, name: str, checkpoint: Checkpoint) -> LayerPlace:
+        """Find the module, part of one, the modules or the expert that a quantised layer replaces.
 
         Raises:
             TensorMismatch: the model has no such module.
@@ -158,7 +182,10 @@ class Names:
                 return ModulePlace(path.removesuffix(".weight"))
             case None:
                 pass
-        target, converter, _ = self.target(f"{name}.weight")
+        target, converter, pattern = self.target(f"{name}.weight")
+        joined = self._joined(target, converter, pattern)
+        if joined is not None:
+            return joined
         if converter is not None:
             columns = self._columns(target, converter, checkpoint.layers[name].out_features)
             if columns is not None:
@@ -182,6 +209,19 @@ class Names:
         name = f"{layer}.weight"
         bare = self.place(name) is None and isinstance(self.place(layer), ModulePlace)
         return layer if bare else name
+
+    def _joined(self, target: str, converter: Any, pattern: str | None) -> JoinedPlace | None:  # noqa: ANN401
+        """Find the module whose columns are several layers', one after the other."""
+        from transformers.core_model_loading import Concatenate
+
+        path = target.removesuffix(".weight")
+        if converter is None or path not in self._modules:
+            return None
+        sources = list(converter.source_patterns)
+        in_turn = all(isinstance(it, Concatenate) and it.dim == 0 for it in converter.operations)
+        if not in_turn or len(sources) == 1:
+            return None
+        return JoinedPlace(path, sources.index(str(pattern)), len(sources))
 
     def _columns(self, target: str, converter: Any, count: int) -> dict[str, torch.Tensor] | None:  # noqa: ANN401 - transformers' own
         """Learn which columns of a layer go where, by converting their numbers."""

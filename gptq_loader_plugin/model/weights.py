@@ -19,14 +19,15 @@ from gptq_loader_plugin.errors import CorruptCheckpoint, TensorMismatch
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.model.experts import PackedExperts
 from gptq_loader_plugin.model.float32 import kept_in_float32
-from gptq_loader_plugin.model.joined import fused_tensors, tie_weights
+from gptq_loader_plugin.model.joined import JoinedLinears, fused_tensors, tie_weights
 from gptq_loader_plugin.model.linears import linear_shape
 from gptq_loader_plugin.model.offload import offload_module, offload_tensor
 from gptq_loader_plugin.model.tensor_names import (
     ExpertPlace,
+    JoinedPlace,
+    LayerPlace,
     ModulePlace,
     Names,
-    Place,
     SplitPlace,
 )
 from gptq_loader_plugin.planning.choose import prepared
@@ -132,6 +133,7 @@ class _Filling:
         self.fused: dict[str, tuple[Any, dict[str, list[tuple[str, torch.Tensor]]]]] = {}
         self.modules: dict[str, nn.Module] = {}
         self.prepared: set[str] = set()
+        self.joined: dict[str, JoinedLinears] = {}
         self.foreign: list[str] = []
         self.expert_tensors: dict[ExpertPlace, dict[str, torch.Tensor]] = {}
         self.tied: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -164,7 +166,7 @@ class _Filling:
         release_freed()
         return Filled(self.modules, tuple(self.dequantized.values()), tuple(self._warnings()))
 
-    def _find_dequantized(self, places: Mapping[str, Place | SplitPlace]) -> None:
+    def _find_dequantized(self, places: Mapping[str, LayerPlace]) -> None:
         """Find the layers whose modules read their weight by themselves: no linear layers."""
         for name, place in places.items():
             if name in self.choices and isinstance(place, ModulePlace):
@@ -187,7 +189,7 @@ class _Filling:
             self.model.set_submodule(parent, packed)
             self.experts[parent] = packed
 
-    def _place_layer(self, choice: Choice, place: Place | SplitPlace) -> None:
+    def _place_layer(self, choice: Choice, place: LayerPlace) -> None:
         if isinstance(place, ExpertPlace) and not self._has_expert(choice.layer.name, place):
             return None
         if isinstance(place, SplitPlace):
@@ -206,10 +208,31 @@ class _Filling:
         release_freed()
         if isinstance(place, ExpertPlace):
             self.experts[place.parent].place(place.expert, place.role, module)
+        elif isinstance(place, JoinedPlace):
+            self._join(layer, place, module)
         else:
             self.model.set_submodule(place.path, module)
             self.prepared.add(place.path)
         return None
+
+    def _join(self, layer: LayerSpec, place: JoinedPlace, module: nn.Module) -> None:
+        """Put a layer beside those that make up one module with it."""
+        if place.path not in self.joined:
+            shape = linear_shape(self.model.get_submodule(place.path)) or (0, 0)
+            self.joined[place.path] = JoinedLinears(*shape, place.count)
+        joined = self.joined[place.path]
+        joined.place(place.index, module, layer.out_features)
+        if joined.width is None:
+            return
+        shape = layer.in_features, joined.width
+        if shape != (joined.in_features, joined.out_features):
+            raise self._mismatch(
+                layer.name,
+                f"makes up a layer of {shape[0]}x{shape[1]} with those beside it; config.json "
+                f"makes it {joined.in_features}x{joined.out_features}",
+            )
+        self.model.set_submodule(place.path, joined)
+        self.prepared.add(place.path)
 
     def _has_expert(self, name: str, place: ExpertPlace) -> bool:
         """Whether the model has that expert; LongCat's files have some that compute nothing."""
@@ -235,7 +258,7 @@ class _Filling:
             self.modules[path] = module
             self.model.set_submodule(path, module)
 
-    def _dequantize(self, layer: LayerSpec, place: Place | SplitPlace) -> None:
+    def _dequantize(self, layer: LayerSpec, place: LayerPlace) -> None:
         """Put a layer's weight, [N, K], where a module reads it by itself."""
         packed = self.checkpoint.packed(layer.name)
         weight = packed.dequantize()
@@ -243,8 +266,8 @@ class _Filling:
             linear = _linear(self._placed(layer.name, weight.to(self.dtype)))
             self.experts[place.parent].place(place.expert, place.role, linear)
             return
-        if isinstance(place, SplitPlace):
-            raise self._mismatch(f"{layer.name}.qweight", "is of a layer that this class cuts")
+        if isinstance(place, SplitPlace | JoinedPlace):
+            raise self._mismatch(f"{layer.name}.qweight", "is of a layer that this class divides")
         module = self.model.get_submodule(place.path)
         weight = weight.to(self._dtype(f"{place.path}.weight", None))
         self._assign(f"{place.path}.weight", self._placed(layer.name, weight), layer.name)

@@ -30,7 +30,7 @@ GROUP, BITS = 32, 4
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 # What GPTQ's writers leave in 16 bits, and what lies outside the decoder's blocks.
 LEFT = re.compile(
-    r"embed|norm|lm_head|\.gate\.weight|router|shared_expert_gate|conv1d|vision|visual|audio"
+    r"embed|norm\w*\.weight|lm_head|\.gate\.weight|router|shared_expert_gate|conv1d|vision|visual|audio"
     r"|projector|indexer|tower|qformer|pooler|relative|position|wo_a|o_a_proj|cross_attn|crossattention|image"
 )
 SETTINGS = {

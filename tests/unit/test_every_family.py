@@ -37,6 +37,7 @@ SAMPLE = (
     "falcon_h1", "gpt2", "gpt_oss", "granitemoe",
     "inkling2_text",  # weights that its files name without .weight
     "kimi_linear", "llama4_text", "longcat_flash",
+    "minimax_m3_vl",  # gate and up in one, and several layers in its files
     "nemotron_h",  # experts without a gate
     "qwen3_next",
     "qwen3_vl",  # pictures
@@ -122,6 +123,17 @@ def join_expert(tensors: dict[str, torch.Tensor], experts: Experts, i: int) -> N
     assert len((tensors[f"{name}.qzeros"][..., None] >> shifts & 15).unique()) == 1
     for it in parts:  # the same in all of them
         tensors[f"{name}.g_idx"] = tensors.pop(f"{it}.g_idx")
+
+
+def test_a_layer_beside_another_that_is_too_narrow_is_a_mismatch(tmp_path: Path) -> None:
+    published = publish("minimax_m3_vl", tmp_path)
+    tensors = load_file(published.packed / "model.safetensors")
+    layer = "language_model.model.layers.0.block_sparse_moe.shared_experts.up_proj"
+    for part, columns in (("qweight", 32), ("scales", 32), ("qzeros", 4)):
+        tensors[f"{layer}.{part}"] = tensors[f"{layer}.{part}"][:, :columns].contiguous()
+    edit(published, tensors)
+    with pytest.raises(TensorMismatch, match=r"makes up a layer of 128x96 .* makes it 128x128"):
+        load_model(published.packed, options())
 
 
 def test_an_expert_beyond_the_last_is_a_mismatch(tmp_path: Path) -> None:
