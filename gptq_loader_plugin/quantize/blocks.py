@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
+    "FUSED_EXPERTS",
     "NOT_LINEAR",
     "Block",
     "Call",
@@ -33,6 +34,7 @@ __all__ = [
 
 OUTPUT_BYTES = 1 << 29  # of linears' outputs that are kept while a block is quantised
 NOT_LINEAR = "no linear layer"
+FUSED_EXPERTS = "all experts in one tensor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +165,17 @@ def linears(block: Block) -> dict[str, nn.Module]:
 
 def left_out(blocks: Sequence[Block]) -> dict[str, str]:
     """Say of each module with a weight that is not quantised why, by its path in the model."""
-    left = {}
+    left: dict[str, str] = {}
     for block in blocks:
         for name, module in block.module.named_modules():
+            if ".experts." in f".{name}.":  # those that `separate_experts` leaves as they are
+                fused = dict(module.named_parameters(recurse=False))
+                fused.pop("weight", None)
+                left |= {
+                    f"{block.path}.{name}.{leaf}": FUSED_EXPERTS
+                    for leaf, parameter in fused.items()
+                    if parameter.dim() > 1
+                }
             weight, shape = getattr(module, "weight", None), linear_shape(module)
             if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
                 continue

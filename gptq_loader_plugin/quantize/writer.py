@@ -17,7 +17,7 @@ from gptq_loader_plugin.kernel.packing import pack_columns, pack_rows
 from gptq_loader_plugin.model.experts import experts_layout
 from gptq_loader_plugin.model.float32 import kept_in_float32
 from gptq_loader_plugin.model.tensor_names import ExpertPlace, ModulePlace, Names
-from gptq_loader_plugin.quantize.blocks import NOT_LINEAR
+from gptq_loader_plugin.quantize.blocks import FUSED_EXPERTS, NOT_LINEAR
 from gptq_loader_plugin.system.atomic_file import write_whole
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def _quantize_config(options: QuantizeOptions, left: Mapping[str, str]) -> dict[
 
     `dynamic` tells other loaders which linears are not quantised; routers none of them expects.
     """
-    linears = [name for name, why in left.items() if why != NOT_LINEAR]
+    linears = [name for name, why in left.items() if why not in (NOT_LINEAR, FUSED_EXPERTS)]
     dynamic: dict[str, Any] = (
         {"dynamic": {f"-:{re.escape(name)}$": {} for name in linears}} if linears else {}
     )

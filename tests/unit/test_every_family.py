@@ -25,6 +25,7 @@ from gptq_loader_plugin.quantize.blocks import (
     separate_experts,
 )
 from gptq_loader_plugin.quantize.run import load_source
+from gptq_loader_plugin.quantize.writer import left_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -205,6 +206,12 @@ def gptq_quantize(source: Path, out: Path) -> dict[str, torch.Tensor]:
     model, tokenizer = load_source(source)
     quantize(model, tokenizer, out, options=QuantizeOptions(group_size=32), samples=[IDS, IDS])
     return load_file(out / "model.safetensors")
+
+
+def test_experts_that_stay_in_one_tensor_are_named(tmp_path: Path) -> None:
+    gptq_quantize(publish("dbrx", tmp_path).original, tmp_path / "ours")
+    left = left_of(tmp_path / "ours")
+    assert left["transformer.blocks.1.ffn.experts.mlp.w2"] == "all experts in one tensor"
 
 
 def test_a_block_in_several_layers_is_written_once(tmp_path: Path) -> None:
