@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gptq_loader_plugin.checkpoint.tensor_info import DAMAGED
-from gptq_loader_plugin.checkpoint.zeros import overwritten_words, stored_zeros, true_range
+from gptq_loader_plugin.checkpoint.zeros import overwritten_words, stored_zeros
 from gptq_loader_plugin.errors import CorruptCheckpoint
 from gptq_loader_plugin.kernel.packing import CONTINUOUS_BITS
 
@@ -99,15 +99,14 @@ def read_layer_data(
         counts = np.bincount(g_idx, minlength=layer.groups)
         ordered = not bool((g_idx[1:] < g_idx[:-1]).any())
     qzeros, bits = tensors.integers(layer.qzeros.name), layer.bits
-    ranges: dict[ZerosFormat, tuple[int, int]] = {
-        how: true_range(qzeros, bits=bits, layout=layout, columns=layer.columns, zeros_format=how)
-        for how in (("v1", "v2") if bits in CONTINUOUS_BITS else ("v2",))
-    }
+    zeros, ranges = stored_zeros(qzeros, bits=bits, layout=layout, columns=layer.columns)
+    if bits not in CONTINUOUS_BITS:  # planar, which has no other format
+        del ranges["v1"]
     return LayerData(
         counts=counts,
         ordered=ordered,
         layout=layout,
-        zeros=stored_zeros(qzeros, bits=bits, layout=layout, columns=layer.columns),
+        zeros=zeros,
         ranges=ranges,
         overwritten=overwritten_words(qzeros, bits=bits) > 0,
         unset=unset,

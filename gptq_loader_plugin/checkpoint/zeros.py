@@ -34,7 +34,6 @@ __all__ = [
     "lost_columns",
     "overwritten_words",
     "stored_zeros",
-    "true_range",
     "true_zeros",
 ]
 
@@ -127,15 +126,67 @@ def _error(layers: Iterable[StoredZeros], count: int) -> float:
 
 def stored_zeros(
     qzeros: NDArray[np.int32], *, bits: int, layout: Layout, columns: int
-) -> StoredZeros:
-    """Sum up what a layer's qzeros, int32 [groups, words], hold as they are stored."""
-    kept = columns - lost_columns(qzeros.shape[1], bits=bits, columns=columns)
-    different, times = _different_groups(qzeros)
-    fields = unpack_columns(different, bits, layout, kept)
-    wide = fields.astype(np.int64)
-    total, squares = int(wide.sum()) * times, int((wide * wide).sum()) * times
-    minimum, maximum = int(fields.min()), int(fields.max())
-    return StoredZeros(bits, fields.size * times, total, squares, minimum, maximum)
+) -> tuple[StoredZeros, dict[ZerosFormat, tuple[int, int]]]:
+    """Sum up what a layer's qzeros hold.
+
+    Args:
+        qzeros: int32 [groups, words].
+        bits: the width of a field.
+        layout: how fields lie in words.
+        columns: out_features.
+
+    Returns:
+        What they hold as they are stored; and the least and the greatest true zero, by what the
+        format would be, where `lost_columns` are symmetric.
+    """
+    groups, times = _different_groups(qzeros)
+    lost = lost_columns(qzeros.shape[1], bits=bits, columns=columns)
+    counts = _count_fields(groups, bits, layout, columns - lost)
+    values = np.arange(len(counts))
+    total, squares = int(counts @ values) * times, int(counts @ (values * values)) * times
+    least, greatest = _range(counts)
+    stored = StoredZeros(bits, int(counts.sum()) * times, total, squares, least, greatest)
+    ranges: dict[ZerosFormat, tuple[int, int]] = {"v2": (least, greatest)}
+    if bits not in ONES:
+        ranges["v1"] = _range(np.roll(counts, 1))
+    elif not counts[-1]:  # nothing was borrowed
+        ranges["v1"] = least + 1, greatest + 1
+    else:
+        for part in (groups[:1], groups):  # one group may have every value already
+            words = (part.view(np.uint32) + np.uint32(ONES[bits])).view(np.int32)
+            ranges["v1"] = _range(_count_fields(words, bits, layout, columns - lost))
+            if ranges["v1"] == (0, len(counts) - 1):
+                break
+    if lost:
+        middle = 1 << (bits - 1)
+        ranges = {how: (min(at[0], middle), max(at[1], middle)) for how, at in ranges.items()}
+    return stored, ranges
+
+
+def _range(counts: NDArray[np.int64]) -> tuple[int, int]:
+    """Return the least and the greatest value that occurs."""
+    there = np.flatnonzero(counts)
+    return int(there[0]), int(there[-1])
+
+
+def _count_fields(
+    words: NDArray[np.int32], bits: int, layout: Layout, columns: int
+) -> NDArray[np.int64]:
+    """Count how often each value stands in the first columns of words: int64 [2**bits].
+
+    Fields that fill the words are counted as they lie, 16 bits at a time: a tenth of the time that
+    unpacking takes (80 layers of a 70B model, groups of 128: 6.1 s of one EPYC core, now 0.5 s).
+    """
+    if bits in ONES and words.shape[1] * 32 == columns * bits:
+        counts = np.bincount(words.view(np.uint16).ravel(), minlength=1 << 16)
+        width = 16
+        while width > bits:  # of the lower half of each number, and of the upper
+            width //= 2
+            halves = counts.reshape(1 << width, 1 << width)
+            counts = halves.sum(axis=0) + halves.sum(axis=1)
+        return counts
+    fields = unpack_columns(words, bits, layout, columns)
+    return np.bincount(fields.ravel(), minlength=1 << bits)
 
 
 def true_zeros(
@@ -172,22 +223,6 @@ def true_zeros(
     return np.repeat(zeros, times, axis=0) if times > 1 else zeros
 
 
-def true_range(
-    qzeros: NDArray[np.int32],
-    *,
-    bits: int,
-    layout: Layout,
-    columns: int,
-    zeros_format: ZerosFormat,
-) -> tuple[int, int]:
-    """Find the least and the greatest true zero; the arguments are those of `true_zeros`."""
-    different, _ = _different_groups(qzeros)
-    zeros = true_zeros(
-        different, bits=bits, layout=layout, columns=columns, zeros_format=zeros_format
-    )
-    return int(zeros.min()), int(zeros.max())
-
-
 def lost_columns(words: int, *, bits: int, columns: int) -> int:
     """Count the last columns whose zeros the writer dropped with a partial word."""
     return max(columns - words * 32 // bits, 0)
@@ -195,7 +230,8 @@ def lost_columns(words: int, *, bits: int, columns: int) -> int:
 
 def _different_groups(qzeros: NDArray[np.int32]) -> tuple[NDArray[np.int32], int]:
     """Return one group, and how often, where all are alike, as in a symmetric layer; else all."""
-    if len(qzeros) > 1 and bool((qzeros[1:] == qzeros[0]).all()):
+    alike = len(qzeros) > 1 and bool((qzeros[-1] == qzeros[0]).all())  # else quickly told
+    if alike and bool((qzeros[1:] == qzeros[0]).all()):
         return np.ascontiguousarray(qzeros[:1]), len(qzeros)
     return np.ascontiguousarray(qzeros), 1
 

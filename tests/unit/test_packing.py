@@ -111,9 +111,32 @@ def test_every_zero_survives_the_borrow_of_v1(bits: int, seed: int) -> None:
     np.testing.assert_array_equal(true_zeros(plain, zeros_format="v2", **read), zeros)
 
 
+@pytest.mark.parametrize("bits", CONTINUOUS_BITS)
+@pytest.mark.parametrize("columns", [64, 100])
+@pytest.mark.parametrize("highest", [None, 1])
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=10)
+def test_zeros_are_summed_up_as_they_are_unpacked(
+    bits: int, columns: int, highest: int | None, seed: int
+) -> None:
+    codes = some_codes(bits, 3, columns, seed)[:, :columns]
+    stored = pack_columns(codes if highest is None else codes.clip(0, highest), bits, "continuous")
+    read = {"bits": bits, "layout": "continuous", "columns": columns}
+    found, ranges = stored_zeros(stored, **read)
+    whole = stored.shape[1] * 32 // bits
+    plain = unpack_columns(stored, bits, "continuous", min(columns, whole)).astype(int)
+    assert (found.count, found.total) == (plain.size, plain.sum())
+    assert (found.squares, found.minimum, found.maximum) == (
+        (plain**2).sum(), plain.min(), plain.max(),
+    )  # fmt: skip
+    for how in ("v1", "v2"):
+        true = true_zeros(stored, zeros_format=how, **read)
+        assert ranges[how] == (true.min(), true.max())
+
+
 def summed(bits: int, zeros: np.ndarray, *, minus: int) -> object:
     stored = pack_columns((zeros - np.uint8(minus)) & np.uint8(2**bits - 1), bits, "continuous")
-    return stored_zeros(stored, bits=bits, layout="continuous", columns=zeros.shape[1])
+    return stored_zeros(stored, bits=bits, layout="continuous", columns=zeros.shape[1])[0]
 
 
 @pytest.mark.parametrize("bits", CONTINUOUS_BITS)
