@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["free_memory", "resident_memory", "total_memory"]
+__all__ = ["free_addresses", "free_memory", "resident_memory", "total_memory"]
 
 MEMBERSHIP = Path("/proc/self/cgroup")  # which control group this process is in
 CGROUPS = Path("/sys/fs/cgroup")
@@ -34,13 +34,22 @@ def free_memory(*, membership: Path = MEMBERSHIP, cgroups: Path = CGROUPS) -> in
         for group in _control_groups(membership, cgroups)
         if (limit := _limit(group)) is not None
     ]
-    if sys.platform == "linux":
-        import resource
+    addresses = free_addresses()
+    return min(limits if addresses is None else [*limits, addresses])
 
-        address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if address_space != resource.RLIM_INFINITY:
-            limits.append(address_space - int(psutil.Process().memory_info().vms))
-    return min(limits)
+
+def free_addresses() -> int | None:
+    """Return the bytes that a limit of addresses (ulimit -v) leaves, or None without one."""
+    if sys.platform != "linux":
+        return None
+    import resource
+
+    import psutil
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    return max(limit - int(psutil.Process().memory_info().vms), 0)
 
 
 def total_memory(*, membership: Path = MEMBERSHIP, cgroups: Path = CGROUPS) -> int:

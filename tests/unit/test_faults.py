@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+BASE = DATA / "base"
 TIMES = int(os.environ.get("GPTQ_LOADER_FAULTS", "1"))
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits another process as Linux does")
@@ -225,7 +227,7 @@ import gptq_loader_plugin.loading, gptq_loader_plugin.model.build
 import gptq_loader_plugin.generation.loaded
 import transformers.models.llama.modeling_llama
 from gptq_loader_plugin.cli import main
-most = psutil.Process().memory_info().vms + 250_000_000
+most = psutil.Process().memory_info().vms + MORE
 resource.setrlimit(resource.RLIMIT_AS, (most, most))
 main()
 """
@@ -233,13 +235,27 @@ main()
 
 @linux
 def test_a_command_that_runs_out_of_memory_says_so(models: Path) -> None:
-    command = [sys.executable, "-c", LIMITED, "generate", models / "big", "--prompt", "x"]
+    code = LIMITED.replace("MORE", "250_000_000")
+    command = [sys.executable, "-c", code, "generate", models / "big", "--prompt", "x"]
     completed = run_process(command, env=ONE_THREAD)
     assert completed.returncode == 1, completed.stderr
     error, hint = completed.stderr.strip().splitlines()[-2:]
     assert error == "error: out of memory"
     assert hint.startswith("hint: choose a smaller checkpoint")
     assert "Traceback" not in completed.stderr
+
+
+@linux
+@pytest.mark.parametrize("more", [60, 200])
+def test_quantising_with_few_addresses_is_refused(more: int, tmp_path: Path) -> None:
+    """Where an allocation fails in tokenizers' Rust, the process is aborted."""
+    code = LIMITED.replace("MORE", f"({more} << 20)")
+    command = [sys.executable, "-c", code, "quantize", BASE, tmp_path / "out"]
+    completed = run_process(command, env=ONE_THREAD)
+    assert completed.returncode == 1, completed.stderr
+    error, hint = completed.stderr.strip().splitlines()[-2:]
+    assert re.search(r"needs 6\d\d MB of addresses, and the limit leaves \d+ MB$", error), error
+    assert hint == "hint: raise the limit: ulimit -v unlimited"
 
 
 # A server, and what the system does to it
