@@ -46,6 +46,7 @@ class LoadOptions:
     max_memory: str | Mapping[str, str | int] | None = None
     offload_folder: str | Path | None = None
     kv_cache: str | None = None
+    draft: str | Path | None = None
 
     def __post_init__(self) -> None:
         """Normalise what has several spellings, and refuse what makes no sense."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from gptq_loader_plugin.catalog.report import CheckpointReport
     from gptq_loader_plugin.chat.template import Template
@@ -62,6 +62,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     max_memory: Mapping[str, str | int] | None = None,
     offload_folder: str | Path | None = None,
     kv_cache: Literal["int8"] | None = None,
+    draft: str | Path | None = None,
     options: LoadOptions | None = None,
     plugins: Plugins | None = None,
 ) -> LoadedModel:
@@ -88,6 +89,9 @@ def load(  # noqa: PLR0913 - each is an option a user may want
             the CPU, and read whenever they are needed.
         kv_cache: "int8" keeps the context's keys and values in 8 bits, half the memory, slower
             and less exact; on a CPU by the package hqq. None keeps them in the model's dtype.
+        draft: a smaller checkpoint with the same tokens, whose guesses are read several in a step
+            and kept where they are what is picked anyway; "off" guesses nothing. None guesses
+            that what followed the same words before follows again.
         options: all of the above in one; in place of them.
         plugins: the plugins in force; None takes those installed.
 
@@ -110,6 +114,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
             max_memory=max_memory,
             offload_folder=offload_folder,
             kv_cache=kv_cache,
+            draft=draft,
         ),
     )
     opened = open_planned(reference, options, plugins)
@@ -163,9 +168,33 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         batcher=filled.batcher,
         engine=engine,
         kv_cache="int8" if int8 and engine is None else None,
+        draft=_load_draft(options, tokenizer, plugins),
     )
     _never_sample_padding(loaded)
     return loaded
+
+
+def _load_draft(
+    options: LoadOptions, tokenizer: PreTrainedTokenizerBase, plugins: Plugins
+) -> LoadedModel | Literal["off"] | None:
+    """Load the checkpoint that guesses, where there is one.
+
+    Raises:
+        OptionInvalid: its tokens are others.
+    """
+    if options.draft is None:
+        return None
+    if options.draft == "off":
+        return "off"
+    own = LoadOptions(device=options.device, dtype=options.dtype, check=options.check, draft="off")
+    draft = load(options.draft, options=own, plugins=plugins)
+    if draft.tokenizer.get_vocab() != tokenizer.get_vocab():
+        draft.close()
+        raise OptionInvalid(
+            f"{options.draft} has other tokens than the model that it is to guess for",
+            hint="name a smaller model of the same family, or leave --draft out",
+        )
+    return draft
 
 
 def _make_engine(

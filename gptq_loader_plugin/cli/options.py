@@ -130,6 +130,13 @@ LOAD: dict[str, tuple[Any, Any]] = {
         ],
         None,
     ),
+    "draft": (
+        Annotated[
+            str | None,
+            typer.Option("--draft", help="A smaller model that guesses tokens; off: no guesses."),
+        ],
+        None,
+    ),
 }
 
 # The fields of GenerateOptions.

@@ -7,6 +7,7 @@ unfinished character.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from gptq_loader_plugin.generation.batch_sampling import Row, pick_tokens
 from gptq_loader_plugin.generation.kv_cache import PrefixCache
 from gptq_loader_plugin.generation.model_runner import ModelRunner
 from gptq_loader_plugin.generation.sampling import Sampler
+from gptq_loader_plugin.generation.speculation import Pace, can_crop, crop
 from gptq_loader_plugin.generation.text_stream import TextStream
 from gptq_loader_plugin.kernel import TopLogitsHead
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.generation.options import GenerateOptions
     from gptq_loader_plugin.generation.rotation import LengthRotation
+    from gptq_loader_plugin.generation.speculation import Drafter
 
 __all__ = [
     "Engine",
@@ -181,6 +184,7 @@ class Generation:
         processors: change the logits before a token is picked, after those that `options` ask for.
         watch: told each token once it is picked, an end token too, and the model's own logits for
             it [1, vocabulary].
+        drafter: guesses tokens, which are read beside the last one and kept where they are picked.
 
     Attributes:
         cache: keys and values of what was read.
@@ -206,6 +210,7 @@ class Generation:
         engine: Engine | None = None,
         processors: Sequence[LogitsProcessor] = (),
         watch: Callable[[int, torch.Tensor], object] | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         if not ids:
             raise ValueError("an empty prompt")
@@ -231,6 +236,17 @@ class Generation:
         self.cache, held = self._kept.reuse(model, ids, self._rotation)
         self.pending = self._read[held:]
         self.finished = False
+        self._pace, self._guesses = Pace(), list[int]()
+        self._began: float | None = None  # of the step whose token is to be picked
+        # A penalty goes by every token before; a rotation, by how many there are.
+        guessing = (
+            engine is None
+            and options.repetition_penalty == 1
+            and self._runner.takes_parts
+            and not self._runner.rotation.varies
+            and can_crop(self.cache)
+        )
+        self._drafter = drafter if guessing else None
 
     def forward_pending(self, max_tokens: int = PREFILL_TOKENS) -> torch.Tensor:
         """Run the model over all pending tokens, so many at a time: logits [1, vocabulary]."""
@@ -242,7 +258,8 @@ class Generation:
     def forward_chunk(self, max_tokens: int) -> torch.Tensor:
         """Run the model over some pending tokens; return the logits after them [1, vocabulary].
 
-        Over all of them, where the model takes no parts of a prompt.
+        Over all of them, where the model takes no parts of a prompt; beside the last one over
+        guesses too, where there are any, with a row of logits after each.
         """
         length, past = len(self._read), self.position
         if self._engine is not None:
@@ -250,17 +267,29 @@ class Generation:
             return self._engine.step([part], [self.cache], [length])
         count = max_tokens if self._runner.takes_parts else len(self.pending)
         part, self.pending = self.pending[:count], self.pending[count:]
+        self._guess(part)
+        rows = 1 + len(self._guesses)
         output, self.cache = self._runner.run(
-            part,
+            [*part, *self._guesses],
             self.cache,
             past=past,
-            length=length,
+            length=length + len(self._guesses),
             states=self._head is not None,
-            logits_to_keep=1,
+            logits_to_keep=rows,
         )
         if self._head is not None:
-            return compute_logits(self._head, [self], output[:, -1])
-        return output[:, -1]
+            return compute_logits(self._head, [self] * rows, output[0, -rows:])
+        return output[0, -rows:]
+
+    def _guess(self, part: Sequence[int]) -> None:
+        """Guess what follows the last token, where that pays."""
+        self._guesses, self._began = [], None
+        if self._drafter is None or len(part) != 1 or self.pending:
+            return
+        self._began = perf_counter()
+        room = self._max_new_tokens - self._tokens - 1
+        if (count := min(self._pace.choose(), room)) > 0:
+            self._guesses = self._drafter.propose(self._read, count)
 
     @property
     def runs_ahead(self) -> bool:
@@ -310,7 +339,29 @@ class Generation:
         """Pick the token that follows what was read; return the text that is certain with it."""
         if self.row is not None:
             return self.append_token(int(pick_tokens([self.row], [self.sequence], logits)), logits)
+        if self._drafter is not None:
+            return self._sample_guessed(logits)
         return self.append_token(self._sampler.sample(self.sequence, logits), logits)
+
+    def _sample_guessed(self, logits: torch.Tensor) -> Piece | None:
+        """Pick tokens by a row of logits each, as long as they are those that were guessed."""
+        guesses, self._guesses = self._guesses, []
+        text, kept, piece = "", 0, None
+        for row in logits.split(1):
+            piece = self.append_token(self._sampler.sample(self.sequence, row), row)
+            text += "" if piece is None else piece.text
+            if self.finished or kept == len(guesses) or self.pending != [guesses[kept]]:
+                break
+            self.pending = []  # its keys and values are there
+            kept += 1
+        if self._began is not None:
+            self._pace.note(len(guesses), kept, perf_counter() - self._began)
+            self._began = None
+        if guesses:
+            crop(self.cache, self.position)
+        if piece is not None and piece.finish is not None:
+            return Piece(text, self._tokens, piece.finish)
+        return Piece(text, self._tokens) if text else None
 
     def append_token(self, token: int, logits: torch.Tensor | None) -> Piece | None:
         """Go on with a token that was picked by `logits`; return the text that is certain now.

@@ -18,6 +18,7 @@ from gptq_loader_plugin.generation.batch import write_alone
 from gptq_loader_plugin.generation.generate import Generation, Piece, Reply, generate_pieces
 from gptq_loader_plugin.generation.kv_cache import PrefixCache
 from gptq_loader_plugin.generation.options import GenerateOptions
+from gptq_loader_plugin.generation.speculation import ModelDrafter, NgramDrafter
 from gptq_loader_plugin.kernel import Closable
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.card import Card
     from gptq_loader_plugin.checkpoint.config import QuantConfig
     from gptq_loader_plugin.generation.generate import Engine
+    from gptq_loader_plugin.generation.speculation import Drafter
     from gptq_loader_plugin.kernel import Batcher
     from gptq_loader_plugin.planning.plan import Plan
 
@@ -58,6 +60,8 @@ class LoadedModel:
         notes: what kernels did for the model as a whole.
         batcher: steps several sequences in one call, where a kernel can.
         engine: reads many sequences in one pass, on an accelerator.
+        draft: the model whose guesses it checks; "off" for no guesses; None for those that
+            follow from what was written before, where steps are native.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class LoadedModel:
         batcher: Batcher | None = None,
         engine: Engine | None = None,
         kv_cache: Literal["int8"] | None = None,
+        draft: LoadedModel | Literal["off"] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -85,6 +90,7 @@ class LoadedModel:
         self.notes = notes
         self.batcher = batcher
         self.engine = engine
+        self.draft = draft
         self._cache = PrefixCache(kv_cache)
         self._closed = False
 
@@ -290,6 +296,8 @@ class LoadedModel:
         self._cache.clear()
         if self.engine is not None:
             self.engine.close()
+        if isinstance(self.draft, LoadedModel):
+            self.draft.close()
         for module in self.model.modules():
             if isinstance(module, Closable):
                 module.close()
@@ -370,7 +378,14 @@ class LoadedModel:
             engine=self.engine,
             processors=processors,
             watch=watch,
+            drafter=self._drafter(),
         )
+
+    def _drafter(self) -> Drafter | None:
+        """Make what guesses a reply's tokens: by another model, or where steps are native."""
+        if isinstance(self.draft, LoadedModel):
+            return ModelDrafter(self.draft.model)
+        return NgramDrafter() if self.draft is None and self.batcher is not None else None
 
     def _check_open(self) -> None:
         if self._closed:
