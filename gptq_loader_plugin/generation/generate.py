@@ -54,12 +54,14 @@ class Piece:
         tokens: how many tokens have been generated so far.
         finish: why the reply ended, on its last piece; None before.
         warning: what a user should know about this reply, or "".
+        stop_text: the text that ended the reply, on its last piece, where one did.
     """
 
     text: str
     tokens: int
     finish: Finish | None = None
     warning: str = ""
+    stop_text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,7 +400,7 @@ class Generation:
 
     def _end(self, text: str, finish: Finish) -> Piece:
         self.finished = True
-        return Piece(text, self._tokens, finish)
+        return Piece(text, self._tokens, finish, stop_text=self._text.stop_text)
 
 
 def top_logits_head(model: PreTrainedModel) -> TopLogitsHead | None:

@@ -38,6 +38,7 @@ class TextStream:
         self._decoded = 0  # tokens before this have had their text taken
         self._held = ""  # text that could still be the beginning of a stop text
         self.stopped = False
+        self.stop_text = ""  # the one that ended it
 
     def add(self, token: int) -> str:
         """Take one token; return the text that is certain now."""
@@ -64,10 +65,11 @@ class TextStream:
 
     def _pass(self, text: str) -> str:
         text = self._held + text
-        ends = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        ends = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if ends:
             self.stopped, self._held = True, ""
-            return text[: min(ends)]
+            end, self.stop_text = min(ends)
+            return text[:end]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -105,6 +105,7 @@ def test_a_stop_text_across_tokens_ends_the_reply_and_is_not_shown(
 
 def test_the_first_of_several_stop_texts_counts(model: gptq.LoadedModel) -> None:
     pieces = say(model, "one two three", stop=("three", "two", "wo"))
+    assert pieces[-1].stop_text == "two"
     assert "".join(it.text for it in pieces) == "one "
 
 
