@@ -11,7 +11,13 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match
 
-from gptq_loader_extensions.openai.errors import KOBOLD, ApiError, to_api_error
+from gptq_loader_extensions.openai.errors import (
+    API_PATHS,
+    ApiError,
+    to_api_error,
+    unknown_route,
+)
+from gptq_loader_extensions.openai.http.api_paths import ApiPaths
 from gptq_loader_extensions.openai.http.guard import Guard
 from gptq_loader_extensions.openai.http.request_log import CLIENT_CLOSED_REQUEST, RequestLog
 from gptq_loader_extensions.openai.replies.reply_events import ClientDisconnected
@@ -33,6 +39,18 @@ __all__ = ["create_app"]
 
 logger = logging.getLogger(__name__)
 
+ROUTES = (
+    info_routes,
+    chat_routes,
+    completion_routes,
+    webui_routes,
+    kobold_routes,
+)
+PAGE_PATHS = ("/gradio_api/", "/login", "/logout")  # that a page sends more than GET to
+# Of llama.cpp, vLLM and SGLang: what no page has, and clients look for.
+OTHERS_PATHS = frozenset(
+    {"/get_model_info", "/get_server_info", "/ping", "/props", "/server_info", "/slots", "/version"}
+)
 MAX_AGE = 600  # seconds for which a browser keeps what CORS allowed
 
 
@@ -50,12 +68,12 @@ def create_app(server: Server, *, page: Callable[[FastAPI], object] | None = Non
         docs_url=None,  # their pages fetch scripts from elsewhere
         redoc_url=None,
     )
-    for routes in (info_routes, chat_routes, completion_routes, webui_routes, kobold_routes):
+    for routes in ROUTES:
         app.include_router(routes(server))
     if page is None:
         app.add_api_route("/", _index(server), methods=["GET"], include_in_schema=False)
     else:
-        app.router.routes.append(_UnknownApiPath(list(app.router.routes)))
+        app.router.routes.append(_UnknownApiPath())
         page(app)
     _handle_errors(app)
     app.add_middleware(Guard, settings=server.settings)
@@ -64,36 +82,37 @@ def create_app(server: Server, *, page: Callable[[FastAPI], object] | None = Non
 
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(server.settings.cors),
-            allow_methods=["GET", "POST", "PUT"],
-            allow_headers=["Authorization", "Content-Type", "X-Api-Key"],
+            allow_origin_regex=server.settings.origin_pattern(),
+            allow_methods=["DELETE", "GET", "HEAD", "POST", "PUT"],
+            allow_headers=["*"],  # SDKs send many of their own
+            allow_private_network=True,
             expose_headers=["X-Request-Id", "X-Ignored-Options"],
             max_age=MAX_AGE,
         )
+    app.add_middleware(ApiPaths)
     app.add_middleware(RequestLog, metrics=server.metrics)
     return app
 
 
 class _UnknownApiPath(BaseRoute):
-    """Match the API's paths that no route has, before the page does, which answers in HTML.
-
-    Args:
-        routes: the API's.
-    """
-
-    def __init__(self, routes: list[BaseRoute]) -> None:
-        self._routes = routes
+    """Match the API's paths that no route has, before the page does, which answers in HTML."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """Match every path of the API's."""
-        is_api = scope["type"] == "http" and scope["path"].startswith(("/v1/", KOBOLD))
+        """Match every path of the APIs', and requests that no page sends."""
+        if scope["type"] != "http":
+            return Match.NONE, {}
+        path = scope["path"]
+        is_api = (
+            path.startswith(API_PATHS)
+            or path in OTHERS_PATHS
+            or (scope["method"] not in ("GET", "HEAD") and not path.startswith(PAGE_PATHS))
+        )
         return (Match.FULL if is_api else Match.NONE), {}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse: there is no such path, or not by this method."""
-        del receive, send
-        other_method = any(route.matches(scope)[0] is Match.PARTIAL for route in self._routes)
-        raise HTTPException(405 if other_method else 404)
+        """Refuse: there is no such path."""
+        del scope, receive, send
+        raise HTTPException(404)
 
 
 def _index(server: Server) -> Callable[[], dict[str, Any]]:
@@ -111,6 +130,13 @@ def _index(server: Server) -> Callable[[], dict[str, Any]]:
     return index
 
 
+def _unknown(app: FastAPI, request: Request) -> ApiError:
+    """Refuse a request for which there is no route, or none with its method."""
+    scope = {**request.scope, "path": request.url.path}
+    other_method = any(route.matches(scope)[0] is Match.PARTIAL for route in app.router.routes)
+    return unknown_route(request.method, request.url.path, other_method=other_method)
+
+
 def _handle_errors(app: FastAPI) -> None:
     """Answer every error in the shape that the path's clients read (`ApiError.body`)."""
 
@@ -122,12 +148,14 @@ def _handle_errors(app: FastAPI) -> None:
 
     async def malformed(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return await api_error(request, field_error(error.errors()[0]))
+        return await api_error(request, field_error(error.errors(), error.body))
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if isinstance(error.__cause__, ApiError):  # raised while the body was read
             return await api_error(request, error.__cause__)
+        if error.status_code in (404, 405):
+            return await api_error(request, _unknown(app, request))
         answer = ApiError(error.status_code, str(error.detail), headers=error.headers)
         return await api_error(request, answer)
 

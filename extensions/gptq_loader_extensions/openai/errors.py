@@ -16,9 +16,31 @@ from gptq_loader_plugin.errors import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["KOBOLD", "ApiError", "invalid", "to_api_error"]
+__all__ = ["API_PATHS", "OLLAMA", "ApiError", "invalid", "to_api_error", "unknown_route"]
 
-KOBOLD = "/api/"  # begins the paths of Kobold's clients
+KOBOLD = "/api/"  # begins the paths of Kobold's clients, but for those of Ollama's
+OLLAMA = (
+    "/api/chat",
+    "/api/embed",
+    "/api/embeddings",
+    "/api/generate",
+    "/api/ps",
+    "/api/show",
+    "/api/tags",
+    "/api/version",
+)
+ANTHROPIC = "/v1/messages"
+API_PATHS = ("/v1/", KOBOLD)  # begin all paths of APIs
+# Anthropic's names of errors, by status.
+ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 class ApiError(Exception):
@@ -54,9 +76,15 @@ class ApiError(Exception):
     def body(self, path: str = "") -> dict[str, Any]:
         """Return the content, in the shape that the clients of a path read.
 
-        OpenAI's clients read `error`, which every path has. Kobold's read `detail`, as KoboldAI's
-        server writes it: their paths have both.
+        OpenAI's clients read `error`. Kobold's read `detail`, as KoboldAI's server writes it: their
+        paths have both. Ollama's read a text, Anthropic's a type besides.
         """
+        if path.startswith(ANTHROPIC):
+            kind = "invalid_request_error" if self.status < 500 else "api_error"
+            kind = ANTHROPIC_KINDS.get(self.status, kind)
+            return {"type": "error", "error": {"type": kind, "message": self.message}}
+        if path in OLLAMA:
+            return {"error": self.message}
         error = {
             "message": self.message,
             "type": self.kind,
@@ -71,6 +99,29 @@ class ApiError(Exception):
 def invalid(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
     """Return the refusal of a malformed request."""
     return ApiError(400, message, param=param, code=code)
+
+
+def unknown_route(method: str, path: str, *, other_method: bool) -> ApiError:
+    """Return the refusal of a request for which there is no route.
+
+    Args:
+        method: the request's.
+        path: the request's.
+        other_method: whether there is a route for another method.
+    """
+    what = f"{method} {path[:200]}"
+    if other_method:
+        return ApiError(
+            405,
+            f"there is no route {what} here; it takes another method, see GET /openapi.json",
+            code="method_not_allowed",
+        )
+    return ApiError(
+        404,
+        f"there is no route {what} here; GET /openapi.json lists those there are, and clients of "
+        "OpenAI's API take the server's address with /v1 behind it",
+        code="unknown_route",
+    )
 
 
 def to_api_error(error: Exception) -> ApiError:

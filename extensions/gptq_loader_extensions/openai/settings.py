@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = ["Settings", "is_loopback"]
+
+# Of web pages, exactly; of applications and extensions, whose names may be drawn at each start,
+# also all of a kind: vscode-webview://*.
+ORIGIN = re.compile(
+    r"https?://[^\s/*]+|(?!https?:)[A-Za-z][A-Za-z0-9+.-]*://(?:[^\s/*]*|\*)", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +31,8 @@ class Settings:
         api_key: what every request must send; None requires none.
         no_auth: whether others on the network may use a server without a key.
         allowed_hosts: names, besides this machine's own, that requests may be addressed to.
-        cors: the origins whose pages may call the API from a browser.
+        cors: the origins whose pages may call the API from a browser; of applications and
+            extensions also all of a kind, as vscode-webview://*.
         models_dir: the folder whose models may be loaded by name; None takes the usual ones.
         cached_models: whether models of the Hugging Face cache may be loaded by name.
         downloads: whether a name may make the server download a model.
@@ -87,10 +95,27 @@ class Settings:
             if value < minimum:
                 raise OptionInvalid(f"{name} is {value}", hint=f"choose at least {minimum}")
         for origin in self.cors:
-            if origin != "*" and not origin.startswith(("http://", "https://")):
+            if origin != "*" and not ORIGIN.fullmatch(origin):
                 raise OptionInvalid(
-                    f"{origin!r} is not an origin", hint="write it as http://localhost:3000, or *"
+                    f"{origin!r} is not an origin",
+                    hint="write it as http://localhost:3000, app://obsidian.md or "
+                    "chrome-extension://*, or as * for all",
                 )
+
+    def allows(self, origin: str) -> bool:
+        """Return whether pages of an origin may call the API."""
+        return any(
+            allowed in ("*", origin) or (allowed.endswith("*") and origin.startswith(allowed[:-1]))
+            for allowed in self.cors
+        )
+
+    def origin_pattern(self) -> str:
+        """Return a regular expression of the origins whose pages may call the API."""
+        patterns = []
+        for allowed in self.cors:
+            is_family = allowed.endswith("*")
+            patterns.append(re.escape(allowed.removesuffix("*")) + (".*" if is_family else ""))
+        return "|".join(patterns)
 
 
 def is_loopback(host: str) -> bool:

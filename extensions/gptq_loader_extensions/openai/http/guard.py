@@ -27,6 +27,18 @@ HOST = re.compile(
     r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<name>[^][:@/?#%\s]+))(?::(?P<port>[0-9]+))?"
 )
 PORTS = range(2**16)
+# What containers call the machine they run on: names of private use, which no page on the web can
+# be served under. A browser takes *.localhost for this machine without asking anyone.
+CONTAINER_NAMES = frozenset(
+    {
+        "gateway.docker.internal",
+        "host.containers.internal",
+        "host.docker.internal",
+        "host.lima.internal",
+        "host.minikube.internal",
+        "host.orb.internal",
+    }
+)
 
 
 class Guard:
@@ -44,11 +56,12 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
         self._key = None if settings.api_key is None else settings.api_key.encode()
-        self._origins = frozenset(settings.cors)
+        self._settings = settings
         self._max_body = settings.max_body
         here = socket.gethostname().casefold()
         self._names = frozenset(
             {"localhost", here, f"{here}.local", settings.host.casefold()}
+            | CONTAINER_NAMES
             | {name.casefold() for name in settings.allowed_hosts}
         )
 
@@ -75,7 +88,7 @@ class Guard:
             )
         origin = headers.get("origin")
         own = {f"http://{host_header}", f"https://{host_header}"}
-        if origin is not None and origin not in own and not {origin, "*"} & self._origins:
+        if origin is not None and origin not in own and not self._settings.allows(origin):
             raise ApiError(
                 403,
                 "pages of that origin may not call this server; start it with --cors ORIGIN to let "
@@ -101,7 +114,9 @@ class Guard:
             return False
         if match["ipv6"] is not None:
             return _is_number(match["ipv6"], version=6)
-        return match["name"].casefold() in self._names or _is_number(match["name"], version=4)
+        name = match["name"].casefold().removesuffix(".")  # of a name that is written in full
+        is_here = name in self._names or name.endswith(".localhost")
+        return is_here or _is_number(name, version=4)
 
     def _has_key(self, headers: dict[str, str]) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -165,7 +180,7 @@ async def _refuse(error: ApiError, scope: Scope, send: Send) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    body = json.dumps(error.body()).encode()
+    body = json.dumps(error.body(scope["path"])).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -28,10 +29,15 @@ def info_routes(server: Server) -> APIRouter:
     """Return the routes."""
     router = APIRouter(responses=ERRORS)
 
+    @router.head("/v1/models", include_in_schema=False)
     @router.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models(request: Request) -> dict[str, Any]:
         """List the models that may be named."""
         served = await asyncio.to_thread(server.registry.list_models)
+        if "anthropic-version" in request.headers:
+            data = [_anthropic_json(model) for model in served]
+            ids: list[str | None] = [model.name for model in served] or [None]
+            return {"data": data, "first_id": ids[0], "last_id": ids[-1], "has_more": False}
         return {"object": "list", "data": [_model_json(model) for model in served]}
 
     @router.get("/v1/models/{name:path}")
@@ -59,6 +65,7 @@ def info_routes(server: Server) -> APIRouter:
             headers={"x-should-retry": "false"},  # which OpenAI's own clients obey
         )
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     async def health() -> dict[str, Any]:
         """Return that the server runs, and what it has loaded."""
@@ -86,6 +93,16 @@ def _model_json(model: ServedModel) -> dict[str, Any]:
         "object": "model",
         "created": model.created,
         "owned_by": "gptq-loader",
+    }
+
+
+def _anthropic_json(model: ServedModel) -> dict[str, Any]:
+    created = datetime.fromtimestamp(model.created, UTC).isoformat().replace("+00:00", "Z")
+    return {
+        "type": "model",
+        "id": model.name,
+        "display_name": model.name,
+        "created_at": created,
     }
 
 
