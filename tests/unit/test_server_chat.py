@@ -165,18 +165,6 @@ def test_a_schema_that_cannot_be_followed_is_refused(served: Running) -> None:
     assert "the schema cannot be followed" in answer.json()["error"]["message"]
 
 
-def test_tools_may_be_sent_and_the_reply_is_text(served: Running) -> None:
-    """Open WebUI sends its own with every chat."""
-    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
-    plain = served.chat(max_tokens=8, temperature=0).json()
-    with_tools = served.chat(max_tokens=8, temperature=0, tools=[tool], tool_choice="auto").json()
-    assert with_tools["choices"][0]["message"] == plain["choices"][0]["message"]
-    assert with_tools["usage"] == plain["usage"]
-    forced = served.chat(tools=[tool], tool_choice="required")
-    assert forced.status_code == 400
-    assert "cannot be made to call" in forced.json()["error"]["message"]
-
-
 def test_a_conversation_with_calls_and_empty_contents_is_taken(served: Running) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
     messages = [

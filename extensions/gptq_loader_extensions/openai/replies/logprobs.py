@@ -90,7 +90,7 @@ def completion_logprobs(
         offsets.append(begin)
         begin += len(token_text.text(scored.token))
     alternatives = [
-        {token_text.name(token): _finite(logprob) for token, logprob in scored.top}
+        {token_text.name(token): _finite(logprob) for token, logprob in _with_sampled(scored)}
         if scored.top
         else None
         for scored in tokens
@@ -103,6 +103,12 @@ def completion_logprobs(
         "top_logprobs": alternatives if top else None,
         "text_offset": offsets,
     }
+
+
+def _with_sampled(scored: ScoredToken) -> list[tuple[int, float | None]]:
+    """List the alternatives of a token, and the token itself where it is none of them."""
+    own = [] if any(token == scored.token for token, _ in scored.top) else [scored]
+    return [*scored.top, *((it.token, it.logprob) for it in own)]
 
 
 def _finite(logprob: float | None) -> float:

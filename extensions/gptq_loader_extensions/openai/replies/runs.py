@@ -64,7 +64,7 @@ def make_runs(
     max_tokens: int,
     stop: Sequence[str] = (),
     top_logprobs: int | None = None,
-    grammar: Callable[[], Any] | None = None,
+    more: Sequence[Callable[[], Any]] = (),
 ) -> list[Run]:
     """Return the `n` runs that complete one prompt; each has its own seed, where there is one.
 
@@ -75,7 +75,7 @@ def make_runs(
         max_tokens: the limit of each reply.
         stop: the template's end texts.
         top_logprobs: as in `Run`.
-        grammar: makes the processor that keeps one reply to a grammar.
+        more: make what else changes the logits, for each reply anew.
 
     Raises:
         ApiError: an option names a token that this model does not have.
@@ -87,8 +87,7 @@ def make_runs(
     runs = []
     for i in range(request.n or 1):
         processors = _processors(request, model, len(ids))
-        if grammar is not None:
-            processors.append(grammar())
+        processors += [make() for make in more]
         seed = None if options.seed is None else options.seed + i
         own = options if i == 0 else options.model_copy(update={"seed": seed})
         runs.append(Run(ids, own, tuple(stop), processors, top_logprobs))

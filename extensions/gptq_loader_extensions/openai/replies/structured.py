@@ -1,76 +1,56 @@
-"""Constrain a reply to JSON, or to a JSON schema, by masking the tokens that would break it.
+"""Keep a reply to a grammar, by masking the tokens that would break it.
 
-llguidance (3 MB, no dependencies) tracks the grammar; without it the option is refused.
+llguidance (3 MB, no dependencies) tracks the grammar; without it the options are refused.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_extensions.openai.errors import invalid
+from gptq_loader_extensions.openai.replies.grammar_mask import GrammarMask
+from gptq_loader_extensions.openai.schema.constraints import read_constraint
+from gptq_loader_extensions.openai.schema.json_schema import prepare_schema
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    import torch
-
-    from gptq_loader_extensions.openai.schema.schemas import ResponseFormat
+    from gptq_loader_extensions.openai.schema.constraints import Constraint, Structured
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
-__all__ = ["GrammarMask", "grammar_tokenizer", "make_grammar"]
+__all__ = [
+    "MaskOptions",
+    "constraint_masks",
+    "grammar_tokenizer",
+    "make_mask",
+    "schema_rule",
+    "to_lark",
+    "write_grammar",
+]
+
+MAX_GRAMMAR = 1 << 18  # characters: a schema of 3 MB takes llguidance a second for each token
+# Without a limit to it, small models write whitespace until a reply may be no longer.
+LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-MAX_SCHEMA = 1 << 18  # characters of JSON: one of 3 MB takes llguidance a second for each token
+@dataclass(frozen=True, slots=True)
+class MaskOptions:
+    """When a grammar holds.
 
-
-class GrammarMask:
-    """Allow only the tokens that continue within a grammar, for one reply.
-
-    Args:
-        matcher: llguidance's, at the beginning of its grammar.
-        begin: where the reply begins in the sequence.
-        vocabulary: how many tokens the matcher's tokenizer has.
+    Attributes:
+        after: the text from whose end on it holds; "" from the reply's beginning.
+        opening: a token that the reply may begin with all the same, and then `after` is awaited:
+            what opens a thought.
+        must_begin: whether the reply may not end before it holds.
+        repeats: whether, once it is complete, any text is allowed until `after` comes again.
     """
 
-    def __init__(self, matcher: Any, begin: int, vocabulary: int) -> None:  # noqa: ANN401
-        from llguidance.numpy import allocate_token_bitmask
-
-        self._matcher = matcher
-        self._read = begin
-        self._mask = allocate_token_bitmask(1, vocabulary)  # int32 [1, ceil(vocabulary / 32)]
-        self._fill()  # the first takes the longest, and here nobody waits for it
-
-    def _fill(self) -> None:
-        """Mark the tokens that may follow.
-
-        Raises:
-            ApiError: the matcher has given up.
-        """
-        from llguidance.numpy import fill_next_token_bitmask
-
-        fill_next_token_bitmask(self._matcher, self._mask)
-        if error := self._matcher.get_error():
-            raise invalid(
-                f"the schema cannot be followed: {error.strip()[:500]}", param="response_format"
-            )
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return the logits [1, width] with every other token at minus infinity."""
-        import numpy as np
-        import torch
-        from llguidance.numpy import apply_token_bitmask_inplace
-
-        tokens = input_ids[0, self._read :].tolist()
-        self._read = input_ids.shape[1]
-        if tokens:
-            for token in tokens:
-                self._matcher.consume_token(token)
-            self._fill()
-        # Not llguidance.torch's, which torch.compile builds at its first call by a C++ compiler.
-        bias = np.zeros(scores.shape, np.float32)
-        apply_token_bitmask_inplace(bias, self._mask)
-        return scores.masked_fill(torch.from_numpy(bias).to(scores.device) < 0, float("-inf"))
+    after: str = ""
+    opening: int | None = None
+    must_begin: bool = False
+    repeats: bool = False
 
 
 def grammar_tokenizer(model: LoadedModel) -> Any:  # noqa: ANN401 - llguidance's, or None
@@ -89,58 +69,150 @@ def grammar_tokenizer(model: LoadedModel) -> Any:  # noqa: ANN401 - llguidance's
     return llguidance.hf.from_tokenizer(tokenizer, eos_token=end_ids)
 
 
-def make_grammar(
-    response_format: ResponseFormat | None,
+def write_grammar(constraint: Constraint) -> str:
+    """Write the form of a reply as a grammar of Lark.
+
+    Raises:
+        ApiError: llguidance is not installed, or it is no grammar.
+    """
+    match constraint.kind:
+        case "schema":
+            schema = schema_rule(constraint.value, constraint.param, closed=constraint.closed)
+            return f"start: {schema}\n"
+        case "regex":
+            return f"start: PATTERN\nPATTERN: /{_in_slashes(constraint.value)}/\n"
+        case "choice":
+            return f"start: {' | '.join(map(to_lark, constraint.value))}\n"
+        case "grammar":
+            return _own_grammar(constraint.value, constraint.param)
+
+
+def constraint_masks(
+    request: Structured,
     vocabulary: Any,  # noqa: ANN401 - llguidance's
     *,
     begin: int,
-) -> Callable[[], GrammarMask] | None:
-    """Return what makes a mask for each reply; None where any text is allowed.
-
-    Args:
-        response_format: the form of the reply.
-        vocabulary: the model's `grammar_tokenizer`.
-        begin: where the reply begins in the sequence.
+) -> list[Callable[[], GrammarMask]]:
+    """Return what keeps a completion to the form that a request asks for, if it asks for one.
 
     Raises:
-        ApiError: the schema cannot be followed, or llguidance is not installed.
+        ApiError: it cannot be kept to.
     """
-    if response_format is None or response_format.type == "text":
-        return None
-    schema: dict[str, Any] = {"type": "object"}
-    if response_format.type == "json_schema":
-        if response_format.json_schema is None or response_format.json_schema.content is None:
-            raise invalid(
-                "response_format json_schema needs a schema: json_schema.schema",
-                param="response_format",
-            )
-        schema = response_format.json_schema.content
+    constraint = read_constraint(request)
+    if constraint is None:
+        return []
+    grammar = write_grammar(constraint)
+    return [make_mask(grammar, vocabulary, begin=begin, param=constraint.param)]
+
+
+def schema_rule(schema: Any, param: str, *, closed: bool = True) -> str:  # noqa: ANN401 - JSON
+    """Write a JSON schema as what Lark's rules may contain.
+
+    Raises:
+        ApiError: it is too long.
+    """
+    prepared = prepare_schema(schema, closed=closed)
+    if isinstance(prepared, dict):
+        own = prepared.get("x-guidance")
+        prepared = {**prepared, "x-guidance": {**LAYOUT, **(own if isinstance(own, dict) else {})}}
+    written = json.dumps(prepared)
+    _check_length(written, "schema", param)
+    return f"%json {written}"
+
+
+def to_lark(text: str) -> str:
+    """Write a text as Lark does."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def make_mask(
+    grammar: str,
+    vocabulary: Any,  # noqa: ANN401 - llguidance's
+    *,
+    begin: int,
+    param: str,
+    options: MaskOptions | None = None,
+    end_ids: Sequence[int] = (),
+) -> Callable[[], GrammarMask]:
+    """Return what makes a mask for each reply.
+
+    Args:
+        grammar: of Lark.
+        vocabulary: the model's `grammar_tokenizer`.
+        begin: where the reply begins in the sequence.
+        param: the field of the request that asks for it.
+        options: when it holds.
+        end_ids: the tokens that end a reply.
+
+    Raises:
+        ApiError: the grammar cannot be followed, or llguidance is not installed.
+    """
     try:
         import llguidance
     except ImportError as error:
         raise invalid(
-            "this server cannot keep replies to JSON: it lacks the package llguidance; leave "
-            "response_format out, and ask for JSON in the prompt",
-            param="response_format",
+            "this server cannot keep replies to a form: it lacks the package llguidance; leave "
+            f"{param} out, and ask for JSON in the prompt",
+            param=param,
             code="unsupported_option",
         ) from error
     if vocabulary is None:
         raise invalid(
-            "this model's tokenizer cannot be kept to JSON; leave response_format out",
-            param="response_format",
+            f"this model's tokenizer cannot be kept to a form; leave {param} out",
+            param=param,
             code="unsupported_option",
         )
-    written = json.dumps(schema)
-    if len(written) > MAX_SCHEMA:
-        raise invalid(
-            f"the schema has {len(written):,} characters, and may have {MAX_SCHEMA:,}",
-            param="response_format",
-        )
-    grammar = llguidance.LLMatcher.grammar_from_json_schema(written)
-    if problem := llguidance.LLMatcher.validate_grammar(grammar, vocabulary):
-        raise invalid(
-            f"the schema cannot be followed: {problem.strip()[:500]}", param="response_format"
-        )
+    content = llguidance.LLMatcher.grammar_from_lark(grammar)
+    if problem := llguidance.LLMatcher.validate_grammar(content, vocabulary):
+        raise _cannot_follow(problem, param)
+    chosen = options or MaskOptions()
+
+    def make_matcher() -> Any:  # noqa: ANN401 - llguidance's
+        return llguidance.LLMatcher(vocabulary, content, log_level=0)
+
     return lambda: GrammarMask(
-        llguidance.LLMatcher(vocabulary, grammar, log_level=0), begin, vocabulary.vocab_size
+        make_matcher,
+        begin,
+        vocabulary,
+        param=param,
+        after=chosen.after,
+        opening=chosen.opening,
+        banned=tuple(end_ids) if chosen.must_begin else (),
+        repeats=chosen.repeats,
     )
+
+
+def _own_grammar(text: str, param: str) -> str:
+    """Return a client's grammar as Lark: llama.cpp's form, GBNF, is translated."""
+    _check_length(text, "grammar", param)
+    try:
+        from llguidance.gbnf_to_lark import any_to_lark
+    except ImportError:
+        return text  # which is refused when the mask is made
+    try:
+        lark: str = any_to_lark(text)
+    except Exception as error:  # a parser's own, of several kinds
+        raise _cannot_follow(str(error), param) from error
+    return lark
+
+
+def _in_slashes(pattern: str) -> str:
+    """Write a regular expression as it stands between Lark's slashes."""
+    escaped = False
+    written = []
+    for letter in pattern:
+        written.append("\\/" if letter == "/" and not escaped else letter)
+        escaped = letter == "\\" and not escaped
+    return "".join(written).replace("\n", "\\n")
+
+
+def _check_length(text: str, what: str, param: str) -> None:
+    if len(text) > MAX_GRAMMAR:
+        raise invalid(
+            f"the {what} has {len(text):,} characters, and may have {MAX_GRAMMAR:,}", param=param
+        )
+
+
+def _cannot_follow(problem: str, param: str) -> Exception:
+    what = "grammar" if "grammar" in param or param == "ebnf" else "schema"
+    return invalid(f"the {what} cannot be followed: {problem.strip()[:500]}", param=param)

@@ -11,14 +11,16 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from gptq_loader_extensions.openai.errors import invalid
+from gptq_loader_extensions.openai.replies.chat_reply import FINISH
 from gptq_loader_extensions.openai.replies.engine import ReplyChunk, Run
 from gptq_loader_extensions.openai.replies.logprobs import LogprobAligner, completion_logprobs
-from gptq_loader_extensions.openai.replies.prompt_tokenizer import encode_end
+from gptq_loader_extensions.openai.replies.prompt_tokenizer import encode_end, prompt_tokenizer
 from gptq_loader_extensions.openai.replies.prompts import score_prompt
 from gptq_loader_extensions.openai.replies.record import request_record
 from gptq_loader_extensions.openai.replies.reply_events import collect
 from gptq_loader_extensions.openai.replies.runs import make_runs
-from gptq_loader_extensions.openai.routes.chat import FINISH, usage
+from gptq_loader_extensions.openai.replies.structured import constraint_masks
+from gptq_loader_extensions.openai.routes.chat import usage
 from gptq_loader_extensions.openai.routes.json_route import JsonRoute
 from gptq_loader_extensions.openai.routes.sse import event, ignored_options, stream
 from gptq_loader_extensions.openai.schema.openapi import ERRORS, EVENTS
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from gptq_loader_extensions.openai.server import Server
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
-__all__ = ["check_ids", "completion_routes", "cut_prompt"]
+__all__ = ["check_ids", "completion_routes", "cut_prompt", "new_completion"]
 
 MAX_TOKENS = 16  # OpenAI's, where a client names none
 
@@ -135,16 +137,7 @@ def completion_routes(server: Server) -> APIRouter:
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Complete prompts."""
         record = request_record(request)
-        record.ignored = check_extra(body)
-        prompts = _prompts(body)
-        if len(prompts) * (body.n or 1) > 64:
-            raise invalid("one request may have 64 replies; send fewer prompts, or a smaller n")
-        reply = await server.new_reply(
-            request,
-            body.model,
-            lambda model: _prepare(server, body, prompts, model),
-            compute=_score if body.echo and body.logprobs is not None else None,
-        )
+        reply = await new_completion(server, request, body)
         base = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         if not body.stream or body.max_tokens == 0:
             started, chunks = await collect(reply, request)
@@ -156,6 +149,24 @@ def completion_routes(server: Server) -> APIRouter:
         return stream(_events(reply, first, base, with_usage=with_usage), reply, record)
 
     return router
+
+
+async def new_completion(server: Server, request: Request, body: CompletionRequest) -> PendingReply:
+    """Return the reply to prompts; it is queued when it is started.
+
+    Raises:
+        ApiError: something of the request is not done here, or there is no such model.
+    """
+    request_record(request).ignored = check_extra(body)
+    prompts = _prompts(body)
+    if len(prompts) * (body.n or 1) > 64:
+        raise invalid("one request may have 64 replies; send fewer prompts, or a smaller n")
+    return await server.new_reply(
+        request,
+        body.model,
+        lambda model: _prepare(server, body, prompts, model),
+        compute=_score if body.echo and body.logprobs is not None else None,
+    )
 
 
 def check_ids(ids: Sequence[int], model: LoadedModel) -> None:
@@ -211,7 +222,15 @@ def _prepare(
             echo = prompt if isinstance(prompt, str) else str(model.tokenizer.decode(prompt))
         prepared.append(PreparedPrompt(echo, ids))
         if max_tokens:
-            runs += make_runs(body, model, ids, max_tokens=max_tokens, top_logprobs=body.logprobs)
+            masks = constraint_masks(body, prompt_tokenizer(model).grammar, begin=len(ids))
+            runs += make_runs(
+                body,
+                model,
+                ids,
+                max_tokens=max_tokens,
+                top_logprobs=body.logprobs,
+                more=masks,
+            )
     copies = (body.n or 1) if max_tokens else 1
     token_text = None if body.logprobs is None else server.token_text(model)
     return PreparedCompletion(prepared, copies, body.logprobs, token_text, model.end_ids()), runs
@@ -233,10 +252,11 @@ def _ids(
 
 def _encode(body: CompletionRequest, prompt: str, model: LoadedModel) -> list[int]:
     """Tokenise a prompt, or the end of one that is to be cut."""
+    special = body.add_special_tokens is not False
     if body.truncation_length is not None:
-        ids = encode_end(model, prompt, model.context)
+        ids = encode_end(model, prompt, model.context, add_special_tokens=special)
     else:
-        ids = model.tokenizer(prompt, verbose=False)["input_ids"]
+        ids = model.tokenizer(prompt, verbose=False, add_special_tokens=special)["input_ids"]
     return ids or model.encode(prompt)
 
 

@@ -9,12 +9,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from gptq_loader_extensions.openai.errors import invalid
+from gptq_loader_extensions.openai.replies.chat_reply import FINISH
 from gptq_loader_extensions.openai.replies.engine import ReplyChunk, Run
-from gptq_loader_extensions.openai.replies.prompt_tokenizer import encode_end
+from gptq_loader_extensions.openai.replies.prompt_tokenizer import encode_end, prompt_tokenizer
 from gptq_loader_extensions.openai.replies.record import request_record
 from gptq_loader_extensions.openai.replies.reply_events import collect
 from gptq_loader_extensions.openai.replies.runs import make_runs
-from gptq_loader_extensions.openai.routes.chat import FINISH
+from gptq_loader_extensions.openai.replies.structured import constraint_masks
 from gptq_loader_extensions.openai.routes.completions import cut_prompt
 from gptq_loader_extensions.openai.routes.json_route import JsonRoute
 from gptq_loader_extensions.openai.routes.sse import event, ignored_options, stream
@@ -169,7 +170,9 @@ def _prepare(server: Server, body: KoboldRequest, model: LoadedModel) -> list[Ru
     ids = encode_end(model, body.prompt, model.context, add_special_tokens=not memory)
     length = min(body.truncation_length or model.context, model.context)
     ids = [*memory, *cut_prompt(ids, model, length=length - len(memory), reply=max_tokens)]
-    return make_runs(body, model, ids or model.encode(""), max_tokens=max_tokens)
+    ids = ids or model.encode("")
+    masks = constraint_masks(body, prompt_tokenizer(model).grammar, begin=len(ids))
+    return make_runs(body, model, ids, max_tokens=max_tokens, more=masks)
 
 
 async def _events(reply: PendingReply, first: ReplyChunk) -> AsyncIterator[str]:

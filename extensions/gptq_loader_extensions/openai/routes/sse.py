@@ -10,7 +10,7 @@ from fastapi.responses import StreamingResponse
 from gptq_loader_extensions.openai.errors import ApiError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping
 
     from starlette.types import Receive, Scope, Send
 
@@ -34,9 +34,13 @@ class EventStream(StreamingResponse):
     """A stream of events; however it ends, its reply ends with it."""
 
     def __init__(
-        self, events: AsyncIterator[str], reply: PendingReply, headers: Mapping[str, str]
+        self,
+        events: AsyncIterator[str],
+        reply: PendingReply,
+        headers: Mapping[str, str],
+        media_type: str = "text/event-stream",
     ) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=headers)
+        super().__init__(events, media_type=media_type, headers=headers)
         self._reply = reply
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,9 +52,24 @@ class EventStream(StreamingResponse):
 
 
 def stream(
-    events: AsyncIterator[str], reply: PendingReply, record: RequestRecord, *, done: str = DONE
+    events: AsyncIterator[str],
+    reply: PendingReply,
+    record: RequestRecord,
+    *,
+    done: str = DONE,
+    failed: Callable[[ApiError], str] | None = None,
+    media_type: str = "text/event-stream",
 ) -> EventStream:
-    """Return a response of events; an error on the way is sent as one of them."""
+    """Return a response of events; an error on the way is sent as one of them.
+
+    Args:
+        events: as they are sent.
+        reply: what they are of.
+        record: of the request.
+        done: what is sent last.
+        failed: writes an error as the API's clients read it; None writes OpenAI's.
+        media_type: of the response.
+    """
 
     async def guarded() -> AsyncIterator[str]:
         try:
@@ -58,10 +77,11 @@ def stream(
                 yield text
         except ApiError as error:
             record.finish = "error"
-            yield event(error.body())
-        yield done
+            yield event(error.body()) if failed is None else failed(error)
+        if done:
+            yield done
 
-    return EventStream(guarded(), reply, HEADERS | ignored_options(record))
+    return EventStream(guarded(), reply, HEADERS | ignored_options(record), media_type)
 
 
 def ignored_options(record: RequestRecord) -> dict[str, str]:

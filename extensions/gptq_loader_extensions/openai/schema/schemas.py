@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gptq_loader_extensions.openai.schema.aliases import resolve_aliases
+from gptq_loader_extensions.openai.schema.constraints import Structured
 
 __all__ = [
     "ChatRequest",
@@ -18,13 +19,11 @@ __all__ = [
     "InternalLogits",
     "InternalText",
     "InternalTokens",
-    "JsonSchema",
     "KoboldKey",
     "KoboldModel",
     "KoboldPrompt",
     "KoboldRequest",
     "Message",
-    "ResponseFormat",
     "Sampling",
     "Tool",
     "ToolCall",
@@ -37,7 +36,17 @@ TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_leng
 STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
-class Sampling(BaseModel):
+class StreamOptions(BaseModel):
+    """What a stream has besides the reply."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM: in every chunk
+    include_obfuscation: Literal[False] | None = None
+
+
+class Sampling(Structured):
     """The options that every request for text has in common."""
 
     model_config = STRICT
@@ -56,6 +65,7 @@ class Sampling(BaseModel):
         | None
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    truncation_length: Annotated[int, Field(ge=2, lt=2**31)] | None = None
     stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=64)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     stream: bool | None = None
@@ -68,14 +78,6 @@ class Sampling(BaseModel):
         return resolve_aliases(fields)
 
 
-class StreamOptions(BaseModel):
-    """How a stream ends."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    include_usage: bool | None = None
-
-
 class Function(BaseModel):
     """A function that a model may call."""
 
@@ -84,6 +86,7 @@ class Function(BaseModel):
     name: Annotated[str, Field(min_length=1, max_length=200)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
 class Tool(BaseModel):
@@ -125,35 +128,60 @@ class Message(BaseModel):
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=128)] | None = None
     tool_call_id: str | None = None
     reasoning_content: Text | None = None
+    reasoning: Text | None = None  # the same, as vLLM and OpenRouter call it
+    prefix: bool | None = None  # DeepSeek and Mistral: to go on with this message
 
 
-class JsonSchema(BaseModel):
-    """A schema that a reply must follow."""
+class FunctionName(BaseModel):
+    """A function by its name."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", populate_by_name=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
 
-    name: str | None = None
-    description: str | None = None
-    strict: bool | None = None
-    content: dict[str, Any] | None = Field(default=None, alias="schema")
-
-
-class ResponseFormat(BaseModel):
-    """The form of a reply."""
-
-    model_config = ConfigDict(strict=True)
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
+    name: str
 
 
 class NamedTool(BaseModel):
     """A choice of one function by its name."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     type: Literal["function"]
-    function: dict[Literal["name"], str]
+    function: FunctionName
+
+
+class ToolSubset(BaseModel):
+    """Some of the tools, and whether one of them must be called."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=128)]
+
+
+class AllowedTools(BaseModel):
+    """A choice among some of the tools."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["allowed_tools"]
+    allowed_tools: ToolSubset
+
+
+ToolChoice = (
+    Literal["none", "auto", "required"]
+    | Annotated[NamedTool | AllowedTools, Field(discriminator="type")]
+)
+
+
+class ThinkingOptions(BaseModel):
+    """Whether a model thinks before it answers, and for how long, as Anthropic and GLM have it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["enabled", "disabled", "adaptive", "auto"]
+    budget_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    display: str | None = None
+    clear_thinking: bool | None = None
 
 
 class ChatRequest(Sampling):
@@ -164,9 +192,21 @@ class ChatRequest(Sampling):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] | None = None
+    enable_thinking: bool | None = None
+    thinking: ThinkingOptions | None = None
+    thinking_budget: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
+    reasoning_format: Literal["none", "auto", "deepseek"] | None = None  # llama.cpp
+    separate_reasoning: bool | None = None  # SGLang
+    include_reasoning: bool | None = None  # vLLM
 
 
 class CompletionRequest(Sampling):
@@ -182,7 +222,7 @@ class CompletionRequest(Sampling):
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
-    truncation_length: Annotated[int, Field(ge=2, lt=2**31)] | None = None
+    add_special_tokens: bool | None = None
 
 
 class KoboldRequest(Sampling):
@@ -191,7 +231,6 @@ class KoboldRequest(Sampling):
     prompt: Text
     memory: Text | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    truncation_length: Annotated[int, Field(ge=2, lt=2**31)] | None = None
     genkey: Annotated[str, Field(max_length=200)] | None = None
 
 

@@ -24,73 +24,107 @@ EMPTY: tuple[object, ...] = (None, "", [], {}, False, 0)
 NEUTRAL: dict[str, tuple[object, ...]] = {
     # OpenAI's
     "audio": EMPTY,
+    "background": EMPTY,
     "best_of": (None, 1),
+    "context_management": EMPTY,
+    "conversation": EMPTY,
     "function_call": (None, "none"),
     "functions": EMPTY,
     "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None, True),
+    "max_tool_calls": EMPTY,
     "prediction": EMPTY,
-    "reasoning_effort": (None, "none"),
-    "service_tier": (None, "auto", "default"),
-    "store": EMPTY,
+    "prompt": EMPTY,
     "suffix": EMPTY,
-    "verbosity": (None, "medium"),
     "web_search_options": EMPTY,
     # local servers'
-    "add_bos_token": (None, True),
     "adaptive_target": (None, 0, -1, -0.01),
+    "add_bos_token": (None, True),
+    "add_special_tokens": (None, False),  # a template writes them itself
+    "allowed_token_ids": EMPTY,
+    "bad_words": EMPTY,
     "ban_eos_token": EMPTY,
     "banned_strings": EMPTY,
     "banned_tokens": EMPTY,
     "cfg_scale": (None, 1),
+    "chat_template": EMPTY,
+    "custom_logit_processor": EMPTY,
+    "custom_params": EMPTY,
     "custom_token_bans": EMPTY,
+    "detokenize": (None, True),
     "do_sample": (None, True),
+    "documents": EMPTY,
     "dry_multiplier": EMPTY,
     "dynamic_temperature": EMPTY,
     "dynatemp_range": EMPTY,
     "early_stopping": EMPTY,
+    "echo": EMPTY,
     "encoder_repetition_penalty": (None, 1),
+    "eos_token_id": EMPTY,
     "epsilon_cutoff": EMPTY,
     "eta_cutoff": EMPTY,
-    "grammar": EMPTY,
-    "grammar_string": EMPTY,
     "guidance_scale": (None, 1),
-    "guided_grammar": EMPTY,
-    "guided_json": EMPTY,
-    "guided_regex": EMPTY,
     "ignore_eos": EMPTY,
     "images": EMPTY,
-    "json_schema": EMPTY,
+    "include_stop_str_in_output": EMPTY,
+    "kv_transfer_params": EMPTY,
     "length_penalty": (None, 1),
     "logits_bias": EMPTY,
+    "logits_processors": EMPTY,
+    "lora": EMPTY,
+    "lora_path": EMPTY,
     "max_tokens_second": EMPTY,
+    "media_io_kwargs": EMPTY,
     "min_keep": (None, 0, 1),
     "min_length": EMPTY,
     "min_tokens": EMPTY,
     "mirostat": EMPTY,
     "mirostat_mode": EMPTY,
+    "mm_processor_kwargs": EMPTY,
+    "n_discard": EMPTY,
+    "n_indent": EMPTY,
+    "n_keep": (None, 0, -1),
     "negative_prompt": EMPTY,
     "no_repeat_ngram_size": EMPTY,
+    "no_stop_trim": EMPTY,
     "nsigma": EMPTY,
     "num_beams": (None, 1),
+    "num_keep": (None, 0, -1),
+    "penalize_newline": (None, False),
     "penalty_alpha": EMPTY,
-    "replacement": EMPTY,
+    "post_sampling_probs": EMPTY,
+    "prompt_embeds": EMPTY,
+    "prompt_logprobs": EMPTY,
     "rep_pen_slope": (None, 0, 1),
+    "repetition_detection": EMPTY,
+    "replacement": EMPTY,
+    "response_fields": EMPTY,
+    "return_hidden_states": EMPTY,
+    "return_token_ids": EMPTY,
+    "return_tokens": EMPTY,
+    "return_tokens_as_token_ids": EMPTY,
     "singleline": EMPTY,
     "skew": EMPTY,
     "skip_special_tokens": (None, True),
     "smoothing_factor": EMPTY,
     "speculative_ngram": EMPTY,
+    "stop_regex": EMPTY,
+    "stop_token_ids": EMPTY,
+    "structural_tag": EMPTY,
+    "t_max_predict_ms": (None, 0, -1),
     "tfs": (None, 0, 1),
     "tfs_z": (None, 0, 1),
+    "thinking_forced_open": EMPTY,
     "top_a": EMPTY,
     "top_n_sigma": (None, 0, -1),
+    "truncate_prompt_tokens": EMPTY,
     "typical": (None, 0, 1),
     "typical_p": (None, 0, 1),
     "use_authors_note": EMPTY,
+    "use_beam_search": EMPTY,
     "use_memory": EMPTY,
     "use_story": EMPTY,
     "use_world_info": EMPTY,
+    "vllm_xargs": EMPTY,
     "xtc_probability": EMPTY,
 }
 # They belong to an option above, or to another server's interface, and have no effect alone.
@@ -98,11 +132,11 @@ WITHOUT_EFFECT = frozenset(
     {
         "adaptive_decay",
         "api_server",
-        "can_abort",
-        "include_reasoning",
-        "n_probs",
         "api_type",
         "auto_max_new_tokens",
+        "cache_prompt",
+        "cache_salt",
+        "can_abort",
         "chat_id",
         "dry_allowed_length",
         "dry_base",
@@ -113,26 +147,61 @@ WITHOUT_EFFECT = frozenset(
         "dynatemp_low",
         "dynatemp_max",
         "dynatemp_min",
+        "guided_decoding_backend",
+        "guided_whitespace_pattern",
         "id",
+        "id_slot",
+        "keep_alive",
         "max_temp",
         "metadata",
         "min_temp",
         "mirostat_eta",
         "mirostat_tau",
+        "n_probs",
+        "parse_tool_calls",
+        "priority",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
+        "request_id",
+        "return_progress",
+        "rid",
         "safety_identifier",
         "sequence_breakers",
         "session_id",
         "smoothing_curve",
         "spaces_between_special_tokens",
+        "stream_reasoning",
+        "timings_per_token",
         "trim_stop",
         "use_default_badwordsids",
         "xtc_threshold",
     }
 )
-# How other servers sample: here it is fixed, and the header x-ignored-options names them.
-IGNORED = frozenset({"quiet", "sampler_order", "sampler_priority", "samplers", "temperature_last"})
+# They say how a reply is made and not what it is: the header x-ignored-options names them. The
+# order of samplers is fixed here, and there is no store of chats, no tier, no measure of words.
+IGNORED = frozenset(
+    {
+        "quiet",
+        "sampler_order",
+        "sampler_priority",
+        "samplers",
+        "service_tier",
+        "store",
+        "temperature_last",
+        "verbosity",
+    }
+)
+# Values of those that ask for nothing.
+UNTOLD: dict[str, tuple[object, ...]] = {
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "verbosity": ("medium",),
+}
+# What clients send back of a reply of another server's.
+OF_REPLIES = frozenset(
+    {"provider_specific_fields", "reasoning_details", "thinking_blocks", "cache_control"}
+)
 
 
 def check_extra(request: Sampling) -> tuple[str, ...]:
@@ -144,8 +213,11 @@ def check_extra(request: Sampling) -> tuple[str, ...]:
     return _check(request.model_extra or {})
 
 
-def check_message(message: Message, index: int) -> None:
+def check_message(message: Message, index: int) -> tuple[str, ...]:
     """Refuse a message without content, or with anything but text, unless that is empty.
+
+    Returns:
+        The names of what is ignored in it.
 
     Raises:
         ApiError: there is no content, or something in it would be lost.
@@ -153,11 +225,13 @@ def check_message(message: Message, index: int) -> None:
     if message.content is None and message.role != "assistant":
         raise invalid(f"message {index} has no content", param=f"messages.{index}.content")
     for name, value in (message.model_extra or {}).items():
-        if value not in EMPTY:
+        if value not in EMPTY and name not in OF_REPLIES:
             raise invalid(
                 f"message {index} has {name!r}, which is not understood here; send text alone",
                 param=f"messages.{index}.{name}"[:200],
             )
+    extra = message.model_extra or {}
+    return tuple(f"messages.{name}" for name in OF_REPLIES & set(extra) if extra[name] not in EMPTY)
 
 
 def _check(extra: Mapping[str, Any]) -> tuple[str, ...]:
@@ -176,4 +250,10 @@ def _check(extra: Mapping[str, Any]) -> tuple[str, ...]:
                 param=name[:200],
                 code="unsupported_option",
             )
-    return tuple(sorted(IGNORED & set(extra)))
+    return tuple(
+        sorted(
+            name
+            for name, value in extra.items()
+            if name in IGNORED and value is not None and value not in UNTOLD.get(name, ())
+        )
+    )

@@ -1,0 +1,387 @@
+"""Parse the calls in what a model writes, and send them on as they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from gptq_loader_extensions.openai.replies.marks import overlap
+from gptq_loader_extensions.openai.schema.json_text import parse_json
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
+__all__ = [
+    "CLOSE",
+    "OPEN",
+    "CallBegin",
+    "CallText",
+    "HermesToolParser",
+    "LlamaToolParser",
+    "NoToolParser",
+    "ToolEvent",
+    "ToolParser",
+    "new_call_id",
+]
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+STRING = r'"(?:[^"\\\x00-\x1f]|\\.)*"'
+# The beginning of a call as every template asks for it: what follows are the arguments.
+HEAD = re.compile(
+    rf'\s*\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"(?:name|function)"\s*:\s*(?P<name>{STRING})\s*,'
+    r'\s*"(?:arguments|parameters)"\s*:\s*\{'
+)
+ARGUMENTS = ("arguments", "parameters", "args", "input")
+# GLM 4.5: NAME, then <arg_key>K</arg_key><arg_value>V</arg_value>; Qwen3-Coder:
+# <function=NAME><parameter=K>V</parameter></function>.
+GLM = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+CODER = re.compile(r"<function=([^>]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
+PARAMETER = re.compile(r"<parameter=([^>]+)>\n?(.*?)\n?(?:</parameter>|\Z)", re.DOTALL)
+BETWEEN = re.compile(r"[\s;,]*")
+MAX_NESTED = 200  # as deep as JSON may nest
+
+
+def new_call_id() -> str:
+    """Return what the answer to a call refers to."""
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+@dataclass(frozen=True, slots=True)
+class CallBegin:
+    """A call begins.
+
+    Attributes:
+        name: the function's.
+    """
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallText:
+    """More of the arguments of the call that began last.
+
+    Attributes:
+        arguments: JSON, or a part of it.
+    """
+
+    arguments: str
+
+
+ToolEvent = str | CallBegin | CallText  # text that is in no call, or of a call
+
+
+class ToolParser(Protocol):
+    """Separate a reply's text from the calls in it."""
+
+    def feed(self, text: str) -> list[ToolEvent]:
+        """Feed a chunk; return the text that is in no call, and what is known of calls."""
+        ...
+
+    def finish(self) -> list[ToolEvent]:
+        """Return what was held back, at the reply's end."""
+        ...
+
+
+class NoToolParser:
+    """All of a reply is text."""
+
+    def feed(self, text: str) -> list[ToolEvent]:
+        """Return the chunk as it is."""
+        return [text] if text else []
+
+    def finish(self) -> list[ToolEvent]:
+        """Return nothing: nothing was held back."""
+        return []
+
+
+@dataclass(slots=True)
+class JsonObject:
+    """An object of JSON that comes in chunks, from after its first brace to its last."""
+
+    depth: int = 1
+    in_string: bool = False
+    escaped: bool = False
+
+    def add(self, text: str) -> tuple[str, str]:
+        """Return what of a text is of the object, and the rest once it has ended.
+
+        A control character in a string is escaped, as JSON has it and small models do not.
+        """
+        written = []
+        for i, letter in enumerate(text):
+            if self.in_string and letter < " ":
+                written.append(json.dumps(letter)[1:-1])
+                continue
+            written.append(letter)
+            if self.in_string:
+                self.in_string = self.escaped or letter != '"'
+                self.escaped = letter == "\\" and not self.escaped
+            elif letter == '"':
+                self.in_string = True
+            elif letter in "{[":
+                self.depth += 1
+            elif letter in "}]":
+                self.depth -= 1
+                if not self.depth:
+                    return "".join(written), text[i + 1 :]
+        return "".join(written), ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether its last brace has come."""
+        return not self.depth
+
+
+@dataclass(slots=True)
+class HermesToolParser:
+    """Calls between `<tool_call>` and `</tool_call>`.
+
+    As Hermes and Qwen write them, in JSON; or as GLM and Qwen3-Coder do, in tags.
+
+    Attributes:
+        single: whether what comes after the first call is left out.
+    """
+
+    single: bool = False
+    _held: str = ""
+    _arguments: JsonObject | None = None  # of the call whose arguments are being sent
+    _calls: int = 0
+    _after_call: bool = False  # whose newline is no text
+
+    def feed(self, text: str) -> list[ToolEvent]:
+        """Feed a chunk; hold back what may be the beginning of a call."""
+        self._held += text
+        return list(self._events())
+
+    def finish(self) -> list[ToolEvent]:
+        """Return a call whose end is missing, where it can be parsed, else the text."""
+        held, self._held = self._held, ""
+        if self._arguments is not None or self._is_over():
+            return []
+        if not held.startswith(OPEN):
+            return [held] if held else []
+        calls = list(_parse_calls(held.removeprefix(OPEN)))
+        self._calls += len(calls)
+        return _call_events(calls[:1] if self.single else calls) or [held]
+
+    def _is_over(self) -> bool:
+        return self.single and self._calls > 0 and self._arguments is None
+
+    def _events(self) -> Iterator[ToolEvent]:
+        while True:
+            if self._is_over():
+                self._held = ""
+                return
+            if self._arguments is not None:
+                if not (yield from self._send_arguments(self._arguments)):
+                    return
+                continue
+            if self._after_call:
+                self._held = self._held.lstrip("\n")
+                self._after_call = not self._held
+            at = self._held.find(OPEN)
+            if at < 0:
+                keep = overlap(self._held, OPEN)
+                plain, self._held = _cut(self._held, len(self._held) - keep)
+                if plain:
+                    yield plain
+                return
+            plain, self._held = _cut(self._held, at)
+            if plain:
+                yield plain
+            if not (yield from self._begin_call()):
+                return
+
+    def _begin_call(self) -> Generator[ToolEvent, None, bool]:
+        """Send the first of a call, or all of it; return whether more can be read."""
+        inside, close, after = self._held[len(OPEN) :].partition(CLOSE)
+        if head := HEAD.match(inside):
+            self._calls += 1
+            self._arguments = JsonObject()
+            self._held = self._held[len(OPEN) + head.end() :]
+            yield CallBegin(json.loads(head["name"]))
+            yield CallText("{")
+            return True
+        if not close:
+            return False
+        calls = list(_parse_calls(inside))
+        self._calls += len(calls)
+        yield from _call_events(calls[:1] if self.single else calls) or [OPEN + inside + CLOSE]
+        self._after_call = bool(calls)
+        self._held = after
+        return True
+
+    def _send_arguments(self, arguments: JsonObject) -> Generator[ToolEvent, None, bool]:
+        """Send more of a call's arguments; return whether more can be read."""
+        if not arguments.ended:
+            more, self._held = arguments.add(self._held)
+            if more:
+                yield CallText(more)
+        _, close, after = self._held.partition(CLOSE)
+        if not arguments.ended or not close:
+            return False
+        self._held, self._arguments, self._after_call = after, None, True
+        return True
+
+
+@dataclass(slots=True)
+class LlamaToolParser:
+    """Calls as Llama 3 writes them: a reply that is JSON and nothing else.
+
+    Attributes:
+        names: the functions that may be called; JSON that names no other is text.
+        single: whether what comes after the first call is left out.
+    """
+
+    names: frozenset[str]
+    single: bool = False
+    _held: str = ""
+    _plain: bool = False
+    _arguments: JsonObject | None = None
+    _calls: int = 0
+
+    def feed(self, text: str) -> list[ToolEvent]:
+        """Hold everything back while it may be a call."""
+        self._held += text
+        return list(self._events())
+
+    def finish(self) -> list[ToolEvent]:
+        """Return the calls, or the text that turned out to be none."""
+        held, self._held = self._held, ""
+        if self._arguments is not None:
+            return []
+        calls = [call for call in _parse_calls(held) if call[0] in self.names]
+        if calls and not (self.single and self._calls):
+            return _call_events(calls[:1] if self.single else calls)
+        return [held] if held and not self._calls else []
+
+    def _events(self) -> Iterator[ToolEvent]:
+        while True:
+            if self._arguments is not None:
+                if not self._arguments.ended:
+                    more, self._held = self._arguments.add(self._held)
+                    if more:
+                        yield CallText(more)
+                if not self._arguments.ended or "}" not in self._held:
+                    return
+                self._held = BETWEEN.sub("", self._held.partition("}")[2], count=1)
+                self._arguments = None
+            begun = self._held.lstrip()
+            if self._plain or (begun and not begun.startswith(("{", "[")) and not self._calls):
+                self._plain = True
+                plain, self._held = self._held, ""
+                if plain:
+                    yield plain
+                return
+            head = HEAD.match(BETWEEN.sub("", self._held, count=1))
+            if head is None or (self.single and self._calls):
+                return
+            name = json.loads(head["name"])
+            if name not in self.names:
+                return
+            self._held = BETWEEN.sub("", self._held, count=1)[head.end() :]
+            self._calls += 1
+            self._arguments = JsonObject()
+            yield CallBegin(name)
+            yield CallText("{")
+
+
+def _cut(text: str, at: int) -> tuple[str, str]:
+    return text[:at], text[at:]
+
+
+def _call_events(calls: list[tuple[str, str]]) -> list[ToolEvent]:
+    events: list[ToolEvent] = []
+    for name, arguments in calls:
+        events += [CallBegin(name), CallText(arguments)]
+    return events
+
+
+def _parse_calls(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the calls in what stands where calls do: names, and arguments as JSON."""
+    stripped = text.strip()
+    if stripped.startswith("<function="):
+        for match in CODER.finditer(stripped):
+            pairs = PARAMETER.findall(match[2])
+            yield match[1].strip(), _to_json({key.strip(): _value(value) for key, value in pairs})
+        return
+    if not stripped.startswith(("{", "[")):
+        name = stripped.partition("<arg_key>")[0].strip()
+        if GLM.search(stripped) and name.isprintable():
+            pairs = GLM.findall(stripped)
+            yield name, _to_json({key.strip(): _value(value.strip()) for key, value in pairs})
+        return
+    for content in _parse_several(stripped):
+        calls = content if isinstance(content, list) else [content]
+        for call in calls:
+            if parsed := _parse_call(call):
+                yield parsed
+
+
+def _parse_several(text: str) -> Iterator[Any]:
+    """Yield values of JSON that stand one after another; what follows them is left out."""
+    with contextlib.suppress(ValueError):
+        yield parse_json(text)
+        return
+    if text.count("{") + text.count("[") > MAX_NESTED:
+        return
+    decoder = json.JSONDecoder(strict=False)  # line feeds in strings, as small models write them
+    at = 0
+    while at < len(text):
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return
+        yield value
+        match = BETWEEN.match(text, at)
+        at = at if match is None else match.end()
+
+
+def _parse_call(content: object) -> tuple[str, str] | None:
+    """Return a call as a name and arguments of JSON; None where it is none."""
+    if not isinstance(content, dict):
+        return None
+    inner = content.get("function")
+    if isinstance(inner, dict):  # as OpenAI's API has it
+        return _parse_call(inner)
+    name = content.get("name", inner)
+    if not isinstance(name, str) or not name:
+        return None
+    arguments: Any = next((content[key] for key in ARGUMENTS if content.get(key) is not None), {})
+    if isinstance(arguments, str):
+        try:
+            is_object = isinstance(parse_json(arguments), dict)
+        except ValueError:
+            is_object = False
+        return name, arguments if is_object else _to_json(arguments)
+    return name, _to_json(arguments)
+
+
+def _to_json(value: object) -> str:
+    """Write JSON; what it has no form for, an infinite number, is written as null."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - JSON
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _value(text: str) -> object:
+    """Return what a tag holds: JSON where it is some, else a text."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        return text
