@@ -26,6 +26,7 @@ from gptq_loader_extensions.openai.routes.completions import completion_routes
 from gptq_loader_extensions.openai.routes.info import info_routes
 from gptq_loader_extensions.openai.routes.json_route import field_error
 from gptq_loader_extensions.openai.routes.kobold import kobold_routes
+from gptq_loader_extensions.openai.routes.responses import responses_routes
 from gptq_loader_extensions.openai.routes.webui import webui_routes
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ ROUTES = (
     info_routes,
     chat_routes,
     completion_routes,
+    responses_routes,
     webui_routes,
     kobold_routes,
 )

@@ -11,6 +11,7 @@ from gptq_loader_extensions.openai.http.metrics import Metrics
 from gptq_loader_extensions.openai.replies.prompt_tokenizer import prompt_tokenizer
 from gptq_loader_extensions.openai.replies.record import request_record
 from gptq_loader_extensions.openai.replies.reply_events import PendingReply, collect
+from gptq_loader_extensions.openai.replies.response_store import ResponseStore
 from gptq_loader_extensions.openai.replies.token_text import TokenText
 from gptq_loader_extensions.openai.schema.paths import REPLY_PATHS
 
@@ -43,6 +44,7 @@ class Server:
         replies: those under way, each with its client's key for it: "" for a Kobold client that
             sends none, and None for any other client.
         token_texts: what writes the single tokens of a model.
+        responses: those that a request may go on from.
     """
 
     settings: Settings
@@ -53,6 +55,7 @@ class Server:
     token_texts: WeakKeyDictionary[PreTrainedModel, TokenText] = field(
         default_factory=WeakKeyDictionary
     )
+    responses: ResponseStore = field(default_factory=ResponseStore)
 
     async def new_reply(
         self,
@@ -138,11 +141,28 @@ class Server:
         Raises:
             ApiError: there is no model, or it cannot be loaded; too many requests wait.
         """
-        if self.registry.loaded is None:
-            await self.with_model(request, lambda _: None)
+        return await self.with_prompts(request, lambda model: function(prompt_tokenizer(model)))
 
-        def prepare(model: LoadedModel) -> tuple[T, Sequence[Run]]:
-            return function(prompt_tokenizer(model)), ()
+    async def with_prompts(
+        self, request: Request, function: Callable[[LoadedModel], T], *, model: str | None = None
+    ) -> T:
+        """Call a function with what makes a model's prompts, without waiting for any reply.
+
+        Args:
+            request: the request.
+            function: called with the model, on a thread that makes prompts.
+            model: the model's name; one that is not loaded is loaded first, in its turn.
+
+        Raises:
+            ApiError: there is no model, or it cannot be loaded; too many requests wait.
+        """
+        loaded = self.registry.loaded
+        name = await asyncio.to_thread(self.registry.resolve_name, model or None)
+        if loaded is None or (model and loaded[0] != name):
+            await self.with_model(request, lambda _: None, model=model)
+
+        def prepare(loaded: LoadedModel) -> tuple[T, Sequence[Run]]:
+            return function(loaded), ()
 
         reply = await self._new_reply(request, None, prepare, at_once=True)
         started, _ = await collect(reply, request)

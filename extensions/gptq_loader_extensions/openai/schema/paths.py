@@ -12,6 +12,7 @@ __all__ = [
     "GENERATE_LATEST",
     "GENERATE_STREAM",
     "REPLY_PATHS",
+    "RESPONSES",
 ]
 
 CHAT = "/v1/chat/completions"
@@ -19,4 +20,12 @@ COMPLETIONS = "/v1/completions"
 GENERATE = "/api/v1/generate"
 GENERATE_LATEST = "/api/latest/generate"
 GENERATE_STREAM = "/api/extra/generate/stream"
-REPLY_PATHS = (CHAT, COMPLETIONS, GENERATE, GENERATE_LATEST, GENERATE_STREAM)
+RESPONSES = "/v1/responses"
+REPLY_PATHS = (
+    CHAT,
+    COMPLETIONS,
+    GENERATE,
+    GENERATE_LATEST,
+    GENERATE_STREAM,
+    RESPONSES,
+)
