@@ -21,6 +21,7 @@ from gptq_loader_extensions.openai.http.api_paths import ApiPaths
 from gptq_loader_extensions.openai.http.guard import Guard
 from gptq_loader_extensions.openai.http.request_log import CLIENT_CLOSED_REQUEST, RequestLog
 from gptq_loader_extensions.openai.replies.reply_events import ClientDisconnected
+from gptq_loader_extensions.openai.routes.anthropic import anthropic_routes
 from gptq_loader_extensions.openai.routes.chat import chat_routes
 from gptq_loader_extensions.openai.routes.completions import completion_routes
 from gptq_loader_extensions.openai.routes.info import info_routes
@@ -45,6 +46,7 @@ ROUTES = (
     chat_routes,
     completion_routes,
     responses_routes,
+    anthropic_routes,
     webui_routes,
     kobold_routes,
 )

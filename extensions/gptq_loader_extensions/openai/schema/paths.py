@@ -6,11 +6,14 @@ A reply changes nothing on the server, so that a request to one of them may be s
 from __future__ import annotations
 
 __all__ = [
+    "ANTHROPIC",
     "CHAT",
     "COMPLETIONS",
     "GENERATE",
     "GENERATE_LATEST",
     "GENERATE_STREAM",
+    "OLLAMA_CHAT",
+    "OLLAMA_GENERATE",
     "REPLY_PATHS",
     "RESPONSES",
 ]
@@ -21,6 +24,9 @@ GENERATE = "/api/v1/generate"
 GENERATE_LATEST = "/api/latest/generate"
 GENERATE_STREAM = "/api/extra/generate/stream"
 RESPONSES = "/v1/responses"
+ANTHROPIC = "/v1/messages"
+OLLAMA_CHAT = "/api/chat"
+OLLAMA_GENERATE = "/api/generate"
 REPLY_PATHS = (
     CHAT,
     COMPLETIONS,
@@ -28,4 +34,7 @@ REPLY_PATHS = (
     GENERATE_LATEST,
     GENERATE_STREAM,
     RESPONSES,
+    ANTHROPIC,
+    OLLAMA_CHAT,
+    OLLAMA_GENERATE,
 )
