@@ -27,6 +27,7 @@ from gptq_loader_extensions.openai.routes.completions import completion_routes
 from gptq_loader_extensions.openai.routes.info import info_routes
 from gptq_loader_extensions.openai.routes.json_route import field_error
 from gptq_loader_extensions.openai.routes.kobold import kobold_routes
+from gptq_loader_extensions.openai.routes.ollama import ollama_routes
 from gptq_loader_extensions.openai.routes.responses import responses_routes
 from gptq_loader_extensions.openai.routes.webui import webui_routes
 
@@ -47,6 +48,7 @@ ROUTES = (
     completion_routes,
     responses_routes,
     anthropic_routes,
+    ollama_routes,
     webui_routes,
     kobold_routes,
 )

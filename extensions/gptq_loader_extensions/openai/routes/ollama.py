@@ -1,0 +1,322 @@
+"""The routes of Ollama, for its clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from gptq_loader_extensions.openai.errors import ApiError
+from gptq_loader_extensions.openai.replies.chat_reply import FINISH
+from gptq_loader_extensions.openai.replies.engine import ReplyChunk
+from gptq_loader_extensions.openai.replies.record import request_record
+from gptq_loader_extensions.openai.replies.reply_events import collect
+from gptq_loader_extensions.openai.routes.chat_request import (
+    collect_chat,
+    new_chat,
+    prompt_tokens,
+    start_chat,
+)
+from gptq_loader_extensions.openai.routes.completions import new_completion
+from gptq_loader_extensions.openai.routes.json_route import JsonRoute
+from gptq_loader_extensions.openai.routes.sse import ignored_options, stream
+from gptq_loader_extensions.openai.schema.json_text import parse_json
+from gptq_loader_extensions.openai.schema.ollama import (
+    OllamaChat,
+    OllamaGenerate,
+    OllamaShow,
+    model_name,
+    read_chat,
+    read_generate,
+)
+from gptq_loader_extensions.openai.schema.openapi import ERRORS, NOT_IMPLEMENTED
+from gptq_loader_extensions.openai.schema.paths import OLLAMA_CHAT, OLLAMA_GENERATE
+from gptq_loader_extensions.openai.schema.schemas import ChatRequest
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from gptq_loader_extensions.openai.replies.chat_reply import ChatReply
+    from gptq_loader_extensions.openai.replies.model_registry import ServedModel
+    from gptq_loader_extensions.openai.replies.record import RequestRecord
+    from gptq_loader_extensions.openai.replies.reply_events import PendingReply
+    from gptq_loader_extensions.openai.routes.chat_request import ChatStream
+    from gptq_loader_extensions.openai.server import Server
+    from gptq_loader_plugin.generation.loaded import LoadedModel
+
+__all__ = ["ollama_routes"]
+
+VERSION = "0.13.0"  # of Ollama, whose routes these are; clients ask for a minimum
+LINES = "application/x-ndjson"
+BILLION = 10**9
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"description": "the whole reply, or lines", "content": {LINES: {}}}
+}
+
+
+def ollama_routes(server: Server) -> APIRouter:
+    """Return the routes."""
+    router = APIRouter(responses=ERRORS, route_class=JsonRoute)
+    _add_models(router, server)
+
+    @router.post(OLLAMA_CHAT, responses=STREAM, response_model=None)
+    async def chat(body: OllamaChat, request: Request) -> Response:
+        """Answer a conversation; without messages, load the model."""
+        if not body.messages:
+            return await _load(server, request, body.model, {"message": _empty_message()})
+        read, ignored = read_chat(body)
+        reply = await new_chat(server, request, read, ignored=ignored)
+        return await _chat_response(reply, request, stream_it=body.stream is not False)
+
+    @router.post(OLLAMA_GENERATE, responses=STREAM, response_model=None)
+    async def generate(body: OllamaGenerate, request: Request) -> Response:
+        """Answer a prompt; without one, load the model."""
+        if not body.prompt:
+            return await _load(server, request, body.model, {"response": ""})
+        read, ignored = read_generate(body)
+        stream_it = body.stream is not False
+        if isinstance(read, ChatRequest):
+            reply = await new_chat(server, request, read, ignored=ignored)
+            return await _chat_response(reply, request, stream_it=stream_it, as_text=True)
+        reply = await new_completion(server, request, read)
+        record = request_record(request)
+        record.ignored = (*record.ignored, *ignored)
+        return await _raw_response(reply, request, stream_it=stream_it)
+
+    return router
+
+
+def _add_models(router: APIRouter, server: Server) -> None:
+    """Add the routes about models."""
+
+    @router.get("/api/tags")
+    async def tags() -> dict[str, Any]:
+        """List the models that may be named."""
+        models = await asyncio.to_thread(server.registry.list_models)
+        return {"models": [_describe(model) for model in models]}
+
+    @router.get("/api/ps")
+    async def running() -> dict[str, Any]:
+        """Name the model that is in memory."""
+        loaded = server.registry.loaded
+        if loaded is None:
+            return {"models": []}
+        models = await asyncio.to_thread(server.registry.list_models)
+        named = [model for model in models if model.name == loaded[0]]
+        size = loaded[1].plan.weight_bytes
+        more = {"size": size, "size_vram": 0, "context_length": loaded[1].context}
+        return {"models": [{**_describe(model), **more} for model in named]}
+
+    @router.post("/api/show")
+    async def show(body: OllamaShow, request: Request) -> dict[str, Any]:
+        """Describe a model; one that is not loaded is loaded for it."""
+        name = model_name(body.model or body.name)
+        return await server.with_prompts(request, _show, model=name)
+
+    @router.head("/api/version", include_in_schema=False)
+    @router.get("/api/version")
+    async def version() -> dict[str, str]:
+        """Return the version of Ollama whose routes these are."""
+        return {"version": VERSION}
+
+    @router.post("/api/embed", responses=NOT_IMPLEMENTED)
+    @router.post("/api/embeddings", responses=NOT_IMPLEMENTED, include_in_schema=False)
+    async def embed(request: Request) -> None:
+        """Refuse: a model that writes text makes no useful embeddings."""
+        del request
+        raise ApiError(
+            501,
+            "this server makes no embeddings: its models write text; ask a server of an embedding "
+            "model",
+            code="not_supported",
+        )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+
+
+def _describe(model: ServedModel) -> dict[str, Any]:
+    modified = datetime.fromtimestamp(model.created, UTC).isoformat().replace("+00:00", "Z")
+    return {
+        "name": model.name,
+        "model": model.name,
+        "modified_at": modified,
+        "size": 0,
+        "digest": "",
+        "details": {
+            "parent_model": "",
+            "format": "gptq",
+            "family": "",
+            "families": [],
+            "parameter_size": "",
+            "quantization_level": "",
+        },
+    }
+
+
+def _show(model: LoadedModel) -> dict[str, Any]:
+    """Describe the model that is loaded."""
+    config = model.config
+    template = getattr(model.template, "text", "")
+    family = str(model.model.config.model_type)
+    capabilities = ["completion", "tools"]
+    if "</think>" in template:
+        capabilities.append("thinking")
+    return {
+        "modelfile": "",
+        "parameters": "",
+        "template": template,
+        "details": {
+            "parent_model": "",
+            "format": "gptq",
+            "family": family,
+            "families": [family],
+            "parameter_size": "",
+            "quantization_level": f"{config.bits}-bit",
+        },
+        "model_info": {
+            "general.architecture": family,
+            f"{family}.context_length": model.context,
+            f"{family}.vocab_size": model.vocab_size,
+        },
+        "capabilities": capabilities,
+    }
+
+
+async def _load(
+    server: Server, request: Request, name: str | None, empty: dict[str, Any]
+) -> Response:
+    """Load a model, which clients do by asking for nothing."""
+    name = model_name(name)
+    await server.with_model(request, lambda _: None, model=name)
+    loaded = server.registry.loaded
+    answered = name if loaded is None else loaded[0]
+    answer = {"model": answered, "created_at": _now(), **empty, "done": True}
+    return JSONResponse({**answer, "done_reason": "load"})
+
+
+def _empty_message() -> dict[str, Any]:
+    return {"role": "assistant", "content": ""}
+
+
+def _counts(record: RequestRecord, prompt: int, tokens: int) -> dict[str, int]:
+    """Return how long a reply took, in nanoseconds, and how many tokens it has."""
+    now = time.monotonic()
+    started = record.started_at or now
+    first = record.first_chunk_at or now
+    return {
+        "total_duration": int((now - record.began) * BILLION),
+        "load_duration": int((started - record.began) * BILLION),
+        "prompt_eval_count": prompt,
+        "prompt_eval_duration": int((first - started) * BILLION),
+        "eval_count": tokens,
+        "eval_duration": int((now - first) * BILLION),
+    }
+
+
+def _calls(reply: ChatReply) -> list[dict[str, Any]]:
+    calls = []
+    for call in reply.calls:
+        try:
+            arguments = parse_json(call.arguments or "{}")
+        except ValueError:  # cut off
+            arguments = {}
+        function = {"name": call.name, "arguments": arguments}
+        calls.append({"id": call.call_id, "function": function})
+    return calls
+
+
+def _line(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, ensure_ascii=False) + "\n"
+
+
+def _failed(error: ApiError) -> str:
+    return _line(error.body(OLLAMA_CHAT))
+
+
+def _content(text: str, thought: str, *, as_text: bool) -> dict[str, Any]:
+    """Return a text and a thought as a chat's message, or as a completion's response."""
+    thinking = {"thinking": thought} if thought else {}
+    if as_text:
+        return {"response": text, **thinking}
+    return {"message": {"role": "assistant", "content": text, **thinking}}
+
+
+def _last(record: RequestRecord, reply: ChatReply, prompt: int) -> dict[str, Any]:
+    reason = "length" if reply.finish == "length" else "stop"
+    return {"done": True, "done_reason": reason, **_counts(record, prompt, reply.tokens)}
+
+
+async def _chat_response(
+    reply: PendingReply, request: Request, *, stream_it: bool, as_text: bool = False
+) -> Response:
+    record = request_record(request)
+    if stream_it:
+        begun = await start_chat(reply, request)
+        lines = _chat_lines(begun, record, as_text=as_text)
+        return stream(lines, reply, record, done="", failed=_failed, media_type=LINES)
+    started, (whole,) = await collect_chat(reply, request)
+    content = _content(whole.text, whole.thought, as_text=as_text)
+    if whole.calls and not as_text:
+        content["message"]["tool_calls"] = _calls(whole)
+    answer = {"model": started.model, "created_at": _now(), **content}
+    answer |= _last(record, whole, prompt_tokens(started))
+    return JSONResponse(answer, headers=ignored_options(record))
+
+
+async def _chat_lines(
+    begun: ChatStream, record: RequestRecord, *, as_text: bool
+) -> AsyncIterator[str]:
+    """Yield a line for each piece; a call is sent whole, as Ollama has no other form."""
+    (reply,) = begun.replies
+    model = begun.started.model
+    async for _, new, _chunk in begun.deltas():
+        if new.text or new.thought:
+            content = _content(new.text, new.thought, as_text=as_text)
+            yield _line({"model": model, "created_at": _now(), **content, "done": False})
+    content = _content("", "", as_text=as_text)
+    if reply.calls and not as_text:
+        message = {**content["message"], "tool_calls": _calls(reply)}
+        yield _line({"model": model, "created_at": _now(), "message": message, "done": False})
+    last = _last(record, reply, prompt_tokens(begun.started))
+    yield _line({"model": model, "created_at": _now(), **content, **last})
+
+
+async def _raw_response(reply: PendingReply, request: Request, *, stream_it: bool) -> Response:
+    record = request_record(request)
+    if stream_it:
+        first = await reply.start(request)
+        assert isinstance(first, ReplyChunk), "there is one reply"
+        lines = _raw_lines(reply, first, record)
+        return stream(lines, reply, record, done="", failed=_failed, media_type=LINES)
+    started, chunks = await collect(reply, request)
+    text = "".join(chunk.piece.text for chunk in chunks)
+    answer = {"model": started.model, "created_at": _now(), "response": text}
+    answer |= _raw_last(record, chunks[-1], prompt_tokens(started))
+    return JSONResponse(answer, headers=ignored_options(record))
+
+
+async def _raw_lines(
+    reply: PendingReply, first: ReplyChunk, record: RequestRecord
+) -> AsyncIterator[str]:
+    started = reply.started
+    assert started is not None
+    base = {"model": started.model}
+    chunk = first
+    async for chunk in reply.chunks(first):
+        if chunk.piece.text:
+            fields = {**base, "created_at": _now(), "response": chunk.piece.text, "done": False}
+            yield _line(fields)
+    last = _raw_last(record, chunk, prompt_tokens(started))
+    yield _line({**base, "created_at": _now(), "response": "", **last})
+
+
+def _raw_last(record: RequestRecord, chunk: ReplyChunk, prompt: int) -> dict[str, Any]:
+    reason = FINISH[chunk.piece.finish or "stop"]
+    return {"done": True, "done_reason": reason, **_counts(record, prompt, chunk.piece.tokens)}
