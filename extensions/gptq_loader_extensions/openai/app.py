@@ -29,6 +29,7 @@ from gptq_loader_extensions.openai.routes.json_route import field_error
 from gptq_loader_extensions.openai.routes.kobold import kobold_routes
 from gptq_loader_extensions.openai.routes.ollama import ollama_routes
 from gptq_loader_extensions.openai.routes.responses import responses_routes
+from gptq_loader_extensions.openai.routes.tokens import token_routes
 from gptq_loader_extensions.openai.routes.webui import webui_routes
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ ROUTES = (
     responses_routes,
     anthropic_routes,
     ollama_routes,
+    token_routes,
     webui_routes,
     kobold_routes,
 )
