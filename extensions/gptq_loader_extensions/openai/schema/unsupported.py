@@ -138,6 +138,7 @@ WITHOUT_EFFECT = frozenset(
         "cache_salt",
         "can_abort",
         "chat_id",
+        "client_metadata",
         "dry_allowed_length",
         "dry_base",
         "dry_penalty_last_n",
