@@ -34,10 +34,10 @@ from gptq_loader_extensions.openai.replies.scores import ScoredToken
 from gptq_loader_extensions.openai.replies.structured import GrammarMask
 from gptq_loader_extensions.openai.replies.token_text import TokenText
 from gptq_loader_extensions.openai.replies.tool_parsers import (
+    BareToolParser,
     CallBegin,
     CallText,
     HermesToolParser,
-    LlamaToolParser,
     ToolParser,
 )
 from gptq_loader_extensions.openai.schema.aliases import resolve_aliases
@@ -124,7 +124,7 @@ def test_what_is_no_call_stays_text(text: str, plain: str, names: list[str]) -> 
     ],
 )
 def test_a_whole_reply_may_be_a_call(text: str, plain: str, names: list[str]) -> None:
-    parsed, calls = read(LlamaToolParser(frozenset({"now"})), list(text))
+    parsed, calls = read(BareToolParser(frozenset({"now"})), list(text))
     assert (parsed, [name for name, _ in calls]) == (plain, names)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from served import CHAT, Running, running
 from test_server_parts import TOOLS_TEMPLATE, Scripted, read
 
-from gptq_loader_extensions.openai.replies.tool_parsers import HermesToolParser, LlamaToolParser
+from gptq_loader_extensions.openai.replies.tool_parsers import BareToolParser, HermesToolParser
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -213,15 +213,19 @@ def test_calls_are_read_as_small_models_write_them(
     [
         ('{"name": "f", "parameters": {}}; {"name": "g", "parameters": {"a": 1}}', "", "fg"),
         ('[{"name": "f", "parameters": {}}]', "", "f"),
+        ('f{"a": 1}', "", "f"),
+        ('f[ARGS]{"a": 1}g[ARGS]{}', "", "fg"),
+        ("f is a letter", None, ""),
+        ("fg", None, ""),
         ('{"name": "stranger", "parameters": {}}', None, ""),
         ('say {"name": "f", "parameters": {}}', None, ""),
     ],
 )
-def test_llamas_calls_are_of_functions_that_were_offered(
+def test_bare_calls_are_of_functions_that_were_offered(
     text: str, plain: str | None, names: str
 ) -> None:
     for size in (1, 7, len(text)):
         pieces = [text[at : at + size] for at in range(0, len(text), size)]
-        parsed, calls = read(LlamaToolParser(frozenset("fg")), pieces)
+        parsed, calls = read(BareToolParser(frozenset("fg")), pieces)
         assert parsed == (text if plain is None else plain)
         assert "".join(name for name, _ in calls) == names

@@ -20,7 +20,7 @@ EXTRA = "pip install 'gptq-loader-plugin[server]'"
 
 @dataclass(frozen=True, slots=True)
 class OpenAIHost:
-    """Serve OpenAI's API, and the routes of Kobold and text-generation-webui clients."""
+    """Serve the APIs of OpenAI, Anthropic, Ollama, Kobold and text-generation-webui."""
 
     name: str = "openai"
 

@@ -72,7 +72,7 @@ def create_app(server: Server, *, page: Callable[[FastAPI], object] | None = Non
     """
     app = FastAPI(
         title="gptq-loader",
-        description="OpenAI's API, and the routes of Kobold and text-generation-webui clients.",
+        description="The APIs of OpenAI, Anthropic and Ollama, Kobold and text-generation-webui.",
         docs_url=None,  # their pages fetch scripts from elsewhere
         redoc_url=None,
     )

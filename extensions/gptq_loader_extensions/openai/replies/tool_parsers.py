@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 __all__ = [
     "CLOSE",
     "OPEN",
+    "BareToolParser",
     "CallBegin",
     "CallText",
     "HermesToolParser",
-    "LlamaToolParser",
     "NoToolParser",
     "ToolEvent",
     "ToolParser",
@@ -36,6 +36,9 @@ HEAD = re.compile(
     rf'\s*\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"(?:name|function)"\s*:\s*(?P<name>{STRING})\s*,'
     r'\s*"(?:arguments|parameters)"\s*:\s*\{'
 )
+# Of Mistral since 2025: NAME{...}; [ARGS] is a token that may be shown.
+NAMED = re.compile(r"\s*(?P<name>[\w.-]+)\s*(?:\[ARGS\])?\s*\{")
+NAME = re.compile(r"[\w.-]+")
 ARGUMENTS = ("arguments", "parameters", "args", "input")
 # GLM 4.5: NAME, then <arg_key>K</arg_key><arg_value>V</arg_value>; Qwen3-Coder:
 # <function=NAME><parameter=K>V</parameter></function>.
@@ -231,8 +234,11 @@ class HermesToolParser:
 
 
 @dataclass(slots=True)
-class LlamaToolParser:
-    """Calls as Llama 3 writes them: a reply that is JSON and nothing else.
+class BareToolParser:
+    """Calls with nothing around them: a reply that is JSON and nothing else.
+
+    As Llama 3 writes them, and Mistral and Phi, whose marks are tokens that are never shown; or,
+    as later ones of Mistral's, a function's name and JSON behind it.
 
     Attributes:
         names: the functions that may be called; JSON that names no other is text.
@@ -244,6 +250,7 @@ class LlamaToolParser:
     _held: str = ""
     _plain: bool = False
     _arguments: JsonObject | None = None
+    _is_named: bool = False  # whether the name of that call stands before its arguments
     _calls: int = 0
 
     def feed(self, text: str) -> list[ToolEvent]:
@@ -268,28 +275,41 @@ class LlamaToolParser:
                     more, self._held = self._arguments.add(self._held)
                     if more:
                         yield CallText(more)
-                if not self._arguments.ended or "}" not in self._held:
+                if not self._arguments.ended or not (self._is_named or "}" in self._held):
                     return
-                self._held = BETWEEN.sub("", self._held.partition("}")[2], count=1)
+                rest = self._held if self._is_named else self._held.partition("}")[2]
+                self._held = BETWEEN.sub("", rest, count=1)
                 self._arguments = None
             begun = self._held.lstrip()
-            if self._plain or (begun and not begun.startswith(("{", "[")) and not self._calls):
+            if self._plain or not (self._calls or self._may_be_call(begun)):
                 self._plain = True
                 plain, self._held = self._held, ""
                 if plain:
                     yield plain
                 return
-            head = HEAD.match(BETWEEN.sub("", self._held, count=1))
+            held = BETWEEN.sub("", self._held, count=1)
+            head = HEAD.match(held) or NAMED.match(held)
             if head is None or (self.single and self._calls):
                 return
-            name = json.loads(head["name"])
+            name = json.loads(head["name"]) if head.re is HEAD else head["name"]
             if name not in self.names:
                 return
-            self._held = BETWEEN.sub("", self._held, count=1)[head.end() :]
+            self._held, self._is_named = held[head.end() :], head.re is NAMED
             self._calls += 1
             self._arguments = JsonObject()
             yield CallBegin(name)
             yield CallText("{")
+
+    def _may_be_call(self, begun: str) -> bool:
+        """Return whether a reply may be a call by its beginning."""
+        if not begun or begun.startswith(("{", "[")):
+            return True
+        name = NAME.match(begun)
+        if name is None:
+            return False
+        if name[0] == begun:
+            return any(it.startswith(begun) for it in self.names)
+        return name[0] in self.names and begun[name.end() :].lstrip()[:1] in ("", "{", "[")
 
 
 def _cut(text: str, at: int) -> tuple[str, str]:

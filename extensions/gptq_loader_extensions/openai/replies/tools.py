@@ -11,8 +11,8 @@ from gptq_loader_extensions.openai.replies.structured import schema_rule, to_lar
 from gptq_loader_extensions.openai.replies.tool_parsers import (
     CLOSE,
     OPEN,
+    BareToolParser,
     HermesToolParser,
-    LlamaToolParser,
     NoToolParser,
 )
 from gptq_loader_extensions.openai.schema.json_text import parse_json
@@ -103,14 +103,15 @@ def offer_tools(
     else:
         written = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in offered)
         messages = with_system(INTRODUCTION.format(tools=written), messages, template)
-    if LLAMA_MARK in text:
+    if "tools" in text and OPEN not in text:  # what marks a call, if anything, is no text
         names = frozenset(tool.function.name for tool in tools)
+        key = "parameters" if LLAMA_MARK in text else "arguments"
         return OfferedTools(
             template,
             messages,
-            lambda: LlamaToolParser(names, single),
+            lambda: BareToolParser(names, single),
             required,
-            lambda: f"calls: call\n{_call_rules(tools, 'parameters')}",
+            lambda: f"calls: call\n{_call_rules(tools, key)}",
         )
     is_strict = any(tool.function.strict for tool in tools)
     is_json = not any(mark in text for mark in TAGGED)
