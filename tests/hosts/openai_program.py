@@ -126,7 +126,7 @@ print(
                 "type": error(temperature=True),
                 "option": error(extra_body={"temprature": 1}),
                 "long": error(messages=[{"role": "user", "content": "word " * 600}]),
-                "forced": error(tools=[TOOL], tool_choice="required"),
+                "forced": error(tools=[TOOL], tool_choice="force"),
             },
             "wrong key": wrong_key(),
             "embeddings": embeddings(),

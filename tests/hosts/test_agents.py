@@ -1,0 +1,123 @@
+"""Client libraries of agents, each by its own quick start, with the APIs that each speaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from environments import needs_python_of, python_of
+from processes import run_process
+from server_process import DATA, ONE, serving
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from processes import ServerProcess
+
+pytestmark = [pytest.mark.timeout(900), needs_python_of("agents"), pytest.mark.host("agents")]
+pytest.importorskip("llguidance")
+
+CONTEXT = 4096  # tokens: what agents say of their tools takes more than the tests' own have
+# Opens a thought, as Qwen3's and DeepSeek's do.
+THINKING = """{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}<|im_start|>assistant
+<think>
+{# </think> #}"""
+CITIES = ("Paris", "Rome")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    models = tmp_path_factory.mktemp("models")
+    for name in (ONE, "thinker"):
+        shutil.copytree(DATA / ONE, models / name)
+        config = json.loads((models / name / "config.json").read_text())
+        config["max_position_embeddings"] = CONTEXT
+        (models / name / "config.json").write_text(json.dumps(config))
+    (models / "thinker" / "chat_template.jinja").write_text(THINKING)
+    with serving("--models-dir", str(models)) as started:
+        yield started
+
+
+@pytest.fixture
+def run(server: ServerProcess, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What the program of the test's client prints; the test is named after it."""
+    name = request.node.name.removeprefix("test_")
+    program = str(Path(__file__).with_name("agents_program.py"))
+    done = run_process(
+        [str(python_of("agents")), program, name, server.url, ONE, "thinker"],
+        env={**os.environ, "PYTHONPATH": ""},
+        seconds=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return printed
+
+
+def test_openai(run: dict[str, Any]) -> None:
+    assert run["text"]
+    assert run["longer"], "the second response goes on from the first"
+    assert run["city"] in CITIES
+    assert run["first and last"] == ["response.created", "response.completed"]
+    assert run["streamed"] in CITIES
+    assert run["thought"]
+    assert run["ignored"] == "reasoning_effort, verbosity"
+
+
+def test_anthropic(run: dict[str, Any]) -> None:
+    assert run["text"]
+    assert run["stop"] == "max_tokens"
+    assert run["city"] in CITIES
+    assert run["streamed"] in CITIES
+    assert run["counted"]
+    assert run["errors"] == ["NotFoundError", "BadRequestError"]
+    assert run["models"]
+
+
+def test_ollama(run: dict[str, Any]) -> None:
+    assert run["text"]
+    assert run["streamed"]
+    assert run["completion"]
+    assert run["city"] in CITIES
+    assert run["thought"]
+    assert run["models"]
+    assert "tools" in run["capabilities"]
+
+
+def test_litellm(run: dict[str, Any]) -> None:
+    assert run["city"] in CITIES
+    assert all(run["texts"])
+    assert run["thought"]
+    assert run["output"] == 1
+
+
+def test_langchain(run: dict[str, Any]) -> None:
+    assert {run["city"], run["formed"]} <= set(CITIES)
+    assert run["text"]
+
+
+def test_instructor(run: dict[str, Any]) -> None:
+    assert {run["city"], run["response"]} <= set(CITIES)
+
+
+def test_pydantic_ai(run: dict[str, Any]) -> None:
+    assert run["city"] in CITIES
+    assert run["text"]
+
+
+def test_openai_agents(run: dict[str, Any]) -> None:
+    assert run["city"] in CITIES
+
+
+def test_smolagents(run: dict[str, Any]) -> None:
+    assert run["city"] in CITIES
+
+
+def test_outlines(run: dict[str, Any]) -> None:
+    assert run["city"] in CITIES
+    assert run["choice"] in ("yes", "no")
