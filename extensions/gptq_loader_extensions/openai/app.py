@@ -18,6 +18,7 @@ from gptq_loader_extensions.openai.errors import (
     unknown_route,
 )
 from gptq_loader_extensions.openai.http.api_paths import ApiPaths
+from gptq_loader_extensions.openai.http.cors import Cors
 from gptq_loader_extensions.openai.http.guard import Guard
 from gptq_loader_extensions.openai.http.request_log import CLIENT_CLOSED_REQUEST, RequestLog
 from gptq_loader_extensions.openai.replies.reply_events import ClientDisconnected
@@ -59,7 +60,6 @@ PAGE_PATHS = ("/gradio_api/", "/login", "/logout")  # that a page sends more tha
 OTHERS_PATHS = frozenset(
     {"/get_model_info", "/get_server_info", "/ping", "/props", "/server_info", "/slots", "/version"}
 )
-MAX_AGE = 600  # seconds for which a browser keeps what CORS allowed
 
 
 def create_app(server: Server, *, page: Callable[[FastAPI], object] | None = None) -> FastAPI:
@@ -86,17 +86,7 @@ def create_app(server: Server, *, page: Callable[[FastAPI], object] | None = Non
     _handle_errors(app)
     app.add_middleware(Guard, settings=server.settings)
     if server.settings.cors:
-        from starlette.middleware.cors import CORSMiddleware
-
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origin_regex=server.settings.origin_pattern(),
-            allow_methods=["DELETE", "GET", "HEAD", "POST", "PUT"],
-            allow_headers=["*"],  # SDKs send many of their own
-            allow_private_network=True,
-            expose_headers=["X-Request-Id", "X-Ignored-Options"],
-            max_age=MAX_AGE,
-        )
+        app.add_middleware(Cors, settings=server.settings)
     app.add_middleware(ApiPaths)
     app.add_middleware(RequestLog, metrics=server.metrics)
     return app

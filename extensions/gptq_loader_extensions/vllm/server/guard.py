@@ -23,7 +23,6 @@ __all__ = ["VARIABLE", "ServerGuard", "guard_environment"]
 VARIABLE = "GPTQ_LOADER_VLLM_GUARD"  # passes the settings to vLLM's process, with the key
 STOPS = "stops"
 FIELDS = ("host", "api_key", "no_auth", "allowed_hosts", "cors", "max_body")
-MAX_AGE = 600  # seconds for which a browser keeps what CORS allowed
 
 
 class ServerGuard:
@@ -35,7 +34,7 @@ class ServerGuard:
     """
 
     def __init__(self, app: ASGIApp, environ: Mapping[str, str] = os.environ) -> None:
-        from starlette.middleware.cors import CORSMiddleware
+        from gptq_loader_extensions.openai.http.cors import Cors
 
         fields: dict[str, Any] = json.loads(environ[VARIABLE])
         stops = fields.pop(STOPS)
@@ -43,13 +42,7 @@ class ServerGuard:
         settings = Settings(**{**fields, **lists})
         self._app: ASGIApp = Guard(ChatStops(app, stops), settings)
         if settings.cors:
-            self._app = CORSMiddleware(
-                self._app,
-                allow_origins=list(settings.cors),
-                allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type", "X-Api-Key"],
-                max_age=MAX_AGE,
-            )
+            self._app = Cors(self._app, settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
