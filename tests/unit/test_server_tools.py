@@ -229,3 +229,25 @@ def test_bare_calls_are_of_functions_that_were_offered(
         parsed, calls = read(BareToolParser(frozenset("fg")), pieces)
         assert parsed == (text if plain is None else plain)
         assert "".join(name for name, _ in calls) == names
+
+
+JOINED = """{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}{% for call in message.tool_calls or [] %}{{ "~" + call.function.arguments }}
+{%- endfor %}<|im_end|>
+{% endfor %}{{ tools or "" }}<|im_start|>assistant
+"""
+
+
+def test_a_template_that_joins_arguments_gets_them_as_text(tmp_path: Path) -> None:
+    """As DeepSeek's do; others go through what the arguments are."""
+    folder = copy(ONE, tmp_path / "models" / "joined")
+    (folder / "chat_template.jinja").write_text(JOINED)
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": "b"},
+    ]
+    with running(tmp_path, names=(), start="joined") as served:
+        answer = served.post(CHAT, messages=messages, max_tokens=1)
+        assert answer.status_code == 200, answer.text

@@ -91,8 +91,10 @@ def offer_tools(
     """
     template = model.template
     text = template.text if isinstance(template, JinjaTemplate) else ""
-    if "tool_calls" not in text:
+    if "tool_calls" not in text or "tools" not in text:
         messages = _with_calls_as_text(messages)
+    elif not _renders(template, messages):
+        messages = _with_written_arguments(messages)
     tools, required = _chosen(request)
     if not tools:
         return OfferedTools(template, messages)
@@ -246,6 +248,35 @@ def _with_calls_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
             written.append(message)
         answering = False
     return written
+
+
+def _renders(template: Template, messages: list[dict[str, Any]]) -> bool:
+    """Return whether a template takes messages whose calls have arguments, if they have any."""
+    if not any("tool_calls" in message for message in messages):
+        return True
+    try:
+        template.render(messages)
+    except TemplateError:
+        return False
+    return True
+
+
+def _with_written_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write the arguments of calls as JSON, as OpenAI's API has them: some templates join texts."""
+    written = []
+    for message in messages:
+        calls = [
+            {**call, "function": {**call["function"], "arguments": _write(call["function"])}}
+            for call in message.get("tool_calls", ())
+        ]
+        written.append({**message, "tool_calls": calls} if calls else message)
+    return written
+
+
+def _write(function: Mapping[str, Any]) -> str:
+    arguments = function["arguments"]
+    is_text = isinstance(arguments, str)
+    return arguments if is_text else json.dumps(arguments, ensure_ascii=False)
 
 
 def _text(message: Mapping[str, Any]) -> str:
