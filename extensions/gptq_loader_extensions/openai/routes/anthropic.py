@@ -25,7 +25,7 @@ from gptq_loader_extensions.openai.schema.anthropic import (
     read_anthropic,
 )
 from gptq_loader_extensions.openai.schema.json_text import parse_json
-from gptq_loader_extensions.openai.schema.openapi import ERRORS, EVENTS
+from gptq_loader_extensions.openai.schema.openapi import ANTHROPIC_ERRORS, EVENTS
 from gptq_loader_extensions.openai.schema.paths import ANTHROPIC
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_
 
 def anthropic_routes(server: Server) -> APIRouter:
     """Return the routes."""
-    router = APIRouter(responses=ERRORS, route_class=JsonRoute)
+    router = APIRouter(responses=ANTHROPIC_ERRORS, route_class=JsonRoute)
 
     @router.post(ANTHROPIC, responses=EVENTS, response_model=None)
     async def messages(body: AnthropicRequest, request: Request) -> Response:

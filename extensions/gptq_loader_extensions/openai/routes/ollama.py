@@ -34,7 +34,7 @@ from gptq_loader_extensions.openai.schema.ollama import (
     read_chat,
     read_generate,
 )
-from gptq_loader_extensions.openai.schema.openapi import ERRORS, NOT_IMPLEMENTED
+from gptq_loader_extensions.openai.schema.openapi import OLLAMA_ERRORS, OllamaErrorBody
 from gptq_loader_extensions.openai.schema.paths import OLLAMA_CHAT, OLLAMA_GENERATE
 from gptq_loader_extensions.openai.schema.schemas import ChatRequest
 
@@ -54,6 +54,9 @@ __all__ = ["ollama_routes"]
 VERSION = "0.13.0"  # of Ollama, whose routes these are; clients ask for a minimum
 LINES = "application/x-ndjson"
 BILLION = 10**9
+NO_EMBEDDINGS: dict[int | str, dict[str, Any]] = {
+    501: {"description": "this server makes no embeddings", "model": OllamaErrorBody}
+}
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {"description": "the whole reply, or lines", "content": {LINES: {}}}
 }
@@ -61,7 +64,7 @@ STREAM: dict[int | str, dict[str, Any]] = {
 
 def ollama_routes(server: Server) -> APIRouter:
     """Return the routes."""
-    router = APIRouter(responses=ERRORS, route_class=JsonRoute)
+    router = APIRouter(responses=OLLAMA_ERRORS, route_class=JsonRoute)
     _add_models(router, server)
 
     @router.post(OLLAMA_CHAT, responses=STREAM, response_model=None)
@@ -124,8 +127,8 @@ def _add_models(router: APIRouter, server: Server) -> None:
         """Return the version of Ollama whose routes these are."""
         return {"version": VERSION}
 
-    @router.post("/api/embed", responses=NOT_IMPLEMENTED)
-    @router.post("/api/embeddings", responses=NOT_IMPLEMENTED, include_in_schema=False)
+    @router.post("/api/embed", responses=NO_EMBEDDINGS)
+    @router.post("/api/embeddings", responses=NO_EMBEDDINGS, include_in_schema=False)
     async def embed(request: Request) -> None:
         """Refuse: a model that writes text makes no useful embeddings."""
         del request

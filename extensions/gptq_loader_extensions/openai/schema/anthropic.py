@@ -12,7 +12,7 @@ from gptq_loader_extensions.openai.schema.schemas import STRICT, ChatRequest, Te
 
 __all__ = ["AnthropicRequest", "CountRequest", "read_anthropic"]
 
-Blocks = Annotated[list[dict[str, Any]], Field(max_length=10_000)]
+Blocks = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 # Of the request as a whole: they change nothing of the reply.
 WITHOUT_EFFECT = frozenset(
     {

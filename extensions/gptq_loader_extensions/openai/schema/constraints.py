@@ -17,7 +17,7 @@ __all__ = ["Constraint", "ResponseFormat", "Structured", "read_constraint"]
 
 Schema = dict[str, Any] | bool
 Pattern = Annotated[str, Field(max_length=1 << 18)]
-Choices = Annotated[list[Annotated[str, Field(max_length=10_000)]], Field(max_length=10_000)]
+Choices = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=1000)]
 
 
 @dataclass(frozen=True, slots=True)

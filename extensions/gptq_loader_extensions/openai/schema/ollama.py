@@ -92,8 +92,8 @@ class OllamaBase(BaseModel):
     options: dict[str, Any] | None = None
     keep_alive: str | float | None = None
     think: Think | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
     truncate: bool | None = None
     shift: bool | None = None
 
@@ -207,6 +207,8 @@ def _name_calls(messages: Sequence[dict[str, Any]]) -> None:
 
 def _fields(body: OllamaBase) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the options of a request, and those that have no effect."""
+    if body.logprobs:
+        raise invalid("logprobs are not sent here; use /v1/chat/completions", param="logprobs")
     options = {name: value for name, value in (body.options or {}).items() if value is not None}
     ignored = sorted(OF_THE_MACHINE & set(options))
     fields = {name: value for name, value in options.items() if name not in OF_THE_MACHINE}

@@ -33,6 +33,8 @@ Text = Annotated[str, Field(max_length=4_000_000)]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=1_000_000)]
+# How many tokens a reply may have; -1, or -2, is as many as there is room for (`resolve_aliases`).
+TokenLimit = Annotated[int, Field(ge=1, lt=2**31, json_schema_extra={"minimum": -2})]
 STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
@@ -43,7 +45,7 @@ class StreamOptions(BaseModel):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None  # vLLM: in every chunk
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: bool | None = None  # of how long each part is, for who listens
 
 
 class Sampling(Structured):
@@ -57,7 +59,9 @@ class Sampling(Structured):
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
-    repetition_penalty_range: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    repetition_penalty_range: (
+        Annotated[int, Field(ge=0, lt=2**31, json_schema_extra={"minimum": -1})] | None
+    ) = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: (
@@ -65,7 +69,9 @@ class Sampling(Structured):
         | None
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    truncation_length: Annotated[int, Field(ge=2, lt=2**31)] | None = None
+    truncation_length: (
+        Annotated[int, Field(ge=2, lt=2**31, json_schema_extra={"minimum": -1})] | None
+    ) = None
     stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=64)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     stream: bool | None = None
@@ -188,8 +194,8 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=10_000)]
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: TokenLimit | None = None
+    max_completion_tokens: TokenLimit | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
@@ -219,7 +225,9 @@ class CompletionRequest(Sampling):
         | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=64)],
         Field(union_mode="left_to_right"),
     ]
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31, json_schema_extra={"minimum": -2})] | None = (
+        None
+    )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
@@ -230,7 +238,7 @@ class KoboldRequest(Sampling):
 
     prompt: Text
     memory: Text | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: TokenLimit | None = None
     genkey: Annotated[str, Field(max_length=200)] | None = None
 
 
