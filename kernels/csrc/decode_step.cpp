@@ -1,18 +1,21 @@
-// One decoding step of a Llama-like model: its decoder layers and last norm, for a few new tokens
-// of some sequences.
+// One decoding step of a model: its decoder layers and last norm, for a few new tokens of some
+// sequences. What a layer is made of is in interface.h.
 //
 // What transformers does in some 20 operations a layer is done here in one team of threads, which
 // meet five times a layer. Activations are float32 between products; keys and values are kept in
 // the model's dtype. With M tokens, H the hidden size and F the intermediate one, a layer is
 //
-//   h[M, H] = rms_norm(x);  q, k, v = h * Wq, h * Wk, h * Wv                      barrier
-//   q, k = rotary(rms_norm?(q, k));  keys, values += k, v
+//   h[M, H] = norm?(x);  q, k, v = h * Wq, h * Wk, h * Wv                         barrier
+//   q, k = rotary?(norm?(q, k));  keys, values += k, v
 //   ranges of softmax(scale * q * keys.T, causal, within the window) * values     barrier
-//   x[M, H] += merged ranges * Wo                                                 barrier
-//   h[M, H] = rms_norm(x);  gated[M, F] = silu(h * Wgate) * (h * Wup)             barrier
-//   x[M, H] += gated * Wdown                                                      barrier
+//   delta[M, H] = merged ranges * Wo                                              barrier
+//   x += norm?(delta)
+//   h[M, H] = norm?(x);  gated[M, F] = activation(h * Wgate) * (h * Wup)          barrier
+//   delta[M, H] = gated * Wdown                                                   barrier
+//   x += norm?(delta)
 //
-// A thread permutes what a projection reads by itself: it costs less than meeting once more.
+// Each thread has x and h to itself, and permutes what a projection reads: it costs less than
+// meeting once more.
 // Positions are shared out evenly, in the order of the sequences and their heads of keys and
 // values; a thread's range of a head may be only some of its positions, and who reads the attention
 // merges the ranges for itself:
@@ -65,16 +68,16 @@ class SpinBarrier {
 };
 
 // The code for each instruction set; R rows by N vectors is what its registers hold.
-#define COMPILED(NAME, TARGET, V, R, N)                                                      \
-  TARGET void rms_norm_##NAME(const float* x, const void* w, int type, int64_t n, float eps, \
-                              float* y) {                                                    \
-    rms_norm_body<V>(x, w, type, n, eps, y);                                                 \
-  }                                                                                          \
-  TARGET void silu_multiply_##NAME(const float* gate, const float* up, int n, float* y) {    \
-    silu_multiply_body<V>(gate, up, n, y);                                                   \
-  }                                                                                          \
-  TARGET void attend_##NAME(const AttentionArgs& args, int type) {                           \
-    attend_body<V, R, N>(args, type);                                                        \
+#define COMPILED(NAME, TARGET, V, R, N)                                                            \
+  TARGET void norm_##NAME(const NormArgs& norm, const float* x, float* y) {                        \
+    norm_body<V>(norm, x, y);                                                                      \
+  }                                                                                                \
+  TARGET void activate_multiply_##NAME(const float* gate, const float* up, Activation kind, int n, \
+                                       float* y) {                                                 \
+    activate_multiply_body<V>(gate, up, kind, n, y);                                               \
+  }                                                                                                \
+  TARGET void attend_##NAME(const AttentionArgs& args, int type) {                                 \
+    attend_body<V, R, N>(args, type);                                                              \
   }
 
 COMPILED(plain, , Narrow, 4, 2)
@@ -82,6 +85,13 @@ COMPILED(plain, , Narrow, 4, 2)
 COMPILED(avx2, AVX2_TARGET, Middle, 4, 2)
 COMPILED(avx512, AVX512_TARGET, Wide, 4, 4)
 #endif
+
+void norm_row(const GptqModel& model, const GptqNorm& norm, const float* x, int64_t size,
+              float* y) {
+  const NormArgs args{norm.weight,           norm.bias, model.parameter_type,
+                      Norm(model.norm_kind), size,      model.eps};
+  DISPATCH(norm, model.isa, args, x, y);
+}
 
 int64_t tiles_of(const GptqProjection& p) { return (p.out_features + COLUMNS - 1) / COLUMNS; }
 
@@ -151,7 +161,7 @@ int project_tile(const GptqModel& model, const GptqProjection& p, int64_t tile, 
 
 // What all threads read, each writing its share.
 struct SharedBuffers {
-  float* x;            // [M][hidden]
+  float* delta;        // [M][hidden], what is added to x
   float *q, *k, *v;    // [M][heads][head_dim], [M][kv_heads][head_dim] twice
   float* gated;        // [M][intermediate]
   float* running_max;  // [ranges][rows], of the attention over each range of positions
@@ -170,7 +180,9 @@ struct KvSpan {
 };
 
 struct ThreadBuffers {
+  float* x;          // [M][hidden]
   float* normed;     // [M][hidden]
+  float* added;      // [hidden], of delta, normed
   float* tile;       // [2][M][COLUMNS]
   float* attention;  // [M][heads][head_dim], its ranges merged
   float* q;          // [rows][head_dim], of one head of keys and values
@@ -199,10 +211,24 @@ struct Worker : ThreadBuffers {
   int64_t from(int64_t all) const { return all * thread / threads; }
   int64_t to(int64_t all) const { return all * (thread + 1) / threads; }
 
-  void norm(const void* weight) {
+  // y = norm(x), or x where there is none.
+  void apply_norm(const GptqNorm& norm, const float* from, int64_t size, float* to) const {
+    if (norm.weight) return norm_row(model, norm, from, size, to);
+    if (from != to) memcpy(to, from, sizeof(float) * size);
+  }
+
+  void norm_x(const GptqNorm& norm) {
     for (int64_t row = 0; row < m; row++)
-      DISPATCH(rms_norm, model.isa, shared.x + row * model.hidden, weight, model.parameter_type,
-               model.hidden, model.eps, normed + row * model.hidden);
+      apply_norm(norm, x + row * model.hidden, model.hidden, normed + row * model.hidden);
+  }
+
+  // x += norm(delta).
+  void add_delta(const GptqNorm& norm) {
+    for (int64_t row = 0; row < m; row++) {
+      float* to = x + row * model.hidden;
+      apply_norm(norm, shared.delta + row * model.hidden, model.hidden, added);
+      for (int i = 0; i < model.hidden; i++) to[i] += added[i];
+    }
   }
 
   void self_attention(int index) {
@@ -242,7 +268,7 @@ struct Worker : ThreadBuffers {
     }
     barrier.wait();
     merge_ranges();
-    add_projection(layer.o, attention);
+    project_delta(layer.o, attention);
   }
 
   void list_spans(const GptqDecoderLayer& layer) {
@@ -281,9 +307,8 @@ struct Worker : ThreadBuffers {
       for (int64_t i = 0; i < tokens; i++) {
         const int64_t row = span.row + i;
         float* k = shared.k + row * kv_stride + span.head * dim;
-        if (layer.k_norm)
-          DISPATCH(rms_norm, model.isa, k, layer.k_norm, model.parameter_type, dim, model.eps, k);
-        rotate(k, cos + row * dim, sin + row * dim, dim);
+        apply_norm(layer.k_norm, k, dim, k);
+        rotate_head(layer, row, k);
         store_as(cache.keys, head_at + (past + i) * dim, k, dim, model.type);
         store_as(cache.values, head_at + (past + i) * dim,
                  shared.v + row * kv_stride + span.head * dim, dim, model.type);
@@ -295,9 +320,8 @@ struct Worker : ThreadBuffers {
       float* to = q + i * dim;
       memcpy(to, shared.q + row * q_stride + (span.head * group + i / tokens) * dim,
              sizeof(float) * dim);
-      if (layer.q_norm)
-        DISPATCH(rms_norm, model.isa, to, layer.q_norm, model.parameter_type, dim, model.eps, to);
-      rotate(to, cos + row * dim, sin + row * dim, dim);
+      apply_norm(layer.q_norm, to, dim, to);
+      rotate_head(layer, row, to);
       for (int d = 0; d < dim; d++) to[d] *= model.scale;
       if (uses_bf16(model)) store_as(q_bf16, i * dim, to, dim, BFLOAT16);
       row_end[i] = past + i % tokens + 1;
@@ -322,6 +346,12 @@ struct Worker : ThreadBuffers {
     if (uses_bf16(model)) return attend_bfloat16(args);
 #endif
     DISPATCH(attend, model.isa, args, model.type);
+  }
+
+  void rotate_head(const GptqDecoderLayer& layer, int64_t row, float* head) const {
+    if (layer.angles < 0) return;
+    const int64_t at = (layer.angles * m + row) * model.rotary_dim;
+    rotate(head, cos + at, sin + at, model.rotary_dim);
   }
 
   // attention [M][heads][head_dim] from the ranges of each span.
@@ -356,7 +386,8 @@ struct Worker : ThreadBuffers {
   }
 
   void feed_forward(const GptqDecoderLayer& layer) {
-    norm(layer.post_attention_norm);
+    add_delta(layer.attention_norm);
+    norm_x(layer.feed_forward_norm);
     const int64_t count = tiles_of(layer.gate);
     const size_t gate_bytes = round_up(input_bytes(model, layer.gate, m), CACHE_LINE);
     if (from(count) < to(count)) {
@@ -369,35 +400,37 @@ struct Worker : ThreadBuffers {
         project_tile(model, layer.up, at, m, up, up_tile);
         for (int64_t row = 0; row < m; row++) {
           float* values = tile + row * COLUMNS;
-          DISPATCH(silu_multiply, model.isa, values, up_tile + row * COLUMNS, COLUMNS, values);
+          DISPATCH(activate_multiply, model.isa, values, up_tile + row * COLUMNS,
+                   Activation(model.activation), COLUMNS, values);
           memcpy(shared.gated + row * model.intermediate + at * COLUMNS, values,
                  sizeof(float) * columns);
         }
       }
     }
     barrier.wait();
-    add_projection(layer.down, shared.gated);
+    project_delta(layer.down, shared.gated);
+    add_delta(layer.output_norm);
   }
 
-  // x += projection of `of`.
-  void add_projection(const GptqProjection& p, const float* of) {
+  // delta = projection of `of`.
+  void project_delta(const GptqProjection& p, const float* of) {
     const int64_t count = tiles_of(p);
     if (from(count) < to(count)) {
       const Input in = prepare_input(model, p, of, m, input);
       for (int64_t at = from(count); at < to(count); at++) {
         const int columns = project_tile(model, p, at, m, in, tile);
-        for (int64_t row = 0; row < m; row++) {
-          float* x = shared.x + row * model.hidden + at * COLUMNS;
-          for (int c = 0; c < columns; c++) x[c] += tile[row * COLUMNS + c];
-        }
+        for (int64_t row = 0; row < m; row++)
+          memcpy(shared.delta + row * model.hidden + at * COLUMNS, tile + row * COLUMNS,
+                 sizeof(float) * columns);
       }
     }
     barrier.wait();
   }
 
-  void run() {
+  void run(const void* from) {
+    for (int64_t i = 0; i < m * model.hidden; i++) x[i] = load_number(from, model.type, i);
     for (int i = 0; i < model.layers; i++) {
-      norm(model.layer[i].input_norm);
+      norm_x(model.layer[i].input_norm);
       self_attention(i);
       feed_forward(model.layer[i]);
     }
@@ -439,7 +472,7 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
   ThreadBuffers own[MAX_THREADS];
   const auto lay_out = [&](void* memory) {
     Arena arena(memory);
-    shared.x = arena.take<float>(m * model.hidden);
+    shared.delta = arena.take<float>(m * model.hidden);
     shared.q = arena.take<float>(m * q_size);
     shared.k = arena.take<float>(m * kv_size);
     shared.v = arena.take<float>(m * kv_size);
@@ -449,7 +482,9 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
     shared.acc = arena.take<float>(ranges * rows * model.head_dim);
     for (int thread = 0; thread < threads; thread++) {
       ThreadBuffers& buffers = own[thread];
+      buffers.x = arena.take<float>(m * model.hidden);
       buffers.normed = arena.take<float>(m * model.hidden);
+      buffers.added = arena.take<float>(model.hidden);
       buffers.tile = arena.take<float>(2 * m * COLUMNS);
       buffers.attention = arena.take<float>(m * q_size);
       buffers.q = arena.take<float>(rows * model.head_dim);
@@ -466,7 +501,6 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
   void* memory = step_scratch.get(lay_out(nullptr));
   if (!memory) return 1;
   lay_out(memory);
-  for (int64_t i = 0; i < m * model.hidden; i++) shared.x[i] = load_number(x, model.type, i);
   SpinBarrier barrier;
 #pragma omp parallel num_threads(threads)
   {
@@ -479,12 +513,11 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
     barrier.start(team);
     Worker{own[thread], model, shared, barrier,       cos,    sin,
            sequences,   count, m,      int64_t(rows), thread, team}
-        .run();
+        .run(x);
   }
   for (int64_t row = 0; row < m; row++) {
     float* normed = own[0].normed;
-    DISPATCH(rms_norm, model.isa, shared.x + row * model.hidden, model.norm, model.parameter_type,
-             model.hidden, model.eps, normed);
+    norm_row(model, model.norm, own[0].x + row * model.hidden, model.hidden, normed);
     store_as(y, row * model.hidden, normed, model.hidden, model.type);
   }
   return 0;

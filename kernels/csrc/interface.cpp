@@ -50,7 +50,7 @@ struct Function {
 #define FUNCTION(NAME) {#NAME, Signature<decltype(NAME)>::letters}
 
 constexpr Size SIZES[] = {
-    SIZE(GptqLinear),  SIZE(GptqProjection), SIZE(GptqDecoderLayer),
+    SIZE(GptqLinear),  SIZE(GptqProjection), SIZE(GptqNorm),  SIZE(GptqDecoderLayer),
     SIZE(GptqKvCache), SIZE(GptqSequence),   SIZE(GptqModel),
 };
 constexpr Function FUNCTIONS[] = {

@@ -4,7 +4,7 @@
 // versions. At load Python compares sizes of structures and types of arguments (interface.cpp).
 //
 // `type` is Type, `isa` Isa and `activations` Activations of simd.h; this processor must run what
-// they name. A function that returns int returns 0, or 1 where memory is short, unless it says
+// they name. `norm_kind` is Norm and `activation` Activation of vector_math.h. A function that returns int returns 0, or 1 where memory is short, unless it says
 // otherwise. Nothing here throws, and nothing is checked: Python does that.
 
 #pragma once
@@ -41,13 +41,23 @@ struct GptqProjection {
   int32_t same_rows;  // as the projection before it: what was permuted for that one serves
 };
 
+// A norm of the model's kind; without a weight there is none, and x stays as it is.
+struct GptqNorm {
+  const void* weight;
+  const void* bias;  // or null
+};
+
+// x += attention(input_norm(x)); x += feed_forward(feed_forward_norm(x)), what is added normed first
+// where there is a norm for it.
 struct GptqDecoderLayer {
   GptqProjection q, k, v, o, gate, up, down;
-  const void* input_norm;           // [hidden]
-  const void* post_attention_norm;  // [hidden]
-  const void* q_norm;               // [head_dim], or null
-  const void* k_norm;               // [head_dim], or null
-  int64_t window;                   // positions that a token attends to, or 0 for all
+  GptqNorm input_norm;         // [hidden]
+  GptqNorm attention_norm;     // [hidden], of what attention adds
+  GptqNorm feed_forward_norm;  // [hidden]
+  GptqNorm output_norm;        // [hidden], of what the feed-forward part adds
+  GptqNorm q_norm, k_norm;     // [head_dim], of each head
+  int64_t window;              // positions that a token attends to, or 0 for all
+  int32_t angles;              // the table that its heads are rotated by, or -1 for none
 };
 
 // Keys and values of one sequence in one decoder layer.
@@ -64,15 +74,17 @@ struct GptqSequence {
   const GptqKvCache* caches;  // [layers]
 };
 
-// A Llama-like decoder.
+// A decoder made of these parts.
 struct GptqModel {
   int32_t layers, hidden, heads, kv_heads, head_dim, intermediate;
   int32_t type;  // of weights, keys and values
   int32_t isa, activations;
   float eps, scale;
-  const void* norm;  // [hidden]
+  GptqNorm norm;  // [hidden]
   const GptqDecoderLayer* layer;
   int32_t parameter_type;  // of norms, and of the biases of what is not packed
+  int32_t norm_kind, activation;
+  int32_t rotary_dim;  // how much of a head is rotated
 };
 
 // interface.cpp. The size of a structure by its name, or 0 where there is none; a function's result
@@ -106,7 +118,7 @@ int gptq_gemm(const GptqLinear* const* linears, void* const* y, int count, const
 
 // decode_step.cpp. Run the decoder layers and the last norm on the new tokens of `count` sequences,
 // one after the other: x and y [tokens][hidden] of the model's dtype; cos and sin
-// [tokens][head_dim]. Keys and values are added to the sequences' caches.
+// [tables][tokens][rotary_dim]. Keys and values are added to the sequences' caches.
 int gptq_decode_step(const GptqModel* model, const void* x, const float* cos, const float* sin,
                      const GptqSequence* sequences, int64_t count, void* y, int threads);
 

@@ -1,5 +1,5 @@
-// A prompt through a Llama-like model in bfloat16: decode_step.cpp's decoder layers, for many
-// tokens of one sequence.
+// A prompt through a model in bfloat16: decode_step.cpp's decoder layers, for many tokens of one
+// sequence.
 //
 // Products are gptq_gemm's, one call for the linears that read x alike. What stands between them is
 // done here in one pass each: x stays float32 from layer to layer, all else is bfloat16, as
@@ -56,29 +56,54 @@ BF16_TARGET INLINE __m512 load_as(const void* from, int type, int64_t at) {
   return load_bf16(static_cast<const uint16_t*>(from) + at);
 }
 
-// x += added, then its norm, rounded: one token.
-BF16_TARGET void add_rms_norm(float* x, const uint16_t* added, const void* weight, int type,
-                              int64_t size, float eps, uint16_t* y) {
+// 16 numbers of float32 or bfloat16.
+BF16_TARGET INLINE __m512 load_row(const float* from) { return _mm512_loadu_ps(from); }
+BF16_TARGET INLINE __m512 load_row(const uint16_t* from) { return load_bf16(from); }
+
+// What each number of a row is multiplied by, before a norm's weight; X is float or uint16_t.
+template <class X>
+BF16_TARGET INLINE __m512 norm_factor(const NormArgs& norm, const X* x) {
   __m512 squares = _mm512_setzero_ps();
-  for (int64_t i = 0; i < size; i += LANES) {
-    __m512 value = _mm512_loadu_ps(x + i);
-    if (added) {
-      value = _mm512_add_ps(value, load_bf16(added + i));
-      _mm512_storeu_ps(x + i, value);
-    }
+  for (int64_t i = 0; i < norm.count; i += LANES) {
+    const __m512 value = load_row(x + i);
     squares = _mm512_fmadd_ps(value, value, squares);
   }
-  const __m512 factor =
-      _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / float(size) + eps));
-  for (int64_t i = 0; i < size; i += LANES) {
-    const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(x + i), factor);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + i),
-                        to_bf16(_mm512_mul_ps(value, load_as(weight, type, i))));
-  }
+  return _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / float(norm.count) + norm.eps));
 }
 
-// gate = silu(gate) * up: one token, the last vector maybe short.
-BF16_TARGET void silu_multiply(uint16_t* gate, const uint16_t* up, int64_t size) {
+BF16_TARGET INLINE __m512 apply_norm(const NormArgs& norm, __m512 factor, __m512 x, int64_t at) {
+  return _mm512_mul_ps(_mm512_mul_ps(x, factor), load_as(norm.weight, norm.type, at));
+}
+
+// x += norm?(added): one token.
+BF16_TARGET void add_row(const NormArgs& norm, const uint16_t* added, float* x) {
+  if (!norm.weight) {
+    for (int64_t i = 0; i < norm.count; i += LANES)
+      _mm512_storeu_ps(x + i, _mm512_add_ps(_mm512_loadu_ps(x + i), load_bf16(added + i)));
+    return;
+  }
+  const __m512 factor = norm_factor(norm, added);
+  for (int64_t i = 0; i < norm.count; i += LANES)
+    _mm512_storeu_ps(x + i, _mm512_add_ps(_mm512_loadu_ps(x + i),
+                                          apply_norm(norm, factor, load_bf16(added + i), i)));
+}
+
+// y = norm?(x), rounded: one token.
+BF16_TARGET void norm_row(const NormArgs& norm, const float* x, uint16_t* y) {
+  if (!norm.weight) {
+    for (int64_t i = 0; i < norm.count; i += LANES)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + i), to_bf16(_mm512_loadu_ps(x + i)));
+    return;
+  }
+  const __m512 factor = norm_factor(norm, x);
+  for (int64_t i = 0; i < norm.count; i += LANES)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + i),
+                        to_bf16(apply_norm(norm, factor, _mm512_loadu_ps(x + i), i)));
+}
+
+// gate = activation(gate) * up: one token, the last vector maybe short.
+BF16_TARGET void activate_multiply(uint16_t* gate, const uint16_t* up, Activation activation,
+                                   int64_t size) {
   for (int64_t i = 0; i < size; i += LANES) {
     const __mmask16 mask = size - i >= LANES ? 0xffff : __mmask16((1u << (size - i)) - 1);
     const auto wide = [&](const uint16_t* from) __attribute__((
@@ -86,44 +111,45 @@ BF16_TARGET void silu_multiply(uint16_t* gate, const uint16_t* up, int64_t size)
       return _mm512_castsi512_ps(
           _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from + i)), 16));
     };
-    const __m512 g = wide(gate), u = wide(up);
-    floats e = (floats)_mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), g), _mm512_set1_ps(88.0f));
-    exponential(e);
-    const __m512 y =
-        _mm512_mul_ps(_mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1.0f), (__m512)e)), u);
-    _mm256_mask_storeu_epi16(gate + i, mask, to_bf16(y));
+    floats g = (floats)wide(gate);
+    activate(g, activation);
+    _mm256_mask_storeu_epi16(gate + i, mask, to_bf16(_mm512_mul_ps((__m512)g, wide(up))));
   }
 }
 
-// A head of one token: its norm, where it has one, and its rotation.
-BF16_TARGET void rotate_head(const uint16_t* from, const void* norm, int type, float eps,
-                             const float* cos, const float* sin, int dim, uint16_t* to) {
+// How a head of one token is rotated: the first `dim` numbers of it, or none.
+struct Rotation {
+  const float *cos, *sin;  // [dim]
+  int dim;
+};
+
+// A head of one token [norm.count]: its norm, where it has one, and its rotation.
+BF16_TARGET void rotate_head(const uint16_t* from, const NormArgs& norm, const Rotation& rotation,
+                             uint16_t* to) {
   alignas(64) float values[16 * LANES];
-  __m512 squares = _mm512_setzero_ps();
-  for (int i = 0; i < dim; i += LANES) {
-    const __m512 value = load_bf16(from + i);
-    _mm512_store_ps(values + i, value);
-    squares = _mm512_fmadd_ps(value, value, squares);
+  const int dim = int(norm.count);
+  if (norm.weight) {
+    const __m512 factor = norm_factor(norm, from);
+    for (int i = 0; i < dim; i += LANES)
+      _mm512_store_ps(values + i, apply_norm(norm, factor, load_bf16(from + i), i));
+  } else {
+    for (int i = 0; i < dim; i += LANES) _mm512_store_ps(values + i, load_bf16(from + i));
   }
-  if (norm) {
-    const __m512 factor =
-        _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / float(dim) + eps));
-    for (int i = 0; i < dim; i += LANES) {
-      const __m512 value =
-          _mm512_mul_ps(_mm512_mul_ps(_mm512_load_ps(values + i), factor), load_as(norm, type, i));
-      _mm512_store_ps(values + i, value);
-    }
-  }
-  const int half = dim / 2;
-  for (int i = 0; i < half; i += LANES) {
+  const auto [cos, sin, rotated] = rotation;
+  const int half = rotated / 2;
+  const bool whole = half % LANES == 0;
+  if (!whole) rotate(values, cos, sin, rotated);
+  for (int i = 0; whole && i < half; i += LANES) {
     const __m512 low = _mm512_load_ps(values + i), high = _mm512_loadu_ps(values + half + i);
     const __m512 a = _mm512_fmsub_ps(low, _mm512_loadu_ps(cos + i),
                                      _mm512_mul_ps(high, _mm512_loadu_ps(sin + i)));
     const __m512 b = _mm512_fmadd_ps(high, _mm512_loadu_ps(cos + half + i),
                                      _mm512_mul_ps(low, _mm512_loadu_ps(sin + half + i)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), to_bf16(a));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + half + i), to_bf16(b));
+    _mm512_store_ps(values + i, a);
+    _mm512_storeu_ps(values + half + i, b);
   }
+  for (int i = 0; i < dim; i += LANES)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), to_bf16(_mm512_load_ps(values + i)));
 }
 
 // Up to 16 rows [dim] of bfloat16 as blocks [dim / 32][16 pairs][16 rows]: what stands on the right
@@ -383,12 +409,24 @@ struct Prefill {
   int64_t past, tokens, keys_held;
   int amx, threads;
 
-  void norm(const uint16_t* added, const void* weight, int64_t from, int64_t to,
-            uint16_t* y) const {
+  NormArgs args(const GptqNorm& norm, int64_t size) const {
+    return {norm.weight, norm.bias, model.parameter_type, Norm(model.norm_kind), size, model.eps};
+  }
+
+  // x += what the last part added, normed by `before`, or nothing where that is null; y = norm(x).
+  void add_and_norm(const GptqNorm* before, const GptqNorm& norm, uint16_t* y) const {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = from; row < to; row++)
-      add_rms_norm(buffers.x + row * model.hidden, added ? added + row * model.hidden : nullptr,
-                   weight, model.parameter_type, model.hidden, model.eps, y + row * model.hidden);
+    for (int64_t row = 0; row < tokens; row++) {
+      const int64_t at = row * model.hidden;
+      if (before) add_row(args(*before, model.hidden), buffers.delta + at, buffers.x + at);
+      norm_row(args(norm, model.hidden), buffers.x + at, y + at);
+    }
+  }
+
+  Rotation rotation(const GptqDecoderLayer& layer, int64_t row) const {
+    if (layer.angles < 0) return {nullptr, nullptr, 0};
+    const int64_t at = (layer.angles * tokens + row) * model.rotary_dim;
+    return {cos + at, sin + at, model.rotary_dim};
   }
 
   // Rotate queries and keys, write keys and values into the cache, and bring those of it into
@@ -399,16 +437,15 @@ struct Prefill {
              *values = static_cast<uint16_t*>(cache.values);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < tokens; row++) {
+      const Rotation angles = rotation(layer, row);
       for (int head = 0; head < model.heads; head++) {
         uint16_t* q = buffers.q + (row * model.heads + head) * dim;
-        rotate_head(q, layer.q_norm, model.parameter_type, model.eps, cos + row * dim,
-                    sin + row * dim, dim, q);
+        rotate_head(q, args(layer.q_norm, dim), angles, q);
       }
       for (int head = 0; head < model.kv_heads; head++) {
         const int64_t from = (row * model.kv_heads + head) * dim,
                       to = (head * cache.capacity + past + row) * dim;
-        rotate_head(buffers.k + from, layer.k_norm, model.parameter_type, model.eps,
-                    cos + row * dim, sin + row * dim, dim, keys + to);
+        rotate_head(buffers.k + from, args(layer.k_norm, dim), angles, keys + to);
         memcpy(values + to, buffers.v + from, size_t(dim) * 2);
       }
     }
@@ -461,7 +498,8 @@ struct Prefill {
 
   int run(int index, const GptqKvCache& cache) const {
     const GptqDecoderLayer& layer = model.layer[index];
-    norm(index == 0 ? nullptr : buffers.delta, layer.input_norm, 0, tokens, buffers.normed);
+    add_and_norm(index ? &model.layer[index - 1].output_norm : nullptr, layer.input_norm,
+                 buffers.normed);
     const GptqProjection* reads[] = {&layer.q, &layer.k, &layer.v};
     uint16_t* outs[] = {buffers.q, buffers.k, buffers.v};
     if (project_all(reads, outs, 3, buffers.normed, tokens, amx, threads)) return 1;
@@ -470,7 +508,7 @@ struct Prefill {
     const GptqProjection* o[] = {&layer.o};
     uint16_t* delta[] = {buffers.delta};
     if (project_all(o, delta, 1, buffers.attention, tokens, amx, threads)) return 1;
-    norm(buffers.delta, layer.post_attention_norm, 0, tokens, buffers.normed);
+    add_and_norm(&layer.attention_norm, layer.feed_forward_norm, buffers.normed);
     for (int64_t row = 0; row < tokens; row += PREFILL_ROWS) {
       const int64_t rows = std::min(PREFILL_ROWS, tokens - row);
       const GptqProjection *feed[] = {&layer.gate, &layer.up}, *down[] = {&layer.down};
@@ -479,8 +517,9 @@ struct Prefill {
         return 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
       for (int64_t i = 0; i < rows; i++)
-        silu_multiply(buffers.gate + i * model.intermediate, buffers.up + i * model.intermediate,
-                      model.intermediate);
+        activate_multiply(buffers.gate + i * model.intermediate,
+                          buffers.up + i * model.intermediate, Activation(model.activation),
+                          model.intermediate);
       if (project_all(down, out, 1, buffers.gate, rows, amx, threads)) return 1;
     }
     return 0;
@@ -511,7 +550,8 @@ int gptq_prefill(const GptqModel* model, const void* x, const float* cos, const 
   const Prefill prefill{*model, buffers, cos, sin, past, m, keys_held, amx, threads};
   for (int i = 0; i < model->layers; i++)
     if (prefill.run(i, sequence->caches[i])) return 1;
-  prefill.norm(buffers.delta, model->norm, 0, m, static_cast<uint16_t*>(y));
+  const GptqNorm* last = model->layers ? &model->layer[model->layers - 1].output_norm : nullptr;
+  prefill.add_and_norm(last, model->norm, static_cast<uint16_t*>(y));
   return 0;
 #else
   (void)model, (void)x, (void)cos, (void)sin, (void)sequence, (void)y, (void)amx, (void)threads;

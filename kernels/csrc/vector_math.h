@@ -66,21 +66,31 @@ INLINE void exponential(F& x) {
   memcpy(&x, &bits, sizeof x);
 }
 
-// y = x / sqrt(mean(x**2) + eps) * weight.
+// y = (x - mean) / sqrt(mean((x - mean)**2) + eps) * weight + bias, where RMS takes no mean off.
+enum class Norm { RMS = 0 };
+
+struct NormArgs {
+  const void *weight, *bias;  // of `type`; no bias is null
+  int type;
+  Norm kind;
+  int64_t count;
+  float eps;
+};
+
 template <class V, int TYPE>
-INLINE void rms_norm_type(const float* x, const void* weight, int64_t count, float eps, float* y) {
+INLINE void norm_type(const NormArgs& norm, const float* x, float* y) {
   using floats = typename V::floats;
   floats squares{};
-  for (int64_t i = 0; i < count; i += V::LANES) {
+  for (int64_t i = 0; i < norm.count; i += V::LANES) {
     floats value;
     load<FLOAT32>(x, i, value);
     squares += value * value;
   }
-  const float factor = 1.0f / sqrtf(reduce_add(squares) / float(count) + eps);
-  for (int64_t i = 0; i < count; i += V::LANES) {
+  const float factor = 1.0f / sqrtf(reduce_add(squares) / float(norm.count) + norm.eps);
+  for (int64_t i = 0; i < norm.count; i += V::LANES) {
     floats value, scale;
     load<FLOAT32>(x, i, value);
-    load<TYPE>(weight, i, scale);
+    load<TYPE>(norm.weight, i, scale);
     value *= scale * factor;
     memcpy(y + i, &value, sizeof value);
   }
@@ -88,29 +98,37 @@ INLINE void rms_norm_type(const float* x, const void* weight, int64_t count, flo
 
 // A weight of either type.
 template <class V>
-INLINE void rms_norm_body(const float* x, const void* weight, int type, int64_t count, float eps,
-                          float* y) {
-  if (type == FLOAT32) return rms_norm_type<V, FLOAT32>(x, weight, count, eps, y);
-  rms_norm_type<V, BFLOAT16>(x, weight, count, eps, y);
+INLINE void norm_body(const NormArgs& norm, const float* x, float* y) {
+  if (norm.type == FLOAT32) return norm_type<V, FLOAT32>(norm, x, y);
+  norm_type<V, BFLOAT16>(norm, x, y);
 }
 
-// y = silu(gate) * up.
+enum class Activation { SILU = 0 };
+
+template <class F>
+INLINE void activate(F& x, Activation) {
+  F e = -x;
+  e = e > 88.0f ? F{} + 88.0f : e;
+  exponential(e);
+  x = x / (1.0f + e);
+}
+
+// y = activation(gate) * up.
 template <class V>
-INLINE void silu_multiply_body(const float* gate, const float* up, int count, float* y) {
+INLINE void activate_multiply_body(const float* gate, const float* up, Activation activation,
+                                   int count, float* y) {
   using floats = typename V::floats;
   for (int i = 0; i < count; i += V::LANES) {
     floats g, u;
     load<FLOAT32>(gate, i, g);
     load<FLOAT32>(up, i, u);
-    floats e = -g;
-    e = e > 88.0f ? floats{} + 88.0f : e;
-    exponential(e);
-    g = g / (1.0f + e) * u;
+    activate(g, activation);
+    g *= u;
     memcpy(y + i, &g, sizeof g);
   }
 }
 
-// Rotate a head by halves: x, cos and sin [dim].
+// Rotate the first `dim` numbers of a head by halves: x, cos and sin [dim].
 inline void rotate(float* x, const float* cos, const float* sin, int dim) {
   for (int i = 0; i < dim / 2; i++) {
     const float low = x[i], high = x[i + dim / 2];

@@ -216,7 +216,8 @@ def resize(module: torch.nn.Module, path: str, *shape: int, device: str = "cpu")
     ],
 )
 def test_a_part_of_another_size(path: str, shape: tuple[int, ...], words: str) -> None:
-    from gptq_loader_kernels.cpu.describe import describe, why_not
+    from gptq_loader_kernels.cpu.describe import describe
+    from gptq_loader_kernels.cpu.fitting import why_not
 
     decoder = build("qwen3", bits=None).model
     assert why_not(decoder) is None
@@ -226,7 +227,7 @@ def test_a_part_of_another_size(path: str, shape: tuple[int, ...], words: str) -
 
 
 def test_a_part_that_is_elsewhere_or_packed_for_another_size() -> None:
-    from gptq_loader_kernels.cpu.describe import why_not
+    from gptq_loader_kernels.cpu.fitting import why_not
 
     decoder = build("qwen3", bits=4).model
     decoder.layers[1].mlp.up_proj = decoder.layers[0].self_attn.o_proj

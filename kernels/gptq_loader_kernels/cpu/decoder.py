@@ -1,4 +1,4 @@
-"""Llama-like models through the native library: a decoding step in one call, and so a prompt.
+"""Models through the native library: a decoding step in one call, and so a prompt.
 
 The model stays transformers' own: the decoder's `forward` is asked first whether this call is new
 tokens of one sequence, and everything else goes to transformers. Imports torch.
@@ -15,7 +15,9 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gptq_loader_kernels.cpu.caches import HeldCaches, is_growable, make_growable
-from gptq_loader_kernels.cpu.describe import Described, describe, linears
+from gptq_loader_kernels.cpu.describe import Described, describe
+from gptq_loader_kernels.cpu.families import family_of
+from gptq_loader_kernels.cpu.fitting import linears
 from gptq_loader_kernels.cpu.library import Activations, Isa, choose_code, load_library
 from gptq_loader_kernels.cpu.library import Sequence as Sequence_
 from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
@@ -54,6 +56,9 @@ class NativeDecoder:
         amx: bool | None = None,
     ) -> None:
         self.decoder = decoder
+        family = family_of(decoder)
+        assert family is not None
+        self.family = family
         self.isa, self.activations = choose_code(isa, activations)
         self.amx = bool(load_library().gptq_amx()) if amx is None else amx
         self.otherwise: Callable[..., Any] = decoder.forward
@@ -109,7 +114,7 @@ class NativeDecoder:
             and self.decoder.norm.weight.dtype == torch.bfloat16
             and all(
                 isinstance(linear, NativeLinear) and linear.activations is not Activations.INT8
-                for linear in linears(self.decoder)
+                for linear in linears(self.decoder, self.family)
             )
         )
 
@@ -169,7 +174,7 @@ class NativeDecoder:
         cos, sin = self.decoder.rotary_emb(x[:, :0].float(), places)
         cos, sin, y = cos.contiguous(), sin.contiguous(), torch.empty_like(x)
         for name, angles in (("cos", cos), ("sin", sin)):
-            check_tensor(name, angles, (1, len(positions), built.model.head_dim), torch.float32)
+            check_tensor(name, angles, (1, len(positions), built.model.rotary_dim), torch.float32)
         arguments = (
             ctypes.addressof(built.model), x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
             ctypes.addressof(sequences),

@@ -1,4 +1,4 @@
-"""Have a Llama-like model decode natively, after its first tokens were compared with transformers'.
+"""Have a model decode natively, after its first tokens were compared with transformers'.
 
 Imports torch.
 """
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from gptq_loader_kernels.cpu.decoder import CACHE, NativeDecoder
-from gptq_loader_kernels.cpu.describe import all_packed, why_not
+from gptq_loader_kernels.cpu.describe import all_packed
+from gptq_loader_kernels.cpu.fitting import why_not
 from gptq_loader_kernels.cpu.head import RowsLinear
 from gptq_loader_kernels.cpu.library import Activations, Isa
 from gptq_loader_plugin.generation.kv_cache import make_cache
@@ -62,7 +63,7 @@ def _difference(step: NativeDecoder) -> str | None:
     with torch.inference_mode():
         x = decoder.embed_tokens(ids)
         theirs = exact = _answer(step.otherwise, x)
-        if x.dtype != torch.float32 and all_packed(decoder):
+        if x.dtype != torch.float32 and all_packed(decoder, step.family):
             exact = _answer(step.otherwise, x.float())
             if not _apart(_steps(step, x.float(), FEW), exact) <= tolerance:
                 return "in float32, its first steps differ from transformers'"

@@ -12,8 +12,8 @@ from typing import Any
 from gptq_loader_plugin.errors import OptionInvalid
 
 __all__ = [
-    "NORMS",
-    "PARTS",
+    "COLUMNS",
+    "Activation",
     "Activations",
     "DecoderLayer",
     "Isa",
@@ -21,6 +21,8 @@ __all__ = [
     "LibraryMismatch",
     "Linear",
     "Model",
+    "Norm",
+    "NormKind",
     "Projection",
     "Sequence",
     "choose_code",
@@ -52,6 +54,18 @@ class Activations(IntEnum):
     BF16 = 1  # by AVX512_BF16's code
     INT16 = 2  # by AVX512-VNNI or AVX2: off by 2**-16 of what is greatest in x
     INT8 = 3  # by the same; rounds x
+
+
+class NormKind(IntEnum):
+    """What the norms of a model compute."""
+
+    RMS = 0
+
+
+class Activation(IntEnum):
+    """What a feed-forward part's gate goes through."""
+
+    SILU = 0
 
 
 class Linear(ctypes.Structure):
@@ -88,30 +102,30 @@ class Projection(ctypes.Structure):
     )
 
 
-PARTS = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-NORMS = {
-    "input_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "q_norm": "self_attn.q_norm",
-    "k_norm": "self_attn.k_norm",
-}
+class Norm(ctypes.Structure):
+    """`GptqNorm` of interface.h."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p))
 
 
 class DecoderLayer(ctypes.Structure):
     """`GptqDecoderLayer` of interface.h."""
 
     _fields_ = (
-        *((name, Projection) for name in PARTS),
-        *((name, ctypes.c_void_p) for name in NORMS),
+        *((name, Projection) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *(
+            (name, Norm)
+            for name in (
+                "input_norm",
+                "attention_norm",
+                "feed_forward_norm",
+                "output_norm",
+                "q_norm",
+                "k_norm",
+            )
+        ),
         ("window", ctypes.c_int64),
+        ("angles", ctypes.c_int32),
     )
 
 
@@ -148,15 +162,19 @@ class Model(ctypes.Structure):
         ),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
-        ("norm", ctypes.c_void_p),
+        ("norm", Norm),
         ("layer", ctypes.POINTER(DecoderLayer)),
-        ("parameter_type", ctypes.c_int32),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("parameter_type", "norm_kind", "activation", "rotary_dim")
+        ),
     )  # fmt: skip
 
 
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "GptqLinear": Linear,
     "GptqProjection": Projection,
+    "GptqNorm": Norm,
     "GptqDecoderLayer": DecoderLayer,
     "GptqKvCache": KvCache,
     "GptqSequence": Sequence,

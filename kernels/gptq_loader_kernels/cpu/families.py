@@ -1,0 +1,71 @@
+"""The decoders of transformers that are made of parts which the native library has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_kernels.cpu.library import NormKind
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["FAMILIES", "Family", "family_of", "find"]
+
+PROJECTIONS = {
+    "self_attn.q_proj": ("q",),
+    "self_attn.k_proj": ("k",),
+    "self_attn.v_proj": ("v",),
+    "self_attn.o_proj": ("o",),
+    "mlp.gate_proj": ("gate",),
+    "mlp.up_proj": ("up",),
+    "mlp.down_proj": ("down",),
+}
+NORMS = {"input_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
+HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How a decoder is made of the library's parts.
+
+    Attributes:
+        name: what the names of its classes begin with.
+        projections: a layer's linears by path, and which projections are in each, side by side.
+        norms: a layer's norms, by the places that they have in `DecoderLayer`.
+        norm_kind: what its norms compute.
+        epsilon: the attribute of a norm that is added to the mean of squares.
+        activation: the path of a layer's activation.
+        slides: whether every layer attends to the config's window; else those that it lists.
+    """
+
+    name: str
+    projections: Mapping[str, tuple[str, ...]] = field(default_factory=PROJECTIONS.copy)
+    norms: Mapping[str, str] = field(default_factory=NORMS.copy)
+    norm_kind: NormKind = NormKind.RMS
+    epsilon: str = "variance_epsilon"
+    activation: str = "mlp.act_fn"
+    slides: bool = False
+
+
+FAMILIES = {
+    "LlamaModel": Family("Llama"),
+    "MistralModel": Family("Mistral", slides=True),
+    "Qwen2Model": Family("Qwen2"),
+    "Qwen3Model": Family("Qwen3", norms=NORMS | HEAD_NORMS),
+}
+
+
+def family_of(decoder: Any) -> Family | None:  # noqa: ANN401 - any module, or none
+    """Return how a decoder of transformers is made, where the library has its parts."""
+    kind = type(decoder)
+    return (
+        FAMILIES.get(kind.__name__) if kind.__module__.startswith("transformers.models.") else None
+    )
+
+
+def find(owner: Any, path: str) -> Any:  # noqa: ANN401
+    """Return what is at a path of attributes, or None."""
+    for name in path.split("."):
+        owner = getattr(owner, name, None)
+    return owner

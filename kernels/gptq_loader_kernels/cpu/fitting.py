@@ -1,0 +1,197 @@
+"""Say what keeps a decoder from stepping natively, part by part; imports torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gptq_loader_kernels.cpu.families import FAMILIES, Family, family_of, find
+from gptq_loader_kernels.cpu.library import Activation
+from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = [
+    "ACTIVATIONS",
+    "linears",
+    "modules_inside",
+    "projection_sizes",
+    "rotary_size",
+    "why_not",
+    "window_of",
+]
+
+LANES = 16
+ACTIVATIONS = {"SiLUActivation": Activation.SILU, "SiLU": Activation.SILU}
+# Ways to compute the same attention; another name is somebody's own.
+ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+def why_not(decoder: Any) -> str | None:  # noqa: ANN401 - one for each limit
+    """Say what keeps a decoder from stepping natively, in words."""
+    family = family_of(decoder)
+    if family is None:
+        names = sorted(it.name for it in FAMILIES.values())
+        return f"it is a {type(decoder).__name__}; the step has {', '.join(names)}"
+    attention = decoder.layers[0].self_attn
+    if attention.head_dim % (2 * LANES) or attention.head_dim > 16 * LANES:
+        return f"its heads are {attention.head_dim} wide; the step takes multiples of 32 up to 256"
+    if decoder.config.hidden_size % LANES:
+        return f"its hidden size {decoder.config.hidden_size} is not a multiple of {LANES}"
+    if decoder.norm.weight.dtype not in TYPES:
+        return f"it is in {decoder.norm.weight.dtype}; the step takes bfloat16 and float32"
+    checks = (_changed, _other_class, _several, _other_positions, _misfit)
+    return next((reason for check in checks if (reason := check(decoder, family))), None)
+
+
+def modules_inside(decoder: Any) -> Iterator[nn.Module]:  # noqa: ANN401
+    """Go through the modules whose place a step takes."""
+    yield from decoder.layers.modules()
+    yield decoder.norm
+
+
+def linears(decoder: Any, family: Family) -> Iterator[Any]:  # noqa: ANN401
+    """Go through the linears of a decoder's layers."""
+    return (find(layer, path) for layer in decoder.layers for path in family.projections)
+
+
+def projection_sizes(decoder: Any) -> dict[str, tuple[int, int]]:  # noqa: ANN401
+    """Return the outputs and inputs of each projection of a layer."""
+    config, dim = decoder.config, decoder.layers[0].self_attn.head_dim
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    return {
+        "q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries),
+        "gate": (intermediate, hidden), "up": (intermediate, hidden),
+        "down": (hidden, intermediate),
+    }  # fmt: skip
+
+
+def rotary_size(decoder: Any) -> int:  # noqa: ANN401
+    """Return how much of a head is rotated."""
+    frequencies = getattr(decoder.rotary_emb, "inv_freq", None)
+    head_dim: int = decoder.layers[0].self_attn.head_dim
+    return head_dim if frequencies is None else 2 * frequencies.numel()
+
+
+def window_of(decoder: Any, family: Family, index: int) -> int:  # noqa: ANN401
+    """Return how many positions a layer attends to, or 0 for all: by the config, as its mask."""
+    config = decoder.config
+    kinds = getattr(config, "layer_types", None)
+    if family.slides or (kinds and kinds[index] == "sliding_attention"):
+        return int(config.sliding_window or 0)
+    return 0
+
+
+def _changed(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
+    """Say which part of a decoder is not as transformers and the native kernel make it."""
+    for layer in decoder.layers:
+        for path in family.projections:
+            module = find(layer, path)
+            if not isinstance(module, NativeLinear) and type(module) is not nn.Linear:
+                return f"{path} is multiplied by another kernel"
+    for module in modules_inside(decoder):
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:  # noqa: SLF001 - torch has no other way to tell
+            return f"something watches a {type(module).__name__} of it"
+    return None
+
+
+def _other_class(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
+    """Say which module of a decoder is not of transformers' own class."""
+    module = type(decoder).__module__
+    for path, part, name in _classes(decoder, family):
+        kind = type(part)
+        if kind.__name__ != family.name + name or kind.__module__ != module:
+            return f"{path} is a {kind.__name__}, and not transformers' own"
+    attention = getattr(decoder.config, "_attn_implementation", None)
+    return None if attention in ATTENTIONS else f"its attention is {attention}"
+
+
+def _several(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
+    """Say what a decoder has several of, where the step takes one."""
+    norms = [part for _, part, name in _classes(decoder, family) if name == "RMSNorm"]
+    activations = [type(find(layer, family.activation)).__name__ for layer in decoder.layers]
+    if other := sorted(set(activations).difference(ACTIVATIONS)):
+        names = ", ".join(it.name.lower() for it in Activation)
+        return f"its activation is {other[0]}; the step has {names}"
+    values: dict[str, set[Any]] = {
+        "epsilon": {getattr(norm, family.epsilon) for norm in norms},
+        "scaling": {layer.self_attn.scaling for layer in decoder.layers},
+        "activation": {ACTIVATIONS[it].name.lower() for it in activations},
+    }
+    for name, each in values.items():
+        if len(each) > 1:
+            return f"its {name} is {' and '.join(map(str, sorted(each)))}; the step takes one"
+    return None
+
+
+def _other_positions(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
+    """Say where a decoder rotates or attends to other positions than its config has."""
+    if rotary_size(decoder) > decoder.layers[0].self_attn.head_dim:
+        return f"{rotary_size(decoder)} numbers of each head are rotated, and it has fewer"
+    for index, layer in enumerate(decoder.layers):
+        window = window_of(decoder, family, index)
+        if (getattr(layer.self_attn, "sliding_window", window) or 0) != window:
+            return f"layers.{index} attends to another window than its config has"
+    return None
+
+
+def _classes(decoder: Any, family: Family) -> Iterator[tuple[str, Any, str]]:  # noqa: ANN401
+    """Go through the modules whose place a step takes: path, module, and the end of its class."""
+    yield "norm", decoder.norm, "RMSNorm"
+    for i, layer in enumerate(decoder.layers):
+        yield f"layers.{i}", layer, "DecoderLayer"
+        for path, name in (("self_attn", "Attention"), ("mlp", "MLP")):
+            yield f"layers.{i}.{path}", find(layer, path), name
+        for path in family.norms.values():
+            yield f"layers.{i}.{path}", find(layer, path), "RMSNorm"
+
+
+def _misfit(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
+    """Say which part of a decoder has not got the size that the others give it, or is elsewhere.
+
+    The library reads what it is told, whatever lies there.
+    """
+    config = decoder.config
+    if config.num_attention_heads % config.num_key_value_heads:
+        return f"its {config.num_key_value_heads} heads of keys and values are shared unevenly"
+    for name, part, shape in _parts(decoder, family):
+        if part is None:
+            continue
+        if isinstance(part, NativeLinear):
+            actual = (part.out_features, part.in_features)
+        elif part.device.type != "cpu":
+            return f"{name} is on {part.device}"
+        else:
+            actual = part.shape
+        if actual != shape:
+            return (
+                f"{name} is {' x '.join(map(str, actual))}, and not {' x '.join(map(str, shape))}"
+            )
+        if isinstance(part, torch.Tensor) and part.dtype != decoder.norm.weight.dtype:
+            return f"{name} is in {part.dtype}, and its last norm in {decoder.norm.weight.dtype}"
+        if isinstance(part, torch.Tensor) and not part.is_contiguous():
+            return f"{name} is not contiguous"
+    return None
+
+
+def _parts(decoder: Any, family: Family) -> Iterator[tuple[str, Any, tuple[int, ...]]]:  # noqa: ANN401
+    """Go through what the library reads, layers and tensors, with the shapes they must have."""
+    sizes, dim = projection_sizes(decoder), decoder.layers[0].self_attn.head_dim
+    hidden = decoder.config.hidden_size
+    yield "norm", decoder.norm.weight, (hidden,)
+    for layer in decoder.layers:
+        for path, names in family.projections.items():
+            module, (_, inputs) = find(layer, path), sizes[names[0]]
+            shape = (sum(sizes[name][0] for name in names), inputs)
+            if isinstance(module, NativeLinear):
+                yield path, module, shape
+            else:
+                yield path, module.weight, shape
+                yield path, module.bias, shape[:1]
+        for name, path in family.norms.items():
+            weight = find(layer, f"{path}.weight")
+            yield path, weight, (dim if name in {"q_norm", "k_norm"} else hidden,)
