@@ -35,6 +35,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
     },
     "mistral": {"num_key_value_heads": 2, "sliding_window": 9},
+    "phi3": {
+        "num_key_value_heads": 2, "intermediate_size": 192, "sliding_window": 9, "pad_token_id": 0,
+    },
+    "phi3-partial": {
+        "num_key_value_heads": 2, "intermediate_size": 192, "pad_token_id": 0,
+        "model_type": "phi3", "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+        },
+    },
     "qwen2": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 1},
 }  # fmt: skip

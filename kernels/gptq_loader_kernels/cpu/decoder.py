@@ -87,7 +87,7 @@ class NativeDecoder:
 
     def _fit(self, arguments: dict[str, Any]) -> tuple[torch.Tensor, Any] | None:
         """Give embeddings [1, m, hidden] and the cache, where this is ours."""
-        call = None if torch.is_grad_enabled() else _Call.of(arguments)
+        call = None if self._trains() else _Call.of(arguments)
         if call is None or call.tokens.shape[0] != 1 or call.tokens.shape[1] == 0:
             return None
         make_growable(call.cache)  # whoever reads these tokens: steps may follow
@@ -134,7 +134,7 @@ class NativeDecoder:
             raise ValueError(f"{len(tokens)} sequences need as many caches, each its own")
         if self.decoder.forward not in (self.forward, self.otherwise):
             return None  # it was replaced since, by what is to see every call
-        if torch.is_grad_enabled() or not all(0 < len(it) <= MAX_STEP_TOKENS for it in tokens):
+        if self._trains() or not all(0 < len(it) <= MAX_STEP_TOKENS for it in tokens):
             return None
         with self._lock:
             ids = torch.tensor([[it for ids in tokens for it in ids]], device="cpu")
@@ -151,6 +151,10 @@ class NativeDecoder:
                     return None
             states: torch.Tensor = self._run(x, caches, [len(it) for it in tokens])[0]
             return states
+
+    def _trains(self) -> bool:
+        """Return whether gradients are kept, or something may be dropped."""
+        return torch.is_grad_enabled() or bool(self.decoder.training)
 
     def _keeps_angles(self, length: int) -> bool:
         """Return whether every sequence of up to `length` positions is rotated alike.

@@ -13,17 +13,21 @@ from gptq_loader_kernels.cpu.fitting import (
     ACTIVATIONS,
     linears,
     modules_inside,
+    projection_sizes,
     rotary_size,
     why_not,
     window_of,
 )
 from gptq_loader_kernels.cpu.library import (
+    COLUMNS,
     Activations,
     DecoderLayer,
     Isa,
+    Linear,
     Model,
     Norm,
     Projection,
+    unit_words,
 )
 from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
 from gptq_loader_plugin.model.watch import Watch
@@ -66,7 +70,7 @@ def describe(
     kept: list[Any] = []
     described = (DecoderLayer * len(decoder.layers))()
     for index, (place, layer) in enumerate(zip(described, decoder.layers, strict=True)):
-        _describe_projections(place, layer, family, kept)
+        _describe_projections(place, layer, family, projection_sizes(decoder), kept)
         for name, path in family.norms.items():
             _describe_norm(getattr(place, name), find(layer, path), kept)
         place.window = window_of(decoder, family, index)
@@ -103,16 +107,17 @@ def _describe_projections(
     place: DecoderLayer,
     layer: nn.Module,
     family: Family,
+    sizes: dict[str, tuple[int, int]],
     kept: list[Any],
 ) -> None:
     before: Any = None
     for path, names in family.projections.items():
-        module = layer.get_submodule(path)
+        module, first = layer.get_submodule(path), 0
         for name in names:
-            projection = getattr(place, name)
-            _describe_projection(projection, module, kept)
+            projection, columns = getattr(place, name), sizes[name][0]
+            _describe_projection(projection, module, first, columns, kept)
             projection.same_rows = name in {"k", "v", "up"} and _same_rows(before, module)
-            before = module
+            before, first = module, first + columns
 
 
 def _describe_norm(to: Norm, module: Any, kept: list[Any]) -> None:  # noqa: ANN401
@@ -120,17 +125,38 @@ def _describe_norm(to: Norm, module: Any, kept: list[Any]) -> None:  # noqa: ANN
     to.weight = module.weight.data_ptr()
 
 
-def _describe_projection(to: Projection, module: Any, kept: list[Any]) -> None:  # noqa: ANN401
-    to.in_features, to.out_features = module.in_features, module.out_features
+def _describe_projection(
+    to: Projection,
+    module: Any,  # noqa: ANN401 - a linear of either kind
+    first: int,
+    columns: int,
+    kept: list[Any],
+) -> None:
+    """Describe some columns of a linear, from `first` on."""
+    to.in_features, to.out_features = module.in_features, columns
     if isinstance(module, NativeLinear):
-        filled = module.filled()
+        filled = _cut(module.filled(), first, columns)
         kept.append((module, filled))
         to.packed = ctypes.pointer(filled)
         return
-    kept += module.weight, module.bias
-    to.weight = module.weight.data_ptr()
-    if module.bias is not None:
-        to.bias = module.bias.data_ptr()
+    weight, bias = module.weight[first : first + columns], module.bias
+    kept += weight, bias
+    to.weight = weight.data_ptr()
+    if bias is not None:
+        to.bias = bias[first:].data_ptr()
+
+
+def _cut(linear: Linear, first: int, columns: int) -> Linear:
+    """Return some columns of a packed linear as one of their own, which points into the same."""
+    cut, tile = Linear.from_buffer_copy(linear), first // COLUMNS
+    table, scale = tile * COLUMNS * linear.groups, 4 if linear.float_scales else 2
+    cut.out_features = columns
+    cut.words += tile * COLUMNS * linear.units * unit_words(linear.bits) * 4
+    cut.scales += table * scale
+    cut.zeros += table
+    if linear.bias:
+        cut.bias += first * 4
+    return cut
 
 
 def _same_rows(one: Any, other: Any) -> bool:  # noqa: ANN401 - modules of either kind

@@ -21,6 +21,12 @@ PROJECTIONS = {
     "mlp.up_proj": ("up",),
     "mlp.down_proj": ("down",),
 }
+JOINED = {
+    "self_attn.qkv_proj": ("q", "k", "v"),
+    "self_attn.o_proj": ("o",),
+    "mlp.gate_up_proj": ("gate", "up"),
+    "mlp.down_proj": ("down",),
+}
 NORMS = {"input_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
 HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 
@@ -51,6 +57,7 @@ class Family:
 FAMILIES = {
     "LlamaModel": Family("Llama"),
     "MistralModel": Family("Mistral", slides=True),
+    "Phi3Model": Family("Phi3", projections=JOINED, activation="mlp.activation_fn", slides=True),
     "Qwen2Model": Family("Qwen2"),
     "Qwen3Model": Family("Qwen3", norms=NORMS | HEAD_NORMS),
 }

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gptq_loader_kernels.cpu.families import FAMILIES, Family, family_of, find
-from gptq_loader_kernels.cpu.library import Activation
+from gptq_loader_kernels.cpu.library import COLUMNS, Activation
 from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def why_not(decoder: Any) -> str | None:  # noqa: ANN401 - one for each limit
         return f"its hidden size {decoder.config.hidden_size} is not a multiple of {LANES}"
     if decoder.norm.weight.dtype not in TYPES:
         return f"it is in {decoder.norm.weight.dtype}; the step takes bfloat16 and float32"
-    checks = (_changed, _other_class, _several, _other_positions, _misfit)
+    checks = (_changed, _other_class, _several, _other_positions, _uncut, _misfit)
     return next((reason for check in checks if (reason := check(decoder, family))), None)
 
 
@@ -148,6 +148,17 @@ def _classes(decoder: Any, family: Family) -> Iterator[tuple[str, Any, str]]:  #
             yield f"layers.{i}.{path}", find(layer, path), name
         for path in family.norms.values():
             yield f"layers.{i}.{path}", find(layer, path), "RMSNorm"
+
+
+def _uncut(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
+    """Say which packed layer holds projections that begin within a tile of its columns."""
+    sizes = projection_sizes(decoder)
+    for path, names in family.projections.items():
+        starts = [sum(sizes[name][0] for name in names[:i]) for i in range(len(names))]
+        packed = any(isinstance(find(layer, path), NativeLinear) for layer in decoder.layers)
+        if packed and (uneven := [it for it in starts if it % COLUMNS]):
+            return f"{path} is cut at column {uneven[0]}; the step takes multiples of {COLUMNS}"
+    return None
 
 
 def _misfit(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
