@@ -17,6 +17,7 @@ import torch
 
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.generation.batch_sampling import pick_tokens, to_device
+from gptq_loader_plugin.generation.final_logits import final_logits
 from gptq_loader_plugin.generation.generate import compute_logits, top_logits_head
 
 if TYPE_CHECKING:
@@ -225,8 +226,7 @@ class Batch:
         states = states[last]
         if self._head is not None:
             return compute_logits(self._head, few, states)[:, None]
-        of_all: torch.Tensor = self._model.get_output_embeddings()(states)
-        return of_all[:, None]
+        return final_logits(self._model, states)[:, None]
 
     def _pick_seen(self, few: list[Generation], logits: torch.Tensor) -> dict[int, int]:
         """Pick at a time the tokens of those replies that can be, by their place."""

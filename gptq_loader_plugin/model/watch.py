@@ -18,7 +18,8 @@ __all__ = ["Watch"]
 
 # What a module computes by that is no tensor and no module of its own.
 NUMBERS = (
-    "attn_logit_softcapping", "eps", "head_dim", "scaling", "sliding_window", "variance_epsilon",
+    "attn_logit_softcapping", "eps", "head_dim", "is_causal", "scaling", "sliding_window",
+    "variance_epsilon",
 )  # fmt: skip
 SETTINGS = (  # of the config
     "_attn_implementation_internal", "final_logit_softcapping", "layer_types", "sliding_window",

@@ -51,6 +51,7 @@ struct AttentionArgs {
   const int64_t* row_begin;  // [rows] the positions that each row attends to
   const int64_t* row_end;
   int rows, dim;
+  float softcap;       // of scores, or 0
   float* scores;       // [rows][KV_BLOCK]
   float* running_max;  // [rows], written, as are the next two
   float* row_sum;      // [rows]
@@ -120,6 +121,12 @@ INLINE void softmax_update(const AttentionArgs& args, int row, int64_t block, in
   if (low >= high) {
     memset(scores, 0, sizeof(float) * padded);
     return;
+  }
+  for (int i = 0; args.softcap != 0 && i < padded; i += V::LANES) {
+    floats score;
+    load<FLOAT32>(scores, i, score);
+    cap(score, args.softcap);
+    memcpy(scores + i, &score, sizeof score);
   }
   for (int i = 0; i < low; i++) scores[i] = -INFINITY;
   for (int i = high; i < padded; i++) scores[i] = -INFINITY;

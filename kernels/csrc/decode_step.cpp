@@ -338,6 +338,7 @@ struct Worker : ThreadBuffers {
                              row_end,
                              int(rows),
                              dim,
+                             model.softcap,
                              scores,
                              shared.running_max + range,
                              shared.row_sum + range,

@@ -85,6 +85,7 @@ struct GptqModel {
   int32_t parameter_type;  // of norms, and of the biases of what is not packed
   int32_t norm_kind, activation;
   int32_t rotary_dim;  // how much of a head is rotated
+  float softcap;       // scores are softcap * tanh(score / softcap), or 0 for as they are
 };
 
 // interface.cpp. The size of a structure by its name, or 0 where there is none; a function's result

@@ -72,7 +72,9 @@ BF16_TARGET INLINE __m512 norm_factor(const NormArgs& norm, const X* x) {
 }
 
 BF16_TARGET INLINE __m512 apply_norm(const NormArgs& norm, __m512 factor, __m512 x, int64_t at) {
-  return _mm512_mul_ps(_mm512_mul_ps(x, factor), load_as(norm.weight, norm.type, at));
+  const __m512 weight =
+      _mm512_add_ps(load_as(norm.weight, norm.type, at), _mm512_set1_ps(norm.offset()));
+  return _mm512_mul_ps(_mm512_mul_ps(x, factor), weight);
 }
 
 // x += norm?(added): one token.
@@ -209,9 +211,12 @@ struct AttentionArgs {
   uint16_t* y;             // [token][heads][dim]
   int64_t past, tokens, keys_held, window;
   int heads, kv_heads, dim;
-  float scale;
+  float scale, softcap;
   bool amx;
 };
+
+// Where a key's 16 scores are among those of a task's first or second 16 tokens.
+constexpr int score_place(int key) { return key / LANES * 2 * AMX_BLOCK + key % LANES * LANES; }
 
 // What a task works in.
 struct TaskBuffers {
@@ -231,6 +236,16 @@ struct TaskBuffers {
   }
 };
 
+// Cap 16 tokens' scores of some keys, once scaled.
+BF16_TARGET void cap_scores(float* scores, int keys, float scale, float softcap) {
+  for (int key = 0; key < keys; key++) {
+    float* at = scores + score_place(key);
+    floats score = (floats)_mm512_mul_ps(_mm512_load_ps(at), _mm512_set1_ps(scale));
+    cap(score, softcap);
+    _mm512_store_ps(at, (__m512)score);
+  }
+}
+
 // Turn 16 tokens' scores of some keys into weights; return the factor that scales their acc to the
 // new maximum. A token attends to the keys after `first_key` up to `last_key`, or to all of these
 // where they are `whole`.
@@ -243,12 +258,11 @@ BF16_TARGET __m512 softmax_update(const float* scores, int keys, int64_t first, 
     return _mm512_kand(_mm512_cmple_epi32_mask(at, last_key),
                        _mm512_cmpgt_epi32_mask(at, first_key));
   };
-  const auto place = [](int key) { return key / LANES * 2 * AMX_BLOCK + key % LANES * LANES; };
   __m512 lane_max[4] = {lowest, lowest, lowest, lowest};
   for (int key = 0; key < keys; key += 4)
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-      const __m512 score = _mm512_load_ps(scores + place(key + i));
+      const __m512 score = _mm512_load_ps(scores + score_place(key + i));
       lane_max[i] = whole ? _mm512_max_ps(lane_max[i], score)
                           : _mm512_mask_max_ps(lane_max[i], attends(key + i), lane_max[i], score);
     }
@@ -268,7 +282,8 @@ BF16_TARGET __m512 softmax_update(const float* scores, int keys, int64_t first, 
     __m512 pair[2];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++) {
-      floats e = (floats)_mm512_fmsub_ps(_mm512_load_ps(scores + place(key + i)), scales, base);
+      floats e =
+          (floats)_mm512_fmsub_ps(_mm512_load_ps(scores + score_place(key + i)), scales, base);
       exponential(e);
       pair[i] = whole ? (__m512)e : _mm512_maskz_mov_ps(attends(key + i), (__m512)e);
       total = _mm512_add_ps(total, pair[i]);
@@ -315,9 +330,11 @@ BF16_TARGET void attend(const AttentionArgs& a, int head, int64_t token,
           2, LANES, a.amx);
     const bool whole = key + keys - 1 <= first_token && (!a.window || key > end - 1 - a.window);
     for (int v = 0; v < 2; v++) {
-      const __m512 correction = softmax_update(
-          buffers.scores + v * AMX_BLOCK, keys, key, last_key[v], first_key[v], whole, a.scale,
-          running_max[v], row_sum[v], buffers.weights + v * keys / 32 * AMX_BLOCK);
+      if (a.softcap != 0) cap_scores(buffers.scores + v * AMX_BLOCK, keys, a.scale, a.softcap);
+      const __m512 correction =
+          softmax_update(buffers.scores + v * AMX_BLOCK, keys, key, last_key[v], first_key[v],
+                         whole, a.softcap != 0 ? 1.0f : a.scale, running_max[v], row_sum[v],
+                         buffers.weights + v * keys / 32 * AMX_BLOCK);
       if (key == start || _mm512_cmp_ps_mask(correction, _mm512_set1_ps(1.0f), _CMP_NEQ_UQ) == 0)
         continue;
       for (int feature = 0; feature < a.dim; feature++) {
@@ -464,10 +481,10 @@ struct Prefill {
   }
 
   int attend_all(const GptqDecoderLayer& layer) const {
-    const AttentionArgs a{buffers.q,   buffers.keys,   buffers.values, buffers.attention,
-                          past,        tokens,         keys_held,      layer.window,
-                          model.heads, model.kv_heads, model.head_dim, model.scale,
-                          amx != 0};
+    const AttentionArgs a{buffers.q,     buffers.keys,   buffers.values, buffers.attention,
+                          past,          tokens,         keys_held,      layer.window,
+                          model.heads,   model.kv_heads, model.head_dim, model.scale,
+                          model.softcap, amx != 0};
     const int64_t parts = round_up<int64_t>(tokens, TOKENS_PER_TASK) / TOKENS_PER_TASK;
     int failed = 0;
 #pragma omp parallel num_threads(threads)

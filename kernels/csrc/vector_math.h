@@ -66,8 +66,8 @@ INLINE void exponential(F& x) {
   memcpy(&x, &bits, sizeof x);
 }
 
-// y = (x - mean) / sqrt(mean((x - mean)**2) + eps) * weight + bias, where RMS takes no mean off.
-enum class Norm { RMS = 0 };
+// y = x / sqrt(mean(x**2) + eps) * weight, of RMS_ONE * (1 + weight).
+enum class Norm { RMS = 0, RMS_ONE = 1 };
 
 struct NormArgs {
   const void *weight, *bias;  // of `type`; no bias is null
@@ -75,6 +75,7 @@ struct NormArgs {
   Norm kind;
   int64_t count;
   float eps;
+  float offset() const { return kind == Norm::RMS_ONE ? 1.0f : 0.0f; }
 };
 
 template <class V, int TYPE>
@@ -91,7 +92,7 @@ INLINE void norm_type(const NormArgs& norm, const float* x, float* y) {
     floats value, scale;
     load<FLOAT32>(x, i, value);
     load<TYPE>(norm.weight, i, scale);
-    value *= scale * factor;
+    value *= (scale + norm.offset()) * factor;
     memcpy(y + i, &value, sizeof value);
   }
 }
@@ -103,14 +104,56 @@ INLINE void norm_body(const NormArgs& norm, const float* x, float* y) {
   norm_type<V, BFLOAT16>(norm, x, y);
 }
 
-enum class Activation { SILU = 0 };
-
+// tanh(x) to 1e-7.
 template <class F>
-INLINE void activate(F& x, Activation) {
-  F e = -x;
+INLINE void hyperbolic_tangent(F& x) {
+  F e = 2.0f * x;
+  e = e > 88.0f ? F{} + 88.0f : e;
+  exponential(e);
+  x = 1.0f - 2.0f / (e + 1.0f);
+}
+
+// softcap * tanh(score / softcap).
+template <class F>
+INLINE void cap(F& score, float softcap) {
+  score = score / softcap;
+  hyperbolic_tangent(score);
+  score = score * softcap;
+}
+
+enum class Activation { SILU = 0, GELU_TANH = 1, GELU = 2 };
+
+// x * sigmoid(scaled).
+template <class F>
+INLINE void multiply_sigmoid(F& x, const F& scaled) {
+  F e = -scaled;
   e = e > 88.0f ? F{} + 88.0f : e;
   exponential(e);
   x = x / (1.0f + e);
+}
+
+// x * P(normal < x), by erf after Abramowitz and Stegun 7.1.26: to 1e-7.
+template <class F>
+INLINE void multiply_normal(F& x) {
+  const F z = (x < 0.0f ? -x : x) * 0.70710678118654752f, t = 1.0f / (1.0f + 0.3275911f * z);
+  F e = -z * z;
+  exponential(e);
+  F p = t * 1.061405429f - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const F beyond = p * t * e;  // 1 - erf(z)
+  x = 0.5f * x * (x < 0.0f ? beyond : 2.0f - beyond);
+}
+
+template <class F>
+INLINE void activate(F& x, Activation activation) {
+  if (activation == Activation::SILU)
+    multiply_sigmoid(x, x);
+  else if (activation == Activation::GELU_TANH)  // (1 + tanh(y)) / 2 is sigmoid(2y)
+    multiply_sigmoid(x, F(1.59576912160573f * (x + 0.044715f * x * x * x)));
+  else
+    multiply_normal(x);
 }
 
 // y = activation(gate) * up.

@@ -102,10 +102,40 @@ CHANGES = [
 ]  # fmt: skip
 
 
+def change_cap(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = 0.1
+
+
+def change_eps(model: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, "eps"):
+            module.eps = 0.5
+
+
+def change_sliding_frequencies(model: Any) -> None:
+    model.model.rotary_emb.sliding_attention_inv_freq *= 0.5
+
+
+OF_FAMILIES = [
+    ("gemma2", change_cap), ("gemma2", change_eps), ("gemma3", change_sliding_frequencies),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda it: it.__name__)
 def test_a_change_is_seen(change: Callable[[Any], None], dtype: torch.dtype) -> None:
-    model = build("qwen3", dtype=dtype)
+    check_change("qwen3", change, dtype)
+
+
+@pytest.mark.parametrize(("family", "change"), OF_FAMILIES)
+def test_a_change_of_what_a_family_has_is_seen(family: str, change: Callable[[Any], None]) -> None:
+    check_change(family, change, torch.float32)
+
+
+def check_change(family: str, change: Callable[[Any], None], dtype: torch.dtype) -> None:
+    """Compare steps after a change with transformers', and with those before."""
+    model = build(family, dtype=dtype)
     step = install(model)
     old = by_steps(model, IDS, 12, (1,) * 4).float()  # all is described now
     change(model)

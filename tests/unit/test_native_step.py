@@ -34,6 +34,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
         },
     },
+    "gemma2": {
+        "num_key_value_heads": 2, "sliding_window": 9, "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 2.0,
+    },
+    "gemma3": {
+        "num_key_value_heads": 1, "sliding_window": 9, "query_pre_attn_scalar": 24,
+        "model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention"],
+    },
     "mistral": {"num_key_value_heads": 2, "sliding_window": 9},
     "phi3": {
         "num_key_value_heads": 2, "intermediate_size": 192, "sliding_window": 9, "pad_token_id": 0,

@@ -175,10 +175,8 @@ class NativeDecoder:
             sequence.caches = self._held.reserve(cache, past + count, built.model, x.dtype)
             positions.extend(range(past, past + count))
         places = torch.tensor([positions], device="cpu")
-        cos, sin = self.decoder.rotary_emb(x[:, :0].float(), places)
-        cos, sin, y = cos.contiguous(), sin.contiguous(), torch.empty_like(x)
-        for name, angles in (("cos", cos), ("sin", sin)):
-            check_tensor(name, angles, (1, len(positions), built.model.rotary_dim), torch.float32)
+        cos, sin = self._angles(x[:, :0].float(), places, built)
+        y = torch.empty_like(x)
         arguments = (
             ctypes.addressof(built.model), x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
             ctypes.addressof(sequences),
@@ -196,6 +194,20 @@ class NativeDecoder:
             for layer in cache.layers:
                 layer.length += count
         return y
+
+    def _angles(
+        self, x: torch.Tensor, places: torch.Tensor, built: Described
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the angles of some positions: cosines and sines [tables, positions, size]."""
+        rotary = self.decoder.rotary_emb
+        tables = [rotary(x, places, layer_type=name) for name in built.tables] or [
+            rotary(x, places)
+        ]
+        cos, sin = (torch.cat(parts).contiguous() for parts in zip(*tables, strict=True))
+        shape = (len(tables), places.shape[1], built.model.rotary_dim)
+        for name, angles in (("cos", cos), ("sin", sin)):
+            check_tensor(name, angles, shape, torch.float32)
+        return cos, sin
 
     def _build(self, dtype: torch.dtype) -> Described | None:
         """Describe the decoder to the library, anew where something in it was changed."""
@@ -236,6 +248,8 @@ class _Call:
         """Say whether the tokens follow `past` ones that are in the cache, none of it masked."""
         end = past + self.tokens.shape[1]
         mask, positions = self.mask, self.positions
-        if mask is not None and (mask.shape != (1, end) or not bool(mask.all())):
-            return False
+        if mask is not None:  # a mask of each type of layer is a dict
+            plain = isinstance(mask, torch.Tensor) and mask.shape == (1, end)
+            if not plain or not bool(mask.all()):
+                return False
         return positions is None or positions.flatten().tolist() == list(range(past, end))

@@ -11,10 +11,12 @@ import torch
 from gptq_loader_kernels.cpu.families import Family, family_of, find
 from gptq_loader_kernels.cpu.fitting import (
     ACTIVATIONS,
+    angle_tables,
     linears,
     modules_inside,
     projection_sizes,
-    rotary_size,
+    rotary_sizes,
+    softcap_of,
     why_not,
     window_of,
 )
@@ -45,12 +47,14 @@ class Described:
     Attributes:
         model: the description, which points into the decoder's tensors.
         dtype: of its activations.
+        tables: the types of layers that are rotated by angles of their own, or ().
         kept: what the description points to: the decoder's own tensors, of which nothing is copied.
         watch: tells whether the decoder has been changed since.
     """
 
     model: Model
     dtype: torch.dtype
+    tables: tuple[str, ...]
     kept: list[Any]
     watch: Watch
 
@@ -68,12 +72,14 @@ def describe(
     if decoder.norm.weight.dtype != dtype and not all_packed(decoder, family):
         return None
     kept: list[Any] = []
+    tables = angle_tables(decoder, family)
     described = (DecoderLayer * len(decoder.layers))()
     for index, (place, layer) in enumerate(zip(described, decoder.layers, strict=True)):
         _describe_projections(place, layer, family, projection_sizes(decoder), kept)
         for name, path in family.norms.items():
             _describe_norm(getattr(place, name), find(layer, path), kept)
         place.window = window_of(decoder, family, index)
+        place.angles = tables.index(decoder.config.layer_types[index]) if tables else 0
     config, first = decoder.config, decoder.layers[0]
     model = Model(
         layers=len(described),
@@ -91,11 +97,12 @@ def describe(
         layer=ctypes.cast(described, ctypes.POINTER(DecoderLayer)),
         norm_kind=family.norm_kind,
         activation=ACTIVATIONS[type(find(first, family.activation)).__name__],
-        rotary_dim=rotary_size(decoder),
+        rotary_dim=max(rotary_sizes(decoder, family)),
+        softcap=softcap_of(first, family),
     )
     _describe_norm(model.norm, decoder.norm, kept)
     kept.append(described)
-    return Described(model, dtype, kept, Watch(decoder, list(modules_inside(decoder))))
+    return Described(model, dtype, tables, kept, Watch(decoder, list(modules_inside(decoder))))
 
 
 def all_packed(decoder: Any, family: Family) -> bool:  # noqa: ANN401

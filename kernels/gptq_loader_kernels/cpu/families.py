@@ -28,6 +28,12 @@ JOINED = {
     "mlp.down_proj": ("down",),
 }
 NORMS = {"input_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
+SANDWICH = {
+    "input_norm": "input_layernorm",
+    "attention_norm": "post_attention_layernorm",
+    "feed_forward_norm": "pre_feedforward_layernorm",
+    "output_norm": "post_feedforward_layernorm",
+}
 HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 
 
@@ -43,6 +49,8 @@ class Family:
         epsilon: the attribute of a norm that is added to the mean of squares.
         activation: the path of a layer's activation.
         slides: whether every layer attends to the config's window; else those that it lists.
+        softcap: the attribute of its attention that caps scores, or None.
+        angles_by_type: whether each type of layer is rotated by angles of its own.
     """
 
     name: str
@@ -52,9 +60,25 @@ class Family:
     epsilon: str = "variance_epsilon"
     activation: str = "mlp.act_fn"
     slides: bool = False
+    softcap: str | None = None
+    angles_by_type: bool = False
 
 
 FAMILIES = {
+    "Gemma2Model": Family(
+        "Gemma2",
+        norms=SANDWICH,
+        norm_kind=NormKind.RMS_ONE,
+        epsilon="eps",
+        softcap="attn_logit_softcapping",
+    ),
+    "Gemma3TextModel": Family(
+        "Gemma3",
+        norms=SANDWICH | HEAD_NORMS,
+        norm_kind=NormKind.RMS_ONE,
+        epsilon="eps",
+        angles_by_type=True,
+    ),
     "LlamaModel": Family("Llama"),
     "MistralModel": Family("Mistral", slides=True),
     "Phi3Model": Family("Phi3", projections=JOINED, activation="mlp.activation_fn", slides=True),

@@ -16,16 +16,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ACTIVATIONS",
+    "angle_tables",
     "linears",
     "modules_inside",
     "projection_sizes",
-    "rotary_size",
+    "rotary_sizes",
+    "softcap_of",
     "why_not",
     "window_of",
 ]
 
 LANES = 16
-ACTIVATIONS = {"SiLUActivation": Activation.SILU, "SiLU": Activation.SILU}
+ACTIVATIONS = {
+    "SiLUActivation": Activation.SILU, "SiLU": Activation.SILU, "GELUTanh": Activation.GELU_TANH,
+    "NewGELUActivation": Activation.GELU_TANH, "GELUActivation": Activation.GELU,
+}  # fmt: skip
 # Ways to compute the same attention; another name is somebody's own.
 ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -70,11 +75,22 @@ def projection_sizes(decoder: Any) -> dict[str, tuple[int, int]]:  # noqa: ANN40
     }  # fmt: skip
 
 
-def rotary_size(decoder: Any) -> int:  # noqa: ANN401
-    """Return how much of a head is rotated."""
-    frequencies = getattr(decoder.rotary_emb, "inv_freq", None)
+def angle_tables(decoder: Any, family: Family) -> tuple[str, ...]:  # noqa: ANN401
+    """Return the types of layers that are rotated by angles of their own, or ()."""
+    return tuple(sorted(set(decoder.config.layer_types))) if family.angles_by_type else ()
+
+
+def rotary_sizes(decoder: Any, family: Family) -> set[int]:  # noqa: ANN401
+    """Return how much of a head is rotated, of each table of angles."""
+    names = [f"{it}_inv_freq" for it in angle_tables(decoder, family)] or ["inv_freq"]
+    tables = [getattr(decoder.rotary_emb, name, None) for name in names]
     head_dim: int = decoder.layers[0].self_attn.head_dim
-    return head_dim if frequencies is None else 2 * frequencies.numel()
+    return {head_dim if table is None else 2 * table.numel() for table in tables}
+
+
+def softcap_of(layer: Any, family: Family) -> float:  # noqa: ANN401
+    """Return what a layer's scores are capped at, or 0."""
+    return float(getattr(layer.self_attn, family.softcap) or 0) if family.softcap else 0.0
 
 
 def window_of(decoder: Any, family: Family, index: int) -> int:  # noqa: ANN401
@@ -120,6 +136,8 @@ def _several(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
     values: dict[str, set[Any]] = {
         "epsilon": {getattr(norm, family.epsilon) for norm in norms},
         "scaling": {layer.self_attn.scaling for layer in decoder.layers},
+        "softcap": {softcap_of(layer, family) for layer in decoder.layers},
+        "rotary size": rotary_sizes(decoder, family),
         "activation": {ACTIVATIONS[it].name.lower() for it in activations},
     }
     for name, each in values.items():
@@ -130,9 +148,12 @@ def _several(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
 
 def _other_positions(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
     """Say where a decoder rotates or attends to other positions than its config has."""
-    if rotary_size(decoder) > decoder.layers[0].self_attn.head_dim:
-        return f"{rotary_size(decoder)} numbers of each head are rotated, and it has fewer"
+    size = max(rotary_sizes(decoder, family))
+    if size > decoder.layers[0].self_attn.head_dim:
+        return f"{size} numbers of each head are rotated, and it has fewer"
     for index, layer in enumerate(decoder.layers):
+        if not getattr(layer.self_attn, "is_causal", True):
+            return f"layers.{index} attends to tokens that follow"
         window = window_of(decoder, family, index)
         if (getattr(layer.self_attn, "sliding_window", window) or 0) != window:
             return f"layers.{index} attends to another window than its config has"

@@ -60,12 +60,15 @@ class NormKind(IntEnum):
     """What the norms of a model compute."""
 
     RMS = 0
+    RMS_ONE = 1  # times 1 + weight
 
 
 class Activation(IntEnum):
     """What a feed-forward part's gate goes through."""
 
     SILU = 0
+    GELU_TANH = 1
+    GELU = 2
 
 
 class Linear(ctypes.Structure):
@@ -168,6 +171,7 @@ class Model(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in ("parameter_type", "norm_kind", "activation", "rotary_dim")
         ),
+        ("softcap", ctypes.c_float),
     )  # fmt: skip
 
 
