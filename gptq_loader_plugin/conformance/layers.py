@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.zeros import ZerosFormat
     from gptq_loader_plugin.kernel.packing import Bits, Layout
 
-__all__ = ["NAME", "Case", "StoredLayer", "make_layer", "make_spec", "store_layer"]
+__all__ = ["NAME", "Case", "StoredLayer", "make_layer", "make_spec", "roll_columns", "store_layer"]
 
 NAME = "model.layers.0.mlp.up_proj"
 
@@ -141,6 +142,17 @@ def make_layer(case: Case) -> tuple[LayerSpec, PackedLinear, torch.Tensor]:
         bias=stored.bias,
     )
     return spec, packed, stored.weight
+
+
+def roll_columns(
+    packed: PackedLinear, weight: torch.Tensor, shift: int
+) -> tuple[PackedLinear, torch.Tensor]:
+    """Move a layer's columns on by `shift`: another layer of the same case."""
+    bias = None if packed.bias is None else packed.bias.roll(shift)
+    tensors = {
+        name: getattr(packed, name).roll(shift, 1) for name in ("qweight", "zeros", "scales")
+    }
+    return dataclasses.replace(packed, bias=bias, **tensors), weight.roll(shift, 0)
 
 
 def make_spec(case: Case) -> LayerSpec:

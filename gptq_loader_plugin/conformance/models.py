@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from gptq_loader_plugin.conformance.families import FAMILIES, make_config
-from gptq_loader_plugin.conformance.layers import Case, make_layer
+from gptq_loader_plugin.conformance.layers import Case, make_layer, roll_columns
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.engine.attention import NotPaged
 from gptq_loader_plugin.engine.paged_engine import PagedEngine
@@ -30,6 +30,7 @@ from gptq_loader_plugin.generation.model_runner import ModelRunner
 from gptq_loader_plugin.generation.options import GenerateOptions
 from gptq_loader_plugin.generation.rotation import LengthRotation
 from gptq_loader_plugin.kernel import Finisher
+from gptq_loader_plugin.model.experts import PackedExperts, expert_weights, experts_layout
 from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.verdict import Declined
 
@@ -175,7 +176,7 @@ def make_subject(
     torch.manual_seed(seed)
     plain: Any = AutoModelForCausalLM.from_config(make_config(family)).float().eval()
     plain.requires_grad_(requires_grad=False)
-    device, prepared = find_device("cpu"), {}
+    prepared: dict[str, torch.nn.Module] = {}
     for name, module in plain.named_modules():
         if isinstance(module, torch.nn.Embedding):
             module.weight.normal_(0, 0.3)
@@ -184,24 +185,18 @@ def make_subject(
         module.weight.normal_(0, module.in_features**-0.5)
         if not name.endswith(PACKED) or module.in_features % 32:
             continue
-        case = Case(
-            group_size=32,
-            sym=False,
-            rows=module.in_features,
-            columns=module.out_features,
-            bias=module.bias is not None,
-        )
-        spec, packed, weight = make_layer(case)
-        if isinstance(kernel.consider(spec, device), Declined):
-            continue
-        module.weight.copy_(weight)
-        if packed.bias is not None:
-            module.bias.copy_(packed.bias)
-        prepared[name] = kernel.prepare(spec, packed, device)
+        linear = _prepare(kernel, module.weight, module.bias, shift=3 * len(prepared))
+        if linear is not None:
+            prepared[name] = linear
+    fused = {it: each for it, each in plain.named_modules() if experts_layout(each) is not None}
+    experts = {name: _prepare_experts(kernel, module) for name, module in fused.items()}
     plain.tie_weights()
     model = copy.deepcopy(plain)
     for name, module in prepared.items():
         model.set_submodule(name, module)
+    for name, parts in experts.items():
+        if parts is not None:
+            model.set_submodule(name, _separate(model.get_submodule(name), parts))
     batcher = kernel.finish(model).batcher if isinstance(kernel, Finisher) else None
     engine = None
     if attention is not None:
@@ -210,6 +205,50 @@ def make_subject(
         engine.fuse()
         engine.max_sequences = SEQUENCES
     return Subject(model, batcher, plain, engine)
+
+
+def _separate(
+    fused: torch.nn.Module, parts: dict[tuple[int, str], torch.nn.Module]
+) -> PackedExperts:
+    """Put linears in the place of fused experts."""
+    experts = PackedExperts(fused)
+    for (expert, role), part in parts.items():
+        experts.place(expert, role, part)
+    return experts
+
+
+def _prepare_experts(
+    kernel: Kernel, fused: torch.nn.Module
+) -> dict[tuple[int, str], torch.nn.Module] | None:
+    """Have a kernel prepare the linears of fused experts; None where it takes only some."""
+    layout = experts_layout(fused)
+    assert layout is not None
+    parts: dict[tuple[int, str], torch.nn.Module] = {}
+    for expert, role, weight, bias in expert_weights(fused, layout):
+        linear = _prepare(kernel, weight, bias, shift=3 * len(parts))  # no two of them alike
+        if linear is None:
+            return None
+        parts[expert, role] = linear
+    return parts
+
+
+def _prepare(
+    kernel: Kernel, weight: torch.Tensor, bias: torch.Tensor | None, *, shift: int
+) -> torch.nn.Module | None:
+    """Have a kernel prepare a random layer, whose weight and bias these become; None for none."""
+    columns, rows = weight.shape
+    if rows % 32:
+        return None
+    case = Case(group_size=32, sym=False, rows=rows, columns=columns, bias=bias is not None)
+    spec, one, its_weight = make_layer(case)
+    packed, unpacked = roll_columns(one, its_weight, shift)
+    device = find_device("cpu")
+    if isinstance(kernel.consider(spec, device), Declined):
+        return None
+    weight.copy_(unpacked)
+    if bias is not None and packed.bias is not None:
+        bias.copy_(packed.bias)
+    return kernel.prepare(spec, packed, device)
 
 
 def _prompt(length: int, seed: int = 1) -> list[int]:
