@@ -98,6 +98,12 @@ class PackedExperts(nn.Module):
         self.experts = nn.ModuleList(nn.ModuleDict() for _ in range(layout.count))
 
     @property
+    def fused(self) -> nn.Module:
+        """The module that they stand in for: what its class computes is computed here."""
+        module: nn.Module = self._fused[0]
+        return module
+
+    @property
     def passes_on(self) -> bool:
         """Whether experts past the last one answer with what they read (LongCat)."""
         return hasattr(self._fused[0], "identity_expert")

@@ -18,8 +18,8 @@ __all__ = ["Watch"]
 
 # What a module computes by that is no tensor and no module of its own.
 NUMBERS = (
-    "attn_logit_softcapping", "eps", "head_dim", "is_causal", "scaling", "sliding_window",
-    "variance_epsilon",
+    "variance_epsilon", "eps", "scaling", "sliding_window", "head_dim", "attn_logit_softcapping",
+    "is_causal", "top_k", "norm_topk_prob",
 )  # fmt: skip
 SETTINGS = (  # of the config
     "_attn_implementation_internal", "final_logit_softcapping", "layer_types", "sliding_window",

@@ -14,6 +14,9 @@
 //   delta[M, H] = gated * Wdown                                                   barrier
 //   x += norm?(delta)
 //
+// A mixture of experts shares out its router's columns first, and meets once more; then the tiles of
+// all experts that have rows are one after the other.
+//
 // Each thread has x and h to itself, and permutes what a projection reads: it costs less than
 // meeting once more.
 // Positions are shared out evenly, in the order of the sequences and their heads of keys and
@@ -29,6 +32,7 @@
 #include "decode_attention.h"
 #include "dense.h"
 #include "gemv.h"
+#include "mixture.h"
 
 #include <sched.h>
 #include <atomic>
@@ -163,7 +167,8 @@ int project_tile(const GptqModel& model, const GptqProjection& p, int64_t tile, 
 struct SharedBuffers {
   float* delta;        // [M][hidden], what is added to x
   float *q, *k, *v;    // [M][heads][head_dim], [M][kv_heads][head_dim] twice
-  float* gated;        // [M][intermediate]
+  float* gated;        // [M][intermediate], or one expert's rows after the other's
+  float* router;       // [M][experts]
   float* running_max;  // [ranges][rows], of the attention over each range of positions
   float* row_sum;      // [ranges][rows]
   float* acc;          // [ranges][rows][head_dim]
@@ -190,8 +195,11 @@ struct ThreadBuffers {
   int64_t *row_begin, *row_end;  // [rows]
   float* scores;                 // [rows][KV_BLOCK]
   char* input;                   // for prepare_input
-  KvSpan* spans;                 // [sequences * kv_heads]
-  int64_t* splits;               // [threads + 1]
+  float *gathered, *logits;      // [M][hidden], an expert's rows; [experts]
+  float* shared_weight;          // [M], of the expert that all rows have
+  Routes routes;
+  KvSpan* spans;    // [sequences * kv_heads]
+  int64_t* splits;  // [threads + 1]
 };
 
 // One thread of a step.
@@ -389,28 +397,114 @@ struct Worker : ThreadBuffers {
   void feed_forward(const GptqDecoderLayer& layer) {
     add_delta(layer.attention_norm);
     norm_x(layer.feed_forward_norm);
-    const int64_t count = tiles_of(layer.gate);
-    const size_t gate_bytes = round_up(input_bytes(model, layer.gate, m), CACHE_LINE);
-    if (from(count) < to(count)) {
-      const Input gate = prepare_input(model, layer.gate, normed, m, input);
-      const Input up =
-          layer.up.same_rows ? gate : prepare_input(model, layer.up, normed, m, input + gate_bytes);
-      float* up_tile = tile + m * COLUMNS;
-      for (int64_t at = from(count); at < to(count); at++) {
-        const int columns = project_tile(model, layer.gate, at, m, gate, tile);
-        project_tile(model, layer.up, at, m, up, up_tile);
-        for (int64_t row = 0; row < m; row++) {
-          float* values = tile + row * COLUMNS;
-          DISPATCH(activate_multiply, model.isa, values, up_tile + row * COLUMNS,
-                   Activation(model.activation), COLUMNS, values);
-          memcpy(shared.gated + row * model.intermediate + at * COLUMNS, values,
-                 sizeof(float) * columns);
-        }
+    if (layer.mixture) {
+      run_experts(*layer.mixture);
+    } else {
+      const int64_t count = tiles_of(layer.gate);
+      gate_tiles(layer.gate, layer.up, from(count), to(count), normed, m, shared.gated);
+      barrier.wait();
+      project_delta(layer.down, shared.gated);
+    }
+    add_delta(layer.output_norm);
+  }
+
+  // gated [rows][gate.out_features] = activation(x * gate) * (x * up), some tiles of columns.
+  void gate_tiles(const GptqProjection& gate, const GptqProjection& up, int64_t begin, int64_t end,
+                  const float* x, int64_t rows, float* gated) {
+    if (begin >= end) return;
+    const size_t gate_bytes = round_up(input_bytes(model, gate, rows), CACHE_LINE);
+    const Input of_gate = prepare_input(model, gate, x, rows, input);
+    const Input of_up =
+        up.same_rows ? of_gate : prepare_input(model, up, x, rows, input + gate_bytes);
+    float* up_tile = tile + rows * COLUMNS;
+    for (int64_t at = begin; at < end; at++) {
+      const int columns = project_tile(model, gate, at, rows, of_gate, tile);
+      project_tile(model, up, at, rows, of_up, up_tile);
+      for (int64_t row = 0; row < rows; row++) {
+        float* values = tile + row * COLUMNS;
+        DISPATCH(activate_multiply, model.isa, values, up_tile + row * COLUMNS,
+                 Activation(model.activation), COLUMNS, values);
+        memcpy(gated + row * gate.out_features + at * COLUMNS, values, sizeof(float) * columns);
       }
     }
+  }
+
+  void run_experts(const GptqMixture& mixture) {
+    route(mixture);
+    const int end = mixture.experts + (mixture.shared_gate != nullptr);
+    int64_t tiles = 0, before = 0;
+    for (int i = 0; i < end; i++)
+      if (routes.count(i)) tiles += tiles_of(mixture.expert[i].gate);
+    float* gated = shared.gated;
+    for (int i = 0; i < end; i++) {
+      const GptqExpert& expert = mixture.expert[i];
+      const int64_t rows = routes.count(i), all = rows ? tiles_of(expert.gate) : 0;
+      const int64_t low = std::max(from(tiles) - before, int64_t(0)),
+                    high = std::min(to(tiles) - before, all);
+      if (low < high) gate_tiles(expert.gate, expert.up, low, high, gather(i), rows, gated);
+      before += all;
+      gated += rows * expert.gate.out_features;
+    }
     barrier.wait();
-    project_delta(layer.down, shared.gated);
-    add_delta(layer.output_norm);
+    const int64_t first = from(tiles_of(mixture.expert[0].down)),
+                  last = to(tiles_of(mixture.expert[0].down));
+    for (int64_t row = 0; first < last && row < m; row++)
+      memset(shared.delta + row * model.hidden + first * COLUMNS, 0,
+             sizeof(float) * (std::min<int64_t>(model.hidden, last * COLUMNS) - first * COLUMNS));
+    gated = shared.gated;
+    for (int i = 0; first < last && i < end; i++) {
+      const GptqExpert& expert = mixture.expert[i];
+      const int64_t rows = routes.count(i);
+      if (rows) add_expert(expert.down, first, last, gated, i);
+      gated += rows * expert.gate.out_features;
+    }
+    barrier.wait();
+  }
+
+  // The experts of each row.
+  void route(const GptqMixture& mixture) {
+    // In float32, whatever multiplies the experts: a rounded score may choose others.
+    const Dense router{mixture.router, model.hidden, model.parameter_type,
+                       std::min<int>(model.isa, AVX512)};
+    const int64_t first = from(mixture.experts), count = to(mixture.experts) - first;
+    for (int64_t row = 0; count && row < m; row++)
+      dense(router, first, int(count), normed + row * model.hidden, nullptr,
+            shared.router + row * mixture.experts + first);
+    barrier.wait();
+    for (int64_t row = 0; row < m; row++) {
+      memcpy(logits, shared.router + row * mixture.experts, sizeof(float) * mixture.experts);
+      routes.choose(mixture, row, logits);
+      if (!mixture.shared_gate) continue;
+      float score;
+      dense({mixture.shared_gate, model.hidden, model.parameter_type, router.isa}, 0, 1,
+            normed + row * model.hidden, nullptr, &score);
+      shared_weight[row] = 1.0f / (1.0f + expf(-score));
+    }
+    routes.sort(mixture, m, shared_weight);
+  }
+
+  // The rows of x that an expert reads.
+  const float* gather(int expert) {
+    const int64_t rows = routes.count(expert), first = routes.first[expert];
+    if (rows == m) return normed;
+    for (int64_t i = 0; i < rows; i++)
+      memcpy(gathered + i * model.hidden, normed + routes.row[first + i] * int64_t(model.hidden),
+             sizeof(float) * model.hidden);
+    return gathered;
+  }
+
+  // delta += an expert's answers for its rows, some tiles of columns.
+  void add_expert(const GptqProjection& down, int64_t first, int64_t last, const float* gated,
+                  int expert) {
+    const int64_t rows = routes.count(expert), route = routes.first[expert];
+    const Input in = prepare_input(model, down, gated, rows, input);
+    for (int64_t at = first; at < last; at++) {
+      const int columns = project_tile(model, down, at, rows, in, tile);
+      for (int64_t i = 0; i < rows; i++) {
+        float* to = shared.delta + routes.row[route + i] * int64_t(model.hidden) + at * COLUMNS;
+        for (int c = 0; c < columns; c++) to[c] += routes.weight[route + i] * tile[i * COLUMNS + c];
+      }
+    }
   }
 
   // delta = projection of `of`.
@@ -455,14 +549,36 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
     m += sequences[i].tokens;
     max_tokens = std::max(max_tokens, sequences[i].tokens);
   }
-  size_t input = 0;
+  size_t input = 0, gated = 0;
+  GptqMixture largest{};
+  const auto add_feed = [&](const GptqProjection& gate, const GptqProjection& up,
+                            const GptqProjection& down) {
+    const size_t both = input_bytes(model, gate, m) + CACHE_LINE + input_bytes(model, up, m);
+    input = std::max({input, both, input_bytes(model, down, m)});
+    return size_t(m) * gate.out_features;
+  };
   for (int i = 0; i < model.layers; i++) {
     const GptqDecoderLayer& layer = model.layer[i];
-    for (const GptqProjection* p :
-         {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.down}) {
-      const size_t up = p == &layer.gate ? input_bytes(model, layer.up, m) : 0;
-      input = std::max(input, input_bytes(model, *p, m) + CACHE_LINE + up);
+    for (const GptqProjection* p : {&layer.q, &layer.k, &layer.v, &layer.o})
+      input = std::max(input, input_bytes(model, *p, m));
+    if (!layer.mixture) {
+      gated = std::max(gated, add_feed(layer.gate, layer.up, layer.down));
+      continue;
     }
+    const GptqMixture& mixture = *layer.mixture;
+    size_t of_experts = 0;
+    for (int at = 0; at < mixture.experts; at++) {
+      const GptqExpert& expert = mixture.expert[at];
+      of_experts =
+          std::max(of_experts, mixture.top_k * add_feed(expert.gate, expert.up, expert.down));
+    }
+    if (mixture.shared_gate) {
+      const GptqExpert& expert = mixture.expert[mixture.experts];
+      of_experts += add_feed(expert.gate, expert.up, expert.down);
+    }
+    gated = std::max(gated, of_experts);
+    largest.experts = std::max(largest.experts, mixture.experts);
+    largest.top_k = std::max(largest.top_k, mixture.top_k);
   }
   threads = std::min(threads, MAX_THREADS);
   const size_t q_size = size_t(model.heads) * model.head_dim,
@@ -477,7 +593,8 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
     shared.q = arena.take<float>(m * q_size);
     shared.k = arena.take<float>(m * kv_size);
     shared.v = arena.take<float>(m * kv_size);
-    shared.gated = arena.take<float>(m * model.intermediate);
+    shared.gated = arena.take<float>(gated);
+    shared.router = arena.take<float>(size_t(m) * largest.experts);
     shared.running_max = arena.take<float>(ranges * rows);
     shared.row_sum = arena.take<float>(ranges * rows);
     shared.acc = arena.take<float>(ranges * rows * model.head_dim);
@@ -494,6 +611,10 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
       buffers.row_end = arena.take<int64_t>(rows);
       buffers.scores = arena.take<float>(rows * KV_BLOCK);
       buffers.input = arena.take<char>(input);
+      buffers.gathered = arena.take<float>(largest.experts ? m * model.hidden : 0);
+      buffers.logits = arena.take<float>(largest.experts);
+      buffers.shared_weight = arena.take<float>(m);
+      buffers.routes.lay_out(arena, largest, m);
       buffers.spans = arena.take<KvSpan>(size_t(model.kv_heads) * count);
       buffers.splits = arena.take<int64_t>(threads + 1);
     }

@@ -50,7 +50,8 @@ struct Function {
 #define FUNCTION(NAME) {#NAME, Signature<decltype(NAME)>::letters}
 
 constexpr Size SIZES[] = {
-    SIZE(GptqLinear),  SIZE(GptqProjection), SIZE(GptqNorm),  SIZE(GptqDecoderLayer),
+    SIZE(GptqLinear),  SIZE(GptqProjection), SIZE(GptqNorm),
+    SIZE(GptqExpert),  SIZE(GptqMixture),    SIZE(GptqDecoderLayer),
     SIZE(GptqKvCache), SIZE(GptqSequence),   SIZE(GptqModel),
 };
 constexpr Function FUNCTIONS[] = {

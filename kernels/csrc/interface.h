@@ -47,6 +47,19 @@ struct GptqNorm {
   const void* bias;  // or null
 };
 
+struct GptqExpert {
+  GptqProjection gate, up, down;
+};
+
+// A feed-forward part of experts: a token takes the `top_k` that its router likes best.
+struct GptqMixture {
+  const GptqExpert* expert;  // [experts], and the one that every token takes, where there is one
+  const void* router;        // [experts][hidden] of parameter_type
+  const void* shared_gate;   // [hidden] of parameter_type, of the one for every token, or null
+  int32_t experts, top_k;
+  int32_t normalized;  // whether what the chosen ones count adds up to 1
+};
+
 // x += attention(input_norm(x)); x += feed_forward(feed_forward_norm(x)), what is added normed first
 // where there is a norm for it.
 struct GptqDecoderLayer {
@@ -58,6 +71,7 @@ struct GptqDecoderLayer {
   GptqNorm q_norm, k_norm;     // [head_dim], of each head
   int64_t window;              // positions that a token attends to, or 0 for all
   int32_t angles;              // the table that its heads are rotated by, or -1 for none
+  const GptqMixture* mixture;  // in place of gate, up and down, or null
 };
 
 // Keys and values of one sequence in one decoder layer.
@@ -76,7 +90,7 @@ struct GptqSequence {
 
 // A decoder made of these parts.
 struct GptqModel {
-  int32_t layers, hidden, heads, kv_heads, head_dim, intermediate;
+  int32_t layers, hidden, heads, kv_heads, head_dim;
   int32_t type;  // of weights, keys and values
   int32_t isa, activations;
   float eps, scale;

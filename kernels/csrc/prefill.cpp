@@ -21,7 +21,9 @@
 //   values   [kv head][D / 16][keys / 32]    blocks
 
 #include "bf16_blocks.h"
+#include "dense.h"
 #include "gemv.h"
+#include "mixture.h"
 #include "vector_math.h"
 
 #include <algorithm>
@@ -376,8 +378,14 @@ struct PromptBuffers {
   uint16_t *q, *k, *v;      // [tokens][heads][head_dim], [tokens][kv_heads][head_dim] twice
   uint16_t* attention;      // [tokens][heads][head_dim]
   uint16_t* delta;          // [tokens][hidden], what is added to x
-  uint16_t *gate, *up;      // [PREFILL_ROWS][intermediate]
+  uint16_t *gate, *up;      // [PREFILL_ROWS][the most columns of a gate]
   uint32_t *keys, *values;  // blocks
+  // Of a mixture of experts.
+  uint16_t *gathered, *answers;  // [PREFILL_ROWS][hidden], what an expert reads and answers
+  float* sums;                   // [tokens][hidden], of the answers
+  float* scores;                 // [tokens][experts], of the router
+  float* shared_weight;          // [tokens], of the expert that all tokens have
+  Routes routes;
 
   // Lay it out in `memory`, and count the bytes that takes.
   size_t lay_out(const GptqModel& model, int64_t tokens, int64_t keys_held, void* memory) {
@@ -395,8 +403,28 @@ struct PromptBuffers {
     take(v, tokens * kv_size);
     take(attention, tokens * q_size);
     take(delta, tokens * model.hidden);
-    take(gate, rows * model.intermediate);
-    take(up, rows * model.intermediate);
+    size_t columns = 0;
+    GptqMixture largest{};
+    for (int i = 0; i < model.layers; i++) {
+      const GptqDecoderLayer& layer = model.layer[i];
+      columns = std::max(columns, size_t(layer.gate.out_features));
+      if (!layer.mixture) continue;
+      const GptqMixture& mixture = *layer.mixture;
+      const int end = mixture.experts + (mixture.shared_gate != nullptr);
+      for (int at = 0; at < end; at++)
+        columns = std::max(columns, size_t(mixture.expert[at].gate.out_features));
+      largest.experts = std::max(largest.experts, mixture.experts);
+      largest.top_k = std::max(largest.top_k, mixture.top_k);
+    }
+    const bool mixed = largest.experts > 0;
+    take(gate, rows * columns);
+    take(up, rows * columns);
+    take(gathered, mixed ? rows * model.hidden : 0);
+    take(answers, mixed ? rows * model.hidden : 0);
+    take(sums, mixed ? tokens * model.hidden : 0);
+    take(scores, tokens * largest.experts);
+    take(shared_weight, mixed ? tokens : 0);
+    routes.lay_out(arena, largest, mixed ? tokens : 0);
     take(keys, keys_held * kv_size / 2);
     take(values, keys_held * kv_size / 2);
     return arena.used();
@@ -404,8 +432,8 @@ struct PromptBuffers {
 };
 
 // outs[i] = x * parts[i] for `count` projections: those that read x alike in one call.
-int project_all(const GptqProjection* const* parts, uint16_t* const* outs, int count,
-                const uint16_t* x, int64_t m, int amx, int threads) {
+int project_all(const GptqModel&, const GptqProjection* const* parts, uint16_t* const* outs,
+                int count, const uint16_t* x, int64_t m, int amx, int threads) {
   for (int first = 0; first < count;) {
     const GptqLinear* linears[3];
     void* y[3];
@@ -418,6 +446,33 @@ int project_all(const GptqProjection* const* parts, uint16_t* const* outs, int c
   }
   return 0;
 }
+
+// The same for so few rows that unpacking panels does not pay.
+int project_few(const GptqModel& model, const GptqProjection* const* parts, uint16_t* const* outs,
+                int count, const uint16_t* x, int64_t m, int, int threads) {
+  for (int i = 0; i < count; i++)
+    if (gptq_gemv(parts[i]->packed, x, outs[i], m, BFLOAT16, model.isa, model.activations, threads))
+      return 1;
+  return 0;
+}
+
+BF16_TARGET void widen(const uint16_t* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i++) to[i] = from_bfloat16(from[i]);
+}
+
+BF16_TARGET void narrow(const float* from, int64_t count, uint16_t* to) {
+  for (int64_t i = 0; i < count; i += LANES)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), to_bf16(_mm512_loadu_ps(from + i)));
+}
+
+BF16_TARGET void add_scaled(const uint16_t* from, float scale, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += LANES)
+    _mm512_storeu_ps(to + i, _mm512_fmadd_ps(load_bf16(from + i), _mm512_set1_ps(scale),
+                                             _mm512_loadu_ps(to + i)));
+}
+
+// Rows of an expert from which panels of its weight are unpacked, as linear.py has them.
+constexpr int64_t PANELS_FROM_AMX = 13, PANELS_FROM = 32;
 
 struct Prefill {
   const GptqModel& model;
@@ -519,33 +574,92 @@ struct Prefill {
                  buffers.normed);
     const GptqProjection* reads[] = {&layer.q, &layer.k, &layer.v};
     uint16_t* outs[] = {buffers.q, buffers.k, buffers.v};
-    if (project_all(reads, outs, 3, buffers.normed, tokens, amx, threads)) return 1;
+    if (project_all(model, reads, outs, 3, buffers.normed, tokens, amx, threads)) return 1;
     fill_cache(layer, cache);
     if (attend_all(layer)) return 1;
     const GptqProjection* o[] = {&layer.o};
     uint16_t* delta[] = {buffers.delta};
-    if (project_all(o, delta, 1, buffers.attention, tokens, amx, threads)) return 1;
+    if (project_all(model, o, delta, 1, buffers.attention, tokens, amx, threads)) return 1;
     add_and_norm(&layer.attention_norm, layer.feed_forward_norm, buffers.normed);
+    if (layer.mixture) return run_experts(*layer.mixture);
     for (int64_t row = 0; row < tokens; row += PREFILL_ROWS) {
-      const int64_t rows = std::min(PREFILL_ROWS, tokens - row);
-      const GptqProjection *feed[] = {&layer.gate, &layer.up}, *down[] = {&layer.down};
-      uint16_t *both[] = {buffers.gate, buffers.up}, *out[] = {buffers.delta + row * model.hidden};
-      if (project_all(feed, both, 2, buffers.normed + row * model.hidden, rows, amx, threads))
+      const int64_t at = row * model.hidden, rows = std::min(PREFILL_ROWS, tokens - row);
+      if (feed_forward({layer.gate, layer.up, layer.down}, buffers.normed + at, rows, project_all,
+                       buffers.delta + at))
         return 1;
-#pragma omp parallel for num_threads(threads) schedule(static)
-      for (int64_t i = 0; i < rows; i++)
-        activate_multiply(buffers.gate + i * model.intermediate,
-                          buffers.up + i * model.intermediate, Activation(model.activation),
-                          model.intermediate);
-      if (project_all(down, out, 1, buffers.gate, rows, amx, threads)) return 1;
     }
     return 0;
   }
-};
 
-BF16_TARGET void widen(const uint16_t* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i++) to[i] = from_bfloat16(from[i]);
-}
+  // y [rows][hidden] of x [rows][hidden], for up to PREFILL_ROWS rows, by `project`.
+  int feed_forward(const GptqExpert& part, const uint16_t* x, int64_t rows,
+                   decltype(project_all)* project, uint16_t* y) const {
+    const GptqProjection *feed[] = {&part.gate, &part.up}, *down[] = {&part.down};
+    uint16_t *both[] = {buffers.gate, buffers.up}, *out[] = {y};
+    const int64_t columns = part.gate.out_features;
+    if (project(model, feed, both, 2, x, rows, amx, threads)) return 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < rows; i++)
+      activate_multiply(buffers.gate + i * columns, buffers.up + i * columns,
+                        Activation(model.activation), columns);
+    return project(model, down, out, 1, buffers.gate, rows, amx, threads);
+  }
+
+  // delta = what each token's experts answer.
+  int run_experts(const GptqMixture& mixture) const {
+    route(mixture);
+    const int end = mixture.experts + (mixture.shared_gate != nullptr);
+    for (int i = 0; i < end; i++)
+      for (int64_t at = buffers.routes.first[i]; at < buffers.routes.first[i + 1];
+           at += PREFILL_ROWS)
+        if (run_expert(mixture.expert[i], at,
+                       std::min(PREFILL_ROWS, buffers.routes.first[i + 1] - at)))
+          return 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < tokens; row++)
+      narrow(buffers.sums + row * model.hidden, model.hidden, buffers.delta + row * model.hidden);
+    return 0;
+  }
+
+  // The experts of each token, of whose answers no sum has anything yet.
+  void route(const GptqMixture& mixture) const {
+    Routes routes = buffers.routes;
+    const int isa = std::min<int>(model.isa, AVX512);  // float32: a rounded score may choose others
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < tokens; row++) {
+      float* x = buffers.sums + row * model.hidden;
+      widen(buffers.normed + row * model.hidden, model.hidden, x);
+      float* scores = buffers.scores + row * mixture.experts;
+      dense({mixture.router, model.hidden, model.parameter_type, isa}, 0, mixture.experts, x,
+            nullptr, scores);
+      routes.choose(mixture, row, scores);
+      if (mixture.shared_gate) {
+        float score;
+        dense({mixture.shared_gate, model.hidden, model.parameter_type, isa}, 0, 1, x, nullptr,
+              &score);
+        buffers.shared_weight[row] = 1.0f / (1.0f + expf(-score));
+      }
+      memset(x, 0, sizeof(float) * model.hidden);
+    }
+    routes.sort(mixture, tokens, buffers.shared_weight);
+  }
+
+  // sums += an expert's answers for some of its rows, from the route `at` on.
+  int run_expert(const GptqExpert& expert, int64_t at, int64_t rows) const {
+    const size_t size = size_t(model.hidden);
+    const int32_t* row = buffers.routes.row + at;
+    const float* weight = buffers.routes.weight + at;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < rows; i++)
+      memcpy(buffers.gathered + i * size, buffers.normed + row[i] * size, 2 * size);
+    const auto project = rows < (amx ? PANELS_FROM_AMX : PANELS_FROM) ? project_few : project_all;
+    if (feed_forward(expert, buffers.gathered, rows, project, buffers.answers)) return 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < rows; i++)
+      add_scaled(buffers.answers + i * size, weight[i], model.hidden, buffers.sums + row[i] * size);
+    return 0;
+  }
+};
 
 }  // namespace
 

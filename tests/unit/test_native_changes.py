@@ -117,7 +117,26 @@ def change_sliding_frequencies(model: Any) -> None:
     model.model.rotary_emb.sliding_attention_inv_freq *= 0.5
 
 
+def change_top_k(model: Any) -> None:
+    model.model.layers[0].mlp.gate.top_k = 1
+
+
+def change_router(model: Any) -> None:
+    model.model.layers[0].mlp.gate.weight *= -1
+
+
+def change_experts(model: Any) -> None:
+    experts = model.model.layers[0].mlp.experts.experts
+    experts[0], experts[1] = experts[1], experts[0]
+
+
+def change_expert_activation(model: Any) -> None:
+    model.model.layers[0].mlp.experts.fused.act_fn = torch.nn.Tanh()
+
+
 OF_FAMILIES = [
+    *(("qwen3_moe", it) for it in (change_top_k, change_router, change_experts)),
+    ("mixtral", change_expert_activation),
     ("gemma2", change_cap), ("gemma2", change_eps), ("gemma3", change_sliding_frequencies),
 ]  # fmt: skip
 

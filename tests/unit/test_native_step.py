@@ -12,11 +12,12 @@ from native_codes import EXACT_CODES, Code
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptq_loader_kernels.cpu.library import Isa, choose_code, find_library, load_library
-from gptq_loader_plugin.conformance.layers import Case, make_layer
+from gptq_loader_plugin.conformance.layers import Case, make_layer, roll_columns
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.generation.generate import Generation, generate_pieces
 from gptq_loader_plugin.generation.kv_cache import GrowableLayer, PrefixCache, make_cache
 from gptq_loader_plugin.generation.options import GenerateOptions
+from gptq_loader_plugin.model.experts import PackedExperts, expert_weights, experts_layout
 
 pytestmark = pytest.mark.skipif(find_library() is None, reason="the native library was not built")
 
@@ -43,6 +44,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention"],
     },
     "mistral": {"num_key_value_heads": 2, "sliding_window": 9},
+    "mixtral": {
+        "num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 2,
+        "sliding_window": 9,
+    },
+    "qwen2_moe": {
+        "num_key_value_heads": 2, "num_experts": 5, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 96, "shared_expert_intermediate_size": 160, "mlp_only_layers": [1],
+        "decoder_sparse_step": 1,
+    },
+    "qwen3_moe": {
+        "num_key_value_heads": 1, "num_experts": 7, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 96, "norm_topk_prob": True,
+    },
     "phi3": {
         "num_key_value_heads": 2, "intermediate_size": 192, "sliding_window": 9, "pad_token_id": 0,
     },
@@ -68,17 +82,36 @@ def build(family: str, *, dtype: torch.dtype = torch.float32, bits: int | None =
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith("bias"):
             parameter.data = torch.randn(parameter.shape).mul(0.3).add(1).to(dtype)
+    for name, fused in list(model.model.named_modules()):
+        if experts_layout(fused) is not None:
+            model.model.set_submodule(name, separate(fused))
+    made = 0
     if bits is not None:
         for name, linear in list(model.model.named_modules()):
-            if isinstance(linear, torch.nn.Linear):
+            if isinstance(linear, torch.nn.Linear) and linear.out_features > 1:
                 case = Case(
                     bits=bits, group_size=32, rows=linear.in_features, columns=linear.out_features,
                     sym=False, bias=linear.bias is not None,
                 )  # fmt: skip
-                spec, packed, _ = make_layer(case)
+                spec, *layer = make_layer(case)
+                packed, _ = roll_columns(*layer, 3 * made)  # no two of them alike
+                made += 1
                 module = CpuKernel().prepare(spec, packed, find_device("cpu"))
                 model.model.set_submodule(name, module)
     return model.requires_grad_(requires_grad=False)
+
+
+def separate(fused: Any) -> PackedExperts:
+    """Take fused experts apart."""
+    layout = experts_layout(fused)
+    assert layout is not None
+    parts = list(expert_weights(fused, layout))
+    experts = PackedExperts(fused)
+    for expert, role, weight, _ in parts:
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        linear.weight = torch.nn.Parameter(weight.clone())
+        experts.place(expert, role, linear)
+    return experts
 
 
 def install(model: Any) -> Any:
@@ -297,7 +330,7 @@ def test_a_step_in_bfloat16_that_differs_is_undone(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("threads", [2, 5, 16])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "qwen2_moe"])
 def test_threads_share_the_positions_of_a_head(family: str, threads: int) -> None:
     model = build(family)
     ids = torch.randint(0, 300, (1, 400), generator=torch.Generator().manual_seed(1))
@@ -358,7 +391,7 @@ def test_a_forward_put_in_its_place_sees_every_call() -> None:
 
 @pytest.mark.parametrize("code", EXACT_CODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3", "qwen2_moe"])
 def test_sequences_step_together_as_they_do_alone(
     family: str, dtype: torch.dtype, code: Code
 ) -> None:
@@ -439,11 +472,12 @@ def test_a_native_prompt_is_no_further_from_float32_than_transformers(
 
 @pytest.mark.skipif(load_library().gptq_isa() < Isa.AVX512_BF16, reason="no bfloat16 products here")
 @pytest.mark.parametrize("threads", [1, 3, 16])
-def test_a_prompt_longer_than_what_is_multiplied_at_once(threads: int) -> None:
-    model = build("qwen3", dtype=torch.bfloat16)
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_moe"])
+def test_a_prompt_longer_than_what_is_multiplied_at_once(family: str, threads: int) -> None:
+    model = build(family, dtype=torch.bfloat16)
     ids = torch.randint(0, 300, (1, 1100), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        exact = build("qwen3")(input_ids=ids).logits
+        exact = build(family)(input_ids=ids).logits
         plain = model(input_ids=ids).logits.float()
     step = install(model)
     taken, before = step.prompts, torch.get_num_threads()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
 from gptq_loader_kernels.cpu.caches import HeldCaches, is_growable, make_growable
 from gptq_loader_kernels.cpu.describe import Described, describe
@@ -82,7 +82,9 @@ class NativeDecoder:
             if fit is not None:
                 kept = None if kwargs.get("use_cache") is False else fit[1]
                 y = self._run(fit[0], [fit[1]], [fit[0].shape[1]])
-                return BaseModelOutputWithPast(last_hidden_state=y, **{CACHE: kept})
+                mixed = self.family.expert_size is not None
+                answer = MoeModelOutputWithPast if mixed else BaseModelOutputWithPast
+                return answer(last_hidden_state=y, **{CACHE: kept})
         return self.otherwise(*args, **kwargs)
 
     def _fit(self, arguments: dict[str, Any]) -> tuple[torch.Tensor, Any] | None:

@@ -24,14 +24,23 @@ from gptq_loader_kernels.cpu.library import (
     COLUMNS,
     Activations,
     DecoderLayer,
+    Expert,
     Isa,
     Linear,
+    Mixture,
     Model,
     Norm,
     Projection,
     unit_words,
 )
 from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
+from gptq_loader_kernels.cpu.mixtures import (
+    ROLES,
+    activations_of,
+    experts_of,
+    is_mixture,
+    projections_of,
+)
 from gptq_loader_plugin.model.watch import Watch
 
 if TYPE_CHECKING:
@@ -78,6 +87,8 @@ def describe(
         _describe_projections(place, layer, family, projection_sizes(decoder), kept)
         for name, path in family.norms.items():
             _describe_norm(getattr(place, name), find(layer, path), kept)
+        if is_mixture(layer, family):
+            place.mixture = ctypes.pointer(_describe_mixture(layer.mlp, kept))
         place.window = window_of(decoder, family, index)
         place.angles = tables.index(decoder.config.layer_types[index]) if tables else 0
     config, first = decoder.config, decoder.layers[0]
@@ -87,7 +98,6 @@ def describe(
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=first.self_attn.head_dim,
-        intermediate=config.intermediate_size,
         type=TYPES[dtype],
         isa=isa,
         activations=activations,
@@ -96,7 +106,7 @@ def describe(
         scale=first.self_attn.scaling,
         layer=ctypes.cast(described, ctypes.POINTER(DecoderLayer)),
         norm_kind=family.norm_kind,
-        activation=ACTIVATIONS[type(find(first, family.activation)).__name__],
+        activation=ACTIVATIONS[type(next(activations_of(first, family))).__name__],
         rotary_dim=max(rotary_sizes(decoder, family)),
         softcap=softcap_of(first, family),
     )
@@ -118,13 +128,34 @@ def _describe_projections(
     kept: list[Any],
 ) -> None:
     before: Any = None
-    for path, names in family.projections.items():
+    for path, names in projections_of(layer, family).items():
         module, first = layer.get_submodule(path), 0
         for name in names:
             projection, columns = getattr(place, name), sizes[name][0]
             _describe_projection(projection, module, first, columns, kept)
             projection.same_rows = name in {"k", "v", "up"} and _same_rows(before, module)
             before, first = module, first + columns
+
+
+def _describe_mixture(mixture: Any, kept: list[Any]) -> Mixture:  # noqa: ANN401
+    each = experts_of(mixture)
+    experts = (Expert * len(each))()
+    for place, linears_ in zip(experts, each, strict=True):
+        for role in ROLES:
+            module = linears_[role]
+            _describe_projection(getattr(place, role), module, 0, module.out_features, kept)
+        place.up.same_rows = _same_rows(linears_["gate"], linears_["up"])
+    router, shared_gate = mixture.gate, getattr(mixture, "shared_expert_gate", None)
+    tensors = [router.weight, None if shared_gate is None else shared_gate.weight]
+    described = Mixture(
+        ctypes.cast(experts, ctypes.POINTER(Expert)),
+        *(None if it is None else it.data_ptr() for it in tensors),
+        experts=len(mixture.experts.experts),
+        top_k=router.top_k,
+        normalized=getattr(router, "norm_topk_prob", True),
+    )
+    kept += experts, tensors, described
+    return described
 
 
 def _describe_norm(to: Norm, module: Any, kept: list[Any]) -> None:  # noqa: ANN401

@@ -51,6 +51,7 @@ class Family:
         slides: whether every layer attends to the config's window; else those that it lists.
         softcap: the attribute of its attention that caps scores, or None.
         angles_by_type: whether each type of layer is rotated by angles of its own.
+        expert_size: the setting that has the width of an expert, of a mixture; or None.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Family:
     slides: bool = False
     softcap: str | None = None
     angles_by_type: bool = False
+    expert_size: str | None = None
 
 
 FAMILIES = {
@@ -81,9 +83,17 @@ FAMILIES = {
     ),
     "LlamaModel": Family("Llama"),
     "MistralModel": Family("Mistral", slides=True),
+    "MixtralModel": Family("Mixtral", slides=True, expert_size="intermediate_size"),
     "Phi3Model": Family("Phi3", projections=JOINED, activation="mlp.activation_fn", slides=True),
     "Qwen2Model": Family("Qwen2"),
+    "Qwen2MoeModel": Family("Qwen2Moe", expert_size="moe_intermediate_size"),
     "Qwen3Model": Family("Qwen3", norms=NORMS | HEAD_NORMS),
+    "Qwen3MoeModel": Family(
+        "Qwen3Moe",
+        norms=NORMS | HEAD_NORMS,
+        slides=True,
+        expert_size="moe_intermediate_size",
+    ),
 }
 
 

@@ -10,6 +10,16 @@ from torch import nn
 from gptq_loader_kernels.cpu.families import FAMILIES, Family, family_of, find
 from gptq_loader_kernels.cpu.library import COLUMNS, Activation
 from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
+from gptq_loader_kernels.cpu.mixtures import (
+    ROLES,
+    activations_of,
+    experts_of,
+    fused_of,
+    is_mixture,
+    projections_of,
+    shared_of,
+)
+from gptq_loader_plugin.model.experts import PackedExperts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,19 +58,43 @@ def why_not(decoder: Any) -> str | None:  # noqa: ANN401 - one for each limit
         return f"its hidden size {decoder.config.hidden_size} is not a multiple of {LANES}"
     if decoder.norm.weight.dtype not in TYPES:
         return f"it is in {decoder.norm.weight.dtype}; the step takes bfloat16 and float32"
-    checks = (_changed, _other_class, _several, _other_positions, _uncut, _misfit)
+    checks = (_other_mixture, _changed, _other_class, _several, _other_positions, _uncut, _misfit)
     return next((reason for check in checks if (reason := check(decoder, family))), None)
 
 
 def modules_inside(decoder: Any) -> Iterator[nn.Module]:  # noqa: ANN401
     """Go through the modules whose place a step takes."""
-    yield from decoder.layers.modules()
+    for module in decoder.layers.modules():
+        yield module
+        if isinstance(module, PackedExperts):
+            yield module.fused
     yield decoder.norm
 
 
 def linears(decoder: Any, family: Family) -> Iterator[Any]:  # noqa: ANN401
     """Go through the linears of a decoder's layers."""
-    return (find(layer, path) for layer in decoder.layers for path in family.projections)
+    return (module for _, module, _ in _named_linears(decoder, family))
+
+
+def _named_linears(
+    decoder: Any,  # noqa: ANN401
+    family: Family,
+) -> Iterator[tuple[str, Any, tuple[int, int]]]:
+    """Go through a decoder's linears: path in a layer, module, outputs and inputs."""
+    sizes, config = projection_sizes(decoder), decoder.config
+    for layer in decoder.layers:
+        for path, names in projections_of(layer, family).items():
+            shape = sum(sizes[name][0] for name in names), sizes[names[0]][1]
+            yield path, find(layer, path), shape
+        if not is_mixture(layer, family):
+            continue
+        for index, expert in enumerate(experts_of(layer.mlp)):
+            shared = index == len(layer.mlp.experts.experts)
+            setting = "shared_expert_intermediate_size" if shared else family.expert_size
+            across = config.hidden_size, getattr(config, str(setting))
+            for role, module in expert.items():
+                shape = across if role == "down" else across[::-1]
+                yield f"mlp.experts.{index}.{role}", module, shape
 
 
 def projection_sizes(decoder: Any) -> dict[str, tuple[int, int]]:  # noqa: ANN401
@@ -104,11 +138,9 @@ def window_of(decoder: Any, family: Family, index: int) -> int:  # noqa: ANN401
 
 def _changed(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
     """Say which part of a decoder is not as transformers and the native kernel make it."""
-    for layer in decoder.layers:
-        for path in family.projections:
-            module = find(layer, path)
-            if not isinstance(module, NativeLinear) and type(module) is not nn.Linear:
-                return f"{path} is multiplied by another kernel"
+    for path, module, _ in _named_linears(decoder, family):
+        if not isinstance(module, NativeLinear) and type(module) is not nn.Linear:
+            return f"{path} is multiplied by another kernel"
     for module in modules_inside(decoder):
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:  # noqa: SLF001 - torch has no other way to tell
             return f"something watches a {type(module).__name__} of it"
@@ -126,10 +158,28 @@ def _other_class(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
     return None if attention in ATTENTIONS else f"its attention is {attention}"
 
 
+def _other_mixture(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
+    """Say which mixture of a decoder is not made of the experts that the step has."""
+    for i, mixture in enumerate(it.mlp for it in decoder.layers if is_mixture(it, family)):
+        if fused_of(mixture) is None:
+            return "its experts are fused: the step has those that are packed one by one"
+        experts: Any = mixture.experts.experts
+        if any(tuple(expert) != ROLES for expert in experts):
+            return f"the experts of mixture {i} have other layers than gate, up and down"
+        if mixture.gate.top_k > len(experts):
+            return f"mixture {i} takes {mixture.gate.top_k} of {len(experts)} experts"
+        shared_gate = getattr(mixture, "shared_expert_gate", None)
+        if shared_gate is not None and type(shared_gate) is not nn.Linear:
+            return "mlp.shared_expert_gate is multiplied by another kernel"
+    return None
+
+
 def _several(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
     """Say what a decoder has several of, where the step takes one."""
     norms = [part for _, part, name in _classes(decoder, family) if name == "RMSNorm"]
-    activations = [type(find(layer, family.activation)).__name__ for layer in decoder.layers]
+    activations = [
+        type(it).__name__ for layer in decoder.layers for it in activations_of(layer, family)
+    ]
     if other := sorted(set(activations).difference(ACTIVATIONS)):
         names = ", ".join(it.name.lower() for it in Activation)
         return f"its activation is {other[0]}; the step has {names}"
@@ -165,8 +215,15 @@ def _classes(decoder: Any, family: Family) -> Iterator[tuple[str, Any, str]]:  #
     yield "norm", decoder.norm, "RMSNorm"
     for i, layer in enumerate(decoder.layers):
         yield f"layers.{i}", layer, "DecoderLayer"
-        for path, name in (("self_attn", "Attention"), ("mlp", "MLP")):
-            yield f"layers.{i}.{path}", find(layer, path), name
+        yield f"layers.{i}.self_attn", layer.self_attn, "Attention"
+        if not is_mixture(layer, family):
+            yield f"layers.{i}.mlp", layer.mlp, "MLP"
+        else:
+            yield f"layers.{i}.mlp", layer.mlp, "SparseMoeBlock"
+            yield f"layers.{i}.mlp.gate", layer.mlp.gate, "TopKRouter"
+            yield f"layers.{i}.mlp.experts", fused_of(layer.mlp), "Experts"
+            if (shared := shared_of(layer.mlp)) is not None:
+                yield f"layers.{i}.mlp.shared_expert", shared, "MLP"
         for path in family.norms.values():
             yield f"layers.{i}.{path}", find(layer, path), "RMSNorm"
 
@@ -212,18 +269,20 @@ def _misfit(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
 
 def _parts(decoder: Any, family: Family) -> Iterator[tuple[str, Any, tuple[int, ...]]]:  # noqa: ANN401
     """Go through what the library reads, layers and tensors, with the shapes they must have."""
-    sizes, dim = projection_sizes(decoder), decoder.layers[0].self_attn.head_dim
-    hidden = decoder.config.hidden_size
+    dim, hidden = decoder.layers[0].self_attn.head_dim, decoder.config.hidden_size
     yield "norm", decoder.norm.weight, (hidden,)
+    for path, module, shape in _named_linears(decoder, family):
+        if isinstance(module, NativeLinear):
+            yield path, module, shape
+        else:
+            yield path, module.weight, shape
+            yield path, module.bias, shape[:1]
     for layer in decoder.layers:
-        for path, names in family.projections.items():
-            module, (_, inputs) = find(layer, path), sizes[names[0]]
-            shape = (sum(sizes[name][0] for name in names), inputs)
-            if isinstance(module, NativeLinear):
-                yield path, module, shape
-            else:
-                yield path, module.weight, shape
-                yield path, module.bias, shape[:1]
+        if is_mixture(layer, family):
+            count = len(layer.mlp.experts.experts)
+            yield "mlp.gate", layer.mlp.gate.weight, (count, hidden)
+            if shared_of(layer.mlp) is not None:
+                yield "mlp.shared_expert_gate", layer.mlp.shared_expert_gate.weight, (1, hidden)
         for name, path in family.norms.items():
             weight = find(layer, f"{path}.weight")
             yield path, weight, (dim if name in {"q_norm", "k_norm"} else hidden,)

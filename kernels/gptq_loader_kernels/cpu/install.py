@@ -5,6 +5,7 @@ Imports torch.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +16,11 @@ from gptq_loader_kernels.cpu.describe import all_packed
 from gptq_loader_kernels.cpu.fitting import why_not
 from gptq_loader_kernels.cpu.head import RowsLinear
 from gptq_loader_kernels.cpu.library import Activations, Isa
+from gptq_loader_kernels.cpu.mixtures import is_mixture
 from gptq_loader_plugin.generation.kv_cache import make_cache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 __all__ = ["install"]
 
@@ -64,7 +66,8 @@ def _difference(step: NativeDecoder) -> str | None:
         x = decoder.embed_tokens(ids)
         theirs = exact = _answer(step.otherwise, x)
         if x.dtype != torch.float32 and all_packed(decoder, step.family):
-            exact = _answer(step.otherwise, x.float())
+            with _float32_routers(step):
+                exact = _answer(step.otherwise, x.float())
             if not _apart(_steps(step, x.float(), FEW), exact) <= tolerance:
                 return "in float32, its first steps differ from transformers'"
         allowed = tolerance if x.dtype == torch.float32 else ROUNDING
@@ -73,6 +76,21 @@ def _difference(step: NativeDecoder) -> str | None:
     if not error <= allowed:
         return f"its first steps differ from transformers' by {error:.1%}"
     return None
+
+
+@contextmanager
+def _float32_routers(step: NativeDecoder) -> Iterator[None]:
+    """Have what chooses experts, which is not packed, read float32."""
+    mixtures = [it.mlp for it in step.decoder.layers if is_mixture(it, step.family)]
+    gates = [getattr(it, name, None) for it in mixtures for name in ("gate", "shared_expert_gate")]
+    weights = [(it, it.weight) for it in gates if it is not None]
+    try:
+        for gate, weight in weights:
+            gate.weight = nn.Parameter(weight.float(), requires_grad=False)
+        yield
+    finally:
+        for gate, weight in weights:
+            gate.weight = weight
 
 
 def _answer(forward: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:

@@ -16,10 +16,12 @@ __all__ = [
     "Activation",
     "Activations",
     "DecoderLayer",
+    "Expert",
     "Isa",
     "KvCache",
     "LibraryMismatch",
     "Linear",
+    "Mixture",
     "Model",
     "Norm",
     "NormKind",
@@ -111,6 +113,25 @@ class Norm(ctypes.Structure):
     _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p))
 
 
+class Expert(ctypes.Structure):
+    """`GptqExpert` of interface.h."""
+
+    _fields_ = (("gate", Projection), ("up", Projection), ("down", Projection))
+
+
+class Mixture(ctypes.Structure):
+    """`GptqMixture` of interface.h."""
+
+    _fields_ = (
+        ("expert", ctypes.POINTER(Expert)),
+        ("router", ctypes.c_void_p),
+        ("shared_gate", ctypes.c_void_p),
+        ("experts", ctypes.c_int32),
+        ("top_k", ctypes.c_int32),
+        ("normalized", ctypes.c_int32),
+    )
+
+
 class DecoderLayer(ctypes.Structure):
     """`GptqDecoderLayer` of interface.h."""
 
@@ -129,6 +150,7 @@ class DecoderLayer(ctypes.Structure):
         ),
         ("window", ctypes.c_int64),
         ("angles", ctypes.c_int32),
+        ("mixture", ctypes.POINTER(Mixture)),
     )
 
 
@@ -159,8 +181,7 @@ class Model(ctypes.Structure):
         *(
             (name, ctypes.c_int32)
             for name in (
-                "layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "type", "isa",
-                "activations",
+                "layers", "hidden", "heads", "kv_heads", "head_dim", "type", "isa", "activations",
             )
         ),
         ("eps", ctypes.c_float),
@@ -179,6 +200,8 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "GptqLinear": Linear,
     "GptqProjection": Projection,
     "GptqNorm": Norm,
+    "GptqExpert": Expert,
+    "GptqMixture": Mixture,
     "GptqDecoderLayer": DecoderLayer,
     "GptqKvCache": KvCache,
     "GptqSequence": Sequence,

@@ -1,0 +1,66 @@
+"""The feed-forward parts of a decoder that are mixtures of experts; imports torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_kernels.cpu.families import find
+from gptq_loader_plugin.model.experts import PackedExperts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gptq_loader_kernels.cpu.families import Family
+
+__all__ = [
+    "ROLES", "activations_of", "experts_of", "fused_of", "is_mixture", "projections_of",
+    "shared_of",
+]  # fmt: skip
+
+ROLES = ("gate", "up", "down")
+
+
+def is_mixture(layer: Any, family: Family) -> bool:  # noqa: ANN401
+    """Return whether a layer's feed-forward part is a mixture: in some models, some layers' are."""
+    return family.expert_size is not None and hasattr(layer.mlp, "experts")
+
+
+def projections_of(layer: Any, family: Family) -> dict[str, tuple[str, ...]]:  # noqa: ANN401
+    """Return a layer's linears outside of a mixture by path, and which projections are in each."""
+    mixed = is_mixture(layer, family)
+    return {
+        path: names
+        for path, names in family.projections.items()
+        if not mixed or not set(names).intersection(ROLES)
+    }
+
+
+def activations_of(layer: Any, family: Family) -> Iterator[Any]:  # noqa: ANN401
+    """Go through the activations of a layer's feed-forward part."""
+    if not is_mixture(layer, family):
+        yield find(layer, family.activation)
+        return
+    yield fused_of(layer.mlp).act_fn
+    if (shared := shared_of(layer.mlp)) is not None:
+        yield shared.act_fn
+
+
+def experts_of(mixture: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+    """Return each expert's linears by what they are; those that every token takes come last."""
+    experts: Any = mixture.experts
+    each = [dict(expert.items()) for expert in experts.experts]
+    shared = shared_of(mixture)
+    if shared is not None:
+        each.append({role: getattr(shared, f"{role}_proj") for role in ROLES})
+    return each
+
+
+def shared_of(mixture: Any) -> Any:  # noqa: ANN401
+    """Return the expert that every token takes, or None."""
+    return getattr(mixture, "shared_expert", None)
+
+
+def fused_of(mixture: Any) -> Any:  # noqa: ANN401
+    """Return the module of transformers that packed experts stand in for, or None."""
+    experts: Any = mixture.experts
+    return experts.fused if type(experts) is PackedExperts else None
