@@ -15,4 +15,8 @@ def final_logits(model: Any, states: torch.Tensor) -> torch.Tensor:  # noqa: ANN
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap is not None:  # Gemma 2
         logits = torch.tanh(logits / cap) * cap
-    return logits
+    scale = getattr(model, "logit_scale", None)
+    if scale is not None:  # Cohere
+        logits = logits * scale
+    divisor = getattr(model.config, "logits_scaling", None)
+    return logits if divisor is None else logits / divisor  # Granite

@@ -19,7 +19,8 @@ __all__ = ["Watch"]
 # What a module computes by that is no tensor and no module of its own.
 NUMBERS = (
     "variance_epsilon", "eps", "scaling", "sliding_window", "head_dim", "attn_logit_softcapping",
-    "is_causal", "top_k", "norm_topk_prob",
+    "is_causal", "top_k", "norm_topk_prob", "use_rope", "residual_multiplier",
+    "use_parallel_residual",
 )  # fmt: skip
 SETTINGS = (  # of the config
     "_attn_implementation_internal", "final_logit_softcapping", "layer_types", "sliding_window",

@@ -9,7 +9,7 @@
 //   q, k = rotary?(norm?(q, k));  keys, values += k, v
 //   ranges of softmax(scale * q * keys.T, causal, within the window) * values     barrier
 //   delta[M, H] = merged ranges * Wo                                              barrier
-//   x += norm?(delta)
+//   x += norm?(delta)                                      after h, where both parts are parallel
 //   h[M, H] = norm?(x);  gated[M, F] = activation(h * Wgate) * (h * Wup)          barrier
 //   delta[M, H] = gated * Wdown                                                   barrier
 //   x += norm?(delta)
@@ -185,12 +185,13 @@ struct KvSpan {
 };
 
 struct ThreadBuffers {
-  float* x;          // [M][hidden]
-  float* normed;     // [M][hidden]
-  float* added;      // [hidden], of delta, normed
-  float* tile;       // [2][M][COLUMNS]
-  float* attention;  // [M][heads][head_dim], its ranges merged
-  float* q;          // [rows][head_dim], of one head of keys and values
+  float* x;              // [M][hidden]
+  float* normed;         // [M][hidden]
+  float* added;          // [hidden], of delta, normed
+  float* tile;           // [2][M][COLUMNS]
+  float* attention;      // [M][heads][head_dim], its ranges merged
+  float *all_q, *all_k;  // [M][heads][head_dim], [M][kv_heads][head_dim], normed as one
+  float* q;              // [rows][head_dim], of one head of keys and values
   uint16_t* q_bf16;
   int64_t *row_begin, *row_end;  // [rows]
   float* scores;                 // [rows][KV_BLOCK]
@@ -212,6 +213,7 @@ struct Worker : ThreadBuffers {
   int64_t count, m, max_rows;  // sequences, tokens, and rows of a span
   int thread, threads;
   int64_t span_count = 0;
+  float *rows_of_q = nullptr, *rows_of_k = nullptr;
 
   const KvSpan& last_span() const { return spans[span_count - 1]; }
 
@@ -235,7 +237,7 @@ struct Worker : ThreadBuffers {
     for (int64_t row = 0; row < m; row++) {
       float* to = x + row * model.hidden;
       apply_norm(norm, shared.delta + row * model.hidden, model.hidden, added);
-      for (int i = 0; i < model.hidden; i++) to[i] += added[i];
+      for (int i = 0; i < model.hidden; i++) to[i] += model.residual * added[i];
     }
   }
 
@@ -264,6 +266,7 @@ struct Worker : ThreadBuffers {
       before += tiles;
     }
     barrier.wait();
+    norm_all_heads(layer);
     list_spans(layer);
     const int64_t begin = split(thread), end = split(thread + 1);
     for (int64_t i = 0; i < span_count; i++) {
@@ -277,6 +280,19 @@ struct Worker : ThreadBuffers {
     barrier.wait();
     merge_ranges();
     project_delta(layer.o, attention);
+  }
+
+  // Queries and keys, normed over all heads of a token where the model does that.
+  void norm_all_heads(const GptqDecoderLayer& layer) {
+    rows_of_q = shared.q, rows_of_k = shared.k;
+    if (!model.all_heads) return;
+    const int64_t q_size = int64_t(model.heads) * model.head_dim,
+                  kv_size = int64_t(model.kv_heads) * model.head_dim;
+    for (int64_t row = 0; row < m; row++) {
+      apply_norm(layer.q_norm, shared.q + row * q_size, q_size, all_q + row * q_size);
+      apply_norm(layer.k_norm, shared.k + row * kv_size, kv_size, all_k + row * kv_size);
+    }
+    rows_of_q = all_q, rows_of_k = all_k;
   }
 
   void list_spans(const GptqDecoderLayer& layer) {
@@ -314,8 +330,8 @@ struct Worker : ThreadBuffers {
     if (end == past + tokens) {  // whoever has the last position keeps the new keys and values
       for (int64_t i = 0; i < tokens; i++) {
         const int64_t row = span.row + i;
-        float* k = shared.k + row * kv_stride + span.head * dim;
-        apply_norm(layer.k_norm, k, dim, k);
+        float* k = rows_of_k + row * kv_stride + span.head * dim;
+        if (!model.all_heads) apply_norm(layer.k_norm, k, dim, k);
         rotate_head(layer, row, k);
         store_as(cache.keys, head_at + (past + i) * dim, k, dim, model.type);
         store_as(cache.values, head_at + (past + i) * dim,
@@ -326,9 +342,9 @@ struct Worker : ThreadBuffers {
     for (int64_t i = 0; i < rows; i++) {
       const int64_t row = span.row + i % tokens;
       float* to = q + i * dim;
-      memcpy(to, shared.q + row * q_stride + (span.head * group + i / tokens) * dim,
+      memcpy(to, rows_of_q + row * q_stride + (span.head * group + i / tokens) * dim,
              sizeof(float) * dim);
-      apply_norm(layer.q_norm, to, dim, to);
+      if (!model.all_heads) apply_norm(layer.q_norm, to, dim, to);
       rotate_head(layer, row, to);
       for (int d = 0; d < dim; d++) to[d] *= model.scale;
       if (uses_bf16(model)) store_as(q_bf16, i * dim, to, dim, BFLOAT16);
@@ -360,7 +376,7 @@ struct Worker : ThreadBuffers {
   void rotate_head(const GptqDecoderLayer& layer, int64_t row, float* head) const {
     if (layer.angles < 0) return;
     const int64_t at = (layer.angles * m + row) * model.rotary_dim;
-    rotate(head, cos + at, sin + at, model.rotary_dim);
+    rotate(head, cos + at, sin + at, model.rotary_dim, model.neighbours);
   }
 
   // attention [M][heads][head_dim] from the ranges of each span.
@@ -395,8 +411,9 @@ struct Worker : ThreadBuffers {
   }
 
   void feed_forward(const GptqDecoderLayer& layer) {
-    add_delta(layer.attention_norm);
+    if (!model.parallel) add_delta(layer.attention_norm);
     norm_x(layer.feed_forward_norm);
+    if (model.parallel) add_delta(layer.attention_norm);
     if (layer.mixture) {
       run_experts(*layer.mixture);
     } else {
@@ -441,7 +458,7 @@ struct Worker : ThreadBuffers {
       const int64_t rows = routes.count(i), all = rows ? tiles_of(expert.gate) : 0;
       const int64_t low = std::max(from(tiles) - before, int64_t(0)),
                     high = std::min(to(tiles) - before, all);
-      if (low < high) gate_tiles(expert.gate, expert.up, low, high, gather(i), rows, gated);
+      if (low < high) gate_tiles(expert.gate, expert.up, low, high, rows_of(i), rows, gated);
       before += all;
       gated += rows * expert.gate.out_features;
     }
@@ -484,7 +501,7 @@ struct Worker : ThreadBuffers {
   }
 
   // The rows of x that an expert reads.
-  const float* gather(int expert) {
+  const float* rows_of(int expert) {
     const int64_t rows = routes.count(expert), first = routes.first[expert];
     if (rows == m) return normed;
     for (int64_t i = 0; i < rows; i++)
@@ -605,6 +622,8 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
       buffers.added = arena.take<float>(model.hidden);
       buffers.tile = arena.take<float>(2 * m * COLUMNS);
       buffers.attention = arena.take<float>(m * q_size);
+      buffers.all_q = arena.take<float>(model.all_heads ? m * q_size : 0);
+      buffers.all_k = arena.take<float>(model.all_heads ? m * kv_size : 0);
       buffers.q = arena.take<float>(rows * model.head_dim);
       buffers.q_bf16 = arena.take<uint16_t>(rows * model.head_dim);
       buffers.row_begin = arena.take<int64_t>(rows);

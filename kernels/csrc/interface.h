@@ -61,14 +61,14 @@ struct GptqMixture {
 };
 
 // x += attention(input_norm(x)); x += feed_forward(feed_forward_norm(x)), what is added normed first
-// where there is a norm for it.
+// where there is a norm for it. Where the two are `parallel`, both read the same x.
 struct GptqDecoderLayer {
   GptqProjection q, k, v, o, gate, up, down;
   GptqNorm input_norm;         // [hidden]
   GptqNorm attention_norm;     // [hidden], of what attention adds
   GptqNorm feed_forward_norm;  // [hidden]
   GptqNorm output_norm;        // [hidden], of what the feed-forward part adds
-  GptqNorm q_norm, k_norm;     // [head_dim], of each head
+  GptqNorm q_norm, k_norm;     // [head_dim], of each head, or of all heads [heads][head_dim]
   int64_t window;              // positions that a token attends to, or 0 for all
   int32_t angles;              // the table that its heads are rotated by, or -1 for none
   const GptqMixture* mixture;  // in place of gate, up and down, or null
@@ -99,7 +99,11 @@ struct GptqModel {
   int32_t parameter_type;  // of norms, and of the biases of what is not packed
   int32_t norm_kind, activation;
   int32_t rotary_dim;  // how much of a head is rotated
-  float softcap;       // scores are softcap * tanh(score / softcap), or 0 for as they are
+  int32_t neighbours;  // whether it is rotated by pairs of neighbours, else by halves
+  int32_t all_heads;   // whether q_norm and k_norm are of all heads
+  int32_t parallel;
+  float residual;  // what is added to x is multiplied by it
+  float softcap;   // scores are softcap * tanh(score / softcap), or 0 for as they are
 };
 
 // interface.cpp. The size of a structure by its name, or 0 where there is none; a function's result

@@ -62,47 +62,55 @@ BF16_TARGET INLINE __m512 load_as(const void* from, int type, int64_t at) {
 BF16_TARGET INLINE __m512 load_row(const float* from) { return _mm512_loadu_ps(from); }
 BF16_TARGET INLINE __m512 load_row(const uint16_t* from) { return load_bf16(from); }
 
-// What each number of a row is multiplied by, before a norm's weight; X is float or uint16_t.
+// What a norm takes off each number of a row, and multiplies it by before its weight.
+struct RowNorm {
+  __m512 mean, factor;
+};
+
+// X is float or uint16_t.
 template <class X>
-BF16_TARGET INLINE __m512 norm_factor(const NormArgs& norm, const X* x) {
-  __m512 squares = _mm512_setzero_ps();
+BF16_TARGET INLINE RowNorm measure_row(const NormArgs& norm, const X* x) {
+  const float count = float(norm.count);
+  __m512 mean = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+  if (norm.kind == Norm::LAYER) {
+    for (int64_t i = 0; i < norm.count; i += LANES) mean = _mm512_add_ps(mean, load_row(x + i));
+    mean = _mm512_set1_ps(_mm512_reduce_add_ps(mean) / count);
+  }
   for (int64_t i = 0; i < norm.count; i += LANES) {
-    const __m512 value = load_row(x + i);
+    const __m512 value = _mm512_sub_ps(load_row(x + i), mean);
     squares = _mm512_fmadd_ps(value, value, squares);
   }
-  return _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / float(norm.count) + norm.eps));
+  return {mean, _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / count + norm.eps))};
 }
 
-BF16_TARGET INLINE __m512 apply_norm(const NormArgs& norm, __m512 factor, __m512 x, int64_t at) {
+BF16_TARGET INLINE __m512 apply_norm(const NormArgs& norm, const RowNorm& row, __m512 x,
+                                     int64_t at) {
   const __m512 weight =
       _mm512_add_ps(load_as(norm.weight, norm.type, at), _mm512_set1_ps(norm.offset()));
-  return _mm512_mul_ps(_mm512_mul_ps(x, factor), weight);
+  x = _mm512_mul_ps(_mm512_mul_ps(_mm512_sub_ps(x, row.mean), row.factor), weight);
+  return norm.bias ? _mm512_add_ps(x, load_as(norm.bias, norm.type, at)) : x;
 }
 
-// x += norm?(added): one token.
-BF16_TARGET void add_row(const NormArgs& norm, const uint16_t* added, float* x) {
-  if (!norm.weight) {
-    for (int64_t i = 0; i < norm.count; i += LANES)
-      _mm512_storeu_ps(x + i, _mm512_add_ps(_mm512_loadu_ps(x + i), load_bf16(added + i)));
-    return;
+// x += scale * norm?(added): one token.
+BF16_TARGET void add_row(const NormArgs& norm, const uint16_t* added, float scale, float* x) {
+  const __m512 scales = _mm512_set1_ps(scale);
+  const RowNorm row = norm.weight ? measure_row(norm, added) : RowNorm{};
+  for (int64_t i = 0; i < norm.count; i += LANES) {
+    __m512 value = load_bf16(added + i);
+    if (norm.weight) value = apply_norm(norm, row, value, i);
+    _mm512_storeu_ps(x + i, _mm512_fmadd_ps(scales, value, _mm512_loadu_ps(x + i)));
   }
-  const __m512 factor = norm_factor(norm, added);
-  for (int64_t i = 0; i < norm.count; i += LANES)
-    _mm512_storeu_ps(x + i, _mm512_add_ps(_mm512_loadu_ps(x + i),
-                                          apply_norm(norm, factor, load_bf16(added + i), i)));
 }
 
-// y = norm?(x), rounded: one token.
-BF16_TARGET void norm_row(const NormArgs& norm, const float* x, uint16_t* y) {
-  if (!norm.weight) {
-    for (int64_t i = 0; i < norm.count; i += LANES)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + i), to_bf16(_mm512_loadu_ps(x + i)));
-    return;
+// y = norm?(x), rounded: one token. X is float or uint16_t.
+template <class X>
+BF16_TARGET void norm_row(const NormArgs& norm, const X* x, uint16_t* y) {
+  const RowNorm row = norm.weight ? measure_row(norm, x) : RowNorm{};
+  for (int64_t i = 0; i < norm.count; i += LANES) {
+    __m512 value = load_row(x + i);
+    if (norm.weight) value = apply_norm(norm, row, value, i);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + i), to_bf16(value));
   }
-  const __m512 factor = norm_factor(norm, x);
-  for (int64_t i = 0; i < norm.count; i += LANES)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + i),
-                        to_bf16(apply_norm(norm, factor, _mm512_loadu_ps(x + i), i)));
 }
 
 // gate = activation(gate) * up: one token, the last vector maybe short.
@@ -125,6 +133,7 @@ BF16_TARGET void activate_multiply(uint16_t* gate, const uint16_t* up, Activatio
 struct Rotation {
   const float *cos, *sin;  // [dim]
   int dim;
+  bool neighbours;
 };
 
 // A head of one token [norm.count]: its norm, where it has one, and its rotation.
@@ -133,16 +142,16 @@ BF16_TARGET void rotate_head(const uint16_t* from, const NormArgs& norm, const R
   alignas(64) float values[16 * LANES];
   const int dim = int(norm.count);
   if (norm.weight) {
-    const __m512 factor = norm_factor(norm, from);
+    const RowNorm row = measure_row(norm, from);
     for (int i = 0; i < dim; i += LANES)
-      _mm512_store_ps(values + i, apply_norm(norm, factor, load_bf16(from + i), i));
+      _mm512_store_ps(values + i, apply_norm(norm, row, load_bf16(from + i), i));
   } else {
     for (int i = 0; i < dim; i += LANES) _mm512_store_ps(values + i, load_bf16(from + i));
   }
-  const auto [cos, sin, rotated] = rotation;
+  const auto [cos, sin, rotated, neighbours] = rotation;
   const int half = rotated / 2;
-  const bool whole = half % LANES == 0;
-  if (!whole) rotate(values, cos, sin, rotated);
+  const bool whole = half % LANES == 0 && !neighbours;
+  if (!whole) rotate(values, cos, sin, rotated, neighbours);
   for (int i = 0; whole && i < half; i += LANES) {
     const __m512 low = _mm512_load_ps(values + i), high = _mm512_loadu_ps(values + half + i);
     const __m512 a = _mm512_fmsub_ps(low, _mm512_loadu_ps(cos + i),
@@ -490,15 +499,28 @@ struct Prefill {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < tokens; row++) {
       const int64_t at = row * model.hidden;
-      if (before) add_row(args(*before, model.hidden), buffers.delta + at, buffers.x + at);
+      if (before)
+        add_row(args(*before, model.hidden), buffers.delta + at, model.residual, buffers.x + at);
       norm_row(args(norm, model.hidden), buffers.x + at, y + at);
     }
   }
 
+  void add_delta(const GptqNorm& norm) const {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t at = 0; at < tokens * model.hidden; at += model.hidden)
+      add_row(args(norm, model.hidden), buffers.delta + at, model.residual, buffers.x + at);
+  }
+
   Rotation rotation(const GptqDecoderLayer& layer, int64_t row) const {
-    if (layer.angles < 0) return {nullptr, nullptr, 0};
+    if (layer.angles < 0) return {nullptr, nullptr, 0, false};
     const int64_t at = (layer.angles * tokens + row) * model.rotary_dim;
-    return {cos + at, sin + at, model.rotary_dim};
+    return {cos + at, sin + at, model.rotary_dim, model.neighbours != 0};
+  }
+
+  // The norm of all heads of one token.
+  void norm_heads(const GptqNorm& norm, uint16_t* all, int heads, int64_t row) const {
+    const int64_t size = int64_t(heads) * model.head_dim;
+    norm_row(args(norm, size), all + row * size, all + row * size);
   }
 
   // Rotate queries and keys, write keys and values into the cache, and bring those of it into
@@ -510,14 +532,20 @@ struct Prefill {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < tokens; row++) {
       const Rotation angles = rotation(layer, row);
+      GptqNorm q_norm = layer.q_norm, k_norm = layer.k_norm;
+      if (model.all_heads) {
+        norm_heads(q_norm, buffers.q, model.heads, row);
+        norm_heads(k_norm, buffers.k, model.kv_heads, row);
+        q_norm = k_norm = {};
+      }
       for (int head = 0; head < model.heads; head++) {
         uint16_t* q = buffers.q + (row * model.heads + head) * dim;
-        rotate_head(q, args(layer.q_norm, dim), angles, q);
+        rotate_head(q, args(q_norm, dim), angles, q);
       }
       for (int head = 0; head < model.kv_heads; head++) {
         const int64_t from = (row * model.kv_heads + head) * dim,
                       to = (head * cache.capacity + past + row) * dim;
-        rotate_head(buffers.k + from, args(layer.k_norm, dim), angles, keys + to);
+        rotate_head(buffers.k + from, args(k_norm, dim), angles, keys + to);
         memcpy(values + to, buffers.v + from, size_t(dim) * 2);
       }
     }
@@ -580,7 +608,12 @@ struct Prefill {
     const GptqProjection* o[] = {&layer.o};
     uint16_t* delta[] = {buffers.delta};
     if (project_all(model, o, delta, 1, buffers.attention, tokens, amx, threads)) return 1;
-    add_and_norm(&layer.attention_norm, layer.feed_forward_norm, buffers.normed);
+    if (model.parallel) {
+      add_and_norm(nullptr, layer.feed_forward_norm, buffers.normed);
+      add_delta(layer.attention_norm);
+    } else {
+      add_and_norm(&layer.attention_norm, layer.feed_forward_norm, buffers.normed);
+    }
     if (layer.mixture) return run_experts(*layer.mixture);
     for (int64_t row = 0; row < tokens; row += PREFILL_ROWS) {
       const int64_t at = row * model.hidden, rows = std::min(PREFILL_ROWS, tokens - row);

@@ -66,8 +66,9 @@ INLINE void exponential(F& x) {
   memcpy(&x, &bits, sizeof x);
 }
 
-// y = x / sqrt(mean(x**2) + eps) * weight, of RMS_ONE * (1 + weight).
-enum class Norm { RMS = 0, RMS_ONE = 1 };
+// y = x / sqrt(mean(x**2) + eps) * weight, of RMS_ONE * (1 + weight); LAYER takes the mean off x
+// first, and may add a bias.
+enum class Norm { RMS = 0, RMS_ONE = 1, LAYER = 2 };
 
 struct NormArgs {
   const void *weight, *bias;  // of `type`; no bias is null
@@ -81,10 +82,21 @@ struct NormArgs {
 template <class V, int TYPE>
 INLINE void norm_type(const NormArgs& norm, const float* x, float* y) {
   using floats = typename V::floats;
+  float mean = 0;
+  if (norm.kind == Norm::LAYER) {
+    floats sum{};
+    for (int64_t i = 0; i < norm.count; i += V::LANES) {
+      floats value;
+      load<FLOAT32>(x, i, value);
+      sum += value;
+    }
+    mean = reduce_add(sum) / float(norm.count);
+  }
   floats squares{};
   for (int64_t i = 0; i < norm.count; i += V::LANES) {
     floats value;
     load<FLOAT32>(x, i, value);
+    value -= mean;
     squares += value * value;
   }
   const float factor = 1.0f / sqrtf(reduce_add(squares) / float(norm.count) + norm.eps);
@@ -92,7 +104,12 @@ INLINE void norm_type(const NormArgs& norm, const float* x, float* y) {
     floats value, scale;
     load<FLOAT32>(x, i, value);
     load<TYPE>(norm.weight, i, scale);
-    value *= (scale + norm.offset()) * factor;
+    value = (value - mean) * ((scale + norm.offset()) * factor);
+    if (norm.bias) {
+      floats bias;
+      load<TYPE>(norm.bias, i, bias);
+      value += bias;
+    }
     memcpy(y + i, &value, sizeof value);
   }
 }
@@ -171,8 +188,17 @@ INLINE void activate_multiply_body(const float* gate, const float* up, Activatio
   }
 }
 
-// Rotate the first `dim` numbers of a head by halves: x, cos and sin [dim].
-inline void rotate(float* x, const float* cos, const float* sin, int dim) {
+// Rotate the first `dim` numbers of a head: x, cos and sin [dim]. By halves, or by pairs of
+// neighbours, for which the first half of the angles is read.
+inline void rotate(float* x, const float* cos, const float* sin, int dim, bool neighbours) {
+  if (neighbours) {
+    for (int i = 0; i < dim / 2; i++) {
+      const float low = x[2 * i], high = x[2 * i + 1];
+      x[2 * i] = low * cos[i] - high * sin[i];
+      x[2 * i + 1] = high * cos[i] + low * sin[i];
+    }
+    return;
+  }
   for (int i = 0; i < dim / 2; i++) {
     const float low = x[i], high = x[i + dim / 2];
     x[i] = low * cos[i] - high * sin[i];

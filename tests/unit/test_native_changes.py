@@ -134,7 +134,26 @@ def change_expert_activation(model: Any) -> None:
     model.model.layers[0].mlp.experts.fused.act_fn = torch.nn.Tanh()
 
 
+def change_residual(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.residual_multiplier = 2.0
+
+
+def change_embedding(model: Any) -> None:
+    model.model.embedding_multiplier = 0.1
+
+
+def change_rope(model: Any) -> None:
+    model.model.layers[0].self_attn.use_rope = False
+
+
+def change_bias(model: Any) -> None:
+    model.model.layers[0].input_layernorm.bias = None
+
+
 OF_FAMILIES = [
+    ("granite", change_residual), ("granite", change_embedding), ("smollm3", change_rope),
+    ("stablelm", change_bias),
     *(("qwen3_moe", it) for it in (change_top_k, change_router, change_experts)),
     ("mixtral", change_expert_activation),
     ("gemma2", change_cap), ("gemma2", change_eps), ("gemma3", change_sliding_frequencies),

@@ -43,6 +43,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1, "sliding_window": 9, "query_pre_attn_scalar": 24,
         "model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention"],
     },
+    "cohere": {"num_key_value_heads": 2, "logit_scale": 0.5, "pad_token_id": 0},
+    "cohere2": {
+        "num_key_value_heads": 2, "sliding_window": 9, "pad_token_id": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "glm4": {
+        "num_key_value_heads": 2, "intermediate_size": 192, "attention_bias": True,
+        "pad_token_id": 0,
+    },
+    "granite": {
+        "num_key_value_heads": 2, "residual_multiplier": 0.4, "attention_multiplier": 0.3,
+        "embedding_multiplier": 3.0, "logits_scaling": 2.0,
+    },
+    "olmo2": {"num_key_value_heads": 2},
+    "smollm3": {"num_key_value_heads": 2, "no_rope_layers": [1, 0], "pad_token_id": 0},
+    "stablelm": {"num_key_value_heads": 2, "use_qkv_bias": True},
+    "stablelm-parallel": {
+        "num_key_value_heads": 2, "use_parallel_residual": True, "model_type": "stablelm",
+    },
     "mistral": {"num_key_value_heads": 2, "sliding_window": 9},
     "mixtral": {
         "num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 2,

@@ -177,6 +177,9 @@ class NativeDecoder:
             sequence.caches = self._held.reserve(cache, past + count, built.model, x.dtype)
             positions.extend(range(past, past + count))
         places = torch.tensor([positions], device="cpu")
+        multiplier = getattr(self.decoder, "embedding_multiplier", None)
+        if multiplier is not None:
+            x = x * multiplier
         cos, sin = self._angles(x[:, :0].float(), places, built)
         y = torch.empty_like(x)
         arguments = (
@@ -206,6 +209,8 @@ class NativeDecoder:
             rotary(x, places)
         ]
         cos, sin = (torch.cat(parts).contiguous() for parts in zip(*tables, strict=True))
+        if self.family.angles_repeated:  # here each comes once, and then all again
+            cos, sin = (torch.cat((it[..., ::2],) * 2, dim=-1) for it in (cos, sin))
         shape = (len(tables), places.shape[1], built.model.rotary_dim)
         for name, angles in (("cos", cos), ("sin", sin)):
             check_tensor(name, angles, shape, torch.float32)

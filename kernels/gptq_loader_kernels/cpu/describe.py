@@ -8,18 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptq_loader_kernels.cpu.families import Family, family_of, find
-from gptq_loader_kernels.cpu.fitting import (
-    ACTIVATIONS,
-    angle_tables,
-    linears,
-    modules_inside,
-    projection_sizes,
-    rotary_sizes,
-    softcap_of,
-    why_not,
-    window_of,
-)
+from gptq_loader_kernels.cpu.families import Family, family_of
+from gptq_loader_kernels.cpu.fitting import ACTIVATIONS, linears, modules_inside, why_not
 from gptq_loader_kernels.cpu.library import (
     COLUMNS,
     Activations,
@@ -40,6 +30,17 @@ from gptq_loader_kernels.cpu.mixtures import (
     experts_of,
     is_mixture,
     projections_of,
+)
+from gptq_loader_kernels.cpu.parts import (
+    angle_tables,
+    is_parallel,
+    norm_of,
+    projection_sizes,
+    residual_of,
+    rotary_sizes,
+    softcap_of,
+    table_of,
+    window_of,
 )
 from gptq_loader_plugin.model.watch import Watch
 
@@ -85,12 +86,12 @@ def describe(
     described = (DecoderLayer * len(decoder.layers))()
     for index, (place, layer) in enumerate(zip(described, decoder.layers, strict=True)):
         _describe_projections(place, layer, family, projection_sizes(decoder), kept)
-        for name, path in family.norms.items():
-            _describe_norm(getattr(place, name), find(layer, path), kept)
+        for name in family.norms:
+            _describe_norm(getattr(place, name), norm_of(layer, family, name), kept)
         if is_mixture(layer, family):
             place.mixture = ctypes.pointer(_describe_mixture(layer.mlp, kept))
         place.window = window_of(decoder, family, index)
-        place.angles = tables.index(decoder.config.layer_types[index]) if tables else 0
+        place.angles = table_of(decoder, family, index)
     config, first = decoder.config, decoder.layers[0]
     model = Model(
         layers=len(described),
@@ -109,6 +110,10 @@ def describe(
         activation=ACTIVATIONS[type(next(activations_of(first, family))).__name__],
         rotary_dim=max(rotary_sizes(decoder, family)),
         softcap=softcap_of(first, family),
+        neighbours=family.neighbours,
+        all_heads=family.all_heads,
+        parallel=is_parallel(first, family),
+        residual=residual_of(first),
     )
     _describe_norm(model.norm, decoder.norm, kept)
     kept.append(described)
@@ -159,8 +164,11 @@ def _describe_mixture(mixture: Any, kept: list[Any]) -> Mixture:  # noqa: ANN401
 
 
 def _describe_norm(to: Norm, module: Any, kept: list[Any]) -> None:  # noqa: ANN401
-    kept.append(module.weight)
+    bias = getattr(module, "bias", None)
+    kept += module.weight, bias
     to.weight = module.weight.data_ptr()
+    if bias is not None:
+        to.bias = bias.data_ptr()
 
 
 def _describe_projection(

@@ -21,6 +21,14 @@ PROJECTIONS = {
     "mlp.up_proj": ("up",),
     "mlp.down_proj": ("down",),
 }
+PROJECTIONS_GLM = {
+    "self_attn.q_proj": ("q",),
+    "self_attn.k_proj": ("k",),
+    "self_attn.v_proj": ("v",),
+    "self_attn.o_proj": ("o",),
+    "mlp.gate_up_proj": ("gate", "up"),
+    "mlp.down_proj": ("down",),
+}
 JOINED = {
     "self_attn.qkv_proj": ("q", "k", "v"),
     "self_attn.o_proj": ("o",),
@@ -33,6 +41,15 @@ SANDWICH = {
     "attention_norm": "post_attention_layernorm",
     "feed_forward_norm": "pre_feedforward_layernorm",
     "output_norm": "post_feedforward_layernorm",
+}
+AFTER = {
+    "attention_norm": "post_attention_layernorm",
+    "output_norm": "post_feedforward_layernorm",
+}
+GLM_NORMS = {
+    **NORMS,
+    "attention_norm": "post_self_attn_layernorm",
+    "output_norm": "post_mlp_layernorm",
 }
 HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 
@@ -50,6 +67,13 @@ class Family:
         activation: the path of a layer's activation.
         slides: whether every layer attends to the config's window; else those that it lists.
         softcap: the attribute of its attention that caps scores, or None.
+        neighbours: whether heads are rotated by pairs of neighbours, else by halves.
+        angles_repeated: whether each angle comes twice, one after the other.
+        rotates: the attribute of its attention that says whether it rotates; None for always.
+        all_heads: whether queries and keys are normed over all heads.
+        parallel: whether attention and the feed-forward part read the same x in every layer.
+        norm: the end of its norms' class; None for torch's own LayerNorm.
+        refused: settings of which the library has nothing, where they are set.
         angles_by_type: whether each type of layer is rotated by angles of its own.
         expert_size: the setting that has the width of an expert, of a mixture; or None.
     """
@@ -62,11 +86,38 @@ class Family:
     activation: str = "mlp.act_fn"
     slides: bool = False
     softcap: str | None = None
+    neighbours: bool = False
+    angles_repeated: bool = False
+    rotates: str | None = None
+    all_heads: bool = False
+    parallel: bool = False
+    norm: str | None = "RMSNorm"
+    refused: tuple[str, ...] = ()
     angles_by_type: bool = False
     expert_size: str | None = None
 
 
 FAMILIES = {
+    "CohereModel": Family(
+        "Cohere",
+        norms=dict.fromkeys(NORMS, "input_layernorm"),
+        norm="LayerNorm",
+        norm_kind=NormKind.LAYER,
+        neighbours=True,
+        angles_repeated=True,
+        parallel=True,
+        refused=("use_qk_norm",),
+    ),
+    "Cohere2Model": Family(
+        "Cohere2",
+        norms=dict.fromkeys(NORMS, "input_layernorm"),
+        norm="LayerNorm",
+        norm_kind=NormKind.LAYER,
+        neighbours=True,
+        angles_repeated=True,
+        rotates="sliding_window",
+        parallel=True,
+    ),
     "Gemma2Model": Family(
         "Gemma2",
         norms=SANDWICH,
@@ -81,9 +132,18 @@ FAMILIES = {
         epsilon="eps",
         angles_by_type=True,
     ),
+    "Glm4Model": Family(
+        "Glm4",
+        projections=PROJECTIONS_GLM,
+        norms=GLM_NORMS,
+        activation="mlp.activation_fn",
+        neighbours=True,
+    ),
+    "GraniteModel": Family("Granite"),
     "LlamaModel": Family("Llama"),
     "MistralModel": Family("Mistral", slides=True),
     "MixtralModel": Family("Mixtral", slides=True, expert_size="intermediate_size"),
+    "Olmo2Model": Family("Olmo2", norms=AFTER | HEAD_NORMS, all_heads=True),
     "Phi3Model": Family("Phi3", projections=JOINED, activation="mlp.activation_fn", slides=True),
     "Qwen2Model": Family("Qwen2"),
     "Qwen2MoeModel": Family("Qwen2Moe", expert_size="moe_intermediate_size"),
@@ -93,6 +153,14 @@ FAMILIES = {
         norms=NORMS | HEAD_NORMS,
         slides=True,
         expert_size="moe_intermediate_size",
+    ),
+    "SmolLM3Model": Family("SmolLM3", rotates="use_rope"),
+    "StableLmModel": Family(
+        "StableLm",
+        norm=None,
+        norm_kind=NormKind.LAYER,
+        epsilon="eps",
+        refused=("qk_layernorm",),
     ),
 }
 

@@ -19,22 +19,21 @@ from gptq_loader_kernels.cpu.mixtures import (
     projections_of,
     shared_of,
 )
+from gptq_loader_kernels.cpu.parts import (
+    is_parallel,
+    norm_of,
+    projection_sizes,
+    residual_of,
+    rotary_sizes,
+    softcap_of,
+    window_of,
+)
 from gptq_loader_plugin.model.experts import PackedExperts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = [
-    "ACTIVATIONS",
-    "angle_tables",
-    "linears",
-    "modules_inside",
-    "projection_sizes",
-    "rotary_sizes",
-    "softcap_of",
-    "why_not",
-    "window_of",
-]
+__all__ = ["ACTIVATIONS", "linears", "modules_inside", "why_not"]
 
 LANES = 16
 ACTIVATIONS = {
@@ -97,45 +96,6 @@ def _named_linears(
                 yield f"mlp.experts.{index}.{role}", module, shape
 
 
-def projection_sizes(decoder: Any) -> dict[str, tuple[int, int]]:  # noqa: ANN401
-    """Return the outputs and inputs of each projection of a layer."""
-    config, dim = decoder.config, decoder.layers[0].self_attn.head_dim
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
-    return {
-        "q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries),
-        "gate": (intermediate, hidden), "up": (intermediate, hidden),
-        "down": (hidden, intermediate),
-    }  # fmt: skip
-
-
-def angle_tables(decoder: Any, family: Family) -> tuple[str, ...]:  # noqa: ANN401
-    """Return the types of layers that are rotated by angles of their own, or ()."""
-    return tuple(sorted(set(decoder.config.layer_types))) if family.angles_by_type else ()
-
-
-def rotary_sizes(decoder: Any, family: Family) -> set[int]:  # noqa: ANN401
-    """Return how much of a head is rotated, of each table of angles."""
-    names = [f"{it}_inv_freq" for it in angle_tables(decoder, family)] or ["inv_freq"]
-    tables = [getattr(decoder.rotary_emb, name, None) for name in names]
-    head_dim: int = decoder.layers[0].self_attn.head_dim
-    return {head_dim if table is None else 2 * table.numel() for table in tables}
-
-
-def softcap_of(layer: Any, family: Family) -> float:  # noqa: ANN401
-    """Return what a layer's scores are capped at, or 0."""
-    return float(getattr(layer.self_attn, family.softcap) or 0) if family.softcap else 0.0
-
-
-def window_of(decoder: Any, family: Family, index: int) -> int:  # noqa: ANN401
-    """Return how many positions a layer attends to, or 0 for all: by the config, as its mask."""
-    config = decoder.config
-    kinds = getattr(config, "layer_types", None)
-    if family.slides or (kinds and kinds[index] == "sliding_attention"):
-        return int(config.sliding_window or 0)
-    return 0
-
-
 def _changed(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
     """Say which part of a decoder is not as transformers and the native kernel make it."""
     for path, module, _ in _named_linears(decoder, family):
@@ -152,8 +112,15 @@ def _other_class(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
     module = type(decoder).__module__
     for path, part, name in _classes(decoder, family):
         kind = type(part)
-        if kind.__name__ != family.name + name or kind.__module__ != module:
+        torchs = name == _norm(family) and family.norm is None
+        own = kind.__name__ == family.name + name and kind.__module__ == module
+        if not (kind is nn.LayerNorm if torchs else own):
             return f"{path} is a {kind.__name__}, and not transformers' own"
+        if name == _norm(family) and part.weight is None:
+            return f"{path} has no weight"
+    for name in family.refused:
+        if getattr(decoder.config, name, False):
+            return f"its config has {name}, of which the step has nothing"
     attention = getattr(decoder.config, "_attn_implementation", None)
     return None if attention in ATTENTIONS else f"its attention is {attention}"
 
@@ -176,7 +143,7 @@ def _other_mixture(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
 
 def _several(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
     """Say what a decoder has several of, where the step takes one."""
-    norms = [part for _, part, name in _classes(decoder, family) if name == "RMSNorm"]
+    norms = [part for _, part, name in _classes(decoder, family) if name == _norm(family)]
     activations = [
         type(it).__name__ for layer in decoder.layers for it in activations_of(layer, family)
     ]
@@ -188,6 +155,8 @@ def _several(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
         "scaling": {layer.self_attn.scaling for layer in decoder.layers},
         "softcap": {softcap_of(layer, family) for layer in decoder.layers},
         "rotary size": rotary_sizes(decoder, family),
+        "residual multiplier": {residual_of(layer) for layer in decoder.layers},
+        "parallel residual": {is_parallel(layer, family) for layer in decoder.layers},
         "activation": {ACTIVATIONS[it].name.lower() for it in activations},
     }
     for name, each in values.items():
@@ -210,9 +179,14 @@ def _other_positions(decoder: Any, family: Family) -> str | None:  # noqa: ANN40
     return None
 
 
+def _norm(family: Family) -> str:
+    """Return the end of the name of its norms' class."""
+    return family.norm or "LayerNorm"
+
+
 def _classes(decoder: Any, family: Family) -> Iterator[tuple[str, Any, str]]:  # noqa: ANN401
     """Go through the modules whose place a step takes: path, module, and the end of its class."""
-    yield "norm", decoder.norm, "RMSNorm"
+    yield "norm", decoder.norm, _norm(family)
     for i, layer in enumerate(decoder.layers):
         yield f"layers.{i}", layer, "DecoderLayer"
         yield f"layers.{i}.self_attn", layer.self_attn, "Attention"
@@ -224,8 +198,8 @@ def _classes(decoder: Any, family: Family) -> Iterator[tuple[str, Any, str]]:  #
             yield f"layers.{i}.mlp.experts", fused_of(layer.mlp), "Experts"
             if (shared := shared_of(layer.mlp)) is not None:
                 yield f"layers.{i}.mlp.shared_expert", shared, "MLP"
-        for path in family.norms.values():
-            yield f"layers.{i}.{path}", find(layer, path), "RMSNorm"
+        for name, path in family.norms.items():
+            yield f"layers.{i}.{path}", norm_of(layer, family, name), _norm(family)
 
 
 def _uncut(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
@@ -270,7 +244,10 @@ def _misfit(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
 def _parts(decoder: Any, family: Family) -> Iterator[tuple[str, Any, tuple[int, ...]]]:  # noqa: ANN401
     """Go through what the library reads, layers and tensors, with the shapes they must have."""
     dim, hidden = decoder.layers[0].self_attn.head_dim, decoder.config.hidden_size
+    config = decoder.config
+    heads = {"q_norm": config.num_attention_heads, "k_norm": config.num_key_value_heads}
     yield "norm", decoder.norm.weight, (hidden,)
+    yield "norm.bias", getattr(decoder.norm, "bias", None), (hidden,)
     for path, module, shape in _named_linears(decoder, family):
         if isinstance(module, NativeLinear):
             yield path, module, shape
@@ -284,5 +261,8 @@ def _parts(decoder: Any, family: Family) -> Iterator[tuple[str, Any, tuple[int, 
             if shared_of(layer.mlp) is not None:
                 yield "mlp.shared_expert_gate", layer.mlp.shared_expert_gate.weight, (1, hidden)
         for name, path in family.norms.items():
-            weight = find(layer, f"{path}.weight")
-            yield path, weight, (dim if name in {"q_norm", "k_norm"} else hidden,)
+            norm, size = norm_of(layer, family, name), hidden
+            if name in {"q_norm", "k_norm"}:
+                size = dim * (heads[name] if family.all_heads else 1)
+            yield path, norm.weight, (size,)
+            yield f"{path}.bias", getattr(norm, "bias", None), (size,)

@@ -63,6 +63,7 @@ class NormKind(IntEnum):
 
     RMS = 0
     RMS_ONE = 1  # times 1 + weight
+    LAYER = 2  # with the mean taken off first
 
 
 class Activation(IntEnum):
@@ -190,8 +191,12 @@ class Model(ctypes.Structure):
         ("layer", ctypes.POINTER(DecoderLayer)),
         *(
             (name, ctypes.c_int32)
-            for name in ("parameter_type", "norm_kind", "activation", "rotary_dim")
+            for name in (
+                "parameter_type", "norm_kind", "activation", "rotary_dim", "neighbours",
+                "all_heads", "parallel",
+            )
         ),
+        ("residual", ctypes.c_float),
         ("softcap", ctypes.c_float),
     )  # fmt: skip
 

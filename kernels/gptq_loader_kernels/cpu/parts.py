@@ -1,0 +1,88 @@
+"""What the parts of a decoder are, read from its modules and its config."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_kernels.cpu.families import find
+
+if TYPE_CHECKING:
+    from gptq_loader_kernels.cpu.families import Family
+
+__all__ = [
+    "angle_tables",
+    "is_parallel",
+    "norm_of",
+    "projection_sizes",
+    "residual_of",
+    "rotary_sizes",
+    "softcap_of",
+    "table_of",
+    "window_of",
+]
+
+
+def projection_sizes(decoder: Any) -> dict[str, tuple[int, int]]:  # noqa: ANN401
+    """Return the outputs and inputs of each projection of a layer."""
+    config, dim = decoder.config, decoder.layers[0].self_attn.head_dim
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    return {
+        "q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries),
+        "gate": (intermediate, hidden), "up": (intermediate, hidden),
+        "down": (hidden, intermediate),
+    }  # fmt: skip
+
+
+def angle_tables(decoder: Any, family: Family) -> tuple[str, ...]:  # noqa: ANN401
+    """Return the types of layers that are rotated by angles of their own, or ()."""
+    return tuple(sorted(set(decoder.config.layer_types))) if family.angles_by_type else ()
+
+
+def rotary_sizes(decoder: Any, family: Family) -> set[int]:  # noqa: ANN401
+    """Return how much of a head is rotated, of each table of angles."""
+    names = [f"{it}_inv_freq" for it in angle_tables(decoder, family)] or ["inv_freq"]
+    tables = [getattr(decoder.rotary_emb, name, None) for name in names]
+    head_dim: int = decoder.layers[0].self_attn.head_dim
+    return {head_dim if table is None else 2 * table.numel() for table in tables}
+
+
+def softcap_of(layer: Any, family: Family) -> float:  # noqa: ANN401
+    """Return what a layer's scores are capped at, or 0."""
+    return float(getattr(layer.self_attn, family.softcap) or 0) if family.softcap else 0.0
+
+
+def window_of(decoder: Any, family: Family, index: int) -> int:  # noqa: ANN401
+    """Return how many positions a layer attends to, or 0 for all: by the config, as its mask."""
+    config = decoder.config
+    kinds = getattr(config, "layer_types", None)
+    if family.slides or (kinds and kinds[index] == "sliding_attention"):
+        return int(config.sliding_window or 0)
+    return 0
+
+
+def table_of(decoder: Any, family: Family, index: int) -> int:  # noqa: ANN401
+    """Return which table of angles a layer is rotated by, or -1 for none."""
+    attention = decoder.layers[index].self_attn
+    if family.rotates is not None and not getattr(attention, family.rotates):
+        return -1
+    tables = angle_tables(decoder, family)
+    return tables.index(decoder.config.layer_types[index]) if tables else 0
+
+
+def residual_of(layer: Any) -> float:  # noqa: ANN401
+    """Return what a layer multiplies by what it adds."""
+    return float(getattr(layer, "residual_multiplier", 1.0))
+
+
+def is_parallel(layer: Any, family: Family) -> bool:  # noqa: ANN401
+    """Return whether attention and the feed-forward part of a layer read the same x."""
+    return family.parallel or bool(getattr(layer, "use_parallel_residual", False))
+
+
+def norm_of(layer: Any, family: Family, name: str) -> Any:  # noqa: ANN401
+    """Return a norm of a layer; parallel parts may share the first one."""
+    norm = find(layer, family.norms[name])
+    if norm is None and name == "feed_forward_norm" and is_parallel(layer, family):
+        return find(layer, family.norms["input_norm"])
+    return norm
