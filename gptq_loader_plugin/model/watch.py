@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import repeat
-from operator import eq, is_
+from operator import eq, is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["Watch"]
+__all__ = ["CountedModule", "Watch"]
 
 # What a module computes by that is no tensor and no module of its own.
 NUMBERS = (
@@ -22,9 +22,57 @@ NUMBERS = (
     "is_causal", "top_k", "norm_topk_prob", "use_rope", "residual_multiplier",
     "use_parallel_residual",
 )  # fmt: skip
+CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict)  # which nobody calls
 SETTINGS = (  # of the config
     "_attn_implementation_internal", "final_logit_softcapping", "layer_types", "sliding_window",
 )  # fmt: skip
+
+
+class CountedModule(torch.nn.Module):
+    """A module that counts what is changed of it: quicker to look at than all that it has.
+
+    A tensor whose `data` is replaced by itself is not counted.
+    """
+
+    changes: int
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - torch's
+        """Set, and count it, but for what a module keeps to itself."""
+        super().__setattr__(name, value)
+        if not name.startswith("_"):
+            self._count()
+
+    def __delattr__(self, name: str) -> None:
+        """Delete, and count it."""
+        super().__delattr__(name)
+        self._count()
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - torch's
+        """Register, and count it."""
+        self._count()
+        return super().register_forward_hook(*args, **kwargs)
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Register, and count it."""
+        self._count()
+        return super().register_forward_pre_hook(*args, **kwargs)
+
+    def register_buffer(
+        self,
+        name: str,
+        tensor: torch.Tensor | None,
+        persistent: bool = True,  # noqa: FBT001, FBT002 - torch's, which looks for this name
+    ) -> None:
+        """Register, and count it."""
+        super().register_buffer(name, tensor, persistent)
+        self._count()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - torch's way to .to()
+        self._count()
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _count(self) -> None:
+        self.__dict__["changes"] = self.__dict__.get("changes", 0) + 1
 
 
 class Watch:
@@ -33,13 +81,22 @@ class Watch:
     Args:
         root: a model or its decoder, whose config the step goes by.
         inside: the modules whose place the step takes.
+        counted: those of them, no others of `inside`, that are many: experts' linears.
 
     Asked once a token, so it is lists that are gone through without a line of Python for each:
     modules and tensors by name, tensors' addresses, numbers and hooks. What is in a tensor is not
     compared: a step reads the tensor itself, whoever writes into it.
     """
 
-    def __init__(self, root: Any, inside: Sequence[nn.Module]) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        root: Any,  # noqa: ANN401
+        inside: Sequence[nn.Module],
+        counted: Sequence[CountedModule] = (),
+    ) -> None:
+        self.counted = [module.__dict__ for module in counted]
+        self.changes = self._count_changes()
+        called = [it for it in inside if type(it) not in CONTAINERS]
         held = [
             (held, name, value)
             for module in (root, *inside)
@@ -49,14 +106,14 @@ class Watch:
         self.holders, self.names, self.values = zip(*held, strict=True)
         self.tensors = [it for it in self.values if isinstance(it, torch.Tensor)]
         self.addresses = list(map(torch.Tensor.data_ptr, self.tensors))
-        self.own = [module.__dict__ for module in inside]
+        self.own = [module.__dict__ for module in called]
         numbers = [
             (own, name, own[name]) for own in self.own for name in NUMBERS if name in own
         ] + [(vars(root.config), name, _setting(root, name)) for name in SETTINGS]
         self.owners, self.settings, self.numbers = zip(*numbers, strict=True)
         self.hooks = [
             hooks
-            for module in inside
+            for module in called
             for hooks in (module._forward_hooks, module._forward_pre_hooks)  # noqa: SLF001
         ]
         # those of every module there is
@@ -65,12 +122,16 @@ class Watch:
     def unchanged(self) -> bool:
         """Return whether all of it is as it was."""
         return (
-            not any(self.hooks)
+            self._count_changes() == self.changes
+            and not any(self.hooks)
             and not any(map(dict.__contains__, self.own, repeat("forward")))
             and all(map(is_, map(dict.get, self.holders, self.names), self.values))
             and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
             and all(map(eq, map(dict.get, self.owners, self.settings), self.numbers))
         )
+
+    def _count_changes(self) -> int:
+        return sum(map(itemgetter("changes"), self.counted))
 
 
 def _setting(root: Any, name: str) -> Any:  # noqa: ANN401

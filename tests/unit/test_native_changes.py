@@ -151,7 +151,23 @@ def change_bias(model: Any) -> None:
     model.model.layers[0].input_layernorm.bias = None
 
 
+def change_words(model: Any) -> None:
+    for expert in model.model.layers[0].mlp.experts.experts:
+        expert["down"].words = torch.flip(expert["down"].words, (0,))
+
+
+def change_code(model: Any) -> None:
+    for expert in model.model.layers[1].mlp.experts.experts:
+        expert["gate"].forward = expert["up"].forward
+
+
+def replace_linear(model: Any) -> None:
+    for expert in model.model.layers[1].mlp.experts.experts:
+        expert["gate"] = expert["up"]
+
+
 OF_FAMILIES = [
+    *(("qwen3_moe", it) for it in (change_words, change_code, replace_linear)),
     ("granite", change_residual), ("granite", change_embedding), ("smollm3", change_rope),
     ("stablelm", change_bias),
     *(("qwen3_moe", it) for it in (change_top_k, change_router, change_experts)),

@@ -27,6 +27,7 @@ from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
 from gptq_loader_kernels.cpu.mixtures import (
     ROLES,
     activations_of,
+    expert_linears,
     experts_of,
     is_mixture,
     projections_of,
@@ -117,7 +118,10 @@ def describe(
     )
     _describe_norm(model.norm, decoder.norm, kept)
     kept.append(described)
-    return Described(model, dtype, tables, kept, Watch(decoder, list(modules_inside(decoder))))
+    experts = expert_linears(decoder, family)
+    many = set(map(id, experts))
+    inside = [it for it in modules_inside(decoder) if id(it) not in many]
+    return Described(model, dtype, tables, kept, Watch(decoder, inside, experts))
 
 
 def all_packed(decoder: Any, family: Family) -> bool:  # noqa: ANN401
@@ -182,7 +186,7 @@ def _describe_projection(
     to.in_features, to.out_features = module.in_features, columns
     if isinstance(module, NativeLinear):
         filled = _cut(module.filled(), first, columns)
-        kept.append((module, filled))
+        kept += module, filled, [it.detach() for it in module.buffers()]
         to.packed = ctypes.pointer(filled)
         return
     weight, bias = module.weight[first : first + columns], module.bias

@@ -28,6 +28,7 @@ from gptq_loader_kernels.cpu.tensors import (
     check_tensor,
     describe_tensor,
 )
+from gptq_loader_plugin.model.watch import CountedModule
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.kernel import PackedLinear
@@ -47,7 +48,7 @@ _kept = threading.local()
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-class NativeLinear(torch.nn.Module):
+class NativeLinear(CountedModule):
     """y = x @ W.T + bias by the native library, the weight packed.
 
     bfloat16 activations use bfloat16 products, exact, summed in float32, where the processor has

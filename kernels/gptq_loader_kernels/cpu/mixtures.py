@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_kernels.cpu.families import find
+from gptq_loader_kernels.cpu.linear import NativeLinear
 from gptq_loader_plugin.model.experts import PackedExperts
 
 if TYPE_CHECKING:
@@ -13,9 +14,15 @@ if TYPE_CHECKING:
     from gptq_loader_kernels.cpu.families import Family
 
 __all__ = [
-    "ROLES", "activations_of", "experts_of", "fused_of", "is_mixture", "projections_of",
+    "ROLES",
+    "activations_of",
+    "expert_linears",
+    "experts_of",
+    "fused_of",
+    "is_mixture",
+    "projections_of",
     "shared_of",
-]  # fmt: skip
+]
 
 ROLES = ("gate", "up", "down")
 
@@ -53,6 +60,13 @@ def experts_of(mixture: Any) -> list[dict[str, Any]]:  # noqa: ANN401
     if shared is not None:
         each.append({role: getattr(shared, f"{role}_proj") for role in ROLES})
     return each
+
+
+def expert_linears(decoder: Any, family: Family) -> list[NativeLinear]:  # noqa: ANN401
+    """Return the packed linears of all experts that some tokens take."""
+    mixtures = [it.mlp.experts for it in decoder.layers if is_mixture(it, family)]
+    modules = (it for experts in mixtures for it in experts.experts.modules())
+    return [it for it in modules if isinstance(it, NativeLinear)]
 
 
 def shared_of(mixture: Any) -> Any:  # noqa: ANN401
