@@ -133,8 +133,8 @@ struct Model : GptqModel {
 
   Model(const std::vector<Linear>& linears, bool all_packed, int of, int code, int multiplied_as)
       : GptqModel{} {
-    layers = LAYERS, hidden = HIDDEN, heads = HEADS, kv_heads = KV_HEADS, head_dim = HEAD_DIM,
-    intermediate = INTERMEDIATE;
+    layers = LAYERS, hidden = HIDDEN, heads = HEADS, kv_heads = KV_HEADS;
+    head_dim = rotary_dim = HEAD_DIM, residual = 1;
     type = of, isa = code, activations = multiplied_as, eps = 1e-5f, scale = 0.17f;
     norms.assign(1, std::vector<float>(HIDDEN, 1.0f));
     const int q = HEADS * HEAD_DIM, kv = KV_HEADS * HEAD_DIM;
@@ -159,11 +159,11 @@ struct Model : GptqModel {
       GptqDecoderLayer decoder{};
       decoder.q = parts[0], decoder.k = parts[1], decoder.v = parts[2], decoder.o = parts[3];
       decoder.gate = parts[4], decoder.up = parts[5], decoder.down = parts[6];
-      decoder.input_norm = decoder.post_attention_norm = norms[0].data();
+      decoder.input_norm.weight = decoder.feed_forward_norm.weight = norms[0].data();
       decoder.window = i ? 40 : 0;
       described.push_back(decoder);
     }
-    norm = norms[0].data(), layer = described.data();
+    norm.weight = norms[0].data(), layer = described.data();
   }
 
   // New tokens of a sequence that has `past` others, with random keys and values.
