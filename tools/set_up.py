@@ -120,6 +120,11 @@ def plan_host(name, environment):
     package = () if environment.get("alone") else ("-e", ".")
     rest = uv_install(python, TORCH, *package, *environment["requirements"])
     steps.append((name + ": installing the rest", rest))
+    if "without_dependencies" in environment:
+        alone = uv_install(
+            python, "--no-deps", "--no-build-isolation", *environment["without_dependencies"]
+        )
+        steps.append((name + ": installing what names another torch", alone))
     if "remove" in environment:
         remove = [python, "-m", "pip", "uninstall", "--yes", *environment["remove"]]
         steps.append((name + ": removing what is built for another torch", remove))

@@ -30,6 +30,7 @@ from gptq_loader_plugin.hub.workers import Cancelled, run_jobs
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from gptq_loader_plugin.catalog.engines.engine import Answer
     from gptq_loader_plugin.catalog.exllama import ExllamaReport
     from gptq_loader_plugin.device import Device
     from gptq_loader_plugin.hub.hub_reference import HubReference
@@ -58,6 +59,7 @@ class BranchReport:
         size_bytes: its weights.
         download_bytes: all that a download fetches.
         exllama: whether ExLlama could run it.
+        engines: which other programs take it, and why the rest do not.
         desc: the card's words.
         fit: whether it fits this machine.
         here: whether it is on this machine.
@@ -78,6 +80,7 @@ class BranchReport:
     size_bytes: int | None = None
     download_bytes: int | None = None
     exllama: ExllamaReport | None = None
+    engines: tuple[Answer, ...] = ()
     desc: str | None = None
     fit: Fit = field(default_factory=lambda: Fit(fits=None, reason="it could not be read"))
     here: bool = False
@@ -251,6 +254,7 @@ def _report(
         size_bytes=sum(weight_file.size for weight_file in remote.weight_files) if remote else None,
         download_bytes=remote.size if remote else None,
         exllama=contents.exllama,
+        engines=contents.engines,
         desc=card.desc if card else None,
         fit=contents.fit or Fit(fits=None, reason=contents.error or "it could not be read"),
         here=cached_folder(replace(hub, branch=commit)) is not None,

@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from gptq_loader_plugin.catalog.engines.facts import gather_facts
+from gptq_loader_plugin.catalog.engines.judge import ask_engines
 from gptq_loader_plugin.catalog.exllama import ask_exllama
 from gptq_loader_plugin.catalog.fit import Fit, check_fit
 from gptq_loader_plugin.checkpoint.config import CONFIG_FILES, read_stored_config
@@ -25,6 +27,7 @@ from gptq_loader_plugin.hub.workers import Cancelled
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from gptq_loader_plugin.catalog.engines.engine import Answer
     from gptq_loader_plugin.catalog.exllama import ExllamaReport
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
     from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
@@ -34,8 +37,16 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.hub.workers import Stop
     from gptq_loader_plugin.kernel import Kernel
 
-__all__ = ["FACTS", "BranchContents", "FitQuestion", "inspect_branch"]
+__all__ = [
+    "FACTS",
+    "PICKLE",
+    "BranchContents",
+    "FitQuestion",
+    "inspect_branch",
+    "outline_branch",
+]
 
+PICKLE = "a pickle (.pt, .bin) is not looked into before it is here"
 FIRST = 100_000  # bytes asked for first: the whole header of a model of 30 blocks
 FACTS = ("bits", "group_size", "desc_act", "damp_percent", "dataset", "seq_len")
 
@@ -58,6 +69,7 @@ class BranchContents:
     facts: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     exllama: ExllamaReport | None = None
+    engines: tuple[Answer, ...] = ()
     fit: Fit | None = None
     is_gptq: bool | None = None
     error: str = ""
@@ -89,6 +101,50 @@ def inspect_branch(hub: HubReference, question: FitQuestion, stop: Stop) -> Bran
 
 def _open(remote: RemoteBranch, folder: Path, question: FitQuestion, stop: Stop) -> BranchContents:
     """Read a branch's config files and the headers of its weights."""
+    checkpoint = outline_branch(remote, folder, stop)
+    stored, _ = read_stored_config(folder)
+    if checkpoint is None:
+        facts = {
+            name: value for name in FACTS if (value := getattr(stored, name, None)) is not None
+        }
+        return BranchContents(
+            remote,
+            facts=facts,
+            sources=dict(stored.sources),
+            fit=Fit(fits=None, reason=PICKLE),
+            is_gptq=True if detect(folder).is_gptq else None,
+        )
+    cache = RepoCache(question.cache, remote.hub.repo)
+    missing = sum(file.size for file in remote.files if not cache.has(file))
+    fit = check_fit(
+        checkpoint,
+        question.device,
+        question.kernels,
+        context=question.context,
+        disk=(missing, free_bytes(question.cache)),
+    )
+    return BranchContents(
+        remote,
+        facts=_facts(checkpoint, order_is_known=stored.desc_act is not None),
+        sources=checkpoint.config.sources,
+        exllama=ask_exllama(checkpoint, question.kernels),
+        engines=ask_engines(gather_facts(checkpoint)),
+        fit=fit,
+        is_gptq=True,
+    )
+
+
+def outline_branch(remote: RemoteBranch, folder: Path, stop: Stop) -> Checkpoint | None:
+    """Describe a branch by its config files and the headers of its weights; None for a pickle.
+
+    Args:
+        remote: the branch.
+        folder: where its config files are put, and files of its weights' names.
+        stop: looked at between requests.
+
+    Raises:
+        CheckpointError: its files do not make a GPTQ checkpoint.
+    """
     for file in remote.files:
         if file.name in (*CONFIG_FILES, "config.json") or file.name.endswith(".index.json"):
             (folder / file.name).write_bytes(read(file, stop))
@@ -111,37 +167,10 @@ def _open(remote: RemoteBranch, folder: Path, question: FitQuestion, stop: Stop)
     weights = find_weight_files(folder, base_name=stored.model_file_base_name, is_packed=is_packed)
     files = [by_name[path.name] for path in weights.files]
     if any(not file.name.endswith(".safetensors") for file in files):
-        facts = {
-            name: value for name in FACTS if (value := getattr(stored, name, None)) is not None
-        }
-        why = "a pickle (.pt, .bin) is not looked into before it is here"
-        return BranchContents(
-            remote,
-            facts=facts,
-            sources=dict(stored.sources),
-            fit=Fit(fits=None, reason=why),
-            is_gptq=True if detect(folder).is_gptq else None,
-        )
+        return None
     size = sum(file.size for file in files)
     all_headers = {header.name: header for file in files for header in tensors(file.name)}
-    checkpoint = outline(all_headers, stored, folder=folder, size_bytes=size)
-    cache = RepoCache(question.cache, remote.hub.repo)
-    missing = sum(file.size for file in remote.files if not cache.has(file))
-    fit = check_fit(
-        checkpoint,
-        question.device,
-        question.kernels,
-        context=question.context,
-        disk=(missing, free_bytes(question.cache)),
-    )
-    return BranchContents(
-        remote,
-        facts=_facts(checkpoint, order_is_known=stored.desc_act is not None),
-        sources=checkpoint.config.sources,
-        exllama=ask_exllama(checkpoint, question.kernels),
-        fit=fit,
-        is_gptq=True,
-    )
+    return outline(all_headers, stored, folder=folder, size_bytes=size)
 
 
 def _headers(file: RemoteFile, folder: Path, stop: Stop) -> list[TensorInfo]:

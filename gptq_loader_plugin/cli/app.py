@@ -28,6 +28,7 @@ from gptq_loader_plugin.cli import (
     serve,
     tune,
     webui,
+    where,
 )
 from gptq_loader_plugin.cli.output import reported, say
 from gptq_loader_plugin.errors import GPTQLoaderError, PluginError
@@ -53,6 +54,7 @@ for command in (
     serve,
     inspect,
     explain,
+    where,
     plugins,
     branches,
     download,

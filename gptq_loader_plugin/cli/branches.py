@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gptq_loader_plugin.catalog.engines.engine import engines_of
 from gptq_loader_plugin.cli.options import JSON, FitContext, FitDevice, hub_reference
 from gptq_loader_plugin.cli.output import (
     ProgressBars,
@@ -22,6 +24,7 @@ from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.catalog.branches import BranchReport, RepoReport
+    from gptq_loader_plugin.device import Device
 
 __all__ = ["add_to"]
 
@@ -36,6 +39,7 @@ COLUMNS = (
     "Size",
     "ExLlama",
     "Fits",
+    "Runs in",
     "Desc",
 )
 
@@ -52,10 +56,15 @@ def branches(
     *,
     device: FitDevice = None,
     context: FitContext = 4096,
+    vram: Annotated[
+        float | None,
+        typer.Option("--vram", min=0.1, help="GiB of a GPU to choose a branch for, here or not."),
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """List a repository's branches as its card does, and which fit this machine."""
     from gptq_loader_plugin.catalog.branches import list_branches
+    from gptq_loader_plugin.catalog.recommend import recommend
     from gptq_loader_plugin.device import find_device
     from gptq_loader_plugin.plugins import Plugins
 
@@ -65,7 +74,7 @@ def branches(
     try:
         report = list_branches(
             hub,
-            device=find_device(device),
+            device=find_device(device) if vram is None else _gpu(device, vram),
             kernels=plugins.kernels(),
             context=context,
             alone=":" in reference,
@@ -73,10 +82,22 @@ def branches(
         )
     finally:
         bars.close()
+    recommended = recommend(report)
     if as_json:
-        print_json(report.to_json())
+        print_json({**report.to_json(), "recommendation": asdict(recommended)})
+        return
+    _show(report)
+    if recommended.branch is None:
+        show(f"Recommended: none. {recommended.reason}")
     else:
-        _show(report)
+        show(f"Recommended: {recommended.branch}. {recommended.reason}")
+
+
+def _gpu(device: str | None, gibibytes: float) -> Device:
+    """Describe a GPU of so much memory, which need not be here."""
+    from gptq_loader_plugin.device import find_device
+
+    return replace(find_device(device or "cuda:sm86"), memory_bytes=int(gibibytes * (1 << 30)))
 
 
 def _show(report: RepoReport) -> None:
@@ -117,6 +138,7 @@ def _row(report: BranchReport) -> tuple[str, ...]:
         "-" if report.size_bytes is None else write_size(report.size_bytes),
         yes_no(report.exllama.compatible if report.exllama else None),
         "-" if report.is_gptq is False else yes_no(report.fit.fits, unknown="?"),
+        engines_of(report.engines) if report.engines else "-",
         "not GPTQ"
         if report.is_gptq is False
         else (report.desc or "")

@@ -100,7 +100,9 @@ def test_files_that_comments_name_are_there() -> None:
     missing = [
         f"{file}: {name}"
         for file in files
-        if file.endswith((".py", ".cpp", ".h")) and not file.startswith("tests/")
+        if file.endswith((".py", ".cpp", ".h"))
+        and not file.startswith("tests/")
+        and not file.endswith("engines/table.py")  # which names files of the engines
         for name in NAMED.findall((ROOT / file).read_text(encoding="utf-8"))
         if not any(f"/{other}".endswith(f"/{name}") for other in files)
         and not any(f"{folder}/" in name for folder in OTHERS)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import gptq_loader_plugin as gptq
 from gptq_loader_plugin.catalog.branches import RepoReport, list_branches
 from gptq_loader_plugin.catalog.card_table import CardRow, read_branch_name, read_card_table
+from gptq_loader_plugin.catalog.recommend import recommend
 from gptq_loader_plugin.cli.app import app
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.hub import download
@@ -80,6 +81,28 @@ def test_the_cards_table_comes_from_the_branches_and_the_card(repository: HubSer
     assert four.dataset is None, "the card has no line for it"
     assert four.size_bytes == (DATA / ONE / "model.safetensors").stat().st_size
     assert {it.fit.fits for it in report.branches} == {True}
+
+
+def test_the_most_exact_branch_that_fits_is_recommended(repository: HubServer) -> None:
+    advice = recommend(listed())
+    assert advice.branch == FOUR, "groups of 32 before none"
+    assert "4-bit, groups of 32: the most exact of the 3 that fit" in advice.reason
+    assert "runs in: sglang, transformers" in advice.reason
+    small = replace(find_device("cpu"), memory_bytes=300_000)
+    none = recommend(listed(device=small))
+    assert none.branch is None
+    assert "none fits cpu; the smallest" in none.reason
+
+
+def test_the_command_chooses_for_a_gpu_that_is_not_here(repository: HubServer) -> None:
+    shown = CliRunner().invoke(app, ["branches", REPO.repo, "--vram", "24", "--context", "256"])
+    assert shown.exit_code == 0, shown.output
+    assert f"Recommended: {FOUR}. 4-bit, groups of 32" in shown.stdout
+    assert "for 256 tokens" in shown.stdout
+    assert "| Runs in " in shown.stdout
+    output = CliRunner().invoke(app, ["branches", REPO.repo, "--vram", "0.1", "--json"]).stdout
+    assert json.loads(output)["recommendation"]["branch"] == FOUR
+    assert json.loads(output)["branches"][0]["engines"][0]["engine"] == "vllm"
 
 
 def test_of_the_weights_only_the_headers_are_fetched(
@@ -231,7 +254,8 @@ def test_the_command(repository: HubServer) -> None:
     rows = [[cell.strip() for cell in it.strip("|").split("|")] for it in lines if it[:1] == "|"]
     assert rows[2] == [
         "main", "4", "none", "yes", "0.1", "wikitext", "4096", "339 kB", "yes", "yes",
-        "4-bit, with Act Order.",
+        "vllm, sglang, transformers, gptqmodel, auto-round, exllamav2, llama.cpp, "
+        "text-generation-inference", "4-bit, with Act Order.",
     ]  # fmt: skip
     assert [it[0] for it in rows[2:]] == ["main", THREE, "dense", FOUR]
     assert rows[4][-3:] == ["-", "-", "not GPTQ"]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
     from gptq_loader_plugin.kernel import LayerSpec
 
-__all__ = ["translate", "translate_config"]
+__all__ = ["refuse", "translate", "translate_config"]
 
 PARTS = ("q_proj", "k_proj", "v_proj")
 BY_ROWS = ("weight", "bias")  # every other tensor of a layer has its outputs along its last axis
@@ -68,12 +68,8 @@ def translate(checkpoint: Checkpoint, *, families: Sequence[Family] = FAMILIES) 
     family = _find(config, families, path)
     if family is not None:
         return _Translation(checkpoint, family, _write(config, family, path)).run()
+    refuse(config, path)
     model_type = config["model_type"]
-    for refused in REFUSED:
-        if refused.model_type == model_type and refused.when(config):
-            raise UnsupportedFormat(
-                f"a {model_type} model {refused.reason}", path=path, hint=ELSEWHERE
-            )
     code = (config.get("auto_map") or {}).get("AutoModelForCausalLM")
     if code is None or model_type in SAME_CODE:
         return checkpoint
@@ -82,6 +78,20 @@ def translate(checkpoint: Checkpoint, *, families: Sequence[Family] = FAMILIES) 
         f"as transformers' own {model_type}"
     )
     return _replace(checkpoint, warnings=(*checkpoint.warnings, warning))
+
+
+def refuse(config: dict[str, Any], path: Path) -> None:
+    """Refuse a config.json of a kind that no class of transformers computes.
+
+    Raises:
+        UnsupportedFormat: it is of such a kind.
+    """
+    model_type = config["model_type"]
+    for refused in REFUSED:
+        if refused.model_type == model_type and refused.when(config):
+            raise UnsupportedFormat(
+                f"a {model_type} model {refused.reason}", path=path, hint=ELSEWHERE
+            )
 
 
 def translate_config(config: dict[str, Any], path: Path) -> dict[str, Any] | None:

@@ -1,0 +1,1 @@
+"""Which other programs take a checkpoint, by rules that are data."""
