@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
 
-__all__ = ["embedding_rows", "fit_vocabulary", "vocabulary_warning"]
+__all__ = ["EMBEDDINGS", "embedding_rows", "fit_vocabulary", "vocabulary_warning"]
 
 # The last part of a module's name: embeddings of tokens, and output heads.
 EMBEDDINGS = ("embed_tokens", "tok_embeddings", "word_embeddings", "embed_in", "wte")
