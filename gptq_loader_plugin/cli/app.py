@@ -28,6 +28,7 @@ from gptq_loader_plugin.cli import (
     quantize,
     serve,
     tune,
+    verify,
     webui,
     where,
 )
@@ -57,6 +58,7 @@ for command in (
     explain,
     where,
     forecast,
+    verify,
     plugins,
     branches,
     download,

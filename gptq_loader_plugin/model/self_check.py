@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.planning.choose import Choice
     from gptq_loader_plugin.planning.plan import Plan
 
-__all__ = ["check_finite", "check_layers"]
+__all__ = ["check_finite", "check_layer", "check_layers"]
 
 ROWS = 3  # more than one, so that kernels with a path for a single row are not the only ones seen
 PROBE_TOKENS = 4
@@ -53,7 +53,7 @@ def check_layers(
         kind = (choice.kernel.name, layer.bits, layer.group_size, layer.desc_act, layer.layout)
         kinds.setdefault(kind, choice)
     for choice in kinds.values():
-        _check_layer(modules[choice.layer.name], choice, checkpoint, plan)
+        check_layer(modules[choice.layer.name], choice, checkpoint, plan)
 
 
 def check_finite(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
@@ -102,9 +102,20 @@ def check_finite(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     )
 
 
-def _check_layer(
+def check_layer(
     module: torch.nn.Module, choice: Choice, checkpoint: Checkpoint, plan: Plan
 ) -> None:
+    """Compare a few rows by a layer's kernel with its dequantised weight.
+
+    Args:
+        module: what the kernel prepared.
+        choice: the layer, and which kernel that is.
+        checkpoint: where its tensors are.
+        plan: where it runs.
+
+    Raises:
+        PluginError: the kernel's answer differs by more than its dtype rounds.
+    """
     layer = choice.layer
     columns = torch.arange(layer.out_features)
     if len(columns) > 2 * SIDE_COLUMNS:

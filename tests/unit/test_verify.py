@@ -1,0 +1,148 @@
+"""Whether a checkpoint is right: planted faults are named, and good ones are not accused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from altered import DATA, ONE, copy, edit_tensors
+from typer.testing import CliRunner
+
+import gptq_loader_plugin as gptq
+from gptq_loader_plugin.checkpoint.reader import open_checkpoint
+from gptq_loader_plugin.cli.app import app
+from gptq_loader_plugin.hub import download
+from gptq_loader_plugin.hub.hub_reference import HubReference
+from gptq_loader_plugin.load_options import LoadOptions
+from gptq_loader_plugin.verify.files import check_hashes
+from gptq_loader_plugin.verify.layers import check_layers
+from gptq_loader_plugin.verify.run import verify
+from gptq_loader_plugin.verify.text import _of_reply, _of_score, is_trained
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hub_server import HubServer
+
+    from gptq_loader_plugin.verify.report import Report
+
+sys.path.insert(0, str(DATA.parents[2] / "bench"))
+from planted_faults import FAULTS, plant
+
+NAMES = sorted(it.name for it in DATA.iterdir() if (it / "quantize_config.json").is_file())
+SOURCES = ("gptq-4bit-64g-act-sym", "gptq_v2-3bit-64g-act-asym")
+
+
+def verified(folder: Path) -> Report:
+    options, plugins = LoadOptions(device="cpu"), gptq.Plugins(installed=True)
+    return verify(str(folder), options=options, plugins=plugins)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_good_checkpoint_is_not_accused(name: str) -> None:
+    report = verified(DATA / name)
+    assert report.right, report.line
+    assert report.facts["layers"] == 14
+    assert not report.facts["trained"], "the tests' model was made at random"
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_planted_fault_is_named(kind: str, source: str, tmp_path: Path) -> None:
+    checks = plant(DATA / source, tmp_path / "planted", kind, seed=3)
+    report = verified(tmp_path / "planted")
+    assert not report.right
+    first = next(finding for finding in report.findings if finding.wrong)
+    assert first.check in checks, report.line
+    assert first.fix
+
+
+def test_codes_that_are_random_everywhere_are_a_note(tmp_path: Path) -> None:
+    folder = copy(ONE, tmp_path / "one")
+    generator = torch.Generator().manual_seed(0)
+
+    def fill(tensors: dict[str, Any]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith(".qweight"):
+                tensor.random_(-(1 << 31), (1 << 31) - 1, generator=generator)
+
+    edit_tensors(folder, fill)
+    findings, _ = check_layers(open_checkpoint(folder))
+    assert [finding.wrong for finding in findings] == [False]
+    assert "no real weights" in findings[0].message
+
+
+def test_half_a_layers_columns_without_codes(tmp_path: Path) -> None:
+    folder = copy(ONE, tmp_path / "one")
+
+    def blank(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.0.mlp.up_proj.qweight"][:, ::2] = 0
+
+    edit_tensors(folder, blank)
+    findings, _ = check_layers(open_checkpoint(folder))
+    assert [finding.where for finding in findings if finding.wrong] == [
+        "model.layers.0.mlp.up_proj"
+    ]
+
+
+def test_a_file_of_the_hubs_cache_is_hashed(hub: HubServer) -> None:
+    hub.add("owner/tiny-GPTQ", DATA / ONE)
+    folder = download(HubReference("owner/tiny-GPTQ"))
+    checkpoint = open_checkpoint(folder)
+    assert check_hashes(checkpoint) == ([], 1)
+    file = (folder / "model.safetensors").resolve()
+    changed = bytearray(file.read_bytes())
+    changed[-1] ^= 1
+    file.chmod(0o644)
+    file.write_bytes(changed)
+    findings, _ = check_hashes(checkpoint)
+    assert "its hash differs" in findings[0].message
+
+
+def test_replies_are_judged_by_their_form() -> None:
+    good = "Paris is the capital of France, and has been for a long time."
+    assert not _of_reply(good, range(20), wrong=True)
+    same = _of_reply("!!!!", [0] * 20, wrong=False)
+    assert same[0].wrong
+    assert "one token in 100%" in same[0].message
+    loop = _of_reply("again and again", [1, 2, 3] * 10, wrong=False)
+    assert not loop[0].wrong, "alone it is a note: small models loop too"
+    assert "repeats itself" in loop[0].message
+    mixed = _of_reply("word слово 言葉", range(20), wrong=True)
+    assert mixed[0].wrong
+    assert "mixes scripts: CJK, CYRILLIC, LATIN" in mixed[0].message
+
+
+def test_scores_are_judged() -> None:
+    assert not _of_score(40.0)
+    assert not _of_score(400.0)[0].wrong
+    assert _of_score(5000.0)[0].wrong
+    assert _of_score(float("nan"))[0].wrong
+
+
+def test_a_model_whose_norms_were_changed_is_trained() -> None:
+    model = torch.nn.ModuleDict({"input_norm": torch.nn.LayerNorm(4)})
+    assert not is_trained(model)
+    with torch.no_grad():
+        model["input_norm"].weight[0] = 2
+    assert is_trained(model)
+
+
+def test_the_command_ends_with_the_verdict(tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    good = run(app, ["verify", str(DATA / ONE), "--device", "cpu"])
+    assert good.exit_code == 0, good.output
+    assert good.stdout.splitlines()[0].startswith(f"{DATA / ONE}: right")
+    plant(DATA / ONE, tmp_path / "planted", "codes of zero", seed=0)
+    wrong = run(app, ["verify", str(tmp_path / "planted"), "--json"])
+    assert wrong.exit_code == 1
+    data = json.loads(wrong.stdout)
+    assert data["right"] is False
+    assert data["findings"][0]["check"] == "layers"
+    shown = run(app, ["verify", str(tmp_path / "planted")])
+    assert "wrong: layers: " in shown.stdout
+    dense = run(app, ["verify", str(DATA / "base")])
+    assert "the model is not quantised" in dense.stderr
