@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from gptq_loader_plugin.generation.final_logits import final_logits
 from gptq_loader_plugin.kernel import FusedOperators, Joinable
 from gptq_loader_plugin.model.watch import Watch
 
@@ -160,8 +161,7 @@ class FusedDecoder:
         self._family, self._style = _family_of(decoder)
         self._operators, self._observed = operators, observed
         self._embed, self._norm = decoder.embed_tokens, decoder.norm
-        self._head = model.get_output_embeddings()
-        self._softcap = getattr(decoder.config, "final_logit_softcapping", None)
+        self._model = model
         self._tables = [(module, beside) for module, beside, _ in observed.tables]
         self._layers = [self._describe(layer) for layer in decoder.layers]
         self._eps = _epsilon(self._norm)
@@ -169,7 +169,8 @@ class FusedDecoder:
         if any(_epsilon(it) != self._eps for it in norms):
             raise NotFused("its norms have several epsilons")
         self._watch = Watch(
-            decoder, [*decoder.layers.modules(), decoder.norm, self._embed, self._head]
+            decoder,
+            [*decoder.layers.modules(), decoder.norm, self._embed, model.get_output_embeddings()],
         )
 
     def unchanged(self) -> bool:
@@ -196,10 +197,7 @@ class FusedDecoder:
                 x, residual, following.weight, eps,
                 style=style, post_weight=_weight(mlp.output_norm),
             )  # fmt: skip
-        logits: torch.Tensor = self._head(x)
-        if self._softcap is not None:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
-        return logits
+        return final_logits(self._model, x)
 
     def _attend(
         self,
