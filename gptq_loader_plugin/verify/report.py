@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-__all__ = ["Finding", "Report"]
+__all__ = ["Finding", "Report", "Symptom"]
 
+Symptom = Literal["gibberish", "never-stops", "slow", "nan", "crash"]
 Check = Literal["files", "config", "zeros", "layers", "tensors", "kernels", "activations", "text"]
 
 
