@@ -29,16 +29,23 @@ SAME_TOKEN = 0.5  # of a reply
 SCRIPTS = 3
 DISTINCT = 0.35  # of a reply's runs of four tokens; a loop has few
 FLOAT16_MAX = 65504.0
+EMBEDDING_ROWS = 4096
+SHARED = 10.0  # times what random rows have, which is 1
 
 
 def is_trained(model: Any) -> bool:  # noqa: ANN401 - transformers' model
-    """Return whether a model's norms were ever changed: made at random, they are ones or zeros."""
-    norms = [
-        parameter
-        for name, parameter in model.named_parameters()
-        if "norm" in name.lower() and name.endswith("weight") and parameter.dim() == 1
-    ]
-    return not norms or any(bool((norm != norm[0]).any()) for norm in norms)
+    """Return whether a model was ever trained: its embeddings have a direction in common.
+
+    Of n rows made at random, the mean has 1/n of their squared length. Training turns all of them
+    one way.
+    """
+    embedding = model.get_input_embeddings()
+    weight = getattr(embedding, "weight", None)
+    if weight is None or weight.dim() != 2:
+        return True
+    rows = weight.detach()[:EMBEDDING_ROWS].float()
+    shared = rows.mean(dim=0).square().sum() / rows.square().sum(dim=1).mean().clamp_min(1e-12)
+    return float(shared) * len(rows) > SHARED
 
 
 def check_activations(model: LoadedModel, ids: Sequence[int]) -> tuple[list[Finding], float]:
@@ -90,7 +97,7 @@ def check_text(model: LoadedModel) -> tuple[list[Finding], dict[str, Any]]:
     score = measure_perplexity(model, sample_text(), windows=1, window_tokens=window).perplexity
     facts: dict[str, Any] = {"perplexity": round(score, 2), "trained": is_trained(model.model)}
     if not facts["trained"]:
-        message = "its norms are as they began: it was never trained, so its text is not judged"
+        message = "its embeddings are random: it was never trained, so its text is not judged"
         return [Finding("text", wrong=False, message=message)], facts
     replies = [_reply(model, question) for question in QUESTIONS]
     facts["replies"] = [text for text, _ in replies]

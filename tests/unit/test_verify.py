@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(DATA.parents[2] / "bench"))
 from planted_faults import FAULTS, plant
+from published import publish
 
 NAMES = sorted(it.name for it in DATA.iterdir() if (it / "quantize_config.json").is_file())
 SOURCES = ("gptq-4bit-64g-act-sym", "gptq_v2-3bit-64g-act-asym")
@@ -47,6 +48,15 @@ def test_a_good_checkpoint_is_not_accused(name: str) -> None:
     assert report.right, report.line
     assert report.facts["layers"] == 14
     assert not report.facts["trained"], "the tests' model was made at random"
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt2", "qwen2_moe"])
+def test_a_good_checkpoint_of_another_family_is_not_accused(
+    model_type: str, tmp_path: Path
+) -> None:
+    published = publish(model_type, tmp_path)
+    report = verified(published.packed)
+    assert report.right, report.line
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -123,11 +133,20 @@ def test_scores_are_judged() -> None:
     assert _of_score(float("nan"))[0].wrong
 
 
-def test_a_model_whose_norms_were_changed_is_trained() -> None:
-    model = torch.nn.ModuleDict({"input_norm": torch.nn.LayerNorm(4)})
+def test_embeddings_that_share_a_direction_are_trained() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = torch.nn.Embedding(1000, 64)
+
+        def get_input_embeddings(self) -> torch.nn.Embedding:
+            return self.embedding
+
+    torch.manual_seed(0)
+    model = Model()
     assert not is_trained(model)
     with torch.no_grad():
-        model["input_norm"].weight[0] = 2
+        model.embedding.weight += 0.3
     assert is_trained(model)
 
 
