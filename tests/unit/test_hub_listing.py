@@ -13,6 +13,7 @@ from hub_server import GOOD_TOKEN, STRANGER, HubServer
 from typer.testing import CliRunner
 
 import gptq_loader_plugin as gptq
+from gptq_loader_extensions.gradio.views.branches_view import branches_html
 from gptq_loader_plugin.catalog.branches import RepoReport, list_branches
 from gptq_loader_plugin.catalog.card_table import CardRow, read_branch_name, read_card_table
 from gptq_loader_plugin.catalog.recommend import recommend
@@ -92,6 +93,12 @@ def test_the_most_exact_branch_that_fits_is_recommended(repository: HubServer) -
     none = recommend(listed(device=small))
     assert none.branch is None
     assert "none fits cpu; the smallest" in none.reason
+
+
+def test_the_page_says_where_each_runs_and_which_to_take(repository: HubServer) -> None:
+    html = branches_html(listed())
+    assert "beside ours it runs in: vllm, sglang, transformers" in html
+    assert f"<p role='note'>Recommended: {FOUR}. 4-bit, groups of 32" in html
 
 
 def test_the_command_chooses_for_a_gpu_that_is_not_here(repository: HubServer) -> None:

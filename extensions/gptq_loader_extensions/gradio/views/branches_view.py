@@ -5,6 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
+from gptq_loader_plugin.catalog.engines.engine import engines_of
+from gptq_loader_plugin.catalog.recommend import recommend
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
@@ -31,7 +33,10 @@ def branches_html(report: RepoReport) -> str:
     head = "".join(f"<th scope='col'>{column}</th>" for column in COLUMNS)
     rows = "".join(_row(branch) for branch in report.branches)
     gated = "; gated: its owner grants access" if report.gated else ""
-    notes = "".join(f"<p role='note'>{escape(warning)}</p>" for warning in report.warnings)
+    advice = recommend(report)
+    words = f"Recommended: {advice.branch}. {advice.reason}" if advice.branch else advice.reason
+    notes = f"<p role='note'>{escape(words)}</p>"
+    notes += "".join(f"<p role='note'>{escape(warning)}</p>" for warning in report.warnings)
     return (
         "<div class='scrolls'><table>"
         f"<caption>{escape(report.repo)}, licence {escape(report.license or 'not given')}{gated}; "
@@ -50,6 +55,8 @@ def _row(branch: BranchReport) -> str:
     why = branch.error or branch.fit.reason
     if branch.exllama is not None and not branch.exllama.compatible and not branch.error:
         why += f"; ExLlama: {branch.exllama.reason}"
+    if branch.engines and not branch.error:
+        why += f"; beside ours it runs in: {engines_of(branch.engines)}"
     if branch.here:
         why = f"on this machine; {why}"
     cells = [
