@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from altered import ALL, DATA, ONE, copy, edit_json, edit_tensors, rename_weights, set_field
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import gptq_loader_plugin as gptq
@@ -169,3 +171,13 @@ def test_the_column_of_a_table_leaves_ours_out() -> None:
     ours = asked(DATA / "gptq_v2-3bit-64g-act-asym")["gptqmodel"]
     assert engines_of([replace(ours, engine="gptq-loader", takes=True)]) == "ours alone"
     assert engines_of([ours, replace(ours, engine="vllm", takes=False)]) == "gptqmodel"
+
+
+def test_a_pickle_is_for_those_that_open_it(tmp_path: Path) -> None:
+    folder = copy("gptq-4bit-noneg-act-sym", tmp_path / "one")
+    torch.save(load_file(folder / "model.safetensors"), folder / "gptq_model-4bit.pt")
+    (folder / "model.safetensors").unlink()
+    answers = asked(folder)
+    assert answers["vllm"].takes
+    assert "does not open a file called gptq_model-4bit.pt" in answers["transformers"].reason
+    assert answers["gptqmodel"].takes is False
