@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -27,20 +26,18 @@ from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.model.class_errors import raised_in_transformers
 from gptq_loader_plugin.model.pictures import auto_class
 from gptq_loader_plugin.planning.model_shape import ModelShape
-from gptq_loader_plugin.quantize.algorithm import QuantizedWeight, quantize_weight
 from gptq_loader_plugin.quantize.blocks import (
     LinearOutputs,
     find_blocks,
-    hessians,
     left_out,
     linears,
     record_calls,
     run_block,
     separate_experts,
-    subsets,
 )
 from gptq_loader_plugin.quantize.calibration import calibration_samples, calibration_text
 from gptq_loader_plugin.quantize.kept_blocks import KeptBlocks, only_writer
+from gptq_loader_plugin.quantize.work import Work
 from gptq_loader_plugin.quantize.writer import (
     hub_names,
     pack_weight,
@@ -54,10 +51,8 @@ from gptq_loader_plugin.system.units import write_size
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from gptq_loader_plugin.quantize.blocks import Block, Call
     from gptq_loader_plugin.quantize.options import QuantizeOptions
 
 __all__ = ["quantize", "quantize_model"]
@@ -169,7 +164,7 @@ def _quantize(
     kept = KeptBlocks(out / KEPT, _fingerprint(model, options, samples))
     batches = _batches(samples)
     hidden, calls = record_calls(model, blocks, batches)
-    work = _Work(options, progress, total=sum(len(linears(block)) for block in blocks))
+    work = Work(options, progress, total=sum(len(linears(block)) for block in blocks))
     packed: dict[str, dict[str, torch.Tensor]] = {}
     for i, block in enumerate(blocks):
         done = kept.read(i)
@@ -190,89 +185,6 @@ def _quantize(
     write_checkpoint(model, tokenizer, packed, out, options=options, names=names, left=left)
     kept.remove()
     return out
-
-
-class _Work:
-    """Quantise blocks, and say how far it has come."""
-
-    def __init__(
-        self, options: QuantizeOptions, progress: Callable[[Progress], None], *, total: int
-    ) -> None:
-        self._options = options
-        self._progress = progress
-        self._total = total
-        self._done = 0
-        self._fresh = 0
-        self._began = time.monotonic()
-
-    def quantize_block(
-        self,
-        block: Block,
-        hidden: Sequence[torch.Tensor],
-        calls: Sequence[Call],
-        outputs: LinearOutputs,
-    ) -> dict[str, QuantizedWeight]:
-        modules = linears(block)
-        groups = subsets(block, hidden[0], calls[0])
-        if not self._options.true_sequential:
-            groups = [[name for names in groups for name in names]]
-        quantized: dict[str, QuantizedWeight] = {}
-        for together in groups:
-            sums = hessians(block, together, hidden, calls, outputs)
-            for names in _same_input(together, sums):
-                weight = torch.cat([_weight(modules[name]) for name in names])
-                whole = quantize_weight(weight, sums[names[0]], self._options)
-                parts = whole.split([_weight(modules[name]).shape[0] for name in names])
-                for name, part in zip(names, parts, strict=True):
-                    quantized[name] = part
-                    _set_weight(modules[name], part.dequantize())
-                outputs.finish(names)
-                self._fresh += len(names)
-                self._report(len(names), names[-1])
-        return quantized
-
-    def apply(self, block: Block, done: dict[str, QuantizedWeight]) -> None:
-        """Set a block's quantised weights, where another run has made them."""
-        modules = linears(block)
-        for name, part in done.items():
-            _set_weight(modules[name], part.dequantize())
-        if not self._fresh:
-            self._report(len(done), block.path)
-
-    def _report(self, layers: int, name: str) -> None:
-        self._done += layers
-        left = self._total - self._done
-        detail = name
-        if self._fresh:
-            seconds = (time.monotonic() - self._began) / self._fresh * left
-            minutes, rest = divmod(round(seconds), 60)
-            detail = f"{name}, {f'{minutes} min ' if minutes else ''}{rest} s left"
-        self._progress(Progress("quantize", self._done, self._total, "layers", detail))
-
-
-def _same_input(names: Sequence[str], sums: dict[str, torch.Tensor]) -> list[list[str]]:
-    """Group names whose Hessians are the same: their weights are quantised as one."""
-    groups: list[list[str]] = []
-    for name in names:
-        for group in groups:
-            if torch.equal(sums[group[0]], sums[name]):
-                group.append(name)
-                break
-        else:
-            groups.append([name])
-    return groups
-
-
-def _weight(module: nn.Module) -> torch.Tensor:
-    """Return a linear's weight as float32 [N, K]; GPT-2's Conv1D keeps it transposed."""
-    weight: Any = module.weight
-    tensor: torch.Tensor = weight.detach().float()
-    return tensor.t().contiguous() if type(module).__name__ == "Conv1D" else tensor
-
-
-def _set_weight(module: nn.Module, weight: torch.Tensor) -> None:
-    target: Any = module.weight
-    target.data = (weight.t() if type(module).__name__ == "Conv1D" else weight).to(target.dtype)
 
 
 def _batches(samples: Sequence[Sequence[int]]) -> list[torch.Tensor]:

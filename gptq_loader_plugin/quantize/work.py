@@ -1,0 +1,119 @@
+"""Quantise the linears of a model's blocks, and say how far it has come."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gptq_loader_plugin.events import Progress
+from gptq_loader_plugin.quantize.algorithm import QuantizedWeight, quantize_weight
+from gptq_loader_plugin.quantize.blocks import LinearOutputs, hessians, linears, subsets
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import nn
+
+    from gptq_loader_plugin.quantize.blocks import Block, Call
+    from gptq_loader_plugin.quantize.options import QuantizeOptions
+
+__all__ = ["Work"]
+
+
+class Work:
+    """Quantise blocks, and say how far it has come.
+
+    Args:
+        options: how to quantise.
+        progress: called with the layers done.
+        total: how many layers there are.
+    """
+
+    def __init__(
+        self, options: QuantizeOptions, progress: Callable[[Progress], None], *, total: int
+    ) -> None:
+        self._options = options
+        self._progress = progress
+        self._total = total
+        self._done = 0
+        self._fresh = 0
+        self._began = time.monotonic()
+
+    def quantize_block(
+        self,
+        block: Block,
+        hidden: Sequence[torch.Tensor],
+        calls: Sequence[Call],
+        outputs: LinearOutputs,
+    ) -> dict[str, QuantizedWeight]:
+        """Quantise a block by what goes through it.
+
+        Args:
+            block: the block; its weights become the quantised ones.
+            hidden: its input, a batch each.
+            calls: what it is called with besides, a batch each.
+            outputs: of its linears that are finished.
+        """
+        modules = linears(block)
+        groups = subsets(block, hidden[0], calls[0])
+        if not self._options.true_sequential:
+            groups = [[name for names in groups for name in names]]
+        quantized: dict[str, QuantizedWeight] = {}
+        for together in groups:
+            sums = hessians(block, together, hidden, calls, outputs)
+            for names in _same_input(together, sums):
+                weight = torch.cat([_weight(modules[name]) for name in names])
+                whole = quantize_weight(weight, sums[names[0]], self._options)
+                parts = whole.split([_weight(modules[name]).shape[0] for name in names])
+                for name, part in zip(names, parts, strict=True):
+                    quantized[name] = part
+                    _set_weight(modules[name], part.dequantize())
+                outputs.finish(names)
+                self._fresh += len(names)
+                self._report(len(names), names[-1])
+        return quantized
+
+    def apply(self, block: Block, done: dict[str, QuantizedWeight]) -> None:
+        """Set a block's quantised weights, where another run has made them."""
+        modules = linears(block)
+        for name, part in done.items():
+            _set_weight(modules[name], part.dequantize())
+        if not self._fresh:
+            self._report(len(done), block.path)
+
+    def _report(self, layers: int, name: str) -> None:
+        self._done += layers
+        left = self._total - self._done
+        detail = name
+        if self._fresh:
+            seconds = (time.monotonic() - self._began) / self._fresh * left
+            minutes, rest = divmod(round(seconds), 60)
+            detail = f"{name}, {f'{minutes} min ' if minutes else ''}{rest} s left"
+        self._progress(Progress("quantize", self._done, self._total, "layers", detail))
+
+
+def _same_input(names: Sequence[str], sums: dict[str, torch.Tensor]) -> list[list[str]]:
+    """Group names whose Hessians are the same: their weights are quantised as one."""
+    groups: list[list[str]] = []
+    for name in names:
+        for group in groups:
+            if torch.equal(sums[group[0]], sums[name]):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    """Return a linear's weight as float32 [N, K]; GPT-2's Conv1D keeps it transposed."""
+    weight: Any = module.weight
+    tensor: torch.Tensor = weight.detach().float()
+    return tensor.t().contiguous() if type(module).__name__ == "Conv1D" else tensor
+
+
+def _set_weight(module: nn.Module, weight: torch.Tensor) -> None:
+    target: Any = module.weight
+    target.data = (weight.t() if type(module).__name__ == "Conv1D" else weight).to(target.dtype)
