@@ -14,7 +14,7 @@ from gptq_loader_plugin.model.experts import PackedExperts, expert_weights, expe
 from gptq_loader_plugin.model.linears import linear_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
@@ -24,11 +24,13 @@ __all__ = [
     "Block",
     "Call",
     "LinearOutputs",
+    "blocks_of",
     "find_blocks",
     "left_out",
     "record_calls",
     "run_block",
     "separate_experts",
+    "states_of",
     "subsets",
 ]
 
@@ -110,7 +112,7 @@ def find_blocks(model: PreTrainedModel, bits: int = 4) -> list[Block]:
     if best is None:
         message = f"a {model.config.model_type} model has no list of blocks to quantise"
         raise QuantizeError(message, hint="quantise a decoder-only language model")
-    return _blocks(best[1], best[2], bits)
+    return blocks_of({best[1]: best[2]}, bits)
 
 
 def _block_lists(model: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
@@ -125,15 +127,21 @@ def _block_lists(model: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
     return own or list(every.items())
 
 
-def _blocks(path: str, modules: nn.ModuleList, bits: int) -> list[Block]:
+def blocks_of(lists: Mapping[str, nn.ModuleList], bits: int) -> list[Block]:
+    """Make blocks of all members of some lists, by the lists' paths in the model."""
     blocks: list[Block] = []
     seen: set[int] = set()
-    for i, module in enumerate(modules):
-        every = linears(Block(f"{path}.{i}", module, bits))
+    members = [
+        (f"{path}.{i}", module)
+        for path, modules in lists.items()
+        for i, module in enumerate(modules)
+    ]
+    for path, module in members:
+        every = linears(Block(path, module, bits))
         weights = {name: id(linear.weight) for name, linear in every.items()}
         shared = frozenset(name for name, weight in weights.items() if weight in seen)
         seen.update(weights.values())
-        blocks.append(Block(f"{path}.{i}", module, bits, shared))
+        blocks.append(Block(path, module, bits, shared))
     return blocks
 
 
@@ -230,8 +238,13 @@ def run_block(block: Block, hidden: torch.Tensor, call: Call) -> tuple[torch.Ten
         output = block.module(hidden_states=hidden, **call.keywords)
     else:
         output = block.module(hidden, *call.arguments, **call.keywords)
+    return states_of(output), output
+
+
+def states_of(output: Any) -> torch.Tensor:  # noqa: ANN401 - a block's own
+    """Return the hidden states of what a block answers with."""
     states: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
-    return states, output
+    return states
 
 
 @torch.inference_mode()

@@ -37,6 +37,12 @@ from gptq_loader_plugin.quantize.blocks import (
 )
 from gptq_loader_plugin.quantize.calibration import calibration_samples, calibration_text
 from gptq_loader_plugin.quantize.kept_blocks import KeptBlocks, only_writer
+from gptq_loader_plugin.quantize.whole_decoder import (
+    decoder_blocks,
+    decoder_hessians,
+    input_groups,
+    runs_by_blocks,
+)
 from gptq_loader_plugin.quantize.work import Work
 from gptq_loader_plugin.quantize.writer import (
     hub_names,
@@ -53,11 +59,14 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from gptq_loader_plugin.quantize.algorithm import QuantizedWeight
+    from gptq_loader_plugin.quantize.blocks import Block
     from gptq_loader_plugin.quantize.options import QuantizeOptions
 
 __all__ = ["quantize", "quantize_model"]
 
 BATCH_TOKENS = 4096  # hidden states are run through a block this many tokens at a time
+SHORT = 16  # tokens of a sample by which is found how a model runs
 UNKNOWN_CONTEXT = 2048
 # What a model of no size takes beside its weights until its first block: code and threads of
 # transformers 0.5 GB, and tokens of the built-in text 0.1 GB (a peak of 616 MB measured).
@@ -154,7 +163,11 @@ def _quantize(
 ) -> Path:
     names = hub_names(model)
     separate_experts(model)
-    blocks = find_blocks(model, options.bits)
+    batches = _batches(samples)
+    blocks, short = find_blocks(model, options.bits), batches[0][:1, :SHORT]
+    by_blocks = runs_by_blocks(model, blocks, short)
+    if not by_blocks:
+        blocks = decoder_blocks(model, short, options.bits)
     left = left_out(blocks)
     if not any(linears(block) for block in blocks):
         raise QuantizeError(
@@ -162,10 +175,23 @@ def _quantize(
             hint="take another width: 4 bits need multiples of 8, 8 bits multiples of 4",
         )
     kept = KeptBlocks(out / KEPT, _fingerprint(model, options, samples))
-    batches = _batches(samples)
-    hidden, calls = record_calls(model, blocks, batches)
     work = Work(options, progress, total=sum(len(linears(block)) for block in blocks))
-    packed: dict[str, dict[str, torch.Tensor]] = {}
+    quantized = (_by_blocks if by_blocks else _at_once)(model, blocks, batches, work, kept)
+    packed = {path: pack_weight(weight, options, name="") for path, weight in quantized}
+    write_checkpoint(model, tokenizer, packed, out, options=options, names=names, left=left)
+    kept.remove()
+    return out
+
+
+def _by_blocks(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    batches: Sequence[torch.Tensor],
+    work: Work,
+    kept: KeptBlocks,
+) -> Iterator[tuple[str, QuantizedWeight]]:
+    """Quantise block after block, each by what the quantised ones before it hand on."""
+    hidden, calls = record_calls(model, blocks, batches)
     for i, block in enumerate(blocks):
         done = kept.read(i)
         with LinearOutputs(block) as outputs:
@@ -174,17 +200,41 @@ def _quantize(
                 kept.write(i, done)
             else:
                 work.apply(block, done)
-            for path, weight in done.items():
-                packed[path] = pack_weight(weight, options, name="")
+            yield from done.items()
+            if i + 1 == len(blocks):
+                break
             for j, (states, call) in enumerate(zip(hidden, calls[i], strict=True)):
                 outputs.start(j)
                 hidden[j], output = run_block(block, states, call)
-                if i + 1 < len(blocks):
-                    calls[i + 1][j] = calls[i + 1][j].after(output)
+                calls[i + 1][j] = calls[i + 1][j].after(output)
         calls[i].clear()
-    write_checkpoint(model, tokenizer, packed, out, options=options, names=names, left=left)
-    kept.remove()
-    return out
+
+
+def _at_once(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    batches: Sequence[torch.Tensor],
+    work: Work,
+    kept: KeptBlocks,
+) -> Iterator[tuple[str, QuantizedWeight]]:
+    """Quantise all blocks by what goes through them while none of them is quantised."""
+    before = [kept.read(i) for i in range(len(blocks))]
+    missing = [block for block, done in zip(blocks, before, strict=True) if done is None]
+    groups = input_groups(model, missing, batches[0][:1, :SHORT])
+    modules = {path: linear for block in missing for path, linear in linears(block).items()}
+    firsts = {names[0]: modules[names[0]] for of_block in groups for names in of_block}
+    sums = decoder_hessians(model, firsts, batches)
+    of_missing = iter(groups)
+    for i, block in enumerate(blocks):
+        done = before[i]
+        if done is not None:
+            work.apply(block, done)
+        else:
+            done = {}
+            for names in next(of_missing):
+                done |= work.quantize_linears(modules, names, sums.pop(names[0]))
+            kept.write(i, done)
+        yield from done.items()
 
 
 def _batches(samples: Sequence[Sequence[int]]) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ from gptq_loader_plugin.quantize.algorithm import QuantizedWeight, quantize_weig
 from gptq_loader_plugin.quantize.blocks import LinearOutputs, hessians, linears, subsets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
@@ -64,16 +64,28 @@ class Work:
         for together in groups:
             sums = hessians(block, together, hidden, calls, outputs)
             for names in _same_input(together, sums):
-                weight = torch.cat([_weight(modules[name]) for name in names])
-                whole = quantize_weight(weight, sums[names[0]], self._options)
-                parts = whole.split([_weight(modules[name]).shape[0] for name in names])
-                for name, part in zip(names, parts, strict=True):
-                    quantized[name] = part
-                    _set_weight(modules[name], part.dequantize())
+                quantized |= self.quantize_linears(modules, names, sums[names[0]])
                 outputs.finish(names)
-                self._fresh += len(names)
-                self._report(len(names), names[-1])
         return quantized
+
+    def quantize_linears(
+        self, modules: Mapping[str, nn.Module], names: Sequence[str], hessian: torch.Tensor
+    ) -> dict[str, QuantizedWeight]:
+        """Quantise linears that share their input as one; their weights become the quantised ones.
+
+        Args:
+            modules: the linears of their block, by their path in the model.
+            names: which of them.
+            hessian: the mean of x xᵀ over that input, float32 [K, K].
+        """
+        weights = [_weight(modules[name]) for name in names]
+        whole = quantize_weight(torch.cat(weights), hessian, self._options)
+        parts = whole.split([len(weight) for weight in weights])
+        for name, part in zip(names, parts, strict=True):
+            _set_weight(modules[name], part.dequantize())
+        self._fresh += len(names)
+        self._report(len(names), names[-1])
+        return dict(zip(names, parts, strict=True))
 
     def apply(self, block: Block, done: dict[str, QuantizedWeight]) -> None:
         """Set a block's quantised weights, where another run has made them."""
