@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
+from gptq_loader_plugin.class_errors import class_error
 from gptq_loader_plugin.generation.batch_sampling import Row, pick_tokens
 from gptq_loader_plugin.generation.kv_cache import PrefixCache
 from gptq_loader_plugin.generation.model_runner import ModelRunner
@@ -23,6 +24,7 @@ from gptq_loader_plugin.kernel import TopLogitsHead
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -187,6 +189,7 @@ class Generation:
         watch: told each token once it is picked, an end token too, and the model's own logits for
             it [1, vocabulary].
         drafter: guesses tokens, which are read beside the last one and kept where they are picked.
+        path: the checkpoint, named where the model's class fails; None leaves its error as it is.
 
     Attributes:
         cache: keys and values of what was read.
@@ -213,6 +216,7 @@ class Generation:
         processors: Sequence[LogitsProcessor] = (),
         watch: Callable[[int, torch.Tensor], object] | None = None,
         drafter: Drafter | None = None,
+        path: Path | None = None,
     ) -> None:
         if not ids:
             raise ValueError("an empty prompt")
@@ -228,7 +232,7 @@ class Generation:
                 options, banned_ids, model.config.get_text_config().vocab_size, model.device
             )
         self._max_new_tokens, self._stop_ids = max_new_tokens, stop_ids
-        self._cancel, self._watch = cancel, watch
+        self._cancel, self._watch, self._path = cancel, watch, path
         kept = kept if self._runner.keeps_prefixes else None
         self._kept: PrefixCache | Engine = engine or kept or PrefixCache()
         self._read = list(ids)  # whose keys and values the cache has, or will have once it is used
@@ -262,7 +266,21 @@ class Generation:
 
         Over all of them, where the model takes no parts of a prompt; beside the last one over
         guesses too, where there are any, with a row of logits after each.
+
+        Raises:
+            UnsupportedFormat: the model's class fails.
         """
+        try:
+            return self._forward_chunk(max_tokens)
+        except Exception as error:
+            if self._path is None:
+                raise
+            refusal = class_error(error, self._model.config.model_type, self._path)
+            if refusal is None:
+                raise
+            raise refusal from error
+
+    def _forward_chunk(self, max_tokens: int) -> torch.Tensor:
         length, past = len(self._read), self.position
         if self._engine is not None:
             part, self.pending = self.pending[:max_tokens], self.pending[max_tokens:]

@@ -379,6 +379,7 @@ class LoadedModel:
             processors=processors,
             watch=watch,
             drafter=self._drafter(),
+            path=self.plan.path,
         )
 
     def _drafter(self) -> Drafter | None:

@@ -114,10 +114,15 @@ def window_loss(model: LoadedModel, window: torch.Tensor) -> float:
     """Add up the negative log-likelihoods of a window's tokens."""
     import torch
 
+    from gptq_loader_plugin.class_errors import class_errors
     from gptq_loader_plugin.generation.rotation import LengthRotation
 
     ids = window[None].to(model.plan.device.torch_name)
-    with torch.inference_mode(), LengthRotation(model.model).applied(len(window)):
+    with (
+        torch.inference_mode(),
+        class_errors(model.model.config.model_type, model.plan.path),
+        LengthRotation(model.model).applied(len(window)),
+    ):
         logits = model.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
     return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
 

@@ -12,10 +12,10 @@ import torch
 from gptq_loader_plugin.checkpoint.config import read_json
 from gptq_loader_plugin.checkpoint.model_fields import read_fields
 from gptq_loader_plugin.checkpoint.read_ahead import ReadAhead
+from gptq_loader_plugin.class_errors import class_errors
 from gptq_loader_plugin.errors import ConfigInvalid
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.kernel import Finished, Finisher
-from gptq_loader_plugin.model.class_errors import class_errors
 from gptq_loader_plugin.model.multi_device import follow_devices
 from gptq_loader_plugin.model.self_check import check_finite, check_layers
 from gptq_loader_plugin.model.skeleton import build_skeleton

@@ -15,6 +15,7 @@ from gptq_loader_plugin.chat.tokenizer import auto_tokenizer
 from gptq_loader_plugin.checkpoint.config import CONFIG_FILES, read_json
 from gptq_loader_plugin.checkpoint.transformers_config import UNBUILDABLE
 from gptq_loader_plugin.checkpoint.weight_files import KEPT, KEPT_LOCK, WEIGHT_SUFFIXES
+from gptq_loader_plugin.class_errors import raised_in_transformers
 from gptq_loader_plugin.errors import (
     BadReference,
     GPTQLoaderError,
@@ -23,7 +24,6 @@ from gptq_loader_plugin.errors import (
     is_out_of_memory,
 )
 from gptq_loader_plugin.events import Progress
-from gptq_loader_plugin.model.class_errors import raised_in_transformers
 from gptq_loader_plugin.model.pictures import auto_class
 from gptq_loader_plugin.planning.model_shape import ModelShape
 from gptq_loader_plugin.quantize.blocks import (

@@ -1,28 +1,39 @@
-"""What a class of transformers raises while a checkpoint is loaded, in plain words."""
+"""What a class of transformers raises, in plain words: at a load, in a reply, while quantising."""
 
 from __future__ import annotations
 
 import json
 import sys
 from types import FunctionType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 import transformers
+from altered import ONE
 from published import publish
+from served import COMPLETE, running
 from tiny_configs import tiny_config
-from transformers import LlamaForCausalLM, Qwen3VLForConditionalGeneration
+from transformers import LlamaForCausalLM, LogitsProcessor, Qwen3VLForConditionalGeneration
 from transformers.models.llama import modeling_llama
+from typer.testing import CliRunner
 
+from gptq_loader_plugin.class_errors import raised_in_transformers
+from gptq_loader_plugin.cli.app import app
 from gptq_loader_plugin.errors import QuantizeError, UnsupportedFormat
+from gptq_loader_plugin.generation.batch import Batch
 from gptq_loader_plugin.load_options import LoadOptions
-from gptq_loader_plugin.loading import load_model
-from gptq_loader_plugin.model.class_errors import raised_in_transformers
+from gptq_loader_plugin.loading import load, load_model
+from gptq_loader_plugin.measure.perplexity import window_loss
 from gptq_loader_plugin.quantize.options import QuantizeOptions
 from gptq_loader_plugin.quantize.run import load_source, quantize
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from gptq_loader_plugin.generation.loaded import LoadedModel
+
+PROMPT = list(range(5, 15))
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +102,63 @@ def test_one_that_denoises_blocks_is_not_quantised(tmp_path: Path) -> None:
         load_source(publish("diffusion_gemma", tmp_path).original)
 
 
+def test_what_is_raised_by_a_prompt_after_the_load(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", raised_beyond_the_self_check())
+    with load(llama, backend="reference", device="cpu", dtype="float32") as model:
+        with pytest.raises(UnsupportedFormat, match=r"LlamaForCausalLM of .* fails .*IndexError"):
+            list(model.stream_ids(PROMPT))
+        with pytest.raises(UnsupportedFormat, match="IndexError"):
+            window_loss(model, torch.tensor(PROMPT))
+        batch = Batch(model)
+        for _ in range(2):
+            batch.add(model.begin(PROMPT))
+        ended = [what for _, what in batch.step()]
+        assert [type(it) for it in ended] == [UnsupportedFormat] * 2
+        assert not len(batch)
+
+
+def test_a_command_says_what_is_raised_by_a_prompt(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", raised_beyond_the_self_check())
+    command = ["generate", str(llama), "--raw", "--prompt", "Six words are enough for this"]
+    result = CliRunner().invoke(app, [*command, "--backend", "reference", "--device", "cpu"])
+    assert result.exit_code == 1
+    assert f"error: {llama}: LlamaForCausalLM of transformers" in result.stderr
+    assert "hint: update transformers" in result.stderr
+
+
+@pytest.mark.parametrize("scores", [{}, {"echo": True, "logprobs": 1}], ids=["reply", "scores"])
+def test_a_server_says_what_is_raised_by_a_prompt(
+    scores: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", raised_beyond_the_self_check())
+
+    def loads(target: str | Path) -> LoadedModel:
+        return load(target, backend="reference", device="cpu", dtype="float32")
+
+    with running(tmp_path, names=(ONE,), loads=loads) as server:
+        answer = server.post(COMPLETE, prompt=PROMPT, **scores)
+        assert answer.status_code == 503
+        fault = answer.json()["error"]
+        assert fault["code"] == "model_unusable"
+        assert fault["message"].startswith(f"{ONE}: LlamaForCausalLM of transformers")
+
+
+def test_what_a_processor_of_a_caller_raises_is_not_the_class(llama: Path) -> None:
+    class Fails(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            raise IndexError(len(input_ids), len(scores))
+
+    with (
+        load(llama, backend="reference", device="cpu", dtype="float32") as model,
+        pytest.raises(IndexError),
+    ):
+        list(model.stream_ids(PROMPT, processors=[Fails()]))
+
+
 def test_what_our_own_code_raises_is_not_theirs(llama: Path) -> None:
     def ours(**_: object) -> None:
         raise IndexError
@@ -110,6 +178,18 @@ def raised_there() -> FunctionType:
         return empty[1]
 
     return FunctionType(raised.__code__, vars(modeling_llama))
+
+
+def raised_beyond_the_self_check() -> FunctionType:
+    """Make such a function that raises where other than the four tokens of a load are read."""
+
+    def raised(*_: object, inputs_embeds: torch.Tensor, **__: object) -> object:
+        only_this: list[object] = [None]
+        return only_this[inputs_embeds.shape[1] - 4]
+
+    made = FunctionType(raised.__code__, vars(modeling_llama))
+    made.__kwdefaults__ = raised.__kwdefaults__
+    return made
 
 
 def edited(checkpoint: Path, folder: Path, **fields: object) -> Path:

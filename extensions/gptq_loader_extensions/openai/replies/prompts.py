@@ -52,6 +52,7 @@ def _prefill(model: LoadedModel, ids: Sequence[int]) -> Iterator[tuple[int, torc
     """Prefill in chunks; yield where each begins, and its logits [tokens, vocabulary]."""
     import torch
 
+    from gptq_loader_plugin.class_errors import class_errors
     from gptq_loader_plugin.generation.batch import TWICE
     from gptq_loader_plugin.generation.kv_cache import make_cache
     from gptq_loader_plugin.generation.model_runner import ModelRunner
@@ -61,7 +62,10 @@ def _prefill(model: LoadedModel, ids: Sequence[int]) -> Iterator[tuple[int, torc
     while begin < len(ids):
         size = max(1, CHUNK * TWICE // (TWICE + begin)) if runner.takes_parts else len(ids)
         chunk = ids[begin : begin + size]
-        with torch.inference_mode():  # not around a yield, which others run after
+        with (
+            class_errors(model.model.config.model_type, model.plan.path),
+            torch.inference_mode(),  # not around a yield, which others run after
+        ):
             logits, cache = runner.run(chunk, cache, past=begin, length=len(ids))
         yield begin, logits[0]
         begin += len(chunk)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["class_errors", "raised_in_transformers"]
+__all__ = ["class_error", "class_errors", "raised_in_transformers"]
 
 # What transformers calls, and never calls us back from: its errors are those of its caller.
 BENEATH = {"torch", "numpy", "huggingface_hub", "safetensors", "tokenizers", "accelerate"}
@@ -29,12 +29,24 @@ def class_errors(model_type: str, path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except GPTQLoaderError:
-        raise
     except Exception as error:
-        if is_out_of_memory(error) or not raised_in_transformers(error):
+        refusal = class_error(error, model_type, path)
+        if refusal is None:
             raise
-        raise _refusal(model_type, path, error) from error
+        raise refusal from error
+
+
+def class_error(error: Exception, model_type: str, path: Path) -> UnsupportedFormat | None:
+    """Return the error to raise for one that was raised inside transformers; None for others.
+
+    Args:
+        error: what was raised.
+        model_type: of the model that is built, filled or run.
+        path: the checkpoint.
+    """
+    if isinstance(error, GPTQLoaderError) or is_out_of_memory(error):
+        return None
+    return _refusal(model_type, path, error) if raised_in_transformers(error) else None
 
 
 def raised_in_transformers(error: BaseException) -> bool:
