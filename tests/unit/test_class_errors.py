@@ -15,13 +15,16 @@ from published import publish
 from served import COMPLETE, running
 from tiny_configs import tiny_config
 from transformers import LlamaForCausalLM, LogitsProcessor, Qwen3VLForConditionalGeneration
+from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 from typer.testing import CliRunner
 
 from gptq_loader_plugin.class_errors import raised_in_transformers
 from gptq_loader_plugin.cli.app import app
+from gptq_loader_plugin.engine.paged_engine import PagedEngine
 from gptq_loader_plugin.errors import QuantizeError, UnsupportedFormat
 from gptq_loader_plugin.generation.batch import Batch
+from gptq_loader_plugin.generation.generate import Piece
 from gptq_loader_plugin.load_options import LoadOptions
 from gptq_loader_plugin.loading import load, load_model
 from gptq_loader_plugin.measure.perplexity import window_loss
@@ -115,6 +118,25 @@ def test_what_is_raised_by_a_prompt_after_the_load(
         for _ in range(2):
             batch.add(model.begin(PROMPT))
         ended = [what for _, what in batch.step()]
+        assert [type(it) for it in ended] == [UnsupportedFormat] * 2
+        assert not len(batch)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_is_raised_by_a_step_of_the_engine(
+    ahead: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a family whose layers the engine does not fuse."""
+    published = publish("gpt_neox", tmp_path)
+    monkeypatch.setenv("GPTQ_LOADER_ENGINE", "1")
+    monkeypatch.setattr(PagedEngine, "runs_ahead", ahead)
+    with load(published.packed, backend="reference", device="cpu", dtype="float32") as model:
+        batch = Batch(model)
+        for _ in range(2):
+            batch.add(model.begin(PROMPT))
+        assert [what for _, what in batch.step() if isinstance(what, Piece)]
+        monkeypatch.setattr(modeling_gpt_neox, "apply_rotary_pos_emb", raised_there())
+        ended = [what for _, what in batch.step() if isinstance(what, Exception)]
         assert [type(it) for it in ended] == [UnsupportedFormat] * 2
         assert not len(batch)
 
