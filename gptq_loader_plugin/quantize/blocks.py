@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from gptq_loader_plugin.model.experts import PackedExperts, expert_weights, expe
 from gptq_loader_plugin.model.linears import linear_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedModel
 
@@ -23,7 +23,7 @@ __all__ = [
     "NOT_LINEAR",
     "Block",
     "Call",
-    "LinearOutputs",
+    "StopForwardError",
     "blocks_of",
     "find_blocks",
     "left_out",
@@ -31,10 +31,8 @@ __all__ = [
     "run_block",
     "separate_experts",
     "states_of",
-    "subsets",
 ]
 
-OUTPUT_BYTES = 1 << 29  # of linears' outputs that are kept while a block is quantised
 NOT_LINEAR = "no linear layer"
 FUSED_EXPERTS = "all experts in one tensor"
 
@@ -90,7 +88,7 @@ class _Carried:
     index: int
 
 
-class _StopForwardError(Exception):
+class StopForwardError(Exception):
     """Raised by a hook that has seen enough of a forward pass."""
 
 
@@ -247,161 +245,6 @@ def states_of(output: Any) -> torch.Tensor:  # noqa: ANN401 - a block's own
     return states
 
 
-@torch.inference_mode()
-def subsets(block: Block, hidden: torch.Tensor, call: Call) -> list[list[str]]:
-    """Group a block's linears by the input they share, in the order they are called.
-
-    Args:
-        block: the block.
-        hidden: a batch of hidden states.
-        call: what the block is called with.
-    """
-    groups: list[list[str]] = []
-    inputs: list[torch.Tensor] = []  # kept, so that no other tensor can take their place in memory
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            x = arguments[0]
-            for names, group_input in zip(groups, inputs, strict=True):
-                if group_input is x and name not in names:
-                    names.append(name)
-                    return
-            groups.append([name])
-            inputs.append(x)
-
-        return hook
-
-    modules = linears(block)
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
-    try:
-        run_block(block, hidden, call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    never_called = [[name] for name in modules if not any(name in names for names in groups)]
-    return groups + never_called
-
-
-class LinearOutputs:
-    """What a block's finished linears return for each batch, computed once and not in every pass.
-
-    Each subset of linears is calibrated on a pass of its own, by the quantised weights of those
-    before it, and another pass makes the next block's input. A finished linear's input is the same
-    in all of them. A context manager: the linears are their own again after it.
-
-    Args:
-        block: the block.
-        limit: how many bytes to keep; what is beyond them is computed again.
-    """
-
-    def __init__(self, block: Block, limit: int = OUTPUT_BYTES) -> None:
-        self._modules = linears(block)
-        self._left = limit
-        self._kept: dict[tuple[str, int], torch.Tensor] = {}
-        self._replaced: list[Any] = []
-        self._batch = 0
-        self._called: set[str] = set()
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Let every linear compute again."""
-        for module in self._replaced:
-            vars(module).pop("forward", None)
-        self._replaced.clear()
-        self._kept.clear()
-
-    def start(self, batch: int) -> None:
-        """Begin a pass of a batch, by its number."""
-        self._batch = batch
-        self._called.clear()
-
-    def finish(self, names: Sequence[str]) -> None:
-        """Keep what linears return from now on: their weights do not change any more."""
-        for name in names:
-            module: Any = self._modules[name]
-            module.forward = self._kept_forward(name, module.forward)
-            self._replaced.append(module)
-
-    def _kept_forward(
-        self, name: str, forward: Callable[[torch.Tensor], torch.Tensor]
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        def kept(x: torch.Tensor) -> torch.Tensor:
-            if name in self._called:  # a second call's input may come from linears after it
-                return forward(x)
-            self._called.add(name)
-            key = (name, self._batch)
-            if key in self._kept:
-                return self._kept[key].clone()  # the block may change it in place
-            output = forward(x)
-            if output.nbytes <= self._left:
-                self._left -= output.nbytes
-                self._kept[key] = output.clone()
-            return output
-
-        return kept
-
-
-@torch.inference_mode()
-def hessians(
-    block: Block,
-    names: Sequence[str],
-    hidden: Sequence[torch.Tensor],
-    calls: Sequence[Call],
-    outputs: LinearOutputs,
-) -> dict[str, torch.Tensor]:
-    """Sum up the inputs of linears: the mean of x xᵀ, float32 [K, K], by the module's path.
-
-    A forward pass stops once all of them have been called, so early layers cost little.
-
-    Args:
-        block: the block.
-        names: the linears, by their path in the model.
-        hidden: the block's input, a batch each.
-        calls: what the block is called with besides, a batch each.
-        outputs: of the linears that are finished.
-    """
-    modules = linears(block)
-    sums: dict[str, torch.Tensor] = {}
-    counts = dict.fromkeys(names, 0)
-    waiting: set[str] = set()
-    latest: dict[str, Any] = {"input": None}
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if latest["input"] is not arguments[0]:  # else it shares the input of the one before
-                x = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
-                latest.update(input=arguments[0], tokens=x.shape[0], product=x.t() @ x)
-            counts[name] += latest["tokens"]
-            product = latest["product"]
-            sums[name] = sums[name] + product if name in sums else product
-            waiting.discard(name)
-            if not waiting and not separate:
-                raise _StopForwardError
-
-        return hook
-
-    separate = any(".experts." in name for name in names)  # which are called depends on the tokens
-    handles = [modules[name].register_forward_pre_hook(watch(name)) for name in names]
-    try:
-        for i, (states, call) in enumerate(zip(hidden, calls, strict=True)):
-            waiting.update(names)
-            outputs.start(i)
-            try:
-                run_block(block, states, call)
-            except _StopForwardError:
-                continue
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name in names:  # an expert no token went to is rounded as it is
-        shape = linear_shape(modules[name]) or (0, 0)
-        sums.setdefault(name, torch.eye(shape[0]))
-    return {name: total / max(counts[name], 1) for name, total in sums.items()}
-
-
 class _Recorder(nn.Module):
     """Stand in for a block: note the call, hand the hidden states on.
 
@@ -475,12 +318,12 @@ def _probe_output(model: PreTrainedModel, block: Block, ids: torch.Tensor) -> An
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:  # noqa: ANN401
         outputs.append(output)
-        raise _StopForwardError
+        raise StopForwardError
 
     handle = block.module.register_forward_hook(hook)
     try:
         model(input_ids=ids, use_cache=False)
-    except _StopForwardError:
+    except StopForwardError:
         handle.remove()
     return outputs[0]
 

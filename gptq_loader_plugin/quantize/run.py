@@ -27,7 +27,6 @@ from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.model.pictures import auto_class
 from gptq_loader_plugin.planning.model_shape import ModelShape
 from gptq_loader_plugin.quantize.blocks import (
-    LinearOutputs,
     find_blocks,
     left_out,
     linears,
@@ -36,6 +35,7 @@ from gptq_loader_plugin.quantize.blocks import (
     separate_experts,
 )
 from gptq_loader_plugin.quantize.calibration import calibration_samples, calibration_text
+from gptq_loader_plugin.quantize.hessians import LinearOutputs
 from gptq_loader_plugin.quantize.kept_blocks import KeptBlocks, only_writer
 from gptq_loader_plugin.quantize.whole_decoder import (
     decoder_blocks,

@@ -9,7 +9,8 @@ import torch
 
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.quantize.algorithm import QuantizedWeight, quantize_weight
-from gptq_loader_plugin.quantize.blocks import LinearOutputs, hessians, linears, subsets
+from gptq_loader_plugin.quantize.blocks import linears
+from gptq_loader_plugin.quantize.hessians import LinearOutputs, hessians, subsets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
