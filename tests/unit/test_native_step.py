@@ -121,12 +121,12 @@ def build(family: str, *, dtype: torch.dtype = torch.float32, bits: int | None =
 
 
 def separate(fused: Any) -> PackedExperts:
-    """Take fused experts apart."""
+    """Take fused experts apart; they are put in place in the order of their files' names."""
     layout = experts_layout(fused)
     assert layout is not None
     parts = list(expert_weights(fused, layout))
     experts = PackedExperts(fused)
-    for expert, role, weight, _ in parts:
+    for expert, role, weight, _ in sorted(parts, key=lambda it: it[:2]):
         linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         linear.weight = torch.nn.Parameter(weight.clone())
         experts.place(expert, role, linear)

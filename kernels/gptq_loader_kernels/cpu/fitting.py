@@ -131,7 +131,7 @@ def _other_mixture(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
         if fused_of(mixture) is None:
             return "its experts are fused: the step has those that are packed one by one"
         experts: Any = mixture.experts.experts
-        if any(tuple(expert) != ROLES for expert in experts):
+        if any(set(expert) != set(ROLES) for expert in experts):
             return f"the experts of mixture {i} have other layers than gate, up and down"
         if mixture.gate.top_k > len(experts):
             return f"mixture {i} takes {mixture.gate.top_k} of {len(experts)} experts"
