@@ -37,9 +37,9 @@ class CountedModule(torch.nn.Module):
     changes: int
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - torch's
-        """Set, and count it, but for what a module keeps to itself."""
+        """Set, and count it, but for what a module keeps to itself and what `eval` sets."""
         super().__setattr__(name, value)
-        if not name.startswith("_"):
+        if not name.startswith("_") and name != "training":
             self._count()
 
     def __delattr__(self, name: str) -> None:

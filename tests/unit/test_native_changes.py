@@ -166,7 +166,18 @@ def replace_linear(model: Any) -> None:
         expert["gate"] = expert["up"]
 
 
+def hook_expert(model: Any) -> None:
+    for expert in model.model.layers[1].mlp.experts.experts:
+        expert["down"].register_forward_hook(lambda *call: 3 * call[2])
+
+
+def move_experts(model: Any) -> None:
+    for expert in model.model.layers[1].mlp.experts.experts:
+        expert["down"]._apply(lambda it: torch.zeros_like(it) if it.dtype == torch.int16 else it)
+
+
 OF_FAMILIES = [
+    *(("qwen3_moe", it) for it in (hook_expert, move_experts)),
     *(("qwen3_moe", it) for it in (change_words, change_code, replace_linear)),
     ("granite", change_residual), ("granite", change_embedding), ("smollm3", change_rope),
     ("stablelm", change_bias),

@@ -76,7 +76,7 @@ class CpuKernel:
         return NativeLinear(packed, in_features=layer.in_features, out_features=layer.out_features)
 
     def finish(self, model: PreTrainedModel) -> Finished:
-        """Have a Llama-like model decode in one native call a token; note why not elsewhere."""
+        """Have a model decode in one native call a token; note why not elsewhere."""
         from gptq_loader_kernels.cpu.install import install
 
         decoder = install(model)
@@ -155,7 +155,7 @@ class CpuInt8Kernel:
         )
 
     def finish(self, model: PreTrainedModel) -> Finished:
-        """Have a Llama-like model decode in native steps, whose products are not rounded."""
+        """Have a model decode in native steps, whose products are not rounded."""
         return CpuKernel().finish(model)
 
 
