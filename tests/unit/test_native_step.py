@@ -48,6 +48,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2, "sliding_window": 9, "pad_token_id": 0,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "glm": {
+        "num_key_value_heads": 2, "intermediate_size": 192, "attention_bias": True,
+        "pad_token_id": 0,
+    },
+    "seed_oss": {"num_key_value_heads": 2, "attention_bias": True, "pad_token_id": 0},
     "glm4": {
         "num_key_value_heads": 2, "intermediate_size": 192, "attention_bias": True,
         "pad_token_id": 0,

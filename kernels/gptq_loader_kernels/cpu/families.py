@@ -132,6 +132,9 @@ FAMILIES = {
         epsilon="eps",
         angles_by_type=True,
     ),
+    "GlmModel": Family(
+        "Glm", projections=PROJECTIONS_GLM, activation="mlp.activation_fn", neighbours=True
+    ),
     "Glm4Model": Family(
         "Glm4",
         projections=PROJECTIONS_GLM,
@@ -154,6 +157,7 @@ FAMILIES = {
         slides=True,
         expert_size="moe_intermediate_size",
     ),
+    "SeedOssModel": Family("SeedOss"),
     "SmolLM3Model": Family("SmolLM3", rotates="use_rope"),
     "StableLmModel": Family(
         "StableLm",
