@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.catalog.report import CheckpointReport
     from gptq_loader_plugin.chat.template import Template
     from gptq_loader_plugin.events import Head
-    from gptq_loader_plugin.generation.generate import Engine
+    from gptq_loader_plugin.generation.engine import Engine
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.model.build import FilledModel
     from gptq_loader_plugin.opening import Opened
@@ -206,7 +206,7 @@ def _make_engine(
     attention = plugins.hook.gptq_paged_attention(device=filled.plan.device)
     if attention is None:
         return None, ("replies are written one after the other: no plugin offers paged attention",)
-    from gptq_loader_plugin.engine.paged_engine import make_engine
+    from gptq_loader_plugin.engine.make_engine import make_engine
 
     int8 = options.kv_cache == "int8"
     engine, note = make_engine(filled.model, attention, context, int8=int8)
@@ -369,7 +369,7 @@ def _context(plan: Plan, model: PreTrainedModel, requested: int | None) -> int:
 
 def _never_sample_padding(loaded: LoadedModel) -> None:
     """Keep `model.generate()` off the ids past the tokenizer too."""
-    padding = list(loaded._padding_ids())  # noqa: SLF001 - the same set for both ways to generate
+    padding = list(loaded.token_ids.padding_ids())  # the same for both ways to generate
     config: Any = loaded.model.generation_config
     if padding and config is not None:
         config.suppress_tokens = padding

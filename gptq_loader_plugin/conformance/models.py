@@ -13,13 +13,14 @@ import copy
 import random
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from gptq_loader_plugin.conformance.families import FAMILIES, make_config
 from gptq_loader_plugin.conformance.layers import Case, make_layer, roll_columns
+from gptq_loader_plugin.conformance.model_report import ModelReport
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.engine.attention import NotPaged
 from gptq_loader_plugin.engine.paged_engine import PagedEngine
@@ -37,7 +38,7 @@ from gptq_loader_plugin.verdict import Declined
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from gptq_loader_plugin.generation.generate import Engine
+    from gptq_loader_plugin.generation.engine import Engine
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.kernel import Batcher, Kernel, PagedAttention
 
@@ -128,25 +129,6 @@ class Subject:
                 generation.sample(logits)
         generation.close()
         return sequence
-
-
-@dataclass(slots=True)
-class ModelReport:
-    """What came of one family.
-
-    Attributes:
-        family: its name.
-        passed: the checks that held, and how far the worst logits were off.
-        failed: those that did not, and why.
-        not_paged: why no engine runs it, where one was to.
-        fused: whether the engine's steps fuse its layers.
-    """
-
-    family: str
-    passed: dict[str, float] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    not_paged: str | None = None
-    fused: bool = False
 
 
 class _Letters:

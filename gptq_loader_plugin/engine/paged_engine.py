@@ -7,12 +7,12 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from gptq_loader_plugin.engine.attention import KVCache, NotPaged, Step, StepCache, attention_of
 from gptq_loader_plugin.engine.block_pool import BlockPool, BlockTable
 from gptq_loader_plugin.engine.decode_graphs import DecodeGraphs
 from gptq_loader_plugin.engine.fused_decoder import FusedDecoder, NotFused, Observed, observing
+from gptq_loader_plugin.engine.model_limits import plain_layers, tolerance_of
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.generation.rotation import LengthRotation
 from gptq_loader_plugin.kernel import FusedOperators
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.kernel import PagedAttention
 
-__all__ = ["PagedEngine", "make_engine"]
+__all__ = ["PagedEngine"]
 
 BLOCK_SIZE = 16  # positions
 PROBE = (5, 1, 1)  # tokens of the steps that a model is tried with
@@ -34,42 +34,6 @@ PROBE = (5, 1, 1)  # tokens of the steps that a model is tried with
 # in 16 bits is off by a fifth of its logits, however it is computed.
 PROBES = 3
 KV_SHARE = 0.6  # of the memory that is free, for keys and values
-# Of the probe's logits, as relative norms. The engine adds in another order than torch's attention.
-# SmolLM2-135M's own in float16 and bfloat16 are 0.3 to 3 % and 0.3 to 5 % off float32's.
-INT8_TOLERANCE = 5e-2  # more, where keys and values are rounded to 8 bits
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 6e-2, torch.bfloat16: 1e-1}
-
-
-def make_engine(
-    model: PreTrainedModel, attention: PagedAttention, context: int, *, int8: bool = False
-) -> tuple[PagedEngine | None, str]:
-    """Make the engine of a model, where its class keeps plain keys and values.
-
-    A few tokens are read with the engine and without it; it must answer alike.
-
-    Args:
-        model: a causal language model, every tensor on one device.
-        attention: how to attend to blocks.
-        context: the longest sequence.
-        int8: whether keys and values are kept in 8 bits.
-
-    Returns:
-        The engine or None, and what was found in words, as part of a sentence.
-    """
-    try:
-        engine = PagedEngine(model, attention, context, int8=int8)
-        engine.probe()
-        layers = engine.fuse()
-    except NotPaged as reason:
-        return None, f"replies are written one after the other: {reason}"
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        problem = str(error).partition("\n")[0][:200]
-        return None, f"replies are written one after the other: its class has {problem}"
-    bits = " of 8 bits" if int8 else ""
-    return (
-        engine,
-        f"several replies are written in one pass, keys and values in blocks{bits}; {layers}",
-    )
 
 
 class PagedEngine:
@@ -99,7 +63,7 @@ class PagedEngine:
         self._attention = attention
         self._context, self._int8 = context, int8
         self._lock = threading.RLock()
-        self._layers = _plain_layers(model)
+        self._layers = plain_layers(model)
         self._running = attention_of(model)
         self._cache = StepCache(self._layers)
         name = find_cache_argument(model)
@@ -147,7 +111,7 @@ class PagedEngine:
             NotPaged: it answers otherwise, or does what the engine does not.
         """
         self._observed = Observed()
-        tolerance = _tolerance(self._model) + (INT8_TOLERANCE if self._int8 else 0)
+        tolerance = tolerance_of(self._model, int8=self._int8)
         count, vocabulary = (
             min(sum(PROBE), self._context),
             self._model.config.get_text_config().vocab_size,
@@ -430,19 +394,3 @@ class PagedEngine:
         """Make the cache of a layer: keys [tokens, kv_heads, head_dim]."""
         shape = (self.pool.num_blocks, BLOCK_SIZE)
         return KVCache.of(shape, keys, values, torch.int8 if self._int8 else keys.dtype)
-
-
-def _plain_layers(model: Any) -> int:  # noqa: ANN401 - a transformers model
-    """Count a model's layers, all of which keep keys and values and nothing else."""
-    layers = DynamicCache(config=model.config).layers
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    for layer in layers:
-        if type(layer) not in plain:
-            raise NotPaged(f"it keeps a {type(layer).__name__}")
-    return len(layers) or int(model.config.get_text_config().num_hidden_layers)
-
-
-def _tolerance(model: Any) -> float:  # noqa: ANN401
-    """Return how far logits may lie apart: by the least precise dtype that a layer computes in."""
-    dtypes: set[Any] = {getattr(module, "dtype", None) for module in model.modules()}
-    return max(TOLERANCE[it] for it in (dtypes | {model.dtype}) & TOLERANCE.keys())

@@ -19,13 +19,13 @@ from gptq_loader_plugin.class_errors import class_error, raised_in_transformers
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.generation.batch_sampling import pick_tokens, to_device
 from gptq_loader_plugin.generation.final_logits import final_logits
-from gptq_loader_plugin.generation.generate import compute_logits, top_logits_head
+from gptq_loader_plugin.generation.top_logits import compute_logits, top_logits_head
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from gptq_loader_plugin.generation.engine import BatchedModel
     from gptq_loader_plugin.generation.generate import Generation, Piece
-    from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["Batch", "write_alone"]
 
@@ -70,7 +70,7 @@ class _Picked:
         return _Picked([self.replies[i] for i in places], self.tokens.index_select(0, at))
 
 
-def write_alone(model: LoadedModel, begin: Callable[[], Generation]) -> Iterator[Piece]:
+def write_alone(model: BatchedModel, begin: Callable[[], Generation]) -> Iterator[Piece]:
     """Write the reply that `begin` begins to its end, by the steps that a batch takes."""
     batch = Batch(model)
     with torch.inference_mode():
@@ -92,7 +92,7 @@ class Batch:
         model: whose replies they are.
     """
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: BatchedModel) -> None:
         self._model: Any = model.model
         self._path = model.plan.path
         self._batcher, self._engine = model.batcher, model.engine

@@ -6,9 +6,9 @@ unfinished character.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -19,7 +19,7 @@ from gptq_loader_plugin.generation.model_runner import ModelRunner
 from gptq_loader_plugin.generation.sampling import Sampler
 from gptq_loader_plugin.generation.speculation import Pace, can_crop, crop
 from gptq_loader_plugin.generation.text_stream import TextStream
-from gptq_loader_plugin.kernel import TopLogitsHead
+from gptq_loader_plugin.generation.top_logits import compute_logits, top_logits_head
 
 if TYPE_CHECKING:
     import threading
@@ -28,19 +28,16 @@ if TYPE_CHECKING:
 
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+    from gptq_loader_plugin.generation.engine import Engine
     from gptq_loader_plugin.generation.options import GenerateOptions
-    from gptq_loader_plugin.generation.rotation import LengthRotation
     from gptq_loader_plugin.generation.speculation import Drafter
 
 __all__ = [
-    "Engine",
     "Finish",
     "Generation",
     "Piece",
     "Reply",
-    "compute_logits",
     "generate_pieces",
-    "top_logits_head",
 ]
 
 Finish = Literal["stop", "length", "cancelled"]
@@ -81,75 +78,6 @@ class Reply:
     tokens: int
     prompt_tokens: int
     finish: Finish
-
-
-class Engine(Protocol):
-    """Reads the tokens of many sequences in one pass, and keeps what it read, as PrefixCache does.
-
-    Attributes:
-        rotation: how its model rotates sequences of different lengths.
-        max_sequences: for how many sequences it has room.
-    """
-
-    rotation: LengthRotation
-    max_sequences: int
-
-    @property
-    def runs_ahead(self) -> bool:
-        """Whether its device computes a step while the host goes on."""
-        ...
-
-    def step(
-        self, tokens: Sequence[Sequence[int]], caches: Sequence[Any], lengths: Sequence[int]
-    ) -> torch.Tensor:
-        """Read new tokens of some sequences.
-
-        Args:
-            tokens: of each sequence.
-            caches: of each sequence; what is read is added to them.
-            lengths: of each sequence, what is read later included.
-
-        Returns:
-            The logits after the last token of each [sequences, vocabulary].
-        """
-        ...
-
-    def step_ahead(self, tokens: torch.Tensor, caches: Sequence[Any]) -> torch.Tensor:
-        """Read a token of each of some sequences, int64 [sequences], as `step`; add none of them.
-
-        For tokens whose values only the device knows yet.
-        """
-        ...
-
-    def append(self, tokens: Sequence[int], caches: Sequence[Any]) -> None:
-        """Add the tokens that `step_ahead` has read, once they are known."""
-        ...
-
-    def make(self, model: PreTrainedModel, rotation: tuple[int, ...] = ()) -> Any:  # noqa: ANN401 - the engine's own
-        """Make an empty cache."""
-        ...
-
-    def reuse(
-        self, model: PreTrainedModel, ids: Sequence[int], rotation: tuple[int, ...] = ()
-    ) -> tuple[Any, int]:
-        """Return a cache for `ids`, and how many of them it holds: never the last one."""
-        ...
-
-    def store(self, ids: list[int], cache: Any, rotation: tuple[int, ...] = ()) -> None:  # noqa: ANN401
-        """Keep the cache of `ids` for sequences that begin the same, as long as there is room."""
-        ...
-
-    def clear(self) -> None:
-        """Forget what is kept."""
-        ...
-
-    def reserve(self, sequences: int) -> int:
-        """Have room for so many sequences; return the bytes that running ones may fill."""
-        ...
-
-    def close(self) -> None:
-        """Free the memory."""
-        ...
 
 
 @torch.inference_mode()
@@ -380,7 +308,7 @@ class Generation:
         if guesses:
             crop(self.cache, self.position)
         if piece is not None and piece.finish is not None:
-            return Piece(text, self._tokens, piece.finish)
+            return replace(piece, text=text)
         return Piece(text, self._tokens) if text else None
 
     def append_token(self, token: int, logits: torch.Tensor | None) -> Piece | None:
@@ -419,35 +347,3 @@ class Generation:
     def _end(self, text: str, finish: Finish) -> Piece:
         self.finished = True
         return Piece(text, self._tokens, finish, stop_text=self._text.stop_text)
-
-
-def top_logits_head(model: PreTrainedModel) -> TopLogitsHead | None:
-    """Find a head that can return its top logits alone, of a model that nobody watches."""
-    head: object = model.get_output_embeddings()
-    return head if isinstance(head, TopLogitsHead) and not _is_watched(model) else None
-
-
-def compute_logits(
-    head: TopLogitsHead, generations: Sequence[Generation], states: torch.Tensor
-) -> torch.Tensor:
-    """Return the logits that some generations need [generations, vocabulary], from their states.
-
-    All of them, or where no generation needs all, the top ones alone.
-    """
-    needed = [generation.needed_logits() for generation in generations]
-    if all(needed):
-        marks = [generation.excluded(head.out_features) for generation in generations]
-        excluded = None
-        if any(mark is not None for mark in marks):
-            none = torch.zeros(head.out_features, dtype=torch.bool, device=states.device)
-            excluded = torch.stack([none if mark is None else mark for mark in marks])
-        logits = head.top_logits(states, needed, excluded)
-        if logits is not None:
-            return logits
-    return head(states)
-
-
-def _is_watched(model: Any) -> bool:  # noqa: ANN401 - a transformers model
-    """Return whether something wants to see what goes into a model, or comes out of it."""
-    hooks = model._forward_hooks or model._forward_pre_hooks  # noqa: SLF001 - torch has no other way to tell
-    return bool(hooks) or "forward" in model.__dict__

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from gptq_loader_plugin.chat.messages import check_text, drop_oldest
-from gptq_loader_plugin.chat.templates import CHATML_START
-from gptq_loader_plugin.errors import (
-    EmptyPrompt,
-    GPTQLoaderError,
-    OptionInvalid,
-    PromptTooLong,
-)
+from gptq_loader_plugin.errors import GPTQLoaderError, PromptTooLong
 from gptq_loader_plugin.generation.batch import write_alone
 from gptq_loader_plugin.generation.generate import Generation, Piece, Reply, generate_pieces
 from gptq_loader_plugin.generation.kv_cache import PrefixCache
 from gptq_loader_plugin.generation.options import GenerateOptions
 from gptq_loader_plugin.generation.speculation import ModelDrafter, NgramDrafter
+from gptq_loader_plugin.generation.token_ids import TokenIds
 from gptq_loader_plugin.kernel import Closable
 
 if TYPE_CHECKING:
@@ -32,7 +28,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.chat.template import Template
     from gptq_loader_plugin.checkpoint.card import Card
     from gptq_loader_plugin.checkpoint.config import QuantConfig
-    from gptq_loader_plugin.generation.generate import Engine
+    from gptq_loader_plugin.generation.engine import Engine
     from gptq_loader_plugin.generation.speculation import Drafter
     from gptq_loader_plugin.kernel import Batcher
     from gptq_loader_plugin.planning.plan import Plan
@@ -53,6 +49,7 @@ class LoadedModel:
         tokenizer: its tokenizer.
         plan: which kernel runs which layer, and why.
         config: how the checkpoint was quantised.
+        token_ids: which tokens it has.
         template: how messages become a prompt.
         card: what the model card says.
         context: the longest sequence, prompt and reply together.
@@ -91,6 +88,7 @@ class LoadedModel:
         self.batcher = batcher
         self.engine = engine
         self.draft = draft
+        self.token_ids = TokenIds(tokenizer, model.config)
         self._cache = PrefixCache(kv_cache)
         self._closed = False
 
@@ -102,7 +100,7 @@ class LoadedModel:
     @cached_property
     def vocab_size(self) -> int:
         """How many tokens the model and its tokenizer both have: either may have more."""
-        return min(self._embedding_rows, len(self.tokenizer))
+        return min(self.token_ids.rows, len(self.tokenizer))
 
     def __enter__(self) -> Self:
         """Return the model itself."""
@@ -263,9 +261,9 @@ class LoadedModel:
         ends = config.eos_token_id if config is not None else None
         end_ids = set(ends if isinstance(ends, list) else [ends])
         end_ids.add(self.tokenizer.eos_token_id)
-        end_ids.update(self._single(text) for text in stop)
+        end_ids.update(self.token_ids.single(text) for text in stop)
         return frozenset(
-            token for token in end_ids if token is not None and token < self._embedding_rows
+            token for token in end_ids if token is not None and token < self.token_ids.rows
         )
 
     def keep(self, sequences: int) -> None:
@@ -315,23 +313,7 @@ class LoadedModel:
             OptionInvalid: one of them is none of the model's.
             PromptTooLong: there are more than the context takes.
         """
-        if not ids:
-            raise EmptyPrompt("the prompt is empty", hint="write something")
-        if len(ids) >= self.context:
-            raise PromptTooLong(
-                f"the prompt has {len(ids):,} tokens, and the context is {self.context:,}",
-                tokens=len(ids),
-                context=self.context,
-                hint="shorten it; a chat can drop its oldest turns: when_too_long='drop-oldest'",
-            )
-        beyond = next((index for index in ids if not 0 <= index < self._embedding_rows), None)
-        if beyond is not None:
-            token: Any = self.tokenizer.convert_ids_to_tokens(beyond) if beyond >= 0 else None
-            raise OptionInvalid(
-                f"the prompt has {token or 'a token'} (id {beyond}), and the model knows the ids 0 "
-                f"to {self._embedding_rows - 1}",
-                hint="leave it out: the tokenizer has tokens that this model does not",
-            )
+        self.token_ids.check(ids, self.context)
 
     def _pieces(
         self,
@@ -369,10 +351,10 @@ class LoadedModel:
             ids,
             options,
             max_new_tokens=min(options.max_new_tokens, self.context - len(ids)),
-            stop=[text for text in (*stop, *options.stop) if self._single(text) not in stop_ids],
+            stop=[it for it in (*stop, *options.stop) if self.token_ids.single(it) not in stop_ids],
             stop_ids=stop_ids,
-            silent_ids=self._silent_ids(),
-            banned_ids=self._padding_ids(),
+            silent_ids=self.token_ids.silent_ids(),
+            banned_ids=self.token_ids.padding_ids(),
             cancel=cancel,
             kept=self._cache,
             engine=self.engine,
@@ -392,30 +374,7 @@ class LoadedModel:
         if self._closed:
             raise GPTQLoaderError("this model is closed", hint="load it again")
 
-    def _single(self, text: str) -> int | None:
-        """Find the one token that is `text`; None where it takes several."""
-        index = self._vocabulary.get(text) if text.startswith(("<", "[")) else None
-        return int(index) if index is not None and index < self._embedding_rows else None
-
-    @cached_property
-    def _embedding_rows(self) -> int:
-        return int(self.model.config.get_text_config().vocab_size)
-
-    @cached_property
-    def _vocabulary(self) -> dict[str, int]:
-        """The tokenizer's, once: it takes 20 ms to list."""
-        return self.tokenizer.get_vocab()
-
-    def _silent_ids(self) -> frozenset[int]:
-        start = self._single(CHATML_START)
-        return frozenset(() if start is None else (start,))
-
-    def _padding_ids(self) -> range:
-        """List the ids past the tokenizer that only pad the embedding."""
-        known = max(self._vocabulary.values(), default=-1) + 1
-        return range(known, int(self.model.config.get_text_config().vocab_size))
-
 
 def _warned(pieces: Iterator[Piece], warning: str) -> Iterator[Piece]:
     for i, piece in enumerate(pieces):
-        yield Piece(piece.text, piece.tokens, piece.finish, "" if i else warning)
+        yield piece if i else replace(piece, warning=warning)

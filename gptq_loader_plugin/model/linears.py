@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-
-__all__ = ["linear_shape"]
+__all__ = ["linear_shape", "plain_linear"]
 
 
 def linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
@@ -49,3 +48,14 @@ def _multiplies(module: torch.nn.Linear) -> bool:
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return False
     return isinstance(product, torch.Tensor) and product.shape == (1, module.out_features)
+
+
+def plain_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.nn.Linear:
+    """Make a linear of a weight [out_features, in_features]."""
+    from torch import nn
+
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        module.bias = nn.Parameter(bias, requires_grad=False)
+    return module

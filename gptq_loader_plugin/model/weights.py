@@ -19,8 +19,9 @@ from gptq_loader_plugin.errors import CorruptCheckpoint, TensorMismatch
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.model.experts import PackedExperts
 from gptq_loader_plugin.model.float32 import kept_in_float32
+from gptq_loader_plugin.model.foreign_tensors import foreign_warnings
 from gptq_loader_plugin.model.joined import JoinedLinears, fused_tensors, tie_weights
-from gptq_loader_plugin.model.linears import linear_shape
+from gptq_loader_plugin.model.linears import linear_shape, plain_linear
 from gptq_loader_plugin.model.offload import offload_module, offload_tensor
 from gptq_loader_plugin.model.tensor_names import (
     ExpertPlace,
@@ -164,7 +165,8 @@ class _Filling:
         self._fuse()
         self._finish()
         release_freed()
-        return Filled(self.modules, tuple(self.dequantized.values()), tuple(self._warnings()))
+        warnings = tuple(foreign_warnings(self.foreign, self.names))
+        return Filled(self.modules, tuple(self.dequantized.values()), warnings)
 
     def _find_dequantized(self, places: Mapping[str, LayerPlace]) -> None:
         """Find the layers whose modules read their weight by themselves: no linear layers."""
@@ -263,7 +265,7 @@ class _Filling:
         packed = self.checkpoint.packed(layer.name)
         weight = packed.dequantize()
         if isinstance(place, ExpertPlace):
-            linear = _linear(self._placed(layer.name, weight.to(self.dtype)))
+            linear = plain_linear(self._placed(layer.name, weight.to(self.dtype)))
             self.experts[place.parent].place(place.expert, place.role, linear)
             return
         if isinstance(place, SplitPlace | JoinedPlace):
@@ -378,7 +380,7 @@ class _Filling:
         """Tie what the config ties, then find what is still without a value."""
         for place, parts in self.expert_tensors.items():
             if "weight" in parts:
-                self.experts[place.parent].place(place.expert, place.role, _linear(**parts))
+                self.experts[place.parent].place(place.expert, place.role, plain_linear(**parts))
         for parent, packed in self.experts.items():
             if missing := packed.missing():
                 raise self._mismatch(f"{parent}.{missing[0]}", "is missing: an expert's weight")
@@ -392,29 +394,7 @@ class _Filling:
                 setattr(module, name, buffer.to(where))
         self.model.requires_grad_(False)  # noqa: FBT003 - torch's signature
 
-    def _warnings(self) -> list[str]:
-        if not self.foreign:
-            return []
-        roots = dict.fromkeys(self._root(name) for name in self.foreign)
-        named = ", ".join(list(roots)[:4])
-        return [f"{len(self.foreign)} tensors of parts this model lacks were not read: {named}"]
-
-    def _root(self, name: str) -> str:
-        """Name the part that a tensor is of: `model.visual`, or a block past the model's last."""
-        blocks = re.match(r"(.+?)\.\d+\.", name)
-        if blocks is None:
-            return name.rpartition(".")[0] or name
-        return blocks[0][:-1] if self.names.is_module(blocks[1]) else blocks[1].rpartition(".")[0]
-
     def _mismatch(self, tensor: str, what: str, *, hint: str = DAMAGED) -> TensorMismatch:
         return TensorMismatch(
             f"{tensor} {what}", path=self.checkpoint.path, tensor=tensor, hint=hint
         )
-
-
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
-    module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    module.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        module.bias = nn.Parameter(bias, requires_grad=False)
-    return module

@@ -276,7 +276,8 @@ def test_a_changed_model_goes_on_by_its_own_layers(model: gptq.LoadedModel, what
     assert torch.allclose(engine.step([ids[3:]], [table], [4])[0], right, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", sorted({*PLAIN, *FUSED}))
+# Mixtures' experts are looked up by value, so that their layers are launched one by one.
+@pytest.mark.parametrize("family", sorted({*PLAIN, *FUSED} - {"mixtral", "qwen2_moe", "qwen3_moe"}))
 def test_a_step_is_traced_whole_by_a_compiler(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
     loaded = plugins()

@@ -13,8 +13,8 @@ from test_native_step import build
 
 import gptq_loader_plugin as gptq
 from gptq_loader_kernels.cpu.library import find_library
-from gptq_loader_plugin.generation.generate import top_logits_head
 from gptq_loader_plugin.generation.sampling import Sampler
+from gptq_loader_plugin.generation.top_logits import top_logits_head
 from gptq_loader_plugin.kernel import TopLogitsHead
 
 pytestmark = pytest.mark.skipif(find_library() is None, reason="the native library was not built")
