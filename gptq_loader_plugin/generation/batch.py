@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptq_loader_plugin.class_errors import class_error, raised_in_transformers
+from gptq_loader_plugin.class_errors import raised_in_transformers
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.generation.batch_sampling import pick_tokens, to_device
 from gptq_loader_plugin.generation.final_logits import final_logits
@@ -94,7 +94,6 @@ class Batch:
 
     def __init__(self, model: BatchedModel) -> None:
         self._model: Any = model.model
-        self._path = model.plan.path
         self._batcher, self._engine = model.batcher, model.engine
         self._head = top_logits_head(self._model)
         self._written: list[Generation] = []
@@ -137,9 +136,8 @@ class Batch:
         try:
             states = self._step_many(few)
         except Exception as error:  # noqa: BLE001 - the caller's to tell: memory may be short
-            refusal = class_error(error, self._model.config.model_type, self._path)
             for generation in few:
-                yield self._emit(generation, refusal or error)
+                yield self._emit(generation, generation.refusal(error) or error)
             return
         if states is not None and self._takes_turns(few):
             self._picked = _Picked(few, self._pick(few, states[:, 0]))

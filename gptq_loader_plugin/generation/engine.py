@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.generation.rotation import LengthRotation
     from gptq_loader_plugin.kernel import Batcher
-    from gptq_loader_plugin.planning.plan import Plan
 
 __all__ = ["BatchedModel", "Engine"]
 
@@ -91,7 +90,6 @@ class BatchedModel(Protocol):
 
     Attributes:
         model: a transformers model.
-        plan: which kernel runs which layer, and of what checkpoint.
         batcher: steps several sequences in one call, or None.
         engine: reads many sequences in one pass, or None.
     """
@@ -99,11 +97,6 @@ class BatchedModel(Protocol):
     @property
     def model(self) -> PreTrainedModel:
         """A transformers model."""
-        ...
-
-    @property
-    def plan(self) -> Plan:
-        """Which kernel runs which layer, and of what checkpoint."""
         ...
 
     @property

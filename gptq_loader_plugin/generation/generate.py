@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+    from gptq_loader_plugin.errors import GPTQLoaderError
     from gptq_loader_plugin.generation.engine import Engine
     from gptq_loader_plugin.generation.options import GenerateOptions
     from gptq_loader_plugin.generation.speculation import Drafter
@@ -201,12 +202,16 @@ class Generation:
         try:
             return self._forward_chunk(max_tokens)
         except Exception as error:
-            if self._path is None:
-                raise
-            refusal = class_error(error, self._model.config.model_type, self._path)
+            refusal = self.refusal(error)
             if refusal is None:
                 raise
             raise refusal from error
+
+    def refusal(self, error: Exception) -> GPTQLoaderError | None:
+        """Return what to say of an error that the model's class raised; None of another's."""
+        if self._path is None:
+            return None
+        return class_error(error, self._model.config.model_type, self._path)
 
     def _forward_chunk(self, max_tokens: int) -> torch.Tensor:
         length, past = len(self._read), self.position

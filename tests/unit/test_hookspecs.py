@@ -95,8 +95,8 @@ def test_gptq_paged_attention_of_a_plugin_comes_first(monkeypatch: pytest.Monkey
         def gptq_paged_attention(self, device: Device) -> Counting | None:
             return self if device.type == "cpu" else None
 
-        def write_cache(self, *args: Any) -> None:
-            own.write_cache(*args)
+        def write_cache(self, *args: Any, **how: Any) -> None:
+            own.write_cache(*args, **how)
 
         def decode(self, *args: Any, **how: Any) -> Any:
             decoded.append(how["window"])
