@@ -2,6 +2,7 @@
 
 #include "interface.h"
 #include "scratch.h"
+#include "team.h"
 
 #include <chrono>
 
@@ -38,18 +39,17 @@ double gptq_read_bandwidth(int64_t size, int rounds, int threads) {
   Scratch scratch;  // given back at the end
   char* memory = static_cast<char*>(scratch.get(size_t(part) * threads));
   if (!memory) return 0;
-  uint64_t total = 0;
+  std::atomic<uint64_t> total{0};
   double best = 0;
   for (int round = -1; round < rounds; round++) {  // the first one maps the memory
     const auto began = std::chrono::steady_clock::now();
-#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : total)
-    for (int thread = 0; thread < threads; thread++) {
+    parallel_for(threads, threads, [&](int64_t thread) {
       char* mine = memory + part * thread;
       if (round >= 0)
-        total += sum(mine, part);
+        total.fetch_add(sum(mine, part), std::memory_order_relaxed);
       else
         for (int64_t at = 0; at < part; at += 8) *reinterpret_cast<uint64_t*>(mine + at) = 1;
-    }
+    });
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
     const double rate = part * threads / took.count();
     if (round >= 0 && rate > best) best = rate;

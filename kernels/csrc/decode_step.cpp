@@ -14,11 +14,12 @@
 //   delta[M, H] = gated * Wdown                                                   barrier
 //   x += norm?(delta)
 //
-// A mixture of experts shares out its router's columns first, and meets once more; then the tiles of
-// all experts that have rows are one after the other.
+// A mixture of experts shares out its router's columns first, then one thread chooses the experts,
+// and they meet twice more; then the tiles of all experts that have rows are one after the other.
 //
-// Each thread has x and h to itself, and permutes what a projection reads: it costs less than
-// meeting once more.
+// Each thread that has a chunk of a piece of work makes x and h for itself, and permutes what a
+// projection reads: it costs less than meeting once more. Who has the first chunk keeps x for the
+// pieces that follow, in the other one of two places, since others may still read the last.
 // Positions are shared out evenly, in the order of the sequences and their heads of keys and
 // values; a thread's range of a head may be only some of its positions, and who reads the attention
 // merges the ranges for itself:
@@ -33,43 +34,13 @@
 #include "dense.h"
 #include "gemv.h"
 #include "mixture.h"
+#include "team.h"
 
-#include <sched.h>
-#include <atomic>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include <algorithm>
 
 using namespace gptq;
 
 namespace {
-
-// Threads that wait for each other by spinning, and give way where one of them was put aside.
-class SpinBarrier {
- public:
-  // How many they are, before the first one waits.
-  void start(int threads) { threads_ = threads; }
-  void wait() {
-    const int round = round_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
-      arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
-      if (spins > 10000) sched_yield();
-#ifdef X86
-      else
-        _mm_pause();
-#endif
-    }
-  }
-
- private:
-  std::atomic<int> arrived_{0}, round_{0};
-  int threads_ = 1;
-};
 
 // The code for each instruction set; R rows by N vectors is what its registers hold.
 #define COMPILED(NAME, TARGET, V, R, N)                                                            \
@@ -95,6 +66,10 @@ void norm_row(const GptqModel& model, const GptqNorm& norm, const float* x, int6
   const NormArgs args{norm.weight,           norm.bias, model.parameter_type,
                       Norm(model.norm_kind), size,      model.eps};
   DISPATCH(norm, model.isa, args, x, y);
+}
+
+int experts_of(const GptqMixture& mixture) {
+  return mixture.experts + (mixture.shared_gate != nullptr);
 }
 
 int64_t tiles_of(const GptqProjection& p) { return (p.out_features + COLUMNS - 1) / COLUMNS; }
@@ -165,13 +140,18 @@ int project_tile(const GptqModel& model, const GptqProjection& p, int64_t tile, 
 
 // What all threads read, each writing its share.
 struct SharedBuffers {
+  float* x[2];         // [M][hidden], before and after what was added to it last
   float* delta;        // [M][hidden], what is added to x
   float *q, *k, *v;    // [M][heads][head_dim], [M][kv_heads][head_dim] twice
   float* gated;        // [M][intermediate], or one expert's rows after the other's
-  float* router;       // [M][experts]
   float* running_max;  // [ranges][rows], of the attention over each range of positions
   float* row_sum;      // [ranges][rows]
   float* acc;          // [ranges][rows][head_dim]
+  // Of a mixture of experts.
+  float* normed;         // [M][hidden], what it reads
+  float* logits;         // [M][experts], of the router
+  float* shared_weight;  // [M], of the expert that all rows have
+  Routes routes;
 };
 
 // The positions that new tokens of one sequence attend to in one head of keys and values.
@@ -196,30 +176,23 @@ struct ThreadBuffers {
   int64_t *row_begin, *row_end;  // [rows]
   float* scores;                 // [rows][KV_BLOCK]
   char* input;                   // for prepare_input
-  float *gathered, *logits;      // [M][hidden], an expert's rows; [experts]
-  float* shared_weight;          // [M], of the expert that all rows have
-  Routes routes;
-  KvSpan* spans;    // [sequences * kv_heads]
-  int64_t* splits;  // [threads + 1]
+  float* gathered;               // [M][hidden], an expert's rows
+  KvSpan* spans;                 // [sequences * kv_heads]
+  int64_t* splits;               // [threads + 1]
 };
 
-// One thread of a step.
+// What one thread does of a step: chunks of its pieces of work, in buffers of its own.
 struct Worker : ThreadBuffers {
   const GptqModel& model;
   const SharedBuffers& shared;
-  SpinBarrier& barrier;
   const float *cos, *sin;
   const GptqSequence* sequences;
   int64_t count, m, max_rows;  // sequences, tokens, and rows of a span
-  int thread, threads;
   int64_t span_count = 0;
+  int threads = 0;  // whose ranges of positions there are
   float *rows_of_q = nullptr, *rows_of_k = nullptr;
 
   const KvSpan& last_span() const { return spans[span_count - 1]; }
-
-  // A thread's share of what is to be done.
-  int64_t from(int64_t all) const { return all * thread / threads; }
-  int64_t to(int64_t all) const { return all * (thread + 1) / threads; }
 
   // y = norm(x), or x where there is none.
   void apply_norm(const GptqNorm& norm, const float* from, int64_t size, float* to) const {
@@ -232,6 +205,9 @@ struct Worker : ThreadBuffers {
       apply_norm(norm, x + row * model.hidden, model.hidden, normed + row * model.hidden);
   }
 
+  // x = what it was, of the two that are kept.
+  void take_x(int kept) { memcpy(x, shared.x[kept], sizeof(float) * m * model.hidden); }
+
   // x += norm(delta).
   void add_delta(const GptqNorm& norm) {
     for (int64_t row = 0; row < m; row++) {
@@ -241,45 +217,75 @@ struct Worker : ThreadBuffers {
     }
   }
 
-  void self_attention(int index) {
+  // By who has the first chunk, for the pieces that follow.
+  void keep(const Chunks& chunks, const float* of, float* to) const {
+    if (chunks.begin == 0) memcpy(to, of, sizeof(float) * m * model.hidden);
+  }
+
+  // Queries, keys and values: tiles of all three, one after the other.
+  void project_heads(int index, Chunks& chunks) {
     const GptqDecoderLayer& layer = model.layer[index];
+    take_x(0);
+    if (index > 0) add_delta(model.layer[index - 1].output_norm);
+    norm_x(layer.input_norm);
     const GptqProjection* parts[] = {&layer.q, &layer.k, &layer.v};
     float* outs[] = {shared.q, shared.k, shared.v};
-    const int64_t all = tiles_of(layer.q) + tiles_of(layer.k) + tiles_of(layer.v);
-    int64_t before = 0;
     Input in{};
-    bool ready = false;
-    for (int i = 0; i < 3; i++) {
-      const GptqProjection& p = *parts[i];
-      const int64_t tiles = tiles_of(p);
-      if (!p.same_rows) ready = false;
-      const int64_t begin = std::max(from(all) - before, int64_t(0)),
-                    end = std::min(to(all) - before, tiles);
-      if (begin < end && !ready) in = prepare_input(model, p, normed, m, input);
-      ready = ready || begin < end;
-      for (int64_t at = begin; at < end; at++) {
-        const int columns = project_tile(model, p, at, m, in, tile);
-        for (int64_t row = 0; row < m; row++)
-          memcpy(outs[i] + row * p.out_features + at * COLUMNS, tile + row * COLUMNS,
-                 sizeof(float) * columns);
+    int ready = -1;  // the part that `in` is for
+    do {
+      keep(chunks, x, shared.x[1]);
+      int64_t before = 0;
+      for (int i = 0; i < 3; i++) {
+        const GptqProjection& p = *parts[i];
+        const int64_t tiles = tiles_of(p);
+        const int64_t begin = std::max(chunks.begin - before, int64_t(0)),
+                      end = std::min(chunks.end - before, tiles);
+        before += tiles;
+        if (begin >= end) continue;
+        int alike = i;  // the first part that reads x as this one
+        while (alike > 0 && parts[alike]->same_rows) alike--;
+        if (ready != alike) in = prepare_input(model, p, normed, m, input);
+        ready = alike;
+        project_tiles(p, begin, end, in, outs[i]);
       }
-      before += tiles;
+    } while (chunks.next());
+  }
+
+  // Some tiles of y [M][out_features].
+  void project_tiles(const GptqProjection& p, int64_t begin, int64_t end, const Input& in,
+                     float* y) const {
+    for (int64_t at = begin; at < end; at++) {
+      const int columns = project_tile(model, p, at, m, in, tile);
+      for (int64_t row = 0; row < m; row++)
+        memcpy(y + row * p.out_features + at * COLUMNS, tile + row * COLUMNS,
+               sizeof(float) * columns);
     }
-    barrier.wait();
+  }
+
+  // Attention: a chunk is one thread's range of positions, or several.
+  void attend(int index, Chunks& chunks) {
+    const GptqDecoderLayer& layer = model.layer[index];
     norm_all_heads(layer);
-    list_spans(layer);
-    const int64_t begin = split(thread), end = split(thread + 1);
-    for (int64_t i = 0; i < span_count; i++) {
-      const KvSpan& span = spans[i];
-      const int64_t low = std::max(begin - span.offset, int64_t(0)),
-                    high = std::min(end - span.offset, span.length());
-      if (low < high)
-        attend_range(layer, span, span.sequence->caches[index], i, span.first + low,
-                     span.first + high);
-    }
-    barrier.wait();
+    list_spans(layer, chunks.threads);
+    do
+      for (int of = int(chunks.begin); of < chunks.end; of++) {
+        const int64_t begin = split(of), end = split(of + 1);
+        for (int64_t i = 0; i < span_count; i++) {
+          const KvSpan& span = spans[i];
+          const int64_t low = std::max(begin - span.offset, int64_t(0)),
+                        high = std::min(end - span.offset, span.length());
+          if (low < high)
+            attend_range(layer, span, span.sequence->caches[index], of + i, span.first + low,
+                         span.first + high);
+        }
+      }
+    while (chunks.next());
+  }
+
+  void project_attention(const GptqDecoderLayer& layer, Chunks& chunks) {
+    list_spans(layer, chunks.threads);
     merge_ranges();
-    project_delta(layer.o, attention);
+    project_delta(layer.o, attention, chunks);
   }
 
   // Queries and keys, normed over all heads of a token where the model does that.
@@ -295,7 +301,8 @@ struct Worker : ThreadBuffers {
     rows_of_q = all_q, rows_of_k = all_k;
   }
 
-  void list_spans(const GptqDecoderLayer& layer) {
+  void list_spans(const GptqDecoderLayer& layer, int team) {
+    threads = team;
     span_count = 0;
     int64_t row = 0, offset = 0;
     for (int64_t i = 0; i < count; i++) {
@@ -320,7 +327,7 @@ struct Worker : ThreadBuffers {
     return std::min(at, span.offset + span.length() - span.sequence->tokens);
   }
 
-  // Attention over some positions of one span.
+  // Attention over some positions of one span, as range `number` of all.
   void attend_range(const GptqDecoderLayer& layer, const KvSpan& span, const GptqKvCache& cache,
                     int64_t number, int64_t begin, int64_t end) {
     const int dim = model.head_dim, group = model.heads / model.kv_heads;
@@ -351,7 +358,7 @@ struct Worker : ThreadBuffers {
       row_end[i] = past + i % tokens + 1;
       row_begin[i] = layer.window ? std::max<int64_t>(0, row_end[i] - layer.window) : 0;
     }
-    const int64_t size = model.type == FLOAT32 ? 4 : 2, range = (thread + number) * max_rows;
+    const int64_t size = model.type == FLOAT32 ? 4 : 2, range = number * max_rows;
     const AttentionArgs args{q,
                              q_bf16,
                              static_cast<const char*>(cache.keys) + head_at * size,
@@ -410,33 +417,43 @@ struct Worker : ThreadBuffers {
     }
   }
 
-  void feed_forward(const GptqDecoderLayer& layer) {
+  // normed = what the feed-forward part reads; x has the attention's answer.
+  void begin_feed_forward(const GptqDecoderLayer& layer) {
+    take_x(1);
     if (!model.parallel) add_delta(layer.attention_norm);
     norm_x(layer.feed_forward_norm);
     if (model.parallel) add_delta(layer.attention_norm);
-    if (layer.mixture) {
-      run_experts(*layer.mixture);
-    } else {
-      const int64_t count = tiles_of(layer.gate);
-      gate_tiles(layer.gate, layer.up, from(count), to(count), normed, m, shared.gated);
-      barrier.wait();
-      project_delta(layer.down, shared.gated);
-    }
-    add_delta(layer.output_norm);
   }
 
-  // gated [rows][gate.out_features] = activation(x * gate) * (x * up), some tiles of columns.
-  void gate_tiles(const GptqProjection& gate, const GptqProjection& up, int64_t begin, int64_t end,
-                  const float* x, int64_t rows, float* gated) {
-    if (begin >= end) return;
+  void gate_and_up(const GptqDecoderLayer& layer, Chunks& chunks) {
+    begin_feed_forward(layer);
+    const Gated in = prepare_gated(layer.gate, layer.up, normed, m);
+    do {
+      keep(chunks, x, shared.x[0]);
+      gate_tiles(layer.gate, layer.up, chunks.begin, chunks.end, in, m, shared.gated);
+    } while (chunks.next());
+  }
+
+  // What gate and up read.
+  struct Gated {
+    Input gate, up;
+  };
+
+  Gated prepare_gated(const GptqProjection& gate, const GptqProjection& up, const float* of,
+                      int64_t rows) const {
     const size_t gate_bytes = round_up(input_bytes(model, gate, rows), CACHE_LINE);
-    const Input of_gate = prepare_input(model, gate, x, rows, input);
-    const Input of_up =
-        up.same_rows ? of_gate : prepare_input(model, up, x, rows, input + gate_bytes);
+    const Input of_gate = prepare_input(model, gate, of, rows, input);
+    return {of_gate,
+            up.same_rows ? of_gate : prepare_input(model, up, of, rows, input + gate_bytes)};
+  }
+
+  // gated [rows][gate.out_features] = activation(in * gate) * (in * up), some tiles of columns.
+  void gate_tiles(const GptqProjection& gate, const GptqProjection& up, int64_t begin, int64_t end,
+                  const Gated& in, int64_t rows, float* gated) const {
     float* up_tile = tile + rows * COLUMNS;
     for (int64_t at = begin; at < end; at++) {
-      const int columns = project_tile(model, gate, at, rows, of_gate, tile);
-      project_tile(model, up, at, rows, of_up, up_tile);
+      const int columns = project_tile(model, gate, at, rows, in.gate, tile);
+      project_tile(model, up, at, rows, in.up, up_tile);
       for (int64_t row = 0; row < rows; row++) {
         float* values = tile + row * COLUMNS;
         DISPATCH(activate_multiply, model.isa, values, up_tile + row * COLUMNS,
@@ -446,76 +463,104 @@ struct Worker : ThreadBuffers {
     }
   }
 
-  void run_experts(const GptqMixture& mixture) {
-    route(mixture);
-    const int end = mixture.experts + (mixture.shared_gate != nullptr);
-    int64_t tiles = 0, before = 0;
-    for (int i = 0; i < end; i++)
-      if (routes.count(i)) tiles += tiles_of(mixture.expert[i].gate);
-    float* gated = shared.gated;
-    for (int i = 0; i < end; i++) {
-      const GptqExpert& expert = mixture.expert[i];
-      const int64_t rows = routes.count(i), all = rows ? tiles_of(expert.gate) : 0;
-      const int64_t low = std::max(from(tiles) - before, int64_t(0)),
-                    high = std::min(to(tiles) - before, all);
-      if (low < high) gate_tiles(expert.gate, expert.up, low, high, rows_of(i), rows, gated);
-      before += all;
-      gated += rows * expert.gate.out_features;
-    }
-    barrier.wait();
-    const int64_t first = from(tiles_of(mixture.expert[0].down)),
-                  last = to(tiles_of(mixture.expert[0].down));
-    for (int64_t row = 0; first < last && row < m; row++)
-      memset(shared.delta + row * model.hidden + first * COLUMNS, 0,
-             sizeof(float) * (std::min<int64_t>(model.hidden, last * COLUMNS) - first * COLUMNS));
-    gated = shared.gated;
-    for (int i = 0; first < last && i < end; i++) {
-      const GptqExpert& expert = mixture.expert[i];
-      const int64_t rows = routes.count(i);
-      if (rows) add_expert(expert.down, first, last, gated, i);
-      gated += rows * expert.gate.out_features;
-    }
-    barrier.wait();
+  // delta = projection of `of`.
+  void project_delta(const GptqProjection& p, const float* of, Chunks& chunks) const {
+    const Input in = prepare_input(model, p, of, m, input);
+    do project_tiles(p, chunks.begin, chunks.end, in, shared.delta);
+    while (chunks.next());
   }
 
-  // The experts of each row.
-  void route(const GptqMixture& mixture) {
-    // In float32, whatever multiplies the experts: a rounded score may choose others.
-    const Dense router{mixture.router, model.hidden, model.parameter_type,
-                       std::min<int>(model.isa, AVX512)};
-    const int64_t first = from(mixture.experts), count = to(mixture.experts) - first;
-    for (int64_t row = 0; count && row < m; row++)
-      dense(router, first, int(count), normed + row * model.hidden, nullptr,
-            shared.router + row * mixture.experts + first);
-    barrier.wait();
+  // In float32, whatever multiplies the experts: a rounded score may choose others.
+  Dense dense_of(const void* weight) const {
+    return {weight, model.hidden, model.parameter_type, std::min<int>(model.isa, AVX512)};
+  }
+
+  // Logits of some experts.
+  void score_experts(const GptqDecoderLayer& layer, Chunks& chunks) {
+    begin_feed_forward(layer);
+    const GptqMixture& mixture = *layer.mixture;
+    const Dense router = dense_of(mixture.router);
+    do {
+      keep(chunks, x, shared.x[0]);
+      keep(chunks, normed, shared.normed);
+      for (int64_t row = 0; row < m; row++)
+        dense(router, chunks.begin, int(chunks.end - chunks.begin), normed + row * model.hidden,
+              nullptr, shared.logits + row * mixture.experts + chunks.begin);
+    } while (chunks.next());
+  }
+
+  // The experts of each row, by one thread.
+  void route(const GptqMixture& mixture) const {
+    Routes routes = shared.routes;
     for (int64_t row = 0; row < m; row++) {
-      memcpy(logits, shared.router + row * mixture.experts, sizeof(float) * mixture.experts);
-      routes.choose(mixture, row, logits);
+      routes.choose(mixture, row, shared.logits + row * mixture.experts);
       if (!mixture.shared_gate) continue;
       float score;
-      dense({mixture.shared_gate, model.hidden, model.parameter_type, router.isa}, 0, 1,
-            normed + row * model.hidden, nullptr, &score);
-      shared_weight[row] = 1.0f / (1.0f + expf(-score));
+      dense(dense_of(mixture.shared_gate), 0, 1, shared.normed + row * model.hidden, nullptr,
+            &score);
+      shared.shared_weight[row] = 1.0f / (1.0f + expf(-score));
     }
-    routes.sort(mixture, m, shared_weight);
+    routes.sort(mixture, m, shared.shared_weight);
   }
 
-  // The rows of x that an expert reads.
-  const float* rows_of(int expert) {
-    const int64_t rows = routes.count(expert), first = routes.first[expert];
-    if (rows == m) return normed;
+  // Gate and up of all experts that have rows: tiles of one after those of the other.
+  void gate_experts(const GptqMixture& mixture, Chunks& chunks) {
+    Gated in{};
+    int ready = -1;  // the expert that `in` is for
+    do {
+      int64_t before = 0;
+      float* gated = shared.gated;
+      for (int i = 0; i < experts_of(mixture); i++) {
+        const GptqExpert& expert = mixture.expert[i];
+        const int64_t rows = shared.routes.count(i), tiles = rows ? tiles_of(expert.gate) : 0;
+        const int64_t begin = std::max(chunks.begin - before, int64_t(0)),
+                      end = std::min(chunks.end - before, tiles);
+        if (begin < end) {
+          if (ready != i) in = prepare_gated(expert.gate, expert.up, rows_of(i), rows);
+          ready = i;
+          gate_tiles(expert.gate, expert.up, begin, end, in, rows, gated);
+        }
+        before += tiles;
+        gated += rows * expert.gate.out_features;
+      }
+    } while (chunks.next());
+  }
+
+  // The rows that an expert reads.
+  const float* rows_of(int expert) const {
+    const int64_t rows = shared.routes.count(expert), first = shared.routes.first[expert];
+    if (rows == m) return shared.normed;
     for (int64_t i = 0; i < rows; i++)
-      memcpy(gathered + i * model.hidden, normed + routes.row[first + i] * int64_t(model.hidden),
+      memcpy(gathered + i * model.hidden,
+             shared.normed + shared.routes.row[first + i] * int64_t(model.hidden),
              sizeof(float) * model.hidden);
     return gathered;
   }
 
+  // delta = the sum of the experts' answers.
+  void add_experts(const GptqMixture& mixture, Chunks& chunks) const {
+    do {
+      const int64_t first = chunks.begin * COLUMNS,
+                    last = std::min<int64_t>(model.hidden, chunks.end * COLUMNS);
+      for (int64_t row = 0; row < m; row++)
+        memset(shared.delta + row * model.hidden + first, 0, sizeof(float) * (last - first));
+      const float* gated = shared.gated;
+      for (int i = 0; i < experts_of(mixture); i++) {
+        const GptqExpert& expert = mixture.expert[i];
+        const int64_t rows = shared.routes.count(i);
+        if (rows) add_expert(expert.down, chunks.begin, chunks.end, gated, i);
+        gated += rows * expert.gate.out_features;
+      }
+    } while (chunks.next());
+  }
+
   // delta += an expert's answers for its rows, some tiles of columns.
-  void add_expert(const GptqProjection& down, int64_t first, int64_t last, const float* gated,
-                  int expert) {
+  void add_expert(const GptqProjection& down, int64_t begin, int64_t end, const float* gated,
+                  int expert) const {
+    const Routes& routes = shared.routes;
     const int64_t rows = routes.count(expert), route = routes.first[expert];
     const Input in = prepare_input(model, down, gated, rows, input);
-    for (int64_t at = first; at < last; at++) {
+    for (int64_t at = begin; at < end; at++) {
       const int columns = project_tile(model, down, at, rows, in, tile);
       for (int64_t i = 0; i < rows; i++) {
         float* to = shared.delta + routes.row[route + i] * int64_t(model.hidden) + at * COLUMNS;
@@ -523,33 +568,43 @@ struct Worker : ThreadBuffers {
       }
     }
   }
-
-  // delta = projection of `of`.
-  void project_delta(const GptqProjection& p, const float* of) {
-    const int64_t count = tiles_of(p);
-    if (from(count) < to(count)) {
-      const Input in = prepare_input(model, p, of, m, input);
-      for (int64_t at = from(count); at < to(count); at++) {
-        const int columns = project_tile(model, p, at, m, in, tile);
-        for (int64_t row = 0; row < m; row++)
-          memcpy(shared.delta + row * model.hidden + at * COLUMNS, tile + row * COLUMNS,
-                 sizeof(float) * columns);
-      }
-    }
-    barrier.wait();
-  }
-
-  void run(const void* from) {
-    for (int64_t i = 0; i < m * model.hidden; i++) x[i] = load_number(from, model.type, i);
-    for (int i = 0; i < model.layers; i++) {
-      norm_x(model.layer[i].input_norm);
-      self_attention(i);
-      feed_forward(model.layer[i]);
-    }
-  }
 };
 
-constexpr int MAX_THREADS = 256;
+void run_mixture(const GptqModel& model, const GptqDecoderLayer& layer, Worker* workers,
+                 const SharedBuffers& shared, Together& all) {
+  const GptqMixture& mixture = *layer.mixture;
+  all.share(mixture.experts,
+            [&](Chunks& chunks) { workers[chunks.thread].score_experts(layer, chunks); });
+  all.share(1, [&](Chunks& chunks) { workers[chunks.thread].route(mixture); });
+  int64_t tiles = 0;
+  for (int i = 0; i < experts_of(mixture); i++)
+    if (shared.routes.count(i)) tiles += tiles_of(mixture.expert[i].gate);
+  all.share(tiles, [&](Chunks& chunks) { workers[chunks.thread].gate_experts(mixture, chunks); });
+  all.share((model.hidden + COLUMNS - 1) / COLUMNS,
+            [&](Chunks& chunks) { workers[chunks.thread].add_experts(mixture, chunks); });
+}
+
+// All decoder layers, by whoever takes part.
+void run_layers(const GptqModel& model, Worker* workers, const SharedBuffers& shared,
+                Together& all) {
+  for (int i = 0; i < model.layers; i++) {
+    const GptqDecoderLayer& layer = model.layer[i];
+    all.share(tiles_of(layer.q) + tiles_of(layer.k) + tiles_of(layer.v),
+              [&](Chunks& chunks) { workers[chunks.thread].project_heads(i, chunks); });
+    all.share(all.threads, [&](Chunks& chunks) { workers[chunks.thread].attend(i, chunks); });
+    all.share(tiles_of(layer.o),
+              [&](Chunks& chunks) { workers[chunks.thread].project_attention(layer, chunks); });
+    if (layer.mixture) {
+      run_mixture(model, layer, workers, shared, all);
+      continue;
+    }
+    all.share(tiles_of(layer.gate),
+              [&](Chunks& chunks) { workers[chunks.thread].gate_and_up(layer, chunks); });
+    all.share(tiles_of(layer.down), [&](Chunks& chunks) {
+      workers[chunks.thread].project_delta(layer.down, shared.gated, chunks);
+    });
+  }
+}
 
 thread_local Scratch step_scratch;
 
@@ -603,20 +658,25 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
   const size_t rows = model.heads / model.kv_heads * max_tokens,
                ranges = model.kv_heads * count + threads;
   SharedBuffers shared;
-  ThreadBuffers own[MAX_THREADS];
+  Worker* workers;
   const auto lay_out = [&](void* memory) {
     Arena arena(memory);
+    for (float*& x_kept : shared.x) x_kept = arena.take<float>(m * model.hidden);
     shared.delta = arena.take<float>(m * model.hidden);
     shared.q = arena.take<float>(m * q_size);
     shared.k = arena.take<float>(m * kv_size);
     shared.v = arena.take<float>(m * kv_size);
     shared.gated = arena.take<float>(gated);
-    shared.router = arena.take<float>(size_t(m) * largest.experts);
     shared.running_max = arena.take<float>(ranges * rows);
     shared.row_sum = arena.take<float>(ranges * rows);
     shared.acc = arena.take<float>(ranges * rows * model.head_dim);
+    shared.normed = arena.take<float>(largest.experts ? m * model.hidden : 0);
+    shared.logits = arena.take<float>(size_t(m) * largest.experts);
+    shared.shared_weight = arena.take<float>(m);
+    shared.routes.lay_out(arena, largest, m);
+    workers = arena.take<Worker>(threads);
     for (int thread = 0; thread < threads; thread++) {
-      ThreadBuffers& buffers = own[thread];
+      ThreadBuffers buffers;
       buffers.x = arena.take<float>(m * model.hidden);
       buffers.normed = arena.take<float>(m * model.hidden);
       buffers.added = arena.take<float>(model.hidden);
@@ -631,35 +691,26 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
       buffers.scores = arena.take<float>(rows * KV_BLOCK);
       buffers.input = arena.take<char>(input);
       buffers.gathered = arena.take<float>(largest.experts ? m * model.hidden : 0);
-      buffers.logits = arena.take<float>(largest.experts);
-      buffers.shared_weight = arena.take<float>(m);
-      buffers.routes.lay_out(arena, largest, m);
       buffers.spans = arena.take<KvSpan>(size_t(model.kv_heads) * count);
       buffers.splits = arena.take<int64_t>(threads + 1);
+      if (memory)
+        new (workers + thread)
+            Worker{buffers, model, shared, cos, sin, sequences, count, m, int64_t(rows)};
     }
     return arena.used();
   };
   void* memory = step_scratch.get(lay_out(nullptr));
   if (!memory) return 1;
   lay_out(memory);
-  SpinBarrier barrier;
-#pragma omp parallel num_threads(threads)
-  {
-#ifdef _OPENMP
-    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-#else
-    const int thread = 0, team = 1;
-#endif
-#pragma omp single
-    barrier.start(team);
-    Worker{own[thread], model, shared, barrier,       cos,    sin,
-           sequences,   count, m,      int64_t(rows), thread, team}
-        .run(x);
-  }
+  for (int64_t i = 0; i < m * model.hidden; i++) shared.x[0][i] = load_number(x, model.type, i);
+  together(threads, Meet::SPINNING,
+           [&](Together& all) { run_layers(model, workers, shared, all); });
+  Worker& last = workers[0];
+  last.take_x(0);
+  if (model.layers) last.add_delta(model.layer[model.layers - 1].output_norm);
   for (int64_t row = 0; row < m; row++) {
-    float* normed = own[0].normed;
-    norm_row(model, model.norm, own[0].x + row * model.hidden, model.hidden, normed);
-    store_as(y, row * model.hidden, normed, model.hidden, model.type);
+    norm_row(model, model.norm, last.x + row * model.hidden, model.hidden, last.normed);
+    store_as(y, row * model.hidden, last.normed, model.hidden, model.type);
   }
   return 0;
 }

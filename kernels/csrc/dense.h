@@ -109,6 +109,7 @@ inline void dense(const Dense& w, int64_t first, int count, const float* x, cons
   if (w.uses_bf16())
     return dense_bfloat16(static_cast<const uint16_t*>(w.weight), w.k, first, count, x_bf16, y);
 #endif
+  (void)x_bf16;
   DISPATCH(dense, w.isa, w.weight, w.k, first, count, x, w.type, y);
 }
 

@@ -17,12 +17,9 @@
 
 #include "bf16_blocks.h"
 #include "gemv.h"
+#include "team.h"
 
 #include <algorithm>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 using namespace gptq;
 
@@ -469,41 +466,61 @@ int gptq_gemm(const GptqLinear* const* linears, void* const* y, int count, const
       std::min(m, by_rows ? ROWS_EACH : PREFILL_ROWS);  // at a time: they stay in a core's cache
   uint32_t* shared_x = by_rows ? nullptr : memory_for_x(first, max_rows);
   if (!by_rows && !shared_x) return 1;
-  int failed = 0;
-#pragma omp parallel num_threads(threads)
-  {
-#ifdef _OPENMP
-    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-#else
-    const int thread = 0, team = 1;
-#endif
-    const int64_t begin = by_rows ? rows_before(m, thread, team) : 0,
-                  end = by_rows ? rows_before(m, thread + 1, team) : m;
-    const int share = by_rows ? 0 : thread, shares = by_rows ? 1 : team;
-    const Panels panels(gemms, count, share, shares);
-    uint32_t* permuted = by_rows ? memory_for_x(first, max_rows) : shared_x;
-    const int64_t blocks = (max_rows + LANES - 1) / LANES;
-    const size_t transposed = size_t(first.in_features + 3) * LANES * 2;
-    char* memory = static_cast<char*>(own_scratch.get(std::max(
-        transposed, size_t(2) * AMX_BLOCK * 4 * (2 * DEPTH_BLOCKS + PANELS_PER_GROUP * blocks))));
-    const bool ready = permuted && memory;
-    if (!ready) {
-#pragma omp atomic write
-      failed = 1;
-    }
+  std::atomic<int> failed{0};
+  const int64_t blocks = (max_rows + LANES - 1) / LANES;
+  const size_t own_bytes =
+      std::max<size_t>(size_t(first.in_features + 3) * LANES * 2,
+                       size_t(2) * AMX_BLOCK * 4 * (2 * DEPTH_BLOCKS + PANELS_PER_GROUP * blocks));
+  const auto own_memory = [&] {
+    char* memory = static_cast<char*>(own_scratch.get(own_bytes));
+    if (!memory) failed = 1;
+    return memory;
+  };
+  const auto row_of_x = [&](int64_t row) {
+    return static_cast<const uint16_t*>(x) + row * first.in_features;
+  };
+  // Some rows of x by the whole weight.
+  const auto multiply_rows = [&](int64_t begin, int64_t end) {
+    uint32_t* permuted = memory_for_x(first, max_rows);
+    char* memory = own_memory();
+    if (!permuted) failed = 1;
+    if (!permuted || !memory) return;
+    const Panels panels(gemms, count, 0, 1);
     for (int64_t row = begin; row < end; row += max_rows) {
       const int64_t rows = std::min(max_rows, end - row);
-      const uint16_t* from = static_cast<const uint16_t*>(x) + row * first.in_features;
-      if (ready) permute_share(first, order_in_x, from, rows, share, shares, permuted, memory);
-      if (!by_rows) {
-#pragma omp barrier
-      }
-      if (ready) multiply_share(panels, permuted, row, rows, amx, memory);
-      if (!by_rows) {
-#pragma omp barrier
-      }
+      permute_share(first, order_in_x, row_of_x(row), rows, 0, 1, permuted, memory);
+      multiply_share(panels, permuted, row, rows, amx, memory);
     }
-  }
+  };
+  together(threads, Meet::BARRIER, [&](Together& all) {
+    const int shares = all.threads;
+    if (by_rows) {
+      all.share(shares, [&](Chunks& chunks) {
+        do
+          for (int share = int(chunks.begin); share < chunks.end; share++)
+            multiply_rows(rows_before(m, share, shares), rows_before(m, share + 1, shares));
+        while (chunks.next());
+      });
+      return;
+    }
+    for (int64_t row = 0; row < m; row += max_rows) {
+      const int64_t rows = std::min(max_rows, m - row);
+      all.share(shares, [&](Chunks& chunks) {
+        char* memory = own_memory();
+        do
+          for (int share = int(chunks.begin); memory && share < chunks.end; share++)
+            permute_share(first, order_in_x, row_of_x(row), rows, share, shares, shared_x, memory);
+        while (chunks.next());
+      });
+      all.share(shares, [&](Chunks& chunks) {
+        char* memory = own_memory();
+        do
+          for (int share = int(chunks.begin); memory && share < chunks.end; share++)
+            multiply_share(Panels(gemms, count, share, shares), shared_x, row, rows, amx, memory);
+        while (chunks.next());
+      });
+    }
+  });
   return failed;
 #else
   (void)linears, (void)y, (void)count, (void)x, (void)m, (void)amx, (void)threads;

@@ -23,10 +23,7 @@
 // weight of some tiles for another library, which multiplies faster than this one.
 
 #include "gemv.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "team.h"
 
 using namespace gptq;
 
@@ -444,10 +441,9 @@ int gptq_gemv(const GptqLinear* linear, const void* x, void* y, int64_t m, int t
   if (!memory) return 1;
   const PermutedActivations permuted = permuted_at(*linear, isa, kind, m, memory);
   // A few rows are permuted by the caller: a barrier costs more, above all on a busy machine.
-#pragma omp parallel for num_threads(threads) schedule(static) if (m > ROWS)
-  for (int64_t row = 0; row < m; row++) permute_activations(*linear, x, type, row, permuted);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t piece = 0; piece < tiles * chunks; piece++) {
+  parallel_for(m > ROWS ? threads : 1, m,
+               [&](int64_t row) { permute_activations(*linear, x, type, row, permuted); });
+  parallel_for(threads, tiles * chunks, [&](int64_t piece) {
     const int64_t tile = piece / chunks, first = piece % chunks * CHUNK;
     const int64_t last = first + CHUNK < m ? first + CHUNK : m;
     alignas(64) float sums[ROWS * COLUMNS];
@@ -457,17 +453,16 @@ int gptq_gemv(const GptqLinear* linear, const void* x, void* y, int64_t m, int t
       for (int i = 0; i < count; i++)
         store_tile(*linear, tile, row + i, sums + i * COLUMNS, y, type);
     }
-  }
+  });
   return 0;
 }
 
 void gptq_unpack(const GptqLinear* linear, int64_t first, int64_t tiles, void* w, int type, int isa,
                  int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t tile = 0; tile < tiles; tile++) {
+  parallel_for(threads, tiles, [&](int64_t tile) {
     const int64_t offset = tile * COLUMNS * (type == FLOAT32 ? 4 : 2);
     unpack_bits(*linear, first + tile, static_cast<char*>(w) + offset, tiles * COLUMNS, type, isa);
-  }
+  });
 }
 
 }  // extern "C"

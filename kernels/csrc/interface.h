@@ -117,6 +117,10 @@ int gptq_isa();
 int gptq_activations(int isa);
 int gptq_amx();
 
+// team.cpp. Have threads of the library's own share the work (1), or OpenMP's (0), where there are
+// both; returns which do.
+int gptq_own_threads(int own);
+
 // pack.cpp. Pack a qweight [K * bits / 32][N] into words [tiles][units][unit words][64]; `rows`
 // [units * unit rows] names the feature of each row, or -1.
 int gptq_pack(int bits, int planar, const uint32_t* qweight, const int32_t* rows,

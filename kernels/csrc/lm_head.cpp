@@ -15,6 +15,7 @@
 
 #include "dense.h"
 #include "gemv.h"
+#include "team.h"
 
 #include <cmath>
 #include <functional>
@@ -149,13 +150,13 @@ extern "C" {
 void gptq_quantize_head(const void* weight, int64_t n, int64_t k, uint32_t* words, float* scales,
                         float* errors, float* norms, int type, int isa, int threads) {
   const int64_t groups = (k + GROUP_SIZE - 1) / GROUP_SIZE, tiles = (n + COLUMNS - 1) / COLUMNS;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t tile = 0; tile < tiles; tile++)
+  parallel_for(threads, tiles, [&](int64_t tile) {
     for (int64_t column = tile * COLUMNS; column < std::min(n, (tile + 1) * COLUMNS); column++) {
       const int64_t c = column % COLUMNS;
       DISPATCH(quantize, isa, weight, type, column * k, k, words + tile * (k / 4) * COLUMNS + c,
                scales + tile * groups * COLUMNS + c, errors[column], norms[column]);
     }
+  });
 }
 
 int gptq_head(const void* weight, const void* x, void* y, int64_t m, int64_t k, int64_t n, int type,
@@ -164,15 +165,14 @@ int gptq_head(const void* weight, const void* x, void* y, int64_t m, int64_t k, 
   float* memory = static_cast<float*>(head_scratch.get(size_t(m) * k * 4));
   if (!memory) return 1;
   const Rows rows = rows_of(x, m * k, of, memory);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t tile = 0; tile < (n + COLUMNS - 1) / COLUMNS; tile++) {
+  parallel_for(threads, (n + COLUMNS - 1) / COLUMNS, [&](int64_t tile) {
     const int count = int(std::min<int64_t>(COLUMNS, n - tile * COLUMNS));
     float sums[COLUMNS];
     for (int64_t row = 0; row < m; row++) {
       multiply_dense(of, rows, row, tile * COLUMNS, count, sums);
       store_as(y, row * n + tile * COLUMNS, sums, count, type);
     }
-  }
+  });
   return 0;
 }
 
@@ -211,8 +211,7 @@ int gptq_top_logits(const GptqLinear* quantized, const float* errors, float max_
     permute_activations(*quantized, x, type, row, permuted);
     bounds[row] = bound_of(x, row, k, type, max_norm, permuted.integers());
   }
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t tile = 0; tile < tiles; tile++) {
+  parallel_for(threads, tiles, [&](int64_t tile) {
     const int64_t first = tile * COLUMNS;
     const int count = int(std::min<int64_t>(COLUMNS, n - first));
     for (int64_t row = 0; row < m; row += ROWS)
@@ -230,7 +229,7 @@ int gptq_top_logits(const GptqLinear* quantized, const float* errors, float max_
       lower[row * tiles + tile] = low;
       upper[row * tiles + tile] = high;
     }
-  }
+  });
   for (int64_t row = 0; row < m; row++) {
     if (counts[row] > tiles) return 2;
     std::copy_n(lower + row * tiles, tiles, sorted);
@@ -239,8 +238,7 @@ int gptq_top_logits(const GptqLinear* quantized, const float* errors, float max_
     threshold[row] = *kth - std::fabs(*kth) * ROUNDING_MARGIN;
     if (!std::isfinite(threshold[row]) || !std::isfinite(bounds[row].factor)) return 2;
   }
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t tile = 0; tile < tiles; tile++) {
+  parallel_for(threads, tiles, [&](int64_t tile) {
     const int64_t first = tile * COLUMNS;
     const int count = int(std::min<int64_t>(COLUMNS, n - first));
     for (int64_t row = 0; row < m; row++) {
@@ -255,7 +253,7 @@ int gptq_top_logits(const GptqLinear* quantized, const float* errors, float max_
       }
       store_as(y, row * n + first, out, count, type);
     }
-  }
+  });
   return 0;
 }
 

@@ -13,6 +13,9 @@
 // cache.
 
 #include "gemv.h"
+#include "team.h"
+
+#include <algorithm>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -25,7 +28,6 @@ namespace {
 constexpr int CODES_PER_BLOCK = 32;  // which fill whole words at every width
 constexpr int UNITS_AT_ONCE = 8;     // of a tile, written one after the other
 constexpr int PREFETCH_ROWS = 16;    // of words, asked for before they are copied
-constexpr size_t HUGE_PAGE = size_t(2) << 20;
 
 // Bits of a code where they lie: `length` of them from bit `low` of the code on, at `bit` of a
 // word.
@@ -167,6 +169,7 @@ void copy_tile(const uint32_t* words, int64_t rows, int64_t stride, int count, u
 // Ask for large pages, before a byte is written: fewer faults now, fewer lookups in every product.
 void use_huge_pages(void* memory, size_t size) {
 #ifdef MADV_HUGEPAGE
+  constexpr size_t HUGE_PAGE = size_t(2) << 20;
   const uintptr_t first = (uintptr_t(memory) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
   const uintptr_t last = (uintptr_t(memory) + size) / HUGE_PAGE * HUGE_PAGE;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
@@ -174,6 +177,8 @@ void use_huge_pages(void* memory, size_t size) {
   (void)memory, (void)size;
 #endif
 }
+
+thread_local Scratch scratch;
 
 }  // namespace
 
@@ -214,33 +219,34 @@ int gptq_pack(int bits, int planar, const uint32_t* qweight, const int32_t* rows
     last = rows[i];
   }
   const int64_t first_copied = ordered ? whole : 0;
-  int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-  {
-    if (ordered) {
-#pragma omp for schedule(static) nowait
-      for (int64_t unit = 0; unit < units; unit += UNITS_AT_ONCE) {
-        const int64_t end = unit + UNITS_AT_ONCE < units ? unit + UNITS_AT_ONCE : units;
+  std::atomic<int> failed{0};
+  std::atomic<int64_t> next{0};
+  const auto pack_ordered = [&](Chunks& chunks) {
+    do
+      for (int64_t at = chunks.begin; at < chunks.end; at++) {
+        const int64_t unit = at * UNITS_AT_ONCE, end = std::min(unit + UNITS_AT_ONCE, units);
         for (int64_t tile = 0; tile < whole; tile++)
           pack(job, qweight + tile * COLUMNS, columns, unit, end,
                words + (tile * units + unit) * unit_words * COLUMNS);
       }
-    }
-    static thread_local Scratch scratch;
-    uint32_t* copy = nullptr;
-#pragma omp for schedule(dynamic)
-    for (int64_t tile = first_copied; tile < tiles; tile++) {
-      if (!copy)
-        copy = static_cast<uint32_t*>(scratch.get(sizeof(uint32_t) * stored_rows * COLUMNS));
-      if (!copy) {
-        failed = 1;
-        continue;
+    while (chunks.next());
+  };
+  const auto pack_copied = [&](Chunks& chunks) {
+    uint32_t* copy = static_cast<uint32_t*>(scratch.get(sizeof(uint32_t) * stored_rows * COLUMNS));
+    if (!copy) failed = 1;
+    do
+      for (int64_t tile = first_copied + chunks.begin; copy && tile < first_copied + chunks.end;
+           tile++) {
+        const int count = tile < whole ? COLUMNS : int(columns - whole * COLUMNS);
+        copy_tile(qweight + tile * COLUMNS, stored_rows, columns, count, copy);
+        pack(job, copy, COLUMNS, 0, units, words + tile * units * unit_words * COLUMNS);
       }
-      const int count = tile < whole ? COLUMNS : int(columns - whole * COLUMNS);
-      copy_tile(qweight + tile * COLUMNS, stored_rows, columns, count, copy);
-      pack(job, copy, COLUMNS, 0, units, words + tile * units * unit_words * COLUMNS);
-    }
-  }
+    while (chunks.next());
+  };
+  together(threads, Meet::BARRIER, [&](Together& all) {
+    if (ordered) all.share((units + UNITS_AT_ONCE - 1) / UNITS_AT_ONCE, pack_ordered);
+    all.share_in_order(tiles - first_copied, next, pack_copied);
+  });
   return failed;
 }
 

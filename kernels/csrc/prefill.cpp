@@ -24,14 +24,11 @@
 #include "dense.h"
 #include "gemv.h"
 #include "mixture.h"
+#include "team.h"
 #include "vector_math.h"
 
 #include <algorithm>
 #include <type_traits>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 using namespace gptq;
 
@@ -496,19 +493,19 @@ struct Prefill {
 
   // x += what the last part added, normed by `before`, or nothing where that is null; y = norm(x).
   void add_and_norm(const GptqNorm* before, const GptqNorm& norm, uint16_t* y) const {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < tokens; row++) {
+    parallel_for(threads, tokens, [&](int64_t row) {
       const int64_t at = row * model.hidden;
       if (before)
         add_row(args(*before, model.hidden), buffers.delta + at, model.residual, buffers.x + at);
       norm_row(args(norm, model.hidden), buffers.x + at, y + at);
-    }
+    });
   }
 
   void add_delta(const GptqNorm& norm) const {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t at = 0; at < tokens * model.hidden; at += model.hidden)
+    parallel_for(threads, tokens, [&](int64_t row) {
+      const int64_t at = row * model.hidden;
       add_row(args(norm, model.hidden), buffers.delta + at, model.residual, buffers.x + at);
+    });
   }
 
   Rotation rotation(const GptqDecoderLayer& layer, int64_t row) const {
@@ -529,8 +526,7 @@ struct Prefill {
     const int dim = model.head_dim;
     uint16_t *keys = static_cast<uint16_t*>(cache.keys),
              *values = static_cast<uint16_t*>(cache.values);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < tokens; row++) {
+    parallel_for(threads, tokens, [&](int64_t row) {
       const Rotation angles = rotation(layer, row);
       GptqNorm q_norm = layer.q_norm, k_norm = layer.k_norm;
       if (model.all_heads) {
@@ -548,10 +544,9 @@ struct Prefill {
         rotate_head(buffers.k + from, args(k_norm, dim), angles, keys + to);
         memcpy(values + to, buffers.v + from, size_t(dim) * 2);
       }
-    }
+    });
     const int64_t blocks = keys_held / 32, end = past + tokens;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < model.kv_heads * blocks; i++) {
+    parallel_for(threads, model.kv_heads * blocks, [&](int64_t i) {
       const int64_t head = i / blocks, chunk = i % blocks,
                     from = (head * cache.capacity + chunk * 32) * dim;
       const int count = int(std::clamp<int64_t>(end - chunk * 32, 0, 32));
@@ -560,7 +555,7 @@ struct Prefill {
       pack_keys(keys + from + 16 * dim, std::max(count - 16, 0), dim, to + dim / 32 * AMX_BLOCK);
       pack_values(values + from, count, dim, blocks * AMX_BLOCK,
                   buffers.values + (head * (dim / 16) * blocks + chunk) * AMX_BLOCK);
-    }
+    });
   }
 
   int attend_all(const GptqDecoderLayer& layer) const {
@@ -569,30 +564,29 @@ struct Prefill {
                           model.heads,   model.kv_heads, model.head_dim, model.scale,
                           model.softcap, amx != 0};
     const int64_t parts = round_up<int64_t>(tokens, TOKENS_PER_TASK) / TOKENS_PER_TASK;
-    int failed = 0;
-#pragma omp parallel num_threads(threads)
-    {
+    std::atomic<int> failed{0};
+    std::atomic<int64_t> next{0};
+    const auto attend_some = [&](Chunks& chunks) {
       TaskBuffers task_buffers;
       void* memory = task_scratch.get(task_buffers.lay_out(a.dim, nullptr));
       task_buffers.lay_out(a.dim, memory);
-      if (!memory) {
-#pragma omp atomic write
-        failed = 1;
-      }
+      if (!memory) failed = 1;
 #ifdef MATRIX_UNIT
       if (amx) configure_tiles(LANES, LANES);
 #endif
-      // The last tokens attend to the most keys: they begin, so that no thread is left with a long
-      // task.
-#pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < parts * model.heads; task++)
-        if (memory)
+      do
+        for (int64_t task = chunks.begin; memory && task < chunks.end; task++)
           attend(a, int(task % model.heads), (parts - 1 - task / model.heads) * TOKENS_PER_TASK,
                  task_buffers);
+      while (chunks.next());
 #ifdef MATRIX_UNIT
       if (amx) release_tiles();
 #endif
-    }
+    };
+    // The last tokens attend to the most keys: they begin, so that no thread is left with a long
+    // task.
+    together(threads, Meet::BARRIER,
+             [&](Together& all) { all.share_in_order(parts * model.heads, next, attend_some); });
     return failed;
   }
 
@@ -631,10 +625,10 @@ struct Prefill {
     uint16_t *both[] = {buffers.gate, buffers.up}, *out[] = {y};
     const int64_t columns = part.gate.out_features;
     if (project(model, feed, both, 2, x, rows, amx, threads)) return 1;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < rows; i++)
+    parallel_for(threads, rows, [&](int64_t i) {
       activate_multiply(buffers.gate + i * columns, buffers.up + i * columns,
                         Activation(model.activation), columns);
+    });
     return project(model, down, out, 1, buffers.gate, rows, amx, threads);
   }
 
@@ -648,9 +642,9 @@ struct Prefill {
         if (run_expert(mixture.expert[i], at,
                        std::min(PREFILL_ROWS, buffers.routes.first[i + 1] - at)))
           return 1;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < tokens; row++)
+    parallel_for(threads, tokens, [&](int64_t row) {
       narrow(buffers.sums + row * model.hidden, model.hidden, buffers.delta + row * model.hidden);
+    });
     return 0;
   }
 
@@ -658,8 +652,7 @@ struct Prefill {
   void route(const GptqMixture& mixture) const {
     Routes routes = buffers.routes;
     const int isa = std::min<int>(model.isa, AVX512);  // float32: a rounded score may choose others
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < tokens; row++) {
+    parallel_for(threads, tokens, [&](int64_t row) {
       float* x = buffers.sums + row * model.hidden;
       widen(buffers.normed + row * model.hidden, model.hidden, x);
       float* scores = buffers.scores + row * mixture.experts;
@@ -673,7 +666,7 @@ struct Prefill {
         buffers.shared_weight[row] = 1.0f / (1.0f + expf(-score));
       }
       memset(x, 0, sizeof(float) * model.hidden);
-    }
+    });
     routes.sort(mixture, tokens, buffers.shared_weight);
   }
 
@@ -682,14 +675,14 @@ struct Prefill {
     const size_t size = size_t(model.hidden);
     const int32_t* row = buffers.routes.row + at;
     const float* weight = buffers.routes.weight + at;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < rows; i++)
+    parallel_for(threads, rows, [&](int64_t i) {
       memcpy(buffers.gathered + i * size, buffers.normed + row[i] * size, 2 * size);
+    });
     const auto project = rows < (amx ? PANELS_FROM_AMX : PANELS_FROM) ? project_few : project_all;
     if (feed_forward(expert, buffers.gathered, rows, project, buffers.answers)) return 1;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < rows; i++)
+    parallel_for(threads, rows, [&](int64_t i) {
       add_scaled(buffers.answers + i * size, weight[i], model.hidden, buffers.sums + row[i] * size);
+    });
     return 0;
   }
 };

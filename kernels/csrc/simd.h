@@ -47,7 +47,7 @@
    : (ISA) == AVX2 ? NAME##_avx2(__VA_ARGS__)   \
                    : NAME##_plain(__VA_ARGS__))
 #else
-#define DISPATCH(NAME, ISA, ...) NAME##_plain(__VA_ARGS__)
+#define DISPATCH(NAME, ISA, ...) ((void)(ISA), NAME##_plain(__VA_ARGS__))
 #endif
 
 namespace gptq {

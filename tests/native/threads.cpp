@@ -1,5 +1,5 @@
 // Call each function of the library that has threads by one thread, by several, and by two callers
-// at a time.
+// at a time; OpenMP's threads, and those of the library's own.
 //
 // A program and no library, so that a sanitizer may watch every thread of it: `make sanitize`
 // builds it with the library's sources. Answers of several threads must be those of one, to the bit
@@ -22,7 +22,7 @@
 namespace {
 
 constexpr int FLOAT32 = 0, BFLOAT16 = 1;  // types
-constexpr int AVX512_BF16 = 3;            // instructions
+constexpr int AVX512_BF16 = 4;            // instructions
 constexpr int EXACT = 0;                  // activations: float32
 constexpr int HIDDEN = 128, INTERMEDIATE = 192, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 32, LAYERS = 2,
               VOCABULARY = 700;
@@ -228,10 +228,14 @@ Array prompt(const std::vector<Linear>& linears, int amx, int threads) {
 void compare(const std::string& what, const std::function<Array(int)>& call, double tolerance = 0) {
   const Array alone = call(1);
   for (int threads : {2, THREADS}) {
+    const std::string by = what + " by " + std::to_string(threads) + " threads";
+    gptq_own_threads(0);
     const Array together = call(threads);
+    gptq_own_threads(1);
+    check(call(threads).bytes == together.bytes, by + " of the library's own: other than OpenMP's");
     const double off = together.off(alone);
     check(tolerance ? off <= tolerance : together.bytes == alone.bytes,
-          what + " by " + std::to_string(threads) + " threads: off by " + std::to_string(off));
+          by + ": off by " + std::to_string(off));
   }
 }
 

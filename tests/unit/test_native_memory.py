@@ -47,6 +47,7 @@ def test_each_allocation_may_fail(tmp_path: Path) -> None:
     )
     outcome = json.loads(child.stdout)
     panels = load_library().gptq_isa() >= Isa.AVX512_BF16
+    own = load_library().gptq_own_threads(-1)
     for name, words in WORDS.items():
         for threads in (1, 2):
             answers = outcome[f"{name}, {threads}"]
@@ -54,4 +55,7 @@ def test_each_allocation_may_fail(tmp_path: Path) -> None:
             if name in LEAST and not panels:
                 continue
             assert len(answers["while"]) >= LEAST.get(name, 1), (name, threads)
-            assert set(answers["while"]) == {words}, (name, threads)
+            # Without memory for a team of the library's own, the caller does all by itself; a
+            # bandwidth is no tensor, which would be right.
+            right = {name != "bandwidth"} if own and threads > 1 else set[bool]()
+            assert {*answers["while"], *right} == {words, *right}, (name, threads)

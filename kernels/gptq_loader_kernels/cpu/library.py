@@ -225,6 +225,7 @@ FUNCTIONS = {
     "gptq_isa": "i",
     "gptq_activations": "ii",
     "gptq_amx": "i",
+    "gptq_own_threads": "ii",
     "gptq_pack": "iiipplllpi",
     "gptq_gemv": "ipppliiii",
     "gptq_unpack": "vpllpiii",
@@ -314,6 +315,7 @@ def load_library() -> ctypes.CDLL:
     Raises:
         LibraryMismatch: it was built from other sources than this package's.
         OSError: there is none, or it cannot be loaded.
+        OptionInvalid: `GPTQ_LOADER_THREADS` is neither openmp nor own.
     """
     path = find_library()
     if path is None:
@@ -330,7 +332,17 @@ def load_library() -> ctypes.CDLL:
             raise LibraryMismatch(f"its {name} takes other arguments")
     for name, letters in FUNCTIONS.items():
         _declare(library, name, *(LETTERS[letter] for letter in letters))
+    library.gptq_own_threads(_own_threads())
     return library
+
+
+def _own_threads() -> int:
+    """Whether the library's own threads share the work where OpenMP's could, as the user says."""
+    kinds = {"": 0, "openmp": 0, "own": 1}
+    kind = os.environ.get("GPTQ_LOADER_THREADS", "")
+    if kind not in kinds:
+        raise OptionInvalid(f"GPTQ_LOADER_THREADS is {kind!r}", hint="it is openmp or own")
+    return kinds[kind]
 
 
 def _declare(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:  # noqa: ANN401
