@@ -3,6 +3,11 @@
 #include "interface.h"
 #include "simd.h"
 
+#include <initializer_list>
+
+#ifdef X86
+#include <cpuid.h>
+#endif
 #ifdef MATRIX_UNIT
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -10,19 +15,58 @@
 
 using namespace gptq;
 
+namespace {
+
+#ifdef X86
+struct Registers {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+};
+
+// Nothing where the processor has no such leaf. By itself, since __builtin_cpu_supports needs a
+// library of the compiler's that Windows' linkers do not look for.
+Registers read_cpuid(unsigned leaf, unsigned part) {
+  Registers of;
+  if (!__get_cpuid_count(leaf, part, &of.a, &of.b, &of.c, &of.d)) return {};
+  return of;
+}
+
+bool has(unsigned bits, std::initializer_list<int> all) {
+  for (int bit : all)
+    if (!(bits >> bit & 1)) return false;
+  return true;
+}
+
+// The registers that the system keeps for each thread.
+unsigned kept_registers() {
+  if (!has(read_cpuid(1, 0).c, {27})) return 0;  // OSXSAVE
+  unsigned low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return low;
+}
+
+Isa find_isa() {
+  const unsigned kept = kept_registers();
+  const Registers first = read_cpuid(1, 0), wide = read_cpuid(7, 0);
+  const bool avx2 = has(kept, {1, 2}) && has(first.c, {12, 28}) && has(wide.b, {5});  // FMA, AVX
+  if (!avx2) return PLAIN;
+  // Registers of 64 bytes; F, DQ, BW and VL.
+  if (!has(kept, {5, 6, 7}) || !has(wide.b, {16, 17, 30, 31})) return AVX2;
+  if (has(read_cpuid(7, 1).a, {5})) return AVX512_BF16;
+  return has(wide.c, {11}) ? AVX512_VNNI : AVX512;
+}
+#endif
+
+}  // namespace
+
 extern "C" {
 
 int gptq_isa() {
 #ifdef X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return __builtin_cpu_supports("avx512bf16")   ? AVX512_BF16
-           : __builtin_cpu_supports("avx512vnni") ? AVX512_VNNI
-                                                  : AVX512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
-#endif
+  static const Isa isa = find_isa();
+  return isa;
+#else
   return PLAIN;
+#endif
 }
 
 int gptq_activations(int isa) {
@@ -40,9 +84,7 @@ int gptq_amx() {
   static const bool usable = [] {
     // ARCH_REQ_XCOMP_PERM: the system must let this process use it; threads made later have it too.
     constexpr int REQUEST = 0x1023, TILE_DATA = 18;
-    unsigned a = 7, b = 0, c = 0, d = 0;
-    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    const bool there = (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
+    const bool there = has(read_cpuid(7, 0).d, {22, 24});  // AMX-BF16, AMX-TILE
     return there && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
   }();
   return usable;

@@ -11,6 +11,14 @@
 
 #include <cstdint>
 
+#if defined(_WIN32) && !defined(__clang__)
+#error \
+    "gcc does not align vectors on the stack of Windows (https://gcc.gnu.org/PR54412): take clang"
+#endif
+#ifdef _WIN32
+#pragma clang attribute push(__attribute__((dllexport)), apply_to = function)
+#endif
+
 extern "C" {
 
 // A packed linear: w[n, k] = s[g, n] * (q[k, n] - z[g, n]). gemv.h draws how it lies in memory.
@@ -176,3 +184,7 @@ int gptq_top_logits(const GptqLinear* quantized, const float* errors, float max_
 double gptq_read_bandwidth(int64_t size, int rounds, int threads);
 
 }  // extern "C"
+
+#ifdef _WIN32
+#pragma clang attribute pop
+#endif

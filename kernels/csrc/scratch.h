@@ -7,9 +7,30 @@
 #include <cstdint>
 #include <cstdlib>
 
+#ifdef _WIN32
+#include <malloc.h>
+#endif
+
 namespace gptq {
 
 constexpr size_t CACHE_LINE = 64;
+
+// Memory on whole cache lines, of a size that is a multiple of theirs.
+inline void* allocate_lines(size_t size) {
+#ifdef _WIN32
+  return _aligned_malloc(size, CACHE_LINE);
+#else
+  return aligned_alloc(CACHE_LINE, size);
+#endif
+}
+
+inline void free_lines(void* memory) {
+#ifdef _WIN32
+  _aligned_free(memory);
+#else
+  free(memory);
+#endif
+}
 
 // The least multiple of `unit` that is no less than `count`.
 template <typename T>
@@ -23,15 +44,15 @@ class Scratch {
   Scratch() = default;
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { free(memory_); }
+  ~Scratch() { free_lines(memory_); }
 
   // At least `size` bytes with undefined contents, or null where memory is short.
   void* get(size_t size) {
     if (size <= size_ && memory_) return memory_;
-    free(memory_);
+    free_lines(memory_);
     size_ = 0;
     const bool too_much = size > SIZE_MAX - CACHE_LINE;
-    memory_ = too_much ? nullptr : aligned_alloc(CACHE_LINE, round_up(size + !size, CACHE_LINE));
+    memory_ = too_much ? nullptr : allocate_lines(round_up(size + !size, CACHE_LINE));
     if (memory_) size_ = size;
     return memory_;
   }

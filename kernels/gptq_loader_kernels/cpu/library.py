@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -285,7 +286,8 @@ def find_library() -> Path | None:
         return None
     if other := os.environ.get("GPTQ_LOADER_LIBRARY"):
         return Path(other)
-    return next(iter(sorted(Path(__file__).parent.glob("_gptq_cpu*.so"))), None)
+    path = Path(__file__).with_name("_gptq_cpu.dll" if sys.platform == "win32" else "_gptq_cpu.so")
+    return path if path.is_file() else None
 
 
 def why_not() -> str | None:
