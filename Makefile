@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PROMPT
 
-.PHONY: help demo test check docs sanitize hosts scale conformance families bench aot gpu clean
+.PHONY: help demo test check docs sanitize cross hosts scale conformance families bench aot gpu clean
 
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -40,6 +40,10 @@ docs: ## build the documentation site, build/site
 sanitize: ## run the native library's tests by sanitizers of memory and of threads
 	@$(PYTHON) tools/set_up.py test
 	@$(PYTHON) tools/sanitize.py $(ARGS)
+
+cross: ## build wheels for ARM, Windows and Macs, and run them by qemu and Wine; TARGETS="..."
+	@$(PYTHON) tools/set_up.py cross
+	@$(BIN)/python tools/cross.py $(TARGETS)
 
 hosts: ## drive the real host programs; WEBUI_DIR is a checkout of text-generation-webui
 	@$(PYTHON) tools/set_up.py hosts $(HOSTS)

@@ -2,9 +2,9 @@
 
     python tools/check_wheel.py CHECKPOINT
 
-It is imported, describes and plans the checkpoint by its command, and answers with it; on Linux and
-macOS its native library is there and is what answers. Run it with another Python than .venv's, from
-any folder.
+It is imported, describes and plans the checkpoint by its command, and answers with it; its native
+library is there and is what answers, but after `--plain`, where it must not be there. Run it with
+another Python than .venv's, from any folder.
 
     python tools/check_wheel.py --library WHEEL
 
@@ -21,14 +21,14 @@ import tempfile
 import zipfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-LIBRARY = "gptq_loader_kernels/cpu/_gptq_cpu.so"
+LIBRARY = "gptq_loader_kernels/cpu/_gptq_cpu" + (".dll" if sys.platform == "win32" else ".so")
 
 
 def main():
     if sys.argv[1] == "--library":
         check_library(sys.argv[2])
         return
-    check_installed(os.path.abspath(sys.argv[1]))
+    check_installed(os.path.abspath(sys.argv[-1]), native=sys.argv[1] != "--plain")
 
 
 def check_library(wheel):
@@ -38,7 +38,7 @@ def check_library(wheel):
         print("loaded", ctypes.CDLL(library))
 
 
-def check_installed(checkpoint):
+def check_installed(checkpoint, native):
     """Use what is installed: import it, inspect, explain, generate."""
     import gptq_loader_plugin
 
@@ -49,8 +49,8 @@ def check_installed(checkpoint):
     plan = json.loads(run("explain", checkpoint, "--device", "cpu", "--json"))
     kernels = {layer["kernel"] for layer in plan["layers"]}
     run("plugins")
-    if sys.platform != "win32":  # for which no library is built yet
-        assert kernels == {"cpu"}, plan["layers"][0]
+    assert (kernels == {"cpu"}) == native, plan["layers"][0]
+    if native:
         check_one_openmp()
     asked = ["--prompt", "Hello", "--max-new-tokens", "4", "--temperature", "0", "--json"]
     reply = json.loads(run("generate", checkpoint, "--device", "cpu", *asked))

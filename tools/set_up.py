@@ -1,6 +1,6 @@
 """Set up .venv for a make target, once; say what is going on; fail in one line with the next step.
 
-    python3 tools/set_up.py demo|page|test|check|docs
+    python3 tools/set_up.py demo|page|test|check|cross|docs
     python3 tools/set_up.py hosts [NAME...]
 
 "demo" is what an answer in the terminal takes, "page" what the chat page takes beside it.
@@ -38,8 +38,16 @@ EXTRAS = {
     "page": "demo,gradio,server",
     "test": "demo,gradio,server",
     "check": "demo,gradio,server",
+    "cross": "demo,gradio,server",
 }
-GROUPS = {"demo": (), "page": (), "test": ("test",), "check": ("test", "lint"), "docs": ("docs",)}
+GROUPS = {
+    "demo": (),
+    "page": (),
+    "test": ("test",),
+    "check": ("test", "lint"),
+    "cross": ("test", "cross"),
+    "docs": ("docs",),
+}
 
 
 def say(text):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import tarfile
 import zipfile
@@ -74,3 +76,19 @@ def test_the_sdist_has_the_source_roots(built: Path) -> None:
     assert "kernels/gptq_loader_kernels/cpu/__init__.py" in names
     assert "extensions/gptq_loader_extensions/__init__.py" in names
     assert "LICENSE" in names
+
+
+def test_a_wheel_without_the_library_is_for_any_platform(tmp_path: Path) -> None:
+    pytest.importorskip("build")
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "tests")
+    )
+    environment = {**os.environ, "GPTQ_LOADER_TARGET": "any"}
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path]
+    run_process([*command, source], env=environment, check=True)
+    wheel = next(tmp_path.glob("*.whl"))
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "gptq_loader_kernels/cpu/library.py" in names
+    assert not any(name.endswith((".so", ".dll")) for name in names)

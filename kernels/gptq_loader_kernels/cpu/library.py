@@ -293,10 +293,10 @@ def find_library() -> Path | None:
 def why_not() -> str | None:
     """Say in words why the library cannot be used here, or None where it can."""
     if find_library() is None:
-        return (
-            "its native library is not built: install a C++ compiler (apt install g++) and this "
-            "package again"
-        )
+        compiler = "a C++ compiler (apt install g++)"
+        if sys.platform == "win32":
+            compiler = "a compiler (pip install ziglang)"
+        return f"its native library is not built: install {compiler} and this package again"
     try:
         load_library()
     except LibraryMismatch as error:
