@@ -25,6 +25,7 @@ from check_native import ROOT, WARNINGS, arguments
 BUILT = os.path.join(ROOT, "build", "cross")
 PROGRAM = os.path.join(ROOT, "tests", "native", "vectors.cpp")
 SYSROOT = "/usr/aarch64-linux-gnu"  # Debian's libc6-arm64-cross
+PROCESSORS = ("cortex-a53", "max")  # without and with products of bytes
 ZIG = [sys.executable, "-m", "ziglang", "c++"]
 NAMES = ("aarch64-linux", "x86_64-windows", "aarch64-macos", "x86_64-macos")
 # The first bytes of a library, the file's bytes that name its processor, and what it may not need:
@@ -153,24 +154,29 @@ def run(name, folder, vectors):
     windows = name.endswith("windows")
     library = os.path.join(folder, os.path.basename(library_in(name)))
     command = [program_of(folder, windows), library, vectors]
+    by_each = [command]
     if windows:
         wine = shutil.which("wine64") or shutil.which("wine")
         if wine is None and os.path.exists("/usr/lib/wine/wine64"):
             wine = "/usr/lib/wine/wine64"  # where Debian has it, without the package wine
         if wine is None:
             return "", "compiled and linked; to run it: apt install wine64"
-        command = [wine, *command]
+        by_each = [[wine, *command]]
     elif name == "aarch64-linux":
         qemu = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
         if qemu is None or not os.path.isdir(SYSROOT):
             return "", "compiled and linked; to run it: apt install qemu-user libc6-arm64-cross"
-        command = [qemu, "-L", SYSROOT, *command]
+        by_each = [[qemu, "-L", SYSROOT, "-cpu", cpu, *command] for cpu in PROCESSORS]
     # Wine's folder has a link to /, which whatever walks through build/ would follow.
+    words = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as prefix:
         environment = {**os.environ, "WINEPREFIX": prefix, "WINEDEBUG": "-all"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    words = done.stdout.strip() or done.stderr[-2000:]
-    return (words if done.returncode else ""), words
+        for command in by_each:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            words.append(done.stdout.strip() or done.stderr[-2000:])
+            if done.returncode:
+                return words[-1] + done.stderr[-2000:], words[-1]
+    return "", "; ".join(words)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@
 #ifdef X86
 #include <cpuid.h>
 #endif
+#if defined(ARM) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 #ifdef MATRIX_UNIT
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -64,6 +67,11 @@ int gptq_isa() {
 #ifdef X86
   static const Isa isa = find_isa();
   return isa;
+#elif defined(ARM) && defined(__linux__)
+  constexpr unsigned long DOT_PRODUCTS = 1ul << 20;  // HWCAP_ASIMDDP
+  return getauxval(AT_HWCAP) & DOT_PRODUCTS ? DOTPROD : PLAIN;
+#elif defined(ARM) && defined(__APPLE__)
+  return DOTPROD;  // every Mac's has it
 #else
   return PLAIN;
 #endif
@@ -73,6 +81,8 @@ int gptq_activations(int isa) {
 #ifdef X86
   // Where there is a matrix unit for bfloat16, vdpbf16ps is slow (docs/decisions/native-cpu.md).
   if (isa == AVX512_BF16 && !gptq_amx()) return int(Activations::BF16);
+#endif
+#if defined(X86) || defined(ARM)
   if (isa >= AVX2) return int(Activations::INT16);
 #endif
   (void)isa;

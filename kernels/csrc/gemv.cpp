@@ -316,6 +316,9 @@ void permute_activations(const GptqLinear& linear, const void* x, int type, int6
   if (to.integers() && to.isa >= AVX512_VNNI) return quantize_activations(linear, x, type, m, to);
   if (to.integers()) return quantize_activations_avx2(linear, x, type, m, to);
 #endif
+#ifdef ARM
+  if (to.integers()) return quantize_activations_neon(linear, x, type, m, to);
+#endif
   const int rows = unit_rows(linear.bits), half = linear.bits == 3 ? 8 : rows / 2;
   const int64_t from = m * linear.in_features;
   if (to.kind == Activations::FLOAT32) {
@@ -378,6 +381,9 @@ void multiply_tile(const GptqLinear& linear, int64_t tile, int64_t m, int count,
 #ifdef X86
   if (x.integers() && x.isa >= AVX512_VNNI) return multiply_tile_vnni(linear, tile, m, count, x, y);
   if (x.integers()) return multiply_tile_maddubs(linear, tile, m, count, x, y);
+#endif
+#ifdef ARM
+  if (x.integers()) return multiply_tile_neon(linear, tile, m, count, x, y);
 #endif
   switch (linear.bits) {
     case 2: return dispatch_rows<2>(linear, tile, m, count, x, y);

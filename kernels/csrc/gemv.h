@@ -136,5 +136,12 @@ void quantize_activations_avx2(const GptqLinear& linear, const void* x, int type
 void multiply_tile_maddubs(const GptqLinear& linear, int64_t tile, int64_t m, int count,
                            const PermutedActivations& x, float* y);
 #endif
+#ifdef ARM
+// The same, neon.cpp.
+void quantize_activations_neon(const GptqLinear& linear, const void* x, int type, int64_t m,
+                               const PermutedActivations& to);
+void multiply_tile_neon(const GptqLinear& linear, int64_t tile, int64_t m, int count,
+                        const PermutedActivations& x, float* y);
+#endif
 
 }  // namespace gptq

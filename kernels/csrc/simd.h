@@ -24,6 +24,16 @@
 #endif
 #endif
 
+#if defined(__aarch64__)
+#define ARM 1
+#include <arm_neon.h>
+#if defined(__clang__)
+#define DOT_TARGET __attribute__((target("dotprod")))
+#else
+#define DOT_TARGET __attribute__((target("arch=armv8.2-a+dotprod")))  // as its intrinsics have it
+#endif
+#endif
+
 #if defined(__clang__)
 #define WIDE ""
 #else
@@ -77,11 +87,11 @@ typedef Wide::uints uints;
 typedef Wide::halves halves;
 
 // Instruction sets: AVX512_VNNI is AVX512 with products of bytes (vpdpbusd), AVX512_BF16 has those
-// of bfloat16 (vdpbf16ps) too.
-enum Isa { PLAIN = 0, AVX2 = 1, AVX512 = 2, AVX512_VNNI = 3, AVX512_BF16 = 4 };
+// of bfloat16 (vdpbf16ps) too. On ARM, DOTPROD is NEON with products of bytes (sdot).
+enum Isa { PLAIN = 0, AVX2 = 1, DOTPROD = 1, AVX512 = 2, AVX512_VNNI = 3, AVX512_BF16 = 4 };
 
 // What x is multiplied as: FLOAT32 by any code, BF16 by vdpbf16ps, INT16 and INT8 by vpdpbusd
-// (AVX512-VNNI) or vpmaddubsw (AVX2). INT16 is as good as BF16; INT8 rounds x.
+// (AVX512-VNNI), vpmaddubsw (AVX2) or sdot (ARM). INT16 is as good as BF16; INT8 rounds x.
 enum class Activations { FLOAT32 = 0, BF16 = 1, INT16 = 2, INT8 = 3 };
 
 // The dtype of x, y and of weights that are not packed.

@@ -29,7 +29,12 @@ if TYPE_CHECKING:
 __all__ = ["CpuKernel", "gptq_kernels"]
 
 # By a processor's flags, the best first; with none of them x is multiplied in float32.
-INSTRUCTIONS = {"avx512_vnni": "AVX512-VNNI", "avx512f": "AVX-512", "avx2": "AVX2"}
+INSTRUCTIONS = {
+    "avx512_vnni": "AVX512-VNNI",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+    "asimddp": "NEON with dot products",
+}
 RANK = 70  # above cpu-int4 (50)
 INT8_RANK = 0  # below everything: by name alone
 BANDWIDTH_ROUNDS = 5

@@ -45,6 +45,7 @@ class Isa(IntEnum):
 
     PLAIN = 0
     AVX2 = 1
+    DOTPROD = 1  # on ARM
     AVX512 = 2
     AVX512_VNNI = 3
     AVX512_BF16 = 4
@@ -55,7 +56,7 @@ class Activations(IntEnum):
 
     FLOAT32 = 0
     BF16 = 1  # by AVX512_BF16's code
-    INT16 = 2  # by AVX512-VNNI or AVX2: off by 2**-16 of what is greatest in x
+    INT16 = 2  # by AVX512-VNNI, AVX2 or ARM's dot products: off by 2**-16 of what is greatest in x
     INT8 = 3  # by the same; rounds x
 
 
