@@ -1,9 +1,9 @@
 """What this machine can compute on, found without importing torch.
 
 CUDA is asked through libcuda with ctypes, ROCm through /sys/class/kfd, Intel's GPUs through
-/sys/class/drm where torch was built for them, the CPU through /proc/cpuinfo. A device that is not
-here can be named too, for `explain`: `cuda:sm86`, `rocm:gfx1100`, or `rocm`, `mps` and `xpu` for
-any.
+/sys/class/drm where torch was built for them, the CPU through /proc/cpuinfo or Windows' kernel. A
+device that is not here can be named too, for `explain`: `cuda:sm86`, `rocm:gfx1100`, or `rocm`,
+`mps` and `xpu` for any.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib.util
 import os
 import platform
 import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -45,6 +46,7 @@ UNNUMBERED: dict[DeviceType, str] = {"mps": "Apple GPU", "xpu": "Intel GPU"}
 INTEL = "0x8086"  # its number among the vendors of PCI devices
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 CPU_FLAGS_ARM = ("asimd", "asimddp", "i8mm", "bf16", "sve")
+WINDOWS_FLAGS = {40: "avx2", 41: "avx512f", 43: "asimddp"}  # winnt.h: PF_..., which knows no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,11 @@ def _cpu() -> Device:
                     name = value.strip()
                 case _:
                     continue
+    if sys.platform == "win32":
+        present = ctypes.windll.kernel32.IsProcessorFeaturePresent
+        flags.update(flag for number, flag in WINDOWS_FLAGS.items() if present(number))
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        flags.update(("asimd", "asimddp"))  # every one of them
     known = frozenset(flags & {*CPU_FLAGS, *CPU_FLAGS_ARM})
     return Device("cpu", name=name, memory_bytes=total_memory(), features=known)
 
