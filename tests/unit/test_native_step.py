@@ -183,6 +183,16 @@ def test_a_bfloat16_step_is_no_further_from_float32_than_transformers() -> None:
     assert (got - exact).norm() < 1.2 * (plain - exact).norm()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_installed_in_bfloat16(family: str) -> None:
+    """Its own forward is asked in float32 too, which torch's norms take by weights of float32."""
+    model = build(family, dtype=torch.bfloat16)
+    kept = dict(model.named_parameters())
+    assert not isinstance(install(model), str)
+    now = dict(model.named_parameters())
+    assert all(now[name] is it for name, it in kept.items() if not name.startswith("lm_head"))
+
+
 def test_what_is_no_step_goes_to_transformers() -> None:
     model = build("llama")
     step = install(model)

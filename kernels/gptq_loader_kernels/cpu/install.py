@@ -66,7 +66,7 @@ def _difference(step: NativeDecoder) -> str | None:
         x = decoder.embed_tokens(ids)
         theirs = exact = _answer(step.otherwise, x)
         if x.dtype != torch.float32 and all_packed(decoder, step.family):
-            with _float32_routers(step):
+            with _float32_parts(step):
                 exact = _answer(step.otherwise, x.float())
             if not _apart(_steps(step, x.float(), FEW), exact) <= tolerance:
                 return "in float32, its first steps differ from transformers'"
@@ -79,18 +79,27 @@ def _difference(step: NativeDecoder) -> str | None:
 
 
 @contextmanager
-def _float32_routers(step: NativeDecoder) -> Iterator[None]:
-    """Have what chooses experts, which is not packed, read float32."""
+def _float32_parts(step: NativeDecoder) -> Iterator[None]:
+    """Have what is not packed, and takes x in the dtype of its own weight alone, read float32.
+
+    That is what chooses experts, and torch's norms.
+    """
     mixtures = [it.mlp for it in step.decoder.layers if is_mixture(it, step.family)]
     gates = [getattr(it, name, None) for it in mixtures for name in ("gate", "shared_expert_gate")]
-    weights = [(it, it.weight) for it in gates if it is not None]
+    norms = [it for it in step.decoder.modules() if isinstance(it, nn.LayerNorm)]
+    kept = [
+        (part, name, parameter)
+        for part in (*gates, *norms)
+        if part is not None
+        for name, parameter in part.named_parameters(recurse=False)
+    ]
     try:
-        for gate, weight in weights:
-            gate.weight = nn.Parameter(weight.float(), requires_grad=False)
+        for part, name, parameter in kept:
+            setattr(part, name, nn.Parameter(parameter.float(), requires_grad=False))
         yield
     finally:
-        for gate, weight in weights:
-            gate.weight = weight
+        for part, name, parameter in kept:
+            setattr(part, name, parameter)
 
 
 def _answer(forward: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
