@@ -14,6 +14,7 @@ import pytest
 import torch
 from processes import run_process
 from test_native_step import build, by_steps, install
+from waiting import eventually
 
 from gptq_loader_kernels.cpu.library import find_library, load_library
 from gptq_loader_kernels.cpu.linear import NativeLinear
@@ -138,8 +139,7 @@ def test_nobody_waits_for_a_thread_that_is_put_aside(
         hold.prepare()
         for thread in team:
             assert hold.stop(thread) == 0
-        while hold.count() < 2:
-            pass
+        eventually(lambda: hold.count() == 2, awaited="both threads to be put aside")
         try:  # which never ends where it waits for them
             return torch.equal(linear(x), right)
         finally:
