@@ -90,8 +90,8 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         kv_cache: "int8" keeps the context's keys and values in 8 bits, half the memory, slower
             and less exact; on a CPU by the package hqq. None keeps them in the model's dtype.
         draft: a smaller checkpoint with the same tokens, whose guesses are read several in a step
-            and kept where they are what is picked anyway; "off" guesses nothing. None guesses
-            that what followed the same words before follows again.
+            and kept where they are what is picked anyway; or "ngram", which guesses that what
+            followed the same words before follows again. None guesses nothing.
         options: all of the above in one; in place of them.
         plugins: the plugins in force; None takes those installed.
 
@@ -176,7 +176,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
 
 def _load_draft(
     options: LoadOptions, tokenizer: PreTrainedTokenizerBase, plugins: Plugins
-) -> LoadedModel | Literal["off"] | None:
+) -> LoadedModel | Literal["ngram"] | None:
     """Load the checkpoint that guesses, where there is one.
 
     Raises:
@@ -184,9 +184,9 @@ def _load_draft(
     """
     if options.draft is None:
         return None
-    if options.draft == "off":
-        return "off"
-    own = LoadOptions(device=options.device, dtype=options.dtype, check=options.check, draft="off")
+    if options.draft == "ngram":
+        return "ngram"
+    own = LoadOptions(device=options.device, dtype=options.dtype, check=options.check)
     draft = load(options.draft, options=own, plugins=plugins)
     if draft.tokenizer.get_vocab() != tokenizer.get_vocab():
         draft.close()

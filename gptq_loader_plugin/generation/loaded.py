@@ -57,8 +57,8 @@ class LoadedModel:
         notes: what kernels did for the model as a whole.
         batcher: steps several sequences in one call, where a kernel can.
         engine: reads many sequences in one pass, on an accelerator.
-        draft: the model whose guesses it checks; "off" for no guesses; None for those that
-            follow from what was written before, where steps are native.
+        draft: the model whose guesses it checks; "ngram" for those that follow from what was
+            written before; None for none.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class LoadedModel:
         batcher: Batcher | None = None,
         engine: Engine | None = None,
         kv_cache: Literal["int8"] | None = None,
-        draft: LoadedModel | Literal["off"] | None = None,
+        draft: LoadedModel | Literal["ngram"] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -365,10 +365,10 @@ class LoadedModel:
         )
 
     def _drafter(self) -> Drafter | None:
-        """Make what guesses a reply's tokens: by another model, or where steps are native."""
+        """Make what guesses a reply's tokens."""
         if isinstance(self.draft, LoadedModel):
             return ModelDrafter(self.draft.model)
-        return NgramDrafter() if self.draft is None and self.batcher is not None else None
+        return NgramDrafter() if self.draft == "ngram" else None
 
     def _check_open(self) -> None:
         if self._closed:

@@ -3,7 +3,7 @@
 A step of a few tokens reads each weight once, and takes little longer than a step of one. Guessed
 tokens are read beside the last one; each is kept where it is what would have been picked anyway,
 by the same logits and the same draw (arXiv:2211.17192, with a guess that is certain of itself).
-So a reply has the same tokens, or the same distribution, as without.
+So what is picked has the distribution that it has without.
 """
 
 from __future__ import annotations
