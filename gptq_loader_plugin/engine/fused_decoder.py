@@ -164,6 +164,7 @@ class FusedDecoder:
         self._model = model
         self._tables = [(module, beside) for module, beside, _ in observed.tables]
         self._layers = [self._describe(layer) for layer in decoder.layers]
+        self._following = [*(layer[0].norm for layer in self._layers[1:]), self._norm]
         self._eps = _epsilon(self._norm)
         norms = [it for layer in self._layers for part in layer for it in _norms(part)]
         if any(_epsilon(it) != self._eps for it in norms):
@@ -185,8 +186,7 @@ class FusedDecoder:
             _half(make(residual[None], positions[None], *beside)) for make, beside in self._tables
         ]
         x = operators.rms_norm(residual, self._layers[0][0].norm.weight, eps, style=style)
-        after = [layer[0].norm for layer in self._layers[1:]] + [self._norm]
-        for (attention, mlp), following in zip(self._layers, after, strict=True):
+        for (attention, mlp), following in zip(self._layers, self._following, strict=True):
             x = self._attend(attention, x, tables, step)
             x, residual = operators.add_rms_norm(
                 x, residual, mlp.norm.weight, eps,
