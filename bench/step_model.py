@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shapes import SHAPES, Shape
@@ -71,7 +71,7 @@ class Decoder:
     shape: Shape
     bits: int = 4
     group_size: int = 128
-    kv_bytes: int = 2
+    kv_bytes: float = 2
 
     @property
     def weight_bytes(self) -> float:
@@ -148,6 +148,33 @@ def table(model: Decoder = LLAMA_2_7B, contexts: tuple[int, ...] = (64, 576)) ->
     return "\n".join(lines) + "\n"
 
 
+def limits(model: Decoder = LLAMA_2_7B) -> str:
+    """Write for each card what launches take, and up to where sixteen are ten times one."""
+    lines = []
+    for card in CARDS:
+        reached = SHARE * card.bandwidth
+        share = LAUNCH * model.launches / model.step_seconds(reached, context=64)
+        eight, quarter = replace(model, kv_bytes=1), replace(model, kv_bytes=0.5)
+        lines.append(
+            f"{card.name}: launches {share:.0%} of a step; ten times one up to "
+            f"{_longest(model, reached)} positions, {_longest(quarter, reached):,} with a quarter "
+            f"of the keys; {_times(eight, reached, 576):.1f} times one at 576 in 8 bits"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _times(model: Decoder, bandwidth: float, context: int) -> float:
+    one, many = (
+        count / model.step_seconds(bandwidth, sequences=count, context=context)
+        for count in SEQUENCES
+    )
+    return many / one
+
+
+def _longest(model: Decoder, bandwidth: float) -> int:
+    return max(it for it in range(0, 4096, 5) if _times(model, bandwidth, it) >= 10)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--table", type=Path, help="rewrite the table of this page")
@@ -155,7 +182,7 @@ def main() -> None:
     if arguments.table:
         text = arguments.table.read_text(encoding="utf-8")
         arguments.table.write_text(MARKS.sub(lambda _: table(), text), encoding="utf-8")
-    print(table(), end="")
+    print(table(), limits(), sep="\n", end="")
 
 
 if __name__ == "__main__":
