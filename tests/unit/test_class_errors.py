@@ -25,6 +25,7 @@ from gptq_loader_plugin.engine.paged_engine import PagedEngine
 from gptq_loader_plugin.errors import QuantizeError, UnsupportedFormat
 from gptq_loader_plugin.generation.batch import Batch
 from gptq_loader_plugin.generation.generate import Piece
+from gptq_loader_plugin.generation.options import GenerateOptions
 from gptq_loader_plugin.load_options import LoadOptions
 from gptq_loader_plugin.loading import load, load_model
 from gptq_loader_plugin.measure.perplexity import window_loss
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
 PROMPT = list(range(5, 15))
+GREEDY = GenerateOptions(temperature=0)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +135,7 @@ def test_what_is_raised_by_a_step_of_the_engine(
     with load(published.packed, backend="reference", device="cpu", dtype="float32") as model:
         batch = Batch(model)
         for _ in range(2):
-            batch.add(model.begin(PROMPT))
+            batch.add(model.begin(PROMPT, GREEDY))
         assert [what for _, what in batch.step() if isinstance(what, Piece)]
         monkeypatch.setattr(modeling_gpt_neox, "apply_rotary_pos_emb", raised_there())
         ended = [what for _, what in batch.step() if isinstance(what, Exception)]
