@@ -3,8 +3,9 @@
     python bench/attention_aot.py [--fast] [--gpu NAME] [--jobs N] [--table FILE]
 
 A configuration passes where nothing spills, shared memory fits the GPU, heads' numbers are loaded
-16 bytes at a time, and the tensor core's opcode is there where the tile says so. Exits 1 where one
-does not. `--table` rewrites the part of docs/kernels/attention.md between its marks.
+16 bytes at a time where a thread has as many (a warp of gfx9 is of 64 threads, which load half a
+KiB by 8 bytes each), and the tensor core's opcode is there where the tile says so. Exits 1 where
+one does not. `--table` rewrites the part of docs/kernels/attention.md between its marks.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from machine_code import range_of, run_tool
 
 from gptq_loader_kernels.attention.tiles import (
     CHUNK,
+    COLUMNS,
     MAX_SPLITS,
     Tile,
     norm_warps,
@@ -157,10 +159,8 @@ def make(job: Job) -> Made:
         {(names.index(it),): value for it, value in values.items()},
         {(names.index(it),): [["tt.divisibility", 16]] for it in types if it not in VARYING},
     )
-    if job.amd:
-        target = GPUTarget("hip", job.gpu, 32 if job.gpu == "gfx1100" else 64)
-    else:
-        target = GPUTarget("cuda", int(job.gpu[3:]), 32)
+    warp = 64 if job.gpu.startswith("gfx9") else 32
+    target = GPUTarget(*(("hip", job.gpu) if job.amd else ("cuda", int(job.gpu[3:]))), warp)
     made = triton.compile(source, target=target, options=options)
     registers, spilled, counted = (
         _amd(made.asm["amdgcn"]) if job.amd else _nvidia(made.asm["cubin"])
@@ -168,12 +168,7 @@ def make(job: Job) -> Made:
     cores = sum(count for it, count in counted.items() if it.startswith(CORES))
     wide = sum(count for it, count in counted.items() if WIDE.match(it))
     promised = job.kernel == "attend" and tile(job).cores
-    head_bytes = job.dim * ITEMSIZE[job.cache]
-    expects_wide = job.kernel in {"norm", "activation_and_mul"} or (
-        job.kernel == "attend"
-        and head_bytes % 16 == 0
-        and tile(job).positions * head_bytes >= 16 * 32 * tile(job).warps  # or a thread has less
-    )
+    expects_wide = _loaded_bytes(job) >= 16 * warp * options.get("num_warps", 4)
     faults = (
         (spilled > 0, f"{spilled} bytes or registers spilled"),
         (made.metadata.shared > SHARED[job.gpu] << 10, f"{made.metadata.shared} bytes shared"),
@@ -183,6 +178,16 @@ def make(job: Job) -> Made:
     return Made(
         job, registers, made.metadata.shared, cores, tuple(text for wrong, text in faults if wrong)
     )
+
+
+def _loaded_bytes(job: Job) -> int:
+    """Count the bytes of heads or of a row that all threads of a program load at a time."""
+    if job.kernel == "norm":
+        return job.group * ITEMSIZE[job.dtype]
+    if job.kernel == "activation_and_mul":
+        return COLUMNS * ITEMSIZE[job.dtype]
+    head = job.dim * ITEMSIZE[job.cache]
+    return tile(job).positions * head if job.kernel == "attend" and head % 16 == 0 else 0
 
 
 def _attention(job: Job) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -216,7 +221,7 @@ def _other(job: Job) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         }  # fmt: skip
         return elementwise.norm, values, {"num_warps": norm_warps(job.group), **exact}
     if job.kernel == "activation_and_mul":
-        return elementwise.activation_and_mul, {"SILU": job.extras, "BLOCK": 1024}, exact
+        return elementwise.activation_and_mul, {"SILU": job.extras, "BLOCK": COLUMNS}, exact
     values = {
         "HEADS": 32, "KV_HEADS": job.group, "D": job.dim, "DV": job.value_dim, "R": job.dim // 2,
         "D_PAD": power_of_two(job.dim), "DV_PAD": power_of_two(job.value_dim),

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 
 from gptq_loader_kernels.attention import elementwise
-from gptq_loader_kernels.attention.tiles import norm_warps, power_of_two
+from gptq_loader_kernels.attention.tiles import COLUMNS, norm_warps, power_of_two
 from gptq_loader_kernels.attention.torch_attention import CODE_LIMITS, required
 
 __all__ = ["activation_and_mul", "add_rms_norm", "rms_norm", "rotary_and_cache", "write_cache"]
 
-COLUMNS = 1024  # of an activation that one program takes
 # torch rounds every product before a sum, which contraction would not.
 EXACT = {"enable_fp_fusion": False}
 

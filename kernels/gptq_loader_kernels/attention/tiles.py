@@ -11,7 +11,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CHUNK", "MAX_SPLITS", "Tile", "norm_warps", "power_of_two", "splits", "tile_of"]
+__all__ = [
+    "CHUNK",
+    "COLUMNS",
+    "MAX_SPLITS",
+    "Tile",
+    "norm_warps",
+    "power_of_two",
+    "splits",
+    "tile_of",
+]
 
 CHUNK = 128  # positions that one program attends to at least: a smaller part costs as much to add
 PROGRAMS = 2  # for each multiprocessor that one sequence is shared among
@@ -20,6 +29,7 @@ MAX_ROWS = 32  # query heads in a program, by tensor cores
 LANE_ROWS = 8  # as many without, each of which keeps sums of its own
 
 STEP = 32  # positions: two steps of 128 numbers, with values, fit sm86 for two programs
+COLUMNS = 1024  # of an activation that one program takes
 SUMS = 8192  # that a program without tensor cores keeps, 64 of each thread
 
 
