@@ -32,6 +32,7 @@ from gptq_loader_kernels.triton.tiles import (
     Tile,
     candidates,
     default_tiles,
+    expert_tiles,
     fit_units,
     has_tensor_cores,
 )
@@ -46,8 +47,10 @@ ARCHES = ("gfx90a", "gfx942", "gfx1100")
 # Whose code is that of another: 4 bits in groups of 128 alone.
 SIBLINGS: tuple[Kind, ...] = ((7, 0), "gfx950", "gfx1101", "gfx1102", "gfx1200", "gfx1201")
 KINDS: tuple[Kind, ...] = ((7, 5), *ARCHES, *SIBLINGS)
+EVERY = (*KINDS, *(it for it in GPUS if it not in KINDS))
 OFF = 0.1  # by how much the model's counts may differ from the compiled ones
 COLUMNS = 128  # that a program dequantises
+ROWS, EXPERTS = 2048, 256  # that a program sorts: of 256 tokens with eight experts each
 BEGIN, END = "<!-- without tensor cores: begin -->", "<!-- without tensor cores: end -->"
 LABEL = re.compile(r"^(?:\$L__|\.L)(BB0_\w+):")
 BRANCH = re.compile(r"\b(?:bra(?:\.uni)?|s_c?branch\w*)\s+(?:\$L__|\.L)(BB0_\w+)")
@@ -69,6 +72,8 @@ class Job:
         scales: the scales' dtype.
         split: whether it writes partial sums.
         even: whether the layer's sizes are whole blocks.
+        experts: whether rows are of a mixture's experts.
+        sorts: whether it sorts such rows, and multiplies nothing.
     """
 
     kind: Kind
@@ -79,6 +84,8 @@ class Job:
     scales: str = "fp16"
     split: bool = True
     even: bool = True
+    experts: bool = False
+    sorts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +124,8 @@ def jobs(*, fast: bool) -> Iterator[Job]:
         yield Job((7, 0), 3, 5, tiles_of((7, 0), 3)[-2], "bf16", "bf16")
         yield Job("gfx942", 8, 7, tiles_of("gfx942", 8)[0], even=False)
         yield Job("gfx1100", 4, 6, None)
+        yield Job((9, 0), 4, 7, expert_tiles((9, 0), 4)[0], experts=True)
+        yield Job((8, 0), 4, 7, expert_tiles((8, 0), 4)[-1], experts=True, sorts=True)
         return
     for kind, bits in product(KINDS, BITS):
         if kind in SIBLINGS and bits != 4:
@@ -132,9 +141,20 @@ def jobs(*, fast: bool) -> Iterator[Job]:
             if bits == 4 and kind not in SIBLINGS:
                 yield Job(kind, bits, 7, tile, "fp16", "fp32")
                 yield Job(kind, bits, 7, tile, "bf16", "bf16", split=False, even=False)
-    for kind, bits in product((*KINDS, *(it for it in GPUS if it not in KINDS)), BITS):
+    yield from expert_jobs()
+    for kind, bits in product(EVERY, BITS):
         yield Job(kind, bits, 7, None)
         yield Job(kind, bits, 4, None, "bf16", "fp32")
+
+
+def expert_jobs() -> Iterator[Job]:
+    """List what mixtures' experts are multiplied by."""
+    for kind, bits in product(EVERY, BITS):
+        for tile in dict.fromkeys(replace(it, waves=0) for it in expert_tiles(kind, bits)):
+            yield Job(kind, bits, 7, tile, experts=True)
+            yield Job(kind, bits, 5, tile, "bf16", "bf16", experts=True)
+    for kind in EVERY:
+        yield Job(kind, 4, 7, replace(expert_tiles(kind, 4)[-1], waves=0), experts=True, sorts=True)
 
 
 def make(job: Job) -> Made:
@@ -155,6 +175,11 @@ def make(job: Job) -> Made:
         types["weight"] = f"*{job.dtype}"
         values |= {"BLOCK_N": COLUMNS, "SPAN": min(1 << job.shift, unit)}
         block_n, depth = COLUMNS, unit
+    elif job.sorts:
+        kernel, warps, varying, types = fma.sort_by_expert, 4, ("P",), {}
+        types = {"experts": "*i64", "order": "*i32", "of_tiles": "*i64", "P": "i32"}
+        values = {"BLOCK_P": ROWS, "BLOCK_E": EXPERTS, "BLOCK_M": tile.block_m}
+        block_n, depth = COLUMNS, unit
     else:
         kernel, warps, varying = fma.multiply_rows, tile.warps, tuple(fma.VARYING)
         depth, span = fit_units(tile, job.bits, job.shift)
@@ -163,9 +188,13 @@ def make(job: Job) -> Made:
             "x": "*i32", "bias": "*fp32", "y": "*fp32" if job.split else f"*{job.dtype}",
             "M": "i32", "STEPS": "i32", "PARTS": "i32",
         }  # fmt: skip
+        if job.experts:
+            types |= {"experts": "*i64", "WORDS": "i32", "TABLE": "i32", "SHARED": "i32"}
+            types |= {"order": "*i32"} if tile.block_m > 1 else {}
         values |= {
             "BLOCK_M": tile.block_m, "BLOCK_N": block_n, "BLOCK_K": depth, "SPAN": span,
             "DTYPE": SCALES[DTYPES[job.dtype]], "EVEN": job.even, "BIAS": not job.split,
+            "EXPERTS": job.experts, "SORTED": job.experts and tile.block_m > 1,
         }  # fmt: skip
     names: list[str] = kernel.arg_names
     width = 64 if isinstance(job.kind, str) and job.kind.startswith("gfx9") else 32
@@ -186,7 +215,8 @@ def make(job: Job) -> Made:
     )
     threads = warps * width
     text = made.asm["amdgcn" if isinstance(job.kind, str) else "ptx"]
-    loop = _loop(text) if tile is not None else text.splitlines()
+    multiplies = tile is not None and not job.sorts
+    loop = _loop(text) if multiplies else text.splitlines()
     registers, spilled, slots = (
         _amd(text, loop) if isinstance(job.kind, str) else _nvidia(made.asm["cubin"], job.kind)
     )
@@ -196,9 +226,9 @@ def make(job: Job) -> Made:
     faults = (
         (spilled > 0, f"{spilled} bytes spilled"),
         (made.metadata.shared > limit, f"{made.metadata.shared} bytes of shared memory"),
-        (vectors < max(wanted, 1), f"{vectors} loads of 16 bytes, not {wanted}"),
+        (not job.sorts and vectors < max(wanted, 1), f"{vectors} loads of 16 bytes, not {wanted}"),
         (
-            tile is not None and any(it in line for line in loop for it in BARRIERS),
+            multiplies and any(it in line for line in loop for it in BARRIERS),
             "a barrier in the loop",
         ),
     )
@@ -282,13 +312,15 @@ def table(made: list[Made]) -> str:
         "| GPU | tile | warps | made | registers | KiB | 16-byte loads | slots a weight |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    kinds: dict[tuple[Kind, Tile | None], list[Made]] = {}
+    kinds: dict[tuple[Any, ...], list[Made]] = {}
     for it in made:
-        kinds.setdefault((it.job.kind, it.job.tile), []).append(it)
-    for (kind, tile), group in kinds.items():
+        job = it.job
+        kinds.setdefault((job.kind, job.tile, job.experts, job.sorts), []).append(it)
+    for (kind, tile, experts, sorts), group in kinds.items():
         usual = next((it for it in group if it.job.bits == 4 and it.job.shift == 7), group[0])
         shape = "dequantise" if tile is None else f"{tile.block_m} x {tile.block_n}"
-        slots = "" if tile is None or kind == (7, 0) else f"{usual.slots:.1f}"
+        shape = "sort by expert" if sorts else f"{shape}, experts" if experts else shape
+        slots = "" if tile is None or sorts or kind == (7, 0) else f"{usual.slots:.1f}"
         lines.append(
             f"| {name_of(kind)} | {shape} | {4 if tile is None else tile.warps} | {len(group)} "
             f"| {range_of([it.registers for it in group])} "

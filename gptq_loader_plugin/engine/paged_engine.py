@@ -16,6 +16,7 @@ from gptq_loader_plugin.engine.model_limits import plain_layers, tolerance_of
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.generation.rotation import LengthRotation
 from gptq_loader_plugin.kernel import FusedOperators
+from gptq_loader_plugin.model.experts import PackedExperts
 from gptq_loader_plugin.system.device_memory import free_device_memory
 from gptq_loader_plugin.transformers_compat import find_cache_argument
 
@@ -148,6 +149,13 @@ class PagedEngine:
         Returns:
             What was found in words, as part of a sentence.
         """
+        mixtures = [it for it in self._model.modules() if isinstance(it, PackedExperts)]
+        with torch.inference_mode(mode=False):
+            stacked = [it.stack(self._model) for it in mixtures]
+        looked_up = "" if all(stacked) else ", experts are looked up by the host"
+        return self._fuse_layers() + looked_up
+
+    def _fuse_layers(self) -> str:
         otherwise = "its layers are transformers' own"
         if not isinstance(self._attention, FusedOperators):
             return otherwise

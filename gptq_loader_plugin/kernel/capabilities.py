@@ -332,3 +332,28 @@ class Joinable(Protocol):
             where they are not laid out alike.
         """
         ...
+
+
+@runtime_checkable
+class Stackable(Protocol):
+    """A prepared module that can be one expert of many in a product which looks up no expert.
+
+    On the host, that is: which expert multiplies a row is a value on the device, so that a step of
+    a mixture waits for nothing and can be captured.
+    """
+
+    def stack(self, experts: Sequence[Sequence[torch.nn.Module]]) -> torch.nn.Module | None:
+        """Stack experts; this module is the first one's first part.
+
+        The modules go on to multiply by themselves; their tensors become parts of the stacked ones,
+        so that the device holds each once.
+
+        Args:
+            experts: of each, one or more modules that read the same x: gate and up, for instance.
+
+        Returns:
+            A module that takes x [rows / n, in_features] and int64 [rows], the expert of each row,
+            n of which are of one row of x in order; it returns [rows, sum of out_features of an
+            expert's parts]. None where they are not laid out alike.
+        """
+        ...

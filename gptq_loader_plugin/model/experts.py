@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from gptq_loader_plugin.kernel import Stackable
+from gptq_loader_plugin.model.watch import CountedModule, Watch
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["ExpertsLayout", "PackedExperts", "expert_weights", "experts_layout"]
 
 DEFAULT_GATE = "transformers.integrations.moe"  # where act_fn(gate) * up is written
+STACKED_ROWS = 256  # tokens; a prompt's are of nearly all experts, which read many rows each
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,27 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Stacked:
+    """A mixture's experts as two products.
+
+    Attributes:
+        first: what `Stackable.stack` made of what reads the hidden states.
+        down: the same of what returns them.
+        separate: whether gate and up were prepared each by itself.
+        watch: everything that they were made of.
+    """
+
+    first: nn.Module
+    down: nn.Module
+    separate: bool
+    watch: Watch
+
+    def same(self) -> bool:
+        """Return whether the experts are still those."""
+        return self.watch.unchanged()
+
+
 class PackedExperts(nn.Module):
     """Experts of separate linears each, with the gate of the module that they stand in for.
 
@@ -96,6 +121,7 @@ class PackedExperts(nn.Module):
             self.add_module(name, child)
         self._fused: tuple[Any] = (fused,)  # in a tuple, so that it is no submodule
         self.experts = nn.ModuleList(nn.ModuleDict() for _ in range(layout.count))
+        self._stacked: _Stacked | None = None
 
     @property
     def fused(self) -> nn.Module:
@@ -122,6 +148,35 @@ class PackedExperts(nn.Module):
             and not (role in ("gate", "up") and "gate_up" in self._expert(expert))
         ]
 
+    def stack(self, root: Any) -> bool:  # noqa: ANN401 - a transformers model
+        """Have a few tokens sent through their experts without looking up which those are.
+
+        Args:
+            root: the model or decoder that they are of.
+
+        Returns:
+            Whether the kernel that prepared them can.
+        """
+        gated = "gate" in self._expert(0)
+        roles = ("gate", "up") if gated else ("gate_up",) if self.layout.gated else ("up",)
+        if self.passes_on or self.missing():
+            return False
+        first, down = self._stack(roles), self._stack(("down",))
+        if first is None or down is None:
+            return False
+        inside = [self, self.experts, *self.experts, *self.fused.children()]
+        linears = [it for expert in self.experts for it in expert.children()]
+        counted = [it for it in linears if isinstance(it, CountedModule)]
+        others = [it for it in linears if not isinstance(it, CountedModule)]
+        watch = Watch(root, [*inside, *others], counted)
+        self._stacked = _Stacked(first, down, gated, watch)
+        return True
+
+    def _stack(self, roles: tuple[str, ...]) -> nn.Module | None:
+        parts = [[self._expert(i)[role] for role in roles] for i in range(self.num_experts)]
+        first = parts[0][0]
+        return first.stack(parts) if isinstance(first, Stackable) else None
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -141,6 +196,12 @@ class PackedExperts(nn.Module):
         """
         if top_k_index is None or top_k_weights is None:
             return self._forward_sorted(hidden_states)
+        if (
+            self._stacked is not None
+            and len(hidden_states) <= STACKED_ROWS
+            and self._stacked.same()
+        ):
+            return self._forward_stacked(self._stacked, hidden_states, top_k_index, top_k_weights)
         total = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
             tokens, slots = torch.where(top_k_index == expert)
@@ -154,6 +215,30 @@ class PackedExperts(nn.Module):
             y = y * top_k_weights[tokens, slots, None]
             total.index_add_(0, tokens, y.to(total.dtype))
         return total
+
+    def _forward_stacked(
+        self,
+        stacked: _Stacked,
+        x: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Send tokens through their experts, a row for each: [tokens, hidden]."""
+        fused: Any = self.fused
+        experts = top_k_index.flatten().long()
+        inner = stacked.first(x, experts)
+        if not self.layout.gated:
+            inner = fused.act_fn(inner)
+        elif stacked.separate and self._own_gate and self.layout.interleaved:
+            inner = self._apply_gate(torch.stack(inner.chunk(2, -1), -1).flatten(-2))
+        elif stacked.separate and not self._own_gate:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = fused.act_fn(gate) * up
+        else:
+            inner = self._apply_gate(inner)
+        y = self._normed(stacked.down(inner, experts)) * top_k_weights.flatten()[:, None]
+        total: torch.Tensor = y.view(*top_k_index.shape, -1).sum(dim=1)
+        return total.to(x.dtype)
 
     def _forward_sorted(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Send each expert the states that are its own; those of other experts are zero."""
@@ -169,15 +254,22 @@ class PackedExperts(nn.Module):
 
     def _run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         fused, projections = self._fused[0], self._expert(expert)
-        gate = getattr(type(fused), "_apply_gate", None)
-        own_gate = gate is not None and gate.__module__ != DEFAULT_GATE
         if not self.layout.gated:
             inner = fused.act_fn(projections["up"](x))
-        elif "gate_up" in projections or own_gate:
+        elif "gate_up" in projections or self._own_gate:
             inner = self._apply_gate(self._gate_up(projections, x))
         else:
             inner = fused.act_fn(projections["gate"](x)) * projections["up"](x)
-        y: torch.Tensor = projections["down"](inner)
+        return self._normed(projections["down"](inner))
+
+    @property
+    def _own_gate(self) -> bool:
+        """Whether the class computes something else than act(gate) * up."""
+        gate = getattr(type(self._fused[0]), "_apply_gate", None)
+        return gate is not None and gate.__module__ != DEFAULT_GATE
+
+    def _normed(self, y: torch.Tensor) -> torch.Tensor:
+        fused = self._fused[0]
         if getattr(fused, "has_post_expert_norm", False):
             y = fused.post_expert_norm(y)
         return y

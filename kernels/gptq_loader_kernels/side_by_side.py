@@ -1,4 +1,4 @@
-"""Join prepared modules that read the same x, so that one product has all their outputs.
+"""Join prepared modules that read the same x, and stack those of a mixture's experts.
 
 Imports torch.
 """
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["join_modules"]
+__all__ = ["join_modules", "stack_modules"]
 
 Prepared = TypeVar("Prepared", bound=torch.nn.Module)
 
@@ -60,6 +60,56 @@ def join_modules(
     return joined  # type: ignore[no-any-return]
 
 
+def stack_modules(
+    experts: Sequence[Sequence[torch.nn.Module]],
+    *,
+    settings: Sequence[str],
+    along: Mapping[str, int | None],
+) -> dict[str, torch.Tensor | None] | None:
+    """Stack the tensors of experts; the modules' own become parts of those.
+
+    Args:
+        experts: of each, one or more modules that read the same x, which are joined.
+        settings: attributes that must be equal in the modules of one place.
+        along: of each buffer, the dimension of the outputs; None where an expert's modules must
+            have the same.
+
+    Returns:
+        Of each buffer the stacked one, [experts, ...], or None where they have none; None in place
+        of all where they do not go together.
+    """
+    for expert in experts:
+        if len(expert) != len(experts[0]) or not all(
+            _same_form(one, other, settings, along)
+            for one, other in zip(experts[0], expert, strict=True)
+        ):
+            return None
+        if not all(_alike(expert[0], other, settings, along) for other in expert[1:]):
+            return None
+    return {name: _stacked(experts, name, dim) for name, dim in along.items()}
+
+
+def _stacked(experts: Sequence[Sequence[Any]], name: str, dim: int | None) -> torch.Tensor | None:
+    if getattr(experts[0][0], name) is None:
+        return None
+    shape = list(getattr(experts[0][0], name).shape)
+    if dim is not None:
+        shape[dim] = sum(getattr(part, name).shape[dim] for part in experts[0])
+    buffer = experts[0][0].get_buffer(name)
+    size = len(experts) * torch.Size(shape).numel()
+    whole: torch.Tensor = buffer.new_zeros(size + SLACK)[:size].view(len(experts), *shape)
+    for joined, expert in zip(whole, experts, strict=True):
+        at = 0
+        for part in expert:
+            own = joined
+            if dim is not None:
+                own = joined.narrow(dim, at, part.get_buffer(name).shape[dim])
+                at += own.shape[dim]
+            own.copy_(part.get_buffer(name))
+            setattr(part, name, own)
+    return whole
+
+
 def _alike(
     one: Any,  # noqa: ANN401 - modules of any kernel
     other: Any,  # noqa: ANN401
@@ -69,6 +119,25 @@ def _alike(
     if any(getattr(one, name) != getattr(other, name) for name in settings):
         return False
     return all(_fit(getattr(one, name), getattr(other, name), dim) for name, dim in along.items())
+
+
+def _same_form(
+    one: Any,  # noqa: ANN401 - modules of any kernel
+    other: Any,  # noqa: ANN401
+    settings: Sequence[str],
+    names: Iterable[str],
+) -> bool:
+    """Return whether two modules differ in nothing but what their tensors hold."""
+
+    def form(module: Any) -> list[Any]:  # noqa: ANN401
+        buffers = [getattr(module, name) for name in names]
+        return [
+            module.out_features,
+            *(getattr(module, name) for name in settings),
+            *(None if it is None else (it.shape, it.dtype, it.device) for it in buffers),
+        ]
+
+    return type(one) is type(other) and form(one) == form(other)
 
 
 def _fit(one: torch.Tensor | None, other: torch.Tensor | None, dim: int | None) -> bool:

@@ -276,7 +276,7 @@ def test_a_changed_model_goes_on_by_its_own_layers(model: gptq.LoadedModel, what
     assert torch.allclose(engine.step([ids[3:]], [table], [4])[0], right, atol=1e-4)
 
 
-# Mixtures' experts are looked up by value, so that their layers are launched one by one.
+# The reference kernel looks experts up by value; test_stacked_experts.py has the one for GPUs.
 @pytest.mark.parametrize("family", sorted({*PLAIN, *FUSED} - {"mixtral", "qwen2_moe", "qwen3_moe"}))
 def test_a_step_is_traced_whole_by_a_compiler(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gptq_loader_kernels.dtypes import matmul_dtype
 from gptq_loader_kernels.triton.crossover import NEVER
 from gptq_loader_kernels.triton.shape import Shape
-from gptq_loader_kernels.triton.tiles import has_tensor_cores, kind_of
+from gptq_loader_kernels.triton.tiles import expert_tiles, has_tensor_cores, kind_of
 from gptq_loader_kernels.triton.tuning import chosen_crossover
 from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.kernel import Accepted, Declined
@@ -75,6 +75,7 @@ class TritonKernel:
             dtype=_dtype(layer, device),
             tensor_cores=has_tensor_cores(kind_of(device)),
             crossover=chosen_crossover(layer, device),
+            expert_tiles=expert_tiles(kind_of(device), layer.bits),
         )
 
     def tune(

@@ -1,6 +1,7 @@
 """The Triton kernels without tensor cores: few rows by multiply-add, or dequantise. Imports triton.
 
-They read the words and the table that `matmul.py` reads (`shape.py` says how they lie). A thread
+They read the words and the table that `matmul.py` reads (`shape.py` says how they lie), of a layer
+or of one expert's among many. A thread
 takes four neighbouring columns of a row of words, 16 bytes, and multiplies every code in them by
 every row of x in float32: a code under the exponent of 2**23 is a float, from which the zero is
 subtracted exactly. They are written in Triton's own words alone, so that they compile for GPUs of
@@ -16,26 +17,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["dequantize", "multiply_rows"]
+__all__ = ["dequantize", "multiply_rows", "sort_by_expert"]
 
 # Numbers that vary from call to call are kept out of what Triton specialises code for.
 VARYING = ["M", "STEPS", "PARTS", "GROUP_SHIFT"]
 
 
 @triton.jit(do_not_specialize=VARYING)
-def multiply_rows(  # noqa: PLR0913, PLR0917, ANN201 - a kernel's arguments
+def multiply_rows(  # noqa: C901, PLR0912, PLR0913, PLR0917, ANN201 - a kernel and its arguments
     x,  # noqa: ANN001 - float16 or bfloat16 [M, K], two of them in an int32
     words,  # noqa: ANN001 - int32 [padded K / UNIT, PLANES, 8, S]
     table,  # noqa: ANN001 - int32 [G, S], a scale's bits and a zero; [G, 2, S] for float32 scales
     bias,  # noqa: ANN001 - float32 [N]; not read unless BIAS
     y,  # noqa: ANN001 - [M, N], or where PARTS > 1, float32 [PARTS, M, N]
-    M,  # noqa: ANN001, N803 - rows of x
+    experts,  # noqa: ANN001 - int64, the expert of each tile's rows, -1 for none; where EXPERTS
+    order,  # noqa: ANN001 - int32, which rows of y those are, M for none; where EXPERTS, SORTED
+    M,  # noqa: ANN001, N803 - rows of y
     N,  # noqa: ANN001, N803 - columns of the weight
     K,  # noqa: ANN001, N803 - rows of the weight
     S,  # noqa: ANN001, N803 - columns of the tables, those of joined layers too
     STEPS,  # noqa: ANN001, N803 - padded K / BLOCK_K
     PARTS,  # noqa: ANN001, N803 - programs that share a tile's rows of the weight
     GROUP_SHIFT,  # noqa: ANN001, N803 - a group of the tables has 2**GROUP_SHIFT rows
+    WORDS,  # noqa: ANN001, N803 - from the words of an expert to those of the next
+    TABLE,  # noqa: ANN001, N803 - the same for their tables
+    SHARED,  # noqa: ANN001, N803 - rows of y that are of one row of x
     BITS: tl.constexpr,  # noqa: N803
     BLOCK_M: tl.constexpr,  # noqa: N803
     BLOCK_N: tl.constexpr,  # noqa: N803
@@ -45,6 +51,8 @@ def multiply_rows(  # noqa: PLR0913, PLR0917, ANN201 - a kernel's arguments
     SCALES: tl.constexpr,  # noqa: N803 - the scales' dtype; float32 makes a table twice as large
     EVEN: tl.constexpr,  # noqa: N803 - whether blocks cover K and S with nothing over
     BIAS: tl.constexpr,  # noqa: N803
+    EXPERTS: tl.constexpr,  # noqa: N803 - whether rows are of different weights
+    SORTED: tl.constexpr,  # noqa: N803 - whether a tile's rows stand apart in y
 ):
     """Compute one tile [BLOCK_M, BLOCK_N] of y, or of one part of it."""
     UNIT: tl.constexpr = 256 if BITS == 3 else 256 // BITS  # noqa: N806
@@ -56,12 +64,22 @@ def multiply_rows(  # noqa: PLR0913, PLR0917, ANN201 - a kernel's arguments
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(2)
+    if EXPERTS:
+        expert = tl.load(experts + tl.program_id(0))
+        STEPS = tl.where(expert < 0, 0, STEPS)  # noqa: N806
+        expert = tl.maximum(expert, 0)
+        words += expert * WORDS
+        table += expert * TABLE
+        if SORTED:
+            rows = tl.load(order + rows)
     # In the words' own shape, so that scales are loaded where the weights are decoded.
     column = tl.broadcast_to(columns[None, None, :], 1, 8, BLOCK_N)
     pair = tl.arange(0, 8)[None, :, None]
     words_at = words + pair * S + column
-    read = tl.minimum(rows, M - 1).to(tl.int64)  # rows beyond the last are the last's, not stored
-    x_at = x + read[:, None, None] * (K // 2) + pair
+    read = tl.minimum(rows, M - 1)  # rows beyond the last are the last's, not stored
+    if EXPERTS:
+        read = read // SHARED
+    x_at = x + read.to(tl.int64)[:, None, None] * (K // 2) + pair
     total = tl.zeros((BLOCK_M, 8, BLOCK_N), dtype=tl.float32)
     for step in tl.range(part, STEPS, PARTS):
         for piece in tl.static_range(BLOCK_K // UNIT):
@@ -94,6 +112,34 @@ def multiply_rows(  # noqa: PLR0913, PLR0917, ANN201 - a kernel's arguments
         sums += tl.load(bias + columns, mask=inside, other=0)[None, :]
     at = (part.to(tl.int64) * M + rows)[:, None] * N + columns[None, :]
     tl.store(y + at, sums.to(y.dtype.element_ty), mask=inside[None, :] & (rows < M)[:, None])
+
+
+@triton.jit(do_not_specialize=["P"])
+def sort_by_expert(  # noqa: ANN201 - a kernel's arguments
+    experts,  # noqa: ANN001 - int64 [P], of each row
+    order,  # noqa: ANN001 - int32 [tiles * BLOCK_M]
+    of_tiles,  # noqa: ANN001 - int64 [tiles]
+    P,  # noqa: ANN001, N803 - rows
+    BLOCK_P: tl.constexpr,  # noqa: N803 - a power of two, P or more
+    BLOCK_E: tl.constexpr,  # noqa: N803 - a power of two, more than the experts
+    BLOCK_M: tl.constexpr,  # noqa: N803 - rows of a tile
+):
+    """List one expert's rows in tiles of its own, behind those of the experts before it."""
+    expert = tl.program_id(0)
+    rows = tl.arange(0, BLOCK_P)
+    own = tl.load(experts + rows, mask=rows < P, other=BLOCK_E - 1).to(tl.int32)
+    counts = tl.histogram(own, BLOCK_E)
+    every = tl.arange(0, BLOCK_E)
+    tiles = (counts + BLOCK_M - 1) // BLOCK_M
+    first = tl.sum(tl.where(every < expert, tiles, 0))
+    count = tl.sum(tl.where(every == expert, counts, 0))
+    chosen = own == expert
+    place = tl.cumsum(chosen.to(tl.int32)) - 1
+    tl.store(order + first * BLOCK_M + place, rows, mask=chosen)
+    beyond = count + tl.arange(0, BLOCK_M)
+    last = (count + BLOCK_M - 1) // BLOCK_M
+    tl.store(order + first * BLOCK_M + beyond, P, mask=beyond < last * BLOCK_M)
+    tl.store(of_tiles + first + rows, expert.to(tl.int64), mask=rows < last)
 
 
 @triton.jit(do_not_specialize=["GROUP_SHIFT"])

@@ -13,10 +13,12 @@ from gptq_loader_kernels.triton.crossover import NEVER
 from gptq_loader_kernels.triton.layout import lay_out
 from gptq_loader_kernels.triton.operator import multiply_packed
 from gptq_loader_kernels.triton.shape import VECTOR
+from gptq_loader_plugin.model.watch import CountedModule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from gptq_loader_kernels.triton.experts import TritonExperts
     from gptq_loader_kernels.triton.tiles import Tile
     from gptq_loader_plugin.kernel import LayerSpec, PackedLinear
 
@@ -25,7 +27,7 @@ __all__ = ["TritonLinear"]
 DTYPES = (torch.float16, torch.bfloat16)  # what tensor cores multiply; codes are exact in both
 
 
-class TritonLinear(torch.nn.Module):
+class TritonLinear(CountedModule):
     """y = x @ W.T + bias, decoding packed codes inside the matmul.
 
     `forward` looks at no value of a tensor and never waits for the device, so a CUDA graph can
@@ -42,6 +44,7 @@ class TritonLinear(torch.nn.Module):
         dtype: what x is rounded to where it comes in 32 bits; `layer.half_dtype` if not given.
         tensor_cores: whether the tiles are those that use them.
         crossover: from how many rows of x on the weight is dequantised for torch to multiply by.
+        expert_tiles: the tile of each of `ROW_BUCKETS`, where it is an expert of a mixture.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class TritonLinear(torch.nn.Module):
         dtype: str | None = None,
         tensor_cores: bool = True,
         crossover: int = NEVER,
+        expert_tiles: tuple[Tile, ...] = (),
     ) -> None:
         super().__init__()
         self.bits = layer.bits
@@ -62,6 +66,7 @@ class TritonLinear(torch.nn.Module):
         self.dtype: torch.dtype = getattr(torch, dtype or layer.half_dtype)
         self.scales = str(packed.scales.dtype).removeprefix("torch.")
         self.tiles = [it for tile in tiles for it in astuple(tile)]
+        self.expert_tiles = [it for tile in expert_tiles for it in astuple(tile)]
         self.multiprocessors = multiprocessors
         self.tensor_cores, self.crossover = tensor_cores, crossover
         shape, words, table, permutation = lay_out(layer, packed, device)
@@ -114,6 +119,12 @@ class TritonLinear(torch.nn.Module):
         )  # fmt: skip
         along = {"words": 1, "table": 2, "bias": 0, "permutation": None}
         return join_modules(self, others, settings=settings, along=along)
+
+    def stack(self, experts: Sequence[Sequence[torch.nn.Module]]) -> TritonExperts | None:
+        """Stack experts, of which this is the first; `gptq_loader_plugin.kernel.Stackable`."""
+        from gptq_loader_kernels.triton.experts import stack_experts
+
+        return stack_experts(experts)
 
     def use(self, place: int, tile: Tile) -> None:
         """Use another tile for one bucket."""

@@ -96,6 +96,8 @@ def multiply_packed(  # noqa: PLR0913, PLR0917 - an operator's arguments
             else {
                 "DTYPE": DTYPES[x.dtype],
                 "EVEN": in_features % depth == 0 and words.shape[1] % tile.block_n == 0,
+                "EXPERTS": False,
+                "SORTED": False,
             }
         )
         multiply[(-(-rows // tile.block_m), -(-out_features // tile.block_n), parts)](
@@ -104,6 +106,7 @@ def multiply_packed(  # noqa: PLR0913, PLR0917 - an operator's arguments
             table,
             bias,
             sums,
+            *(() if tensor_cores else (None, None)),
             rows,
             out_features,
             in_features,
@@ -111,6 +114,7 @@ def multiply_packed(  # noqa: PLR0913, PLR0917 - an operator's arguments
             steps,
             parts,
             group_shift,
+            *(() if tensor_cores else (0, 0, 1)),
             BITS=bits,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,

@@ -23,6 +23,7 @@ __all__ = [
     "buckets",
     "candidates",
     "default_tiles",
+    "expert_tiles",
     "fit",
     "fit_units",
     "has_tensor_cores",
@@ -31,6 +32,7 @@ __all__ = [
 
 Kind = tuple[int, int] | str  # of a GPU: CUDA's compute capability, or ROCm's architecture
 INTERPRETED = (8, 0)  # what an interpreted kernel runs as, on a CPU that names no kind
+OLDEST = (7, 0)  # that has any
 AMPERE = (8, 0)  # the first whose tensor cores Triton uses
 
 BUCKETS = (8, 16, 32, 64, 1 << 30)  # a tile is chosen for this many rows of x, or fewer
@@ -136,6 +138,15 @@ def candidates(kind: Kind, bits: int, bucket: int) -> tuple[Tile, ...]:
 def default_tiles(kind: Kind, bits: int) -> tuple[Tile, ...]:
     """Return the tile of each bucket that is used without tuning."""
     return tuple(candidates(kind, bits, bucket)[0] for bucket in buckets(kind))
+
+
+def expert_tiles(kind: Kind, bits: int) -> tuple[Tile, ...]:
+    """Return the tiles of a mixture's experts, by how many rows an expert has: `ROW_BUCKETS`.
+
+    They have no tensor cores, as an expert has few of the rows of a decoding step.
+    """
+    plain = kind if isinstance(kind, str) else OLDEST
+    return tuple(candidates(plain, bits, bucket)[0] for bucket in ROW_BUCKETS)
 
 
 def fit(tile: Tile, bits: int, group_shift: int) -> tuple[int, int]:
