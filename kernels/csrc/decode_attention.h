@@ -13,7 +13,7 @@
 //   row_sum      the sum of e**(score - running_max)
 //   acc          the sum of e**(score - running_max) * value   [head_dim]
 //
-// and scales the last two by e**(old - new) when a greater score turns up. Ranges of positions,
+// and scales the last two by e**(old - new) when a greater score turns up. Segments of positions,
 // attended to by different threads, are merged the same way (decode_step.cpp).
 //
 // Registers, of 32 (AVX-512): scores in bfloat16 16 acc of R rows by 16 / R keys; values 16 acc of

@@ -7,8 +7,8 @@
 //
 //   h[M, H] = norm?(x);  q, k, v = h * Wq, h * Wk, h * Wv                         barrier
 //   q, k = rotary?(norm?(q, k));  keys, values += k, v
-//   ranges of softmax(scale * q * keys.T, causal, within the window) * values     barrier
-//   delta[M, H] = merged ranges * Wo                                              barrier
+//   segments of softmax(scale * q * keys.T, causal, within the window) * values   barrier
+//   delta[M, H] = merged segments * Wo                                            barrier
 //   x += norm?(delta)                                      after h, where both parts are parallel
 //   h[M, H] = norm?(x);  gated[M, F] = activation(h * Wgate) * (h * Wup)          barrier
 //   delta[M, H] = gated * Wdown                                                   barrier
@@ -21,14 +21,15 @@
 // projection reads: it costs less than meeting once more. Who has the first chunk keeps x for the
 // pieces that follow, in the other one of two places, since others may still read the last.
 // Positions are shared out evenly, in the order of the sequences and their heads of keys and
-// values; a thread's range of a head may be only some of its positions, and who reads the attention
-// merges the ranges for itself:
+// values, a segment at a time; who reads the attention merges the segments for itself:
 //
-//   sequence, kv head   0,0              0,1              1,0       1,1        2,0 ...
-//   positions           ................ ................ ......... ......... .....
-//   threads             |      0       |       1       |       2        |       3    ...
+//   sequence, kv head   0,0                    0,1                    1,0       1,1       2,0 ...
+//   segments            ........ ........ .... ........ ........ .... ........  ........  .......
+//   threads             |      0      |       1       |       2       |       3    ...
 //
-// A token's numbers are the same whatever other tokens are in the step, but for that merging.
+// Where a segment begins goes by the position alone. So a token's numbers are the same to the last
+// bit whatever other tokens are in the step, of its sequence or of others, and by any number of
+// threads.
 
 #include "decode_attention.h"
 #include "dense.h"
@@ -144,9 +145,9 @@ struct SharedBuffers {
   float* delta;        // [M][hidden], what is added to x
   float *q, *k, *v;    // [M][heads][head_dim], [M][kv_heads][head_dim] twice
   float* gated;        // [M][intermediate], or one expert's rows after the other's
-  float* running_max;  // [ranges][rows], of the attention over each range of positions
-  float* row_sum;      // [ranges][rows]
-  float* acc;          // [ranges][rows][head_dim]
+  float* running_max;  // [segments][rows], of the attention over each segment of positions
+  float* row_sum;      // [segments][rows]
+  float* acc;          // [segments][rows][head_dim]
   // Of a mixture of experts.
   float* normed;         // [M][hidden], what it reads
   float* logits;         // [M][experts], of the router
@@ -154,14 +155,40 @@ struct SharedBuffers {
   Routes routes;
 };
 
+// Segments of positions are whole blocks. Later ones are longer, so that a long sequence has few to
+// merge; the shortest let few positions be shared out.
+struct SegmentSize {
+  int64_t from;   // position
+  int64_t size;   // positions of each
+  int64_t index;  // of the first
+};
+constexpr SegmentSize SEGMENTS[] = {{0, KV_BLOCK, 0}, {1024, 256, 8}, {4096, 1024, 20}};
+
+// The segment that a position is of.
+int64_t segment_of(int64_t position) {
+  int at = 0;
+  while (at < 2 && position >= SEGMENTS[at + 1].from) at++;
+  return SEGMENTS[at].index + (position - SEGMENTS[at].from) / SEGMENTS[at].size;
+}
+
+// The first position of a segment.
+int64_t begin_of(int64_t segment) {
+  int at = 0;
+  while (at < 2 && segment >= SEGMENTS[at + 1].index) at++;
+  return SEGMENTS[at].from + (segment - SEGMENTS[at].index) * SEGMENTS[at].size;
+}
+
 // The positions that new tokens of one sequence attend to in one head of keys and values.
 struct KvSpan {
   const GptqSequence* sequence;
   int head;
-  int64_t row;     // of the sequence's first token among those of the step
-  int64_t first;   // position
-  int64_t offset;  // of its positions among those of all spans
-  int64_t length() const { return sequence->past + sequence->tokens - first; }
+  int64_t row;      // of the sequence's first token among those of the step
+  int64_t first;    // position, of a whole block
+  int64_t offset;   // of its positions among those of all spans
+  int64_t segment;  // its first one among those of all spans
+  int64_t end() const { return sequence->past + sequence->tokens; }
+  int64_t length() const { return end() - first; }
+  int64_t segments() const { return segment_of(end() - 1) - segment_of(first) + 1; }
 };
 
 struct ThreadBuffers {
@@ -169,7 +196,7 @@ struct ThreadBuffers {
   float* normed;         // [M][hidden]
   float* added;          // [hidden], of delta, normed
   float* tile;           // [2][M][COLUMNS]
-  float* attention;      // [M][heads][head_dim], its ranges merged
+  float* attention;      // [M][heads][head_dim], its segments merged
   float *all_q, *all_k;  // [M][heads][head_dim], [M][kv_heads][head_dim], normed as one
   float* q;              // [rows][head_dim], of one head of keys and values
   uint16_t* q_bf16;
@@ -178,7 +205,6 @@ struct ThreadBuffers {
   char* input;                   // for prepare_input
   float* gathered;               // [M][hidden], an expert's rows
   KvSpan* spans;                 // [sequences * kv_heads]
-  int64_t* splits;               // [threads + 1]
 };
 
 // What one thread does of a step: chunks of its pieces of work, in buffers of its own.
@@ -189,7 +215,6 @@ struct Worker : ThreadBuffers {
   const GptqSequence* sequences;
   int64_t count, m, max_rows;  // sequences, tokens, and rows of a span
   int64_t span_count = 0;
-  int threads = 0;  // whose ranges of positions there are
   float *rows_of_q = nullptr, *rows_of_k = nullptr;
 
   const KvSpan& last_span() const { return spans[span_count - 1]; }
@@ -262,29 +287,24 @@ struct Worker : ThreadBuffers {
     }
   }
 
-  // Attention: a chunk is one thread's range of positions, or several.
+  // Attention: a chunk is one thread's share of all positions, or several.
   void attend(int index, Chunks& chunks) {
     const GptqDecoderLayer& layer = model.layer[index];
     norm_all_heads(layer);
-    list_spans(layer, chunks.threads);
-    do
-      for (int of = int(chunks.begin); of < chunks.end; of++) {
-        const int64_t begin = split(of), end = split(of + 1);
-        for (int64_t i = 0; i < span_count; i++) {
-          const KvSpan& span = spans[i];
-          const int64_t low = std::max(begin - span.offset, int64_t(0)),
-                        high = std::min(end - span.offset, span.length());
-          if (low < high)
-            attend_range(layer, span, span.sequence->caches[index], of + i, span.first + low,
-                         span.first + high);
-        }
-      }
-    while (chunks.next());
+    list_spans(layer);
+    const int64_t all = last_span().offset + last_span().length();
+    do {
+      const int64_t begin = all * chunks.begin / chunks.threads,
+                    end = all * chunks.end / chunks.threads;
+      for (int64_t i = 0; i < span_count; i++)
+        if (spans[i].offset < end && begin < spans[i].offset + spans[i].length())
+          attend_span(layer, spans[i], spans[i].sequence->caches[index], begin, end);
+    } while (chunks.next());
   }
 
   void project_attention(const GptqDecoderLayer& layer, Chunks& chunks) {
-    list_spans(layer, chunks.threads);
-    merge_ranges();
+    list_spans(layer);
+    merge_segments();
     project_delta(layer.o, attention, chunks);
   }
 
@@ -301,50 +321,59 @@ struct Worker : ThreadBuffers {
     rows_of_q = all_q, rows_of_k = all_k;
   }
 
-  void list_spans(const GptqDecoderLayer& layer, int team) {
-    threads = team;
+  void list_spans(const GptqDecoderLayer& layer) {
     span_count = 0;
-    int64_t row = 0, offset = 0;
+    int64_t row = 0, offset = 0, segment = 0;
     for (int64_t i = 0; i < count; i++) {
       const GptqSequence& sequence = sequences[i];
       const int64_t first =
           layer.window ? std::max<int64_t>(0, sequence.past + 1 - layer.window) : 0;
       for (int head = 0; head < model.kv_heads; head++) {
-        spans[span_count++] = {&sequence, head, row, first, offset};
+        spans[span_count++] = {&sequence, head, row, first / KV_BLOCK * KV_BLOCK, offset, segment};
         offset += last_span().length();
+        segment += last_span().segments();
       }
       row += sequence.tokens;
     }
   }
 
-  // Where the share of thread `of` of all spans' positions begins; new positions of a span stay
-  // together.
-  int64_t split(int of) const {
-    const int64_t all = last_span().offset + last_span().length(), at = all * of / threads;
-    if (at == all) return all;
-    const auto before = [](int64_t value, const KvSpan& span) { return value < span.offset; };
-    const KvSpan& span = *(std::upper_bound(spans, spans + span_count, at, before) - 1);
-    return std::min(at, span.offset + span.length() - span.sequence->tokens);
+  // Attention over those segments of a span whose middle is from `begin` to `end` in all positions.
+  void attend_span(const GptqDecoderLayer& layer, const KvSpan& span, const GptqKvCache& cache,
+                   int64_t begin, int64_t end) {
+    bool prepared = false;
+    const int64_t number = segment_of(span.first);
+    for (int64_t i = 0; i < span.segments(); i++) {
+      const int64_t low = std::max(begin_of(number + i), span.first),
+                    high = std::min(begin_of(number + i + 1), span.end()),
+                    middle = span.offset + (low + high) / 2 - span.first;
+      if (middle < begin || middle >= end) continue;
+      if (!prepared) prepare_queries(layer, span);
+      prepared = true;
+      keep_new(layer, span, cache, low, high);
+      attend_segment(span, cache, span.segment + i, low, high);
+    }
   }
 
-  // Attention over some positions of one span, as range `number` of all.
-  void attend_range(const GptqDecoderLayer& layer, const KvSpan& span, const GptqKvCache& cache,
-                    int64_t number, int64_t begin, int64_t end) {
-    const int dim = model.head_dim, group = model.heads / model.kv_heads;
-    const int64_t q_stride = int64_t(model.heads) * dim, kv_stride = int64_t(model.kv_heads) * dim;
-    const int64_t head_at = span.head * cache.capacity * dim, past = span.sequence->past,
-                  tokens = span.sequence->tokens;
-    if (end == past + tokens) {  // whoever has the last position keeps the new keys and values
-      for (int64_t i = 0; i < tokens; i++) {
-        const int64_t row = span.row + i;
-        float* k = rows_of_k + row * kv_stride + span.head * dim;
-        if (!model.all_heads) apply_norm(layer.k_norm, k, dim, k);
-        rotate_head(layer, row, k);
-        store_as(cache.keys, head_at + (past + i) * dim, k, dim, model.type);
-        store_as(cache.values, head_at + (past + i) * dim,
-                 shared.v + row * kv_stride + span.head * dim, dim, model.type);
-      }
+  // New keys and values of some positions, into the cache.
+  void keep_new(const GptqDecoderLayer& layer, const KvSpan& span, const GptqKvCache& cache,
+                int64_t begin, int64_t end) {
+    const int dim = model.head_dim;
+    const int64_t stride = int64_t(model.kv_heads) * dim, past = span.sequence->past;
+    for (int64_t at = std::max(begin, past); at < end; at++) {
+      const int64_t row = span.row + at - past, to = (span.head * cache.capacity + at) * dim;
+      float* k = rows_of_k + row * stride + span.head * dim;
+      if (!model.all_heads) apply_norm(layer.k_norm, k, dim, k);
+      rotate_head(layer, row, k);
+      store_as(cache.keys, to, k, dim, model.type);
+      store_as(cache.values, to, shared.v + row * stride + span.head * dim, dim, model.type);
     }
+  }
+
+  // q and what it attends to, a row for each query head of each new token.
+  void prepare_queries(const GptqDecoderLayer& layer, const KvSpan& span) {
+    const int dim = model.head_dim, group = model.heads / model.kv_heads;
+    const int64_t q_stride = int64_t(model.heads) * dim, past = span.sequence->past,
+                  tokens = span.sequence->tokens;
     const int64_t rows = group * tokens;
     for (int64_t i = 0; i < rows; i++) {
       const int64_t row = span.row + i % tokens;
@@ -358,7 +387,15 @@ struct Worker : ThreadBuffers {
       row_end[i] = past + i % tokens + 1;
       row_begin[i] = layer.window ? std::max<int64_t>(0, row_end[i] - layer.window) : 0;
     }
-    const int64_t size = model.type == FLOAT32 ? 4 : 2, range = number * max_rows;
+  }
+
+  // Attention over one segment, which is `number` of all.
+  void attend_segment(const KvSpan& span, const GptqKvCache& cache, int64_t number, int64_t begin,
+                      int64_t end) {
+    const int dim = model.head_dim;
+    const int64_t head_at = span.head * cache.capacity * dim,
+                  rows = model.heads / model.kv_heads * span.sequence->tokens,
+                  size = model.type == FLOAT32 ? 4 : 2, segment = number * max_rows;
     const AttentionArgs args{q,
                              q_bf16,
                              static_cast<const char*>(cache.keys) + head_at * size,
@@ -371,9 +408,9 @@ struct Worker : ThreadBuffers {
                              dim,
                              model.softcap,
                              scores,
-                             shared.running_max + range,
-                             shared.row_sum + range,
-                             shared.acc + range * dim};
+                             shared.running_max + segment,
+                             shared.row_sum + segment,
+                             shared.acc + segment * dim};
 #ifdef X86
     if (uses_bf16(model)) return attend_bfloat16(args);
 #endif
@@ -386,34 +423,29 @@ struct Worker : ThreadBuffers {
     rotate(head, cos + at, sin + at, model.rotary_dim, model.neighbours);
   }
 
-  // attention [M][heads][head_dim] from the ranges of each span.
-  void merge_ranges() {
+  // attention [M][heads][head_dim] from the segments of each span.
+  void merge_segments() {
     const int dim = model.head_dim, group = model.heads / model.kv_heads;
-    for (int of = 0; of <= threads; of++) splits[of] = split(of);
-    int first = 0;  // the thread that has a span's first range
-    for (int64_t number = 0; number < span_count; number++) {
-      const KvSpan& span = spans[number];
-      const int64_t tokens = span.sequence->tokens;
-      while (splits[first + 1] <= span.offset) first++;
-      int last = first;
-      while (splits[last + 1] < span.offset + span.length()) last++;
+    for (int64_t of = 0; of < span_count; of++) {
+      const KvSpan& span = spans[of];
+      const int64_t tokens = span.sequence->tokens, segments = span.segments();
       for (int64_t i = 0; i < group * tokens; i++) {
         float* to = attention +
                     ((span.row + i % tokens) * model.heads + span.head * group + i / tokens) * dim;
-        const auto at = [&](int of) { return (of + number) * max_rows + i; };
+        const auto at = [&](int64_t segment) { return (span.segment + segment) * max_rows + i; };
         float max = -INFINITY, sum = 0;
-        for (int of = first; of <= last; of++)
-          if (splits[of] < splits[of + 1]) max = std::max(max, shared.running_max[at(of)]);
-        for (int of = first; of <= last; of++) {
-          if (splits[of] == splits[of + 1]) continue;  // more threads than positions
-          const float correction = expf(shared.running_max[at(of)] - max),
-                      *acc = shared.acc + at(of) * dim;
-          sum += shared.row_sum[at(of)] * correction;
-          for (int d = 0; d < dim; d++) to[d] = (of == first ? 0 : to[d]) + correction * acc[d];
+        for (int64_t segment = 0; segment < segments; segment++)
+          max = std::max(max, shared.running_max[at(segment)]);
+        for (int d = 0; d < dim; d++) to[d] = 0;
+        for (int64_t segment = 0; segment < segments; segment++) {
+          if (shared.running_max[at(segment)] == -INFINITY) continue;  // it attends to none of it
+          const float correction = expf(shared.running_max[at(segment)] - max),
+                      *acc = shared.acc + at(segment) * dim;
+          sum += shared.row_sum[at(segment)] * correction;
+          for (int d = 0; d < dim; d++) to[d] += correction * acc[d];
         }
         for (int d = 0; d < dim; d++) to[d] /= sum;
       }
-      first = last;
     }
   }
 
@@ -655,8 +687,10 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
   threads = std::min(threads, MAX_THREADS);
   const size_t q_size = size_t(model.heads) * model.head_dim,
                kv_size = size_t(model.kv_heads) * model.head_dim;
-  const size_t rows = model.heads / model.kv_heads * max_tokens,
-               ranges = model.kv_heads * count + threads;
+  const size_t rows = model.heads / model.kv_heads * max_tokens;
+  size_t segments = 0;
+  for (int64_t i = 0; i < count; i++)
+    segments += model.kv_heads * (segment_of(sequences[i].past + sequences[i].tokens - 1) + 1);
   SharedBuffers shared;
   Worker* workers;
   const auto lay_out = [&](void* memory) {
@@ -667,9 +701,9 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
     shared.k = arena.take<float>(m * kv_size);
     shared.v = arena.take<float>(m * kv_size);
     shared.gated = arena.take<float>(gated);
-    shared.running_max = arena.take<float>(ranges * rows);
-    shared.row_sum = arena.take<float>(ranges * rows);
-    shared.acc = arena.take<float>(ranges * rows * model.head_dim);
+    shared.running_max = arena.take<float>(segments * rows);
+    shared.row_sum = arena.take<float>(segments * rows);
+    shared.acc = arena.take<float>(segments * rows * model.head_dim);
     shared.normed = arena.take<float>(largest.experts ? m * model.hidden : 0);
     shared.logits = arena.take<float>(size_t(m) * largest.experts);
     shared.shared_weight = arena.take<float>(m);
@@ -692,7 +726,6 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
       buffers.input = arena.take<char>(input);
       buffers.gathered = arena.take<float>(largest.experts ? m * model.hidden : 0);
       buffers.spans = arena.take<KvSpan>(size_t(model.kv_heads) * count);
-      buffers.splits = arena.take<int64_t>(threads + 1);
       if (memory)
         new (workers + thread)
             Worker{buffers, model, shared, cos, sin, sequences, count, m, int64_t(rows)};

@@ -441,7 +441,41 @@ def test_sequences_step_together_as_they_do_alone(
 def test_threads_step_sequences_together(family: str, dtype: torch.dtype, threads: int) -> None:
     together, alone = step_together_and_alone(family, dtype, choose_code(), 3, threads)
     for got, expected in zip(together, alone, strict=True):
-        torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+        assert torch.equal(got, expected)
+
+
+# Segments of positions begin at 128, at 1,024 and at 1,280; a mistral's window begins in one.
+@pytest.mark.parametrize("code", EXACT_CODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("family", "first"), [("llama", 120), ("mistral", 1018), ("gemma2", 1270), ("qwen2_moe", 9)]
+)
+def test_a_token_is_the_same_in_every_step(
+    family: str, dtype: torch.dtype, code: Code, first: int
+) -> None:
+    """To the last bit: beside the tokens after it, and by any number of threads."""
+    from gptq_loader_kernels.cpu.decoder import NativeDecoder
+
+    model = build(family, dtype=dtype)
+    step = NativeDecoder(model.model, isa=code[0], activations=code[1])
+    model.model.forward = step.forward
+    ids = torch.randint(0, 300, (1, first + 20), generator=torch.Generator().manual_seed(3))
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads, sizes in ((1, (1,) * 20), (1, (5, 3, 5, 2, 5)), (2, (4, 5, 1, 5, 5))):
+            torch.set_num_threads(1)
+            cache, taken = make_cache(model), step.steps
+            with torch.inference_mode():
+                model.model(input_ids=ids[:, :first], use_cache=True, cache=cache)
+                torch.set_num_threads(threads)
+                parts = [it.tolist() for it in ids[0, first:].split(sizes)]
+                found.append(torch.cat([step.step_many([it], [cache]) for it in parts]))
+            assert step.steps > taken
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def step_together_and_alone(
