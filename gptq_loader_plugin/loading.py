@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 __all__ = ["explain", "inspect", "load", "load_model"]
 
 ENGINE_VARIABLE = "GPTQ_LOADER_ENGINE"
+GUESSES = (
+    "reads words that were written before beside the last one: the same tokens, in fewer steps"
+)
 UNKNOWN_CONTEXT = 2048  # a model that does not say how long its context is
 
 logger = logging.getLogger(__name__)
@@ -91,7 +94,8 @@ def load(  # noqa: PLR0913 - each is an option a user may want
             and less exact; on a CPU by the package hqq. None keeps them in the model's dtype.
         draft: a smaller checkpoint with the same tokens, whose guesses are read several in a step
             and kept where they are what is picked anyway; or "ngram", which guesses that what
-            followed the same words before follows again. None guesses nothing.
+            followed the same words before follows again; or "none". None is "ngram" where a step
+            of several tokens has the numbers of several steps, as the native ones on a CPU have.
         options: all of the above in one; in place of them.
         plugins: the plugins in force; None takes those installed.
 
@@ -154,6 +158,10 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     notes = (*notes, *done)
     if int8 and engine is None:
         check_int8(config)
+    exact = filled.batcher is not None and engine is None
+    guesses = _load_draft(options, tokenizer, plugins, exact=exact)
+    if guesses == "ngram":
+        notes = (*notes, GUESSES)
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
     loaded = LoadedModel(
@@ -168,25 +176,31 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         batcher=filled.batcher,
         engine=engine,
         kv_cache="int8" if int8 and engine is None else None,
-        draft=_load_draft(options, tokenizer, plugins),
+        draft=guesses,
     )
     _never_sample_padding(loaded)
     return loaded
 
 
 def _load_draft(
-    options: LoadOptions, tokenizer: PreTrainedTokenizerBase, plugins: Plugins
+    options: LoadOptions, tokenizer: PreTrainedTokenizerBase, plugins: Plugins, *, exact: bool
 ) -> LoadedModel | Literal["ngram"] | None:
     """Load the checkpoint that guesses, where there is one.
+
+    Args:
+        options: how to load.
+        tokenizer: of the model that it guesses for.
+        plugins: the plugins in force.
+        exact: whether guessed tokens, read beside others, have the numbers that they have alone.
 
     Raises:
         OptionInvalid: its tokens are others.
     """
-    if options.draft is None:
+    if options.draft == "none":
         return None
-    if options.draft == "ngram":
-        return "ngram"
-    own = LoadOptions(device=options.device, dtype=options.dtype, check=options.check)
+    if options.draft in {None, "ngram"}:
+        return "ngram" if exact or options.draft else None
+    own = LoadOptions(device=options.device, dtype=options.dtype, check=options.check, draft="none")
     draft = load(options.draft, options=own, plugins=plugins)
     if draft.tokenizer.get_vocab() != tokenizer.get_vocab():
         draft.close()

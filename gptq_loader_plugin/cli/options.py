@@ -133,7 +133,7 @@ LOAD: dict[str, tuple[Any, Any]] = {
     "draft": (
         Annotated[
             str | None,
-            typer.Option("--draft", help="A smaller model that guesses tokens; or ngram."),
+            typer.Option("--draft", help="A smaller model that guesses tokens; ngram, or none."),
         ],
         None,
     ),

@@ -196,7 +196,7 @@ def test_a_draft_of_the_same_tokens_is_loaded_and_closed() -> None:
     with gptq.load(DATA / ONE, device="cpu", draft=DATA / ONE, plugins=plugins()) as model:
         draft = model.draft
         assert isinstance(draft, gptq.LoadedModel)
-        assert draft.draft is None
+        assert draft.draft is None  # it guesses for another
         assert model.generate("She said").tokens
     assert draft.model.device.type == "meta"
 
@@ -214,10 +214,16 @@ def test_a_draft_of_other_tokens_is_refused(tmp_path: Path) -> None:
         gptq.load(DATA / ONE, device="cpu", draft=other, plugins=plugins())
 
 
-def test_guesses_are_made_where_they_are_asked_for() -> None:
-    with gptq.load(DATA / ONE, device="cpu", plugins=plugins()) as model:
-        assert model._drafter() is None
-    with gptq.load(DATA / ONE, device="cpu", draft="ngram", plugins=plugins()) as model:
-        assert isinstance(model._drafter(), NgramDrafter)
-        assert model.generate("She said").tokens
+@needs_native
+def test_guesses_are_made_where_they_are_exact_or_asked_for() -> None:
+    for options, guesses in (
+        ({}, True),
+        ({"draft": "none"}, False),
+        ({"backend": "reference"}, False),  # whose product of several rows is summed otherwise
+        ({"backend": "reference", "draft": "ngram"}, True),
+    ):
+        with gptq.load(DATA / ONE, device="cpu", **options, plugins=plugins()) as model:
+            assert isinstance(model._drafter(), NgramDrafter) == guesses, options
+            assert any("in fewer steps" in note for note in model.notes) == guesses
+            assert model.generate("She said").tokens
     assert speculation.MAX_GUESSES < 8  # of the native step, the last token among them
