@@ -78,10 +78,7 @@ int gptq_isa() {
 }
 
 int gptq_activations(int isa) {
-#ifdef X86
-  // Where there is a matrix unit for bfloat16, vdpbf16ps is slow (docs/decisions/native-cpu.md).
-  if (isa == AVX512_BF16 && !gptq_amx()) return int(Activations::BF16);
-#endif
+  // As fast as vdpbf16ps for a few rows, or faster, and nearer to x (docs/decisions/native-cpu.md).
 #if defined(X86) || defined(ARM)
   if (isa >= AVX2) return int(Activations::INT16);
 #endif

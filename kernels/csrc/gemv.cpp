@@ -1,26 +1,10 @@
 // y[M, N] = x[M, K] @ W[N, K].T + bias for few rows of x and a packed W:
 // w[n, k] = s[g, n] * (q[k, n] - z[g, n]). How W lies in memory is drawn in gemv.h.
 //
-// BF16. A code q under the bits 0x4300 is the bfloat16 number 128 + q, so one shift and one
-// vpternlogd make a pair of weights of each of 16 words, and vdpbf16ps multiplies pairs:
-//
-//   word    q7 q6 q5 q4 | q3 q2 q1 q0            4 bits, 8 rows
-//   pair j  0x4300|q[j+4] , 0x4300|q[j]          word >> 4j & 0x000f000f | 0x43004300
-//   x       a[j+4]        , a[j]
-//
-// A segment's sum is then s * (acc - (128 + z) * sum(a)). An 8-bit code is two nibbles, the upper
-// one h under 0x4500 as 2048 + 16 h. Products are exact; sums are float32. Registers, of 32:
-//
-//   rows M                      1    2    3    4      at 3 bits  1   2   3   4
-//   columns at a time          64   64   32   32                64  64  64  64
-//   acc: chains * M * columns   8   16   12   16                 4   8  12  16
-//   weights and words           8    8    4    4                16  16  16  16
-//   x, masks                    3    3    3    3                 4   4   4   4
-//
-// FLOAT32. Codes become floats, zeros are subtracted, and the sum is in float32: no cancellation.
-//
-// INT16, INT8: vnni.cpp, maddubs.cpp. Many rows: gemm.cpp for bfloat16; for float32, gptq_unpack writes the
-// weight of some tiles for another library, which multiplies faster than this one.
+// FLOAT32, here: codes become floats, zeros are subtracted, and the sum is in float32, without
+// cancellation. INT16 and INT8: vnni.cpp, maddubs.cpp, neon.cpp. Many rows: gemm.cpp for bfloat16;
+// for float32, gptq_unpack writes the weight of some tiles for another library, which multiplies
+// faster than this one.
 
 #include "gemv.h"
 #include "team.h"
@@ -182,108 +166,7 @@ AVX512_TARGET void unpack_avx512(const GptqLinear& linear, int64_t tile, void* w
                                  int type) {
   unpack_tile<Wide, BITS>(linear, tile, w, stride, type);
 }
-
-// M rows of x by C vectors of a tile's columns in bfloat16, from vector FIRST on; x is [M][stride]
-// pairs, sums [M][segments]. Where one row waits for vdpbf16ps, and not for its weights to be
-// unpacked as at 3 bits, two chains of sums hide the latency. More rows have the same two, so that
-// a row's sums do not depend on the rows beside it: three and four then take half of the columns at
-// a time, for which there are registers.
-template <int BITS, int M, int C, int FIRST>
-BF16_TARGET void columns_bfloat16(const GptqLinear& linear, int64_t tile, const uint32_t* x,
-                                  int64_t stride, const float* sums, float* y) {
-  constexpr int per_word = Unit<BITS>::words, pairs = Unit<BITS>::rows / 2,
-                CHAINS = BITS == 3 ? 1 : 2;
-  constexpr uint32_t mask = BITS == 2 || BITS == 3 ? 0x00030003 : 0x000f000f;
-  constexpr float offset = BITS == 8 ? 128 + 2048 : 128;
-  const __m512i low = _mm512_set1_epi32(mask), high = _mm512_set1_epi32(0x00040004);
-  const __m512i base = _mm512_set1_epi32(0x43004300), upper = _mm512_set1_epi32(0x45004500);
-  const uint32_t* word = linear.words + tile * linear.units * per_word * COLUMNS + FIRST * LANES;
-  // The first of two halves fetches for both: what the second one reads is then in a cache.
-  constexpr int fetched = FIRST == 0 ? COLUMNS / LANES : C;
-  floats total[M][C];
-  for (int m = 0; m < M; m++)
-    for (int c = 0; c < C; c++) total[m][c] = floats{};
-  for (int segment = 0; segment < linear.segments; segment++) {
-    __m512 sum[CHAINS][M][C];
-    for (int i = 0; i < CHAINS; i++)
-      for (int m = 0; m < M; m++)
-        for (int c = 0; c < C; c++) sum[i][m][c] = _mm512_setzero_ps();
-    for (int unit = 0; unit < linear.segment_units[segment]; unit++) {
-      for (int i = 0; i < per_word; i++)
-        for (int c = 0; c < fetched; c++)
-          _mm_prefetch(reinterpret_cast<const char*>(word + 1024 + i * COLUMNS + c * LANES),
-                       _MM_HINT_T0);
-      __m512i v[per_word][C];
-      for (int i = 0; i < per_word; i++)
-        for (int c = 0; c < C; c++) v[i][c] = _mm512_loadu_si512(word + i * COLUMNS + c * LANES);
-#pragma GCC unroll 16
-      for (int pair = 0; pair < pairs; pair++) {
-        __m512i w[C];
-        for (int c = 0; c < C; c++) {
-          if constexpr (BITS == 3) {
-            const int half = pair / 8, j = pair % 8;
-            w[c] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(v[half][c], 2 * j), low, base, 0xEA);
-            w[c] = _mm512_ternarylogic_epi32(
-                _mm512_rorv_epi32(v[2][c], _mm512_set1_epi32((8 * half + j + 30) % 32)), high, w[c],
-                0xEA);
-          } else {
-            w[c] =
-                _mm512_ternarylogic_epi32(_mm512_srli_epi32(v[0][c], BITS * pair), low, base, 0xEA);
-          }
-        }
-        for (int m = 0; m < M; m++) {
-          const __m512bh a = (__m512bh)_mm512_set1_epi32(x[m * stride + pair]);
-          for (int c = 0; c < C; c++)
-            sum[pair % CHAINS][m][c] =
-                _mm512_dpbf16_ps(sum[pair % CHAINS][m][c], (__m512bh)w[c], a);
-        }
-        if constexpr (BITS == 8) {
-          for (int c = 0; c < C; c++)
-            w[c] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(v[0][c], BITS * pair + 4), low,
-                                             upper, 0xEA);
-          for (int m = 0; m < M; m++) {
-            const __m512bh a = (__m512bh)_mm512_set1_epi32(x[m * stride + pair]);
-            for (int c = 0; c < C; c++)
-              sum[(pair + 1) % CHAINS][m][c] =
-                  _mm512_dpbf16_ps(sum[(pair + 1) % CHAINS][m][c], (__m512bh)w[c], a);
-          }
-        }
-      }
-      word += per_word * COLUMNS;
-      x += pairs;
-    }
-    const int64_t at =
-        (tile * linear.groups + linear.segment_group[segment]) * COLUMNS + FIRST * LANES;
-    for (int c = 0; c < C; c++) {
-      __m512 scales, zeros;
-      load_tables(linear, at + c * LANES, scales, zeros);
-      zeros += offset;
-      for (int m = 0; m < M; m++) {
-        floats products = (floats)sum[0][m][c];
-        if constexpr (CHAINS == 2) products += (floats)sum[1][m][c];
-        total[m][c] += scales * (products - zeros * sums[m * linear.segments + segment]);
-      }
-    }
-  }
-  for (int m = 0; m < M; m++)
-    for (int c = 0; c < C; c++)
-      memcpy(y + m * COLUMNS + (FIRST + c) * LANES, &total[m][c], sizeof(floats));
-}
-
-// The same by a whole tile.
-template <int BITS, int M>
-BF16_TARGET void tile_bfloat16(const GptqLinear& linear, int64_t tile, const uint32_t* x,
-                               int64_t stride, const float* sums, float* y) {
-  constexpr int C = M <= 2 || BITS == 3 ? 4 : 2;
-  columns_bfloat16<BITS, M, C, 0>(linear, tile, x, stride, sums, y);
-  if constexpr (C == 2) columns_bfloat16<BITS, M, C, C>(linear, tile, x, stride, sums, y);
-}
 #endif
-
-INLINE uint16_t rounded(const void* x, int type, int64_t at) {
-  if (type == BFLOAT16) return static_cast<const uint16_t*>(x)[at];
-  return to_bfloat16(static_cast<const float*>(x)[at]);
-}
 
 }  // namespace
 
@@ -319,30 +202,10 @@ void permute_activations(const GptqLinear& linear, const void* x, int type, int6
 #ifdef ARM
   if (to.integers()) return quantize_activations_neon(linear, x, type, m, to);
 #endif
-  const int rows = unit_rows(linear.bits), half = linear.bits == 3 ? 8 : rows / 2;
   const int64_t from = m * linear.in_features;
-  if (to.kind == Activations::FLOAT32) {
-    float* out = to.values + m * to.stride;
-    for (int64_t i = 0; i < linear.units * rows; i++)
-      out[i] = linear.rows[i] < 0 ? 0.0f : load_number(x, type, from + linear.rows[i]);
-    return;
-  }
-  uint32_t* out = to.words + m * to.stride;
-  const int32_t* row = linear.rows;
-  for (int segment = 0; segment < linear.segments; segment++) {
-    float sum = 0;
-    for (int half_units = linear.segment_units[segment] * (rows / (2 * half)); half_units > 0;
-         half_units--) {
-      for (int j = 0; j < half; j++) {
-        const uint16_t a = row[j] < 0 ? 0 : rounded(x, type, from + row[j]);
-        const uint16_t b = row[j + half] < 0 ? 0 : rounded(x, type, from + row[j + half]);
-        *out++ = a | uint32_t(b) << 16;
-        sum += from_bfloat16(a) + from_bfloat16(b);
-      }
-      row += 2 * half;
-    }
-    to.sums[m * linear.segments + segment] = sum;
-  }
+  float* out = to.values + m * to.stride;
+  for (int64_t i = 0; i < int64_t(linear.units) * unit_rows(linear.bits); i++)
+    out[i] = linear.rows[i] < 0 ? 0.0f : load_number(x, type, from + linear.rows[i]);
 }
 
 }  // namespace gptq
@@ -353,9 +216,6 @@ template <int BITS, int M>
 void dispatch(const GptqLinear& linear, int64_t tile, int64_t m, const PermutedActivations& x,
               float* y) {
 #ifdef X86
-  if (x.kind == Activations::BF16)
-    return tile_bfloat16<BITS, M>(linear, tile, x.words + m * x.stride, x.stride,
-                                  x.sums + m * linear.segments, y);
   if (x.isa >= AVX512)
     return tile_avx512<BITS, M>(linear, tile, x.values + m * x.stride, x.stride, y);
   if (x.isa == AVX2) return tile_avx2<BITS, M>(linear, tile, x.values + m * x.stride, x.stride, y);

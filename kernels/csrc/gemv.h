@@ -93,7 +93,6 @@ AVX512_TARGET INLINE void load_tables(const GptqLinear& linear, int64_t at, __m5
 // x as the tiles read it: rows in the order of `rows`, each [stride] words. One of
 //
 //   FLOAT32      float  [unit][row]
-//   BF16         pairs  [unit][pair]      of rows (j, j + half a word), with each segment's sum
 //   INT16, INT8  bytes  [unit][four]      of rows (j, j + n, j + 2n, j + 3n), n a fourth of a word,
 //                                         with each segment's sum and step (vnni.cpp)
 struct PermutedActivations {

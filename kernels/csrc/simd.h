@@ -90,9 +90,9 @@ typedef Wide::halves halves;
 // of bfloat16 (vdpbf16ps) too. On ARM, DOTPROD is NEON with products of bytes (sdot).
 enum Isa { PLAIN = 0, AVX2 = 1, DOTPROD = 1, AVX512 = 2, AVX512_VNNI = 3, AVX512_BF16 = 4 };
 
-// What x is multiplied as: FLOAT32 by any code, BF16 by vdpbf16ps, INT16 and INT8 by vpdpbusd
-// (AVX512-VNNI), vpmaddubsw (AVX2) or sdot (ARM). INT16 is as good as BF16; INT8 rounds x.
-enum class Activations { FLOAT32 = 0, BF16 = 1, INT16 = 2, INT8 = 3 };
+// What x is multiplied as: FLOAT32 by any code, INT16 and INT8 by vpdpbusd (AVX512-VNNI), vpmaddubsw
+// (AVX2) or sdot (ARM). INT16 is nearer to x than bfloat16 is; INT8 rounds x.
+enum class Activations { FLOAT32 = 0, INT16 = 1, INT8 = 2 };
 
 // The dtype of x, y and of weights that are not packed.
 enum Type { FLOAT32 = 0, BFLOAT16 = 1 };

@@ -3,8 +3,8 @@
 // Each segment of a row of x (at most 256 features of one group) is written as a step, 1/127 of its
 // largest magnitude, times one byte or two: round(x / step), and what is left over in 1/254 of a
 // step. Two bytes (INT16) are as good as x itself: they are off by 2**-16 of the segment's largest
-// magnitude, 12 times less than rounding y to bfloat16 costs, so this is the exact kernel's code
-// where vdpbf16ps is slow (five times slower than vpdpbusd on processors that have AMX for it). One
+// magnitude, 12 times less than rounding y to bfloat16 costs, so this is the code of the exact kernel,
+// as vdpbf16ps is no faster, and five times slower on processors that have AMX in its place. One
 // byte (INT8) is the kernel `cpu-int8`.
 //
 // vpdpbusd multiplies four codes by four bytes. Of a word's codes it takes (j, j + n, j + 2n, j +

@@ -9,7 +9,6 @@ from gptq_loader_kernels.cpu.library import Activations, Isa, find_library, load
 __all__ = ["CODES", "EXACT_CODES", "Code", "runs"]
 
 Code = tuple[Isa, Activations]
-INTEGERS = {Activations.INT16, Activations.INT8}
 
 
 def runs(isa: Isa) -> bool:
@@ -20,9 +19,8 @@ def runs(isa: Isa) -> bool:
 def _parameters(*activations: Activations) -> list[object]:
     codes = [(isa, Activations.FLOAT32) for isa in list(Isa)[:-1]]
     codes += [
-        (isa, it) for isa in (Isa.AVX2, Isa.AVX512_VNNI) for it in activations if it in INTEGERS
+        (isa, it) for isa in (Isa.AVX2, Isa.AVX512_VNNI, Isa.AVX512_BF16) for it in activations
     ]
-    codes += [(Isa.AVX512_BF16, it) for it in activations]
     return [
         pytest.param(code, id="-".join(it.name for it in code), marks=_mark(code)) for code in codes
     ]
@@ -34,5 +32,5 @@ def _mark(code: Code) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not runs(isa), reason=reason)
 
 
-EXACT_CODES = _parameters(Activations.BF16, Activations.INT16)
-CODES = _parameters(Activations.BF16, Activations.INT16, Activations.INT8)
+EXACT_CODES = _parameters(Activations.INT16)
+CODES = _parameters(Activations.INT16, Activations.INT8)

@@ -55,9 +55,8 @@ class Activations(IntEnum):
     """What x is multiplied as."""
 
     FLOAT32 = 0
-    BF16 = 1  # by AVX512_BF16's code
-    INT16 = 2  # by AVX512-VNNI, AVX2 or ARM's dot products: off by 2**-16 of what is greatest in x
-    INT8 = 3  # by the same; rounds x
+    INT16 = 1  # by AVX512-VNNI, AVX2 or ARM's dot products: off by 2**-16 of what is greatest in x
+    INT8 = 2  # by the same; rounds x
 
 
 class NormKind(IntEnum):

@@ -177,7 +177,7 @@ class NativeLinear(CountedModule):
     def extra_repr(self) -> str:
         """Say the shape when printed."""
         code = self._isa.name
-        if self.activations > Activations.BF16:
+        if self.activations is not Activations.FLOAT32:
             code += f", activations {self.activations.name}"
         if self._amx and self.activations is not Activations.INT8:
             code += " with AMX"
