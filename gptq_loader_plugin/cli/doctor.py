@@ -25,7 +25,7 @@ def add_to(app: typer.Typer) -> None:
     )
 
 
-@load_options("device", "backend", "dtype", "revision")
+@load_options("device", "backend", "dtype", "template", "revision", "context")
 def doctor(
     reference: Annotated[
         str | None, typer.Argument(metavar="[REF]", help="A checkpoint that has a symptom.")

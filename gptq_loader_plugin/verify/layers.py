@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gptq_loader_plugin.errors import CheckpointError
+from gptq_loader_plugin.verify.damage import check_siblings, check_whole, check_zeros, damaged
 from gptq_loader_plugin.verify.report import Finding
 
 if TYPE_CHECKING:
@@ -29,11 +30,10 @@ RANDOM_SHARE = 0.985
 # The root-mean-square weight of a layer beside the median of its kind: up to 3.7 in SmolLM2.
 FAR = 8.0
 FEW = 2
-CONSTANT_SHARE = 0.25  # of columns; a few may be dead
 # GPTQ's scales make an outermost code of each group's largest weight. Where that is so in every
 # block, rows put into other groups stand out: 1.000 of SmolLM2's groups, .93 to .96 shuffled.
 REACHED, NOT_REACHED = 0.99, 0.975
-ZERO_SHARE = 0.5  # of a layer's scales or of its columns
+ZERO_SHARE = 0.5  # of a layer's columns, or of a tensor's rows
 FLOATS = ("F16", "BF16", "F32")
 PLAIN = ("model.embed_tokens.weight", "lm_head.weight")  # of which there is one, never zero
 
@@ -63,6 +63,8 @@ def check_layers(
     findings: list[Finding] = []
     kinds: dict[str, list[_Measured]] = defaultdict(list)
     entropies: list[float] = []
+    groups: dict[str, Any] = {}
+    zeros: dict[str, tuple[int, int, int]] = {}
     for count, (name, layer) in enumerate(checkpoint.layers.items(), start=1):
         progress(count, len(checkpoint.layers))
         try:
@@ -70,7 +72,11 @@ def check_layers(
         except CheckpointError as error:
             findings.append(Finding("layers", True, error.message, name, error.hint))  # noqa: FBT003
             continue
-        wrong = list(_of_whole(name, packed))
+        if layer.groups > 1 and layer.desc_act:
+            groups[name] = packed.g_idx.numpy()
+        if layer.layout == "continuous":
+            zeros[name] = layer.bits, *layer.zero_range
+        wrong = list(check_whole(name, packed))
         findings += wrong
         if wrong:
             continue
@@ -84,6 +90,7 @@ def check_layers(
         findings += _beside(group, group if len(group) > FEW else every)
         findings += _of_groups(group)
     findings += _of_codes(every)
+    findings += [*check_zeros(zeros), *check_siblings(groups)]
     facts = {
         "layers": len(checkpoint.layers),
         "code_entropy": [round(min(entropies), 3), round(max(entropies), 3)] if entropies else [],
@@ -101,15 +108,15 @@ def check_tensors(checkpoint: Checkpoint) -> list[Finding]:
         tensor = checkpoint.tensor(name)
         kinds[_kind(name)] += 1
         if not bool(tensor.isfinite().all()):
-            findings.append(_damaged("tensors", name, "holds values that are not finite"))
+            findings.append(damaged("tensors", name, "holds values that are not finite"))
         elif not name.endswith("bias") and not bool(tensor.any()):
             zero.append(name)
         elif tensor.dim() == 2 and (share := _zero_rows(tensor)) > ZERO_SHARE:
-            findings.append(_damaged("tensors", name, f"is zero in {share:.0%} of its rows"))
+            findings.append(damaged("tensors", name, f"is zero in {share:.0%} of its rows"))
     # norms that multiply by one more than they store begin as zeros, in every block
     of_kinds = Counter(_kind(name) for name in zero)
     odd = [name for name in zero if of_kinds[_kind(name)] < kinds[_kind(name)] or name in PLAIN]
-    return [*findings, *(_damaged("tensors", name, "is all zero") for name in odd)]
+    return [*findings, *(damaged("tensors", name, "is all zero") for name in odd)]
 
 
 def _kind(name: str) -> str:
@@ -118,27 +125,6 @@ def _kind(name: str) -> str:
 
 def _zero_rows(tensor: Any) -> float:  # noqa: ANN401 - torch's tensor
     return float((tensor == 0).all(dim=1).float().mean())
-
-
-def _damaged(check: Any, name: str, words: str) -> Finding:  # noqa: ANN401 - a check's name
-    return Finding(
-        check,
-        wrong=True,
-        message=f"{name} {words}",
-        where=name,
-        fix="download the checkpoint again; if it stays so, it was published damaged",
-    )
-
-
-def _of_whole(name: str, packed: PackedLinear) -> Iterator[Finding]:
-    zero = float((packed.scales == 0).float().mean())
-    constant = float((packed.qweight == packed.qweight[0]).all(dim=0).float().mean())
-    if not bool(packed.qweight.any()):
-        yield _damaged("layers", name, "has codes that are all zero")
-    elif constant > CONSTANT_SHARE:
-        yield _damaged("layers", name, f"has one code alone in {constant:.0%} of its columns")
-    if zero > ZERO_SHARE:
-        yield _damaged("layers", name, f"has scales of which {zero:.0%} are zero")
 
 
 def _measure(name: str, packed: PackedLinear, bits: int) -> _Measured:
@@ -175,7 +161,7 @@ def _reached(codes: Any, groups: Any, highest: int) -> float | None:  # noqa: AN
 def _of_sample(measured: _Measured) -> Iterator[Finding]:
     if measured.zero_columns > ZERO_SHARE:
         share = f"{measured.zero_columns:.0%}"
-        yield _damaged("layers", measured.name, f"is zero in {share} of its columns")
+        yield damaged("layers", measured.name, f"is zero in {share} of its columns")
 
 
 def _of_codes(every: list[_Measured]) -> Iterator[Finding]:
@@ -186,7 +172,7 @@ def _of_codes(every: list[_Measured]) -> Iterator[Finding]:
         yield Finding("layers", wrong=False, message=words)
         return
     for measured in random:
-        yield _damaged(
+        yield damaged(
             "layers",
             measured.name,
             f"has codes that are random: {measured.entropy:.2f} bits of information in "
@@ -200,7 +186,7 @@ def _beside(group: list[_Measured], others: list[_Measured]) -> Iterator[Finding
     for measured in group:
         times = measured.magnitude / usual if usual > 0 and len(others) > FEW else 1
         if not 1 / FAR < times < FAR:
-            yield _damaged(
+            yield damaged(
                 "layers",
                 measured.name,
                 f"has weights {times:.2g} times as large as the same layers of other blocks",
@@ -214,7 +200,7 @@ def _of_groups(group: list[_Measured]) -> Iterator[Finding]:
         return
     for measured in group:
         if measured.reached is not None and measured.reached < NOT_REACHED:
-            yield _damaged(
+            yield damaged(
                 "layers",
                 measured.name,
                 "has codes that do not fit their groups, as in the other blocks: its g_idx is "

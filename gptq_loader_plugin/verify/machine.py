@@ -6,18 +6,19 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptq_loader_plugin.system.memory import total_memory
 from gptq_loader_plugin.system.units import write_size
+from gptq_loader_plugin.verify.report import Diagnosis
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["Diagnosis", "diagnose_machine"]
+__all__ = ["diagnose_machine"]
 
 STRAY = re.compile(r"=\d[\d.]*")  # what a shell makes of pip install transformers>=4.32.0
 BUSY = 1.5  # runnable tasks a core; two OpenMP threads on a busy core were 27 times slower
@@ -30,21 +31,6 @@ CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 SECONDS = 20  # for a program to say its version
 
 
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
-    """Something that goes wrong, or may.
-
-    Attributes:
-        cause: what it is.
-        evidence: how that is known.
-        fix: what to do about it, in the imperative.
-    """
-
-    cause: str
-    evidence: str
-    fix: str
-
-
 def diagnose_machine(
     *, folder: Path, environ: Mapping[str, str], cpu_max: Path = CPU_MAX
 ) -> list[Diagnosis]:
@@ -55,7 +41,7 @@ def diagnose_machine(
         environ: the environment's variables.
         cpu_max: the control group's limit of processors.
     """
-    return [
+    every = [
         *_stray_files(folder),
         *_cuda(),
         *_kernels(),
@@ -63,6 +49,7 @@ def diagnose_machine(
         *_limits(cpu_max),
         *_variables(environ),
     ]
+    return [replace(diagnosis, about="machine") for diagnosis in every]
 
 
 def _stray_files(folder: Path) -> Iterator[Diagnosis]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-__all__ = ["Finding", "Report", "Symptom"]
+__all__ = ["Check", "Diagnosis", "Finding", "Report", "Symptom"]
 
 Symptom = Literal["gibberish", "never-stops", "slow", "nan", "crash"]
 Check = Literal["files", "config", "zeros", "layers", "tensors", "kernels", "activations", "text"]
@@ -28,6 +28,23 @@ class Finding:
     message: str
     where: str = ""
     fix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """Something that goes wrong, or may.
+
+    Attributes:
+        cause: what it is.
+        evidence: how that is known.
+        fix: what to do about it, in the imperative.
+        about: what is to blame: the checkpoint, how it is loaded, or the machine.
+    """
+
+    cause: str
+    evidence: str
+    fix: str
+    about: Literal["checkpoint", "options", "machine"] = "checkpoint"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.checkpoint.architectures.translate import translate
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
-from gptq_loader_plugin.errors import CheckpointError, PluginError, UnsupportedFormat
+from gptq_loader_plugin.errors import (
+    CheckpointError,
+    ConfigInvalid,
+    PluginError,
+    TensorMismatch,
+    UnsupportedFormat,
+)
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.reference import resolve
-from gptq_loader_plugin.verify.files import check_hashes, check_labels
+from gptq_loader_plugin.verify.files import check_hashes, check_index, check_labels
 from gptq_loader_plugin.verify.kernels import check_kernels
 from gptq_loader_plugin.verify.layers import check_layers, check_tensors
 from gptq_loader_plugin.verify.report import Finding, Report
@@ -22,6 +28,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.protocol import Checkpoint
     from gptq_loader_plugin.load_options import LoadOptions
     from gptq_loader_plugin.plugins import Plugins
+    from gptq_loader_plugin.verify.report import Check
 
 __all__ = ["verify"]
 
@@ -81,7 +88,7 @@ class _Clock:
 
 
 def _verify_files(checkpoint: Checkpoint, clock: _Clock, plugins: Plugins, *, hashes: bool) -> None:
-    clock.findings += check_labels(checkpoint)
+    clock.findings += [*check_labels(checkpoint), *check_index(checkpoint)]
     if hashes:
         differing, clock.facts["hashed"] = check_hashes(checkpoint)
         clock.findings += differing
@@ -109,7 +116,9 @@ def _verify_loaded(path: Path, options: LoadOptions, plugins: Plugins, clock: _C
     except CheckpointError as error:
         if isinstance(error, UnsupportedFormat):
             raise
-        clock.findings.append(Finding("activations", True, error.message, "", error.hint))  # noqa: FBT003
+        missing = isinstance(error, TensorMismatch | ConfigInvalid)
+        check: Check = "files" if missing else "activations"
+        clock.findings.append(Finding(check, True, error.message, "", error.hint))  # noqa: FBT003
         return
     clock.lap("load")
     with model:

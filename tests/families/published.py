@@ -148,6 +148,8 @@ def publish(model_type: str, folder: Path) -> Published:
     for file in TOKENIZER.glob("*token*"):
         shutil.copy(file, published.packed)
         shutil.copy(file, published.original)
+    for name in ("chat_template.jinja", "generation_config.json"):  # of the tokenizer, by its ids
+        shutil.copy(TOKENIZER / name, published.packed)
     return published
 
 

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
     import pytest
 
-    from gptq_loader_plugin.verify.machine import Diagnosis
-    from gptq_loader_plugin.verify.report import Symptom
+    from gptq_loader_plugin.verify.report import Diagnosis, Symptom
 
 sys.path.insert(0, str(DATA.parents[2] / "bench"))
 from planted_faults import plant

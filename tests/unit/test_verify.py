@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,8 @@ from gptq_loader_plugin.cli.app import app
 from gptq_loader_plugin.hub import download
 from gptq_loader_plugin.hub.hub_reference import HubReference
 from gptq_loader_plugin.load_options import LoadOptions
-from gptq_loader_plugin.verify.files import check_hashes
+from gptq_loader_plugin.verify.damage import check_siblings
+from gptq_loader_plugin.verify.files import check_hashes, check_index
 from gptq_loader_plugin.verify.layers import check_layers
 from gptq_loader_plugin.verify.run import verify
 from gptq_loader_plugin.verify.text import _of_reply, _of_score, is_trained
@@ -30,11 +33,12 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.verify.report import Report
 
 sys.path.insert(0, str(DATA.parents[2] / "bench"))
-from planted_faults import FAULTS, plant
+from planted_faults import FAULTS, looked_at, plant
 from published import publish
 
 NAMES = sorted(it.name for it in DATA.iterdir() if (it / "quantize_config.json").is_file())
 SOURCES = ("gptq-4bit-64g-act-sym", "gptq_v2-3bit-64g-act-asym")
+KINDS = [kind for kind, fault in FAULTS.items() if not fault.trained]
 
 
 def verified(folder: Path) -> Report:
@@ -59,15 +63,79 @@ def test_a_good_checkpoint_of_another_family_is_not_accused(
     assert report.right, report.line
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("kind", FAULTS)
-def test_a_planted_fault_is_named(kind: str, source: str, tmp_path: Path) -> None:
-    checks = plant(DATA / source, tmp_path / "planted", kind, seed=3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cause_of_a_planted_fault_is_named(kind: str, tmp_path: Path) -> None:
+    source = SOURCES[KINDS.index(kind) % 2]
+    fault = plant(DATA / source, tmp_path / "planted", kind, seed=3)
+    first = looked_at(tmp_path / "planted", fault.symptom)[0]
+    assert re.search(fault.cause, first.cause), first
+    assert first.evidence
+    assert first.fix
+
+
+@pytest.mark.parametrize("kind", ["random codes", "zeros labelled otherwise", "no g_idx"])
+def test_a_checkpoint_with_a_fault_is_wrong(kind: str, tmp_path: Path) -> None:
+    plant(DATA / SOURCES[0], tmp_path / "planted", kind, seed=4)
     report = verified(tmp_path / "planted")
     assert not report.right
-    first = next(finding for finding in report.findings if finding.wrong)
-    assert first.check in checks, report.line
-    assert first.fix
+    assert "; ".join(it.fix for it in report.findings if it.wrong)
+
+
+def test_layers_of_other_blocks_have_another_order(tmp_path: Path) -> None:
+    rows = {
+        f"model.layers.{block}.mlp.{name}": torch.randperm(256, generator=_seeded(block)).numpy()
+        for block in range(5)
+        for name in ("gate_proj", "up_proj")
+    }
+    assert list(check_siblings(rows)) == []
+    first, second = "model.layers.1.mlp.up_proj", "model.layers.3.mlp.up_proj"
+    rows[first], rows[second] = rows[second], rows[first]
+    found = list(check_siblings(rows))
+    assert [it.where for it in found] == [
+        "model.layers.1.mlp.gate_proj",
+        "model.layers.3.mlp.gate_proj",
+    ]
+    assert "layers were swapped" in found[0].message
+
+
+def test_one_layers_zeros_stored_in_the_other_format(tmp_path: Path) -> None:
+    folder = copy(ONE, tmp_path / "one")
+
+    def shift(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.1.mlp.up_proj.qzeros"] += 0x11111111
+
+    edit_tensors(folder, shift)
+    wrong = [it for it in check_layers(open_checkpoint(folder))[0] if it.wrong]
+    assert [it.where for it in wrong] == ["model.layers.1.mlp.up_proj"]
+    assert "off by one step (+1)" in wrong[0].message
+
+
+def test_hashes_that_a_downloader_noted(tmp_path: Path) -> None:
+    folder = copy(ONE, tmp_path / "one")
+    right = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    note = folder / "huggingface-metadata.txt"
+    note.write_text(f"url: https://huggingface.co/x\nsha256sum:\n    {right} model.safetensors\n")
+    assert check_hashes(open_checkpoint(folder)) == ([], 1)
+    note.write_text(f"sha256sum:\n    {'0' * 64} model.safetensors\n")
+    assert "its hash differs" in check_hashes(open_checkpoint(folder))[0][0].message
+    note.unlink()
+    beside = folder / ".cache" / "huggingface" / "download" / "model.safetensors.metadata"
+    beside.parent.mkdir(parents=True)
+    beside.write_text(f"{'c' * 40}\n{right}\n1700000000.0\n")
+    assert check_hashes(open_checkpoint(folder)) == ([], 1)
+
+
+def test_an_index_whose_tensors_are_in_no_file(tmp_path: Path) -> None:
+    folder = copy(ONE, tmp_path / "one")
+    names = dict.fromkeys(["model.norm.weight", "model.layers.9.norm"], "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    found = check_index(open_checkpoint(folder))
+    assert found[0].wrong
+    assert "model.layers.9.norm, and 1 such tensors are in no file" in found[0].message
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def test_codes_that_are_random_everywhere_are_a_note(tmp_path: Path) -> None:
