@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path  # noqa: TC003 - typer reads it
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,6 +32,22 @@ def verify(
     hashes: Annotated[
         bool, typer.Option("--hash/--no-hash", help="Hash files of the hub's cache.")
     ] = True,
+    split: Annotated[
+        bool | None,
+        typer.Option(
+            "--split/--no-split",
+            help="Load it over two devices as well, and compare.",
+            show_default="where it is small, or there are two accelerators",
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--reference",
+            metavar="MODEL",
+            help="Compare with the unquantised model: a folder, or a .gguf file.",
+        ),
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Say whether a checkpoint is right: its files, every layer, the kernels and its text."""
@@ -39,7 +56,14 @@ def verify(
 
     bars = ProgressBars(quiet=as_json)
     try:
-        report = run(reference, options=load, plugins=Plugins(bars, installed=True), hashes=hashes)
+        report = run(
+            reference,
+            options=load,
+            plugins=Plugins(bars, installed=True),
+            hashes=hashes,
+            split=split,
+            against=against,
+        )
     finally:
         bars.close()
     if as_json:
@@ -57,5 +81,16 @@ def _show(report: Report) -> None:
         if finding.fix:
             show(f"    {finding.fix}")
     for name, value in report.facts.items():
-        if name != "replies":
+        if name not in ("replies", "reference"):
             show(f"  {name}: {value}")
+    if compared := report.facts.get("reference"):
+        show("  against the reference:")
+        errors = {layer["name"]: layer for layer in compared["layers"]}
+        for name, value in compared.items():
+            if name not in ("layers", "worst", "not_compared"):
+                show(f"    {name}: {value}")
+        for name in compared.get("worst", ()):
+            weight, output = errors[name]["weight"], errors[name]["output"]
+            show(f"    {name}: weight {weight:.4f}, worst output {output:.4f}")
+        if left := compared["not_compared"]:
+            show(f"    not compared: {len(left)} layers, {left[0]} among them")

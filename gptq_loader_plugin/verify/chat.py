@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_plugin.chat.find_template import find_template
+from gptq_loader_plugin.chat.find_template import find_template, known_tokens
 from gptq_loader_plugin.chat.tokenizer import read_tokenizer
 from gptq_loader_plugin.checkpoint.config import read_json
 from gptq_loader_plugin.checkpoint.vocabulary import embedding_rows
@@ -54,6 +54,9 @@ def diagnose_tokenizer(
     if rows is None or not vocabulary:
         return
     beyond = sorted((index, token) for token, index in vocabulary.items() if index >= rows)
+    if len(beyond) <= FEW_BEYOND:  # a class of transformers' may add one that no file has
+        own = known_tokens(checkpoint.folder)
+        beyond = [(index, token) for index, token in beyond if token in own]
     if len(beyond) > FEW_BEYOND or (beyond and few):
         of_other = len(beyond) > FEW_BEYOND
         kind = "the tokenizer is of another model" if of_other else "a token was added to it"

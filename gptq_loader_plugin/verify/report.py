@@ -8,7 +8,10 @@ from typing import Any, Literal
 __all__ = ["Check", "Diagnosis", "Finding", "Report", "Symptom"]
 
 Symptom = Literal["gibberish", "never-stops", "slow", "nan", "crash"]
-Check = Literal["files", "config", "zeros", "layers", "tensors", "kernels", "activations", "text"]
+Check = Literal[
+    "files", "config", "zeros", "layers", "tensors", "kernels", "activations", "split", "batch",
+    "text", "reference",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.checkpoint.architectures.translate import translate
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
+from gptq_loader_plugin.device import find_devices
 from gptq_loader_plugin.errors import (
     CheckpointError,
     ConfigInvalid,
@@ -16,6 +18,8 @@ from gptq_loader_plugin.errors import (
 )
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.reference import resolve
+from gptq_loader_plugin.verify.against import compare, see
+from gptq_loader_plugin.verify.equal import PROMPT, check_batch, check_split, first_logits
 from gptq_loader_plugin.verify.files import check_hashes, check_index, check_labels
 from gptq_loader_plugin.verify.kernels import check_kernels
 from gptq_loader_plugin.verify.layers import check_layers, check_tensors
@@ -28,13 +32,22 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.protocol import Checkpoint
     from gptq_loader_plugin.load_options import LoadOptions
     from gptq_loader_plugin.plugins import Plugins
+    from gptq_loader_plugin.verify.against import Seen
     from gptq_loader_plugin.verify.report import Check
 
 __all__ = ["verify"]
 
+SMALL = 1 << 30  # bytes of weights that may be loaded twice without a word
+
 
 def verify(
-    reference: str, *, options: LoadOptions, plugins: Plugins, hashes: bool = True
+    reference: str,
+    *,
+    options: LoadOptions,
+    plugins: Plugins,
+    hashes: bool = True,
+    split: bool | None = None,
+    against: Path | None = None,
 ) -> Report:
     """Run every check; the first that makes the others useless ends them.
 
@@ -43,10 +56,14 @@ def verify(
         options: how to load it.
         plugins: the plugins in force.
         hashes: whether to hash files whose hash is known.
+        split: whether to load it a second time, over two devices; None does where there are two
+            accelerators, or the weights are small.
+        against: the unquantised model to compare it with: its folder, or its GGUF file.
 
     Raises:
         BadReference: it names nothing.
         UnsupportedFormat: it is no GPTQ checkpoint, or none that can be loaded.
+        QuantizeError: the unquantised model cannot be loaded.
     """
     path = resolve(reference, plugins=plugins, revision=options.revision)
     clock = _Clock()
@@ -62,12 +79,31 @@ def verify(
     if not damaged & {"layers", "tensors"}:  # else what it would answer is known already
         clock.findings += check_kernels(translate(checkpoint), options, plugins)
         clock.lap("kernels")
-    checkpoint.close()
     damaged = {finding.check for finding in clock.findings if finding.wrong}
-    if damaged & {"layers", "tensors", "kernels"}:
-        return clock.report(reference)
-    _verify_loaded(path, options, plugins, clock)
+    if not damaged & {"layers", "tensors", "kernels"}:
+        if split is None:
+            split = checkpoint.size_bytes < SMALL or len(find_devices()) > 2  # the CPU is one
+        wanted = _Wanted(tuple(checkpoint.layers), split, against)
+        seen = _verify_loaded(path, options, plugins, clock, wanted)
+        if against is not None and seen is not None:
+            _verify_against(checkpoint, seen, against, plugins, clock)
+    checkpoint.close()
     return clock.report(reference)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What of a loaded model is looked at.
+
+    Attributes:
+        layers: the names of its layers.
+        split: whether to load it over two devices too.
+        against: the unquantised model.
+    """
+
+    layers: tuple[str, ...]
+    split: bool
+    against: Path | None
 
 
 class _Clock:
@@ -104,7 +140,10 @@ def _verify_files(checkpoint: Checkpoint, clock: _Clock, plugins: Plugins, *, ha
     clock.lap("layers")
 
 
-def _verify_loaded(path: Path, options: LoadOptions, plugins: Plugins, clock: _Clock) -> None:
+def _verify_loaded(
+    path: Path, options: LoadOptions, plugins: Plugins, clock: _Clock, wanted: _Wanted
+) -> Seen | None:
+    """Load the model and run it; return what a comparison needs of it."""
     from gptq_loader_plugin.loading import load
     from gptq_loader_plugin.measure.perplexity import sample_text
 
@@ -112,15 +151,16 @@ def _verify_loaded(path: Path, options: LoadOptions, plugins: Plugins, clock: _C
         model = load(path, options=options, plugins=plugins)
     except PluginError as error:
         clock.findings.append(Finding("kernels", True, error.message, "", error.hint))  # noqa: FBT003
-        return
+        return None
     except CheckpointError as error:
         if isinstance(error, UnsupportedFormat):
             raise
         missing = isinstance(error, TensorMismatch | ConfigInvalid)
         check: Check = "files" if missing else "activations"
         clock.findings.append(Finding(check, True, error.message, "", error.hint))  # noqa: FBT003
-        return
+        return None
     clock.lap("load")
+    seen = whole = None
     with model:
         ids = model.tokenizer(sample_text())["input_ids"][: min(WINDOW, model.context)]
         findings, largest = check_activations(model, ids)
@@ -132,3 +172,22 @@ def _verify_loaded(path: Path, options: LoadOptions, plugins: Plugins, clock: _C
             clock.findings += findings
             clock.facts |= facts
             clock.lap("text")
+            prompts = [ids[at : at + PROMPT] for at in range(0, 3 * PROMPT, PROMPT)]
+            clock.findings += check_batch(model, [it for it in prompts if it])
+            clock.lap("batch")
+            whole = first_logits(model, ids[:PROMPT]) if wanted.split else None
+            if wanted.against is not None:
+                plugins.progress(Progress("reference", 0, 1, "layers", "the quantised model"))
+                seen = see(model, list(wanted.layers))
+    if whole is not None:
+        clock.findings += check_split(path, wanted.layers, ids[:PROMPT], whole, options, plugins)
+        clock.lap("split")
+    return seen
+
+
+def _verify_against(
+    checkpoint: Checkpoint, seen: Seen, against: Path, plugins: Plugins, clock: _Clock
+) -> None:
+    findings, clock.facts["reference"] = compare(checkpoint, seen, against, plugins.progress)
+    clock.findings += findings
+    clock.lap("reference")

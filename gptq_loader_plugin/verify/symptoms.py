@@ -112,8 +112,8 @@ def _of_symptom(
 
 def _order(finding: Finding) -> int:
     """Put what explains the others first: a missing tensor before what its absence does."""
-    checks = ("files", "zeros", "layers", "tensors", "config", "kernels", "activations", "text")
-    return checks.index(finding.check)
+    first = ("files", "zeros", "layers", "tensors", "config", "kernels", "activations")
+    return first.index(finding.check) if finding.check in first else len(first)
 
 
 def _of_finding(finding: Finding) -> Diagnosis:

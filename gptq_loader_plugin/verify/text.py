@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import unicodedata
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -13,8 +15,9 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
-__all__ = ["check_activations", "check_text", "is_trained"]
+__all__ = ["BLOCK", "check_activations", "check_text", "is_trained"]
 
+BLOCK = re.compile(r"\b(?:layers|h|blocks|block)\.\d+$")
 WINDOW = 256  # tokens of the paragraph
 REPLY = 64
 QUESTIONS = (
@@ -57,12 +60,28 @@ def check_activations(model: LoadedModel, ids: Sequence[int]) -> tuple[list[Find
     import torch
 
     tokens = torch.tensor([list(ids)], device=model.model.device)
-    with torch.inference_mode():
-        states = model.model(input_ids=tokens, output_hidden_states=True).hidden_states or ()
+    largest_of: dict[str, float] = {}
+
+    def keep(name: str) -> Any:  # noqa: ANN401 - torch's hook type
+        def hook(_module: object, _inputs: object, output: Any) -> None:  # noqa: ANN401
+            state = output[0] if isinstance(output, tuple) else output
+            largest_of[name] = float(state.float().abs().max())  # not a number where one is not
+
+        return hook
+
+    # what a class answers as hidden states has the last block's behind the last norm
+    blocks = [(name, it) for name, it in model.model.named_modules() if BLOCK.search(name)]
+    watched = [("the embedding", model.model.get_input_embeddings()), *blocks]
+    handles = [module.register_forward_hook(keep(name)) for name, module in watched]
+    try:
+        with torch.inference_mode():
+            model.model(input_ids=tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
     largest = 0.0
-    for number, state in enumerate(states):
-        if not bool(state.isfinite().all()):
-            where = f"block {number - 1}" if number else "the embedding"
+    for where, magnitude in largest_of.items():
+        if not math.isfinite(magnitude):
             return [
                 Finding(
                     "activations",
@@ -72,7 +91,7 @@ def check_activations(model: LoadedModel, ids: Sequence[int]) -> tuple[list[Find
                     fix="load it with dtype float32; if they still are not, it is damaged",
                 )
             ], float("inf")
-        largest = max(largest, float(state.abs().max()))
+        largest = max(largest, magnitude)
     if largest > FLOAT16_MAX:
         return [
             Finding(
