@@ -8,6 +8,7 @@ import gradio as gr
 
 from gptq_loader_extensions.gradio import elements
 from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, stop
+from gptq_loader_extensions.gradio.tabs.check_box import CheckBox
 from gptq_loader_extensions.gradio.tabs.download_box import DownloadBox
 from gptq_loader_extensions.gradio.tabs.model_events import HOW, ModelEvents
 
@@ -54,6 +55,7 @@ class ModelTab:
         if not downloads:
             gr.HTML(NO_DOWNLOADS, elem_id=elements.NO_DOWNLOADS)
         self._lay_out_options()
+        self._check = CheckBox(catalog)
         for name, elem_id in (("plan", elements.PLAN), ("facts", elements.FACTS)):
             self._parts[name] = gr.HTML("", elem_id=elem_id, elem_classes=elements.SHEET_CLASS)
 
@@ -117,6 +119,7 @@ class ModelTab:
         saved = [model, *how, *panel.parts]
         parts["save"].click(events.save, saved, [parts["progress"]], **AT_ONCE)
         parts["refresh"].click(events.list_models, [model], [model], **AT_ONCE)
+        self._check.wire(model)
         if self._download is not None:
             self._download.wire(model, events.list_models)
         opening = wiring.page.load(events.open, None, outputs, **AT_ONCE)
