@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hub_server import HubServer
+
+sys.path.insert(0, str(DATA.parents[2] / "bench"))
+from forecast import errors, forecast_of, held_parts
 
 # Llama-2-70B's shapes, and the six sizes that its repository's card of 2023 names, in GB.
 LLAMA_70B = {
@@ -74,6 +78,15 @@ def test_the_parts_are_what_the_plan_takes(device: str) -> None:
     assert kv_bytes == 256 * (plan.kv_bytes_per_token or 0)
     assert sum(made.parts.values()) == plan.memory_bytes
     assert made.memory_bytes == plan.memory_bytes + kv_bytes
+
+
+@pytest.mark.parametrize("name", ["gptq-4bit-32g-act-sym", "gptq-3bit-noneg-act-sym"])
+def test_each_part_is_what_a_loaded_model_holds(name: str) -> None:
+    made = forecast_of(str(DATA / name), "cpu")
+    with gptq.load(DATA / name, device="cpu") as model:
+        off = errors(made, held_parts(model))
+    assert {"quantised layers", "embedding", "keys and values", "together"} <= off.keys()
+    assert off == pytest.approx(dict.fromkeys(off, 0), abs=0.03)
 
 
 def test_a_reply_is_as_fast_as_memory_is_read() -> None:
