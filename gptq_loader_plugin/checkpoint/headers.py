@@ -27,6 +27,7 @@ __all__ = ["read_headers", "read_safetensors_header"]
 HEADER_LIMIT = 40_000_000
 TENSORS = 600_000
 DIMENSIONS = 16
+PAGE_MARKS = (b"<!doctype html", b"<html")
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
 
 
@@ -70,6 +71,12 @@ def _read_file(file: Path) -> Iterable[TensorInfo]:
             f"this is a git-lfs pointer of {size} bytes, not the weights it points to",
             path=file,
             hint="install git-lfs, then run git lfs pull in that folder",
+        )
+    if first.lstrip().lower().startswith(PAGE_MARKS):
+        raise CorruptCheckpoint(
+            f"this is a web page of {size:,} bytes, not weights: a hub answered with it",
+            path=file,
+            hint="download the file again, signed in if its repository is gated",
         )
     if file.suffix == ".safetensors":
         return _read_safetensors(file, size)

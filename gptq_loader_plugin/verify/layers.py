@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gptq_loader_plugin.checkpoint.vocabulary import EMBEDDINGS
 from gptq_loader_plugin.errors import CheckpointError
 from gptq_loader_plugin.verify.damage import check_siblings, check_whole, check_zeros, damaged
 from gptq_loader_plugin.verify.report import Finding
@@ -34,6 +35,8 @@ FEW = 2
 # block, rows put into other groups stand out: 1.000 of SmolLM2's groups, .93 to .96 shuffled.
 REACHED, NOT_REACHED = 0.99, 0.975
 ZERO_SHARE = 0.5  # of a layer's columns, or of a tensor's rows
+PADDED_SHARE = 0.1  # of an embedding's rows; those of Phi-2 and Megatron's models are 2 % padding
+NORM_SHARE = 0.25  # of a norm's channels
 FLOATS = ("F16", "BF16", "F32")
 PLAIN = ("model.embed_tokens.weight", "lm_head.weight")  # of which there is one, never zero
 
@@ -102,6 +105,7 @@ def check_tensors(checkpoint: Checkpoint) -> list[Finding]:
     """Look at every tensor that is not quantised: embeddings, norms, heads, biases."""
     parts = {part for name in checkpoint.layers for part in checkpoint.layer_tensors(name)}
     findings, zero, kinds = [], [], Counter[str]()
+    shares: dict[str, dict[str, float]] = defaultdict(dict)
     for name, info in checkpoint.headers.items():
         if name in parts or info.dtype not in FLOATS:
             continue
@@ -111,8 +115,17 @@ def check_tensors(checkpoint: Checkpoint) -> list[Finding]:
             findings.append(damaged("tensors", name, "holds values that are not finite"))
         elif not name.endswith("bias") and not bool(tensor.any()):
             zero.append(name)
-        elif tensor.dim() == 2 and (share := _zero_rows(tensor)) > ZERO_SHARE:
+        elif tensor.dim() == 2 and (share := _zero_rows(tensor)) > _bearable(name):
             findings.append(damaged("tensors", name, f"is zero in {share:.0%} of its rows"))
+        elif tensor.dim() == 1 and "norm" in name and not name.endswith("bias"):
+            shares[_kind(name)][name] = float((tensor == 0).float().mean())
+    for of_kind in shares.values():  # where all have as many, they are the model's own
+        few = min(of_kind.values()) if len(of_kind) > 1 else 0.0
+        findings += [
+            damaged("tensors", name, f"is zero in {share:.0%} of its channels")
+            for name, share in of_kind.items()
+            if share > NORM_SHARE and few < NORM_SHARE / 2
+        ]
     # norms that multiply by one more than they store begin as zeros, in every block
     of_kinds = Counter(_kind(name) for name in zero)
     odd = [name for name in zero if of_kinds[_kind(name)] < kinds[_kind(name)] or name in PLAIN]
@@ -121,6 +134,11 @@ def check_tensors(checkpoint: Checkpoint) -> list[Finding]:
 
 def _kind(name: str) -> str:
     return re.sub(r"\d+", "#", name)
+
+
+def _bearable(name: str) -> float:
+    """Return the share of zero rows that may be padding, or a pruned weight's."""
+    return PADDED_SHARE if name.removesuffix(".weight").endswith(EMBEDDINGS) else ZERO_SHARE
 
 
 def _zero_rows(tensor: Any) -> float:  # noqa: ANN401 - torch's tensor

@@ -1,4 +1,4 @@
-"""Look at a config's positions: rotary settings and the context that it claims."""
+"""Look at numbers of a config that tensors do not tell: rotary settings, context, epsilon."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.protocol import Checkpoint
     from gptq_loader_plugin.load_options import LoadOptions
 
-__all__ = ["diagnose_context", "diagnose_rotary"]
+__all__ = ["diagnose_context", "diagnose_epsilon", "diagnose_rotary"]
 
 # Bases that were published lie between these: 10,000 of the first, 283,461,213 of the longest.
 BASES = (1e3, 1e9)
@@ -35,6 +35,8 @@ USUAL: dict[tuple[str, int], tuple[float, ...]] = {
     ("mistral", 32_000): (10_000.0, 1_000_000.0),
     ("mistral", 32_768): (1_000_000.0,),
 }
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+EPSILON_RANGE = (1e-12, 1e-2)
 BELIEVED = 1_000_000  # a tokenizer's model_max_length from here on means that nobody set it
 OWN = "copy rope_theta, rope_scaling and rope_parameters from the model that this was made of"
 
@@ -109,6 +111,19 @@ def diagnose_context(checkpoint: Checkpoint, options: LoadOptions) -> Iterator[D
             f"model_max_length is {longest} in tokenizer_config.json",
             f"load it with --context {longest}, if replies turn to nonsense beyond that",
         )
+
+
+def diagnose_epsilon(checkpoint: Checkpoint) -> Iterator[Diagnosis]:
+    """Find an epsilon of the norms that no model has."""
+    table = _text_config(checkpoint)
+    for name in EPSILONS:
+        value: Any = table.get(name)
+        if _is_number(value) and not EPSILON_RANGE[0] <= value <= EPSILON_RANGE[1]:
+            yield Diagnosis(
+                f"{name} is {value:g}, which no model has: the norms are wrong",
+                f"config.json; models have {EPSILON_RANGE[0]:g} to {EPSILON_RANGE[1]:g}",
+                f"copy {name} from the config.json of the model that this was made of",
+            )
 
 
 def _scaling(table: dict[str, Any], parameters: dict[str, Any]) -> Iterator[Diagnosis]:

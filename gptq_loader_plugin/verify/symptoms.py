@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.errors import (
+    BadReference,
+    CheckpointError,
     GPTQLoaderError,
     NotEnoughMemory,
     OptionInvalid,
+    TemplateError,
     UnsupportedFormat,
 )
 from gptq_loader_plugin.opening import plan_load
@@ -25,7 +28,7 @@ from gptq_loader_plugin.verify.chat import (
     open_tokenizer,
 )
 from gptq_loader_plugin.verify.machine import diagnose_machine
-from gptq_loader_plugin.verify.positions import diagnose_context, diagnose_rotary
+from gptq_loader_plugin.verify.positions import diagnose_context, diagnose_epsilon, diagnose_rotary
 from gptq_loader_plugin.verify.report import Diagnosis
 from gptq_loader_plugin.verify.run import verify
 
@@ -64,8 +67,13 @@ def diagnose(
         checkpoint = open_checkpoint(path, plugins.readers())
     except GPTQLoaderError as error:
         return [Diagnosis(error.message, f"opening {path}", error.hint)]
-    every = list(_of_symptom(checkpoint, symptom, options, plugins))
-    checkpoint.close()
+    every: list[Diagnosis] = []
+    try:
+        every.extend(_of_symptom(checkpoint, symptom, options, plugins))
+    except (BadReference, CheckpointError, TemplateError) as error:
+        every.append(Diagnosis(error.message, f"reading {path}", error.hint))
+    finally:
+        checkpoint.close()
     return list({diagnosis.cause: diagnosis for diagnosis in reversed(every)}.values())[::-1]
 
 
@@ -112,7 +120,7 @@ def _of_symptom(
 
 def _order(finding: Finding) -> int:
     """Put what explains the others first: a missing tensor before what its absence does."""
-    first = ("files", "zeros", "layers", "tensors", "config", "kernels", "activations")
+    first = ("files", "layers", "tensors", "zeros", "config", "kernels", "activations")
     return first.index(finding.check) if finding.check in first else len(first)
 
 
@@ -165,6 +173,7 @@ def _of_positions(checkpoint: Checkpoint) -> Iterator[Diagnosis]:
     from gptq_loader_plugin.load_options import LoadOptions
 
     yield from diagnose_rotary(checkpoint)
+    yield from diagnose_epsilon(checkpoint)
     yield from diagnose_context(checkpoint, LoadOptions())
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from importlib.metadata import PathDistribution
 from typing import TYPE_CHECKING
 
 import psutil
+import pytest
 import torch
-from altered import DATA, ONE, copy, edit_json
+from altered import DATA, ONE, copy, edit_json, edit_tensors
 from typer.testing import CliRunner
 
 import gptq_loader_plugin as gptq
@@ -21,8 +23,6 @@ from gptq_loader_plugin.verify.symptoms import diagnose
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import pytest
 
     from gptq_loader_plugin.verify.report import Diagnosis, Symptom
 
@@ -79,12 +79,100 @@ def test_packages_that_do_not_go_together(tmp_path: Path, monkeypatch: pytest.Mo
     assert "optimum needs torch<1.0" in clash[0].evidence
 
 
+def test_a_wheel_for_another_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, number in (("exllamav2", "0.3.2+cu128.torch2.8.0"), ("auto_gptq", "0.7.1")):
+        info = tmp_path / "site" / f"{name}-{number}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {number}\n"
+        )
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    seen = diagnose_machine(folder=tmp_path, environ={})
+    words = causes(seen)
+    assert "exllamav2 was built for another torch" in words
+    assert "AutoGPTQ is installed" in words
+    assert all(it.about == "machine" for it in seen)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the programs are shell scripts")
+def test_a_driver_and_a_compiler_of_other_releases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def install(name: str, answer: str) -> None:
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\necho '{answer}'\n")
+        program.chmod(0o755)
+
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    install("nvidia-smi", "| NVIDIA-SMI 535.1  Driver Version: 535.1  CUDA Version: 12.2 |")
+    install("nvcc", "Cuda compilation tools, release 12.4, V12.4.99")
+    words = causes(diagnose_machine(folder=tmp_path, environ={}))
+    assert "the driver is older than torch's CUDA" in words
+    assert "the CUDA compiler is of another release than torch's" in words
+    install("nvidia-smi", "NVIDIA-SMI has failed")
+    assert "driver does not answer" in causes(diagnose_machine(folder=tmp_path, environ={}))
+
+
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "DISK_FREE", 1 << 60)
+    seen = [it for it in diagnose_machine(folder=tmp_path, environ={}) if "full" in it.cause]
+    assert "is free in" in seen[0].evidence
+
+
+def test_a_context_beyond_the_models_is_what_is_wrong() -> None:
+    options, plugins = LoadOptions(device="cpu", context=4096), gptq.Plugins(installed=True)
+    seen = diagnose(str(DATA / ONE), "crash", options=options, plugins=plugins)
+    assert "the context is too long for this model" in seen[0].cause
+    assert seen[0].about == "options"
+
+
 def test_the_cause_of_gibberish_is_the_fault(tmp_path: Path) -> None:
     plant(DATA / ONE, tmp_path / "planted", "random codes", seed=1)
     assert "codes that are random" in symptom(tmp_path / "planted", "gibberish")[0].cause
     plant(DATA / ONE, tmp_path / "label", "zeros labelled otherwise", seed=1)
     assert "off by one step" in symptom(tmp_path / "label", "gibberish")[0].cause
     assert symptom(DATA / ONE, "gibberish") == []
+
+
+def test_a_web_page_in_place_of_weights(tmp_path: Path) -> None:
+    folder = copy(ONE, tmp_path / "one")
+    (folder / "model.safetensors").write_text("<!DOCTYPE html><html>Sign in</html>")
+    assert "this is a web page" in symptom(folder, "crash")[0].cause
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "words"),
+    [
+        ("model.embed_tokens.weight", slice(300, None), "is zero in 22% of its rows"),
+        ("model.layers.1.input_layernorm.weight", slice(64, None), "in 50% of its channels"),
+        ("model.layers.0.mlp.up_proj.scales", slice(2, None), "scales of which 50% are zero"),
+        ("model.layers.0.mlp.up_proj.qzeros", slice(None), "zero points that are all 1"),
+    ],
+)
+def test_a_tensor_of_which_a_part_is_not_there(
+    name: str, rows: slice, words: str, tmp_path: Path
+) -> None:
+    folder = copy(ONE, tmp_path / "one")
+    edit_tensors(folder, lambda tensors: tensors[name][rows].zero_())
+    assert words in symptom(folder, "gibberish")[0].cause
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("rms_norm_eps", 1.0, "rms_norm_eps is 1, which no model has"),
+        ("rope_theta", 1e6, "two bases of the rotary embedding"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 1.0}, "which no model has"),
+        ("max_position_embeddings", 1 << 17, "the context is too long"),
+    ],
+)
+def test_a_number_of_the_config_that_no_model_has(
+    field: str, value: object, words: str, tmp_path: Path
+) -> None:
+    folder = copy(ONE, tmp_path / "one")
+    edit_json(folder / "config.json", lambda it: it.update({field: value}))
+    assert words in symptom(folder, "gibberish")[0].cause
 
 
 def test_the_cause_of_nan_is_the_tensor(tmp_path: Path) -> None:
