@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.protocol import Checkpoint
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
-__all__ = ["LayerError", "Seen", "compare", "see"]
+__all__ = ["LayerError", "Observed", "compare", "observe"]
 
 WINDOWS, WINDOW = 8, 128  # tokens, spread over the sample text
 ROWS = 16  # inputs of a layer
@@ -58,7 +58,7 @@ class LayerError:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Observed:
     """What the quantised model leaves for the comparison.
 
     Attributes:
@@ -72,7 +72,7 @@ class Seen:
     inputs: dict[str, torch.Tensor]
 
 
-def see(model: LoadedModel, layers: list[str]) -> Seen:
+def observe(model: LoadedModel, layers: list[str]) -> Observed:
     """Run the text through the quantised model; keep its logits, and inputs of its layers.
 
     Raises:
@@ -92,12 +92,12 @@ def see(model: LoadedModel, layers: list[str]) -> Seen:
     inputs: dict[str, torch.Tensor] = {}
     with _watched(model.model, layers, inputs):
         logits = _logits(model.model, windows)
-    return Seen(windows, logits, inputs)
+    return Observed(windows, logits, inputs)
 
 
 def compare(
     checkpoint: Checkpoint,
-    seen: Seen,
+    observed: Observed,
     reference: Path,
     progress: Callable[[Progress], None],
 ) -> tuple[list[Finding], dict[str, Any]]:
@@ -105,7 +105,7 @@ def compare(
 
     Args:
         checkpoint: the quantised checkpoint, open.
-        seen: what the quantised model left.
+        observed: what the quantised model left.
         reference: the unquantised model's folder, or its GGUF file.
         progress: called with the layers done.
 
@@ -127,14 +127,14 @@ def compare(
         if weight is None:
             skipped.append(name)
             continue
-        error = _error(checkpoint, name, weight, seen.inputs.get(name))
+        error = _error(checkpoint, name, weight, observed.inputs.get(name))
         errors.append(error)
         if error.weight > UNRELATED:
             findings.append(_unrelated(error, checkpoint, model))
     facts: dict[str, Any] = {
         "layers": [asdict(error) for error in errors],
         "not_compared": skipped,
-        **_divergence(model, seen),
+        **_divergence(model, observed),
     }
     if errors:
         facts["median_weight_error"] = sorted(it.weight for it in errors)[len(errors) // 2]
@@ -191,18 +191,19 @@ def _unrelated(error: LayerError, checkpoint: Checkpoint, model: PreTrainedModel
     )
 
 
-def _divergence(model: PreTrainedModel, seen: Seen) -> dict[str, Any]:
+def _divergence(model: PreTrainedModel, observed: Observed) -> dict[str, Any]:
     """Compare the predictions: the Kullback-Leibler divergence in nats, and the first choices."""
     import torch
 
-    right = _logits(model, seen.windows)
-    shared = min(right.shape[-1], seen.logits.shape[-1])  # either may be padded
+    right = _logits(model, observed.windows)
+    shared = min(right.shape[-1], observed.logits.shape[-1])  # either may be padded
     reference = torch.log_softmax(right[..., :shared], dim=-1)
     with _perturbed(model):
-        noisy = _logits(model, seen.windows)
+        noisy = _logits(model, observed.windows)
     floor = _kl(reference, noisy[..., :shared])
-    kl = _kl(reference, seen.logits[..., :shared])
-    same = reference.argmax(-1) == seen.logits[..., :shared].argmax(-1)
+    kl = _kl(reference, observed.logits[..., :shared])
+    own = torch.log_softmax(observed.logits, -1)
+    same = reference.argmax(-1) == observed.logits[..., :shared].argmax(-1)
     return {
         "tokens": kl.numel(),
         "kl_mean": round(float(kl.mean()), 6),
@@ -211,8 +212,8 @@ def _divergence(model: PreTrainedModel, seen: Seen) -> dict[str, Any]:
         "kl_max": round(float(kl.max()), 6),
         "kl_noise_floor": round(float(floor.mean()), 6),
         "top1_agreement": round(float(same.float().mean()), 4),
-        "perplexity_reference": round(_perplexity(reference, seen.windows), 3),
-        "perplexity": round(_perplexity(torch.log_softmax(seen.logits, -1), seen.windows), 3),
+        "perplexity_reference": round(_perplexity(reference, observed.windows), 3),
+        "perplexity": round(_perplexity(own, observed.windows), 3),
     }
 
 

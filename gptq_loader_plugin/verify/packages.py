@@ -78,8 +78,8 @@ def _wheels() -> Iterator[Diagnosis]:
         if installed is None:
             continue
         local = installed.partition("+")[2]
-        wanted, release = TORCH.search(local), CUDA.search(local)
-        if (wanted and wanted[1] != own) or (release and release[1] != cuda):
+        built_for, release = TORCH.search(local), CUDA.search(local)
+        if (built_for and built_for[1] != own) or (release and release[1] != cuda):
             yield Diagnosis(
                 f"{package} was built for another torch: importing it fails, or it is not used",
                 f"{package} {installed}; torch {torch.__version__}"

@@ -18,7 +18,7 @@ from gptq_loader_plugin.errors import (
 )
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.reference import resolve
-from gptq_loader_plugin.verify.against import compare, see
+from gptq_loader_plugin.verify.against import compare, observe
 from gptq_loader_plugin.verify.equal import PROMPT, check_batch, check_split, first_logits
 from gptq_loader_plugin.verify.files import check_hashes, check_index, check_labels
 from gptq_loader_plugin.verify.kernels import check_kernels
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.checkpoint.protocol import Checkpoint
     from gptq_loader_plugin.load_options import LoadOptions
     from gptq_loader_plugin.plugins import Plugins
-    from gptq_loader_plugin.verify.against import Seen
+    from gptq_loader_plugin.verify.against import Observed
     from gptq_loader_plugin.verify.report import Check
 
 __all__ = ["verify"]
@@ -83,16 +83,16 @@ def verify(
     if not damaged & {"layers", "tensors", "kernels"}:
         if split is None:
             split = checkpoint.size_bytes < SMALL or len(find_devices()) > 2  # the CPU is one
-        wanted = _Wanted(tuple(checkpoint.layers), split, against)
-        seen = _verify_loaded(path, options, plugins, clock, wanted)
-        if against is not None and seen is not None:
-            _verify_against(checkpoint, seen, against, plugins, clock)
+        extent = _Extent(tuple(checkpoint.layers), split, against)
+        observed = _verify_loaded(path, options, plugins, clock, extent)
+        if against is not None and observed is not None:
+            _verify_against(checkpoint, observed, against, plugins, clock)
     checkpoint.close()
     return clock.report(reference)
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class _Extent:
     """What of a loaded model is looked at.
 
     Attributes:
@@ -141,8 +141,8 @@ def _verify_files(checkpoint: Checkpoint, clock: _Clock, plugins: Plugins, *, ha
 
 
 def _verify_loaded(
-    path: Path, options: LoadOptions, plugins: Plugins, clock: _Clock, wanted: _Wanted
-) -> Seen | None:
+    path: Path, options: LoadOptions, plugins: Plugins, clock: _Clock, extent: _Extent
+) -> Observed | None:
     """Load the model and run it; return what a comparison needs of it."""
     from gptq_loader_plugin.loading import load
     from gptq_loader_plugin.measure.perplexity import sample_text
@@ -160,7 +160,7 @@ def _verify_loaded(
         clock.findings.append(Finding(check, True, error.message, "", error.hint))  # noqa: FBT003
         return None
     clock.lap("load")
-    seen = whole = None
+    observed = whole = None
     with model:
         ids = model.tokenizer(sample_text())["input_ids"][: min(WINDOW, model.context)]
         findings, largest = check_activations(model, ids)
@@ -175,19 +175,19 @@ def _verify_loaded(
             prompts = [ids[at : at + PROMPT] for at in range(0, 3 * PROMPT, PROMPT)]
             clock.findings += check_batch(model, [it for it in prompts if it])
             clock.lap("batch")
-            whole = first_logits(model, ids[:PROMPT]) if wanted.split else None
-            if wanted.against is not None:
+            whole = first_logits(model, ids[:PROMPT]) if extent.split else None
+            if extent.against is not None:
                 plugins.progress(Progress("reference", 0, 1, "layers", "the quantised model"))
-                seen = see(model, list(wanted.layers))
+                observed = observe(model, list(extent.layers))
     if whole is not None:
-        clock.findings += check_split(path, wanted.layers, ids[:PROMPT], whole, options, plugins)
+        clock.findings += check_split(path, extent.layers, ids[:PROMPT], whole, options, plugins)
         clock.lap("split")
-    return seen
+    return observed
 
 
 def _verify_against(
-    checkpoint: Checkpoint, seen: Seen, against: Path, plugins: Plugins, clock: _Clock
+    checkpoint: Checkpoint, observed: Observed, against: Path, plugins: Plugins, clock: _Clock
 ) -> None:
-    findings, clock.facts["reference"] = compare(checkpoint, seen, against, plugins.progress)
+    findings, clock.facts["reference"] = compare(checkpoint, observed, against, plugins.progress)
     clock.findings += findings
     clock.lap("reference")
