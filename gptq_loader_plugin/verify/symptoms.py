@@ -107,7 +107,7 @@ def _of_symptom(
         return
     others = [*_of_notes(report, symptom), *chat, *_of_positions(checkpoint)]
     yield from others
-    if symptom in ("gibberish", "never-stops") and report.facts.get("trained") and not others:
+    if symptom == "gibberish" and report.facts.get("trained") and not others:
         scored = list(_of_scores(checkpoint, whole, plugins))
         yield from scored
         if not scored:
