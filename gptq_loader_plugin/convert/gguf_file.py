@@ -11,7 +11,12 @@ import numpy as np
 from gptq_loader_plugin.chat.find_template import find_template
 from gptq_loader_plugin.chat.to_jinja import as_jinja
 from gptq_loader_plugin.convert.gguf_blocks import block_type, blocks, blocks_error
-from gptq_loader_plugin.convert.gguf_shapes import family_of, rope_tensors, write_shape
+from gptq_loader_plugin.convert.gguf_shapes import (
+    check_computed_alike,
+    family_of,
+    rope_tensors,
+    write_shape,
+)
 from gptq_loader_plugin.convert.gguf_vocabulary import read_vocabulary
 from gptq_loader_plugin.convert.layers import has_bias
 from gptq_loader_plugin.convert.pieces import ConvertedLayer
@@ -80,6 +85,7 @@ def write_gguf(
     family = family_of(model_type, checkpoint.path)
     fields = {name: it for name, it in checkpoint.model_config.items() if name != "model_type"}
     config = AutoConfig.for_model(model_type, **fields).get_text_config()
+    check_computed_alike(config, family, checkpoint.path)
     layers = Layers()
     tensors = _tensors(checkpoint, config, family, layers)
     writer = GGUFWriter(file, family.architecture, use_temp_file=False)

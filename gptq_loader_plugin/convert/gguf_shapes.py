@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
     from numpy.typing import NDArray
 
-__all__ = ["Family", "family_of", "rope_tensors", "write_shape"]
+__all__ = ["Family", "check_computed_alike", "family_of", "rope_tensors", "write_shape"]
 
 
+# Of families whose layers see everything or a window by turns: every so many, a layer sees all.
+EVERY = {"gemma2": 2, "gemma3": 6}
+LARGEST = (46, 62)  # layers of Gemma 2 and 3 of 27B, whose queries llama.cpp scales otherwise
 BEYOND = "replies differ beyond the context the model was first made for"
 
 
@@ -94,9 +97,16 @@ def write_shape(writer: GGUFWriter, config: Any, family: Family) -> list[str]:  
     rope = _rope(config)
     writer.add_rope_freq_base(float(rope["rope_theta"]))
     writer.add_rope_dimension_count(_rotated(config, rope))
+    if local := config.rope_parameters.get("sliding_attention"):
+        writer.add_rope_freq_base_swa(float(local["rope_theta"]))
     notes = _write_scaling(writer, config, rope)
-    if family.architecture in ("gemma2", "gemma3"):
+    if family.architecture in EVERY:
         writer.add_sliding_window(config.sliding_window)
+    elif family.architecture != "phi3" and (window := _window(config)):
+        notes.append(
+            f"llama.cpp lets a token see all before it, and in this model it sees {window:,}: "
+            "replies differ beyond that"
+        )
     if family.architecture == "phi3":
         writer.add_sliding_window(config.sliding_window or 0)
     if soft := getattr(config, "attn_logit_softcapping", None):
@@ -104,6 +114,33 @@ def write_shape(writer: GGUFWriter, config: Any, family: Family) -> list[str]:  
     if soft := getattr(config, "final_logit_softcapping", None):
         writer.add_final_logit_softcapping(soft)
     return notes
+
+
+def check_computed_alike(config: Any, family: Family, path: Path) -> None:  # noqa: ANN401 - as above
+    """Refuse what llama.cpp takes from a family's name, where this model differs from it.
+
+    Raises:
+        UnsupportedFormat: it would compute something else.
+    """
+    every = EVERY.get(family.architecture)
+    if every is None:
+        return
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    scaled = config.hidden_size // heads if layers in LARGEST else _head_dim(config)
+    if config.query_pre_attn_scalar != scaled:
+        wrong = f"it divides queries by the root of {config.query_pre_attn_scalar}"
+        right = f"of {scaled}"
+    else:
+        usual = ["full_attention" if (i + 1) % every == 0 else "sliding_attention"
+                 for i in range(layers)]  # fmt: skip
+        if list(config.layer_types) == usual:
+            return
+        wrong, right = "other layers than usual see everything", f"every {every}th"
+    raise UnsupportedFormat(
+        f"{wrong}, and llama.cpp's {family.architecture} takes that as {right}",
+        path=path,
+        hint="convert it to dense or compressed-tensors, which other engines read",
+    )
 
 
 def rope_tensors(config: Any, family: Family) -> dict[str, NDArray[np.float32]]:  # noqa: ANN401 - as above
@@ -135,6 +172,13 @@ def _rope(config: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
 def _rotated(config: Any, rope: dict[str, Any]) -> int:  # noqa: ANN401 - as above
     share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
     return int(_head_dim(config) * (share or 1.0))
+
+
+def _window(config: Any) -> int | None:  # noqa: ANN401 - as above
+    """Return how far a token sees, None where it sees everything."""
+    used = getattr(config, "use_sliding_window", True)
+    window = getattr(config, "sliding_window", None) if used else None
+    return window if window and window < config.max_position_embeddings else None
 
 
 def _write_scaling(writer: GGUFWriter, config: Any, rope: dict[str, Any]) -> list[str]:  # noqa: ANN401 - as above
