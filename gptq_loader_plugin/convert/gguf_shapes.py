@@ -102,7 +102,7 @@ def write_shape(writer: GGUFWriter, config: Any, family: Family) -> list[str]:  
     notes = _write_scaling(writer, config, rope)
     if family.architecture in EVERY:
         writer.add_sliding_window(config.sliding_window)
-    elif family.architecture != "phi3" and (window := _window(config)):
+    elif window := _window(config):
         notes.append(
             f"llama.cpp lets a token see all before it, and in this model it sees {window:,}: "
             "replies differ beyond that"
