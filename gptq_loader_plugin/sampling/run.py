@@ -1,0 +1,164 @@
+"""Answer prompts under several settings; a run that is interrupted goes on where it stopped."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.events import Progress
+from gptq_loader_plugin.sampling.report import Answered, Report, Result, Stat, read_report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from transformers import LogitsProcessor
+
+    from gptq_loader_plugin.generation.loaded import LoadedModel
+    from gptq_loader_plugin.generation.options import GenerateOptions
+    from gptq_loader_plugin.sampling.settings import Setting
+
+__all__ = ["sample_replies"]
+
+WRITE_EVERY = 5.0  # seconds between two times that the replies so far are written
+
+
+def sample_replies(
+    model: LoadedModel,
+    prompts: Sequence[str],
+    settings: Sequence[Setting],
+    file: Path,
+    *,
+    name: str,
+    args: dict[str, Any],
+    samples: int = 2,
+    seed: int = 42,
+    system: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Report:
+    """Answer every prompt under every setting, and write the report.
+
+    Until it is whole its file is called `.NAME.partial.json`; the same call reads that and goes on.
+    A setting that does not sample is asked once.
+
+    Args:
+        model: the model.
+        prompts: what to answer.
+        settings: how.
+        file: the report's.
+        name: what the report calls the model.
+        args: what the report says of how it was made.
+        samples: replies to a prompt under one setting.
+        seed: of the first reply; each has its own.
+        system: a system message for all, where a setting has none.
+        progress: called with the replies done.
+    """
+    partial = file.with_name(f".{file.stem}.partial.json")
+    report = _begun(partial, name, args, prompts)
+    each = sum(samples if setting.samples else 1 for setting in settings)
+    written = time.monotonic()
+    try:
+        for at in range(len(report.prompts), len(prompts)):
+            results, stats = [], []
+            for setting in settings:
+                count = samples if setting.samples else 1
+                replies = []
+                for number in range(count):
+                    if progress is not None:
+                        done = at * each + sum(len(it.outputs) for it in results) + number
+                        progress(Progress("sample", done, each * len(prompts), "replies", name))
+                    own_seed = seed + at * samples + number
+                    replies.append(_reply(model, prompts[at], setting, own_seed, system))
+                results.append(
+                    Result(
+                        sampling_config=setting.name,
+                        sampling_params=setting.params,
+                        outputs=[text for text, _ in replies],
+                    )
+                )
+                stats.append([stat for _, stat in replies])
+            report.prompts.append(Answered(prompt=prompts[at], results=results))
+            report.stats.append(stats)
+            if time.monotonic() - written > WRITE_EVERY:
+                report.write(partial)
+                written = time.monotonic()
+    except BaseException:
+        if report.prompts:
+            report.write(partial)
+        raise
+    report.write(file)
+    for left in (partial, partial.with_name(f"{partial.stem}.stats.json")):
+        left.unlink(missing_ok=True)
+    if progress is not None:
+        progress(Progress("sample", each * len(prompts), each * len(prompts), "replies", name))
+    return report
+
+
+def _begun(partial: Path, name: str, args: dict[str, Any], prompts: Sequence[str]) -> Report:
+    """Return the report of a run that was interrupted, or a new one."""
+    new = Report(
+        model_name=name,
+        date=datetime.now(tz=UTC).replace(tzinfo=None).isoformat(),
+        args=args,
+        prompts=[],
+    )
+    if not partial.is_file():
+        return new
+    try:
+        old = read_report(partial)
+    except OptionInvalid:
+        return new
+    same = old.model_name == name and old.args == args and len(old.stats) == len(old.prompts)
+    return (
+        old
+        if same
+        and all(
+            answered.prompt == prompt
+            for answered, prompt in zip(old.prompts, prompts, strict=False)
+        )
+        else new
+    )
+
+
+def _reply(
+    model: LoadedModel, prompt: str, setting: Setting, seed: int, system: str | None
+) -> tuple[str, Stat]:
+    """Answer a prompt once, by the chat template where there is one."""
+    from transformers import MinNewTokensLengthLogitsProcessor
+
+    from gptq_loader_plugin.chat.find_template import NoTemplate
+
+    if isinstance(model.template, NoTemplate):
+        ids, stop = model.encode(prompt), ()
+    else:
+        system = setting.system or system
+        before = [{"role": "system", "content": system}] if system else []
+        ids, _ = model.encode_chat([*before, {"role": "user", "content": prompt}])
+        stop = tuple(model.template.stop)
+    options = setting.options(seed)
+    text, stat = _write(model, ids, options, stop, ())
+    # An end that comes too early is drawn again without it: as if it could not have been drawn.
+    if stat.tokens <= setting.least and stat.finish == "stop" and not text:
+        ends = sorted(model.end_ids(stop))
+        least = MinNewTokensLengthLogitsProcessor(
+            len(ids), setting.least, ends, device=model.plan.device.torch_name
+        )
+        text, stat = _write(model, ids, options, stop, (least,))
+    return text, stat
+
+
+def _write(
+    model: LoadedModel,
+    ids: Sequence[int],
+    options: GenerateOptions,
+    stop: Sequence[str],
+    processors: Sequence[LogitsProcessor],
+) -> tuple[str, Stat]:
+    began = time.perf_counter()
+    text, tokens, finish = "", 0, "stop"
+    for piece in model.stream_ids(ids, options, stop=stop, processors=processors):
+        text += piece.text
+        tokens, finish = piece.tokens, piece.finish or finish
+    return text, Stat(tokens=tokens, seconds=time.perf_counter() - began, finish=finish)
