@@ -17,7 +17,7 @@ from gptq_loader_plugin.reference import parse_hub_reference, resolve
 from gptq_loader_plugin.system.paths import local_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gptq_loader_plugin.checkpoint.protocol import Checkpoint
     from gptq_loader_plugin.hub.hub_reference import HubReference
@@ -35,6 +35,7 @@ def with_headers(
     *,
     revision: str | None = None,
     plugins: Plugins,
+    files: Sequence[str] = (),
 ) -> Result:
     """Describe a checkpoint and return what `use` makes of it; nothing else is downloaded.
 
@@ -43,6 +44,7 @@ def with_headers(
         use: called with the checkpoint, whose config files are there until it returns.
         revision: as for `load`.
         plugins: the plugins in force.
+        files: small files that are fetched, too, where the hub has them.
 
     Raises:
         GPTQLoaderError: see `errors`; each says what to do next.
@@ -53,7 +55,11 @@ def with_headers(
 
     def job(stop: Stop) -> Result:
         with TemporaryDirectory() as temporary:
-            checkpoint = outline_branch(look_up(located, stop), Path(temporary), stop)
+            remote = look_up(located, stop)
+            for name in files:
+                if (file := remote.file(name)) is not None:
+                    (Path(temporary) / name).write_bytes(read(file, stop))
+            checkpoint = outline_branch(remote, Path(temporary), stop)
             if checkpoint is None:
                 raise CheckpointNotFound(
                     f"{located}: {PICKLE}",

@@ -32,10 +32,22 @@ class Card:
             `{system_message}` in it, or None.
         system: the system message the card recommends, byte for byte as the model is to read it,
             or None.
+        base_model: the repository of the model this was made of.
+        license: the licence's name.
+        datasets: what the model was trained on.
+        languages: what it reads and writes.
+        model_creator: who made the model.
+        model_name: what they call it.
     """
 
     prompt_template: str | None = None
     system: str | None = None
+    base_model: str | None = None
+    license: str | None = None
+    datasets: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()
+    model_creator: str | None = None
+    model_name: str | None = None
 
 
 def read_card(folder: Path) -> Card:
@@ -45,9 +57,28 @@ def read_card(folder: Path) -> Card:
         return Card()
     with file.open("rb") as stream:
         text = stream.read(CARD_BYTES).decode("utf-8", errors="replace")
-    template = _front_matter(text).get("prompt_template")
-    usable = isinstance(template, str) and "{prompt}" in template
-    return Card(prompt_template=template if usable else None, system=_recommended(text))
+    front = _front_matter(text)
+    template = _text(front.get("prompt_template"))
+    return Card(
+        prompt_template=template if template and "{prompt}" in template else None,
+        system=_recommended(text),
+        base_model=next(iter(_texts(front.get("base_model"))), None),
+        license=_text(front.get("license_name")) or _text(front.get("license")),
+        datasets=_texts(front.get("datasets")),
+        languages=_texts(front.get("language")),
+        model_creator=_text(front.get("model_creator")),
+        model_name=_text(front.get("model_name")),
+    )
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """Return what may be one text or a list of them."""
+    entries = value if isinstance(value, list) else [value]
+    return tuple(entry for entry in entries if isinstance(entry, str) and entry)
 
 
 def _front_matter(text: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import typer
 from gptq_loader_plugin.cli import (
     bench,
     branches,
+    card,
     chat,
     compare,
     convert,
@@ -67,6 +68,7 @@ for command in (
     doctor,
     plugins,
     branches,
+    card,
     download,
     models,
     quantize,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gptq_loader_plugin.checkpoint.config import CONFIG_FILES, read_json
 from gptq_loader_plugin.convert.layers import (
     SAFETENSORS_DTYPES,
     bias_info,
@@ -17,6 +19,8 @@ from gptq_loader_plugin.convert.pieces import Info, Made, Piece, Planned
 from gptq_loader_plugin.kernel.packing import CONTINUOUS_BITS, pack_columns, words
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
     from gptq_loader_plugin.checkpoint.protocol import Checkpoint
@@ -25,7 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = ["plan_gptq", "plan_same"]
 
-KEPT_FIELDS = ("damp_percent", "static_groups", "true_sequential", "lm_head", "dynamic", "meta")
+KEPT_FIELDS = ("damp_percent", "static_groups", "true_sequential", "lm_head", "dynamic")
+ASYMMETRIC = (
+    "GPTQModel refuses asymmetric zeros stored minus one that it has not written itself; it takes "
+    "gptq_v2"
+)
 BORROWED = (
     "{count} layers have a zero of 0, which gptq stores as one less, with borrow: some readers "
     "take that for another zero; gptq_v2 has no such case"
@@ -108,11 +116,14 @@ def plan_gptq(checkpoint: Checkpoint, options: ConvertOptions) -> Planned:
     named = "gptq" if is_v1 else "gptq_v2"
     described = {**_described(checkpoint), "checkpoint_format": named}
     described["quant_method"] = "gptq"
+    warnings: list[str] = []
+    if is_v1 and not checkpoint.config.sym and "gptqmodel" not in json.dumps(described):
+        warnings.append(ASYMMETRIC)
     at_zero = sum(layer.zero_range[0] == 0 for layer in layers) if is_v1 else 0
-    warnings: tuple[str, ...] = ()
     if at_zero:
-        warnings = (BORROWED.format(count=at_zero),)
-    return Planned(pieces_in_order(checkpoint, plan_layer), described, warnings=warnings)
+        warnings.append(BORROWED.format(count=at_zero))
+    pieces = pieces_in_order(checkpoint, plan_layer)
+    return Planned(pieces, described, warnings=tuple(warnings))
 
 
 def _packed_zeros(zeros: NDArray[np.uint8], bits: int, *, is_v1: bool) -> NDArray[np.int32]:
@@ -149,4 +160,15 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
         "checkpoint_format": config.checkpoint_format,
         "pack_dtype": "int32",
         "model_file_base_name": "model",
+        **_meta(checkpoint.folder),
     }
+
+
+def _meta(folder: Path) -> dict[str, Any]:
+    """Return what a config says of its writer, which GPTQModel goes by."""
+    tables = [read_json(it) for name in CONFIG_FILES if (it := folder / name).is_file()]
+    config = folder / "config.json"
+    if config.is_file():
+        tables.append(read_json(config).get("quantization_config") or {})
+    meta = next((it["meta"] for it in tables if isinstance(it.get("meta"), dict)), None)
+    return {} if meta is None else {"meta": meta}

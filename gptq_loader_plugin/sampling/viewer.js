@@ -93,6 +93,7 @@ function fill(box, row) {
     const cell = make("article", undefined, "reply");
     cell.style.setProperty("--hue", hue(it.r));
     cell.style.gridColumn = columns.indexOf(it.r) + 1;
+    cell.style.gridRow = [...bases.keys()].indexOf(key) + 1;
     const head = make("div");
     head.append(make("strong", reports[it.r].model_name));
     cell.append(head);
