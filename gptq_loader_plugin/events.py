@@ -36,7 +36,7 @@ class Progress:
 
     Attributes:
         stage: what is being done: "weights", "download", "quantize", "perplexity", "self-check",
-            "tune", "branches".
+            "tune", "branches", "convert", "compare", "sample".
         done: how much of it is done.
         total: how much there is, in the same unit.
         unit: "bytes", "layers", "windows", "shapes", "branches".

@@ -170,7 +170,7 @@ def _tensors(
             raise UnsupportedFormat(
                 f"llama.cpp's {family.architecture} has no tensor for {tensor}",
                 path=checkpoint.path,
-                hint="convert to dense, and give that to llama.cpp's convert_hf_to_gguf.py",
+                hint="convert to dense, and give that to llama.cpp's convert_hf_to_gguf",
             )
         return name
 

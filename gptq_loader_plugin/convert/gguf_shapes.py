@@ -69,7 +69,7 @@ def family_of(model_type: str, path: Path) -> Family:
             f"models of type {model_type} cannot be written as GGUF here",
             path=path,
             hint=f"these can: {', '.join(FAMILIES)}; for another, convert to dense and give that "
-            "to llama.cpp's convert_hf_to_gguf.py",
+            "to llama.cpp's convert_hf_to_gguf",
         )
     return FAMILIES[model_type]
 

@@ -143,7 +143,7 @@ def _of_json(
         f"llama.cpp has no tokenizer of kind {model.get('type')} that splits text as this one does",
         path=folder / "tokenizer.json",
         hint="name the nearest of llama.cpp's ways, if you know it: --pretokenizer llama-bpe; its "
-        "convert_hf_to_gguf.py lists them",
+        "convert_hf_to_gguf lists them",
     )
     if model.get("type") != "BPE":
         raise unknown

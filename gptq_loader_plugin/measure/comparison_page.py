@@ -83,14 +83,14 @@ def _chart(comparison: Comparison) -> str:
         return ""
     widest = 1.08 * max(size for size, _, _ in points)
     highest = 1.15 * max(*(mean for _, mean, _ in points), comparison.noise.mean)
-    drawn = []
+    circles = []
     for size, mean, name in points:
         x = MARGIN + size / widest * (WIDTH - 2 * MARGIN)
         y = HEIGHT - MARGIN - mean / highest * (HEIGHT - 2 * MARGIN)
         label = html.escape(name if len(name) <= 40 else f"…{name[-39:]}")
         anchor = "end" if x > WIDTH / 2 else "start"
         shift = -8 if x > WIDTH / 2 else 8
-        drawn.append(
+        circles.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="#2563eb"><title>{html.escape(name)}: '
             f"{mean:.3g}</title></circle>"
             f'<text x="{x + shift:.1f}" y="{y - 8:.1f}" text-anchor="{anchor}">{label}</text>'
@@ -107,5 +107,5 @@ def _chart(comparison: Comparison) -> str:
     )
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Bytes against mean KL '
-        f'divergence">{axes}{"".join(drawn)}</svg>'
+        f'divergence">{axes}{"".join(circles)}</svg>'
     )

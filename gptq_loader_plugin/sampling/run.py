@@ -140,12 +140,12 @@ def _reply(
     options = setting.options(seed)
     text, stat = _write(model, ids, options, stop, ())
     # An end that comes too early is drawn again without it: as if it could not have been drawn.
-    if stat.tokens <= setting.least and stat.finish == "stop" and not text:
+    if stat.tokens <= setting.min_new_tokens and stat.finish == "stop" and not text:
         ends = sorted(model.end_ids(stop))
-        least = MinNewTokensLengthLogitsProcessor(
-            len(ids), setting.least, ends, device=model.plan.device.torch_name
+        shortest = MinNewTokensLengthLogitsProcessor(
+            len(ids), setting.min_new_tokens, ends, device=model.plan.device.torch_name
         )
-        text, stat = _write(model, ids, options, stop, (least,))
+        text, stat = _write(model, ids, options, stop, (shortest,))
     return text, stat
 
 

@@ -82,7 +82,7 @@ class Setting:
         return bool(self.params.get("do_sample"))
 
     @property
-    def least(self) -> int:
+    def min_new_tokens(self) -> int:
         """The fewest tokens of a reply."""
         return int(self.params.get("min_new_tokens") or 0)
 
