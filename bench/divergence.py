@@ -21,7 +21,7 @@ import gptq_loader_plugin as gptq
 from gptq_loader_plugin.measure.perplexity import measure_perplexity, sample_text
 from gptq_loader_plugin.quantize.demo import CHAT_TEMPLATE, prepare_demo
 from gptq_loader_plugin.quantize.demo_model import find_demo_model
-from gptq_loader_plugin.quantize.run import load_source
+from gptq_loader_plugin.quantize.source import load_source
 
 ANSWER_TOKENS = 64
 QUESTIONS = (

@@ -15,7 +15,7 @@ from pathlib import Path
 from gptq_loader_plugin.quantize.demo import CHAT_TEMPLATE, CHATS, SAMPLE_TOKENS, SAMPLES
 from gptq_loader_plugin.quantize.demo_model import find_demo_model
 from gptq_loader_plugin.quantize.own_chats import write_chats
-from gptq_loader_plugin.quantize.run import load_source
+from gptq_loader_plugin.quantize.source import load_source
 
 # What it writes may name addresses and people, of its invention or not: such chats are left out, and
 # a quarter more are written.

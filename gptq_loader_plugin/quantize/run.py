@@ -7,24 +7,18 @@ import json
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from gptq_loader_plugin.chat.tokenizer import auto_tokenizer
-from gptq_loader_plugin.checkpoint.config import CONFIG_FILES, read_json
-from gptq_loader_plugin.checkpoint.transformers_config import UNBUILDABLE
-from gptq_loader_plugin.checkpoint.weight_files import KEPT, KEPT_LOCK, WEIGHT_SUFFIXES
+from gptq_loader_plugin.checkpoint.weight_files import KEPT, KEPT_LOCK
 from gptq_loader_plugin.class_errors import raised_in_transformers
 from gptq_loader_plugin.errors import (
-    BadReference,
     GPTQLoaderError,
-    NotEnoughMemory,
     QuantizeError,
     is_out_of_memory,
 )
 from gptq_loader_plugin.events import Progress
-from gptq_loader_plugin.model.pictures import auto_class
 from gptq_loader_plugin.planning.model_shape import ModelShape
 from gptq_loader_plugin.quantize.blocks import (
     find_blocks,
@@ -37,6 +31,7 @@ from gptq_loader_plugin.quantize.blocks import (
 from gptq_loader_plugin.quantize.calibration import calibration_samples, calibration_text
 from gptq_loader_plugin.quantize.hessians import LinearOutputs
 from gptq_loader_plugin.quantize.kept_blocks import KeptBlocks, only_writer
+from gptq_loader_plugin.quantize.source import check_addresses, load_source
 from gptq_loader_plugin.quantize.whole_decoder import (
     decoder_blocks,
     decoder_hessians,
@@ -50,9 +45,7 @@ from gptq_loader_plugin.quantize.writer import (
     write_checkpoint,
 )
 from gptq_loader_plugin.system.file_lock import lock_holder
-from gptq_loader_plugin.system.memory import free_addresses
 from gptq_loader_plugin.system.paths import local_path
-from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -68,10 +61,6 @@ __all__ = ["quantize", "quantize_model"]
 BATCH_TOKENS = 4096  # hidden states are run through a block this many tokens at a time
 SHORT = 16  # tokens of a sample by which is found how a model runs
 UNKNOWN_CONTEXT = 2048
-# What a model of no size takes beside its weights until its first block: code and threads of
-# transformers 0.5 GB, and tokens of the built-in text 0.1 GB (a peak of 616 MB measured).
-ADDRESSES = 600 << 20
-TOKENIZING = 260  # bytes of addresses for each one of a text, measured with that text
 
 
 def quantize_model(
@@ -105,7 +94,7 @@ def quantize_model(
     progress = progress or _ignore
     with only_writer(local_path(out)) as folder:
         _check_free(folder)
-        _check_addresses(local_path(source), text if isinstance(text, Path) else None)
+        check_addresses(local_path(source), text if isinstance(text, Path) else None)
         progress(Progress("read model", 0, 1, "files", str(source)))
         model, tokenizer = load_source(local_path(source))
         progress(Progress("read model", 1, 1, "files", str(source)))
@@ -263,45 +252,6 @@ def _bit_sum(tensor: torch.Tensor) -> int:
     return int(halves.sum(dtype=torch.int64))
 
 
-def load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationMixin
-
-    if not source.exists():
-        raise BadReference(
-            f"there is no {source}",
-            reference=str(source),
-            tried=[str(source)],
-            hint="name the folder of a model that transformers can load, or a .gguf file",
-        )
-    folder, file, kind = source, {}, AutoModelForCausalLM
-    if source.is_file():
-        folder, file = source.parent, {"gguf_file": source.name}
-    else:
-        _check_plain(folder)
-    try:
-        if not file:
-            kind = auto_class(AutoConfig.from_pretrained(folder))
-        model = kind.from_pretrained(
-            folder, dtype=torch.float32, **file, **(_unpacked() if file else {})
-        )
-        tokenizer = (
-            AutoTokenizer.from_pretrained(folder, **file) if file else auto_tokenizer(folder)
-        )
-    except (*UNBUILDABLE, OSError, ImportError, RuntimeError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise QuantizeError(
-            f"{source} cannot be loaded ({first[:200]})",
-            hint="name the folder of an unquantised model that transformers can load, or a .gguf "
-            "file (which needs pip install gguf)",
-        ) from error
-    if not issubclass(type(model), GenerationMixin):
-        raise QuantizeError(
-            f"{source}: a {type(model).__name__} does not go on with a text token by token",
-            hint="quantise a model for text generation",
-        )
-    return model.eval(), tokenizer
-
-
 @contextmanager
 def _class_errors(model: PreTrainedModel) -> Iterator[None]:
     """Raise `QuantizeError` for what a model's class raises when its blocks run one by one."""
@@ -331,46 +281,6 @@ def _check_free(out: Path) -> None:
             f"{out} is not empty, and a checkpoint would be mixed with what it holds",
             hint="name a new folder, or empty that one",
         )
-
-
-def _check_addresses(source: Path, text: Path | None) -> None:
-    """Refuse a limit of addresses under which tokenizers' Rust would end the process."""
-    free = free_addresses()
-    if free is None or not source.exists():
-        return
-    files = [source] if source.is_file() else source.iterdir()
-    suffixes = (*WEIGHT_SUFFIXES, ".gguf")
-    weights = sum(it.stat().st_size for it in files if it.suffix in suffixes and it.is_file())
-    words = text.stat().st_size if text is not None and text.is_file() else 0
-    needed = weights + ADDRESSES + words * TOKENIZING
-    if needed > free:
-        raise NotEnoughMemory(
-            f"quantising {source} needs {write_size(needed)} of addresses, and the limit leaves "
-            f"{write_size(free)}",
-            needed=needed,
-            free=free,
-            hint="raise the limit: ulimit -v unlimited",
-        )
-
-
-def _check_plain(folder: Path) -> None:
-    """Refuse a model that is quantised already."""
-    config = folder / "config.json"
-    stated = read_json(config).get("quantization_config") if config.is_file() else None
-    if stated or any((folder / name).is_file() for name in CONFIG_FILES):
-        method = stated.get("quant_method") if isinstance(stated, dict) else None
-        raise QuantizeError(
-            f"{folder} is quantised already ({method or 'gptq'})",
-            hint="name the folder of the model it was made of, which is not quantised",
-        )
-
-
-def _unpacked() -> dict[str, Any]:
-    """Return the option that has transformers unpack a GGUF file where it could leave it packed."""
-    import transformers
-
-    config: Any = getattr(transformers, "GgufConfig", None)
-    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def _ignore(_: Progress) -> None:

@@ -14,7 +14,7 @@ import gptq_loader_plugin as gptq
 from gptq_loader_plugin.model.linears import linear_shape
 from gptq_loader_plugin.quantize import QuantizeOptions, quantize
 from gptq_loader_plugin.quantize.blocks import find_blocks
-from gptq_loader_plugin.quantize.run import load_source
+from gptq_loader_plugin.quantize.source import load_source
 from gptq_loader_plugin.quantize.whole_decoder import decoder_blocks, runs_by_blocks
 from gptq_loader_plugin.quantize.work import Work
 
