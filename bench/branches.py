@@ -66,6 +66,7 @@ def make(folder: Path, bits: int, group_size: int, offset: int, text: Path) -> N
         {
             "bits": bits,
             "group_size": group_size,
+            "order": "act",
             "samples": 16,
             "seq_len": 512,
             "stride": 2048,

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from gptq_loader_plugin.quantize.demo import CHAT_TEMPLATE, CHATS, SAMPLE_TOKENS, SAMPLES
+from gptq_loader_plugin.quantize.demo import CHAT_TEMPLATE, CHATS, OPTIONS
 from gptq_loader_plugin.quantize.demo_model import find_demo_model
 from gptq_loader_plugin.quantize.own_chats import write_chats
 from gptq_loader_plugin.quantize.source import load_source
@@ -27,7 +27,7 @@ def main() -> None:
     """Write them over what the package carries."""
     model, tokenizer = load_source(Path(find_demo_model(progress=lambda _: None)))
     tokenizer.chat_template = CHAT_TEMPLATE
-    tokens = int(EXTRA * SAMPLES * SAMPLE_TOKENS)
+    tokens = int(EXTRA * OPTIONS.samples * OPTIONS.seq_len)
     chats = write_chats(model, tokenizer, tokens=tokens, progress=lambda _: None)
     lines = [json.dumps({"messages": chat}, ensure_ascii=False) for chat in chats]
     lines = [line for line in lines if not any(name in line for name in NAMES)]

@@ -28,13 +28,20 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
     group_size: Annotated[
         int, typer.Option("--group-size", help="Input rows that share a scale; -1 for none.")
     ] = 128,
+    order: Annotated[
+        str,
+        typer.Option("--order", help="static, group-aware, act (few engines read it) or none."),
+    ] = "static",
     desc_act: Annotated[
-        bool, typer.Option("--desc-act/--no-desc-act", help="Act-order: better answers.")
-    ] = True,
+        bool, typer.Option("--desc-act", "--act-order", help="The same as --order act.")
+    ] = False,
+    effort: Annotated[
+        str, typer.Option("--effort", help="fast is GPTQ alone; standard refines it.")
+    ] = "standard",
     sym: Annotated[
         bool, typer.Option("--sym/--asym", help="Symmetric: more kernels can run it.")
     ] = True,
-    damp: Annotated[float, typer.Option("--damp", help="Damping of the Hessian.")] = 0.1,
+    damp: Annotated[float, typer.Option("--damp", help="Damping of the Hessian.")] = 0.01,
     text: Annotated[
         Path | None,
         typer.Option("--text", help="Calibration: a text, or a .jsonl of chats; else built in."),
@@ -61,6 +68,8 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
 
     from pydantic import ValidationError
 
+    from gptq_loader_plugin.catalog.engines.engine import engines_of
+    from gptq_loader_plugin.catalog.where import find_where
     from gptq_loader_plugin.errors import OptionInvalid
     from gptq_loader_plugin.plugins import Plugins
     from gptq_loader_plugin.quantize import QuantizeOptions, quantize_model
@@ -69,7 +78,8 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
     fields: dict[str, Any] = {
         "bits": bits,
         "group_size": group_size,
-        "desc_act": desc_act,
+        "order": "act" if desc_act else order,
+        "effort": effort,
         "sym": sym,
         "damp_percent": damp,
         "samples": samples,
@@ -107,11 +117,18 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
         bars.close()
     seconds = time.monotonic() - began
     left = left_of(folder)
+    where = find_where(str(folder), plugins=listening)
     if as_json:
-        data = {"path": str(folder), "seconds": round(seconds, 1), "not_quantized": left}
+        data = {
+            "path": str(folder),
+            "seconds": round(seconds, 1),
+            "not_quantized": left,
+            "engines": [it.engine for it in where if it.takes],
+        }
         print_json({**data, **options.model_dump()})
         return
     for name, why in left.items():
         say(f"not quantised: {name} ({why})")
+    say(f"other programs that load it: {engines_of(where)}; why not another: gptq-loader where")
     say(f"quantised in {seconds:.0f} s; chat with it: gptq-loader chat {folder}")
     typer.echo(folder)

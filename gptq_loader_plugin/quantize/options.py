@@ -15,10 +15,13 @@ class QuantizeOptions(BaseModel):
     Attributes:
         bits: the width of a code.
         group_size: input rows that share a scale; -1 for one group a layer.
-        desc_act: act-order: quantise the rows with the largest activations first.
+        order: which rows are quantised first. "static": those with the largest activations, the
+            groups' scales found beforehand; "group-aware": one group after the other, sorted
+            within; "act": act-order, rows in groups as they are sorted, which few engines still
+            read; "none": as they lie. All but "act" leave groups as they lie, `desc_act: false`.
         sym: one zero in the middle; else each group has its own.
         damp_percent: this share of the Hessian's mean diagonal is added to it.
-        static_groups: with act-order, keep groups as they lie, their scales found beforehand.
+        effort: "fast" is GPTQ alone; "standard" improves scales and codes afterwards.
         true_sequential: within a block, let later layers see earlier ones quantised.
         checkpoint_format: "gptq" stores zeros minus one; "gptq_v2" stores them as they are. By
             default "gptq" where zeros are symmetric, which every loader reads, else "gptq_v2":
@@ -34,10 +37,10 @@ class QuantizeOptions(BaseModel):
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: int = 128
-    desc_act: bool = True
+    order: Literal["static", "group-aware", "act", "none"] = "static"
+    effort: Literal["fast", "standard"] = "standard"
     sym: bool = True
-    damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    static_groups: bool = False
+    damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.01
     true_sequential: bool = True
     checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
     samples: Annotated[int, Field(ge=1)] = 128
@@ -45,6 +48,11 @@ class QuantizeOptions(BaseModel):
     stride: Annotated[int, Field(ge=1)] | None = None
     offset: Annotated[int, Field(ge=0)] = 0
     shard_bytes: Annotated[int, Field(ge=1)] = 5_000_000_000
+
+    @property
+    def desc_act(self) -> bool:
+        """Whether rows lie in groups as they are sorted: what a file calls `desc_act`."""
+        return self.order == "act"
 
     @model_validator(mode="before")
     @classmethod

@@ -278,7 +278,7 @@ def _quantize_config(options: QuantizeOptions, left: Mapping[str, str]) -> dict[
         "group_size": options.group_size,
         "damp_percent": options.damp_percent,
         "desc_act": options.desc_act,
-        "static_groups": options.static_groups,
+        "static_groups": options.order == "static",
         "sym": options.sym,
         "true_sequential": options.true_sequential,
         "lm_head": False,
@@ -290,7 +290,7 @@ def _quantize_config(options: QuantizeOptions, left: Mapping[str, str]) -> dict[
         "meta": {
             "quantizer": [f"gptq_loader_plugin:{version('gptq-loader-plugin')}"],
             "damp_percent": options.damp_percent,
-            "static_groups": options.static_groups,
+            "static_groups": options.order == "static",
             "true_sequential": options.true_sequential,
             **({"not_quantized": dict(left)} if left else {}),
         },

@@ -12,6 +12,8 @@ import pytest
 from environments import needs_python_of, python_of
 from processes import run_process
 
+from gptq_loader_plugin.quantize.demo import demo_folder
+
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable
@@ -111,8 +113,7 @@ def test_the_checkpoints_are_listed_without_torch(python: Run, tmp_path: Path) -
 
 def test_the_demo_is_listed_once_it_is_prepared(llm: Run, tmp_path: Path) -> None:
     assert "gptq/demo" not in answered(llm("models"))
-    prepared = tmp_path / "cache" / "SmolLM2-135M-Instruct-GPTQ-4bit-32g-actorder"
-    shutil.copytree(DATA / ONE, prepared)
+    shutil.copytree(DATA / ONE, demo_folder({"GPTQ_LOADER_CACHE": str(tmp_path / "cache")}))
     assert "GPTQ: gptq/demo" in answered(llm("models"))
 
 

@@ -119,16 +119,16 @@ def quantize_or_refuse(source: str, out: str, bits: str) -> None:
 
 def prepare_demo(source: str, cache: str, bits: str) -> None:
     """Prepare the demo of a small model, of fewer samples."""
-    from gptq_loader_plugin.quantize import demo, options
-
-    class Options(options.QuantizeOptions):
-        def __init__(self, **fields: Any) -> None:
-            smaller = {"bits": int(bits), "samples": 4, "seq_len": 64, "shard_bytes": 100_000}
-            super().__init__(**{**fields, **smaller})
-
     import gptq_loader_plugin.quantize as package
+    from gptq_loader_plugin.quantize import demo
 
-    package.QuantizeOptions = Options  # type: ignore[misc]
+    fewer = {"bits": int(bits), "samples": 4, "seq_len": 64, "shard_bytes": 100_000}
+    real = package.quantize_model
+
+    def quantize_model(*where: Any, options: Any, **how: Any) -> Path:
+        return real(*where, options=options.model_copy(update=fewer), **how)
+
+    package.quantize_model = quantize_model  # type: ignore[assignment]
     demo.find_demo_model = lambda **_: Path(source)  # type: ignore[assignment]
     environ = {"GPTQ_LOADER_CACHE": cache}
     report(reported="begun")

@@ -68,23 +68,63 @@ def test_it_keeps_outputs_better_than_rounding(bits: int) -> None:
     assert gptq_error < 0.8 * error(inputs @ nearest(weight, bits, 64).t(), right)
 
 
-def test_act_order_helps_and_is_stored_as_groups_of_rows() -> None:
+def test_every_order_helps_and_act_order_alone_moves_rows_between_groups() -> None:
     weight, inputs, hessian = layer()
     right = inputs @ weight.t()
     errors = {}
-    for desc_act in (False, True):
-        found = quantize_weight(weight, hessian, options(bits=3, group_size=64, desc_act=desc_act))
-        errors[desc_act] = error(inputs @ found.dequantize().t(), right)
-        in_order = bool((found.g_idx[1:] >= found.g_idx[:-1]).all())
-        assert in_order != desc_act
-        assert torch.bincount(found.g_idx).tolist() == [64] * 4
-    assert errors[True] < errors[False]
+    for order in ("none", "static", "group-aware", "act"):
+        fields = options(bits=3, group_size=64, order=order, effort="fast")
+        quantized = quantize_weight(weight, hessian, fields)
+        errors[order] = error(inputs @ quantized.dequantize().t(), right)
+        in_order = bool((quantized.g_idx[1:] >= quantized.g_idx[:-1]).all())
+        assert in_order != (order == "act")
+        assert torch.bincount(quantized.g_idx).tolist() == [64] * 4
+    assert max(errors["static"], errors["group-aware"], errors["act"]) < errors["none"]
+
+
+@pytest.mark.parametrize("order", ["static", "act"])
+@pytest.mark.parametrize("fields", [{"bits": 2}, {"bits": 4, "sym": False}], ids=str)
+def test_more_effort_loses_less(fields: dict[str, Any], order: str) -> None:
+    weight, inputs, hessian = layer()
+    right = inputs @ weight.t()
+    errors = []
+    for effort in ("fast", "standard"):
+        chosen = options(group_size=48, order=order, effort=effort, **fields)
+        quantized = quantize_weight(weight, hessian, chosen)
+        errors.append(error(inputs @ quantized.dequantize().t(), right))
+        assert quantized.loss == pytest.approx(errors[-1] ** 2, rel=0.01)
+        assert int(quantized.codes.max()) < 2 ** fields["bits"]
+    assert errors[1] < 0.97 * errors[0]
+
+
+def test_no_scale_is_better_by_itself_than_the_fitted_ones() -> None:
+    """The closed form against a search around it, for every scale of a few rows."""
+    weight, _, hessian = layer(rows=4)
+    quantized = quantize_weight(weight, hessian, options(bits=3, group_size=64))
+    groups = quantized.g_idx.long()
+    steps = (quantized.codes.double() - quantized.zeros.double()[groups]).t()
+
+    def loss(scales: torch.Tensor) -> torch.Tensor:
+        off = weight.double() - steps * scales[groups].t()
+        return ((off @ hessian.double()) * off).sum(dim=1)
+
+    fitted = quantized.scales.double()
+    best = loss(fitted)
+    for group in range(len(fitted)):
+        for factor in (0.97, 1.03):
+            moved = fitted.clone()
+            moved[group] *= factor
+            assert bool((loss(moved) > best).all())
 
 
 def test_a_column_at_a_time_is_the_published_algorithm() -> None:
     """Against the unblocked algorithm of the paper, in float64, with the same grid."""
     weight, _, hessian = layer(rows=8, columns=192)
-    found = quantize_weight(weight, hessian, options(bits=4, group_size=-1, desc_act=False))
+    found = quantize_weight(
+        weight,
+        hessian,
+        options(bits=4, group_size=-1, order="none", effort="fast", damp_percent=0.1),
+    )
     scale = found.scales.double()[0]
     middle = 8.0
     damped = hessian.double()
@@ -129,9 +169,10 @@ def tiny() -> tuple[Any, Any, list[list[int]]]:
         {"bits": 2, "group_size": 32},
         {"bits": 3, "group_size": -1},
         {"bits": 3, "group_size": 48, "sym": False},  # 48 divides neither 128 nor 192 evenly
-        {"bits": 4, "group_size": 128, "desc_act": False},  # 192 rows: a short last group
+        {"bits": 4, "group_size": 128, "order": "none"},  # 192 rows: a short last group
         {"bits": 4, "group_size": 16, "sym": False, "checkpoint_format": "gptq_v2"},
-        {"bits": 4, "group_size": 64, "static_groups": True},
+        {"bits": 4, "group_size": 64, "order": "act"},
+        {"bits": 3, "group_size": 64, "order": "group-aware", "effort": "fast"},
         {"bits": 4, "group_size": 64, "true_sequential": False},
         {"bits": 8, "group_size": 128, "sym": False},
     ],
@@ -144,8 +185,7 @@ def test_what_is_written_is_what_was_made(fields: dict[str, Any], tmp_path: Path
     checkpoint = GPTQReader().open(tmp_path)
     assert not checkpoint.warnings
     for name in ("bits", "group_size", "sym", "desc_act"):
-        if name != "desc_act" or "static_groups" not in fields:
-            assert getattr(checkpoint.config, name) == getattr(options(**fields), name)
+        assert getattr(checkpoint.config, name) == getattr(options(**fields), name)
     with (
         gptq.load(tmp_path, device="cpu", backend="reference", plugins=plugins()) as loaded,
         torch.inference_mode(),
@@ -158,7 +198,8 @@ def test_what_is_written_is_what_was_made(fields: dict[str, Any], tmp_path: Path
 
 def test_the_files_are_those_of_autogptq_and_gptqmodel(tmp_path: Path) -> None:
     model, tokenizer, samples = tiny()
-    quantize(model, tokenizer, tmp_path, options=options(bits=4, group_size=32), samples=samples)
+    chosen = options(bits=4, group_size=32, order="act")
+    quantize(model, tokenizer, tmp_path, options=chosen, samples=samples)
     theirs = DATA / "gptq-4bit-32g-act-sym"
     ours = load_file(tmp_path / "model.safetensors")
     reference = load_file(theirs / "model.safetensors")

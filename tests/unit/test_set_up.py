@@ -13,7 +13,7 @@ import pytest
 from processes import run_process
 
 import gptq_loader_plugin as gptq
-from gptq_loader_plugin.quantize import demo_model
+from gptq_loader_plugin.quantize import demo, demo_model
 from gptq_loader_plugin.quantize.demo import demo_folder, prepare_demo
 from gptq_loader_plugin.quantize.demo_model import find_demo_model
 
@@ -179,6 +179,16 @@ def test_the_demo_lies_in_the_users_cache(tmp_path: Path) -> None:
     prepared.mkdir()
     (prepared / "config.json").touch()
     assert prepare_demo(progress=lambda _: None, environ=environ) == prepared
+
+
+def test_a_demo_of_other_options_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environ = {"GPTQ_LOADER_CACHE": str(tmp_path)}
+    before = demo_folder(environ)
+    assert demo_folder(environ) == before
+    monkeypatch.setattr(demo, "OPTIONS", demo.OPTIONS.model_copy(update={"order": "act"}))
+    assert demo_folder(environ) != before
 
 
 def test_without_gguf_the_demo_says_what_to_install(
