@@ -36,7 +36,7 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
         bool, typer.Option("--desc-act", "--act-order", help="The same as --order act.")
     ] = False,
     effort: Annotated[
-        str, typer.Option("--effort", help="fast is GPTQ alone; standard refines it.")
+        str, typer.Option("--effort", help="fast, standard or best: GPTQ, refined, tuned by block.")
     ] = "standard",
     sym: Annotated[
         bool, typer.Option("--sym/--asym", help="Symmetric: more kernels can run it.")

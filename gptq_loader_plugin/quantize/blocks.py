@@ -25,6 +25,7 @@ __all__ = [
     "Call",
     "StopForwardError",
     "blocks_of",
+    "call_block",
     "find_blocks",
     "left_out",
     "record_calls",
@@ -232,6 +233,11 @@ def record_calls(
 @torch.inference_mode()
 def run_block(block: Block, hidden: torch.Tensor, call: Call) -> tuple[torch.Tensor, Any]:
     """Run one block on one batch of hidden states; return those after it, and its whole answer."""
+    return call_block(block, hidden, call)
+
+
+def call_block(block: Block, hidden: torch.Tensor, call: Call) -> tuple[torch.Tensor, Any]:
+    """Do what `run_block` does, with gradients where they are on."""
     if call.named:
         output = block.module(hidden_states=hidden, **call.keywords)
     else:

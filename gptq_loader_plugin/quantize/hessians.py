@@ -82,6 +82,10 @@ class LinearOutputs:
 
     def __exit__(self, *_: object) -> None:
         """Let every linear compute again."""
+        self.forget()
+
+    def forget(self) -> None:
+        """Let every linear compute again: their weights change after all."""
         for module in self._replaced:
             vars(module).pop("forward", None)
         self._replaced.clear()

@@ -21,7 +21,8 @@ class QuantizeOptions(BaseModel):
             read; "none": as they lie. All but "act" leave groups as they lie, `desc_act: false`.
         sym: one zero in the middle; else each group has its own.
         damp_percent: this share of the Hessian's mean diagonal is added to it.
-        effort: "fast" is GPTQ alone; "standard" improves scales and codes afterwards.
+        effort: "fast" is GPTQ alone; "standard" improves scales and codes afterwards;
+            "best" then tunes those of each block together.
         true_sequential: within a block, let later layers see earlier ones quantised.
         checkpoint_format: "gptq" stores zeros minus one; "gptq_v2" stores them as they are. By
             default "gptq" where zeros are symmetric, which every loader reads, else "gptq_v2":
@@ -38,7 +39,7 @@ class QuantizeOptions(BaseModel):
     bits: Literal[2, 3, 4, 8] = 4
     group_size: int = 128
     order: Literal["static", "group-aware", "act", "none"] = "static"
-    effort: Literal["fast", "standard"] = "standard"
+    effort: Literal["fast", "standard", "best"] = "standard"
     sym: bool = True
     damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.01
     true_sequential: bool = True

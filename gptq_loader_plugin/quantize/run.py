@@ -31,6 +31,7 @@ from gptq_loader_plugin.quantize.blocks import (
 from gptq_loader_plugin.quantize.calibration import calibration_samples, calibration_text
 from gptq_loader_plugin.quantize.hessians import LinearOutputs
 from gptq_loader_plugin.quantize.kept_blocks import KeptBlocks, only_writer
+from gptq_loader_plugin.quantize.rounding import PlainStates
 from gptq_loader_plugin.quantize.source import check_addresses, load_source
 from gptq_loader_plugin.quantize.whole_decoder import (
     decoder_blocks,
@@ -39,11 +40,7 @@ from gptq_loader_plugin.quantize.whole_decoder import (
     runs_by_blocks,
 )
 from gptq_loader_plugin.quantize.work import Work
-from gptq_loader_plugin.quantize.writer import (
-    hub_names,
-    pack_weight,
-    write_checkpoint,
-)
+from gptq_loader_plugin.quantize.writer import hub_names, pack_weight, write_checkpoint
 from gptq_loader_plugin.system.file_lock import lock_holder
 from gptq_loader_plugin.system.paths import local_path
 
@@ -59,6 +56,7 @@ if TYPE_CHECKING:
 __all__ = ["quantize", "quantize_model"]
 
 BATCH_TOKENS = 4096  # hidden states are run through a block this many tokens at a time
+TUNED_TOKENS = 1024  # where each batch is a step of tuning
 SHORT = 16  # tokens of a sample by which is found how a model runs
 UNKNOWN_CONTEXT = 2048
 
@@ -152,10 +150,16 @@ def _quantize(
 ) -> Path:
     names = hub_names(model)
     separate_experts(model)
-    batches = _batches(samples)
+    batches = _batches(samples, TUNED_TOKENS if options.effort == "best" else BATCH_TOKENS)
     blocks, short = find_blocks(model, options.bits), batches[0][:1, :SHORT]
     by_blocks = runs_by_blocks(model, blocks, short)
     if not by_blocks:
+        if options.effort == "best":
+            raise QuantizeError(
+                f"the blocks of a {type(model).__name__} do not run one after the other, and best "
+                "effort tunes them one by one",
+                hint="quantise it with --effort standard",
+            )
         blocks = decoder_blocks(model, short, options.bits)
     left = left_out(blocks)
     if not any(linears(block) for block in blocks):
@@ -181,11 +185,13 @@ def _by_blocks(
 ) -> Iterator[tuple[str, QuantizedWeight]]:
     """Quantise block after block, each by what the quantised ones before it hand on."""
     hidden, calls = record_calls(model, blocks, batches)
+    plain = PlainStates(hidden, calls) if work.tunes else None
     for i, block in enumerate(blocks):
+        targets = plain.advance(block, i) if plain is not None else []
         done = kept.read(i)
         with LinearOutputs(block) as outputs:
             if done is None:
-                done = work.quantize_block(block, hidden, calls[i], outputs)
+                done = work.quantize_block(block, hidden, calls[i], outputs, targets)
                 kept.write(i, done)
             else:
                 work.apply(block, done)
@@ -226,9 +232,9 @@ def _at_once(
         yield from done.items()
 
 
-def _batches(samples: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def _batches(samples: Sequence[Sequence[int]], tokens: int) -> list[torch.Tensor]:
     ids = torch.tensor([list(sample) for sample in samples])
-    return list(ids.split(max(BATCH_TOKENS // ids.shape[1], 1)))
+    return list(ids.split(max(tokens // ids.shape[1], 1)))
 
 
 def _fingerprint(

@@ -11,6 +11,7 @@ from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.quantize.algorithm import QuantizedWeight, quantize_weight
 from gptq_loader_plugin.quantize.blocks import linears
 from gptq_loader_plugin.quantize.hessians import LinearOutputs, hessians, subsets
+from gptq_loader_plugin.quantize.rounding import tune_block
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -42,12 +43,18 @@ class Work:
         self._fresh = 0
         self._began = time.monotonic()
 
+    @property
+    def tunes(self) -> bool:
+        """Whether blocks are tuned as a whole."""
+        return self._options.effort == "best"
+
     def quantize_block(
         self,
         block: Block,
         hidden: Sequence[torch.Tensor],
         calls: Sequence[Call],
         outputs: LinearOutputs,
+        targets: Sequence[torch.Tensor] = (),
     ) -> dict[str, QuantizedWeight]:
         """Quantise a block by what goes through it.
 
@@ -56,8 +63,10 @@ class Work:
             hidden: its input, a batch each.
             calls: what it is called with besides, a batch each.
             outputs: of its linears that are finished.
+            targets: what the unquantised model has behind the block, where it is to be tuned.
         """
         modules = linears(block)
+        before = {name: _weight(it).clone() for name, it in modules.items()} if targets else {}
         groups = subsets(block, hidden[0], calls[0])
         if not self._options.true_sequential:
             groups = [[name for names in groups for name in names]]
@@ -67,6 +76,10 @@ class Work:
             for names in _same_input(together, sums):
                 quantized |= self.quantize_linears(modules, names, sums[names[0]])
                 outputs.finish(names)
+        if targets:
+            outputs.forget()
+            bits = self._options.bits
+            return tune_block(block, modules, quantized, before, hidden, targets, calls, bits=bits)
         return quantized
 
     def quantize_linears(

@@ -218,6 +218,22 @@ def test_the_files_are_those_of_autogptq_and_gptqmodel(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == config
 
 
+def test_a_block_tuned_as_a_whole_is_nearer_to_what_it_was(tmp_path: Path) -> None:
+    samples = tiny()[2]
+    ids = torch.tensor(samples)
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    errors = {}
+    for effort in ("standard", "best"):
+        model, tokenizer, _ = tiny()
+        chosen = options(bits=2, group_size=32, effort=effort)
+        quantize(model, tokenizer, tmp_path / effort, options=chosen, samples=samples)
+        with torch.inference_mode():
+            errors[effort] = error(model(ids).logits, base(ids).logits)
+            with gptq.load(tmp_path / effort, backend="reference", plugins=plugins()) as loaded:
+                assert error(loaded.model(ids).logits, model(ids).logits) < 0.02
+    assert errors["best"] < 0.95 * errors["standard"]
+
+
 def test_shards_are_written_with_their_index(tmp_path: Path) -> None:
     model, tokenizer, samples = tiny()
     quantize(model, tokenizer, tmp_path, options=options(shard_bytes=100_000), samples=samples)
