@@ -57,6 +57,10 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
         typer.Option("--stride", help="Tokens from one sample's start to the next; else spread."),
     ] = None,
     offset: Annotated[int, typer.Option("--offset", help="Tokens before the first sample.")] = 0,
+    held_out: Annotated[
+        Path | None,
+        typer.Option("--held-out", help="A text to measure the result on; else a short sample."),
+    ] = None,
     checkpoint_format: Annotated[
         str | None,
         typer.Option("--format", help="gptq (zeros stored minus one) or gptq_v2; else by --sym."),
@@ -70,10 +74,15 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
 
     from gptq_loader_plugin.catalog.engines.engine import engines_of
     from gptq_loader_plugin.catalog.where import find_where
+    from gptq_loader_plugin.checkpoint.config import read_json
     from gptq_loader_plugin.errors import OptionInvalid
+    from gptq_loader_plugin.measure.perplexity import sample_text
     from gptq_loader_plugin.plugins import Plugins
     from gptq_loader_plugin.quantize import QuantizeOptions, quantize_model
+    from gptq_loader_plugin.quantize.quality import QUALITY_FILE
     from gptq_loader_plugin.quantize.writer import left_of
+    from gptq_loader_plugin.system.paths import read_words
+    from gptq_loader_plugin.system.units import write_size
 
     fields: dict[str, Any] = {
         "bits": bits,
@@ -102,6 +111,7 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
         )
     if text is not None and not text.is_file():
         raise OptionInvalid(f"there is no file {text}", hint="name a text, or a .jsonl of chats")
+    held_out_text = read_words(held_out) if held_out else sample_text()
     bars = ProgressBars()
     began = time.monotonic()
     try:
@@ -111,24 +121,37 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
             out,
             options=options,
             text="own" if own_chats else text,
+            held_out=held_out_text,
             progress=listening.progress,
         )
     finally:
         bars.close()
     seconds = time.monotonic() - began
     left = left_of(folder)
+    quality = read_json(folder / QUALITY_FILE)
     where = find_where(str(folder), plugins=listening)
     if as_json:
         data = {
             "path": str(folder),
             "seconds": round(seconds, 1),
             "not_quantized": left,
+            "quality": {name: quality[name] for name in ("compared", "noise_floor")},
             "engines": [it.engine for it in where if it.takes],
         }
         print_json({**data, **options.model_dump()})
         return
     for name, why in left.items():
         say(f"not quantised: {name} ({why})")
+    compared, floor = quality["compared"], quality["noise_floor"]
+    say(
+        f"KL divergence from the unquantised model: {compared['kl']:.4f} "
+        f"± {compared['kl_error']:.4f}, where bfloat16 alone makes {floor['kl']:.4f}"
+    )
+    say(
+        f"the same likeliest token: {compared['top1']:.1%} of {compared['tokens']:,}, "
+        f"bfloat16 alone {floor['top1']:.1%}"
+    )
+    say(f"{write_size(quality['bytes'])} of weights; each layer's error is in {QUALITY_FILE}")
     say(f"other programs that load it: {engines_of(where)}; why not another: gptq-loader where")
     say(f"quantised in {seconds:.0f} s; chat with it: gptq-loader chat {folder}")
     typer.echo(folder)

@@ -6,6 +6,8 @@ import shutil
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+import torch
+
 from gptq_loader_plugin.checkpoint.weight_files import KEPT_LOCK
 from gptq_loader_plugin.errors import QuantizeError
 from gptq_loader_plugin.hub.cache import lock_of
@@ -80,7 +82,7 @@ class KeptBlocks:
                 tensors[f"{path}/scales"],
                 tensors[f"{path}/zeros"],
                 tensors[f"{path}/g_idx"],
-                0.0,
+                float(tensors[f"{path}/loss"]),
             )
             for path in paths
         }
@@ -93,6 +95,7 @@ class KeptBlocks:
             tensors[f"{path}/scales"] = weight.scales
             tensors[f"{path}/zeros"] = weight.zeros
             tensors[f"{path}/g_idx"] = weight.g_idx
+            tensors[f"{path}/loss"] = torch.tensor(weight.loss, dtype=torch.float64)
         save_tensors(tensors, self._file(block), metadata={FINGERPRINT: self._fingerprint})
 
     def remove(self) -> None:

@@ -31,6 +31,7 @@ from gptq_loader_plugin.quantize.blocks import (
 from gptq_loader_plugin.quantize.calibration import calibration_samples, calibration_text
 from gptq_loader_plugin.quantize.hessians import LinearOutputs
 from gptq_loader_plugin.quantize.kept_blocks import KeptBlocks, only_writer
+from gptq_loader_plugin.quantize.quality import HeldOutText, write_quality
 from gptq_loader_plugin.quantize.rounding import PlainStates
 from gptq_loader_plugin.quantize.source import check_addresses, load_source
 from gptq_loader_plugin.quantize.whole_decoder import (
@@ -45,7 +46,7 @@ from gptq_loader_plugin.system.file_lock import lock_holder
 from gptq_loader_plugin.system.paths import local_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -68,6 +69,7 @@ def quantize_model(
     options: QuantizeOptions,
     text: Path | Literal["own"] | None = None,
     chat_template: str | None = None,
+    held_out: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Path:
     """Quantise the model in a folder or a .gguf file, and write a checkpoint.
@@ -79,6 +81,8 @@ def quantize_model(
         text: the calibration text, or a .jsonl of chats; "own" lets the model write the chats
             itself; None takes prose that comes with Python.
         chat_template: a Jinja template to use and to write in place of the model's own.
+        held_out: a text to compare the quantised model with the other on; what is measured is
+            written beside the checkpoint (`quality.json`, README.md). None measures nothing.
         progress: called with the layers done.
 
     Returns:
@@ -102,8 +106,23 @@ def quantize_model(
         with _class_errors(model):
             content = calibration_text(model, tokenizer, options, text=text, progress=progress)
             samples = calibration_samples(tokenizer, options, content, context=context)
+            measured = None
+            if held_out is not None:
+                measured = HeldOutText(model, tokenizer, held_out, progress)
+
+            def finish(losses: Mapping[str, float]) -> None:
+                if measured is not None:
+                    name, compared = local_path(source).name, measured.compare(model)
+                    write_quality(folder, options, losses, compared, measured.floor, name=name)
+
             return _quantize(
-                model, tokenizer, folder, options=options, samples=samples, progress=progress
+                model,
+                tokenizer,
+                folder,
+                options=options,
+                samples=samples,
+                progress=progress,
+                finish=finish,
             )
 
 
@@ -147,6 +166,7 @@ def _quantize(
     options: QuantizeOptions,
     samples: Sequence[Sequence[int]],
     progress: Callable[[Progress], None],
+    finish: Callable[[Mapping[str, float]], None] = lambda _: None,
 ) -> Path:
     names = hub_names(model)
     separate_experts(model)
@@ -170,8 +190,12 @@ def _quantize(
     kept = KeptBlocks(out / KEPT, _fingerprint(model, options, samples))
     work = Work(options, progress, total=sum(len(linears(block)) for block in blocks))
     quantized = (_by_blocks if by_blocks else _at_once)(model, blocks, batches, work, kept)
-    packed = {path: pack_weight(weight, options, name="") for path, weight in quantized}
+    packed, losses = {}, {}
+    for path, weight in quantized:
+        packed[path] = pack_weight(weight, options, name="")
+        losses[path] = weight.loss
     write_checkpoint(model, tokenizer, packed, out, options=options, names=names, left=left)
+    finish(losses)
     kept.remove()
     return out
 

@@ -234,6 +234,25 @@ def test_a_block_tuned_as_a_whole_is_nearer_to_what_it_was(tmp_path: Path) -> No
     assert errors["best"] < 0.95 * errors["standard"]
 
 
+def test_what_was_measured_is_written_beside_the_checkpoint(tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    command = ["quantize", str(BASE), str(out), "--samples", "4", "--seq-len", "64", "--json"]
+    ran = CliRunner().invoke(app, command)
+    assert ran.exit_code == 0, ran.output
+    answer, written = json.loads(ran.stdout), json.loads((out / "quality.json").read_text())
+    assert answer["quality"] == {name: written[name] for name in ("compared", "noise_floor")}
+    assert {"vllm", "sglang", "gptqmodel"} <= set(answer["engines"])
+    compared, floor = written["compared"], written["noise_floor"]
+    assert 0 <= floor["kl"] < compared["kl"] < 0.2
+    assert floor["top1"] > compared["top1"] > 0.1
+    assert len(written["layers"]) == 14
+    assert 0 < min(written["layers"].values()) <= max(written["layers"].values()) < 0.05
+    assert written["bytes"] == (out / "model.safetensors").stat().st_size
+    card = (out / "README.md").read_text()
+    assert f"{compared['kl']:.4f}" in card
+    assert "# small" in card
+
+
 def test_shards_are_written_with_their_index(tmp_path: Path) -> None:
     model, tokenizer, samples = tiny()
     quantize(model, tokenizer, tmp_path, options=options(shard_bytes=100_000), samples=samples)
