@@ -33,7 +33,8 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
         typer.Option("--order", help="static, group-aware, act (few engines read it) or none."),
     ] = "static",
     desc_act: Annotated[
-        bool, typer.Option("--desc-act", "--act-order", help="The same as --order act.")
+        bool,
+        typer.Option("--desc-act/--no-desc-act", "--act-order", help="The same as --order act."),
     ] = False,
     effort: Annotated[
         str, typer.Option("--effort", help="fast, standard or best: GPTQ, refined, tuned by block.")

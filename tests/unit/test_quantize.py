@@ -236,7 +236,8 @@ def test_a_block_tuned_as_a_whole_is_nearer_to_what_it_was(tmp_path: Path) -> No
 
 def test_what_was_measured_is_written_beside_the_checkpoint(tmp_path: Path) -> None:
     out = tmp_path / "small"
-    command = ["quantize", str(BASE), str(out), "--samples", "4", "--seq-len", "64", "--json"]
+    sizes = ["--samples", "4", "--seq-len", "64", "--group-size", "32"]
+    command = ["quantize", str(BASE), str(out), *sizes, "--json"]
     ran = CliRunner().invoke(app, command)
     assert ran.exit_code == 0, ran.output
     answer, written = json.loads(ran.stdout), json.loads((out / "quality.json").read_text())
