@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-OPTIONS = QuantizeOptions(group_size=32, samples=24, seq_len=512)
+OPTIONS = QuantizeOptions(group_size=32, sym=False, samples=16, seq_len=512)
 CHATS = Path(__file__).with_name("demo_chats.jsonl")
 
 
