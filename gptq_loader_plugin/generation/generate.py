@@ -55,6 +55,7 @@ class Piece:
         finish: why the reply ended, on its last piece; None before.
         warning: what a user should know about this reply, or "".
         stop_text: the text that ended the reply, on its last piece, where one did.
+        thought: new text of the model's thoughts, where those are separated.
     """
 
     text: str
@@ -62,6 +63,7 @@ class Piece:
     finish: Finish | None = None
     warning: str = ""
     stop_text: str = ""
+    thought: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class Generation:
         stop: texts that end the reply; they are not part of it.
         stop_ids: tokens that end the reply.
         silent_ids: tokens that are never shown.
+        shown_ids: tokens that are, though the tokenizer calls them special.
         banned_ids: tokens that are never sampled: the embedding's padding.
         cancel: ends the reply once it is set.
         kept: the caches of replies before this one; tokens one of them holds are not read again.
@@ -138,6 +141,7 @@ class Generation:
         stop: Sequence[str],
         stop_ids: frozenset[int],
         silent_ids: frozenset[int] = frozenset(),
+        shown_ids: frozenset[int] = frozenset(),
         banned_ids: Sequence[int] = (),
         cancel: threading.Event | None = None,
         kept: PrefixCache | None = None,
@@ -153,7 +157,7 @@ class Generation:
         self._runner = ModelRunner(model)
         self._engine = engine
         self._head = top_logits_head(model) if engine is None else None
-        self._text = TextStream(tokenizer, stop, silent_ids)
+        self._text = TextStream(tokenizer, stop, silent_ids, shown_ids)
         self._sampler = Sampler(options, banned_ids, model.device, processors)
         self.row: Row | None = None  # how its token is picked beside others'
         if engine is not None and not processors:

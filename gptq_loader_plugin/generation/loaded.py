@@ -8,12 +8,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from gptq_loader_plugin.chat.messages import check_text, drop_oldest
+from gptq_loader_plugin.chat.thinking import find_marks
 from gptq_loader_plugin.errors import GPTQLoaderError, PromptTooLong
 from gptq_loader_plugin.generation.batch import write_alone
 from gptq_loader_plugin.generation.generate import Generation, Piece, Reply, generate_pieces
 from gptq_loader_plugin.generation.kv_cache import PrefixCache
 from gptq_loader_plugin.generation.options import GenerateOptions
 from gptq_loader_plugin.generation.speculation import ModelDrafter, NgramDrafter
+from gptq_loader_plugin.generation.thoughts import separate_pieces
 from gptq_loader_plugin.generation.token_ids import TokenIds
 from gptq_loader_plugin.kernel import Closable
 
@@ -156,6 +158,7 @@ class LoadedModel:
         cancel: threading.Event | None = None,
         processors: Sequence[LogitsProcessor] = (),
         watch: Callable[[int, torch.Tensor], object] | None = None,
+        shown: Sequence[str] = (),
     ) -> Iterator[Piece]:
         """Complete tokens piece by piece, for a host that tokenises, masks or scores.
 
@@ -166,12 +169,15 @@ class LoadedModel:
             cancel: ends the reply once it is set.
             processors: change the logits before a token is picked.
             watch: told each token once it is picked, and the model's own logits for it.
+            shown: special tokens that are to be in the text.
 
         Raises:
             PromptTooLong: the tokens do not fit the context.
         """
         self.check_fits(ids)
-        return self._pieces(ids, options, stop, cancel, processors=processors, watch=watch)
+        return self._pieces(
+            ids, options, stop, cancel, processors=processors, watch=watch, shown=shown
+        )
 
     def begin(
         self,
@@ -182,6 +188,7 @@ class LoadedModel:
         cancel: threading.Event | None = None,
         processors: Sequence[LogitsProcessor] = (),
         watch: Callable[[int, torch.Tensor], object] | None = None,
+        shown: Sequence[str] = (),
     ) -> Generation:
         """Begin a reply for `Batch`, which writes several at a time; what `stream_ids` takes.
 
@@ -189,7 +196,7 @@ class LoadedModel:
             PromptTooLong: the tokens do not fit the context.
         """
         self.check_fits(ids)
-        return self._begin(ids, options, stop, cancel, processors, watch)
+        return self._begin(ids, options, stop, cancel, processors, watch, shown)
 
     def chat(
         self,
@@ -198,6 +205,7 @@ class LoadedModel:
         *,
         when_too_long: WhenTooLong = "error",
         cancel: threading.Event | None = None,
+        separate_thoughts: bool = False,
     ) -> Iterator[Piece]:
         """Answer messages piece by piece; contents never become control tokens.
 
@@ -207,13 +215,19 @@ class LoadedModel:
             when_too_long: "error", or "drop-oldest" to leave out the oldest turns (never the
                 system message nor the last message) with a warning on the first piece.
             cancel: ends the reply once it is set.
+            separate_thoughts: whether the model's thoughts are in `Piece.thought` alone; else they
+                are in the text, as the model marks them.
 
         Raises:
             PromptTooLong: the messages do not fit the context.
             TemplateError: there is no template, or it does not take these messages.
         """
         ids, warning = self.encode_chat(messages, when_too_long=when_too_long)
-        return self._pieces(ids, options, self.template.stop, cancel, warning)
+        marks = find_marks(self.template, self.tokenizer, ids)
+        if not separate_thoughts or marks is None:
+            return self._pieces(ids, options, self.template.stop, cancel, warning)
+        pieces = self._pieces(ids, options, self.template.stop, cancel, warning, shown=marks.shown)
+        return separate_pieces(pieces, marks)
 
     def encode(self, prompt: str) -> list[int]:
         """Tokenise a prompt; its special tokens count.
@@ -324,11 +338,12 @@ class LoadedModel:
         warning: str = "",
         processors: Sequence[LogitsProcessor] = (),
         watch: Callable[[int, torch.Tensor], object] | None = None,
+        shown: Sequence[str] = (),
     ) -> Iterator[Piece]:
         self._check_open()
 
         def begin() -> Generation:
-            return self._begin(ids, options, stop, cancel, processors, watch)
+            return self._begin(ids, options, stop, cancel, processors, watch, shown)
 
         ahead = self.engine is not None and self.engine.runs_ahead
         pieces = write_alone(self, begin) if ahead else generate_pieces(begin)
@@ -342,6 +357,7 @@ class LoadedModel:
         cancel: threading.Event | None,
         processors: Sequence[LogitsProcessor],
         watch: Callable[[int, torch.Tensor], object] | None,
+        shown: Sequence[str] = (),
     ) -> Generation:
         self._check_open()
         stop_ids = self.end_ids(stop)
@@ -354,6 +370,7 @@ class LoadedModel:
             stop=[it for it in (*stop, *options.stop) if self.token_ids.single(it) not in stop_ids],
             stop_ids=stop_ids,
             silent_ids=self.token_ids.silent_ids(),
+            shown_ids=self.token_ids.marks(shown),
             banned_ids=self.token_ids.padding_ids(),
             cancel=cancel,
             kept=self._cache,

@@ -22,6 +22,7 @@ class TextStream:
         tokenizer: turns tokens into text.
         stop: texts that end the stream.
         silent_ids: tokens that are never shown.
+        shown_ids: tokens that are, though the tokenizer calls them special.
     """
 
     def __init__(
@@ -29,10 +30,12 @@ class TextStream:
         tokenizer: PreTrainedTokenizerBase,
         stop: Sequence[str],
         silent_ids: frozenset[int] = frozenset(),
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._silent = silent_ids
+        self._shown = shown_ids
         self._tokens: list[int] = []
         self._begin = 0  # decoding starts here: a token's text depends on those before it
         self._decoded = 0  # tokens before this have had their text taken
@@ -75,6 +78,10 @@ class TextStream:
         return text[: len(text) - keep]
 
     def _decode(self, tokens: list[int]) -> str:
+        for i, token in enumerate(tokens):
+            if token in self._shown:
+                mark = str(self._tokenizer.convert_ids_to_tokens(token))
+                return self._decode(tokens[:i]) + mark + self._decode(tokens[i + 1 :])
         text = self._tokenizer.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )

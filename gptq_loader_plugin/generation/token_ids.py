@@ -43,6 +43,11 @@ class TokenIds:
         start = self.single(CHATML_START)
         return frozenset(() if start is None else (start,))
 
+    def marks(self, texts: Sequence[str]) -> frozenset[int]:
+        """Collect the tokens that are one of the texts each."""
+        ids = (self._vocabulary.get(text) for text in texts)
+        return frozenset(index for index in ids if index is not None)
+
     def padding_ids(self) -> range:
         """List the ids past the tokenizer that only pad the embedding."""
         known = max(self._vocabulary.values(), default=-1) + 1

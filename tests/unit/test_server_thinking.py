@@ -10,10 +10,13 @@ import pytest
 from altered import ONE, copy
 from hypothesis import given
 from hypothesis import strategies as st
+from parrot import TEMPLATE as PLAIN
+from parrot import parrot
 from served import CHAT, Running, running
 from test_server_parts import Scripted
 
-from gptq_loader_extensions.openai.replies.thinking import ThinkingMarks, ThoughtParser
+from gptq_loader_plugin.chat.channels import ChannelParser
+from gptq_loader_plugin.chat.thinking import ThinkingMarks, ThoughtParser
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -149,3 +152,81 @@ def test_thoughts_of_earlier_turns_reach_the_template(served: Running) -> None:
         counts.append(served.post(CHAT, messages=messages, max_tokens=1).json()["usage"])
     assert counts[1] == counts[2]
     assert counts[1]["prompt_tokens"] > counts[0]["prompt_tokens"]
+
+
+# As gpt-oss': the reply is in channels.
+CHANNELS = "{% if tools %}{{ tools | tojson }}{% endif %}" + PLAIN.replace(
+    "assistant\n", "assistant{# <|channel|>analysis<|message|> #}"
+)
+MARKS = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|call|>", "<|return|>")
+NOW = {
+    "type": "function",
+    "function": {
+        "name": "now",
+        "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}},
+    },
+}
+
+
+def channels(tmp_path: Path, *pieces: str, end: str = "<|im_end|>") -> Any:
+    folder = tmp_path / "models" / "channels"
+    after = "assistant"
+    parrot(folder, pieces, template=CHANNELS, special=MARKS, after=after, end=end)
+    return running(tmp_path, names=(), start="channels")
+
+
+def test_channels_are_thought_and_answer(tmp_path: Path) -> None:
+    # a token may not come twice, so the second header is one token of its own
+    second = "<|end|><|start|>assistant<|channel|>final<|message|>"
+    pieces = ("<|channel|>", "analysis", "<|message|>", "easy", second, "Ten", " it is.")
+    with channels(tmp_path, *pieces) as served:
+        (choice,) = served.chat(temperature=0).json()["choices"]
+        assert choice["message"]["reasoning_content"] == "easy"
+        assert choice["message"]["content"] == "Ten it is."
+        deltas = [it["choices"][0]["delta"] for it in served.events(CHAT, messages=ASK)[:-1]]
+        assert "".join(it.get("reasoning_content", "") for it in deltas) == "easy"
+        assert "".join(it.get("content", "") for it in deltas) == "Ten it is."
+        raw = served.chat(temperature=0, reasoning_format="none").json()["choices"][0]["message"]
+        assert raw["content"].startswith("<|channel|>analysis<|message|>easy")
+        short = served.chat(temperature=0, thinking_budget=3).json()["choices"][0]["message"]
+        assert "easy" not in short.get("reasoning_content", "")
+
+
+def test_a_call_in_a_channel_is_a_call(tmp_path: Path) -> None:
+    pieces = ("<|channel|>", "commentary to=functions.now ", "json", "<|message|>", '{"zone"',
+              ': "UTC"}', "<|call|>")  # fmt: skip
+    with channels(tmp_path, *pieces) as served:
+        whole = served.chat(temperature=0, tools=[NOW]).json()["choices"][0]
+        assert whole["finish_reason"] == "tool_calls"
+        (call,) = whole["message"]["tool_calls"]
+        assert call["function"] == {"name": "now", "arguments": '{"zone": "UTC"}'}
+        without = served.chat(temperature=0).json()["choices"][0]["message"]
+        assert without["content"] == '{"zone": "UTC"}'
+
+
+CHANNEL_REPLY = (
+    "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>commentary<|message|>b"
+    "<|end|><|start|>assistant<|channel|>analysis<|message|>c<|end|><|start|>assistant to="
+    "functions.f<|channel|>commentary <|constrain|>json<|message|>{}<|call|><|start|>assistant"
+    "<|channel|>final<|message|>d"
+)
+
+
+@given(st.lists(st.integers(0, len(CHANNEL_REPLY)), max_size=8))
+def test_channels_are_found_however_the_text_is_cut(cuts: list[int]) -> None:
+    edges = sorted({0, len(CHANNEL_REPLY), *cuts})
+    parser = ChannelParser(calls=True)
+    parts = [parser.feed(CHANNEL_REPLY[a:b]) for a, b in pairwise(edges)]
+    parts.append(parser.finish())
+    assert "".join(thought for thought, _ in parts) == "a\n\nc"
+    answer = "".join(answer for _, answer in parts)
+    call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    assert answer == f"b{call}\n\nd"
+
+
+@pytest.mark.parametrize("text", ["plain", "<|channel|>final<|message|>plain", "assistant, plain"])
+def test_a_reply_without_thoughts_in_channels_is_the_answer(text: str) -> None:
+    parser = ChannelParser()
+    parts = [*(parser.feed(letter) for letter in text), parser.finish()]
+    assert "".join(thought for thought, _ in parts) == ""
+    assert "".join(answer for _, answer in parts) == text.rpartition("|>")[2]

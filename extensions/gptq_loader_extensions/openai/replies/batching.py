@@ -360,6 +360,7 @@ class BatchEngine:
                 cancel=reply.request.cancel,
                 processors=run.processors,
                 watch=None if reply.recorder is None else reply.recorder.record,
+                shown=run.shown,
             )
         except Exception as error:  # noqa: BLE001 - one request's fault must not end the others
             self._failed(reply.request, error)

@@ -11,7 +11,6 @@ from gptq_loader_extensions.openai.replies.prompt_tokenizer import prompt_tokeni
 from gptq_loader_extensions.openai.replies.structured import MaskOptions, make_mask, write_grammar
 from gptq_loader_extensions.openai.replies.thinking import (
     ThinkingBudget,
-    find_marks,
     thinking_variables,
     unused_variables,
 )
@@ -22,18 +21,20 @@ from gptq_loader_extensions.openai.replies.tools import (
     template_messages,
 )
 from gptq_loader_extensions.openai.schema.constraints import read_constraint
+from gptq_loader_plugin.chat.channels import CALL
 from gptq_loader_plugin.chat.messages import drop_oldest
+from gptq_loader_plugin.chat.thinking import find_marks
 from gptq_loader_plugin.errors import PromptTooLong
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from gptq_loader_extensions.openai.replies.prompt_tokenizer import PromptTokenizer
-    from gptq_loader_extensions.openai.replies.thinking import ThinkingMarks
     from gptq_loader_extensions.openai.replies.tool_parsers import ToolParser
     from gptq_loader_extensions.openai.replies.tools import OfferedTools
     from gptq_loader_extensions.openai.schema.schemas import ChatRequest
     from gptq_loader_plugin.chat.template import Template
+    from gptq_loader_plugin.chat.thinking import ThinkingMarks
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["ChatPrompt", "encode_chat", "make_chat_prompt"]
@@ -53,6 +54,7 @@ class ChatPrompt:
         marks: how the model marks its thoughts; None where it has none, or they are not separated.
         processors: make what changes the logits, for each reply anew.
         ignored: the options that have no effect with this model.
+        shown: special tokens that mark thoughts or calls, and are to be in the reply's text.
     """
 
     ids: list[int]
@@ -61,6 +63,7 @@ class ChatPrompt:
     marks: ThinkingMarks | None
     processors: Sequence[Callable[[], Any]]
     ignored: tuple[str, ...]
+    shown: tuple[str, ...] = ()
 
 
 def make_chat_prompt(request: ChatRequest, model: LoadedModel, *, max_tokens: int) -> ChatPrompt:
@@ -85,7 +88,7 @@ def make_chat_prompt(request: ChatRequest, model: LoadedModel, *, max_tokens: in
         _check_last(messages, tokenizer)
     ids = _encode(request, model, template, messages, room=max_tokens)
     marks = find_marks(
-        model.template, model, ids, str(messages[-1]["content"]) if continued else ""
+        model.template, model.tokenizer, ids, str(messages[-1]["content"]) if continued else ""
     )
     processors: list[Callable[[], Any]] = []
     budget = _thinking_budget(request)
@@ -100,11 +103,12 @@ def make_chat_prompt(request: ChatRequest, model: LoadedModel, *, max_tokens: in
     separate = request.reasoning_format != "none" and request.separate_reasoning is not False
     return ChatPrompt(
         ids,
-        (*template.stop, *offered.stop),
+        (*template.stop, *offered.stop, *((CALL,) if marks and marks.has_channels else ())),
         offered.make_parser,
         marks if separate else None,
         processors,
         tuple(ignored),
+        (*offered.shown, *(marks.shown if marks is not None else ())),
     )
 
 
@@ -281,7 +285,7 @@ def _make_mask(
         ApiError: it cannot be kept to.
     """
     options = MaskOptions()
-    if marks is not None and marks.opened:
+    if marks is not None and (marks.opened or (marks.has_channels and not marks.closed)):
         options = MaskOptions(after=marks.closing, must_begin=True)
     elif marks is not None and not marks.closed:
         opening = model.tokenizer.get_vocab().get(marks.opening)

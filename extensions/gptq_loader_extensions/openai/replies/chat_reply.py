@@ -6,8 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from gptq_loader_extensions.openai.replies.logprobs import LogprobAligner, chat_logprobs
-from gptq_loader_extensions.openai.replies.thinking import ThoughtParser
-from gptq_loader_extensions.openai.replies.tool_parsers import CallBegin, CallText, new_call_id
+from gptq_loader_extensions.openai.replies.tool_parsers import (
+    CallBegin,
+    CallText,
+    NoToolParser,
+    new_call_id,
+)
+from gptq_loader_plugin.chat.thinking import make_thought_parser
 
 if TYPE_CHECKING:
     from gptq_loader_extensions.openai.replies.chat_prompt import ChatPrompt
@@ -107,7 +112,8 @@ class ChatReply:
 
     def __init__(self, prepared: PreparedChat) -> None:
         self._tools = prepared.prompt.make_parser()
-        self._thoughts = ThoughtParser(prepared.prompt.marks)
+        calls = not isinstance(self._tools, NoToolParser)
+        self._thoughts = make_thought_parser(prepared.prompt.marks, calls=calls)
         self._show_thoughts = prepared.show_thoughts
         self._token_text = prepared.token_text
         self._aligner: LogprobAligner | None = None

@@ -43,6 +43,7 @@ class Run:
         processors: change the logits before a token is sampled.
         top_logprobs: how many tokens to report at each position, the most probable first, with
             their log-probabilities; None reports none, not even the sampled token's.
+        shown: special tokens that are to be in the text.
     """
 
     ids: Sequence[int]
@@ -50,6 +51,7 @@ class Run:
     stop: Sequence[str] = ()
     processors: Sequence[LogitsProcessor] = ()
     top_logprobs: int | None = None
+    shown: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,7 @@ def make_runs(
     stop: Sequence[str] = (),
     top_logprobs: int | None = None,
     more: Sequence[Callable[[], Any]] = (),
+    shown: Sequence[str] = (),
 ) -> list[Run]:
     """Return the `n` runs that complete one prompt; each has its own seed, where there is one.
 
@@ -76,6 +77,7 @@ def make_runs(
         stop: the template's end texts.
         top_logprobs: as in `Run`.
         more: make what else changes the logits, for each reply anew.
+        shown: as in `Run`.
 
     Raises:
         ApiError: an option names a token that this model does not have.
@@ -90,7 +92,7 @@ def make_runs(
         processors += [make() for make in more]
         seed = None if options.seed is None else options.seed + i
         own = options if i == 0 else options.model_copy(update={"seed": seed})
-        runs.append(Run(ids, own, tuple(stop), processors, top_logprobs))
+        runs.append(Run(ids, own, tuple(stop), processors, top_logprobs, shown))
     return runs
 
 

@@ -1,73 +1,22 @@
-"""Find out how a model marks its thoughts, and separate them from its answer."""
+"""What a request says of thinking: whether, how hard, and for how long."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gptq_loader_extensions.openai.replies.marks import overlap
 from gptq_loader_plugin.chat.templates import JinjaTemplate
+from gptq_loader_plugin.chat.thinking import TAIL
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     import torch
 
     from gptq_loader_extensions.openai.schema.schemas import ChatRequest
     from gptq_loader_plugin.chat.template import Template
-    from gptq_loader_plugin.generation.loaded import LoadedModel
+    from gptq_loader_plugin.chat.thinking import ThinkingMarks
 
-__all__ = [
-    "ThinkingBudget",
-    "ThinkingMarks",
-    "ThoughtParser",
-    "find_marks",
-    "thinking_variables",
-    "unused_variables",
-]
-
-# What opens and closes a thought: of Qwen3, DeepSeek R1, GLM and most others; Magistral; Seed-OSS.
-MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
-TAIL = 16  # tokens of a prompt's end, which have what opens a thought where it does
-
-
-@dataclass(frozen=True, slots=True)
-class ThinkingMarks:
-    """How a model marks a thought.
-
-    Attributes:
-        opening: what comes before it.
-        closing: what comes after it.
-        opened: whether the prompt has opened it already.
-        closed: whether the prompt has closed it already, so that there is none.
-    """
-
-    opening: str
-    closing: str
-    opened: bool = False
-    closed: bool = False
-
-
-def find_marks(
-    template: Template, model: LoadedModel, ids: Sequence[int], continued: str = ""
-) -> ThinkingMarks | None:
-    """Return the marks of a model that thinks, by its template; None for any other.
-
-    Args:
-        template: the model's.
-        model: the model.
-        ids: a prompt's tokens.
-        continued: the message of the assistant's that the reply goes on with.
-    """
-    if not isinstance(template, JinjaTemplate):
-        return None
-    for opening, closing in MARKS:
-        if closing not in template.text:
-            continue
-        tail = str(model.tokenizer.decode(list(ids[-TAIL:]))).rstrip()
-        opened = tail.endswith(opening) or continued.rfind(opening) > continued.rfind(closing)
-        return ThinkingMarks(opening, closing, opened, tail.endswith(closing))
-    return None
+__all__ = ["ThinkingBudget", "thinking_variables", "unused_variables"]
 
 
 def thinking_variables(request: ChatRequest) -> dict[str, Any]:
@@ -86,68 +35,6 @@ def thinking_variables(request: ChatRequest) -> dict[str, Any]:
     if thinks is not None:
         variables |= {"enable_thinking": thinks, "thinking": thinks}
     return variables | (request.chat_template_kwargs or {})
-
-
-class ThoughtParser:
-    """Separate the thoughts at a reply's beginning from the rest.
-
-    Args:
-        marks: how they are marked; None where all is answer.
-    """
-
-    def __init__(self, marks: ThinkingMarks | None) -> None:
-        self._marks = marks
-        self._held = ""
-        self._state = "answer"
-        if marks is not None:
-            self._state = "thought" if marks.opened else "beginning"
-        self._blank = True  # whether what comes next is the first of its kind
-
-    @property
-    def thinking(self) -> bool:
-        """Whether the thought has not ended."""
-        return self._state == "thought"
-
-    def feed(self, text: str) -> tuple[str, str]:
-        """Feed a chunk; return what is surely thought, and what is surely answer."""
-        if self._marks is None:
-            return "", text
-        self._held += text
-        thought = ""
-        if self._state == "beginning":
-            begun = self._held.lstrip()
-            if begun.startswith(self._marks.opening):
-                self._state = "thought"
-                self._held = begun.removeprefix(self._marks.opening)
-            elif self._marks.opening.startswith(begun):
-                return "", ""
-            else:
-                self._state, self._blank = "answer", False
-        if self._state == "thought":
-            thought, closed, rest = self._held.partition(self._marks.closing)
-            if closed:
-                thought = self._shown(thought.rstrip())
-                self._state, self._held, self._blank = "answer", rest, True
-            else:
-                whole = thought[: len(thought) - overlap(thought, self._marks.closing)].rstrip()
-                self._held = thought[len(whole) :]
-                return self._shown(whole), ""
-        answer, self._held = self._held, ""
-        return thought, self._shown(answer)
-
-    def finish(self) -> tuple[str, str]:
-        """Return what was held back, at the reply's end."""
-        held, self._held = self._held, ""
-        if self._state == "thought":
-            return self._shown(held.rstrip()), ""
-        return "", held
-
-    def _shown(self, text: str) -> str:
-        """Leave out the whitespace before the first word."""
-        if self._blank:
-            text = text.lstrip()
-            self._blank = not text
-        return text
 
 
 class ThinkingBudget:
@@ -171,9 +58,7 @@ class ThinkingBudget:
         self._opened = marks.opened
         self._tokenizer = tokenizer
         self._marks = marks
-        self._closing: list[int] = tokenizer(f"\n{marks.closing}", add_special_tokens=False)[
-            "input_ids"
-        ]
+        self._closing: list[int] = tokenizer(marks.ending, add_special_tokens=False)["input_ids"]
         self._forced = 0  # of the tokens that close the thought
         self._ended = False
 

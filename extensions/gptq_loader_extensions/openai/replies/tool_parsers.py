@@ -10,8 +10,8 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gptq_loader_extensions.openai.replies.marks import overlap
 from gptq_loader_extensions.openai.schema.json_text import parse_json
+from gptq_loader_plugin.chat.marks import overlap
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator

@@ -16,6 +16,7 @@ from gptq_loader_extensions.openai.replies.tool_parsers import (
     NoToolParser,
 )
 from gptq_loader_extensions.openai.schema.json_text import parse_json
+from gptq_loader_plugin.chat.channels import uses_channels
 from gptq_loader_plugin.chat.encode import control_tokens
 from gptq_loader_plugin.chat.templates import JinjaTemplate
 from gptq_loader_plugin.errors import TemplateError
@@ -64,6 +65,7 @@ class OfferedTools:
         strict: writes what each call must keep to, from what opens it to its end, where a function
             asks for that.
         stop: texts that end a reply after its only call.
+        shown: special tokens that mark calls.
     """
 
     template: Template
@@ -73,6 +75,7 @@ class OfferedTools:
     write_calls: Callable[[], str] | None = None
     strict: Callable[[], str] | None = None
     stop: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()
 
 
 def offer_tools(
@@ -105,7 +108,9 @@ def offer_tools(
     else:
         written = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in offered)
         messages = with_system(INTRODUCTION.format(tools=written), messages, template)
-    if "tools" in text and OPEN not in text:  # what marks a call, if anything, is no text
+    if (
+        "tools" in text and OPEN not in text and not uses_channels(text)
+    ):  # what marks a call, if anything, is no text
         names = frozenset(tool.function.name for tool in tools)
         key = "parameters" if LLAMA_MARK in text else "arguments"
         return OfferedTools(

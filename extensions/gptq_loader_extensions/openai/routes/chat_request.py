@@ -140,6 +140,7 @@ def _prepare(
         stop=prompt.stop,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         more=prompt.processors,
+        shown=prompt.shown,
     )
     prepared = PreparedChat(
         prompt,
