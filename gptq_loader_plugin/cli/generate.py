@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gptq_loader_plugin.cli.loading import load_with_bars
-from gptq_loader_plugin.cli.options import JSON, Checkpoint, System, load_options, sampling
+from gptq_loader_plugin.cli.options import (
+    JSON,
+    Checkpoint,
+    ShowThoughts,
+    System,
+    load_options,
+    sampling,
+)
 from gptq_loader_plugin.cli.output import print_json, reported, say
 from gptq_loader_plugin.cli.reply import system_message, write_reply
 
@@ -33,6 +40,7 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Complete the prompt as it is, without a template.")
     ] = False,
+    thoughts: ShowThoughts = "show",
     options: GenerateOptions,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="End the reply here; may be repeated.")
@@ -48,15 +56,18 @@ def generate(
         pieces = model.stream(prompt, options)
     else:
         pieces = model.chat(
-            [*system_message(model, system), {"role": "user", "content": prompt}], options
+            [*system_message(model, system), {"role": "user", "content": prompt}],
+            options,
+            separate_thoughts=True,
         )
     if not as_json:
-        write_reply(model, pieces)
+        write_reply(model, pieces, thoughts)
         return
     whole = list(pieces)
     print_json(
         {
             "text": "".join(piece.text for piece in whole),
+            "thoughts": "".join(piece.thought for piece in whole),
             "tokens": whole[-1].tokens,
             "finish": whole[-1].finish,
             "template": model.template.name,

@@ -7,7 +7,7 @@ import functools
 import inspect
 import types
 import typing
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -25,6 +25,7 @@ __all__ = [
     "Checkpoint",
     "FitContext",
     "FitDevice",
+    "ShowThoughts",
     "System",
     "hub_reference",
     "load_options",
@@ -38,6 +39,10 @@ JSON = Annotated[bool, typer.Option("--json", help="Write the result as JSON.")]
 System = Annotated[
     str | None,
     typer.Option("--system", help="A system message; card takes the one the model card gives."),
+]
+ShowThoughts = Annotated[
+    Literal["show", "fold"],
+    typer.Option("--thoughts", help="Of a model that thinks: show them, or their time alone."),
 ]
 FitDevice = Annotated[
     str | None,
