@@ -41,6 +41,12 @@ CUDA_CARDS = {
     (10, 0): "B200",
     (12, 0): "RTX 50 series",
 }
+# https://developer.nvidia.com/cuda-gpus, from Maxwell on.
+CAPABILITIES = (
+    *((5, 0), (5, 2), (5, 3), (6, 0), (6, 1), (6, 2), (7, 0), (7, 2), (7, 5)),
+    *((8, 0), (8, 6), (8, 7), (8, 8), (8, 9), (9, 0)),
+    *((10, 0), (10, 1), (10, 3), (11, 0), (12, 0), (12, 1)),
+)
 ROCM_CARDS = {"gfx90a": "MI210, MI250", "gfx942": "MI300", "gfx1100": "RX 7900"}
 UNNUMBERED: dict[DeviceType, str] = {"mps": "Apple GPU", "xpu": "Intel GPU"}
 INTEL = "0x8086"  # its number among the vendors of PCI devices
@@ -144,6 +150,12 @@ def find_device(name: str | None = None) -> Device:
 def _absent(kind: str, which: str) -> Device | None:
     if kind == "cuda" and (match := re.fullmatch(r"sm_?(\d+)(\d)a?", which)):
         capability = (int(match[1]), int(match[2]))
+        if capability not in CAPABILITIES:
+            known = ", ".join(f"sm{major}{minor}" for major, minor in CAPABILITIES)
+            raise OptionInvalid(
+                f"no GPU has the compute capability {match[1]}.{match[2]}",
+                hint=f"name one of {known}",
+            )
         name = CUDA_CARDS.get(capability, "")
         return Device("cuda", name=name, capability=capability, present=False)
     if kind == "rocm" and which.startswith("gfx"):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,7 +97,7 @@ def resolve(
             if (folder / name).is_dir():
                 return folder / name
     if hub is None or path.is_absolute():
-        raise _not_found(text, tried)
+        raise _not_found(text, tried, _names(environ))
     from gptq_loader_plugin.hub import cached_folder, download_folder
 
     if not download:
@@ -147,10 +149,22 @@ def _is_near(path: Path) -> bool:
     return path.parent.is_dir() and path.parent != Path()
 
 
-def _not_found(reference: str, tried: Sequence[str]) -> CheckpointNotFound:
+def _names(environ: Mapping[str, str]) -> list[str]:
+    """List the names of what is in the models folders, and of the demo."""
+    names = ["demo"]
+    for folder in models_folders(environ):
+        with suppress(OSError):  # there is none, or it may not be read
+            names += sorted(path.name for path in folder.iterdir() if path.is_dir())
+    return names
+
+
+def _not_found(
+    reference: str, tried: Sequence[str], names: Sequence[str] = ()
+) -> CheckpointNotFound:
+    near = get_close_matches(reference, names, n=1)
     return CheckpointNotFound(
         f"{reference} names no checkpoint; looked in {', '.join(dict.fromkeys(tried))}",
         reference=reference,
         tried=tried,
-        hint=WHAT_TO_NAME,
+        hint=f"did you mean {near[0]}? else {WHAT_TO_NAME}" if near else WHAT_TO_NAME,
     )

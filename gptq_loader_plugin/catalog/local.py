@@ -42,7 +42,7 @@ class LocalModel:
 
     name: str
     path: Path
-    source: Literal["models directory", "Hugging Face cache"]
+    source: Literal["models directory", "Hugging Face cache", "demo"]
     size_bytes: int
 
 

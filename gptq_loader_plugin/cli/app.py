@@ -51,7 +51,7 @@ app = typer.Typer(
     name="gptq-loader",
     help="Load any GPTQ checkpoint, exactly, and say which kernel runs it and why.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -47,7 +47,7 @@ COMMAND = re.compile(r"/([A-Za-z]\S*)\s*(.*)", re.DOTALL)
 
 def add_to(app: typer.Typer) -> None:
     """Add this command to the application."""
-    app.command()(reported(chat))
+    app.command(short_help="Chat in the terminal.")(reported(chat))
 
 
 @load_options()

@@ -28,7 +28,9 @@ def add_to(app: typer.Typer) -> None:
 def demo(
     prompt: Annotated[
         str | None,
-        typer.Argument(help="Answer this in the terminal; without it a chat page opens."),
+        typer.Argument(
+            metavar="PROMPT", help="Answer this in the terminal; without it a chat page opens."
+        ),
     ] = None,
     *,
     load: LoadOptions,

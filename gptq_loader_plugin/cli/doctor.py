@@ -28,7 +28,7 @@ def add_to(app: typer.Typer) -> None:
 @load_options("device", "backend", "dtype", "template", "revision", "context")
 def doctor(
     reference: Annotated[
-        str | None, typer.Argument(metavar="[REF]", help="A checkpoint that has a symptom.")
+        str | None, typer.Argument(metavar="REF", help="A checkpoint that has a symptom.")
     ] = None,
     *,
     load: LoadOptions,

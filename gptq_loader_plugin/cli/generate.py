@@ -14,6 +14,7 @@ from gptq_loader_plugin.cli.options import (
     System,
     load_options,
     sampling,
+    valid_text,
 )
 from gptq_loader_plugin.cli.output import print_json, reported, say
 from gptq_loader_plugin.cli.reply import system_message, write_reply
@@ -35,7 +36,10 @@ def add_to(app: typer.Typer) -> None:
 def generate(
     reference: Checkpoint,
     *,
-    prompt: Annotated[str, typer.Option("--prompt", help="What to answer, or to complete.")],
+    prompt: Annotated[
+        str,
+        typer.Option("--prompt", help="What to answer, or to complete.", callback=valid_text),
+    ],
     system: System = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Complete the prompt as it is, without a template.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ from gptq_loader_plugin.cli.output import (
     text_of,
     yes_no,
 )
+from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def add_to(app: typer.Typer) -> None:
 
 def inspect(
     references: Annotated[
-        list[str], typer.Argument(metavar="REF...", help="A checkpoint; several make a table.")
+        list[str], typer.Argument(metavar="REF", help="A checkpoint; several make a table.")
     ],
     *,
     revision: Annotated[
@@ -57,14 +58,36 @@ def inspect(
     """Say what a checkpoint is, from its headers, and where each fact came from."""
     import gptq_loader_plugin as gptq
 
-    reports = [gptq.inspect(reference, revision=revision) for reference in references]
+    if len(references) == 1:
+        report = gptq.inspect(references[0], revision=revision)
+        if as_json:
+            print_json(report.to_json())
+        else:
+            _show(report)
+        return
+    reports = [(reference, _report(reference, revision)) for reference in references]
     if as_json:
-        data = [report.to_json() for report in reports]
-        print_json(data[0] if len(data) == 1 else data)
-    elif len(reports) == 1:
-        _show(reports[0])
+        print_json([_to_json(reference, report) for reference, report in reports])
     else:
         _table(reports)
+    if any(isinstance(report, GPTQLoaderError) for _, report in reports):
+        raise typer.Exit(1)
+
+
+def _report(reference: str, revision: str | None) -> CheckpointReport | GPTQLoaderError:
+    """Return what a checkpoint is, or what is wrong with it."""
+    import gptq_loader_plugin as gptq
+
+    try:
+        return gptq.inspect(reference, revision=revision)
+    except GPTQLoaderError as error:
+        return error
+
+
+def _to_json(reference: str, report: CheckpointReport | GPTQLoaderError) -> dict[str, Any]:
+    if isinstance(report, GPTQLoaderError):
+        return {"reference": reference, "error": report.message, "hint": report.hint}
+    return report.to_json()
 
 
 def _show(report: CheckpointReport) -> None:
@@ -101,22 +124,28 @@ def _calibration(report: CheckpointReport) -> list[tuple[str, str, str]]:
     return [("calibration", words, "dataset")] if words else []
 
 
-def _table(reports: list[CheckpointReport]) -> None:
-    rows = [
-        (
-            report.reference.rstrip("/").rpartition("/")[2].rpartition(":")[2],
-            str(report.bits),
-            group_text(report.group_size),
-            yes_no(report.desc_act),
-            text_of(report.damp_percent),
-            write_size(report.size_bytes),
-            str(report.quantized_layers),
-            yes_no(report.exllama.compatible),
-            report.template.name,
-        )
-        for report in reports
-    ]
-    print_table(COLUMNS, rows)
-    for report in reports:
+def _table(reports: list[tuple[str, CheckpointReport | GPTQLoaderError]]) -> None:
+    print_table(COLUMNS, [_row(reference, report) for reference, report in reports])
+    for reference, report in reports:
+        if isinstance(report, GPTQLoaderError):
+            say(f"error: {reference}: {report.message}\nhint: {report.hint}")
+            continue
         for warning in report.warnings:
             say(f"warning: {report.reference}: {warning}")
+
+
+def _row(reference: str, report: CheckpointReport | GPTQLoaderError) -> tuple[str, ...]:
+    name = reference.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+    if isinstance(report, GPTQLoaderError):
+        return (name, "damaged", *["-"] * (len(COLUMNS) - 2))
+    return (
+        name,
+        str(report.bits),
+        group_text(report.group_size),
+        yes_no(report.desc_act),
+        text_of(report.damp_percent),
+        write_size(report.size_bytes),
+        str(report.quantized_layers),
+        yes_no(report.exllama.compatible),
+        report.template.name,
+    )

@@ -20,7 +20,7 @@ from gptq_loader_plugin.system.units import write_size
 if TYPE_CHECKING:
     import typer
 
-    from gptq_loader_plugin.catalog.local import LocalReport
+    from gptq_loader_plugin.catalog.local import LocalModel, LocalReport
 
 __all__ = ["add_to"]
 
@@ -40,7 +40,8 @@ def models(*, device: FitDevice = None, context: FitContext = 4096, as_json: JSO
     from gptq_loader_plugin.reference import models_folders
 
     where, kernels = find_device(device), Plugins(installed=True).kernels()
-    reports = [report_model(model, where, kernels, context=context) for model in local_models()]
+    listed = [*_demo(), *local_models()]
+    reports = [report_model(model, where, kernels, context=context) for model in listed]
     if as_json:
         print_json([report.to_json() for report in reports])
         return
@@ -57,6 +58,19 @@ def models(*, device: FitDevice = None, context: FitContext = 4096, as_json: JSO
         elif not report.fit.fits:
             fits = yes_no(report.fit.fits, unknown="?")
             show(f"  {report.model.name}: {fits}: {report.fit.reason}")
+
+
+def _demo() -> list[LocalModel]:
+    """Return the demo's checkpoint, where it was made."""
+    from gptq_loader_plugin.catalog.local import LocalModel
+    from gptq_loader_plugin.checkpoint.weight_files import KEPT
+    from gptq_loader_plugin.quantize.demo import demo_folder
+
+    folder = demo_folder()
+    if not (folder / "config.json").is_file() or (folder / KEPT).exists():
+        return []
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return [LocalModel("demo", folder, "demo", size)]
 
 
 def _row(report: LocalReport) -> tuple[str, ...]:

@@ -30,15 +30,45 @@ __all__ = [
     "hub_reference",
     "load_options",
     "sampling",
+    "valid_text",
 ]
 
+
+def _complete_reference(incomplete: str) -> list[str]:
+    """List the checkpoints of this machine that begin so; a shell adds folders by itself."""
+    from gptq_loader_plugin.catalog.local import local_models
+
+    names = ["demo", *(model.name for model in local_models())]
+    return [name for name in dict.fromkeys(names) if name.startswith(incomplete)]
+
+
+def valid_text(text: str | None) -> str | None:
+    """Refuse what a terminal wrote in another encoding than it is read in."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter(
+            "the terminal is not set to UTF-8, in which this is written; set LANG=C.UTF-8"
+        ) from None
+    return text
+
+
 Checkpoint = Annotated[
-    str, typer.Argument(metavar="REF", help="A folder, a file, owner/repo:branch, or demo.")
+    str,
+    typer.Argument(
+        metavar="REF",
+        help="A folder, a file, owner/repo:branch, or demo.",
+        autocompletion=_complete_reference,
+    ),
 ]
 JSON = Annotated[bool, typer.Option("--json", help="Write the result as JSON.")]
 System = Annotated[
     str | None,
-    typer.Option("--system", help="A system message; card takes the one the model card gives."),
+    typer.Option(
+        "--system",
+        help="A system message; card takes the one the model card gives.",
+        callback=valid_text,
+    ),
 ]
 ShowThoughts = Annotated[
     Literal["show", "fold"],

@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import math
 import os
 import re
+import shutil
 import sys
+import textwrap
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
@@ -44,6 +47,7 @@ HINTS = {  # by what the system says
     errno.EMFILE: TOO_MANY,
     errno.ENFILE: TOO_MANY,
 }
+COLUMN = re.compile(r" *\S+(?: \S+)*  +")  # the first of a line in columns
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but a tab and the end of a line
 
 
@@ -53,8 +57,33 @@ def say(text: str) -> None:
 
 
 def show(text: str) -> None:
-    """Write a result for a person to stdout."""
-    print(plain(text), flush=True)  # noqa: T201 - the command's own output
+    """Write a result for a person to stdout; a terminal gets no words that are cut in two."""
+    width = _width()
+    lines = [_folded(line, width) for line in plain(text).split("\n")]
+    print("\n".join(lines), flush=True)  # noqa: T201 - the command's own output
+
+
+def _width() -> float:
+    """Return the characters of a line of stdout; what is no terminal has no end."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+
+
+def _folded(line: str, width: float) -> str:
+    """Break a line between words, and begin the rest below its first words."""
+    if len(line) <= width:
+        return line
+    start = len(line) - len(line.lstrip())
+    column = COLUMN.match(line)
+    after = column.end() if column and column.end() < width / 2 else start + 2
+    return textwrap.fill(
+        line,
+        int(width),
+        subsequent_indent=" " * after,
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
+        replace_whitespace=False,
+    )
 
 
 def plain(text: str) -> str:
@@ -73,9 +102,19 @@ def print_json(data: object) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a table to stdout, as Markdown writes one."""
+    """Write a table to stdout, as Markdown writes one.
+
+    On a terminal that is too narrow, each row is a block of lines.
+    """
     rows = [[cell.replace("\n", " ") for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
+    if sum(widths) + 3 * len(widths) + 1 > _width():
+        for name, *cells in rows:
+            show(name)
+            for column, cell in zip(columns[1:], cells, strict=True):
+                if cell not in ("", "-"):
+                    show(f"  {column:<{max(map(len, columns))}} {cell}")
+        return
     for row in (columns, tuple("-" * width for width in widths), *rows):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         show(f"| {' | '.join(cells)} |")

@@ -21,8 +21,12 @@ def add_to(app: typer.Typer) -> None:
 
 
 def quantize(  # noqa: PLR0913 - each is an option a user may want
-    model: Annotated[str, typer.Argument(help="A model's folder, or a .gguf file.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write the checkpoint to.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model's folder, or a .gguf file.")
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The folder to write the checkpoint to.")
+    ],
     *,
     bits: Annotated[int, typer.Option("--bits", help="2, 3, 4 or 8.")] = 4,
     group_size: Annotated[

@@ -30,9 +30,7 @@ def add_to(app: typer.Typer) -> None:
 def tune(
     reference: Annotated[
         str | None,
-        typer.Argument(
-            metavar="[REF]", help="Measure this checkpoint's layers; else Llama-2-7B's."
-        ),
+        typer.Argument(metavar="REF", help="Measure this checkpoint's layers; else Llama-2-7B's."),
     ] = None,
     *,
     device: Annotated[str | None, typer.Option("--device", help="cuda, cuda:1.")] = None,

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from gptq_loader_plugin.errors import GPTQLoaderError, NoBackend, PluginError, is_out_of_memory
+from gptq_loader_plugin.errors import (
+    GPTQLoaderError,
+    NoBackend,
+    OptionInvalid,
+    PluginError,
+    is_out_of_memory,
+)
 from gptq_loader_plugin.verdict import Accepted, Declined
 
 if TYPE_CHECKING:
@@ -82,10 +89,12 @@ def choose(
 
     Raises:
         NoBackend: every kernel declined; the error carries each one's reason.
+        OptionInvalid: no kernel has that name.
         PluginError: a kernel failed instead of answering.
     """
     accepted: list[tuple[Accepted, Kernel]] = []
     declined: list[Declined] = []
+    _check_name(only, kernels)
     for kernel in kernels:
         verdict = _ask(kernel, layer, device)
         if isinstance(verdict, Declined):
@@ -95,7 +104,7 @@ def choose(
         else:
             accepted.append((verdict, kernel))
     if not accepted:
-        raise NoBackend(f"{layer.name} ({layer}) on {device}", declined, hint=_hint(kernels, only))
+        raise NoBackend(f"{layer.name} ({layer}) on {device}", declined, hint=_hint(only))
     accepted.sort(key=lambda pair: (-_rank(pair[0], if_fits=if_fits), pair[0].kernel))
     return Choice(
         layer=layer,
@@ -159,10 +168,24 @@ def prepared(kernel: Kernel, layer: LayerSpec, packed: PackedLinear, device: Dev
     )
 
 
-def _hint(kernels: Sequence[Kernel], only: str | None) -> str:
-    if only is not None and only not in {kernel.name for kernel in kernels}:
-        names = ", ".join(kernel.name for kernel in kernels)
-        return f"name a kernel that is installed: {names or 'none is'}"
+def _check_name(only: str | None, kernels: Sequence[Kernel]) -> None:
+    """Refuse a kernel's name that none has.
+
+    Raises:
+        OptionInvalid: none has it.
+    """
+    names = [kernel.name for kernel in kernels]
+    if only is None or only in names or not names:
+        return
+    near = get_close_matches(only, names, n=1)
+    guess = f"did you mean {near[0]}? " if near else ""
+    raise OptionInvalid(
+        f"there is no kernel {only}",
+        hint=f"{guess}name a kernel that is installed: {', '.join(names)}",
+    )
+
+
+def _hint(only: str | None) -> str:
     if only is not None:
         return "leave backend out, and the best kernel that can run it is chosen"
     return "install gptq-loader-plugin's own kernels again: reference runs every layer"

@@ -33,7 +33,7 @@ from gptq_loader_plugin.quantize.hessians import LinearOutputs
 from gptq_loader_plugin.quantize.kept_blocks import KeptBlocks, only_writer
 from gptq_loader_plugin.quantize.quality import HeldOutText, write_quality
 from gptq_loader_plugin.quantize.rounding import PlainStates
-from gptq_loader_plugin.quantize.source import check_addresses, load_source
+from gptq_loader_plugin.quantize.source import check_addresses, check_there, load_source
 from gptq_loader_plugin.quantize.whole_decoder import (
     decoder_blocks,
     decoder_hessians,
@@ -97,6 +97,7 @@ def quantize_model(
     with only_writer(local_path(out)) as folder:
         _check_free(folder)
         check_addresses(local_path(source), text if isinstance(text, Path) else None)
+        check_there(local_path(source))
         progress(Progress("read model", 0, 1, "files", str(source)))
         model, tokenizer = load_source(local_path(source))
         progress(Progress("read model", 1, 1, "files", str(source)))

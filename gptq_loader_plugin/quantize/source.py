@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["check_addresses", "load_source"]
+__all__ = ["check_addresses", "check_there", "load_source"]
 
 # What a model of no size takes beside its weights until its first block: code and threads of
 # transformers 0.5 GB, and tokens of the built-in text 0.1 GB (a peak of 616 MB measured).
@@ -37,13 +37,7 @@ def load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
-    if not source.exists():
-        raise BadReference(
-            f"there is no {source}",
-            reference=str(source),
-            tried=[str(source)],
-            hint="name the folder of a model that transformers can load, or a .gguf file",
-        )
+    check_there(source)
     folder, file, kind = source, {}, AutoModelForCausalLM
     if source.is_file():
         folder, file = source.parent, {"gguf_file": source.name}
@@ -71,6 +65,17 @@ def load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
             hint="quantise a model for text generation",
         )
     return model.eval(), tokenizer
+
+
+def check_there(source: Path) -> None:
+    """Raise `BadReference` where there is nothing to quantise."""
+    if not source.exists():
+        raise BadReference(
+            f"there is no {source}",
+            reference=str(source),
+            tried=[str(source)],
+            hint="name the folder of a model that transformers can load, or a .gguf file",
+        )
 
 
 def check_addresses(source: Path, text: Path | None) -> None:

@@ -77,7 +77,7 @@ def serve(
         )
         server = Server(settings, registry, engine)
         log_requests()
-        _announce(server, listening)
+        _announce(server, listening, has_page=page is not None)
         config = uvicorn.Config(
             create_app(server, page=None if page is None else partial(page.mount, server=server)),
             log_config=None,
@@ -162,7 +162,7 @@ def bind(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _announce(server: Server, listening: socket.socket) -> None:
+def _announce(server: Server, listening: socket.socket, *, has_page: bool = False) -> None:
     """Print what is served, where, and how to point a client at it."""
     settings, loaded = server.settings, server.registry.loaded
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host  # noqa: S104 - compared, not bound
@@ -170,6 +170,7 @@ def _announce(server: Server, listening: socket.socket) -> None:
     names = [model.name for model in server.registry.list_models()]
     key = "your key" if settings.api_key else "anything"
     lines = [
+        *([f"the page is at {url}"] if has_page else []),
         f"serving {loaded[0]}: {loaded[1].plan.headline()}"
         if loaded
         else "serving no model yet: the first request loads the one it names",
