@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
@@ -12,8 +13,6 @@ from gptq_loader_plugin.events import Head
 from gptq_loader_plugin.planning.placement import read_limits
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
 
     from gptq_loader_plugin.chat.template import Template
@@ -28,7 +27,8 @@ class LoadOptions:
     """How to load a checkpoint; None leaves a choice to the loader.
 
     The fields are the arguments of `gptq_loader_plugin.load`, which documents them. `dtype` and
-    `max_memory` are normalised: torch.bfloat16 to "bfloat16", "cuda:0=8GB,cpu" to a mapping.
+    `max_memory` are normalised: torch.bfloat16 to "bfloat16", "cuda:0=8GB,cpu" to a mapping; and
+    `lora` to a mapping of names.
 
     Raises:
         OptionInvalid: a value is impossible, or two options contradict each other.
@@ -47,6 +47,7 @@ class LoadOptions:
     offload_folder: str | Path | None = None
     kv_cache: str | None = None
     draft: str | Path | None = None
+    lora: str | Path | Sequence[str | Path] | Mapping[str, str | Path] | None = None
 
     def __post_init__(self) -> None:
         """Normalise what has several spellings, and refuse what makes no sense."""
@@ -54,6 +55,7 @@ class LoadOptions:
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         if isinstance(self.max_memory, str):
             object.__setattr__(self, "max_memory", read_limits(self.max_memory))
+        object.__setattr__(self, "lora", read_adapters(self.lora))
         if self.offload_folder is not None:
             object.__setattr__(self, "offload_folder", Path(self.offload_folder))
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -89,6 +91,11 @@ class LoadOptions:
         """The memory limits by place."""
         return self.max_memory if not isinstance(self.max_memory, str) else None
 
+    @property
+    def adapters(self) -> Mapping[str, str | Path]:
+        """The LoRA adapters by name."""
+        return self.lora if isinstance(self.lora, Mapping) else {}
+
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
         """Make options of a mapping, such as a file or a request holds.
@@ -105,3 +112,28 @@ class LoadOptions:
                     hint=f"did you mean {near[0]}?" if near else f"use {', '.join(names)}",
                 )
         return cls(**values)
+
+
+def read_adapters(
+    named: str | Path | Sequence[str | Path] | Mapping[str, str | Path] | None,
+) -> Mapping[str, str | Path] | None:
+    """Read which LoRA adapters to load: "NAME=REF" each, or REF, whose last part is its name.
+
+    Raises:
+        OptionInvalid: two have one name, or one has none.
+    """
+    if named is None or isinstance(named, Mapping):
+        return named or None
+    adapters: dict[str, str | Path] = {}
+    for entry in [named] if isinstance(named, str | Path) else named:
+        name, _, reference = str(entry).partition("=")
+        if not reference:
+            reference = str(entry)
+            name = reference.replace("\\", "/").rstrip("/").rpartition("/")[2]
+        if not name or name in adapters:
+            raise OptionInvalid(
+                f"two adapters are called {name}" if name else f"{entry} gives an adapter no name",
+                hint="name each by its own: --lora NAME=REF",
+            )
+        adapters[name] = reference
+    return adapters or None

@@ -24,7 +24,7 @@ from gptq_loader_plugin.plugins import Plugins
 from gptq_loader_plugin.reference import resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.events import Head
     from gptq_loader_plugin.generation.engine import Engine
     from gptq_loader_plugin.generation.loaded import LoadedModel
+    from gptq_loader_plugin.model.adapter_files import AdapterFile
     from gptq_loader_plugin.model.build import FilledModel
     from gptq_loader_plugin.opening import Opened
     from gptq_loader_plugin.planning.plan import Plan
@@ -66,6 +67,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     offload_folder: str | Path | None = None,
     kv_cache: Literal["int8"] | None = None,
     draft: str | Path | None = None,
+    lora: str | Path | Sequence[str | Path] | Mapping[str, str | Path] | None = None,
     options: LoadOptions | None = None,
     plugins: Plugins | None = None,
 ) -> LoadedModel:
@@ -96,6 +98,9 @@ def load(  # noqa: PLR0913 - each is an option a user may want
             and kept where they are what is picked anyway; or "ngram", which guesses that what
             followed the same words before follows again; or "none". None is "ngram" where a step
             of several tokens has the numbers of several steps, as the native ones on a CPU have.
+        lora: LoRA adapters, as peft saves them, beside the model: {name: folder}, or "name=folder",
+            or folders. One that is alone is used for every reply; of several, `model.adapter`
+            names the one to use.
         options: all of the above in one; in place of them.
         plugins: the plugins in force; None takes those installed.
 
@@ -119,6 +124,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
             offload_folder=offload_folder,
             kv_cache=kv_cache,
             draft=draft,
+            lora=lora,
         ),
     )
     opened = open_planned(reference, options, plugins)
@@ -141,6 +147,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     if int8 and not _wants_engine(plan):
         check_int8(config)
 
+    adapter_files = _read_adapters(options, plugins)
     filled = build_model(checkpoint, plan, plugins, options.offload_folder, check=options.check)
     model, plan, notes = filled.model, filled.plan, filled.notes
     if options.head == "int8":
@@ -158,10 +165,14 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     notes = (*notes, *done)
     if int8 and engine is None:
         check_int8(config)
-    exact = filled.batcher is not None and engine is None
+    exact = filled.batcher is not None and engine is None and not adapter_files
     guesses = _load_draft(options, tokenizer, plugins, exact=exact)
     if guesses == "ngram":
         notes = (*notes, GUESSES)
+    from gptq_loader_plugin.model.adapters import Adapters
+
+    adapters = Adapters.of(model, adapter_files) if adapter_files else None
+    notes = (*notes, *(adapters.notes if adapters else ()))
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
     loaded = LoadedModel(
@@ -177,9 +188,22 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         engine=engine,
         kv_cache="int8" if int8 and engine is None else None,
         draft=guesses,
+        adapters=adapters,
     )
+    if len(adapter_files) == 1:
+        (loaded.adapter,) = adapter_files
     _never_sample_padding(loaded)
     return loaded
+
+
+def _read_adapters(options: LoadOptions, plugins: Plugins) -> dict[str, AdapterFile]:
+    """Read the LoRA adapters, before the model, which takes longer."""
+    folders = {name: resolve(it, plugins=plugins) for name, it in options.adapters.items()}
+    if not folders:
+        return {}
+    from gptq_loader_plugin.model.adapter_files import read_adapter
+
+    return {name: read_adapter(folder) for name, folder in folders.items()}
 
 
 def _load_draft(

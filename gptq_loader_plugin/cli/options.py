@@ -172,6 +172,13 @@ LOAD: dict[str, tuple[Any, Any]] = {
         ],
         None,
     ),
+    "lora": (
+        Annotated[
+            list[str] | None,
+            typer.Option("--lora", help="A LoRA adapter, NAME=REF or REF; may be repeated."),
+        ],
+        None,
+    ),
 }
 
 # The fields of GenerateOptions.

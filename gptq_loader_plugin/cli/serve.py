@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path  # noqa: TC003 - typer reads it
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,9 @@ from gptq_loader_plugin.hookspecs import hookimpl
 from gptq_loader_plugin.host import Engine
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.load_options import LoadOptions
     from gptq_loader_plugin.plugins import Plugins
 
@@ -140,7 +144,7 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
     stop = threading.Event()
     plugins.host(OWN).install(
         reference=reference,
-        load=lambda target: load_with_bars(target, load, _Stopper(stop)),
+        load=_load_by(reference, load, _Stopper(stop)),
         stop=stop,
         host="0.0.0.0" if listen and host == LOOPBACK else host,  # noqa: S104 - as asked for
         port=port,
@@ -160,6 +164,22 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
         grace=grace,
         as_json=as_json,
     )
+
+
+def _load_by(
+    reference: str | None, options: LoadOptions, listener: object
+) -> Callable[[str | Path], LoadedModel]:
+    """Return what loads models; the first one alone with the adapters, which are for that."""
+    first: set[str] = set() if reference is None else {reference}
+
+    def load(target: str | Path) -> LoadedModel:
+        own = not first or str(target) in first
+        model = load_with_bars(target, options if own else replace(options, lora=None), listener)
+        if own:
+            first.update((str(target), str(model.plan.path)))
+        return model
+
+    return load
 
 
 def _serve_by(plugins: Plugins, name: str, reference: str | None, command: typer.Context) -> None:

@@ -68,6 +68,7 @@ class Subject:
         batcher: steps several of its sequences at a time, or None.
         plain: transformers' own model of the same weights.
         engine: reads its tokens, in place of the model itself; or None.
+        adapters: none: what is tried is the model alone.
         worst: how far the worst logits were off.
     """
 
@@ -75,6 +76,7 @@ class Subject:
     batcher: Batcher | None
     plain: Any
     engine: Engine | None = None
+    adapters: None = None
     worst: float = 0.0
 
     @torch.inference_mode()

@@ -94,11 +94,8 @@ class PagedEngine:
     @property
     def block_bytes(self) -> int:
         """The bytes of one block, in every layer."""
-        return sum(
-            it.shape[1:].numel() * it.element_size()
-            for cache in self._caches.values()
-            for it in cache.tensors
-        )
+        tensors = (it for cache in self._caches.values() for it in cache.tensors)
+        return sum(it.shape[1:].numel() * it.element_size() for it in tensors)
 
     @property
     def num_blocks_per_sequence(self) -> int:
@@ -185,7 +182,12 @@ class PagedEngine:
 
     @torch.inference_mode()
     def step(
-        self, tokens: Sequence[Sequence[int]], caches: Sequence[BlockTable], lengths: Sequence[int]
+        self,
+        tokens: Sequence[Sequence[int]],
+        caches: Sequence[BlockTable],
+        lengths: Sequence[int],
+        *,
+        eager: bool = False,
     ) -> torch.Tensor:
         """Read new tokens of some sequences.
 
@@ -193,6 +195,7 @@ class PagedEngine:
             tokens: of each sequence.
             caches: the blocks of each; what is read is added to them.
             lengths: of each sequence, what is read later included: some models rotate by it.
+            eager: whether to run the model's own layers, by no graph.
 
         Returns:
             The logits after the last token of each [sequences, vocabulary].
@@ -204,7 +207,7 @@ class PagedEngine:
             slots = [table.reserve(len(part)) for part, table in zip(tokens, caches, strict=True)]
             if self.rotation.varies:
                 logits = self._read_by_rotation(tokens, caches, slots, lengths)
-            elif all(len(part) == 1 for part in tokens):
+            elif not eager and all(len(part) == 1 for part in tokens):
                 logits = self._decode([part[0] for part in tokens], caches, [it[0] for it in slots])
             else:
                 logits = self._read(tokens, caches, slots)

@@ -11,6 +11,7 @@ tokens that it reads: they stay on the device, and their text is made meanwhile.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from gptq_loader_plugin.generation.top_logits import compute_logits, top_logits_
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from gptq_loader_plugin.generation.engine import BatchedModel
     from gptq_loader_plugin.generation.generate import Generation, Piece
@@ -95,6 +97,7 @@ class Batch:
     def __init__(self, model: BatchedModel) -> None:
         self._model: Any = model.model
         self._batcher, self._engine = model.batcher, model.engine
+        self._adapters = model.adapters
         self._head = top_logits_head(self._model)
         self._written: list[Generation] = []
         self._picked: _Picked | None = None
@@ -132,6 +135,7 @@ class Batch:
                 return
         long = [generation for generation in self._written if len(generation.pending) > FEW]
         few = [generation for generation in self._written if len(generation.pending) <= FEW]
+        yield from self._step_adapted(few)
         yield from self._read_prompts(long, waiting=bool(few))
         try:
             states = self._step_many(few)
@@ -160,6 +164,15 @@ class Batch:
                 count = min(max(int(left / cost), 1), len(generation.pending))
                 left -= count * cost
                 yield from self._forward(generation, count)
+
+    def _step_adapted(
+        self, few: list[Generation]
+    ) -> Iterator[tuple[Generation, Piece | Exception]]:
+        """Step replies with an adapter by themselves, of which a batcher knows nothing."""
+        if self._engine is None:
+            for generation in [it for it in few if it.adapter is not None]:
+                few.remove(generation)
+                yield from self._forward(generation, FEW)
 
     def _takes_turns(self, few: list[Generation]) -> bool:
         """Return whether the next step may begin before the tokens of this one are seen."""
@@ -213,7 +226,9 @@ class Batch:
         tokens = [generation.pending for generation in few]
         if self._engine is not None and few:
             caches, lengths = [it.cache for it in few], [it.length for it in few]
-            logits = self._engine.step(tokens, caches, lengths)
+            with self._adapted(few):
+                adapted = any(it.adapter is not None for it in few)
+                logits = self._engine.step(tokens, caches, lengths, eager=adapted)
             for generation in few:
                 generation.pending = []
             return logits[:, None]
@@ -230,6 +245,12 @@ class Batch:
         if self._head is not None:
             return compute_logits(self._head, few, states)[:, None]
         return final_logits(self._model, states)[:, None]
+
+    def _adapted(self, few: list[Generation]) -> AbstractContextManager[None]:
+        """Run the model with the adapters of some replies, each its own."""
+        if self._adapters is None:
+            return nullcontext()
+        return self._adapters.applied([it.adapter for it in few], [len(it.pending) for it in few])
 
     def _pick_seen(self, few: list[Generation], logits: torch.Tensor) -> dict[int, int]:
         """Pick at a time the tokens of those replies that can be, by their place."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.generation.rotation import LengthRotation
     from gptq_loader_plugin.kernel import Batcher
+    from gptq_loader_plugin.model.adapters import Adapters
 
 __all__ = ["BatchedModel", "Engine"]
 
@@ -33,7 +34,12 @@ class Engine(Protocol):
         ...
 
     def step(
-        self, tokens: Sequence[Sequence[int]], caches: Sequence[Any], lengths: Sequence[int]
+        self,
+        tokens: Sequence[Sequence[int]],
+        caches: Sequence[Any],
+        lengths: Sequence[int],
+        *,
+        eager: bool = False,
     ) -> torch.Tensor:
         """Read new tokens of some sequences.
 
@@ -41,6 +47,7 @@ class Engine(Protocol):
             tokens: of each sequence.
             caches: of each sequence; what is read is added to them.
             lengths: of each sequence, what is read later included.
+            eager: whether the model's own layers run, whoever watches or changes them.
 
         Returns:
             The logits after the last token of each [sequences, vocabulary].
@@ -92,6 +99,7 @@ class BatchedModel(Protocol):
         model: a transformers model.
         batcher: steps several sequences in one call, or None.
         engine: reads many sequences in one pass, or None.
+        adapters: what is added to its layers for some replies, or None.
     """
 
     @property
@@ -107,4 +115,9 @@ class BatchedModel(Protocol):
     @property
     def engine(self) -> Engine | None:
         """What reads many sequences in one pass."""
+        ...
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """What is added to its layers for some replies."""
         ...

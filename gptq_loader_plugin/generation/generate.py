@@ -6,6 +6,7 @@ unfinished character.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
@@ -24,6 +25,7 @@ from gptq_loader_plugin.generation.top_logits import compute_logits, top_logits_
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.generation.engine import Engine
     from gptq_loader_plugin.generation.options import GenerateOptions
     from gptq_loader_plugin.generation.speculation import Drafter
+    from gptq_loader_plugin.model.adapters import Adapters
 
 __all__ = [
     "Finish",
@@ -122,6 +125,8 @@ class Generation:
             it [1, vocabulary].
         drafter: guesses tokens, which are read beside the last one and kept where they are picked.
         path: the checkpoint, named where the model's class fails; None leaves its error as it is.
+        adapters: the model's.
+        adapter: the one that this reply is written with; None for the model alone.
 
     Attributes:
         cache: keys and values of what was read.
@@ -150,13 +155,16 @@ class Generation:
         watch: Callable[[int, torch.Tensor], object] | None = None,
         drafter: Drafter | None = None,
         path: Path | None = None,
+        adapters: Adapters | None = None,
+        adapter: str | None = None,
     ) -> None:
         if not ids:
             raise ValueError("an empty prompt")
         self._model = model
         self._runner = ModelRunner(model)
         self._engine = engine
-        self._head = top_logits_head(model) if engine is None else None
+        whole = engine is not None or (adapters is not None and adapters.changes_head(adapter))
+        self._head = None if whole else top_logits_head(model)
         self._text = TextStream(tokenizer, stop, silent_ids, shown_ids)
         self._sampler = Sampler(options, banned_ids, model.device, processors)
         self.row: Row | None = None  # how its token is picked beside others'
@@ -166,13 +174,15 @@ class Generation:
             )
         self._max_new_tokens, self._stop_ids = max_new_tokens, stop_ids
         self._cancel, self._watch, self._path = cancel, watch, path
+        self.adapter, self._adapters = adapter, adapters
+        self._adapter_number = () if adapters is None else adapters.number(adapter)
         kept = kept if self._runner.keeps_prefixes else None
         self._kept: PrefixCache | Engine = engine or kept or PrefixCache()
         self._read = list(ids)  # whose keys and values the cache has, or will have once it is used
         self.sequence = torch.tensor([self._read], device=model.device)
         self._tokens = 0
         self._rotation = self._runner.rotation.of(len(self._read))
-        self.cache, held = self._kept.reuse(model, ids, self._rotation)
+        self.cache, held = self._kept.reuse(model, ids, self._kept_by)
         self.pending = self._read[held:]
         self.finished = False
         self._pace, self._guesses = Pace(), list[int]()
@@ -221,22 +231,37 @@ class Generation:
         length, past = len(self._read), self.position
         if self._engine is not None:
             part, self.pending = self.pending[:max_tokens], self.pending[max_tokens:]
-            return self._engine.step([part], [self.cache], [length])
+            with self._adapted(len(part)):
+                return self._engine.step(
+                    [part], [self.cache], [length], eager=self.adapter is not None
+                )
         count = max_tokens if self._runner.takes_parts else len(self.pending)
         part, self.pending = self.pending[:count], self.pending[count:]
         self._guess(part)
         rows = 1 + len(self._guesses)
-        output, self.cache = self._runner.run(
-            [*part, *self._guesses],
-            self.cache,
-            past=past,
-            length=length + len(self._guesses),
-            states=self._head is not None,
-            logits_to_keep=rows,
-        )
+        with self._adapted(len(part) + len(self._guesses)):
+            output, self.cache = self._runner.run(
+                [*part, *self._guesses],
+                self.cache,
+                past=past,
+                length=length + len(self._guesses),
+                states=self._head is not None,
+                logits_to_keep=rows,
+            )
         if self._head is not None:
             return compute_logits(self._head, [self] * rows, output[0, -rows:])
         return output[0, -rows:]
+
+    def _adapted(self, tokens: int) -> AbstractContextManager[None]:
+        """Run the model with this reply's adapter, over so many tokens."""
+        if self._adapters is None:
+            return nullcontext()
+        return self._adapters.applied([self.adapter], [tokens])
+
+    @property
+    def _kept_by(self) -> tuple[int, ...]:
+        """What kept keys and values must be alike in: the rotation and the adapter."""
+        return (*self._rotation, *self._adapter_number)
 
     def _guess(self, part: Sequence[int]) -> None:
         """Guess what follows the last token, where that pays."""
@@ -253,6 +278,7 @@ class Generation:
         """Whether the token after the next one is picked by nothing but logits and a draw."""
         return (
             self.row is not None
+            and self.adapter is None
             and self._watch is None
             and self.row.options.repetition_penalty == 1
             and not self._runner.rereads
@@ -344,14 +370,15 @@ class Generation:
             self.sequence = torch.cat((self.sequence, step), dim=1)
         rotation = self._runner.rotation.of(len(self._read))
         if self._runner.rereads or rotation != self._rotation:
-            self._rotation, self.cache = rotation, self._kept.make(self._model, rotation)
+            self._rotation = rotation
+            self.cache = self._kept.make(self._model, self._kept_by)
             self.pending = list(self._read)
         return Piece(new, self._tokens) if new else None
 
     def close(self) -> None:
         """End the reply, where it has not ended, and keep its cache for the next one."""
         self.finished = True
-        self._kept.store(self._read, self.cache, self._rotation)
+        self._kept.store(self._read, self.cache, self._kept_by)
 
     def _end(self, text: str, finish: Finish) -> Piece:
         self.finished = True

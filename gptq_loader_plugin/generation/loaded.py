@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from gptq_loader_plugin.chat.messages import check_text, drop_oldest
@@ -15,7 +14,7 @@ from gptq_loader_plugin.generation.generate import Generation, Piece, Reply, gen
 from gptq_loader_plugin.generation.kv_cache import PrefixCache
 from gptq_loader_plugin.generation.options import GenerateOptions
 from gptq_loader_plugin.generation.speculation import ModelDrafter, NgramDrafter
-from gptq_loader_plugin.generation.thoughts import separate_pieces
+from gptq_loader_plugin.generation.thoughts import separate_pieces, with_warning
 from gptq_loader_plugin.generation.token_ids import TokenIds
 from gptq_loader_plugin.kernel import Closable
 
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.generation.engine import Engine
     from gptq_loader_plugin.generation.speculation import Drafter
     from gptq_loader_plugin.kernel import Batcher
+    from gptq_loader_plugin.model.adapters import Adapters
     from gptq_loader_plugin.planning.plan import Plan
 
 __all__ = ["LoadedModel", "WhenTooLong"]
@@ -61,9 +61,11 @@ class LoadedModel:
         engine: reads many sequences in one pass, on an accelerator.
         draft: the model whose guesses it checks; "ngram" for those that follow from what was
             written before; None for none.
+        adapters: LoRA adapters that replies may be written with.
+        adapter: the one for replies that name none; None for the model alone.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is a part of it
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
@@ -78,6 +80,7 @@ class LoadedModel:
         engine: Engine | None = None,
         kv_cache: Literal["int8"] | None = None,
         draft: LoadedModel | Literal["ngram"] | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -90,6 +93,8 @@ class LoadedModel:
         self.batcher = batcher
         self.engine = engine
         self.draft = draft
+        self.adapters = adapters
+        self.adapter: str | None = None
         self.token_ids = TokenIds(tokenizer, model.config)
         self._cache = PrefixCache(kv_cache)
         self._closed = False
@@ -131,7 +136,7 @@ class LoadedModel:
         """
         ids = self.encode(prompt)
         text, last = "", Piece("", 0)
-        for last in self._pieces(ids, options, (), cancel):
+        for last in self._pieces(ids, options, cancel=cancel, adapter=self.adapter):
             text += last.text
         return Reply(text, last.tokens, len(ids), last.finish or "stop")
 
@@ -147,7 +152,7 @@ class LoadedModel:
         Raises:
             PromptTooLong: the prompt does not fit the context.
         """
-        return self._pieces(self.encode(prompt), options, (), cancel)
+        return self._pieces(self.encode(prompt), options, cancel=cancel, adapter=self.adapter)
 
     def stream_ids(
         self,
@@ -159,6 +164,7 @@ class LoadedModel:
         processors: Sequence[LogitsProcessor] = (),
         watch: Callable[[int, torch.Tensor], object] | None = None,
         shown: Sequence[str] = (),
+        adapter: str | None = None,
     ) -> Iterator[Piece]:
         """Complete tokens piece by piece, for a host that tokenises, masks or scores.
 
@@ -170,13 +176,21 @@ class LoadedModel:
             processors: change the logits before a token is picked.
             watch: told each token once it is picked, and the model's own logits for it.
             shown: special tokens that are to be in the text.
+            adapter: of `adapters`; None for the model alone.
 
         Raises:
             PromptTooLong: the tokens do not fit the context.
         """
         self.check_fits(ids)
         return self._pieces(
-            ids, options, stop, cancel, processors=processors, watch=watch, shown=shown
+            ids,
+            options,
+            stop=stop,
+            cancel=cancel,
+            processors=processors,
+            watch=watch,
+            shown=shown,
+            adapter=adapter,
         )
 
     def begin(
@@ -189,14 +203,39 @@ class LoadedModel:
         processors: Sequence[LogitsProcessor] = (),
         watch: Callable[[int, torch.Tensor], object] | None = None,
         shown: Sequence[str] = (),
+        adapter: str | None = None,
     ) -> Generation:
         """Begin a reply for `Batch`, which writes several at a time; what `stream_ids` takes.
 
         Raises:
             PromptTooLong: the tokens do not fit the context.
         """
+        self._check_open()
         self.check_fits(ids)
-        return self._begin(ids, options, stop, cancel, processors, watch, shown)
+        if self.adapters is not None:
+            self.adapters.check(adapter)
+        stop_ids = self.end_ids(stop)
+        return Generation(
+            self.model,
+            self.tokenizer,
+            ids,
+            options,
+            max_new_tokens=min(options.max_new_tokens, self.context - len(ids)),
+            stop=[it for it in (*stop, *options.stop) if self.token_ids.single(it) not in stop_ids],
+            stop_ids=stop_ids,
+            silent_ids=self.token_ids.silent_ids(),
+            shown_ids=self.token_ids.marks(shown),
+            banned_ids=self.token_ids.padding_ids(),
+            cancel=cancel,
+            kept=self._cache,
+            engine=self.engine,
+            processors=processors,
+            watch=watch,
+            drafter=self._drafter(),
+            path=self.plan.path,
+            adapters=self.adapters,
+            adapter=adapter,
+        )
 
     def chat(
         self,
@@ -225,9 +264,17 @@ class LoadedModel:
         ids, warning = self.encode_chat(messages, when_too_long=when_too_long)
         marks = find_marks(self.template, self.tokenizer, ids)
         if not separate_thoughts or marks is None:
-            return self._pieces(ids, options, self.template.stop, cancel, warning)
-        pieces = self._pieces(ids, options, self.template.stop, cancel, warning, shown=marks.shown)
-        return separate_pieces(pieces, marks)
+            marks = None
+        pieces = self._pieces(
+            ids,
+            options,
+            warning,
+            stop=self.template.stop,
+            cancel=cancel,
+            shown=marks.shown if marks else (),
+            adapter=self.adapter,
+        )
+        return separate_pieces(pieces, marks) if marks else pieces
 
     def encode(self, prompt: str) -> list[int]:
         """Tokenise a prompt; its special tokens count.
@@ -333,53 +380,14 @@ class LoadedModel:
         self,
         ids: Sequence[int],
         options: GenerateOptions,
-        stop: Sequence[str],
-        cancel: threading.Event | None,
         warning: str = "",
-        processors: Sequence[LogitsProcessor] = (),
-        watch: Callable[[int, torch.Tensor], object] | None = None,
-        shown: Sequence[str] = (),
+        **more: Any,  # noqa: ANN401 - of `begin`
     ) -> Iterator[Piece]:
         self._check_open()
-
-        def begin() -> Generation:
-            return self._begin(ids, options, stop, cancel, processors, watch, shown)
-
+        begin = partial(self.begin, ids, options, **more)
         ahead = self.engine is not None and self.engine.runs_ahead
         pieces = write_alone(self, begin) if ahead else generate_pieces(begin)
-        return _warned(pieces, warning) if warning else pieces
-
-    def _begin(
-        self,
-        ids: Sequence[int],
-        options: GenerateOptions,
-        stop: Sequence[str],
-        cancel: threading.Event | None,
-        processors: Sequence[LogitsProcessor],
-        watch: Callable[[int, torch.Tensor], object] | None,
-        shown: Sequence[str] = (),
-    ) -> Generation:
-        self._check_open()
-        stop_ids = self.end_ids(stop)
-        return Generation(
-            self.model,
-            self.tokenizer,
-            ids,
-            options,
-            max_new_tokens=min(options.max_new_tokens, self.context - len(ids)),
-            stop=[it for it in (*stop, *options.stop) if self.token_ids.single(it) not in stop_ids],
-            stop_ids=stop_ids,
-            silent_ids=self.token_ids.silent_ids(),
-            shown_ids=self.token_ids.marks(shown),
-            banned_ids=self.token_ids.padding_ids(),
-            cancel=cancel,
-            kept=self._cache,
-            engine=self.engine,
-            processors=processors,
-            watch=watch,
-            drafter=self._drafter(),
-            path=self.plan.path,
-        )
+        return with_warning(pieces, warning) if warning else pieces
 
     def _drafter(self) -> Drafter | None:
         """Make what guesses a reply's tokens."""
@@ -390,8 +398,3 @@ class LoadedModel:
     def _check_open(self) -> None:
         if self._closed:
             raise GPTQLoaderError("this model is closed", hint="load it again")
-
-
-def _warned(pieces: Iterator[Piece], warning: str) -> Iterator[Piece]:
-    for i, piece in enumerate(pieces):
-        yield piece if i else replace(piece, warning=warning)

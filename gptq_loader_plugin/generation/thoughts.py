@@ -1,4 +1,4 @@
-"""Pieces of a reply, with the thoughts apart."""
+"""Pieces of a reply: with the thoughts apart, or a warning on the first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.chat.thinking import ThinkingMarks
     from gptq_loader_plugin.generation.generate import Piece
 
-__all__ = ["separate_pieces"]
+__all__ = ["separate_pieces", "with_warning"]
 
 
 def separate_pieces(pieces: Iterator[Piece], marks: ThinkingMarks) -> Iterator[Piece]:
@@ -25,3 +25,9 @@ def separate_pieces(pieces: Iterator[Piece], marks: ThinkingMarks) -> Iterator[P
             rest = parser.finish()
             thought, text = thought + rest[0], text + rest[1]
         yield replace(piece, text=text, thought=thought)
+
+
+def with_warning(pieces: Iterator[Piece], warning: str) -> Iterator[Piece]:
+    """Yield a reply's pieces, the first with a warning."""
+    for i, piece in enumerate(pieces):
+        yield piece if i else replace(piece, warning=warning)

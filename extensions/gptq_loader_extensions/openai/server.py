@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -96,10 +96,17 @@ class Server:
         at_once: bool = False,
     ) -> PendingReply:
         name = await asyncio.to_thread(self.registry.resolve_name, model or None)
+        adapter = self.registry.adapter_named(model)
+
+        def prepare_adapted(loaded: LoadedModel) -> tuple[Any, Sequence[Run]]:
+            value, runs = prepare(loaded)
+            return value, [replace(run, adapter=adapter) for run in runs]
+
         reply = PendingReply(
             self.engine,
             name if model else None,
-            prepare,
+            prepare_adapted,
+            answers_as=adapter,
             timeout=self.settings.timeout,
             record=request_record(request),
             compute=compute,

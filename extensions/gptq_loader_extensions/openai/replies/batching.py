@@ -361,6 +361,7 @@ class BatchEngine:
                 processors=run.processors,
                 watch=None if reply.recorder is None else reply.recorder.record,
                 shown=run.shown,
+                adapter=run.adapter,
             )
         except Exception as error:  # noqa: BLE001 - one request's fault must not end the others
             self._failed(reply.request, error)

@@ -44,6 +44,7 @@ class Run:
         top_logprobs: how many tokens to report at each position, the most probable first, with
             their log-probabilities; None reports none, not even the sampled token's.
         shown: special tokens that are to be in the text.
+        adapter: the LoRA adapter to write it with; None for the model alone.
     """
 
     ids: Sequence[int]
@@ -52,6 +53,7 @@ class Run:
     processors: Sequence[LogitsProcessor] = ()
     top_logprobs: int | None = None
     shown: Sequence[str] = ()
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

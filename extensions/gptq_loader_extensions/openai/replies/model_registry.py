@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from gptq_loader_extensions.openai.errors import ApiError
 from gptq_loader_extensions.openai.replies.prompt_tokenizer import prompt_models
 from gptq_loader_plugin.catalog.local import local_models
-from gptq_loader_plugin.errors import NotEnoughMemory
+from gptq_loader_plugin.errors import NotEnoughMemory, OptionInvalid
 from gptq_loader_plugin.hub.hub_reference import parse_hub_reference
 from gptq_loader_plugin.planning.memory import check_memory
 from gptq_loader_plugin.reference import models_folders
@@ -41,11 +41,13 @@ class ServedModel:
         name: what clients call it.
         target: the folder to load, or the reference the server was started with.
         created: when its folder last changed, in seconds since 1970.
+        parent: the model that this is an adapter of; None for a model.
     """
 
     name: str
     target: str | Path
     created: int
+    parent: str | None = None
 
 
 class ModelRegistry:
@@ -70,6 +72,7 @@ class ModelRegistry:
         if settings.models_dir is not None:
             self._environ["GPTQ_LOADER_MODELS"] = str(settings.models_dir)
         self._initial: ServedModel | None = None
+        self._adapters: tuple[ServedModel, ...] = ()  # of the initial model
         self._loaded: tuple[str, LoadedModel] | None = None
         self._last_name: str | None = None
         self._prompt_models: tuple[str, tuple[LoadedModel, ...]] | None = None
@@ -87,6 +90,7 @@ class ModelRegistry:
             model = self._load(reference if self._initial is None else self._initial.target)
         if model is not None:
             self._initial = self._initial or _describe(model, reference)
+            self._adapters = _list_adapters(model, self._initial, self.list_models())
             self._set_loaded(self._initial.name, model)
 
     @property
@@ -107,6 +111,7 @@ class ModelRegistry:
     def list_models(self) -> list[ServedModel]:
         """List the models that may be served: the one the server was started with comes first."""
         models = {} if self._initial is None else {self._initial.name: self._initial}
+        models |= {adapter.name: adapter for adapter in self._adapters}
         roots = [folder.resolve() for folder in models_folders(self._environ)]
         cache = _cache_root()
         for local in local_models(cache=self._settings.cached_models, environ=self._environ):
@@ -127,7 +132,13 @@ class ModelRegistry:
         if self._loaded is not None and name in (None, self._loaded[0]):
             return self._loaded[0]
         model = self._look_up(name)
+        if isinstance(model, ServedModel) and model.parent is not None:
+            return model.parent
         return model.name if isinstance(model, ServedModel) else _hub_name(model)
+
+    def adapter_named(self, name: str | None) -> str | None:
+        """Return a name where it is that of an adapter."""
+        return next((it.name for it in self._adapters if it.name == name), None)
 
     def load(
         self, name: str | None, *, cancelled: Callable[[], bool] | None = None
@@ -258,6 +269,27 @@ class ModelRegistry:
             check_memory(model.name, gptq.explain(model.target), replaced=replaced)
         except NotEnoughMemory as error:
             raise ApiError(503, error.message, kind="server_error", code="out_of_memory") from error
+
+
+def _list_adapters(
+    model: LoadedModel, parent: ServedModel, listed: list[ServedModel]
+) -> tuple[ServedModel, ...]:
+    """List a model's adapters, each under a name that no model has.
+
+    Raises:
+        OptionInvalid: a model has that name.
+    """
+    names = [] if model.adapters is None else list(model.adapters.updates)
+    taken = {it.name for it in listed}
+    for name in names:
+        if name in taken:
+            raise OptionInvalid(
+                f"the adapter {name} has the name of a model that is served",
+                hint="name it otherwise: --lora NAME=REF",
+            )
+    return tuple(
+        ServedModel(name, parent.target, parent.created, parent=parent.name) for name in names
+    )
 
 
 def _describe(model: LoadedModel, reference: str | None) -> ServedModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_extensions.openai.errors import ApiError, to_api_error
@@ -44,6 +45,7 @@ class PendingReply:
         compute: as in `EngineRequest`.
         size: the bytes of the request.
         at_once: as in `EngineRequest`.
+        answers_as: what the reply names as its model, where that is an adapter of it.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class PendingReply:
         compute: Callable[[LoadedModel, Any], Iterator[None]] | None = None,
         size: int = 0,
         at_once: bool = False,
+        answers_as: str | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         self._engine = engine
@@ -72,6 +75,7 @@ class PendingReply:
         self._request = EngineRequest(
             model, prepare, send, compute=compute, size=size, at_once=at_once
         )
+        self._answers_as = answers_as
         self.started: Started | None = None
         self.text = ""
         self.ended = False
@@ -120,6 +124,8 @@ class PendingReply:
         while True:
             event = await self._next()
             if isinstance(event, Started):
+                if self._answers_as is not None:
+                    event = replace(event, model=self._answers_as)
                 self.started = event
                 self._record.started(event)
             elif isinstance(event, ReplyChunk | Ended):

@@ -88,12 +88,13 @@ def info_routes(server: Server) -> APIRouter:
 
 
 def _model_json(model: ServedModel) -> dict[str, Any]:
-    return {
+    described = {
         "id": model.name,
         "object": "model",
         "created": model.created,
         "owned_by": "gptq-loader",
     }
+    return described if model.parent is None else {**described, "parent": model.parent}
 
 
 def _anthropic_json(model: ServedModel) -> dict[str, Any]:
