@@ -16,6 +16,8 @@ from gptq_loader_plugin.chat.marks import overlap
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
+    from gptq_loader_extensions.openai.replies.call_formats import CallTranslator
+
 __all__ = [
     "CLOSE",
     "OPEN",
@@ -26,6 +28,7 @@ __all__ = [
     "NoToolParser",
     "ToolEvent",
     "ToolParser",
+    "TranslatedToolParser",
     "new_call_id",
 ]
 
@@ -231,6 +234,27 @@ class HermesToolParser:
             return False
         self._held, self._arguments, self._after_call = after, None, True
         return True
+
+
+@dataclass(slots=True)
+class TranslatedToolParser:
+    """Calls that a family marks in its own way, or as Hermes does.
+
+    Attributes:
+        translator: writes them as Hermes does.
+        parser: reads those.
+    """
+
+    translator: CallTranslator
+    parser: HermesToolParser
+
+    def feed(self, text: str) -> list[ToolEvent]:
+        """Feed a chunk; hold back what may be the beginning of a call."""
+        return self.parser.feed(self.translator.feed(text))
+
+    def finish(self) -> list[ToolEvent]:
+        """Return a call whose end is missing, where it can be parsed, else the text."""
+        return self.parser.feed(self.translator.finish()) + self.parser.finish()
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_extensions.openai.errors import invalid
+from gptq_loader_extensions.openai.replies.call_formats import CallTranslator, find_format
 from gptq_loader_extensions.openai.replies.structured import schema_rule, to_lark
 from gptq_loader_extensions.openai.replies.tool_parsers import (
     CLOSE,
@@ -14,6 +15,7 @@ from gptq_loader_extensions.openai.replies.tool_parsers import (
     BareToolParser,
     HermesToolParser,
     NoToolParser,
+    TranslatedToolParser,
 )
 from gptq_loader_extensions.openai.schema.json_text import parse_json
 from gptq_loader_plugin.chat.channels import uses_channels
@@ -108,8 +110,9 @@ def offer_tools(
     else:
         written = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in offered)
         messages = with_system(INTRODUCTION.format(tools=written), messages, template)
+    form = find_format(text) if OPEN not in text else None
     if (
-        "tools" in text and OPEN not in text and not uses_channels(text)
+        "tools" in text and OPEN not in text and form is None and not uses_channels(text)
     ):  # what marks a call, if anything, is no text
         names = frozenset(tool.function.name for tool in tools)
         key = "parameters" if LLAMA_MARK in text else "arguments"
@@ -119,6 +122,15 @@ def offer_tools(
             lambda: BareToolParser(names, single),
             required,
             lambda: f"calls: call\n{_call_rules(tools, key)}",
+        )
+    if form is not None:
+        return OfferedTools(
+            template,
+            messages,
+            lambda: TranslatedToolParser(CallTranslator(form), HermesToolParser(single)),
+            required,
+            lambda: _tagged_calls(tools, single=single),
+            shown=form.tokens,
         )
     is_strict = any(tool.function.strict for tool in tools)
     is_json = not any(mark in text for mark in TAGGED)
