@@ -147,8 +147,10 @@ def test_a_load_that_fails_is_explained(host: Webui, page: Page) -> None:
     page.set("gptq-backend", "triton")
     status = load(page)
     assert "### The model could not be loaded" in status
-    assert "triton     needs a CUDA or ROCm GPU; this is cpu" in status
-    assert "**Hint:** leave backend out" in status
+    assert "triton cannot run here: needs a CUDA or ROCm GPU; this is cpu" in status
+    assert "**Hint:** set gptq-backend to auto" in status
+    assert host.get("/v1/internal/model/info")["model_name"] == "None"
+    assert "['min_p']" not in host.log()
     assert "Traceback" not in status
     page.set("gptq-backend", "auto")
     assert f"Successfully loaded `{ONE.name}`." in load(page)

@@ -5,13 +5,15 @@ The host tokenises a reply's text again to count it, with a beginning-of-text to
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_extensions.webui.generate import find_generate
+from gptq_loader_extensions.webui.host_modules import NAME
 from gptq_loader_plugin.errors import GPTQLoaderError
-from gptq_loader_plugin.system.patch import Patch
+from gptq_loader_plugin.system.patch import Patch, patch_imports
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -21,24 +23,45 @@ if TYPE_CHECKING:
 __all__ = ["patch_api"]
 
 SCRIPT, COMPLETIONS = "modules.api.script", "modules.api.completions"
+MODELS = "modules.api.models"
 
 
-def patch_api(webui: Webui, patched: Collection[object]) -> list[Patch]:
+def patch_api(
+    webui: Webui, patched: Collection[object], loading: Callable[[], bool]
+) -> list[Patch]:
     """Make the patches of the API's modules, where the API runs.
 
     Args:
         webui: the host's modules.
         patched: the modules that are patched already.
+        loading: returns whether a load of ours is under way.
     """
     patches: list[Patch] = []
     script: Any = sys.modules.get(SCRIPT)
     completions: Any = sys.modules.get(COMPLETIONS)
     if hasattr(script, "HTTPException") and script not in patched:
         patches.append(Patch(script, "HTTPException", _ExplainingError(script.HTTPException)))
+    models: Any = sys.modules.get(MODELS)
+    if hasattr(models, "get_current_model_info") and models not in patched:
+        named = _naming_us(models.get_current_model_info, loading)
+        patches += patch_imports(models.get_current_model_info, named)
     names = ("encode", "generate_reply", "generate_chat_reply")
     if all(hasattr(completions, name) for name in names) and completions not in patched:
         patches += _count_replies(completions, webui)
     return patches
+
+
+def _naming_us(
+    original: Callable[[], dict[str, Any]], loading: Callable[[], bool]
+) -> Callable[[], dict[str, Any]]:
+    """Wrap what the API says of the model: the host sees its own loader while ours loads."""
+
+    @functools.wraps(original)
+    def get_current_model_info() -> dict[str, Any]:
+        info = original()
+        return {**info, "loader": NAME} if loading() else info
+
+    return get_current_model_info
 
 
 class _ExplainingError:

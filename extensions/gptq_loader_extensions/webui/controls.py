@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gptq_loader_extensions.webui.host_modules import NAME, is_ours
 from gptq_loader_extensions.webui.loading import AUTO, option
 from gptq_loader_plugin.checkpoint.detect import detect
-from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_plugin.errors import GPTQLoaderError, NoBackend
 from gptq_loader_plugin.system.atomic_file import write_whole
 from gptq_loader_plugin.system.patch import Patch
 
@@ -28,7 +28,10 @@ BACKEND_INFO = (
 )
 TEMPLATE_INFO = "The chat template. auto: the checkpoint's own, else the model card's, else ChatML."
 CONTEXT_INFO = "The context length in tokens. 0: the model's maximum."
-STYLE = "overflow-x: auto; margin: 0; font-size: 12px; line-height: 1.4"
+STYLE = (
+    "white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-family: monospace; "
+    "font-size: 12px; line-height: 1.4"
+)
 NO_MODEL = "Choose a GPTQ model above to see which kernel will run it, and why."
 
 
@@ -50,7 +53,7 @@ def patch_page(webui: Webui, page: Any, loader: LoadHandler, plugins: Plugins) -
     replacements: dict[str, object] = {
         "create_ui": create_ui,
         "create_event_handlers": create_event_handlers,
-        "load_model_wrapper": _explain_failure(page.load_model_wrapper, loader),
+        "load_model_wrapper": _explain_failure(webui, page.load_model_wrapper, loader),
         "save_model_settings": _save_without_loader(webui, page.save_model_settings),
         "handle_load_model_event_final": _show_context(webui, page.handle_load_model_event_final),
     }
@@ -58,7 +61,7 @@ def patch_page(webui: Webui, page: Any, loader: LoadHandler, plugins: Plugins) -
 
 
 def _create(webui: Webui, plugins: Plugins) -> None:
-    """Create the controls, right below the list of loaders."""
+    """Create the controls, the first of the main options."""
     import gradio as gr
 
     shared = webui.shared
@@ -66,54 +69,54 @@ def _create(webui: Webui, plugins: Plugins) -> None:
     names = [template.name for template in plugins.templates()]
     others = [name for name in names if name not in OWN_TEMPLATES]
     shown = is_ours(args.loader)
-    with gr.Column() as column:
-        with gr.Row():
-            shared.gradio["gptq_backend"] = gr.Dropdown(
-                label="gptq-backend",
-                choices=[AUTO, *(kernel.name for kernel in plugins.kernels())],
-                value=args.gptq_backend,
-                info=BACKEND_INFO,
-                interactive=enabled,
-                visible=shown,
-                elem_id="gptq-backend",
-            )
-            shared.gradio["gptq_template"] = gr.Dropdown(
-                label="gptq-template",
-                choices=[AUTO, *OWN_TEMPLATES, *others],
-                value=args.gptq_template,
-                allow_custom_value=True,
-                info=TEMPLATE_INFO,
-                interactive=enabled,
-                visible=shown,
-                elem_id="gptq-template",
-            )
-            shared.gradio["gptq_context"] = gr.Number(
-                label="gptq-context",
-                value=args.gptq_context,
-                precision=0,
-                minimum=0,
-                info=CONTEXT_INFO,
-                interactive=enabled,
-                visible=shown,
-                elem_id="gptq-context",
-            )
+    with gr.Column(min_width=0) as column:  # one below the other, as the host's own are
+        shared.gradio["gptq_backend"] = gr.Dropdown(
+            label="gptq-backend",
+            choices=[AUTO, *(kernel.name for kernel in plugins.kernels())],
+            value=args.gptq_backend,
+            info=BACKEND_INFO,
+            interactive=enabled,
+            visible=shown,
+            elem_id="gptq-backend",
+        )
+        shared.gradio["gptq_template"] = gr.Dropdown(
+            label="gptq-template",
+            choices=[AUTO, *OWN_TEMPLATES, *others],
+            value=args.gptq_template,
+            allow_custom_value=True,
+            info=TEMPLATE_INFO,
+            interactive=enabled,
+            visible=shown,
+            elem_id="gptq-template",
+        )
+        shared.gradio["gptq_context"] = gr.Number(
+            label="gptq-context",
+            value=args.gptq_context,
+            precision=0,
+            minimum=0,
+            info=CONTEXT_INFO,
+            interactive=enabled,
+            visible=shown,
+            elem_id="gptq-context",
+        )
         shared.gradio["gptq_explain"] = gr.HTML(
             value=lambda: _explain(webui, plugins, shared.model_name, args.gptq_backend),
             visible=shown,
             elem_id="gptq-explain",
         )
-    _move_below(column, shared.gradio["loader"])
+    # the first control below the heading "Main options", where the host has it still
+    _move_above(column, shared.gradio.get("gpu_layers") or shared.gradio["loader"])
 
 
-def _move_below(block: Any, other: Any) -> None:  # noqa: ANN401 - Gradio's
-    """Move a block from where it was created to right below another one, or below its form."""
+def _move_above(block: Any, other: Any) -> None:  # noqa: ANN401 - Gradio's
+    """Move a block from where it was created to right above another one, or above its form."""
     if other.parent is not None and other.parent.get_block_name() == "form":
         other = other.parent
     old, new = block.parent, other.parent
     if old is None or new is None or other not in new.children:
         return  # leave it at the end of the page
     old.children.remove(block)
-    new.children.insert(new.children.index(other) + 1, block)
+    new.children.insert(new.children.index(other), block)
     block.parent = new
 
 
@@ -148,8 +151,21 @@ def _explain(webui: Webui, plugins: Plugins, model: str | None, backend: str | N
             plugins=plugins,
         )
     except GPTQLoaderError as error:
-        return _html(f"{error.message}\n\n{error.hint}")
+        return _html("\n\n".join(_in_words(error, backend)))
     return _html(plan.explain().replace(str(folder), model, 1))
+
+
+def _in_words(error: GPTQLoaderError, backend: object) -> tuple[str, str]:
+    """Return an error and its hint in the words of this page; the kernel's own reason first."""
+    named = option(backend)
+    if not isinstance(error, NoBackend) or named is None:
+        return error.message, error.hint
+    reasons = {declined.kernel: declined.reason for declined in error.declined}
+    first = f"{named} cannot run here: {reasons[named]}\n\n" if named in reasons else ""
+    return (
+        f"{first}{error.message}",
+        "set gptq-backend to auto, and the best kernel that can run it is chosen",
+    )
 
 
 def _html(text: str) -> str:
@@ -157,7 +173,7 @@ def _html(text: str) -> str:
 
 
 def _explain_failure(
-    original: Callable[..., Iterator[str]], loader: LoadHandler
+    webui: Webui, original: Callable[..., Iterator[str]], loader: LoadHandler
 ) -> Callable[..., Iterator[str]]:
     """Wrap the page's load, to answer a failed one with our message instead of a traceback."""
 
@@ -168,9 +184,10 @@ def _explain_failure(
             if loader.error is None:
                 yield status
                 continue
-            message = escape(loader.error.message).replace("\n", "<br>")
-            hint = escape(loader.error.hint)
-            yield f"### The model could not be loaded\n\n{message}\n\n**Hint:** {hint}"
+            message, hint = _in_words(loader.error, webui.shared.args.gptq_backend)
+            yield (
+                f"### The model could not be loaded\n\n{_html(message)}\n\n**Hint:** {escape(hint)}"
+            )
 
     return load_model_wrapper
 

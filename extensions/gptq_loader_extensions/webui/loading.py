@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ __all__ = ["LoadHandler", "option", "wrap_unload"]
 
 AUTO = "auto"
 LOG_INTERVAL = 5.0  # seconds
+FLAGS_LOGGER, HOST_FLAG = "transformers.generation.configuration_utils", "['min_p']"
 
 
 class LoadHandler:
@@ -47,13 +49,15 @@ class LoadHandler:
         self._original = webui.models.load_model
         self._original_transformers = webui.models.transformers_loader
         self._ours = threading.local()
+        self._loads = 0
 
     def patches(self) -> list[Patch]:
         """Make the patches that have the host load through this."""
-        logger = self._webui.logger
+        logger, flags = self._webui.logger, logging.getLogger(FLAGS_LOGGER)
         return [
             Patch(self._webui.models, "transformers_loader", self._transformers),
             Patch(logger, "filters", [*logger.filters, self._log_our_name]),
+            Patch(flags, "filters", [*flags.filters, self._log_flag]),
             *patch_imports(self._original, self.load_model),
         ]
 
@@ -68,18 +72,20 @@ class LoadHandler:
         self._before_load()
         self.error = None
         self._ours.loading = True
+        self._loads += 1
         try:
             loaded = self._original(model_name, TRANSFORMERS)
         except GPTQLoaderError as error:
             self.error = error.with_traceback(None)  # whose frames hold what was loaded so far
+            shared.model_name = "None"  # which is what is loaded now
             self._webui.logger.error("Cannot load %s: %s\nhint: %s", model_name, error, error.hint)  # noqa: TRY400 - the message is enough
             if shared.generation_lock is None:  # at start-up: the program starts without a model
-                shared.model_name = "None"
                 return None, None
             error.add_note(f"hint: {error.hint}")
             raise error from None
         finally:
             self._ours.loading = False
+            self._loads -= 1
             shared.args.loader = NAME
         shared.settings.update(self._ours.settings)  # over those the host takes from metadata
         return loaded
@@ -91,6 +97,16 @@ class LoadHandler:
             self._webui, self._webui.utils.resolve_model_path(model_name)
         )
         return loaded.model, loaded.tokenizer
+
+    @property
+    def loading(self) -> bool:
+        """Whether a load of ours is under way, on any thread."""
+        return self._loads > 0
+
+    def _log_flag(self, record: Any) -> bool:  # noqa: ANN401 - a log record
+        """Leave out a warning of min_p, which the host puts into every generation config."""
+        ours = getattr(self._ours, "loading", False)
+        return not (ours and HOST_FLAG in record.getMessage())
 
     def _log_our_name(self, record: Any) -> bool:  # noqa: ANN401 - a log record
         """Name our loader in the line where the host logs that Transformers loads."""

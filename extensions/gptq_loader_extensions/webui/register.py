@@ -23,6 +23,7 @@ from gptq_loader_plugin.errors import GPTQLoaderError, PluginError
 from gptq_loader_plugin.system.patch import Patch, apply_all, patch_imports
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from gptq_loader_extensions.webui.host_modules import Webui
@@ -66,7 +67,9 @@ def register() -> list[Patch]:
     from gptq_loader_plugin.plugins import Plugins
 
     plugins = Plugins(installed=True)
-    loader = LoadHandler(webui, before_load=functools.partial(_apply_late, webui, patches))
+    loader = LoadHandler(
+        webui, before_load=lambda: _apply_late(webui, patches, lambda: loader.loading)
+    )
     patches += [
         Patch(shared, APPLIED, patches),
         *_patch_lists(webui),
@@ -74,7 +77,7 @@ def register() -> list[Patch]:
         *_patch_recognition(webui, plugins),
         *loader.patches(),
         *patch_imports(webui.models.unload_model, wrap_unload(webui)),
-        *_patch_api(webui, patches),
+        *_patch_api(webui, patches, lambda: loader.loading),
         *_patch_generation(webui),
         *_patch_command_line(webui),
     ]
@@ -174,15 +177,15 @@ def _template_settings(
     return {"instruction_template": CUSTOM, "instruction_template_str": template.jinja}
 
 
-def _patch_api(webui: Webui, patches: list[Patch]) -> list[Patch]:
+def _patch_api(webui: Webui, patches: list[Patch], loading: Callable[[], bool]) -> list[Patch]:
     from gptq_loader_extensions.webui.api_patches import patch_api
 
-    return patch_api(webui, [patch.owner for patch in patches])
+    return patch_api(webui, [patch.owner for patch in patches], loading)
 
 
-def _apply_late(webui: Webui, patches: list[Patch]) -> None:
+def _apply_late(webui: Webui, patches: list[Patch], loading: Callable[[], bool]) -> None:
     """Patch the API where it was imported after the loader was added."""
-    late = _patch_api(webui, patches)
+    late = _patch_api(webui, patches, loading)
     apply_all(late)
     patches += late
 
