@@ -214,7 +214,7 @@ class LoadedModel:
         self.check_fits(ids)
         if self.adapters is not None:
             self.adapters.check(adapter)
-        stop_ids = self.end_ids(stop)
+        stop_ids = self.end_ids(stop) | set(options.stop_ids)
         return Generation(
             self.model,
             self.tokenizer,

@@ -25,6 +25,7 @@ class GenerateOptions(BaseModel):
         min_p: drop tokens less likely than this share of the likeliest.
         repetition_penalty: above 1, make tokens that were there before less likely.
         stop: texts that end the reply, besides the template's; they are not part of it.
+        stop_ids: tokens that do.
         seed: makes sampling repeatable.
     """
 
@@ -37,6 +38,7 @@ class GenerateOptions(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
 
     @field_validator("stop", mode="before")

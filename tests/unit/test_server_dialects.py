@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from altered import ONE
+from parrot import parrot
 from served import CHAT, COMPLETE, Running, running
 
 from gptq_loader_extensions.openai.settings import Settings
@@ -15,6 +16,7 @@ from gptq_loader_plugin.errors import OptionInvalid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 ASK = [{"role": "user", "content": "Hello"}]
 BODY = {"messages": ASK, "max_tokens": 4, "temperature": 0}
@@ -289,3 +291,28 @@ def test_a_page_that_may_call_may_send_its_headers(
 def test_what_is_no_origin_is_refused(origin: str) -> None:
     with pytest.raises(OptionInvalid, match="not an origin"):
         Settings(cors=(origin,)).check()
+
+
+def test_where_a_reply_ends_is_the_clients_to_say(tmp_path: Path) -> None:
+    folder = parrot(tmp_path / "models" / "parrot", ["one ", "two ", "three"])
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    (two,) = [it["id"] for it in added if it["content"] == "two "]
+    with running(tmp_path, names=(), start="parrot") as served:
+
+        def reply(**fields: Any) -> tuple[str, str, int]:
+            body = {**BODY, "max_tokens": 9, **fields}
+            whole = served.post(CHAT, **body).json()
+            (choice,) = whole["choices"]
+            usage = whole["usage"]["completion_tokens"]
+            return choice["message"]["content"], choice["finish_reason"], usage
+
+        assert reply() == ("one two three", "stop", 4)
+        assert reply(stop_token_ids=[two]) == ("one ", "stop", 2)
+        text, finish, tokens = reply(ignore_eos=True)
+        assert text.startswith("one two three")
+        assert (finish, tokens) == ("length", 9)
+        assert reply(min_tokens=6)[2] >= 6
+        assert reply(min_tokens=3, stop_token_ids=[two])[2] > 3
+        refused = served.post(CHAT, **BODY, stop_token_ids=[100_000])
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "stop_token_ids"

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from gptq_loader_extensions.openai.errors import invalid
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
 
-__all__ = ["LogitBias", "PresencePenalty", "RecentPenalty", "read_bias"]
+__all__ = ["EndBan", "LogitBias", "PresencePenalty", "RecentPenalty", "read_bias"]
 
 
 class PresencePenalty:
@@ -60,6 +60,29 @@ class RecentPenalty:
         before = scores[0, recent]
         scores[0, recent] = torch.where(before < 0, before * self._penalty, before / self._penalty)
         return scores
+
+
+class EndBan:
+    """Keep a reply from ending: for so many tokens, or as long as there is anything else to write.
+
+    Args:
+        begin: where the reply begins in the sequence.
+        end_ids: the tokens that end it.
+        tokens: how many there are to be at least; None for as many as it may have.
+    """
+
+    def __init__(self, begin: int, end_ids: Sequence[int], *, tokens: int | None) -> None:
+        self._begin = begin
+        self._end_ids = list(end_ids)
+        self._tokens = tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the logits [1, vocabulary] without those of the end."""
+        if self._tokens is not None and input_ids.shape[1] - self._begin >= self._tokens:
+            return scores
+        banned = scores.clone()
+        banned[0, self._end_ids] = float("-inf")
+        return banned if bool(banned.isfinite().any()) else scores  # a form may be complete
 
 
 class LogitBias:

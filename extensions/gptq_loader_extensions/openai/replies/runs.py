@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from gptq_loader_extensions.openai.errors import invalid
 from gptq_loader_extensions.openai.replies.engine import Run
 from gptq_loader_extensions.openai.replies.processors import (
+    EndBan,
     LogitBias,
     PresencePenalty,
     RecentPenalty,
@@ -38,6 +39,7 @@ def make_options(request: Sampling, *, max_tokens: int) -> GenerateOptions:
     fields: dict[str, Any] = {
         "max_new_tokens": max_tokens,
         "stop": stop_texts(request.stop),
+        "stop_ids": tuple(request.stop_token_ids or ()),
         "seed": request.seed,
         "temperature": temperature if temperature is None or temperature > MIN_TEMPERATURE else 0,
         "min_p": request.min_p,
@@ -84,12 +86,23 @@ def make_runs(
         OptionInvalid: a value is out of range.
     """
     options = make_options(request, max_tokens=max_tokens)
+    for token in options.stop_ids:
+        if token >= model.vocab_size:
+            raise invalid(
+                f"stop_token_ids: {token} is no token of this model, which has "
+                f"{model.vocab_size:,}",
+                param="stop_token_ids",
+            )
     if options.seed is not None and options.seed + (request.n or 1) > 2**63:
         raise invalid("seed is too large for that many replies; choose a smaller one", param="seed")
     runs = []
     for i in range(request.n or 1):
         processors = _processors(request, model, len(ids))
         processors += [make() for make in more]
+        if request.ignore_eos or request.min_tokens:  # last, as it looks at what the others leave
+            end_ids = model.end_ids(stop) | set(options.stop_ids)
+            least = None if request.ignore_eos else request.min_tokens
+            processors.append(EndBan(len(ids), sorted(end_ids), tokens=least))
         seed = None if options.seed is None else options.seed + i
         own = options if i == 0 else options.model_copy(update={"seed": seed})
         runs.append(Run(ids, own, tuple(stop), processors, top_logprobs, shown))

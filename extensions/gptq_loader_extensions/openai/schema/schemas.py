@@ -73,6 +73,9 @@ class Sampling(Structured):
         Annotated[int, Field(ge=2, lt=2**31, json_schema_extra={"minimum": -1})] | None
     ) = None
     stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=64)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=1024)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    ignore_eos: bool | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
