@@ -8,12 +8,12 @@ import pty
 import select
 import struct
 import termios
-import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pyte
 from processes import start_process
+from waiting import eventually
 
 if TYPE_CHECKING:
     import subprocess
@@ -62,20 +62,22 @@ class Terminal:
 
     def wait_for(self, text: str, *, times: int = 1, seconds: float = SECONDS) -> str:
         """Wait until a text is on the screen so many times; return all there is."""
-        end = time.monotonic() + seconds
-        while (shown := self.text()).count(text) < times:
-            left = end - time.monotonic()
-            assert left > 0, f"no {text!r} in:\n{shown}"
-            if not self._read(min(left, 0.5)):
-                assert self.text().count(text) >= times, f"it ended without {text!r}:\n{shown}"
-                break
+        __tracebackhide__ = True
+
+        def is_shown() -> bool:
+            return self.text().count(text) >= times
+
+        def is_shown_or_ended() -> bool:
+            return is_shown() or not self._read(0.2)
+
+        eventually(is_shown_or_ended, seconds, awaited=repr(text), log=self.text)
+        assert is_shown(), f"it ended without {text!r}:\n{self.text()}"
         return self.text()
 
     def wait_for_end(self, seconds: float = SECONDS) -> int:
         """Wait until the program has ended; return its exit code."""
-        end = time.monotonic() + seconds
-        while self._read(0.2):
-            assert time.monotonic() < end, self.text()
+        __tracebackhide__ = True
+        eventually(lambda: not self._read(0.2), seconds, awaited="the end", log=self.text)
         return self.process.wait(timeout=seconds)
 
     def _read(self, seconds: float) -> bool:

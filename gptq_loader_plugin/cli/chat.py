@@ -164,7 +164,9 @@ class Chat:
                 near = difflib.get_close_matches(name, COMMANDS, n=1)
                 raise OptionInvalid(
                     f"there is no command /{name}",
-                    hint=(f"did you mean /{near[0]}? " if near else "/help lists the commands; ")
+                    hint=(
+                        f"did you mean /{near[0]}? " if near else "see /help for those there are; "
+                    )
                     + "a space first sends it to the model",
                 )
 

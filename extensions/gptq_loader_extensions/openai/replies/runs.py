@@ -101,8 +101,8 @@ def make_runs(
         processors += [make() for make in more]
         if request.ignore_eos or request.min_tokens:  # last, as it looks at what the others leave
             end_ids = model.end_ids(stop) | set(options.stop_ids)
-            least = None if request.ignore_eos else request.min_tokens
-            processors.append(EndBan(len(ids), sorted(end_ids), tokens=least))
+            minimum = None if request.ignore_eos else request.min_tokens
+            processors.append(EndBan(len(ids), sorted(end_ids), tokens=minimum))
         seed = None if options.seed is None else options.seed + i
         own = options if i == 0 else options.model_copy(update={"seed": seed})
         runs.append(Run(ids, own, tuple(stop), processors, top_logprobs, shown))
