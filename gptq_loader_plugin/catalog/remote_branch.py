@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,9 +17,10 @@ from gptq_loader_plugin.checkpoint.config import CONFIG_FILES, read_stored_confi
 from gptq_loader_plugin.checkpoint.detect import detect
 from gptq_loader_plugin.checkpoint.headers import read_safetensors_header
 from gptq_loader_plugin.checkpoint.outline import outline
+from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.checkpoint.weight_files import find_weight_files
 from gptq_loader_plugin.errors import CheckpointError, GPTQLoaderError, UnsupportedFormat
-from gptq_loader_plugin.hub.cache import RepoCache
+from gptq_loader_plugin.hub.cache import RepoCache, cached_folder
 from gptq_loader_plugin.hub.error_messages import explained
 from gptq_loader_plugin.hub.fetch import free_bytes
 from gptq_loader_plugin.hub.remote import look_up, read
@@ -127,11 +129,20 @@ def _open(remote: RemoteBranch, folder: Path, question: FitQuestion, stop: Stop)
         remote,
         facts=_facts(checkpoint, order_is_known=stored.desc_act is not None),
         sources=checkpoint.config.sources,
-        exllama=ask_exllama(checkpoint, question.kernels),
+        exllama=_exllama(remote, checkpoint, question),
         engines=ask_engines(gather_facts(checkpoint)),
         fit=fit,
         is_gptq=True,
     )
+
+
+def _exllama(remote: RemoteBranch, checkpoint: Checkpoint, question: FitQuestion) -> ExllamaReport:
+    """Ask ExLlama about a branch's own files where they are here, or else about its outline."""
+    here = cached_folder(replace(remote.hub, branch=remote.commit))
+    if here is not None:
+        with suppress(GPTQLoaderError, OSError):
+            return ask_exllama(open_checkpoint(here), question.kernels)
+    return ask_exllama(checkpoint, question.kernels, zeros_are_read=False)
 
 
 def outline_branch(remote: RemoteBranch, folder: Path, stop: Stop) -> Checkpoint | None:

@@ -116,7 +116,9 @@ def _show(report: RepoReport) -> None:
             show(f"  {branch.branch}: {problem}: {branch.error}")
         else:
             exllama = branch.exllama
-            slow = f"; ExLlama: {exllama.reason}" if exllama and not exllama.compatible else ""
+            slow = (
+                f"; ExLlama: {exllama.reason}" if exllama and exllama.compatible is not True else ""
+            )
             fits = yes_no(branch.fit.fits, unknown="?")
             show(f"  {branch.branch}: {fits}: {branch.fit.reason}{slow}")
     for branch in report.branches:
@@ -136,7 +138,7 @@ def _row(report: BranchReport) -> tuple[str, ...]:
         text_of(report.dataset),
         text_of(report.seq_len),
         "-" if report.size_bytes is None else write_size(report.size_bytes),
-        yes_no(report.exllama.compatible if report.exllama else None),
+        yes_no(report.exllama.compatible, unknown="perhaps") if report.exllama else "-",
         "-" if report.is_gptq is False else yes_no(report.fit.fits, unknown="?"),
         engines_of(report.engines) if report.engines else "-",
         "not GPTQ"

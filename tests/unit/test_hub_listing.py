@@ -16,7 +16,9 @@ import gptq_loader_plugin as gptq
 from gptq_loader_extensions.gradio.views.branches_view import branches_html
 from gptq_loader_plugin.catalog.branches import RepoReport, list_branches
 from gptq_loader_plugin.catalog.card_table import CardRow, read_branch_name, read_card_table
+from gptq_loader_plugin.catalog.exllama import UNREAD, ask_exllama
 from gptq_loader_plugin.catalog.recommend import recommend
+from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.cli.app import app
 from gptq_loader_plugin.device import find_device
 from gptq_loader_plugin.hub import download
@@ -82,6 +84,21 @@ def test_the_cards_table_comes_from_the_branches_and_the_card(repository: HubSer
     assert four.dataset is None, "the card has no line for it"
     assert four.size_bytes == (DATA / ONE / "model.safetensors").stat().st_size
     assert {it.fit.fits for it in report.branches} == {True}
+
+
+def test_exllama_is_not_answered_by_zeros_that_nobody_has_read(repository: HubServer) -> None:
+    """An asymmetric branch may have any zeros, until its files are here."""
+    asym = DATA / "gptq-4bit-32g-act-asym"
+    repository.add(REPO.repo, asym, branch="asym")
+    try:
+        report = branch(listed(), "asym").exllama
+        assert report
+        assert (report.compatible, report.reason) == (None, UNREAD)
+        here = download(replace(REPO, branch="asym"))
+        kernels = gptq.Plugins(installed=True, environ=ALL).kernels()
+        assert branch(listed(), "asym").exllama == ask_exllama(open_checkpoint(here), kernels)
+    finally:
+        del repository.repos[REPO.repo].branches["asym"]
 
 
 def test_the_most_exact_branch_that_fits_is_recommended(repository: HubServer) -> None:
