@@ -293,14 +293,25 @@ class LoadedModel:
         return ids
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, when_too_long: WhenTooLong = "error"
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        when_too_long: WhenTooLong = "error",
+        template: Template | None = None,
     ) -> tuple[list[int], str]:
-        """Tokenise messages; return the ids, and a warning where turns were left out."""
+        """Tokenise messages; return the ids, and a warning where turns were left out.
+
+        Args:
+            messages: mappings with `role` and `content`.
+            when_too_long: as for `chat`.
+            template: None for the model's own.
+        """
+        template = template or self.template
         kept = list(messages)
         ids: list[int] | None = None
         while ids is None:
             try:
-                encoded = self.template.encode(kept, self.tokenizer)
+                encoded = template.encode(kept, self.tokenizer)
                 self.check_fits(encoded)
                 ids = encoded
             except PromptTooLong:  # a tokenizer may refuse a text by its length
