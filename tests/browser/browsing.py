@@ -58,7 +58,8 @@ MARKS = [
 TOO_WIDE = """[...document.querySelectorAll('main *')].filter(it => {
   if (it.getBoundingClientRect().right <= innerWidth + 1) return false
   for (let up = it.parentElement; up; up = up.parentElement)
-    if (up.matches('#why pre, .bubble-wrap, .scrolls, .tab-container, .carrier')) return false
+    if (up.matches('#why pre, #about ul, .bubble-wrap, .scrolls, .tab-container, .carrier'))
+      return false
   return true
 }).map(it => it.outerHTML.slice(0, 200))"""
 

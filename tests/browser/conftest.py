@@ -17,6 +17,20 @@ if TYPE_CHECKING:
     from browsing import Server
     from playwright.sync_api import Browser, Page
 
+# As Qwen3's: a thought is opened unless it is switched off, and left out of earlier turns.
+THINKS = """{%- for message in messages %}<|im_start|>{{ message.role }}
+{% if message.reasoning_content and loop.last %}<think>
+{{ message.reasoning_content }}
+</think>
+
+{% endif %}{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% else %}<think>
+{% endif %}{% endif %}"""
 CHOICE = ("gptq-4bit-32g-act-sym", "gptq-3bit-128g-act-sym", "gptq_v2-8bit-32g-act-asym")
 
 
@@ -31,11 +45,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A models directory, with a damaged checkpoint among the good ones."""
+    """A models directory, with a damaged checkpoint among the good ones, and one that thinks."""
     folder = tmp_path_factory.mktemp("models")
     for name in CHOICE:
         shutil.copytree(CHECKPOINTS / name, folder / name)
     shutil.copytree(CHECKPOINTS / CHOICE[0], folder / "damaged")
+    shutil.copytree(CHECKPOINTS / CHOICE[0], folder / "thinker")
+    (folder / "thinker" / "chat_template.jinja").write_text(THINKS)
     weights = next((folder / "damaged").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1000])
     return folder

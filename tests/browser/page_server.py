@@ -1,5 +1,8 @@
 """Serve the page with tiny checkpoints, slowed, and keep a record: page_server.py RECORD [REF].
 
+A question that ends with "say:" and a text is answered with that text: its tokens are the likeliest
+ones, and the model, its steps and its sampling are as ever.
+
 The record gets one byte for each step of the model, so its size tells whether a reply still runs.
 Every attempt to reach another machine is written to stderr.
 """
@@ -7,10 +10,14 @@ Every attempt to reach another machine is written to stderr.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 # As fast as a small model on a laptop: slow enough to see a reply grow.
 STEP_SECONDS = float(os.environ.get("STEP_SECONDS", "0.02"))
@@ -22,6 +29,41 @@ def report_outside(event: str, args: tuple[Any, ...]) -> None:
         sys.stderr.write(f"OUTSIDE {args[0]}\n")
     if event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in LOOPBACK:
         sys.stderr.write(f"OUTSIDE {args[1]}\n")
+
+
+SAID = re.compile(r".*say:(.*?)<\|im_end\|>", re.DOTALL)
+
+
+class Said:
+    """Make the tokens of a text, and then the end, the likeliest ones.
+
+    Args:
+        ids: the tokens.
+        begin: where the reply begins in the sequence.
+    """
+
+    def __init__(self, ids: list[int], begin: int) -> None:
+        self._ids, self._begin = ids, begin
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        at = input_ids.shape[1] - self._begin
+        scores = scores.clone()
+        scores[0, self._ids[min(at, len(self._ids) - 1)]] = 1e4
+        return scores
+
+
+def say(model: Any) -> None:
+    """Let a model answer with what a question tells it to say."""
+    stream = model.stream_ids
+
+    def stream_said(ids: Any, *args: Any, processors: Any = (), **options: Any) -> Any:
+        asked = SAID.match(model.tokenizer.decode(ids))
+        if asked:
+            said = model.tokenizer(asked[1], add_special_tokens=False)["input_ids"]
+            processors = [*processors, Said([*said, model.tokenizer.eos_token_id], len(ids))]
+        return stream(ids, *args, processors=processors, **options)
+
+    model.stream_ids = stream_said
 
 
 def main(record: str, reference: str | None = None) -> None:
@@ -40,6 +82,7 @@ def main(record: str, reference: str | None = None) -> None:
     def load_slowed(reference: Any, **options: Any) -> gptq.LoadedModel:
         model = load(reference, **options)
         model.model.register_forward_pre_hook(slowed)
+        say(model)
         return model
 
     gptq.load = load_slowed

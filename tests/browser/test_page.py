@@ -93,7 +93,7 @@ def test_stop_stops_and_keeps_what_there_is(page: Page, server: Server) -> None:
 
 
 def test_retry_undo_and_a_new_conversation(page: Page) -> None:
-    for button in ("#retry", "#undo", "#delete"):
+    for button in ("#continue", "#retry", "#undo"):
         expect(page.locator(f"{button}")).to_be_disabled()
     ask(page, "One", tokens=12)
     finish(page)
@@ -103,6 +103,7 @@ def test_retry_undo_and_a_new_conversation(page: Page) -> None:
     finish(page)
     assert replies(page) == first, "temperature 0 is deterministic"
     assert questions(page) == ["One"]
+    expect(page.locator("#chat .bar").last).to_contain_text("2/2")
     ask(page, "Two", tokens=12)
     expect(page.locator("#chat [data-testid=bot]")).to_have_count(2)
     finish(page)

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 pytestmark = MARKS
 
-PICKED = "#picker input"
-
 
 def exported(page: Page, button: str) -> tuple[str, str]:
     with page.expect_download() as waiting:
@@ -44,29 +42,48 @@ def messages(page: Page) -> list[dict[str, str]]:
     return found
 
 
+def listed(page: Page) -> list[str]:
+    """Return the titles in the list of chats."""
+    texts: list[str] = page.locator("#chats .choose span").all_inner_texts()
+    return texts
+
+
 def test_conversations_are_kept_and_survive_a_reload(page: Page) -> None:
     ask(page, "The first question", tokens=6)
     finish(page)
     first = replies(page)
-    page.locator("#new").click()
-    expect(page.locator("#chat [data-testid=user]")).to_have_count(0)
-    ask(page, "Another one", tokens=6)
-    finish(page)
-    expect(page.locator(PICKED)).to_have_value("Another one")
+    expect(page.locator("#chats .choose span")).to_have_text(["The first question"])
     page.reload(wait_until="domcontentloaded")
-    expect(page.locator("#chat [data-testid=user]")).to_have_count(1)
-    assert questions(page) == ["Another one"]
-    page.locator(PICKED).click()
-    page.get_by_role("option", name="The first question").click()
     expect(page.locator("#chat [data-testid=user]")).to_have_text("The first question")
     assert replies(page) == first
+    page.locator("#new").click()
+    expect(page.locator("#chat [data-testid=user]")).to_have_count(0)
+    ask(page, "## Another *one*", tokens=6)
+    finish(page)
+    expect(page.locator("#chats .choose span")).to_have_text(["Another one", "The first question"])
+    expect(page.locator("#chats time").first).to_have_text(re.compile(r"\d\d:\d\d"))
+    page.locator("#chats input").fill("first")
+    expect(page.locator("#chats .choose span")).to_have_text(["The first question"])
+    page.locator("#chats .choose").click()
+    expect(page.locator("#chat [data-testid=user]")).to_have_text("The first question")
+    assert replies(page) == first
+    page.locator("#chats input").fill("")
+    page.locator("#chats .choose").last.hover()
+    page.get_by_label("Rename The first question").click()
+    page.get_by_label("New name").fill("Of old")
+    page.get_by_label("New name").press("Enter")
     ask(page, "And more", tokens=6)
     finish(page)
-    page.locator("#delete").click()
+    assert listed(page) == ["Of old", "Another one"], "a name of one's own stays"
+    page.locator("#chats .choose").first.hover()
+    page.get_by_label("Delete Of old").click()
     expect(page.locator("#chat [data-testid=user]")).to_have_count(0)
-    page.locator(PICKED).click()
-    listed = page.get_by_role("option").all_inner_texts()
-    assert [name.strip("✓\n") for name in listed] == ["New conversation", "Another one"]
+    expect(page.locator("#chats .choose span")).to_have_text(["Another one"])
+    page.get_by_role("button", name="Undo").last.click()
+    expect(page.locator("#chat [data-testid=user]")).to_have_text(
+        ["The first question", "And more"]
+    )
+    assert listed(page) == ["Of old", "Another one"]
 
 
 def test_one_browsers_conversations_are_not_anothers(browser: Browser, server: Server) -> None:
@@ -75,18 +92,15 @@ def test_one_browsers_conversations_are_not_anothers(browser: Browser, server: S
         finish(one)
         second = one.context.new_page()  # another tab of the same browser
         second.goto(server.url, wait_until="domcontentloaded")
-        second.locator(PICKED).click()
-        expect(second.get_by_role("option", name="A secret")).to_be_visible()
+        expect(second.locator("#chats .choose span")).to_have_text(["A secret"])
         assert questions(second) == []
         ask(second, "Of the second tab", tokens=4)
         finish(second)
         ask(one, "Still here", tokens=4)
         finish(one)
-        one.locator(PICKED).click()
-        kept = one.get_by_role("option").all_inner_texts()
-        assert len(kept) == 2, "neither tab wrote over the other's conversation"
+        assert len(listed(one)) == 2, "neither tab wrote over the other's conversation"
         two.reload(wait_until="domcontentloaded")
-        expect(two.locator(PICKED)).to_be_visible()
+        expect(two.locator("#chats .list")).to_contain_text("Your chats will be listed here")
         assert "A secret" not in two.content()
 
 
@@ -106,21 +120,22 @@ def test_a_question_can_be_edited_and_is_answered_anew(page: Page) -> None:
     ask(page, "Two", tokens=6)
     finish(page)
     expect(page.locator("#chat [data-testid=bot]")).to_have_count(2)
-    page.locator("#chat").get_by_label("Edit").first.click()
+    page.locator("#chat").get_by_label("Edit", exact=True).first.click()
     box = page.locator("#chat textarea")
+    assert box.input_value() == "One <b> &lt;b", "what was written, and not how it is drawn"
     box.fill(box.input_value() + " more")
-    page.locator("#chat").get_by_label("Submit").click()
+    page.get_by_role("button", name="Send again").click()
     expect(page.locator("#chat [data-testid=user]")).to_have_count(1)
     finish(page)
     assert questions(page) == ["One <b> &lt;b more"]
     page.locator("#more button").first.click()
     name, text = exported(page, "#export-json")
     talk = json.loads(text)["messages"]
-    assert name == "one-b-lt-b-more.json"
+    assert re.fullmatch(r"one-b-lt-b-more-\d{4}-\d\d-\d\d\.json", name)
     assert talk[0] == {"role": "user", "content": "One <b> &lt;b more"}
-    page.locator("#chat").get_by_label("Edit").last.click()
+    page.locator("#chat").get_by_label("Edit", exact=True).last.click()
     page.locator("#chat textarea").fill("What I would rather have read")
-    page.locator("#chat").get_by_label("Submit").click()
+    page.get_by_role("button", name="Save", exact=True).click()
     expect(page.locator("#chat [data-testid=bot]")).to_have_text("What I would rather have read")
     eventually(
         lambda: messages(page)[1]["content"] == "What I would rather have read",
@@ -150,7 +165,7 @@ def test_the_exact_prompt_is_shown_and_typed_marks_are_no_tokens(page: Page) -> 
 
 def test_nothing_jumps_while_a_reply_grows_and_escape_stops_it(page: Page) -> None:
     """The parts around the chat stay where they are; Send's place is taken by Stop."""
-    parts = ("#about", "#talks", "#chat", "#message", "#status", "#settings", "#more")
+    parts = ("#about", "#side", "#chat", "#message", "#status", "#settings", "#more")
 
     def places() -> tuple[tuple[int, ...], ...]:
         boxes = [page.locator(part).bounding_box() for part in parts]
@@ -178,6 +193,7 @@ def test_nothing_jumps_while_a_reply_grows_and_escape_stops_it(page: Page) -> No
 def test_the_chat_follows_a_reply_until_somebody_scrolls(page: Page) -> None:
     box = page.locator("#chat .bubble-wrap")
     left = "it => it.scrollHeight - it.clientHeight - it.scrollTop"
+    page.set_viewport_size({"width": 1280, "height": 560})
     ask(page, "Hello", tokens=450)
     eventually(lambda: box.evaluate("it => it.scrollTop") > 0, awaited="the chat to scroll")
     page.wait_for_timeout(300)

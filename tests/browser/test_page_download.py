@@ -46,7 +46,7 @@ def test_the_nine_steps_of_a_model_card(
     empty: Page, mended: HubServer, registry: Server, tmp_path: Path
 ) -> None:
     """Download slowly, cancel, go on, choose, load, save, reload, chat."""
-    mended.misbehave(WEIGHTS, slow=weight_bytes(mended, CHOSEN) // 20)
+    mended.misbehave(WEIGHTS, slow=weight_bytes(mended, CHOSEN) // 40)
     open_box(empty, REPO)
     empty.locator("#list-branches").click()
     table = empty.locator("#branches table")
@@ -57,16 +57,24 @@ def test_the_nine_steps_of_a_model_card(
     cells = row.locator("td").all_inner_texts()
     assert cells[:3] == ["4", "128", "yes"]
     assert cells[8] == "yes"
-    assert re.match(r"needs .* of weights, .* for .* tokens\); cpu has .* GB", cells[9])
-    empty.locator("#branch input").click()
-    empty.get_by_role("option", name=CHOSEN).click()
+    assert re.match(r"needs .* of weights, .* for .* tokens\); cpu has .* GB", cells[10])
+    row.locator("td").first.click()
     box = empty.locator("#repo textarea, #repo input")
     expect(box).to_have_value(f"{REPO}:{CHOSEN}")
+    expect(row.get_by_role("button")).to_have_attribute("aria-pressed", "true")
+    box.fill("owner/another")
+    expect(table).to_have_count(0)
+    box.fill(f"{REPO}:{CHOSEN}")
 
     empty.locator("#start").click()
     bar = empty.locator("#downloading progress")
     expect(bar).to_have_attribute("value", re.compile(r"0\.0*[1-9]"))
-    expect(empty.locator("#downloading")).to_contain_text(re.compile(r"\d+% .* of .*", re.DOTALL))
+    moving = re.compile(r"\d+% .* of .*B/s, .* left", re.DOTALL)
+    expect(empty.locator("#downloading")).to_contain_text(moving)
+    empty.reload(wait_until="domcontentloaded")
+    empty.get_by_role("tab", name="Model").click()
+    expect(empty.locator("#downloading")).to_contain_text(moving)
+    expect(box).to_have_value(f"{REPO}:{CHOSEN}")
     empty.locator("#cancel").click()
     expect(empty.locator("#downloading")).to_contain_text("Stopped. Download resumes from here.")
     mended.behave()

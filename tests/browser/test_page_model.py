@@ -107,11 +107,21 @@ def test_what_cannot_be_loaded_says_why_and_leaves_the_old_one(
     empty: Page, registry: Server
 ) -> None:
     load(empty, FIRST)
+    empty.locator("#temperature input[type=number]").fill("0.35")
+    empty.locator("#temperature input[type=number]").blur()
+    expect(empty.locator("#preset input")).to_have_value("Custom")
     choose(empty, "damaged")
     alert = empty.locator("#loading [role=alert]")
     expect(alert).to_contain_text("model.safetensors", timeout=30_000)
     expect(alert).to_contain_text("Download")
     expect(empty.locator("#about h1")).to_have_text(FIRST)
+    expect(empty.locator("#model input")).to_have_value(re.compile(f"^{FIRST} "))
+    expect(empty.locator("#temperature input[type=number]")).to_have_value("0.35")
+    expect(empty.locator("#facts")).to_contain_text("32 rows")
+    empty.locator("#model input").click()
+    empty.keyboard.type("damaged")  # in place of the name that is there
+    expect(empty.get_by_role("option")).to_have_count(1)
+    empty.keyboard.press("Escape")
     empty.get_by_role("tab", name="Chat").click()
     ask(empty, "Are you still there?", tokens=4)
     finish(empty)
@@ -151,12 +161,16 @@ def test_a_load_is_cancelled_and_says_what_became_of_the_old_one(
 
 def test_refresh_finds_what_came_later(empty: Page, models: Path) -> None:
     shutil.copytree(CHECKPOINTS / "gptq-2bit-64g-noact-sym", models / "came-later")
+    (models / "no-model").mkdir()
     try:
         empty.get_by_role("tab", name="Model").click()
         empty.locator("#refresh").click()
-        empty.wait_for_timeout(1000)
+        expect(empty.locator("#loading [role=note]")).to_have_text(
+            "1 folder holds no GPTQ checkpoint: no-model."
+        )
         load(empty, "came-later")
     finally:
+        (models / "no-model").rmdir()
         shutil.rmtree(models / "came-later")
         empty.locator("#unload").click()
 

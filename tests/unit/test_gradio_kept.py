@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import threading
+from datetime import date
 from typing import TYPE_CHECKING
 
 import pytest
 from waiting import join
 
+from gptq_loader_extensions.gradio.jobs.conversation import Message, TextFile
 from gptq_loader_extensions.gradio.storage.settings_file import (
     ModelSettings,
     SettingsFile,
 )
-from gptq_loader_extensions.gradio.tabs.export import as_json, as_markdown, file_name
-from gptq_loader_extensions.gradio.tabs.saved_chats import new_key, read_saved, write_saved
-from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_extensions.gradio.tabs.export import (
+    as_json,
+    as_markdown,
+    file_name,
+    read_conversation,
+)
+from gptq_loader_extensions.gradio.tabs.saved_chats import new_key, read_stored, write_saved
+from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
 from gptq_loader_plugin.generation.options import GenerateOptions
 
 if TYPE_CHECKING:
@@ -23,8 +30,8 @@ if TYPE_CHECKING:
 
 GREEDY = GenerateOptions(temperature=0, max_new_tokens=6)
 TALK = [
-    {"role": "user", "content": "What is\n *this*?"},
-    {"role": "assistant", "content": "# A reply\n"},
+    Message(role="user", content="What is\n *this*?"),
+    Message(role="assistant", content="# A reply\n", thought="hm"),
 ]
 
 
@@ -96,12 +103,21 @@ def test_many_save_at_once_and_nothing_is_lost(tmp_path: Path) -> None:
 
 def test_a_conversation_is_kept_and_read_back() -> None:
     key = new_key()
-    written = write_saved(key, TALK)
-    assert json.loads(written)["title"] == "What is *this*?"
-    saved = read_saved(json.dumps({"current": key, "opened": json.loads(written)}))
-    assert saved.opened is not None
-    assert saved.opened.conversation() == tuple(TALK)
-    assert len(json.loads(write_saved(key, [{"role": "user", "content": "w " * 99}]))["title"]) < 50
+    talk = [*TALK, Message(role="user", content="", files=(TextFile(name="a", text="b"),))]
+    written = write_saved(key, talk)
+    assert json.loads(written)["title"] == "What is this?"
+    panel = {"system": "Be brief.", "top_k": None, "thinking": "Off"}
+    stored = read_stored(json.dumps({"opened": json.loads(written), "panel": panel}))
+    assert stored.opened is not None
+    assert stored.opened.messages == tuple(talk)
+    assert stored.panel is not None
+    assert (stored.panel.system, stored.panel.top_k, stored.panel.thinking) == (
+        "Be brief.",
+        None,
+        "Off",
+    )
+    title = json.loads(write_saved(key, [Message(role="user", content="w " * 99)]))["title"]
+    assert len(title) < 50
 
 
 @pytest.mark.parametrize(
@@ -112,19 +128,34 @@ def test_a_conversation_is_kept_and_read_back() -> None:
         "nonsense",
         '{"opened": {"key": "../x", "messages": []}}',
         '{"opened": {"key": "0123456789abcdef", "messages": [{"role": "system", "content": ""}]}}',
-        '{"listed": [{"key": 5}]}',
+        '{"opened": null, "panel": {"thinking": "maybe"}}',
     ],
 )
 def test_what_a_browser_saved_is_checked(text: str | None) -> None:
-    saved = read_saved(text)
-    assert (saved.opened, saved.listed) == (None, ())
+    stored = read_stored(text)
+    assert (stored.opened, stored.panel) == (None, None)
 
 
-def test_a_conversation_is_exported() -> None:
-    assert json.loads(as_json(TALK, model="m")) == {"model": "m", "messages": TALK}
+def test_a_conversation_is_exported_and_imported() -> None:
+    written = as_json(TALK, model="m", system="Be brief.")
+    assert json.loads(written)["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert read_conversation(written) == (tuple(TALK), "Be brief.")
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"text": "b"}]}]
+    assert read_conversation(json.dumps(parts)) == ((Message(role="user", content="a\nb"),), "")
     assert as_markdown(TALK, model="m") == (
-        "# Conversation with m\n\n## You\n\nWhat is\n *this*?\n\n## Reply\n\n# A reply\n"
+        "# Conversation with m\n\n## You\n\nWhat is\n *this*?\n\n## Reply\n\n"
+        "<details><summary>Thought</summary>\n\nhm\n\n</details>\n\n# A reply\n"
     )
-    assert file_name(TALK, ".md") == "what-is-this.md"
-    assert file_name([{"role": "user", "content": "../../etc: ?"}], ".json") == "etc.json"
-    assert file_name([], ".md") == "conversation.md"
+    on = date(2026, 1, 2)
+    assert file_name(TALK, ".md", on=on) == "what-is-this-2026-01-02.md"
+    outside = [Message(role="user", content="../../etc: ?")]
+    assert file_name(outside, ".json", on=on) == "etc-2026-01-02.json"
+    assert file_name([], ".md", on=on) == "conversation-2026-01-02.md"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '[{"role": "tool", "content": "x"}]', '[{"role": "user"}]', "[1]"]
+)
+def test_what_is_no_conversation_is_refused(text: str) -> None:
+    with pytest.raises(OptionInvalid, match="this file is no conversation: it"):
+        read_conversation(text)

@@ -175,7 +175,7 @@ def test_a_load_that_comes_to_nothing_says_what_is_loaded(catalog: Catalog) -> N
     cancel = threading.Event()
     cancel.set()
     last = [*load_with_progress(models, catalog.find(FIRST), LoadOptions(), cancel)][-1]
-    assert (last.running, last.stopped) == (False, True)
+    assert (last.running, last.loaded) == (False, False)
     assert "Stopped. No model is loaded now." in last.progress
     models.load(catalog.find(FIRST), LoadOptions(), lambda _: None)
     last = [*load_with_progress(models, catalog.find(SECOND), LoadOptions(), cancel)][-1]
@@ -191,7 +191,7 @@ def test_a_load_that_comes_to_nothing_says_what_is_loaded(catalog: Catalog) -> N
     options = LoadOptions(backend="exllama")
     last = [*load_with_progress(models, catalog.find(SECOND), options, threading.Event())][-1]
     assert f"{FIRST} is still loaded." in last.progress
-    assert not last.stopped
+    assert not last.loaded
     models.unload()
 
 

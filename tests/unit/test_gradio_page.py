@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import socket
 import sys
 import threading
@@ -17,11 +18,17 @@ import pytest
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.gradio import GradioHost, gptq_hosts
-from gptq_loader_extensions.gradio.jobs.conversation import ChatState, undo_last
+from gptq_loader_extensions.gradio.jobs.conversation import (
+    ChatState,
+    Message,
+    prompt_messages,
+    undo_last,
+)
 from gptq_loader_extensions.gradio.jobs.models import Loaded, ReplyStart
 from gptq_loader_extensions.gradio.jobs.reply import chat_prompt, write_reply
 from gptq_loader_extensions.gradio.tabs.header import entry_name, header_html, title
 from gptq_loader_extensions.gradio.versions import known, to_pairs
+from gptq_loader_extensions.openai.replies.thinking import ThinkingMarks
 from gptq_loader_plugin.chat.templates import ChatML
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid, PluginError, PromptTooLong
 from gptq_loader_plugin.generation.generate import Piece
@@ -35,9 +42,10 @@ if TYPE_CHECKING:
 ENVIRON = {"GPTQ_LOADER_PLUGINS": "core,kernel-dense,kernel-reference"}
 CHECKPOINT = Path(__file__).parents[1] / "data" / "checkpoints" / "gptq-4bit-32g-act-sym"
 OPTIONS = GenerateOptions()
-DEFAULTS = ["", 512, 0.7, 0.95, 40, 0.0, 1.0, None]  # the settings as the page hands them over
+# The settings as the page hands them over.
+DEFAULTS = ["", 512, 0.7, 0.95, 40, 0.0, 1.0, None, 0, 0, "", "Automatic"]
 KEY = "0123456789abcdef"
-QUESTION = {"role": "user", "content": "Hello?"}
+QUESTION = Message(role="user", content="Hello?")
 
 
 class FakeModels:
@@ -49,6 +57,7 @@ class FakeModels:
         self.words, self.finish = words, finish
         self.error: Exception | None = None
         self.warning = ""
+        self.marks: ThinkingMarks | None = None
         self.messages: list[dict[str, str]] = []
         self.options: GenerateOptions | None = None
         self.ended = False
@@ -64,7 +73,7 @@ class FakeModels:
             raise self.error
         prompt = prepare(SimpleNamespace(encode_chat=self._encode, template=ChatML()))
         assert prompt.stop == ChatML().stop
-        yield ReplyStart(len(prompt.ids), 512, prompt.warning)
+        yield ReplyStart(len(prompt.ids), 512, prompt.warning, self.marks)
         try:
             for i, word in enumerate(self.words):
                 if cancel.is_set():
@@ -75,8 +84,9 @@ class FakeModels:
         finally:
             self.ended = True
 
-    def _encode(self, messages: Any, *, when_too_long: str) -> tuple[list[int], str]:
+    def _encode(self, messages: Any, *, when_too_long: str, template: Any) -> tuple[list[int], str]:
         assert when_too_long == "drop-oldest"
+        assert template == ChatML()
         self.messages = list(messages)
         return [1, 2, 3], self.warning
 
@@ -103,7 +113,7 @@ def answer(
     """Answer the question."""
     return write_reply(
         model,
-        chat_prompt([QUESTION], system),
+        chat_prompt(prompt_messages([QUESTION], system)),
         options,
         messages=(QUESTION,),
         cancel=cancel or threading.Event(),
@@ -153,7 +163,7 @@ def test_a_reply_cancelled_before_its_first_word_gives_the_question_back() -> No
 
 @pytest.mark.parametrize(
     ("limit", "words"),
-    [(2, "cut off at the most new tokens"), (512, "cut off where the context is full")],
+    [(2, "cut off at 2 new tokens (Max new tokens)"), (512, "cut off where the context is full")],
 )
 def test_a_reply_that_was_cut_off_says_where(limit: int, words: str) -> None:
     options = GenerateOptions(max_new_tokens=limit)
@@ -164,17 +174,74 @@ def test_a_reply_that_was_cut_off_says_where(limit: int, words: str) -> None:
 def test_a_system_message_comes_first_and_is_not_shown() -> None:
     model = FakeModels()
     *_, last = answer(model, system="Be brief.")
-    assert model.messages == [{"role": "system", "content": "Be brief."}, QUESTION]
+    assert model.messages == prompt_messages([QUESTION], "Be brief.")
+    assert model.messages[0] == {"role": "system", "content": "Be brief."}
     assert last.messages[0] == QUESTION
     list(answer(model, system="  "))
-    assert model.messages == [QUESTION]
+    assert model.messages == [{"role": "user", "content": "Hello?"}]
 
 
 def test_undo_removes_a_question_and_its_reply() -> None:
-    talk = [QUESTION, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
-    assert undo_last(talk) == ((talk[0], talk[1]), "b")
-    assert undo_last(talk[:2]) == ((), "Hello?")
-    assert undo_last([]) == ((), "")
+    reply, second = Message(role="assistant", content="a"), Message(role="user", content="b")
+    assert undo_last([QUESTION, reply, second]) == ((QUESTION, reply), second)
+    assert undo_last([QUESTION, reply]) == ((), QUESTION)
+    assert undo_last([]) == ((), None)
+
+
+MARKS = ThinkingMarks("<think>", "</think>", opened=True)
+
+
+def test_a_thought_is_apart_with_its_time() -> None:
+    model = FakeModels(["so", "\n</think>", "\n\n", "Ten"])
+    model.marks = MARKS
+    states = list(answer(model))
+    thoughts = [state.messages[-1].thought for state in states[2:]]
+    assert thoughts[0] == "so"
+    last = states[-1].messages[-1]
+    assert (last.thought, last.content) == ("so", "Ten")
+    assert last.seconds == 0.5, "from its first word to its end"
+    assert prompt_messages([last])[0] == {
+        "role": "assistant",
+        "content": "Ten",
+        "reasoning_content": "so",
+    }
+
+
+def test_another_version_keeps_the_first() -> None:
+    first = Message(role="assistant", content="One", thought="hm", seconds=2.0)
+    *_, last = write_reply(
+        FakeModels(),  # type: ignore[arg-type]  # as much of it as a reply needs
+        chat_prompt(prompt_messages([QUESTION])),
+        OPTIONS,
+        messages=(QUESTION,),
+        earlier=first,
+        cancel=threading.Event(),
+        clock=Clock(),
+    )
+    reply = last.messages[-1]
+    assert (reply.content, reply.thought, reply.shown) == ("One two", "", 1)
+    assert [version.content for version in reply.versions] == ["One", "One two"]
+    again = reply.show(0)
+    assert (again.content, again.thought, again.seconds) == ("One", "hm", 2.0)
+    assert again.show(9) == reply
+
+
+def test_a_reply_without_a_word_leaves_the_earlier_one() -> None:
+    cancel = threading.Event()
+    cancel.set()
+    first = Message(role="assistant", content="One")
+    for continues in (False, True):
+        *_, last = write_reply(
+            FakeModels(),  # type: ignore[arg-type]  # as much of it as a reply needs
+            chat_prompt(prompt_messages([QUESTION])),
+            OPTIONS,
+            messages=(QUESTION,),
+            earlier=first,
+            continues=continues,
+            cancel=cancel,
+            clock=Clock(),
+        )
+        assert last == ChatState((QUESTION, first), "Stopped.")
 
 
 def test_the_head_says_what_runs_and_escapes_it() -> None:
@@ -217,7 +284,11 @@ def test_options_that_a_version_does_not_know_are_left_out() -> None:
     def launch(self: object, *, port: int) -> None: ...
 
     assert known(launch, port=1, ssr_mode=False) == {"port": 1}
-    talk = [QUESTION, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+    talk = [
+        {"role": "user", "content": "Hello?"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "b"},
+    ]
     assert to_pairs(talk) == [("Hello?", "a"), ("b", None)]
 
 
@@ -276,14 +347,16 @@ def updates() -> Iterator[Any]:
 
 
 def stream(updates: Any, model: FakeModels, values: Sequence[Any] = DEFAULTS) -> list[Any]:
-    return list(
-        updates.stream_updates(model, (QUESTION,), values, key=KEY, before=(), draft="Hello?")
-    )
+    return list(updates.stream_updates(model, request(updates), values))
+
+
+def request(updates: Any) -> Any:
+    return updates.ReplyRequest((QUESTION,), before=(), key=KEY, draft="Hello?")
 
 
 def test_the_settings_reach_the_model(updates: Any) -> None:
     model = FakeModels()
-    stream(updates, model, ["Be brief.", 7, 0, 0.5, 3, 0.1, 1.2, 42])
+    stream(updates, model, ["Be brief.", 7, 0, 0.5, 3, 0.1, 1.2, 42, 0, 0, "###\n\\nQ:", "Off"])
     assert model.options == GenerateOptions(
         max_new_tokens=7,
         temperature=0,
@@ -292,6 +365,7 @@ def test_the_settings_reach_the_model(updates: Any) -> None:
         min_p=0.1,
         repetition_penalty=1.2,
         seed=42,
+        stop=("###", "\nQ:"),
     )
     assert model.messages[0]["content"] == "Be brief."
 
@@ -304,9 +378,7 @@ def test_the_defaults_are_those_of_the_options(updates: Any) -> None:
 
 def test_a_reply_hands_out_what_stops_it(updates: Any) -> None:
     model = FakeModels(["w"] * 1000)
-    running = updates.stream_updates(
-        model, (QUESTION,), DEFAULTS, key=KEY, before=(), draft="Hello?"
-    )
+    running = updates.stream_updates(model, request(updates), DEFAULTS)
     first = next(running)
     assert (first["conversation"], first["problem"]) == ((QUESTION,), "")
     assert first["message"]["value"] == "", "what was sent leaves the message box"
@@ -330,12 +402,28 @@ def test_the_buttons_are_not_redrawn_while_a_reply_grows(
     assert growing
     for grown in growing:
         assert set(grown) == {"conversation", "cancel", "problem", "chat", "status"}
-    assert '"role":"assistant","content":"One two three four"' in last["kept"]
+    assert '{"content":"One two three four","role":"assistant"}' in last["kept"]
+
+
+def test_the_browser_keeps_a_reply_while_it_grows(updates: Any) -> None:
+    clock = iter(range(1000))
+    states = list(
+        updates.stream_updates(
+            FakeModels(["One", " two", " three"]),
+            request(updates),
+            DEFAULTS,
+            clock=lambda: float(next(clock)) * 2,
+        )
+    )
+    *_, last = states
+    left = [state["kept"] for state in states[2:-1] if "kept" in state]
+    assert all('"ended":"left"' in kept for kept in left)
+    assert '"ended"' not in last["kept"]
 
 
 def test_a_page_that_goes_away_ends_its_reply(updates: Any) -> None:
     model = FakeModels(["w"] * 1000)
-    running = updates.stream_updates(model, (QUESTION,), DEFAULTS, key=KEY, before=())
+    running = updates.stream_updates(model, request(updates), DEFAULTS)
     cancel = next(running)["cancel"]
     running.close()
     assert cancel.is_set()
@@ -387,11 +475,24 @@ def test_a_warning_is_shown(updates: Any, monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_tags_outside_code_are_shown_and_not_obeyed(updates: Any, text: str, shown: str) -> None:
-    state = ChatState(({"role": "assistant", "content": text},))
+    state = ChatState((Message(role="assistant", content=text),))
     assert updates.render(state)["chat"][0]["content"] == shown
-    assert updates.from_markdown(shown) == text, "and editing it where it is shown changes nothing"
+    assert json.loads(updates.render(state, key=KEY)["kept"])["messages"][0]["content"] == text
 
 
 def test_a_reply_without_text_says_so(updates: Any) -> None:
-    state = ChatState(({"role": "assistant", "content": ""},))
+    state = ChatState((Message(role="assistant"),))
     assert updates.render(state)["chat"][0]["content"] == "*(a reply without text)*"
+
+
+def test_a_thought_is_folded_and_cannot_break_out(updates: Any) -> None:
+    thought = "</details>\n```py\nx"
+    message = Message(role="assistant", content="Ten", thought=thought, seconds=72.4)
+    (shown,) = updates.render(ChatState((message,)))["chat"]
+    assert shown["content"] == (
+        "<details><summary>Thought for 1 min 12 s</summary>\n\n"
+        "&lt;/details>\n```py\nx\n```\n\n</details>\n\nTen"
+    )
+    growing = ChatState((Message(role="assistant", thought="so"),), running=True)
+    (shown,) = updates.render(growing)["chat"]
+    assert shown["content"].startswith("<details open><summary>Thinking …</summary>")

@@ -13,11 +13,12 @@ import pytest
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.gradio.error_messages import alert, format_error
-from gptq_loader_extensions.gradio.jobs.comparing import by_turns, describe_difference
+from gptq_loader_extensions.gradio.jobs.comparing import by_turns, difference_html
+from gptq_loader_extensions.gradio.jobs.downloads import Speed
 from gptq_loader_extensions.gradio.jobs.models import ReplyStart
 from gptq_loader_extensions.gradio.jobs.progress import Finished, progress_bar, run_with_progress
 from gptq_loader_extensions.gradio.jobs.reply import raw_prompt
-from gptq_loader_extensions.gradio.storage.presets import PRESETS, own_sampling, preset_of
+from gptq_loader_extensions.gradio.storage.presets import CUSTOM, PRESETS, own_sampling, preset_of
 from gptq_loader_extensions.gradio.views.facts import facts_html
 from gptq_loader_extensions.gradio.views.plan_view import memory_html, memory_of, plan_html
 from gptq_loader_plugin.errors import GPTQLoaderError, PromptTooLong
@@ -107,7 +108,7 @@ def test_the_plan_shows_every_answer() -> None:
     assert memory_of(plan, context=100).kv == 100 * plan.kv_bytes_per_token
     drawn = memory_html(memory, before=10**6, after=2 * 10**6)
     assert "the process held 1 MB before, and 2 MB after" in drawn
-    assert drawn.count("<i class=") == 3
+    assert drawn.count("<i class=") == 4, "the three parts, and what is free"
 
 
 def test_errors_are_sentences() -> None:
@@ -154,11 +155,24 @@ def test_sides_take_turns_and_are_timed_alone() -> None:
 
 
 def test_where_replies_differ() -> None:
-    assert describe_difference("same", "same") == "Both replies are the same."
-    assert describe_difference("a", "b") == "The replies differ from the first character."
-    assert describe_difference("Paris is", "Paris was") == (
-        "The replies are the same for 6 characters, up to “Paris”."
+    assert difference_html("same", "same") == "<p>Both replies are the same.</p>"
+    assert difference_html("a", "b") == "<p>The replies differ from the first character.</p>"
+    assert difference_html("Paris is", "Paris <b>") == (
+        "<p>The replies are the same for 6 characters, up to “Paris”. Then the first goes on "
+        "<mark>is</mark> and the second <mark>&lt;b&gt;</mark></p>"
     )
+
+
+def test_the_speed_is_that_of_the_last_seconds() -> None:
+    times = iter([0.0, 1.0, 2.0, 12.0, 13.0])
+    speed = Speed(lambda: next(times))
+    assert speed.add(0) is None
+    assert speed.add(100) == 100
+    assert speed.add(300) == 150
+    assert speed.add(400) is None, "what stood still for so long has no speed"
+    assert speed.add(410) == 10
+    bar = progress_bar(Progress("download", 2_000_000, 10_000_000), speed=100_000)
+    assert "100 kB/s, 1 min 20 s left" in bar
 
 
 def test_presets_fill_in_what_a_checkpoint_recommends() -> None:
@@ -171,4 +185,4 @@ def test_presets_fill_in_what_a_checkpoint_recommends() -> None:
     )
     assert own_sampling(model(do_sample=False, temperature=0.6)) == PRESETS["Deterministic"]
     assert preset_of(GenerateOptions(max_new_tokens=9, repetition_penalty=1.1)) == "No repetition"
-    assert preset_of(GenerateOptions(temperature=0.33)) is None
+    assert preset_of(GenerateOptions(temperature=0.33)) == CUSTOM

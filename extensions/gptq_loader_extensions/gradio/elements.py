@@ -6,6 +6,8 @@ browser's tests is one of these, and that each of these is on the page.
 
 from __future__ import annotations
 
+FRAME = "frame"
+
 # The header
 ABOUT = "about"
 WHY = "why"
@@ -25,29 +27,41 @@ TOP_K = "top_k"
 MIN_P = "min_p"
 REPETITION_PENALTY = "repetition_penalty"
 SEED = "seed"
+FREQUENCY_PENALTY = "frequency_penalty"
+PRESENCE_PENALTY = "presence_penalty"
+STOP_STRINGS = "stop-strings"
+THINKING = "thinking"
+PANEL_KEPT = "panel-kept"
 
 # Chat
 CHAT_TAB = "chat-tab"
-TALKS = "talks"
-PICKER = "picker"
+SIDE = "side"
 NEW = "new"
-DELETE = "delete"
+CHATS = "chats"
+TALK = "talk"
 CHAT = "chat"
+ATTACHED = "attached"
+ATTACH = "attach"
 ASK = "ask"
 MESSAGE = "message"
 SEND = "send"
 STOP = "stop"
 BELOW = "below"
 STATUS = "status"
+CONTINUE = "continue"
 RETRY = "retry"
 UNDO = "undo"
 MORE = "more"
 SHOW_PROMPT = "show-prompt"
 EXPORT_JSON = "export-json"
 EXPORT_MARKDOWN = "export-markdown"
+IMPORT = "import"
 PROMPT_VIEW = "prompt-view"
 KEPT = "kept"
 FILE = "file"
+COMMAND = "command"
+CHANGE = "change"
+GENERATE = "generate"
 
 # Raw
 RAW_TAB = "raw-tab"
@@ -97,7 +111,7 @@ REPOSITORY = "repository"
 REPO = "repo"
 LIST_BRANCHES = "list-branches"
 BRANCHES = "branches"
-BRANCH = "branch"
+PICK = "pick"
 DOWNLOAD_BUTTONS = "download-buttons"
 START = "start"
 CANCEL = "cancel"
@@ -127,6 +141,7 @@ FACTS = "facts"
 CARRIER_CLASS = "carrier"  # in the page, for page.js and the server, and not seen
 HEADING_CLASS = "heading"
 NAMED_CLASS = "named"
+REPLY_CLASS = "reply"  # a reply beside another
 SHEET_CLASS = "sheet"  # tables of facts
 STATUS_CLASS = "status"  # a line below a reply
 STOPS_CLASS = "stops"  # a button that Escape presses

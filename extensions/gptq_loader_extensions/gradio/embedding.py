@@ -12,7 +12,7 @@ import gradio as gr
 from gptq_loader_extensions.gradio.error_messages import format_error
 from gptq_loader_extensions.gradio.jobs.local_models import LocalModels
 from gptq_loader_extensions.gradio.jobs.models import Loaded
-from gptq_loader_extensions.gradio.jobs.reply import chat_prompt, write_reply
+from gptq_loader_extensions.gradio.jobs.reply import ReplySettings, chat_prompt, write_reply
 from gptq_loader_extensions.gradio.tabs.header import entry_name
 from gptq_loader_extensions.gradio.versions import known
 from gptq_loader_plugin.errors import GPTQLoaderError
@@ -43,7 +43,8 @@ def chat_interface(model: LoadedModel, *, system: str = "") -> gr.Blocks:
             options = GenerateOptions.parse(
                 {"max_new_tokens": max_new_tokens, "temperature": temperature}
             )
-            prepare = chat_prompt(messages, system or "")
+            first = [{"role": "system", "content": system}] if system.strip() else []
+            prepare = chat_prompt([*first, *messages], ReplySettings(options=options))
             for state in write_reply(models, prepare, options, cancel=cancel):
                 if state.reply or not state.running:
                     yield state.reply

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Parts", "build_page", "launch_style"]
 
+SCRIPTS = ("page.js", "chats.js", "messages.js")  # each stands on those before it
 # Base's own grey and teal are 2.6 and 2.5 to 1 on white; these are 4.8 and 5.5.
 CONTRAST = {
     "body_text_color_subdued": "*neutral_500",
@@ -109,7 +110,7 @@ def build_page(parts: Parts) -> gr.Blocks:
     page: gr.Blocks
     with gr.Blocks(title=title(loaded), analytics_enabled=False, **options) as page:
         header = gr.HTML("", elem_id=elements.ABOUT)  # filled for each page that opens
-        with gr.Row():
+        with gr.Row(elem_id=elements.FRAME):
             with (
                 gr.Column(scale=3, min_width=300),
                 gr.Tabs(selected=_first_tab(models)) as tabs,
@@ -134,8 +135,9 @@ def launch_style() -> dict[str, Any]:
     ).set(**CONTRAST)
     folder = Path(__file__).parent
     css = (folder / "style.css").read_text(encoding="utf-8")
-    script = (folder / "page.js").read_text(encoding="utf-8")
-    return {"theme": theme, "css": css, "head": f"<script>{script}</script>"}
+    scripts = [(folder / name).read_text(encoding="utf-8") for name in SCRIPTS]
+    head = "".join(f"<script>{script}</script>" for script in scripts)
+    return {"theme": theme, "css": css, "head": head}
 
 
 def _first_tab(models: Models) -> str:

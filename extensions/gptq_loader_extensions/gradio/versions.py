@@ -6,9 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from gptq_loader_extensions.gradio.jobs.conversation import Message
+    from collections.abc import Callable, Mapping, Sequence
 
 __all__ = ["known", "takes_messages", "to_pairs"]
 
@@ -25,7 +23,7 @@ def takes_messages(chatbot: type) -> bool:
     return "type" in names or "allow_tags" in names
 
 
-def to_pairs(messages: Sequence[Message]) -> list[tuple[str | None, str | None]]:
+def to_pairs(messages: Sequence[Mapping[str, str]]) -> list[tuple[str | None, str | None]]:
     """Convert messages to the pairs of question and reply that an old Chatbot takes."""
     pairs: list[tuple[str | None, str | None]] = []
     for message in messages:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
+from html import escape
 from typing import TYPE_CHECKING
 
 from gptq_loader_extensions.gradio.jobs.reply import write_reply
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.generation.options import GenerateOptions
 
-__all__ = ["by_turns", "describe_difference"]
+__all__ = ["by_turns", "difference_html"]
 
 QUOTED = 40  # characters of where two replies diverge that are shown
 
@@ -60,16 +61,20 @@ def by_turns(
                 yield at, state
 
 
-def describe_difference(one: str, other: str) -> str:
-    """Describe from where two replies differ."""
+def difference_html(one: str, other: str) -> str:
+    """Draw from where two replies differ, and how each goes on there."""
     if one == other:
-        return "Both replies are the same."
+        return "<p>Both replies are the same.</p>"
     pairs = zip(one, other, strict=False)
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
     if not same:
-        return "The replies differ from the first character."
-    last = " ".join(one[max(0, same - QUOTED) : same].split())
-    return f"The replies are the same for {same:,} characters, up to “{last}”."
+        return "<p>The replies differ from the first character.</p>"
+    last = escape(" ".join(one[max(0, same - QUOTED) : same].split()))
+    goes_on = [escape(" ".join(text[same : same + QUOTED].split())) or "…" for text in (one, other)]
+    return (
+        f"<p>The replies are the same for {same:,} characters, up to “{last}”. Then the first goes "
+        f"on <mark>{goes_on[0]}</mark> and the second <mark>{goes_on[1]}</mark></p>"
+    )
 
 
 class _Stopwatch:

@@ -37,14 +37,14 @@ class LoadView:
         facts: the checkpoint's parameters.
         plan: the kernels and the memory.
         running: whether it goes on.
-        stopped: whether a person ended it.
+        loaded: whether it ended with the model loaded.
     """
 
     progress: str
     facts: str | None = None
     plan: str | None = None
     running: bool = True
-    stopped: bool = False
+    loaded: bool = False
 
 
 def load_with_progress(
@@ -56,19 +56,20 @@ def load_with_progress(
     try:
         for described in run_with_progress(partial(describe, entry, options, cancel)):
             if isinstance(described, Finished):
-                waiting = progress_bar(Progress("weights", 0, 0, detail=entry.name))
+                waiting = progress_bar(Progress("torch", 0, 0, detail=entry.name))
                 yield LoadView(waiting, *described.value)
             else:
                 yield LoadView(progress_bar(described))
         for event in run_with_progress(partial(models.load, entry, options, cancel=cancel)):
             if isinstance(event, Finished):
                 text = f"<p class='done'>Loaded in {event.seconds:.1f} s.</p>"
-                yield LoadView(text, plan=_loaded_plan(event.value), running=False)
+                plan = _loaded_plan(event.value)
+                yield LoadView(text, plan=plan, running=False, loaded=True)
             else:
                 yield LoadView(progress_bar(event))
     except Stopped:
         text = f"<p class='done'>Stopped. {escape(_now_loaded(before, models.loaded))}</p>"
-        yield LoadView(text, running=False, stopped=True)
+        yield LoadView(text, running=False)
     except (GPTQLoaderError, MemoryError, RuntimeError, OSError) as error:
         text = format_error(error)
         if before is not None:

@@ -50,8 +50,15 @@ class LocalModels(Models):
         """Generate the reply at once, beside those that are being written."""
         with self._reply() as loaded:
             prompt = prepare(loaded.model)
-            yield ReplyStart(len(prompt.ids), loaded.model.context, prompt.warning)
-            yield from loaded.model.stream_ids(prompt.ids, options, stop=prompt.stop, cancel=cancel)
+            context = loaded.model.context
+            yield ReplyStart(len(prompt.ids), context, prompt.warning, prompt.marks)
+            yield from loaded.model.stream_ids(
+                prompt.ids,
+                options,
+                stop=prompt.stop,
+                cancel=cancel,
+                processors=prompt.processors,
+            )
 
     def use(self, work: Callable[[LoadedModel], T]) -> T:
         """Run something short on the model, beside the replies that are being written."""

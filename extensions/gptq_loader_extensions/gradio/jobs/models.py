@@ -9,7 +9,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.hookspecs import hookimpl
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from gptq_loader_extensions.gradio.storage.catalog import CatalogEntry
+    from gptq_loader_extensions.openai.replies.thinking import ThinkingMarks
     from gptq_loader_plugin.events import Progress
     from gptq_loader_plugin.generation.generate import Piece
     from gptq_loader_plugin.generation.loaded import LoadedModel
@@ -86,11 +87,15 @@ class EncodedPrompt:
         ids: the tokens.
         stop: the texts that end a reply.
         warning: what a user should know, or "".
+        marks: how the model marks a thought; None where it does not think.
+        processors: change the logits before a token is picked.
     """
 
     ids: Sequence[int]
     stop: Sequence[str] = ()
     warning: str = ""
+    marks: ThinkingMarks | None = None
+    processors: Sequence[Any] = ()  # transformers' LogitsProcessor
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +106,13 @@ class ReplyStart:
         prompt_tokens: how many tokens the prompt has.
         context: how many the prompt and the reply may have together.
         warning: what a user should know, or "".
+        marks: how the model marks a thought; None where it does not think.
     """
 
     prompt_tokens: int
     context: int
     warning: str = ""
+    marks: ThinkingMarks | None = None
 
 
 class Models(ABC):

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.events import Progress
 
-__all__ = ["Finished", "progress_bar", "run_with_progress"]
+__all__ = ["REDRAW_SECONDS", "Finished", "progress_bar", "run_with_progress"]
 
 T = TypeVar("T")
 # The eye sees no more than about 10 steps of a bar a second; every redraw sends a message.
 REDRAW_SECONDS = 0.1
 STAGES = {
+    "checkpoint": "Reading the checkpoint",
+    "torch": "Starting torch, and building the model",
     "weights": "Loading the weights",
     "self-check": "Checking the kernels",
     "quantize": "Quantising",
@@ -83,8 +85,13 @@ def run_with_progress(
         yield event
 
 
-def progress_bar(progress: Progress) -> str:
-    """Draw a progress bar; without a length where the end is not known."""
+def progress_bar(progress: Progress, *, speed: float | None = None) -> str:
+    """Draw a progress bar; without a length where the end is not known.
+
+    Args:
+        progress: how far it has come.
+        speed: how much of it comes in a second, where that is known.
+    """
     stage = STAGES.get(progress.stage, progress.stage.capitalize())
     share = min(progress.done / progress.total, 1.0) if progress.total else None
     amount = ""
@@ -92,6 +99,9 @@ def progress_bar(progress: Progress) -> str:
         amount = f"{write_size(progress.done)} of {write_size(progress.total)}"
     elif share is not None:
         amount = f"{progress.done:,} of {progress.total:,} {progress.unit}"
+    if share is not None and speed:
+        amount += f", {write_size(int(speed))}/s"
+        amount += f", {write_duration((progress.total - progress.done) / speed)} left"
     percent = "" if share is None else f"{share:.0%}"
     value = "" if share is None else f' value="{share:.4f}"'
     return (
@@ -100,3 +110,12 @@ def progress_bar(progress: Progress) -> str:
         f'<progress max="1"{value} aria-label="{escape(stage)}"></progress>'
         f"<p class='detail'>{escape(progress.detail)}</p></div>"
     )
+
+
+def write_duration(seconds: float) -> str:
+    """Write a time in the two largest units that it has."""
+    minutes, rest = divmod(max(round(seconds), 1), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, left = divmod(minutes, 60)
+    return f"{hours} h {left} min" if hours else f"{minutes} min {rest} s"

@@ -79,8 +79,10 @@ class ServerModels(Models):
         def make_run(model: LoadedModel) -> tuple[ReplyStart, list[Run]]:
             prompt = prepare(model)
             limit = self._server.max_tokens(options.max_new_tokens, model)
-            run = Run(prompt.ids, options.model_copy(update={"max_new_tokens": limit}), prompt.stop)
-            return ReplyStart(len(prompt.ids), model.context, prompt.warning), [run]
+            limited = options.model_copy(update={"max_new_tokens": limit})
+            run = Run(prompt.ids, limited, prompt.stop, prompt.processors)
+            start = ReplyStart(len(prompt.ids), model.context, prompt.warning, prompt.marks)
+            return start, [run]
 
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         work = EngineRequest(None, make_run, events.put, cancel)

@@ -91,6 +91,21 @@ class Catalog:
             entries.setdefault(first.name, first)
         return list(entries.values())
 
+    def others(self) -> list[str]:
+        """List the folders of the models directories that hold no checkpoint of ours."""
+        listed = {Path(entry.target).resolve() for entry in self.entries()}
+        return [
+            folder.name
+            for root in self.folders()
+            if root.is_dir()
+            for folder in sorted(root.iterdir())
+            if folder.is_dir()
+            and not folder.name.startswith(".")
+            and not any(
+                path == folder.resolve() or folder.resolve() in path.parents for path in listed
+            )
+        ]
+
     def find(self, name: str) -> CatalogEntry:
         """Look up a name.
 

@@ -9,11 +9,11 @@ from gptq_loader_plugin.generation.options import GenerateOptions
 if TYPE_CHECKING:
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
-__all__ = ["OWN", "PRESETS", "SAMPLING", "own_sampling", "preset_of"]
+__all__ = ["CUSTOM", "OWN", "PRESETS", "SAMPLING", "own_sampling", "preset_of", "preset_values"]
 
 # What a preset sets, in the page's order; the maximum of new tokens and the seed stay as they are.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-OWN = "The checkpoint's own"
+OWN, CUSTOM = "The checkpoint's own", "Custom"
 PRESETS = {
     "Balanced": GenerateOptions(),
     "Deterministic": GenerateOptions(temperature=0.0, top_p=1.0, top_k=0),
@@ -33,9 +33,17 @@ def own_sampling(model: LoadedModel) -> GenerateOptions:
     )
 
 
-def preset_of(sampling: GenerateOptions) -> str | None:
-    """Return the preset that samples like this, or None."""
+def preset_of(sampling: GenerateOptions) -> str:
+    """Return the preset that samples like this, or `CUSTOM`."""
     for name, preset in PRESETS.items():
         if all(getattr(preset, option) == getattr(sampling, option) for option in SAMPLING):
             return name
-    return None
+    return CUSTOM
+
+
+def preset_values() -> dict[str, dict[str, float]]:
+    """Return each preset's numbers by their names, for the script of the page."""
+    return {
+        name: {option: getattr(preset, option) for option in SAMPLING}
+        for name, preset in PRESETS.items()
+    }

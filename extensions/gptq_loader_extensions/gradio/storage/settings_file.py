@@ -30,6 +30,9 @@ class ModelSettings(BaseModel):
         template: the chat template's name.
         system: the system message.
         sampling: how to sample.
+        presence: OpenAI's presence penalty.
+        frequency: OpenAI's frequency penalty.
+        thinking: whether to think.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -40,6 +43,9 @@ class ModelSettings(BaseModel):
     template: str | None = None
     system: str = ""
     sampling: GenerateOptions = GenerateOptions()
+    presence: float = 0.0
+    frequency: float = 0.0
+    thinking: bool | None = None
 
 
 class _Stored(BaseModel):

@@ -8,8 +8,9 @@ import gradio as gr
 
 from gptq_loader_extensions.gradio import elements
 from gptq_loader_extensions.gradio.events import AT_ONCE, PRIVATE, REPLIES, show_error, stop
-from gptq_loader_extensions.gradio.tabs.chat_events import NEW_CONVERSATION, ChatEvents
+from gptq_loader_extensions.gradio.tabs.chat_events import ChatEvents
 from gptq_loader_extensions.gradio.tabs.export_box import ExportBox
+from gptq_loader_extensions.gradio.tabs.message_view import LATEX
 from gptq_loader_extensions.gradio.versions import known
 
 if TYPE_CHECKING:
@@ -19,12 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["ChatTab"]
 
 WELCOME = "### What would you like to know?\nThe model runs on this machine."
-# As models write it; a single dollar is money.
-LATEX = [
-    {"left": "$$", "right": "$$", "display": True},
-    {"left": r"\[", "right": r"\]", "display": True},
-    {"left": r"\(", "right": r"\)", "display": False},
-]
 
 
 class ChatTab:
@@ -36,48 +31,50 @@ class ChatTab:
     """
 
     def __init__(self, models: Models, header: gr.HTML) -> None:
+        self._models = models
         self._parts: dict[str, Any] = {
             "header": header,
             "conversation": gr.State(()),
             "cancel": gr.State(None),
             "problem": gr.State(""),
             "key": gr.State(""),
+            "files": gr.State(()),
         }
-        self._lay_out_talk()
-        self._lay_out_message()
-        self._export = ExportBox(models)
+        with gr.Row(elem_id=elements.TALK):
+            with gr.Column(elem_id=elements.SIDE, scale=0, min_width=210):
+                self._parts["new"] = gr.Button("New chat", elem_id=elements.NEW, size="sm")
+                gr.HTML("<div></div>", elem_id=elements.CHATS)  # chats.js draws the list
+            with gr.Column(scale=1, min_width=300):
+                self._lay_out_talk()
+                self._lay_out_message()
+                self._export = ExportBox(models)
         self._parts["prompt"] = self._export.prompt
-        # A carrier between the server and page.js; hidden by the style sheet, because what is not
-        # drawn at all does not change in the browser.
-        self._parts["kept"] = gr.Textbox(
-            "", elem_id=elements.KEPT, elem_classes=elements.CARRIER_CLASS, label="Kept"
+        self._lay_out_carriers()
+
+    def _lay_out_carriers(self) -> None:
+        """Lay out what goes between the server and the scripts; the style sheet hides it.
+
+        What is not drawn at all does not change in the browser.
+        """
+        for name, elem_id in (("kept", elements.KEPT), ("command", elements.COMMAND)):
+            self._parts[name] = gr.Textbox(
+                "", elem_id=elem_id, elem_classes=elements.CARRIER_CLASS, label=name
+            )
+        self._change, self._generate = (
+            gr.Button(elem_id, elem_id=elem_id, elem_classes=elements.CARRIER_CLASS)
+            for elem_id in (elements.CHANGE, elements.GENERATE)
         )
-        self._events = ChatEvents(models, self._parts)
 
     def _lay_out_talk(self) -> None:
         parts = self._parts
-        with gr.Row(elem_id=elements.TALKS):
-            parts["picker"] = gr.Dropdown(
-                [NEW_CONVERSATION],
-                value="",
-                label="Conversation",
-                show_label=False,
-                container=False,
-                elem_id=elements.PICKER,
-                scale=1,
-                min_width=120,
-                interactive=True,
-            )
-            parts["new"] = _small("New", elements.NEW, interactive=True)
-            parts["delete"] = _small("Delete", elements.DELETE)
         options = known(
             gr.Chatbot,
             type="messages",
-            editable="all",
-            buttons=["copy"],
-            show_copy_button=True,
+            buttons=[],  # messages.js draws them, over what was written
+            show_copy_button=False,
             show_label=False,
             layout="bubble",
+            group_consecutive_messages=False,
             allow_tags=False,
             feedback_options=None,
             latex_delimiters=LATEX,
@@ -90,7 +87,9 @@ class ChatTab:
 
     def _lay_out_message(self) -> None:
         parts = self._parts
+        parts["attached"] = gr.HTML("", elem_id=elements.ATTACHED)
         with gr.Row(elem_id=elements.ASK):
+            gr.Button("Attach", elem_id=elements.ATTACH, scale=0, min_width=46)
             parts["message"] = gr.Textbox(
                 elem_id=elements.MESSAGE,
                 label="Message",
@@ -114,38 +113,41 @@ class ChatTab:
             )
         with gr.Row(elem_id=elements.BELOW):
             parts["status"] = gr.Markdown("", elem_id=elements.STATUS)
+            parts["continue"] = _small("Continue", elements.CONTINUE)
             parts["retry"] = _small("Retry", elements.RETRY)
             parts["undo"] = _small("Undo", elements.UNDO)
 
     def wire(self, wiring: Wiring) -> None:
         """Connect what a person does with what happens."""
-        parts, events = self._parts, self._events
+        parts, panel = self._parts, wiring.panel
+        events = ChatEvents(self._models, parts, panel)
         conversation, key, message = parts["conversation"], parts["key"], parts["message"]
-        kept, picker = parts["kept"], parts["picker"]
+        kept, command, files = parts["kept"], parts["command"], parts["files"]
         outputs = list(parts.values())
-        inputs = [conversation, key, *wiring.panel.parts]
+        inputs = [conversation, key, *panel.parts]
         sending = [message.submit, parts["send"].click]
-        streams = [
-            gr.on(sending, events.send, [message, *inputs], outputs, **REPLIES),
+        sent = [message, conversation, key, files, *panel.parts]
+        # What a script returns goes to the function in place of the inputs.
+        read = "(_, ...others) => [gptqPage.command(), ...others]"
+        replies = [
+            gr.on(sending, events.send, sent, outputs, **REPLIES),
             parts["retry"].click(events.retry, inputs, outputs, **REPLIES),
+            parts["continue"].click(events.go_on, inputs, outputs, **REPLIES),
+            self._generate.click(events.generate, [command, *inputs], outputs, js=read, **REPLIES),
         ]
-        if hasattr(parts["chat"], "edit"):  # since gradio 5
-            streams.append(parts["chat"].edit(events.edit, inputs, outputs, **REPLIES))
-        for reply in streams:
-            reply.then(show_error, [parts["problem"]], None, concurrency_limit=None, **PRIVATE)
+        changed = [command, conversation, key, files]
+        shown = [*outputs, *panel.parts]
+        change = self._change.click(events.change, changed, shown, js=read, **AT_ONCE)
+        for event in (*replies, change):
+            event.then(show_error, [parts["problem"]], None, concurrency_limit=None, **PRIVATE)
         parts["stop"].click(stop, [parts["cancel"]], None, **AT_ONCE)
         parts["undo"].click(events.undo, [conversation, key], outputs, **AT_ONCE)
         parts["new"].click(events.empty, None, outputs, **AT_ONCE)
 
-        # What page.js returns goes to the function in place of the inputs.
-        keep, begin = "(text) => gptqPage.keep(text)", "() => gptqPage.open()"
-        choose = "(_, key) => [gptqPage.open(key), key]"
-        forget = "(_, key) => [gptqPage.forget(key), key]"
-        kept.change(events.listed, [kept], [picker], js=keep, **AT_ONCE)
-        picker.select(events.opened, [kept, picker], outputs, js=choose, **AT_ONCE)
-        parts["delete"].click(events.deleted, [kept, picker], outputs, js=forget, **AT_ONCE)
-        wiring.page.load(events.opened, [kept], outputs, js=begin, **AT_ONCE)
-        self._export.wire(conversation, wiring.panel.parts[0], message)
+        kept.change(None, [kept], None, js="(text) => gptqPage.keep(text)", **AT_ONCE)
+        begin = "() => gptqPage.open()"
+        wiring.page.load(events.opened, [kept], shown, js=begin, **AT_ONCE)
+        self._export.wire(conversation, message, panel)
 
 
 def _small(name: str, elem_id: str, *, interactive: bool = False) -> gr.Button:

@@ -2,75 +2,111 @@
 
 from __future__ import annotations
 
-import re
 import threading
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
 from gptq_loader_extensions.gradio.error_messages import format_error
-from gptq_loader_extensions.gradio.jobs.conversation import ChatState
+from gptq_loader_extensions.gradio.jobs.conversation import ChatState, prompt_messages
 from gptq_loader_extensions.gradio.jobs.reply import chat_prompt, write_reply
+from gptq_loader_extensions.gradio.tabs.message_view import as_markdown
+from gptq_loader_extensions.gradio.tabs.panel_values import read_settings
 from gptq_loader_extensions.gradio.tabs.saved_chats import write_saved
-from gptq_loader_extensions.gradio.tabs.settings_panel import read_options
 from gptq_loader_extensions.gradio.versions import takes_messages, to_pairs
 from gptq_loader_plugin.errors import GPTQLoaderError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from gptq_loader_extensions.gradio.jobs.conversation import Conversation
+    from gptq_loader_extensions.gradio.jobs.conversation import Conversation, Message
     from gptq_loader_extensions.gradio.jobs.models import Models
 
-__all__ = ["Updates", "from_markdown", "render", "stream_updates"]
+__all__ = ["ReplyRequest", "Updates", "render", "stream_updates"]
 
 Updates = dict[str, Any]
 
-# Fenced code, to the end while its end is not yet written, and code within a line.
-CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
-TAG = re.compile(r"<(?=[A-Za-z/!?])")
-WRITTEN = re.compile(r"&amp;lt;|&lt;")
-UNWRITTEN = {"&amp;lt;": "&lt;", "&lt;": "<"}
 # What a person may do between two replies, and not during one.
-IDLE_ONLY = ("retry", "undo", "new", "delete", "picker", "prompt")
+IDLE_ONLY = ("continue", "retry", "undo", "new", "prompt")
+# The browser keeps a reply that is being written this often: what a reload may lose.
+KEEP_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyRequest:
+    """A reply to be written.
+
+    Attributes:
+        messages: the conversation, the question last.
+        before: the conversation to go back to on an error.
+        key: the conversation's key in the browser.
+        earlier: the reply of which it is another version, or which goes on.
+        continues: whether that goes on.
+        draft: the text to put back into the message box on an error.
+    """
+
+    messages: Conversation
+    before: Conversation
+    key: str
+    earlier: Message | None = None
+    continues: bool = False
+    draft: str | None = None
+
+    def prompt(self, system: str) -> list[dict[str, str]]:
+        """Return the messages that the model reads."""
+        going_on = (self.earlier,) if self.continues and self.earlier else ()
+        return prompt_messages((*self.messages, *going_on), system)
 
 
 def stream_updates(
     models: Models,
-    messages: Conversation,
+    request: ReplyRequest,
     values: Sequence[Any],
     *,
-    key: str,
-    before: Conversation,
-    draft: str | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Updates]:
     """Stream a reply as updates of the page; on an error, restore it and say what is wrong.
 
     Args:
         models: generates the reply.
-        messages: the conversation, the question last.
+        request: what to write.
         values: the settings' values, in their order.
-        key: the conversation's key in the browser.
-        before: the conversation to go back to on an error.
-        draft: the text to put back into the message box on an error.
+        clock: returns seconds.
     """
     cancel = threading.Event()
+    kept = clock()
     try:
-        system, options = read_options(values)
-        prepare = chat_prompt(messages, system)
-        states = write_reply(models, prepare, options, messages=messages, cancel=cancel)
+        settings = read_settings(values)
+        prepare = chat_prompt(
+            request.prompt(settings.system), settings, continues=request.continues
+        )
+        states = write_reply(
+            models,
+            prepare,
+            settings.options,
+            messages=request.messages,
+            earlier=request.earlier,
+            continues=request.continues,
+            cancel=cancel,
+        )
         for i, state in enumerate(states):
             if state.warning:
                 gr.Warning(escape(state.warning))
             unchanged = state.running and i > 1  # the second, too, names the buttons: see events.py
-            sent = i == 0 and draft is not None  # and leaves the message box
+            sent = i == 0 and request.draft is not None  # and leaves the message box
             shown = replace(state, draft="") if sent else state
-            yield render(shown, cancel, key=key, buttons_unchanged=unchanged)
+            updates = render(shown, cancel, key=request.key, buttons_unchanged=unchanged)
+            if unchanged and clock() - kept > KEEP_SECONDS:
+                kept = clock()
+                updates["kept"] = write_saved(request.key, _as_left(state.messages))
+            yield updates
     except (GPTQLoaderError, MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
         problem = format_error(error, hint="shorten the conversation; the terminal says more")
-        yield render(ChatState(before, draft=draft, problem=problem), key=key)
+        state = ChatState(request.before, draft=request.draft, problem=problem)
+        yield render(state, key=request.key)
     finally:
         cancel.set()
 
@@ -94,7 +130,7 @@ def render(
         "conversation": state.messages,
         "cancel": cancel,
         "problem": state.problem,
-        "chat": _for_chatbot(state.messages),
+        "chat": _for_chatbot(state.messages, running=state.running),
         "status": state.status,
     }
     if state.draft is not None:
@@ -107,28 +143,28 @@ def render(
     updates["send"], updates["stop"] = gr.update(visible=idle), gr.update(visible=not idle)
     for name in IDLE_ONLY:
         updates[name] = gr.update(interactive=idle)
-    for name in ("retry", "undo", "delete"):
+    for name in ("retry", "undo"):
         updates[name] = gr.update(interactive=idle and bool(state.messages))
+    replied = bool(state.messages) and state.messages[-1].role == "assistant"
+    updates["continue"] = gr.update(interactive=idle and replied)
     return updates
 
 
-def _for_chatbot(messages: Conversation) -> list[Any]:
+def _as_left(messages: Conversation) -> Conversation:
+    """Mark a reply as one that was left while it was written: it is, if nothing follows."""
+    if not messages or messages[-1].role != "assistant":
+        return messages
+    last = messages[-1]
+    return (*messages[:-1], last.change(last.version().model_copy(update={"ended": "left"})))
+
+
+def _for_chatbot(messages: Conversation, *, running: bool) -> list[Any]:
     """Convert a conversation to what the Chatbot takes."""
-    shown = [{**message, "content": _as_markdown(message["content"])} for message in messages]
+    shown = [
+        {
+            "role": message.role,
+            "content": as_markdown(message, running=running and i == len(messages) - 1),
+        }
+        for i, message in enumerate(messages)
+    ]
     return shown if takes_messages(gr.Chatbot) else to_pairs(shown)
-
-
-def _as_markdown(text: str) -> str:
-    """Keep what looks like a tag, outside code, from being taken for one and vanishing."""
-    if not text:
-        return "*(a reply without text)*"
-    parts = CODE.split(text)  # every second part is code
-    parts[::2] = [TAG.sub("&lt;", part.replace("&lt;", "&amp;lt;")) for part in parts[::2]]
-    return "".join(parts)
-
-
-def from_markdown(text: str) -> str:
-    """Turn a message that was edited where it is shown back into what the model reads."""
-    parts = CODE.split(text)
-    parts[::2] = [WRITTEN.sub(lambda match: UNWRITTEN[match[0]], part) for part in parts[::2]]
-    return "".join(parts)

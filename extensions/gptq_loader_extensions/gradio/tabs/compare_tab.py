@@ -13,13 +13,15 @@ import gradio as gr
 from gptq_loader_extensions.gradio import elements
 from gptq_loader_extensions.gradio.error_messages import alert, format_error
 from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, REPLIES, stop
-from gptq_loader_extensions.gradio.jobs.comparing import by_turns, describe_difference
+from gptq_loader_extensions.gradio.jobs.comparing import by_turns, difference_html
+from gptq_loader_extensions.gradio.jobs.conversation import Message, prompt_messages
 from gptq_loader_extensions.gradio.jobs.loading import load_with_progress
 from gptq_loader_extensions.gradio.jobs.local_models import LocalModels
 from gptq_loader_extensions.gradio.jobs.reply import chat_prompt
 from gptq_loader_extensions.gradio.tabs.header import model_facts, title
 from gptq_loader_extensions.gradio.tabs.measure_box import MeasureBox
-from gptq_loader_extensions.gradio.tabs.settings_panel import read_options
+from gptq_loader_extensions.gradio.tabs.message_view import LATEX, as_markdown
+from gptq_loader_extensions.gradio.tabs.panel_values import read_settings
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.load_options import LoadOptions
 
@@ -77,14 +79,16 @@ class CompareTab:
         )
         self._question = gr.Textbox(
             label="Message",
-            info="Both models get it through their own template, with the settings at the side; "
-            "Deterministic is the fairest.",
+            info="Each model gets it by its own template, with the settings beside. Choose the "
+            "sampling Deterministic to compare fairly.",
             lines=2,
             max_lines=6,
             elem_id=elements.COMPARE_MESSAGE,
         )
         with gr.Row():
-            self._start = gr.Button("Ask both", variant="primary", elem_id=elements.COMPARE)
+            self._start = gr.Button(
+                "Ask both", variant="primary", elem_id=elements.COMPARE, interactive=False
+            )
             self._stop = gr.Button(
                 "Stop",
                 variant="stop",
@@ -128,7 +132,6 @@ class CompareTab:
             ended = gr.update(interactive=True, value=second.name if second else None)
             yield {  # all in one: see events.py
                 self._progress: view.progress,
-                self._start: gr.update(interactive=not view.running),
                 self._load_stop: gr.update(visible=view.running),
                 self._other: gr.update(interactive=False) if view.running else ended,
                 **self._headings(),
@@ -150,16 +153,18 @@ class CompareTab:
         """Send the question to both."""
         cancel = threading.Event()
         busy = {self._start: gr.update(visible=False), self._stop: gr.update(visible=True)}
-        yield {self._cancel: cancel, self._difference: "", **busy, **self._headings()}
+        yield {self._cancel: cancel, self._difference: "", **self._headings(), **busy}
         texts = ["", ""]
         try:
-            system, options = read_options(values)
-            prepare = chat_prompt([{"role": "user", "content": question}], system)
-            for at, state in by_turns(self._sides, prepare, options, cancel=cancel):
+            settings = read_settings(values)
+            turns = prompt_messages([Message(role="user", content=question)], settings.system)
+            prepare = chat_prompt(turns, settings)
+            for at, state in by_turns(self._sides, prepare, settings.options, cancel=cancel):
                 _, text, status = self._columns[at]
                 texts[at] = state.reply
-                yield {text: state.reply, status: escape(state.status), **busy}
-            difference = f"<p>{escape(describe_difference(*texts))}</p>"
+                shown = as_markdown(state.messages[-1], running=True) if state.messages else ""
+                yield {text: shown, status: escape(state.status), **busy}
+            difference = difference_html(*texts)
         except (GPTQLoaderError, MemoryError, RuntimeError) as error:
             difference = alert(format_error(error))
         finally:
@@ -176,7 +181,13 @@ class CompareTab:
             name: _heading(side.loaded, hint)
             for (name, _, _), side, hint in zip(self._columns, self._sides, HINTS, strict=True)
         }
-        return {**headings, self._unload: gr.update(visible=self._sides[1].loaded is not None)}
+        two = self._sides[1].loaded is not None
+        both = two and self._sides[0].loaded is not None
+        return {
+            **headings,
+            self._unload: gr.update(visible=two),
+            self._start: gr.update(interactive=both),
+        }
 
 
 def _heading(loaded: Loaded | None, hint: str) -> str:
@@ -184,11 +195,13 @@ def _heading(loaded: Loaded | None, hint: str) -> str:
     return f"<h3>{escape(title(loaded))}</h3><p>{escape(facts)}</p>"
 
 
-def _column(name_id: str, reply_id: str, status_id: str) -> tuple[gr.HTML, gr.Textbox, gr.Markdown]:
+def _column(
+    name_id: str, reply_id: str, status_id: str
+) -> tuple[gr.HTML, gr.Markdown, gr.Markdown]:
     with gr.Column(min_width=190):
         name = gr.HTML(_heading(None, ""), elem_id=name_id, elem_classes=elements.NAMED_CLASS)
-        text = gr.Textbox(
-            label="Reply", lines=10, max_lines=18, interactive=False, elem_id=reply_id
+        text = gr.Markdown(
+            "", elem_id=reply_id, elem_classes=elements.REPLY_CLASS, latex_delimiters=LATEX
         )
         status = gr.Markdown("", elem_id=status_id, elem_classes=elements.STATUS_CLASS)
     return name, text, status

@@ -14,7 +14,7 @@ from gptq_loader_extensions.gradio.error_messages import alert, format_error
 from gptq_loader_extensions.gradio.jobs.loading import LoadView, describe_loaded, load_with_progress
 from gptq_loader_extensions.gradio.storage.settings_file import ModelSettings
 from gptq_loader_extensions.gradio.tabs.header import header_html
-from gptq_loader_extensions.gradio.tabs.settings_panel import read_options
+from gptq_loader_extensions.gradio.tabs.panel_values import read_settings
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.load_options import LoadOptions
 from gptq_loader_plugin.system.memory import resident_memory
@@ -58,18 +58,37 @@ class ModelEvents:
         self._models, self._catalog, self._settings = models, catalog, settings
         self._parts, self._panel = parts, panel
 
-    def choose(self, name: str) -> Iterator[ComponentUpdates]:
-        """Load a model, with what is saved for it."""
+    def choose(self, name: str, system: str | None = "") -> Iterator[ComponentUpdates]:
+        """Load a model, with what is saved for it.
+
+        Args:
+            name: the model's name.
+            system: the system message of the conversation that is open.
+        """
         try:
             entry = self._catalog.find(name)
         except GPTQLoaderError as error:
             yield {self._parts["progress"]: alert(format_error(error))}
             return
         saved, note = self._settings.read(name)
+        how = saved or ModelSettings()
+        options = LoadOptions(**{option: getattr(how, option) for option in HOW})
+        yield from self._load(entry, options, note, self._panel_settings(saved, system or ""))
+
+    def _panel_settings(self, saved: ModelSettings | None, system: str) -> ModelSettings | None:
+        """Return what the panel shows once a model is loaded; None leaves it.
+
+        The system message goes with the conversation, unless it is one that is saved for a model.
+        """
+        loaded = self._models.loaded
+        before = self._settings.read(loaded.name)[0] if loaded is not None else None
+        if saved is None and before is None:
+            return None
         settings = saved or ModelSettings()
-        options = LoadOptions(**{option: getattr(settings, option) for option in HOW})
-        yield {**self._show_options(options), **self._panel.show_settings(self._models, settings)}
-        yield from self._load(entry, options, note)
+        own = before is not None and before.system == system
+        if settings.system or own:
+            return settings
+        return settings.model_copy(update={"system": system})
 
     def reload(self, name: str | None, *how: Any) -> Iterator[ComponentUpdates]:  # noqa: ANN401
         """Load the model again, with the options that are chosen now."""
@@ -78,17 +97,24 @@ class ModelEvents:
         except GPTQLoaderError as error:
             yield {self._parts["progress"]: alert(format_error(error))}
             return
-        yield from self._load(entry, _load_options(how), "")
+        yield from self._load(entry, _load_options(how), "", None)
 
     def save(self, name: str | None, *values: Any) -> str:  # noqa: ANN401
         """Save how to load the model, and how to sample."""
         how, panel = values[: len(HOW)], values[len(HOW) :]
         try:
             name = _chosen(name)
-            system, sampling = read_options(panel)
+            read = read_settings(panel)
             options = _load_options(how)
             chosen = {option: getattr(options, option) for option in HOW}
-            settings = ModelSettings(**chosen, system=system, sampling=sampling)
+            settings = ModelSettings(
+                **chosen,
+                system=read.system,
+                sampling=read.options,
+                presence=read.presence,
+                frequency=read.frequency,
+                thinking=read.thinking,
+            )
             note = self._settings.save(name, settings)
         except GPTQLoaderError as error:
             return alert(format_error(error))
@@ -119,8 +145,24 @@ class ModelEvents:
         value = chosen if chosen in [entry.name for entry in entries] else None
         return gr.update(choices=[(entry.label, entry.name) for entry in entries], value=value)
 
-    def open(self) -> ComponentUpdates:
-        """Show what is loaded, and what is saved for it, to a page that opens."""
+    def refresh(self, chosen: str | None) -> ComponentUpdates:
+        """List the models anew, and say which folders are none."""
+        others = self._catalog.others()
+        note = ""
+        if others:
+            what = "1 folder holds" if len(others) == 1 else f"{len(others)} folders hold"
+            note = f"{what} no GPTQ checkpoint: {', '.join(others)}"
+        return {
+            self._parts["model"]: self.list_models(chosen),
+            self._parts["progress"]: _note_html(note),
+        }
+
+    def open(self, kept: str | None = "") -> ComponentUpdates:
+        """Show what is loaded, and what is saved for it, to a page that opens.
+
+        Args:
+            kept: what the browser has kept of the panel, which goes before what is saved.
+        """
         loaded = self._models.loaded
         name = loaded.name if loaded else None
         updates = {
@@ -129,9 +171,9 @@ class ModelEvents:
             **self._enable(name, loaded=loaded is not None),
         }
         if loaded is None:
-            return {**updates, **self._panel.show_settings(self._models, None)}
+            return {**updates, **self._panel.show_settings(None)}
         saved, note = self._settings.read(loaded.name)
-        updates |= self._panel.show_settings(self._models, saved)
+        updates |= self._panel.show_settings(None if kept else saved)
         updates |= self._show_options(loaded.options)
         return {**updates, self._parts["progress"]: _note_html(note)} if note else updates
 
@@ -148,20 +190,44 @@ class ModelEvents:
         return {facts: facts_html, plan: plan_html}
 
     def _load(
-        self, entry: CatalogEntry, options: LoadOptions, note: str
+        self,
+        entry: CatalogEntry,
+        options: LoadOptions,
+        note: str,
+        settings: ModelSettings | None,
     ) -> Iterator[ComponentUpdates]:
+        """Load a model, and show its settings; where that fails, what is loaded stays in sight."""
         cancel = threading.Event()
-        yield {self._parts["cancel"]: cancel}
+        header = header_html(self._models.loaded, loading=entry.name)
+        yield {
+            self._parts["cancel"]: cancel,
+            self._parts["header"]: header,
+            **self._show_options(options),
+        }
         for view in load_with_progress(self._models, entry, options, cancel):
             updates = self._show_load(view, entry.name, note)
             if not view.running:  # all in one: see events.py
                 updates[self._parts["header"]] = header_html(self._models.loaded)
-                updates |= self._panel.show_settings(self._models, None)
-            if view.stopped:
-                opened = self.open()
-                opened[self._parts["model"]] |= {"interactive": True}
-                updates |= opened | self.describe() | {self._parts["progress"]: view.progress}
+                if view.loaded:
+                    updates |= self._panel.show_settings(settings)
+                else:
+                    updates |= self._show_loaded() | {self._parts["progress"]: view.progress}
             yield updates
+
+    def _show_loaded(self) -> ComponentUpdates:
+        """Show what is loaded after a load that came to nothing; the panel is as it was."""
+        loaded = self._models.loaded
+        name = loaded.name if loaded else None
+        chosen = self.list_models(name)
+        chosen["interactive"] = True
+        updates = {
+            self._parts["model"]: chosen,
+            self._parts["header"]: header_html(loaded),
+            **self._enable(name, loaded=loaded is not None),
+            **self._panel.show_settings(None),
+            **self.describe(),
+        }
+        return updates | self._show_options(loaded.options) if loaded else updates
 
     def _show_load(self, view: LoadView, name: str, note: str) -> ComponentUpdates:
         parts, busy = self._parts, view.running

@@ -66,7 +66,7 @@ class ModelTab:
                 [],
                 value=None,
                 label="Model",
-                info="Choosing one loads it, in place of the one before.",
+                info="Choosing one loads it, in place of the one before. Type to search.",
                 elem_id=elements.MODEL,
                 scale=1,
             )
@@ -112,17 +112,18 @@ class ModelTab:
         model, how = parts["model"], [parts[option] for option in HOW]
         outputs = [*parts.values(), *panel.parts, panel.card, panel.preset]
         # not `input`, which gradio 6.31 fires twice for one choice
-        model.select(events.choose, [model], outputs, **LOADS)
+        model.select(events.choose, [model, panel.parts[0]], outputs, **LOADS)
         parts["reload"].click(events.reload, [model, *how], outputs, **LOADS)
         parts["stop"].click(stop, [parts["cancel"]], None, **AT_ONCE)
         parts["unload"].click(events.unload, None, outputs, **LOADS)
         saved = [model, *how, *panel.parts]
         parts["save"].click(events.save, saved, [parts["progress"]], **AT_ONCE)
-        parts["refresh"].click(events.list_models, [model], [model], **AT_ONCE)
+        parts["refresh"].click(events.refresh, [model], [model, parts["progress"]], **AT_ONCE)
         self._check.wire(model)
         if self._download is not None:
-            self._download.wire(model, events.list_models)
-        opening = wiring.page.load(events.open, None, outputs, **AT_ONCE)
+            self._download.wire(wiring.page, model, events.list_models)
+        kept = "() => gptqPage.panel()"
+        opening = wiring.page.load(events.open, [panel.kept], outputs, js=kept, **AT_ONCE)
         opening.then(events.describe, None, [parts["facts"], parts["plan"]], **AT_ONCE)
 
 

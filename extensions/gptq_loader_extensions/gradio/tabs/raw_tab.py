@@ -14,7 +14,7 @@ from gptq_loader_extensions.gradio import elements
 from gptq_loader_extensions.gradio.error_messages import alert, format_error
 from gptq_loader_extensions.gradio.events import AT_ONCE, REPLIES, stop
 from gptq_loader_extensions.gradio.jobs.reply import raw_prompt, write_reply
-from gptq_loader_extensions.gradio.tabs.settings_panel import read_options
+from gptq_loader_extensions.gradio.tabs.panel_values import read_settings
 from gptq_loader_plugin.errors import GPTQLoaderError
 
 if TYPE_CHECKING:
@@ -80,8 +80,9 @@ class RawTab:
         busy = {self._complete: gr.update(visible=False), self._stop: gr.update(visible=True)}
         yield {self._cancel: cancel, self._problem: "", **busy}
         try:
-            _, options = read_options(values)
-            for state in write_reply(self._models, raw_prompt(text), options, cancel=cancel):
+            settings = read_settings(values)
+            prepare = raw_prompt(text, settings)
+            for state in write_reply(self._models, prepare, settings.options, cancel=cancel):
                 yield {self._reply: state.reply, self._status: escape(state.status), **busy}
         except (GPTQLoaderError, MemoryError, RuntimeError) as error:
             yield {self._problem: alert(format_error(error)), self._status: ""}

@@ -1,34 +1,30 @@
 """Write and read conversations as the browser stores them.
 
-They are in the browser's own storage (`page.js`), each under its own key, and never on the server:
+They are in the browser's own storage (`chats.js`), each under its own key, and never on the server:
 people who share a page do not share conversations. What comes back from there is validated.
 """
 
 from __future__ import annotations
 
+import re
 import secrets
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gptq_loader_extensions.gradio.jobs.conversation import Message  # noqa: TC001 - pydantic's
+from gptq_loader_extensions.gradio.tabs.panel_values import PanelValues  # noqa: TC001
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gptq_loader_extensions.gradio.jobs.conversation import Conversation, Message
-
-__all__ = ["SavedConversation", "SavedList", "new_key", "read_saved", "write_saved"]
+__all__ = ["SavedConversation", "StoredConversation", "new_key", "read_stored", "write_saved"]
 
 TITLE_LENGTH = 48
 Key = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
-
-
-class SavedMessage(BaseModel):
-    """A message of a saved conversation."""
-
-    model_config = ConfigDict(frozen=True)
-
-    role: Literal["user", "assistant"]
-    content: str
+MARKDOWN = re.compile(
+    r"^\s*(?:#{1,6}|>|[-*+]|\d+[.)])\s+|[*_`~]+|!?\[([^\]]*)\]\([^)]*\)", re.MULTILINE
+)
 
 
 class SavedConversation(BaseModel):
@@ -38,38 +34,21 @@ class SavedConversation(BaseModel):
 
     key: Key
     title: str = ""
-    messages: tuple[SavedMessage, ...] = ()
-
-    def conversation(self) -> Conversation:
-        """Convert it to the chat's own form."""
-        return tuple(message.model_dump() for message in self.messages)
+    messages: tuple[Message, ...] = ()
 
 
-class SavedTitle(BaseModel):
-    """A line of the list of conversations."""
-
-    model_config = ConfigDict(frozen=True)
-
-    key: Key
-    title: str
-
-
-class SavedList(BaseModel):
-    """What the browser has stored: the newest first.
+class StoredConversation(BaseModel):
+    """What the browser has stored, to be shown.
 
     Attributes:
-        current: the conversation of this tab, or "".
-        listed: all of them.
-        opened: the conversation to show, or None.
-        full: whether the browser had no room for the last one.
+        opened: the conversation, or None for a new one.
+        panel: the settings that belong to it.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    current: str = ""
-    listed: tuple[SavedTitle, ...] = ()
     opened: SavedConversation | None = None
-    full: bool = False
+    panel: PanelValues | None = None
 
 
 def new_key() -> str:
@@ -79,17 +58,23 @@ def new_key() -> str:
 
 def write_saved(key: str, messages: Sequence[Message]) -> str:
     """Write a conversation for the browser, which deletes one without messages."""
-    question = next((message["content"] for message in messages if message["role"] == "user"), "")
-    title = " ".join(question.split())
+    return SavedConversation(
+        key=key, title=title_of(messages), messages=tuple(messages)
+    ).model_dump_json(exclude_defaults=True)
+
+
+def title_of(messages: Sequence[Message]) -> str:
+    """Make a conversation's title of its first question, without the marks of Markdown."""
+    question = next((message.content for message in messages if message.role == "user"), "")
+    title = " ".join(MARKDOWN.sub(r"\1", question[:1000]).split())
     if len(title) > TITLE_LENGTH:
         title = f"{title[: TITLE_LENGTH - 1].rstrip()}…"
-    saved = [SavedMessage.model_validate(message) for message in messages]
-    return SavedConversation(key=key, title=title, messages=tuple(saved)).model_dump_json()
+    return title
 
 
-def read_saved(text: str | None) -> SavedList:
+def read_stored(text: str | None) -> StoredConversation:
     """Read what the browser has stored; what is not valid counts as nothing."""
     try:
-        return SavedList.model_validate_json(text or "{}")
+        return StoredConversation.model_validate_json(text or "{}")
     except ValidationError:
-        return SavedList()
+        return StoredConversation()

@@ -87,22 +87,27 @@ def memory_html(memory: Memory, *, before: int | None = None, after: int | None 
     parts = [
         ("weights", "Weights", memory.weights),
         ("kv", f"Keys and values of {context}", memory.kv),
-        ("scratch", "Scratch, about", memory.scratch),
+        ("scratch", "Working memory, about", memory.scratch),
     ]
     total = sum(size for _, _, size in parts)
-    whole = max(total, 1)
+    whole = max(total, memory.total or 0, 1)
     bars = "".join(
         f"<i class='{kind}' style='flex-grow:{max(size / whole, 0.004):.4f}' "
         f"title='{escape(name)}: {write_size(size)}'></i>"
         for kind, name, size in parts
         if size
     )
+    if memory.total and memory.total > total:
+        bars += f"<i class='free' style='flex-grow:{(memory.total - total) / whole:.4f}'></i>"
     legend = "".join(
         f"<li class='{kind}'>{escape(name)} <b>{write_size(size)}</b></li>"
         for kind, name, size in parts
         if size
     )
     of = f" of {write_size(memory.total)}" if memory.total else ""
+    if memory.total:
+        share = total / memory.total
+        of += f" ({share:.0%})" if share >= 0.01 else " (less than 1%)"
     caption = f"Up to {write_size(total)}{of} on this device"
     if before is not None and after is not None:
         caption += f"; the process held {write_size(before)} before, and {write_size(after)} after"
