@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gptq_loader_extensions.gradio.error_messages import alert, format_error
 from gptq_loader_extensions.gradio.jobs.progress import REDRAW_SECONDS, progress_bar
-from gptq_loader_plugin.errors import DownloadCancelled, GPTQLoaderError
+from gptq_loader_plugin.errors import DownloadCancelled
 from gptq_loader_plugin.events import Progress
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class _Download:
             text = f"<p class='done'>Done: {escape(str(self._hub))}. Choose it above.</p>"
         except DownloadCancelled:
             text = "<p class='done'>Stopped. Download resumes from here.</p>"
-        except (GPTQLoaderError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - whoever follows it must see that it ended
             text = alert(format_error(error))
         with self._changed:
             self._shown, self.ended = text, True
