@@ -471,6 +471,7 @@ def test_a_warning_is_shown(updates: Any, monkeypatch: pytest.MonkeyPatch) -> No
         ("1 < 2 and `<b>`", "1 < 2 and `<b>`"),
         ("```html\n<b>\n```\n<i>", "```html\n<b>\n```\n&lt;i>"),
         ("```html\n<b>", "```html\n<b>"),
+        ("```C++\nint x;\n```", "```cpp\nint x;\n```"),
         ("written &lt;b and `&lt;b`", "written &amp;lt;b and `&lt;b`"),
     ],
 )
@@ -491,7 +492,7 @@ def test_a_thought_is_folded_and_cannot_break_out(updates: Any) -> None:
     (shown,) = updates.render(ChatState((message,)))["chat"]
     assert shown["content"] == (
         "<details><summary>Thought for 1 min 12 s</summary>\n\n"
-        "&lt;/details>\n```py\nx\n```\n\n</details>\n\nTen"
+        "&lt;/details>\n```python\nx\n```\n\n</details>\n\nTen"
     )
     growing = ChatState((Message(role="assistant", thought="so"),), running=True)
     (shown,) = updates.render(growing)["chat"]

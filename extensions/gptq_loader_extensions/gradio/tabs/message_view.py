@@ -16,6 +16,21 @@ __all__ = ["LATEX", "as_markdown", "files_html", "thought_title"]
 # Fenced code, to the end while its end is not yet written, and code within a line.
 CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 TAG = re.compile(r"<(?=[A-Za-z/!?])")
+# Names that models have for a block's language, and the page's own for them.
+LANGUAGE = re.compile(
+    r"^(\s*```)(c\+\+|cc|golang|py|rs|sh|shell|ts|yml)(?=\s*$)", re.MULTILINE | re.IGNORECASE
+)
+LANGUAGES = {
+    "c++": "cpp",
+    "cc": "cpp",
+    "golang": "go",
+    "py": "python",
+    "rs": "rust",
+    "sh": "bash",
+    "shell": "bash",
+    "ts": "typescript",
+    "yml": "yaml",
+}
 MINUTE = 60
 # As models write it; a single dollar is money.
 LATEX: list[dict[str, str | bool]] = [
@@ -93,4 +108,9 @@ def _escaped(text: str) -> str:
     """Keep what looks like a tag, outside code, from being taken for one and vanishing."""
     parts = CODE.split(text)  # every second part is code
     parts[::2] = [TAG.sub("&lt;", part.replace("&lt;", "&amp;lt;")) for part in parts[::2]]
+    parts[1::2] = [LANGUAGE.sub(_language, part, count=1) for part in parts[1::2]]
     return "".join(parts)
+
+
+def _language(fence: re.Match[str]) -> str:
+    return fence[1] + LANGUAGES[fence[2].lower()]
