@@ -104,6 +104,13 @@ def test_what_was_written_is_shown_copied_and_edited(browser: Browser, server: S
         page.keyboard.press("Escape")
         say(page, "a <b> & c")
         assert copied(page, 3) == "a <b> & c"
+        page.get_by_label("Edit", exact=True).first.click()
+        page.get_by_label("Edit the question").fill("say:x")
+        page.get_by_label("Edit the question").press("Control+Enter")
+        expect(page.locator("#chat [data-testid=user]")).to_have_text(["say:x"])
+        page.locator(".said button").click()
+        expect(page.locator("#chat [data-testid=user]")).to_have_count(2)
+        assert copied(page, 0) == QUESTION
         assert errors == []
 
 

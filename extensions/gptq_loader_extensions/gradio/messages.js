@@ -55,7 +55,14 @@
     editor.addEventListener("submit", (event) => {
       event.preventDefault();
       end();
+      const before = page.current();
       page.ask({ do: "edit", at, text: box.value }, asks ? "generate" : "change");
+      if (asks && before.messages.length > at + 1) {
+        page.say("What came after this question is gone.", "Undo", async () => {
+          await page.idle();
+          page.ask({ do: "open", stored: { opened: before, panel: null } });
+        });
+      }
     });
     cancel.addEventListener("click", end);
     box.addEventListener("input", fit);
