@@ -97,8 +97,8 @@ def sample(
     if as_json:
         print_json({"reports": files, "page": None if page is None else str(page)})
         return
-    for file in files:
-        typer.echo(file)
+    for written in files:
+        typer.echo(written)
 
 
 def _answer(

@@ -20,7 +20,7 @@ from gptq_loader_plugin.measure.divergence import (
 from gptq_loader_plugin.measure.perplexity import Perplexity, cut_windows
 from gptq_loader_plugin.measure.results import measurement
 from gptq_loader_plugin.measure.speed import prompt_seconds, reply_seconds
-from gptq_loader_plugin.quantize.run import load_source
+from gptq_loader_plugin.quantize.source import load_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

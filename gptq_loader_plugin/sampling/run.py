@@ -61,7 +61,8 @@ def sample_replies(
     written = time.monotonic()
     try:
         for at in range(len(report.prompts), len(prompts)):
-            results, stats = [], []
+            results: list[Result] = []
+            stats: list[list[Stat]] = []
             for setting in settings:
                 count = samples if setting.samples else 1
                 replies = []
@@ -130,8 +131,9 @@ def _reply(
 
     from gptq_loader_plugin.chat.find_template import NoTemplate
 
+    stop: tuple[str, ...] = ()
     if isinstance(model.template, NoTemplate):
-        ids, stop = model.encode(prompt), ()
+        ids = model.encode(prompt)
     else:
         system = setting.system or system
         before = [{"role": "system", "content": system}] if system else []

@@ -117,7 +117,7 @@ def compare(
         QuantizeError: transformers cannot load it.
         OptionInvalid: it is another model, of other sizes.
     """
-    from gptq_loader_plugin.quantize.run import load_source
+    from gptq_loader_plugin.quantize.source import load_source
 
     model, _ = load_source(reference)
     errors, findings, skipped = [], [], []

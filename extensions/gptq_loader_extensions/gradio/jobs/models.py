@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from gptq_loader_extensions.gradio.storage.catalog import CatalogEntry
-    from gptq_loader_extensions.openai.replies.thinking import ThinkingMarks
+    from gptq_loader_plugin.chat.thinking import ThinkingMarks
     from gptq_loader_plugin.events import Progress
     from gptq_loader_plugin.generation.generate import Piece
     from gptq_loader_plugin.generation.loaded import LoadedModel

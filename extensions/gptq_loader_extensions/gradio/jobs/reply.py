@@ -13,12 +13,9 @@ from gptq_loader_extensions.gradio.jobs.conversation import ChatState, Ended, Me
 from gptq_loader_extensions.gradio.jobs.models import EncodedPrompt, ReplyStart
 from gptq_loader_extensions.openai.replies.continuing import ContinuedTemplate
 from gptq_loader_extensions.openai.replies.processors import PresencePenalty
-from gptq_loader_extensions.openai.replies.thinking import (
-    ThoughtParser,
-    find_marks,
-    unused_variables,
-)
+from gptq_loader_extensions.openai.replies.thinking import unused_variables
 from gptq_loader_extensions.openai.replies.tools import set_variables
+from gptq_loader_plugin.chat.thinking import find_marks, make_thought_parser
 from gptq_loader_plugin.generation.options import GenerateOptions
 
 if TYPE_CHECKING:
@@ -137,7 +134,7 @@ class _Growing:
         self._earlier, self._continues = earlier, continues
         begun = earlier.version() if earlier is not None and continues else Version()
         self._begun, self._content, self._thought = begun, begun.content, begun.thought
-        self._parser = ThoughtParser(None)
+        self._parser = make_thought_parser(None)
         self._thought_from: float | None = None
         self._seconds: float | None = begun.seconds
         self.has_text = False
@@ -145,7 +142,7 @@ class _Growing:
     def parse(self, start: ReplyStart) -> None:
         """Begin to separate the thought from the answer."""
         answers = bool(self._begun.content) or start.marks is None or start.marks.closed
-        self._parser = ThoughtParser(None if answers else start.marks)
+        self._parser = make_thought_parser(None if answers else start.marks)
 
     def feed(self, piece: Piece, now: float) -> None:
         """Add a piece."""
@@ -190,7 +187,7 @@ def chat_prompt(
 
     def prepare(model: LoadedModel) -> EncodedPrompt:
         template = _switched(model, settings.thinking)
-        marks = find_marks(template, model, []) if continues else None
+        marks = find_marks(template, model.tokenizer, []) if continues else None
         turns = [dict(message) for message in messages]
         if continues:
             last = turns[-1]
@@ -204,7 +201,9 @@ def chat_prompt(
             ids,
             template.stop,
             warning,
-            find_marks(model.template, model, ids, turns[-1]["content"] if continues else ""),
+            find_marks(
+                model.template, model.tokenizer, ids, turns[-1]["content"] if continues else ""
+            ),
             _penalties(settings, len(ids)),
         )
 
