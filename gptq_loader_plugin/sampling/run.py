@@ -57,14 +57,14 @@ def sample_replies(
     """
     partial = file.with_name(f".{file.stem}.partial.json")
     report = _begun(partial, name, args, prompts)
-    each = sum(samples if setting.samples else 1 for setting in settings)
+    each = sum(samples if setting.is_random else 1 for setting in settings)
     written = time.monotonic()
     try:
         for at in range(len(report.prompts), len(prompts)):
             results: list[Result] = []
             stats: list[list[Stat]] = []
             for setting in settings:
-                count = samples if setting.samples else 1
+                count = samples if setting.is_random else 1
                 replies = []
                 for number in range(count):
                     if progress is not None:

@@ -77,7 +77,7 @@ class Setting:
     system: str | None = None
 
     @property
-    def samples(self) -> bool:
+    def is_random(self) -> bool:
         """Whether two replies may differ."""
         return bool(self.params.get("do_sample"))
 
@@ -93,7 +93,7 @@ class Setting:
             "repetition_penalty": self.params.get("repetition_penalty", 1.0),
             "temperature": 0.0,
         }
-        if self.samples:
+        if self.is_random:
             fields |= {
                 "temperature": self.params.get("temperature", 1.0),
                 "top_p": self.params.get("top_p", 1.0),
