@@ -17,7 +17,8 @@ from gptq_loader_plugin.generation.kv_cache import looks_ahead
 from gptq_loader_plugin.generation.options import GenerateOptions
 from gptq_loader_plugin.loading import load
 from gptq_loader_plugin.quantize.options import QuantizeOptions
-from gptq_loader_plugin.quantize.source import load_source, quantize
+from gptq_loader_plugin.quantize.run import quantize
+from gptq_loader_plugin.quantize.source import load_source
 
 TOKENS, STEPS = 24, 8
 LOGITS_TOLERANCE, DECODE_TOLERANCE = 1e-4, 1e-3

@@ -30,7 +30,8 @@ from gptq_loader_plugin.load_options import LoadOptions
 from gptq_loader_plugin.loading import load, load_model
 from gptq_loader_plugin.measure.perplexity import window_loss
 from gptq_loader_plugin.quantize.options import QuantizeOptions
-from gptq_loader_plugin.quantize.source import load_source, quantize
+from gptq_loader_plugin.quantize.run import quantize
+from gptq_loader_plugin.quantize.source import load_source
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -201,7 +201,7 @@ def test_the_quantiser_writes_it_in_float32(tmp_path: Path) -> None:
 
 def gptq_quantize(source: Path, out: Path) -> dict[str, torch.Tensor]:
     from gptq_loader_plugin.quantize.options import QuantizeOptions
-    from gptq_loader_plugin.quantize.source import load_source, quantize
+    from gptq_loader_plugin.quantize.run import quantize
 
     model, tokenizer = load_source(source)
     quantize(model, tokenizer, out, options=QuantizeOptions(group_size=32), samples=[IDS, IDS])
