@@ -139,9 +139,9 @@ def test_a_step_that_begins_before_its_tokens_are_seen_changes_no_reply(
 def noting(read: list[Any], step: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Note the tokens that a step reads."""
 
-    def noted(tokens: Any, *args: Any) -> torch.Tensor:
+    def noted(tokens: Any, *args: Any, **options: Any) -> torch.Tensor:
         read.append(tokens)
-        return step(tokens, *args)
+        return step(tokens, *args, **options)
 
     return noted
 
