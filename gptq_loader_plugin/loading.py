@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.events import Head
     from gptq_loader_plugin.generation.engine import Engine
     from gptq_loader_plugin.generation.loaded import LoadedModel
-    from gptq_loader_plugin.model.adapter_files import AdapterFile
     from gptq_loader_plugin.model.build import FilledModel
     from gptq_loader_plugin.opening import Opened
     from gptq_loader_plugin.planning.plan import Plan
@@ -43,9 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["explain", "inspect", "load", "load_model"]
 
 ENGINE_VARIABLE = "GPTQ_LOADER_ENGINE"
-GUESSES = (
-    "reads words that were written before beside the last one: the same tokens, in fewer steps"
-)
 UNKNOWN_CONTEXT = 2048  # a model that does not say how long its context is
 
 logger = logging.getLogger(__name__)
@@ -138,6 +134,8 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     )
     from gptq_loader_plugin.checkpoint.transformers_config import read_config
     from gptq_loader_plugin.generation.kv_cache import check_int8
+    from gptq_loader_plugin.generation.speculation import NOTE
+    from gptq_loader_plugin.model.adapter_files import read_adapters
     from gptq_loader_plugin.model.build import build_model
 
     _check_marks(checkpoint.folder)
@@ -147,7 +145,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     if int8 and not _wants_engine(plan):
         check_int8(config)
 
-    adapter_files = _read_adapters(options, plugins)
+    adapter_files = read_adapters(options.adapters, plugins)
     filled = build_model(checkpoint, plan, plugins, options.offload_folder, check=options.check)
     model, plan, notes = filled.model, filled.plan, filled.notes
     if options.head == "int8":
@@ -168,13 +166,12 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     exact = filled.batcher is not None and engine is None and not adapter_files
     guesses = _load_draft(options, tokenizer, plugins, exact=exact)
     if guesses == "ngram":
-        notes = (*notes, GUESSES)
+        notes = (*notes, NOTE)
+    from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.model.adapters import Adapters
 
     adapters = Adapters.of(model, adapter_files) if adapter_files else None
     notes = (*notes, *(adapters.notes if adapters else ()))
-    from gptq_loader_plugin.generation.loaded import LoadedModel
-
     loaded = LoadedModel(
         model,
         tokenizer,
@@ -196,16 +193,6 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     return loaded
 
 
-def _read_adapters(options: LoadOptions, plugins: Plugins) -> dict[str, AdapterFile]:
-    """Read the LoRA adapters, before the model, which takes longer."""
-    folders = {name: resolve(it, plugins=plugins) for name, it in options.adapters.items()}
-    if not folders:
-        return {}
-    from gptq_loader_plugin.model.adapter_files import read_adapter
-
-    return {name: read_adapter(folder) for name, folder in folders.items()}
-
-
 def _load_draft(
     options: LoadOptions, tokenizer: PreTrainedTokenizerBase, plugins: Plugins, *, exact: bool
 ) -> LoadedModel | Literal["ngram"] | None:
@@ -220,10 +207,10 @@ def _load_draft(
     Raises:
         OptionInvalid: its tokens are others.
     """
-    if options.draft == "none":
+    if options.draft == "none" or (options.draft is None and not exact):
         return None
-    if options.draft in {None, "ngram"}:
-        return "ngram" if exact or options.draft else None
+    if options.draft is None or options.draft == "ngram":
+        return "ngram"
     own = LoadOptions(device=options.device, dtype=options.dtype, check=options.check, draft="none")
     draft = load(options.draft, options=own, plugins=plugins)
     if draft.tokenizer.get_vocab() != tokenizer.get_vocab():

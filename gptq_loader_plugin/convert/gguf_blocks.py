@@ -9,7 +9,7 @@ step is about an eighteenth of a 4-bit one's.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -78,7 +78,7 @@ def blocks(packed: PackedLinear, kind: BlockType) -> NDArray[np.uint8]:
     codes = packed.codes().to(torch.int16) - packed.zeros.to(torch.int16)[g_idx]
     first_rows = scales.half()[g_idx[::BLOCK]]  # [K / 32, N]
     d = first_rows.t().contiguous().numpy()
-    whole = codes.t().contiguous().numpy().reshape(len(d), -1, BLOCK)  # [N, K / 32, 32]
+    whole: Any = codes.t().contiguous().numpy().reshape(len(d), -1, BLOCK)  # [N, K / 32, 32]
     if kind.name == "Q4_0":
         raised = (whole + 8).astype(np.uint8)
         values = raised[..., : BLOCK // 2] | raised[..., BLOCK // 2 :] << 4

@@ -175,7 +175,7 @@ def _of_byte_fallback(content: dict[str, Any], rows: int) -> Vocabulary:
             continue
         is_byte = len(text) == 6 and text.startswith("<0x") and text.endswith(">")
         kind = BYTE if is_byte else UNKNOWN if text == model.get("unk_token") else NORMAL
-        score = -float(ranks.get(text, len(ranks) + number))
+        score = -float(ranks[text] if text in ranks else len(ranks) + number)
         _put(vocabulary, number, text, kind, 0.0 if kind != NORMAL else score)
     return vocabulary
 

@@ -16,7 +16,7 @@ from gptq_loader_plugin.engine.model_limits import plain_layers, tolerance_of
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.generation.rotation import LengthRotation
 from gptq_loader_plugin.kernel import FusedOperators
-from gptq_loader_plugin.model.experts import PackedExperts
+from gptq_loader_plugin.model.experts import stack_experts
 from gptq_loader_plugin.system.device_memory import free_device_memory
 from gptq_loader_plugin.transformers_compat import find_cache_argument
 
@@ -110,10 +110,8 @@ class PagedEngine:
         """
         self._observed = Observed()
         tolerance = tolerance_of(self._model, int8=self._int8)
-        count, vocabulary = (
-            min(sum(PROBE), self._context),
-            self._model.config.get_text_config().vocab_size,
-        )
+        count = min(sum(PROBE), self._context)
+        vocabulary = self._model.config.get_text_config().vocab_size
         ids = [
             [(300 + 997 * i + 131 * which) % vocabulary for i in range(count)]
             for which in range(PROBES)
@@ -146,14 +144,8 @@ class PagedEngine:
         Returns:
             What was found in words, as part of a sentence.
         """
-        mixtures = [it for it in self._model.modules() if isinstance(it, PackedExperts)]
-        with torch.inference_mode(mode=False):
-            stacked = [it.stack(self._model) for it in mixtures]
-        looked_up = "" if all(stacked) else ", experts are looked up by the host"
-        return self._fuse_layers() + looked_up
-
-    def _fuse_layers(self) -> str:
-        otherwise = "its layers are transformers' own"
+        experts = "" if stack_experts(self._model) else ", experts looked up by the host"
+        otherwise = f"its layers are transformers' own{experts}"
         if not isinstance(self._attention, FusedOperators):
             return otherwise
         try:
@@ -163,7 +155,7 @@ class PagedEngine:
         except (NotFused, NotPaged, AttributeError, TypeError, RuntimeError, ValueError) as reason:
             self._fused = None
             return f"{otherwise}: {str(reason).partition(chr(10))[0][:200]}"
-        return "norms, rotations and products of its layers are fused"
+        return f"norms, rotations and products of its layers are fused{experts}"
 
     def resize(self, num_blocks: int) -> None:
         """Have so many blocks; what the old ones hold is forgotten.

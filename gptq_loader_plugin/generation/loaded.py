@@ -226,16 +226,9 @@ class LoadedModel:
             silent_ids=self.token_ids.silent_ids(),
             shown_ids=self.token_ids.marks(shown),
             banned_ids=self.token_ids.padding_ids(),
-            cancel=cancel,
-            kept=self._cache,
-            engine=self.engine,
-            processors=processors,
-            watch=watch,
-            drafter=self._drafter(),
-            path=self.plan.path,
-            adapters=self.adapters,
-            adapter=adapter,
-        )
+            cancel=cancel, kept=self._cache, engine=self.engine, processors=processors, watch=watch,
+            drafter=self._drafter(), path=self.plan.path, adapters=self.adapters, adapter=adapter,
+        )  # fmt: skip
 
     def chat(
         self,
@@ -262,18 +255,11 @@ class LoadedModel:
             TemplateError: there is no template, or it does not take these messages.
         """
         ids, warning = self.encode_chat(messages, when_too_long=when_too_long)
-        marks = find_marks(self.template, self.tokenizer, ids)
-        if not separate_thoughts or marks is None:
-            marks = None
+        marks = find_marks(self.template, self.tokenizer, ids) if separate_thoughts else None
         pieces = self._pieces(
-            ids,
-            options,
-            warning,
-            stop=self.template.stop,
-            cancel=cancel,
-            shown=marks.shown if marks else (),
-            adapter=self.adapter,
-        )
+            ids, options, warning, stop=self.template.stop, cancel=cancel,
+            shown=marks.shown if marks else (), adapter=self.adapter,
+        )  # fmt: skip
         return separate_pieces(pieces, marks) if marks else pieces
 
     def encode(self, prompt: str) -> list[int]:

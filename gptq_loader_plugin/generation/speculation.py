@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_GUESSES",
+    "NOTE",
     "Drafter",
     "ModelDrafter",
     "NgramDrafter",
@@ -30,6 +31,7 @@ __all__ = [
     "crop",
 ]
 
+NOTE = "reads words that were written before beside the last one: the same tokens, in fewer steps"
 # Guesses of a step. The native step of five tokens is that of one to the last bit.
 MAX_GUESSES = 4
 NGRAMS = 4, 3, 2  # tokens that are looked up, the longest first

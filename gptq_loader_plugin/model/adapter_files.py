@@ -18,13 +18,16 @@ from gptq_loader_plugin.errors import (
     CorruptCheckpoint,
     UnsupportedFormat,
 )
+from gptq_loader_plugin.reference import resolve
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
 
-__all__ = ["AdapterFile", "read_adapter"]
+    from gptq_loader_plugin.plugins import Plugins
+
+__all__ = ["AdapterFile", "read_adapter", "read_adapters"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PAIR = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<which>[AB])(?:\.\w+)?\.weight")
@@ -63,6 +66,11 @@ class AdapterFile:
     rank: int
     base: str = ""
     whole: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def read_adapters(references: Mapping[str, str | Path], plugins: Plugins) -> dict[str, AdapterFile]:
+    """Read LoRA adapters by their names, before the model, which takes longer."""
+    return {name: read_adapter(resolve(it, plugins=plugins)) for name, it in references.items()}
 
 
 def read_adapter(folder: Path) -> AdapterFile:

@@ -18,7 +18,7 @@ from gptq_loader_plugin.model.watch import CountedModule, Watch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["ExpertsLayout", "PackedExperts", "expert_weights", "experts_layout"]
+__all__ = ["ExpertsLayout", "PackedExperts", "expert_weights", "experts_layout", "stack_experts"]
 
 DEFAULT_GATE = "transformers.integrations.moe"  # where act_fn(gate) * up is written
 STACKED_ROWS = 256  # tokens; a prompt's are of nearly all experts, which read many rows each
@@ -296,6 +296,14 @@ class PackedExperts(nn.Module):
         if not isinstance(expert, nn.ModuleDict):
             raise TypeError(f"expert {index} is a {type(expert).__name__}")
         return expert
+
+
+def stack_experts(model: nn.Module) -> bool:
+    """Stack the experts of every mixture in a model; return whether all could be."""
+    mixtures = [it for it in model.modules() if isinstance(it, PackedExperts)]
+    with torch.inference_mode(mode=False):
+        stacked = [it.stack(model) for it in mixtures]
+    return all(stacked)
 
 
 def expert_weights(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gptq_loader_plugin.chat.find_template import find_template, known_tokens
 from gptq_loader_plugin.chat.tokenizer import read_tokenizer
@@ -72,7 +72,8 @@ def diagnose_tokenizer(
             f"{count} tokens, and the embedding has {rows} rows",
             COPY,
         )
-    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    added: dict[str, int] = cast("Any", tokenizer).get_added_vocab()
+    special = {*tokenizer.all_special_ids, *added.values()}
     ids, source = _end_ids(checkpoint)
     if ids and special and not special.intersection(ids):
         token = tokenizer.convert_ids_to_tokens(ids[0]) if ids[0] < count else None

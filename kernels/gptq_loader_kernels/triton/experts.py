@@ -10,20 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptq_loader_kernels.side_by_side import stack_modules
 from gptq_loader_kernels.triton import fma, matmul
-from gptq_loader_kernels.triton.linear import DTYPES, TritonLinear
-from gptq_loader_kernels.triton.operator import ADDED, FIELDS, SCALES
-from gptq_loader_kernels.triton.operator import DTYPES as TRITON_DTYPES
-from gptq_loader_kernels.triton.shape import STEP, VECTOR
+from gptq_loader_kernels.triton.operator import ADDED, DTYPES, FIELDS, SCALES
+from gptq_loader_kernels.triton.shape import STEP
 from gptq_loader_kernels.triton.tiles import ROW_BUCKETS, Tile, bucket, fit_units
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["TritonExperts", "multiply_experts", "stack_experts"]
-
-SETTINGS = ("bits", "in_features", "dtype", "scales", "group_shift", "expert_tiles")
+__all__ = ["TritonExperts", "multiply_experts"]
 
 
 class TritonExperts(torch.nn.Module):
@@ -36,7 +31,10 @@ class TritonExperts(torch.nn.Module):
     """
 
     def __init__(
-        self, first: TritonLinear, stacked: dict[str, torch.Tensor | None], out_features: int
+        self,
+        first: Any,  # noqa: ANN401 - a TritonLinear, which imports this
+        stacked: dict[str, torch.Tensor | None],
+        out_features: int,
     ) -> None:
         super().__init__()
         self.bits, self.in_features, self.out_features = first.bits, first.in_features, out_features
@@ -77,20 +75,6 @@ class TritonExperts(torch.nn.Module):
             x.dtype,
         )
         return y if self.bias is None else y + self.bias.index_select(0, experts).to(y.dtype)
-
-
-def stack_experts(experts: Sequence[Sequence[torch.nn.Module]]) -> TritonExperts | None:
-    """Stack experts of one or more parts each, as `gptq_loader_plugin.kernel.Stackable` has it."""
-    first = [part for part in experts[0] if isinstance(part, TritonLinear)]
-    if len(first) != len(experts[0]) or any(part.out_features % VECTOR for part in first[:-1]):
-        return None
-    along = {"words": 1, "table": 2, "bias": 0, "permutation": None}
-    stacked = stack_modules(experts, settings=SETTINGS, along=along)
-    if stacked is None:
-        return None
-    if stacked["permutation"] is not None:
-        stacked["permutation"] = stacked["permutation"].long()
-    return TritonExperts(first[0], stacked, sum(part.out_features for part in first))
 
 
 @torch.library.custom_op(
@@ -157,7 +141,7 @@ def multiply_experts(
             BLOCK_N=tile.block_n,
             BLOCK_K=depth,
             SPAN=span,
-            DTYPE=TRITON_DTYPES[x.dtype],
+            DTYPE=DTYPES[x.dtype],
             SCALES=SCALES[scales],
             EVEN=x.shape[1] % depth == 0 and words.shape[2] % tile.block_n == 0,
             BIAS=False,

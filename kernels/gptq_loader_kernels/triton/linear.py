@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptq_loader_kernels.autograd import by_identity, needs_gradient, with_gradient
-from gptq_loader_kernels.side_by_side import join_modules
+from gptq_loader_kernels.side_by_side import join_modules, stack_modules
 from gptq_loader_kernels.triton.crossover import NEVER
+from gptq_loader_kernels.triton.experts import TritonExperts
 from gptq_loader_kernels.triton.layout import lay_out
 from gptq_loader_kernels.triton.operator import multiply_packed
 from gptq_loader_kernels.triton.shape import VECTOR
@@ -18,7 +19,6 @@ from gptq_loader_plugin.model.watch import CountedModule
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gptq_loader_kernels.triton.experts import TritonExperts
     from gptq_loader_kernels.triton.tiles import Tile
     from gptq_loader_plugin.kernel import LayerSpec, PackedLinear
 
@@ -122,9 +122,17 @@ class TritonLinear(CountedModule):
 
     def stack(self, experts: Sequence[Sequence[torch.nn.Module]]) -> TritonExperts | None:
         """Stack experts, of which this is the first; `gptq_loader_plugin.kernel.Stackable`."""
-        from gptq_loader_kernels.triton.experts import stack_experts
-
-        return stack_experts(experts)
+        first = [part for part in experts[0] if isinstance(part, TritonLinear)]
+        if len(first) != len(experts[0]) or any(part.out_features % VECTOR for part in first[:-1]):
+            return None
+        settings = ("bits", "in_features", "dtype", "scales", "group_shift", "expert_tiles")
+        along = {"words": 1, "table": 2, "bias": 0, "permutation": None}
+        stacked = stack_modules(experts, settings=settings, along=along)
+        if stacked is None:
+            return None
+        if stacked["permutation"] is not None:
+            stacked["permutation"] = stacked["permutation"].long()
+        return TritonExperts(self, stacked, sum(part.out_features for part in first))
 
     def use(self, place: int, tile: Tile) -> None:
         """Use another tile for one bucket."""
