@@ -146,7 +146,10 @@ def expert_tiles(kind: Kind, bits: int) -> tuple[Tile, ...]:
     They have no tensor cores, as an expert has few of the rows of a decoding step.
     """
     plain = kind if isinstance(kind, str) else OLDEST
-    return tuple(candidates(plain, bits, bucket)[0] for bucket in ROW_BUCKETS)
+    tiles = tuple(candidates(plain, bits, bucket)[0] for bucket in ROW_BUCKETS)
+    if bits == 3 and isinstance(kind, str) and not kind.startswith("gfx9"):
+        return tuple(replace(it, warps=8) for it in tiles)  # four spill: gfx1100, two rows or four
+    return tiles
 
 
 def fit(tile: Tile, bits: int, group_shift: int) -> tuple[int, int]:
