@@ -20,6 +20,8 @@ NEEDED = {
     "lazy_loader": "the core: imports at the first use",
     "platformdirs": "the core: the user's folders",
     "pluggy": "the core: plugins",
+    "prompt_toolkit": "the core: chat in a terminal, with the next one",
+    "wcwidth": "prompt_toolkit",
     "psutil": "the core, and accelerate",
     "pydantic": "the core: configs and requests, with the next three",
     "annotated-types": "pydantic",
@@ -28,8 +30,8 @@ NEEDED = {
 }
 # Of the core's dependencies, those that torch and transformers bring.
 BROUGHT = (
-    "huggingface_hub", "jinja2", "numpy", "pyyaml", "rich", "safetensors", "torch", "transformers",
-    "typer",
+    "huggingface_hub", "jinja2", "numpy", "packaging", "pyyaml", "rich", "safetensors", "torch",
+    "transformers", "typer",
 )  # fmt: skip
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 LIMIT = 60e6  # bytes: what may be carried, the tree included

@@ -82,6 +82,7 @@ def main(record: str, reference: str | None = None) -> None:
     def load_slowed(reference: Any, **options: Any) -> gptq.LoadedModel:
         model = load(reference, **options)
         model.model.register_forward_pre_hook(slowed)
+        model.draft = None  # a step is a token
         say(model)
         return model
 

@@ -144,12 +144,16 @@ def test_what_the_context_takes_is_planned(made: Any) -> None:
 
 
 def test_the_chosen_kernels_answer_closely(made: Any) -> None:
-    _, model, folder = made
+    name, model, folder = made
     ids = torch.tensor(samples()[:1])
     with gptq.load(folder, device="cpu") as loaded, torch.inference_mode():
         assert "reference" not in loaded.plan.kernels()
         found, expected = loaded.model(ids).logits.float(), model(ids).logits
-    assert relative(found, expected) < 6e-2  # bfloat16 throughout, in models of random weights
+    # bfloat16 throughout, in models of random weights; in a mixture, rounding sends a token or two
+    # to other experts
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert float(errors.median()) < 6e-2
+    assert relative(found, expected) < (2e-1 if "moe" in name else 6e-2)
 
 
 def test_it_generates_as_transformers_does(made: Any) -> None:

@@ -28,8 +28,8 @@ from gptq_loader_extensions.gradio.jobs.models import Loaded, ReplyStart
 from gptq_loader_extensions.gradio.jobs.reply import chat_prompt, write_reply
 from gptq_loader_extensions.gradio.tabs.header import entry_name, header_html, title
 from gptq_loader_extensions.gradio.versions import known, to_pairs
-from gptq_loader_extensions.openai.replies.thinking import ThinkingMarks
 from gptq_loader_plugin.chat.templates import ChatML
+from gptq_loader_plugin.chat.thinking import ThinkingMarks
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid, PluginError, PromptTooLong
 from gptq_loader_plugin.generation.generate import Piece
 from gptq_loader_plugin.generation.options import GenerateOptions
@@ -71,7 +71,9 @@ class FakeModels:
         self.options = options
         if self.error:
             raise self.error
-        prompt = prepare(SimpleNamespace(encode_chat=self._encode, template=ChatML()))
+        prompt = prepare(
+            SimpleNamespace(encode_chat=self._encode, template=ChatML(), tokenizer=None)
+        )
         assert prompt.stop == ChatML().stop
         yield ReplyStart(len(prompt.ids), 512, prompt.warning, self.marks)
         try:

@@ -62,9 +62,9 @@ def test_sixteen_clients_share_the_steps_of_the_engine(
         assert model.engine is not None
         step = model.engine.step
 
-        def counted(tokens: Any, caches: Any, lengths: Any) -> Any:
+        def counted(tokens: Any, caches: Any, lengths: Any, **more: Any) -> Any:
             steps.append(len(tokens))
-            return step(tokens, caches, lengths)
+            return step(tokens, caches, lengths, **more)
 
         monkeypatch.setattr(model.engine, "step", counted)
         return model

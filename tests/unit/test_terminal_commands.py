@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -80,8 +81,11 @@ def test_tables_fit_a_narrow_terminal(damaged: Path) -> None:
 def test_help_and_completion() -> None:
     assert run("chat", "-h").stdout == run("chat", "--help").stdout
     assert "--install-completion" in run("-h").stdout
+    # else typer goes by the shell that it was started from
+    named = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     for shell in ("bash", "zsh", "fish"):
-        script = run_process([*PROGRAM, "--show-completion", shell], check=True).stdout
+        asked = [*PROGRAM, "--show-completion", shell]
+        script = run_process(asked, check=True, env=named).stdout
         assert "_GPTQ_LOADER_COMPLETE" in script or "COMPLETE" in script
 
 

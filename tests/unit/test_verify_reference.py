@@ -104,9 +104,12 @@ def test_replies_in_a_batch_are_those_alone(
     prompts = [[5, 6, 7], [8, 9, 10, 11], [12, 13]]
     assert check_batch(model, prompts) == []
     begin = model.begin
-    monkeypatch.setattr(
-        model, "begin", lambda ids, options, watch: begin([*ids, 3, 4], options, watch=watch)
-    )
+
+    def begun(ids: list[int], *rest: Any, **more: Any) -> Any:
+        alone = "stop" in more  # by stream_ids
+        return begin(ids if alone else [*ids, 3, 4], *rest, **more)
+
+    monkeypatch.setattr(model, "begin", begun)
     found = check_batch(model, prompts)
     assert found[0].wrong
     assert "is another in a batch than alone" in found[0].message

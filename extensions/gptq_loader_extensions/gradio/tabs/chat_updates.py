@@ -32,7 +32,7 @@ Updates = dict[str, Any]
 # What a person may do between two replies, and not during one.
 IDLE_ONLY = ("continue", "retry", "undo", "new", "prompt")
 # The browser keeps a reply that is being written this often: what a reload may lose.
-KEEP_SECONDS = 1.0
+KEEP_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
