@@ -18,6 +18,7 @@ import torch
 from machine import describe
 
 import gptq_loader_plugin as gptq
+from gptq_loader_plugin.generation.kl_divergence import kl_divergence
 from gptq_loader_plugin.measure.perplexity import measure_perplexity, sample_text
 from gptq_loader_plugin.quantize.demo import CHAT_TEMPLATE, prepare_demo
 from gptq_loader_plugin.quantize.demo_model import find_demo_model
@@ -93,8 +94,7 @@ def _divergence(
 ) -> torch.Tensor:
     """Return the divergence of each token of an answer."""
     logits = model(input_ids=ids).logits[0, -1 - len(expected) : -1]
-    found = logits.float().log_softmax(-1)
-    return (expected.exp() * (expected - found)).sum(-1)
+    return kl_divergence(expected, logits.float().log_softmax(-1))
 
 
 if __name__ == "__main__":

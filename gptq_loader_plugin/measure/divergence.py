@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gptq_loader_plugin.errors import OptionInvalid
+from gptq_loader_plugin.generation.kl_divergence import kl_divergence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -127,8 +128,7 @@ class KeptReference:
                 self._kept[at : at + count] = log_probs.numpy()
             else:
                 reference = torch.from_numpy(self._kept[at : at + count])
-                every = (reference.exp() * (reference - log_probs)).sum(-1).clamp_min(0)
-                scored.divergences.append(every.numpy())
+                scored.divergences.append(kl_divergence(reference, log_probs).numpy())
                 scored.agreed.append((reference.argmax(-1) == log_probs.argmax(-1)).numpy())
             at += count
             yield scored

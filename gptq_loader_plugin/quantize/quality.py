@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptq_loader_plugin.events import Progress
+from gptq_loader_plugin.generation.kl_divergence import kl_divergence
 from gptq_loader_plugin.system.atomic_file import write_whole
 from gptq_loader_plugin.system.units import write_size
 
@@ -83,7 +84,7 @@ class HeldOutText:
         kls, same = [], []
         for logits, expected in zip(self._logits(model), self._expected, strict=True):
             right = expected.float().log_softmax(-1)
-            kls.append((right.exp() * (right - logits.log_softmax(-1))).sum(-1))
+            kls.append(kl_divergence(right, logits.log_softmax(-1)))
             same.append(logits.argmax(-1) == expected.argmax(-1))
         kl = torch.cat(kls).double()
         return Divergence(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.events import Progress
+from gptq_loader_plugin.generation.kl_divergence import kl_divergence
 from gptq_loader_plugin.measure.perplexity import sample_text
 from gptq_loader_plugin.verify.report import Finding
 from gptq_loader_plugin.verify.text import BLOCK
@@ -200,8 +201,10 @@ def _divergence(model: PreTrainedModel, observed: Observed) -> dict[str, Any]:
     reference = torch.log_softmax(right[..., :shared], dim=-1)
     with _perturbed(model):
         noisy = _logits(model, observed.windows)
-    floor = _kl(reference, noisy[..., :shared])
-    kl = _kl(reference, observed.logits[..., :shared])
+    floor = kl_divergence(reference, torch.log_softmax(noisy[..., :shared], dim=-1))
+    kl = kl_divergence(
+        reference, torch.log_softmax(observed.logits[..., :shared], dim=-1)
+    ).flatten()
     own = torch.log_softmax(observed.logits, -1)
     same = reference.argmax(-1) == observed.logits[..., :shared].argmax(-1)
     return {
@@ -215,14 +218,6 @@ def _divergence(model: PreTrainedModel, observed: Observed) -> dict[str, Any]:
         "perplexity_reference": round(_perplexity(reference, observed.windows), 3),
         "perplexity": round(_perplexity(own, observed.windows), 3),
     }
-
-
-def _kl(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Return the divergence of each prediction from the reference's, in nats."""
-    import torch
-
-    other = torch.log_softmax(logits.float(), dim=-1)
-    return (reference.exp() * (reference - other)).sum(-1).flatten().clamp_min(0)
 
 
 def _perplexity(log_probabilities: torch.Tensor, windows: torch.Tensor) -> float:
