@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from gptq_loader_plugin.checkpoint.config import read_json
 from gptq_loader_plugin.errors import (
     CheckpointNotFound,
     ConfigInvalid,
@@ -133,15 +133,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             tried=[str(file)],
             hint="name the folder that peft saved: save_pretrained(FOLDER)",
         )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigInvalid(
-            f"does not parse: {error}", path=file, hint="save the adapter anew"
-        ) from error
-    if not isinstance(config, dict):
-        raise ConfigInvalid("is no mapping", path=file, hint="save the adapter anew")
-    return config
+    return read_json(file)
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
