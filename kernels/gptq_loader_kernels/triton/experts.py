@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from triton import next_power_of_2
 
-from gptq_loader_kernels.triton import fma, matmul
-from gptq_loader_kernels.triton.operator import ADDED, DTYPES, FIELDS, SCALES
+from gptq_loader_kernels.triton import fma
+from gptq_loader_kernels.triton.operator import DTYPES, FIELDS, SCALES, add_parts
 from gptq_loader_kernels.triton.shape import STEP
 from gptq_loader_kernels.triton.tiles import ROW_BUCKETS, Tile, bucket, fit_units
 
@@ -151,11 +152,7 @@ def multiply_experts(
             num_stages=tile.stages,
         )
         if parts > 1:
-            add_parts: Any = matmul.add_parts
-            size = rows * out_features
-            add_parts[(-(-size // ADDED),)](
-                sums, None, y, size, out_features, parts, BIAS=False, BLOCK=ADDED
-            )
+            add_parts(sums, None, y)
     return y
 
 
@@ -194,12 +191,8 @@ def _sorted(experts: torch.Tensor, count: int, block_m: int) -> tuple[torch.Tens
         order,
         of_tiles,
         rows,
-        BLOCK_P=_power(rows),
-        BLOCK_E=_power(count + 1),
+        BLOCK_P=next_power_of_2(rows),
+        BLOCK_E=next_power_of_2(count + 1),
         BLOCK_M=block_m,
     )
     return of_tiles, order
-
-
-def _power(least: int) -> int:
-    return 1 << (least - 1).bit_length()

@@ -26,7 +26,7 @@ from gptq_loader_kernels.triton.tiles import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["multiply_packed"]
+__all__ = ["add_parts", "multiply_packed"]
 
 FIELDS = 6  # of a Tile
 # The bits of an exponent under which a code is the low part of a float's mantissa: 1024 + code in
@@ -127,12 +127,17 @@ def multiply_packed(  # noqa: PLR0913, PLR0917 - an operator's arguments
             **special,
         )
         if split:
-            add_parts: Any = matmul.add_parts
-            size = rows * out_features
-            add_parts[(-(-size // ADDED),)](
-                sums, bias, y, size, out_features, parts, BIAS=bias is not None, BLOCK=ADDED
-            )
+            add_parts(sums, bias, y)
     return y
+
+
+def add_parts(sums: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+    """Write the sum of the parts, float32 [parts, M, N], and a bias into y [M, N]."""
+    kernel: Any = matmul.add_parts
+    columns = y.shape[1]
+    kernel[(-(-y.numel() // ADDED),)](
+        sums, bias, y, y.numel(), columns, len(sums), BIAS=bias is not None, BLOCK=ADDED
+    )
 
 
 def _dequantized(
