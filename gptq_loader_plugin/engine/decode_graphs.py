@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptq_loader_plugin.model.watch import Watch
+from gptq_loader_plugin.model.experts import watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,7 +47,7 @@ class DecodeGraphs:
         self._device = model.device
         self._width = FIELDS + num_blocks
         self._captures = self._device.type == "cuda"
-        self._watch = Watch(model, list(model.modules()))
+        self._watch = watch(model, list(model.modules()))
         self._refused = False
         self._graphs: dict[int, tuple[Any, torch.Tensor]] = {}
         self._pool: Any = None

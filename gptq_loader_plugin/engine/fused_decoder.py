@@ -21,7 +21,7 @@ from torch import nn
 
 from gptq_loader_plugin.generation.final_logits import final_logits
 from gptq_loader_plugin.kernel import FusedOperators, Joinable
-from gptq_loader_plugin.model.watch import Watch
+from gptq_loader_plugin.model.experts import watch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -169,7 +169,7 @@ class FusedDecoder:
         norms = [it for layer in self._layers for part in layer for it in _norms(part)]
         if any(_epsilon(it) != self._eps for it in norms):
             raise NotFused("its norms have several epsilons")
-        self._watch = Watch(
+        self._watch = watch(
             decoder,
             [*decoder.layers.modules(), decoder.norm, self._embed, model.get_output_embeddings()],
         )

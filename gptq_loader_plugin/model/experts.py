@@ -16,9 +16,16 @@ from gptq_loader_plugin.kernel import Stackable
 from gptq_loader_plugin.model.watch import CountedModule, Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["ExpertsLayout", "PackedExperts", "expert_weights", "experts_layout", "stack_experts"]
+__all__ = [
+    "ExpertsLayout",
+    "PackedExperts",
+    "expert_weights",
+    "experts_layout",
+    "stack_experts",
+    "watch",
+]
 
 DEFAULT_GATE = "transformers.integrations.moe"  # where act_fn(gate) * up is written
 STACKED_ROWS = 256  # tokens; a prompt's are of nearly all experts, which read many rows each
@@ -164,12 +171,7 @@ class PackedExperts(nn.Module):
         first, down = self._stack(roles), self._stack(("down",))
         if first is None or down is None:
             return False
-        inside = [self, self.experts, *self.experts, *self.fused.children()]
-        linears = [it for expert in self.experts for it in expert.children()]
-        counted = [it for it in linears if isinstance(it, CountedModule)]
-        others = [it for it in linears if not isinstance(it, CountedModule)]
-        watch = Watch(root, [*inside, *others], counted)
-        self._stacked = _Stacked(first, down, gated, watch)
+        self._stacked = _Stacked(first, down, gated, watch(root, list(self.modules())))
         return True
 
     def _stack(self, roles: tuple[str, ...]) -> nn.Module | None:
@@ -296,6 +298,19 @@ class PackedExperts(nn.Module):
         if not isinstance(expert, nn.ModuleDict):
             raise TypeError(f"expert {index} is a {type(expert).__name__}")
         return expert
+
+
+def watch(root: Any, inside: Sequence[nn.Module]) -> Watch:  # noqa: ANN401 - transformers' model
+    """Watch modules of a model or decoder; experts' linears, which are many, by what they count."""
+    counted = [
+        it
+        for module in inside
+        if isinstance(module, PackedExperts)
+        for it in module.experts.modules()
+        if isinstance(it, CountedModule)
+    ]
+    many = set(map(id, counted))
+    return Watch(root, [it for it in inside if id(it) not in many], counted)
 
 
 def stack_experts(model: nn.Module) -> bool:
