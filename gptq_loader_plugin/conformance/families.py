@@ -90,7 +90,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "rwkv": {"attention_hidden_size": 64},
     "xlstm": {"hidden_size": 128, "num_heads": 4, "num_blocks": 2},
     "minimax": {**EXPERTS, "layer_types": ["linear_attention", "full_attention"], "block_size": 16},
-    "gpt2": {}, "gpt_neox": {}, "gptj": {"rotary_dim": 16}, "opt": {"ffn_dim": 96,
+    "gpt2": {}, "gpt_neox": {}, "phi": {}, "gptj": {"rotary_dim": 16}, "opt": {"ffn_dim": 96,
                                                                     "word_embed_proj_dim": 64},
     "bloom": {}, "falcon": {"head_dim": None}, "mpt": {}, "openai-gpt": {"n_positions": 512},
 }  # fmt: skip

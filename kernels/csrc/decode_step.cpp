@@ -10,7 +10,7 @@
 //   segments of softmax(scale * q * keys.T, causal, within the window) * values   barrier
 //   delta[M, H] = merged segments * Wo                                            barrier
 //   x += norm?(delta)                                      after h, where both parts are parallel
-//   h[M, H] = norm?(x);  gated[M, F] = activation(h * Wgate) * (h * Wup)          barrier
+//   h[M, H] = norm?(x);  gated[M, F] = activation(h * Wgate) * (h * Wup)?         barrier
 //   delta[M, H] = gated * Wdown                                                   barrier
 //   x += norm?(delta)
 //
@@ -116,7 +116,7 @@ Input prepare_input(const GptqModel& model, const GptqProjection& p, const float
 // y [M][COLUMNS] = one tile of a projection; returns how many of its columns there are.
 int project_tile(const GptqModel& model, const GptqProjection& p, int64_t tile, int64_t m,
                  const Input& in, float* y) {
-  const int64_t first = tile * COLUMNS;
+  const int64_t at = (p.packed ? place_of(*p.packed, tile) : tile) * COLUMNS;
   const int count = columns_of(p, tile);
   if (p.packed) {
     for (int64_t row = 0; row < m; row += ROWS)
@@ -124,16 +124,16 @@ int project_tile(const GptqModel& model, const GptqProjection& p, int64_t tile, 
                     y + row * COLUMNS);
   } else {
     for (int64_t row = 0; row < m; row++) {
-      const int64_t at = row * p.in_features;
-      dense({p.weight, p.in_features, model.type, model.isa}, first, count, in.x + at,
-            in.x_bf16 ? in.x_bf16 + at : nullptr, y + row * COLUMNS);
+      const int64_t from = row * p.in_features;
+      dense({p.weight, p.in_features, model.type, model.isa}, at, count, in.x + from,
+            in.x_bf16 ? in.x_bf16 + from : nullptr, y + row * COLUMNS);
     }
   }
   const void* bias = p.packed ? p.packed->bias : p.bias;
   const int type = p.packed ? FLOAT32 : model.parameter_type;
   if (bias)
     for (int c = 0; c < count; c++) {
-      const float added = load_number(bias, type, first + c);
+      const float added = load_number(bias, type, at + c);
       for (int64_t row = 0; row < m; row++) y[row * COLUMNS + c] += added;
     }
   return count;
@@ -479,17 +479,19 @@ struct Worker : ThreadBuffers {
             up.same_rows ? of_gate : prepare_input(model, up, of, rows, input + gate_bytes)};
   }
 
-  // gated [rows][gate.out_features] = activation(in * gate) * (in * up), some tiles of columns.
+  // gated [rows][gate.out_features] = activation(in * gate) * (in * up), some tiles of columns; of
+  // a part without gates activation(in * gate).
   void gate_tiles(const GptqProjection& gate, const GptqProjection& up, int64_t begin, int64_t end,
                   const Gated& in, int64_t rows, float* gated) const {
-    float* up_tile = tile + rows * COLUMNS;
+    float* up_tile = up.out_features ? tile + rows * COLUMNS : nullptr;
     for (int64_t at = begin; at < end; at++) {
       const int columns = project_tile(model, gate, at, rows, in.gate, tile);
-      project_tile(model, up, at, rows, in.up, up_tile);
+      if (up_tile) project_tile(model, up, at, rows, in.up, up_tile);
       for (int64_t row = 0; row < rows; row++) {
         float* values = tile + row * COLUMNS;
-        DISPATCH(activate_multiply, model.isa, values, up_tile + row * COLUMNS,
-                 Activation(model.activation), COLUMNS, values);
+        const float* factors = up_tile ? up_tile + row * COLUMNS : nullptr;
+        DISPATCH(activate_multiply, model.isa, values, factors, Activation(model.activation),
+                 COLUMNS, values);
         memcpy(gated + row * gate.out_features + at * COLUMNS, values, sizeof(float) * columns);
       }
     }

@@ -110,7 +110,8 @@ BF16_TARGET void norm_row(const NormArgs& norm, const X* x, uint16_t* y) {
   }
 }
 
-// gate = activation(gate) * up: one token, the last vector maybe short.
+// gate = activation(gate) * up, or what is activated alone where `up` is null: one token, the last
+// vector maybe short.
 BF16_TARGET void activate_multiply(uint16_t* gate, const uint16_t* up, Activation activation,
                                    int64_t size) {
   for (int64_t i = 0; i < size; i += LANES) {
@@ -122,7 +123,8 @@ BF16_TARGET void activate_multiply(uint16_t* gate, const uint16_t* up, Activatio
     };
     floats g = (floats)wide(gate);
     activate(g, activation);
-    _mm256_mask_storeu_epi16(gate + i, mask, to_bf16(_mm512_mul_ps((__m512)g, wide(up))));
+    if (up) g = (floats)_mm512_mul_ps((__m512)g, wide(up));
+    _mm256_mask_storeu_epi16(gate + i, mask, to_bf16((__m512)g));
   }
 }
 
@@ -624,9 +626,10 @@ struct Prefill {
     const GptqProjection *feed[] = {&part.gate, &part.up}, *down[] = {&part.down};
     uint16_t *both[] = {buffers.gate, buffers.up}, *out[] = {y};
     const int64_t columns = part.gate.out_features;
-    if (project(model, feed, both, 2, x, rows, amx, threads)) return 1;
+    const bool gated = part.up.out_features > 0;
+    if (project(model, feed, both, gated ? 2 : 1, x, rows, amx, threads)) return 1;
     parallel_for(threads, rows, [&](int64_t i) {
-      activate_multiply(buffers.gate + i * columns, buffers.up + i * columns,
+      activate_multiply(buffers.gate + i * columns, gated ? buffers.up + i * columns : nullptr,
                         Activation(model.activation), columns);
     });
     return project(model, down, out, 1, buffers.gate, rows, amx, threads);

@@ -173,17 +173,20 @@ INLINE void activate(F& x, Activation activation) {
     multiply_normal(x);
 }
 
-// y = activation(gate) * up.
+// y = activation(gate) * up, or what is activated alone where `up` is null.
 template <class V>
 INLINE void activate_multiply_body(const float* gate, const float* up, Activation activation,
                                    int count, float* y) {
   using floats = typename V::floats;
   for (int i = 0; i < count; i += V::LANES) {
-    floats g, u;
+    floats g;
     load<FLOAT32>(gate, i, g);
-    load<FLOAT32>(up, i, u);
     activate(g, activation);
-    g *= u;
+    if (up) {
+      floats u;
+      load<FLOAT32>(up, i, u);
+      g *= u;
+    }
     memcpy(y + i, &g, sizeof g);
   }
 }

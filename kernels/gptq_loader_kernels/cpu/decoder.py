@@ -21,6 +21,7 @@ from gptq_loader_kernels.cpu.fitting import linears
 from gptq_loader_kernels.cpu.library import Activations, Isa, choose_code, load_library
 from gptq_loader_kernels.cpu.library import Sequence as Sequence_
 from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
+from gptq_loader_kernels.cpu.parts import embed, last_norm_of
 from gptq_loader_kernels.cpu.tensors import check_tensor
 from gptq_loader_plugin.generation.kv_cache import make_cache
 from gptq_loader_plugin.generation.rotation import rope_limit
@@ -78,7 +79,9 @@ class NativeDecoder:
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - transformers' forward
         """Run a step or a prompt natively where it is one, else the decoder's own forward."""
         with self._lock:
-            fit = None if args else self._fit(kwargs)
+            # The first argument of every decoder's forward; GPT-NeoX passes it by its place.
+            call = {"input_ids": args[0], **kwargs} if len(args) == 1 else kwargs
+            fit = None if len(args) > 1 else self._fit(call)
             if fit is not None:
                 kept = None if kwargs.get("use_cache") is False else fit[1]
                 y = self._run(fit[0], [fit[1]], [fit[0].shape[1]])
@@ -97,7 +100,11 @@ class NativeDecoder:
         if prompt and not self.takes_prompts():
             return None
         cache: Any = make_cache(self.decoder) if prompt and call.cache is None else call.cache
-        x = self.decoder.embed_tokens(call.tokens) if call.embedded is None else call.embedded
+        x = (
+            embed(self.decoder, self.family, call.tokens)
+            if call.embedded is None
+            else call.embedded
+        )
         if x.device.type != "cpu" or x.dtype not in ((torch.bfloat16,) if prompt else TYPES):
             return None
         built = self._build(x.dtype)
@@ -113,7 +120,7 @@ class NativeDecoder:
         """Say whether more than a few tokens are taken natively."""
         return (
             self.isa >= Isa.AVX512_BF16
-            and self.decoder.norm.weight.dtype == torch.bfloat16
+            and last_norm_of(self.decoder, self.family).weight.dtype == torch.bfloat16
             and all(
                 isinstance(linear, NativeLinear) and linear.activations is not Activations.INT8
                 for linear in linears(self.decoder, self.family)
@@ -140,7 +147,7 @@ class NativeDecoder:
             return None
         with self._lock:
             ids = torch.tensor([[it for ids in tokens for it in ids]], device="cpu")
-            x = self.decoder.embed_tokens(ids)
+            x = embed(self.decoder, self.family, ids)
             if x.dtype not in TYPES or x.device.type != "cpu":
                 return None
             built = self._build(x.dtype)

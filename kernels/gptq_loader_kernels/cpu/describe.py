@@ -34,7 +34,11 @@ from gptq_loader_kernels.cpu.mixtures import (
 )
 from gptq_loader_kernels.cpu.parts import (
     angle_tables,
+    attention_of,
+    head_dim_of,
     is_parallel,
+    kv_heads_of,
+    last_norm_of,
     norm_of,
     projection_sizes,
     residual_of,
@@ -80,13 +84,15 @@ def describe(
     family = family_of(decoder)
     if family is None or why_not(decoder) is not None:
         return None
-    if decoder.norm.weight.dtype != dtype and not all_packed(decoder, family):
+    last_norm = last_norm_of(decoder, family)
+    if last_norm.weight.dtype != dtype and not all_packed(decoder, family):
         return None
     kept: list[Any] = []
     tables = angle_tables(decoder, family)
+    sizes, head_dim = projection_sizes(decoder, family), head_dim_of(decoder, family)
     described = (DecoderLayer * len(decoder.layers))()
     for index, (place, layer) in enumerate(zip(described, decoder.layers, strict=True)):
-        _describe_projections(place, layer, family, projection_sizes(decoder), kept)
+        _describe_projections(place, layer, family, sizes, head_dim, kept)
         for name in family.norms:
             _describe_norm(getattr(place, name), norm_of(layer, family, name), kept)
         if is_mixture(layer, family):
@@ -98,14 +104,14 @@ def describe(
         layers=len(described),
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=first.self_attn.head_dim,
+        kv_heads=kv_heads_of(config),
+        head_dim=head_dim,
         type=TYPES[dtype],
         isa=isa,
         activations=activations,
-        parameter_type=TYPES[decoder.norm.weight.dtype],
-        eps=getattr(decoder.norm, family.epsilon),
-        scale=first.self_attn.scaling,
+        parameter_type=TYPES[last_norm.weight.dtype],
+        eps=getattr(last_norm, family.epsilon),
+        scale=attention_of(first, family).scaling,
         layer=ctypes.cast(described, ctypes.POINTER(DecoderLayer)),
         norm_kind=family.norm_kind,
         activation=ACTIVATIONS[type(next(activations_of(first, family))).__name__],
@@ -116,11 +122,11 @@ def describe(
         parallel=is_parallel(first, family),
         residual=residual_of(first),
     )
-    _describe_norm(model.norm, decoder.norm, kept)
+    _describe_norm(model.norm, last_norm, kept)
     kept.append(described)
     experts = expert_linears(decoder, family)
     many = set(map(id, experts))
-    inside = [it for it in modules_inside(decoder) if id(it) not in many]
+    inside = [it for it in modules_inside(decoder, family) if id(it) not in many]
     return Described(model, dtype, tables, kept, Watch(decoder, inside, experts))
 
 
@@ -134,16 +140,21 @@ def _describe_projections(
     layer: nn.Module,
     family: Family,
     sizes: dict[str, tuple[int, int]],
+    head_dim: int,
     kept: list[Any],
 ) -> None:
     before: Any = None
     for path, names in projections_of(layer, family).items():
         module, first = layer.get_submodule(path), 0
+        apart = len(names) * head_dim if family.in_turns and len(names) > 1 else 0
         for name in names:
             projection, columns = getattr(place, name), sizes[name][0]
             _describe_projection(projection, module, first, columns, kept)
+            if apart:
+                packed = projection.packed.contents
+                packed.run, packed.apart = head_dim // COLUMNS, apart // COLUMNS
             projection.same_rows = name in {"k", "v", "up"} and _same_rows(before, module)
-            before, first = module, first + columns
+            before, first = module, first + (head_dim if apart else columns)
 
 
 def _describe_mixture(mixture: Any, kept: list[Any]) -> Mixture:  # noqa: ANN401

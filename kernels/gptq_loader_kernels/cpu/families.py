@@ -29,6 +29,12 @@ PROJECTIONS_GLM = {
     "mlp.gate_up_proj": ("gate", "up"),
     "mlp.down_proj": ("down",),
 }
+# Without gates: what is activated is `gate`, and there is no `up`.
+UNGATED = {
+    "self_attn.q_proj": ("q",),
+    "self_attn.k_proj": ("k",),
+    "self_attn.v_proj": ("v",),
+}
 JOINED = {
     "self_attn.qkv_proj": ("q", "k", "v"),
     "self_attn.o_proj": ("o",),
@@ -60,7 +66,12 @@ class Family:
 
     Attributes:
         name: what the names of its classes begin with.
+        layer: the end of its layers' class.
+        attention: the path of a layer's attention.
+        embedding: the path of its embedding.
+        last_norm: the path of the norm after its layers.
         projections: a layer's linears by path, and which projections are in each, side by side.
+        in_turns: whether projections that share a linear take turns in it, a head of each.
         norms: a layer's norms, by the places that they have in `DecoderLayer`.
         norm_kind: what its norms compute.
         epsilon: the attribute of a norm that is added to the mean of squares.
@@ -79,7 +90,12 @@ class Family:
     """
 
     name: str
+    layer: str = "DecoderLayer"
+    attention: str = "self_attn"
+    embedding: str = "embed_tokens"
+    last_norm: str = "norm"
     projections: Mapping[str, tuple[str, ...]] = field(default_factory=PROJECTIONS.copy)
+    in_turns: bool = False
     norms: Mapping[str, str] = field(default_factory=NORMS.copy)
     norm_kind: NormKind = NormKind.RMS
     epsilon: str = "variance_epsilon"
@@ -132,6 +148,24 @@ FAMILIES = {
         epsilon="eps",
         angles_by_type=True,
     ),
+    "GPTNeoXModel": Family(
+        "GPTNeoX",
+        layer="Layer",
+        attention="attention",
+        embedding="embed_in",
+        last_norm="final_layer_norm",
+        projections={
+            "attention.query_key_value": ("q", "k", "v"),
+            "attention.dense": ("o",),
+            "mlp.dense_h_to_4h": ("gate",),
+            "mlp.dense_4h_to_h": ("down",),
+        },
+        in_turns=True,
+        norm=None,
+        norm_kind=NormKind.LAYER,
+        epsilon="eps",
+        activation="mlp.act",
+    ),
     "GlmModel": Family(
         "Glm", projections=PROJECTIONS_GLM, activation="mlp.activation_fn", neighbours=True
     ),
@@ -147,6 +181,19 @@ FAMILIES = {
     "MistralModel": Family("Mistral", slides=True),
     "MixtralModel": Family("Mixtral", slides=True, expert_size="intermediate_size"),
     "Olmo2Model": Family("Olmo2", norms=AFTER | HEAD_NORMS, all_heads=True),
+    "PhiModel": Family(
+        "Phi",
+        last_norm="final_layernorm",
+        projections=UNGATED
+        | {"self_attn.dense": ("o",), "mlp.fc1": ("gate",), "mlp.fc2": ("down",)},
+        norms=dict.fromkeys(NORMS, "input_layernorm"),
+        norm=None,
+        norm_kind=NormKind.LAYER,
+        epsilon="eps",
+        activation="mlp.activation_fn",
+        parallel=True,
+        refused=("qk_layernorm",),
+    ),
     "Phi3Model": Family("Phi3", projections=JOINED, activation="mlp.activation_fn", slides=True),
     "Qwen2Model": Family("Qwen2"),
     "Qwen2MoeModel": Family("Qwen2Moe", expert_size="moe_intermediate_size"),
@@ -165,6 +212,16 @@ FAMILIES = {
         norm_kind=NormKind.LAYER,
         epsilon="eps",
         refused=("qk_layernorm",),
+    ),
+    "Starcoder2Model": Family(
+        "Starcoder2",
+        projections=UNGATED
+        | {"self_attn.o_proj": ("o",), "mlp.c_fc": ("gate",), "mlp.c_proj": ("down",)},
+        norm=None,
+        norm_kind=NormKind.LAYER,
+        epsilon="eps",
+        activation="mlp.act",
+        slides=True,
     ),
 }
 

@@ -20,7 +20,11 @@ from gptq_loader_kernels.cpu.mixtures import (
     shared_of,
 )
 from gptq_loader_kernels.cpu.parts import (
+    attention_of,
+    head_dim_of,
     is_parallel,
+    kv_heads_of,
+    last_norm_of,
     norm_of,
     projection_sizes,
     residual_of,
@@ -50,24 +54,25 @@ def why_not(decoder: Any) -> str | None:  # noqa: ANN401 - one for each limit
     if family is None:
         names = sorted(it.name for it in FAMILIES.values())
         return f"it is a {type(decoder).__name__}; the step has {', '.join(names)}"
-    attention = decoder.layers[0].self_attn
-    if attention.head_dim % (2 * LANES) or attention.head_dim > 16 * LANES:
-        return f"its heads are {attention.head_dim} wide; the step takes multiples of 32 up to 256"
+    head_dim = head_dim_of(decoder, family)
+    if head_dim % (2 * LANES) or head_dim > 16 * LANES:
+        return f"its heads are {head_dim} wide; the step takes multiples of 32 up to 256"
     if decoder.config.hidden_size % LANES:
         return f"its hidden size {decoder.config.hidden_size} is not a multiple of {LANES}"
-    if decoder.norm.weight.dtype not in TYPES:
-        return f"it is in {decoder.norm.weight.dtype}; the step takes bfloat16 and float32"
+    dtype = last_norm_of(decoder, family).weight.dtype
+    if dtype not in TYPES:
+        return f"it is in {dtype}; the step takes bfloat16 and float32"
     checks = (_other_mixture, _changed, _other_class, _several, _other_positions, _uncut, _misfit)
     return next((reason for check in checks if (reason := check(decoder, family))), None)
 
 
-def modules_inside(decoder: Any) -> Iterator[nn.Module]:  # noqa: ANN401
+def modules_inside(decoder: Any, family: Family) -> Iterator[nn.Module]:  # noqa: ANN401
     """Go through the modules whose place a step takes."""
     for module in decoder.layers.modules():
         yield module
         if isinstance(module, PackedExperts):
             yield module.fused
-    yield decoder.norm
+    yield last_norm_of(decoder, family)
 
 
 def linears(decoder: Any, family: Family) -> Iterator[Any]:  # noqa: ANN401
@@ -80,7 +85,7 @@ def _named_linears(
     family: Family,
 ) -> Iterator[tuple[str, Any, tuple[int, int]]]:
     """Go through a decoder's linears: path in a layer, module, outputs and inputs."""
-    sizes, config = projection_sizes(decoder), decoder.config
+    sizes, config = projection_sizes(decoder, family), decoder.config
     for layer in decoder.layers:
         for path, names in projections_of(layer, family).items():
             shape = sum(sizes[name][0] for name in names), sizes[names[0]][1]
@@ -101,7 +106,7 @@ def _changed(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
     for path, module, _ in _named_linears(decoder, family):
         if not isinstance(module, NativeLinear) and type(module) is not nn.Linear:
             return f"{path} is multiplied by another kernel"
-    for module in modules_inside(decoder):
+    for module in modules_inside(decoder, family):
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:  # noqa: SLF001 - torch has no other way to tell
             return f"something watches a {type(module).__name__} of it"
     return None
@@ -152,7 +157,7 @@ def _several(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
         return f"its activation is {other[0]}; the step has {names}"
     values: dict[str, set[Any]] = {
         "epsilon": {getattr(norm, family.epsilon) for norm in norms},
-        "scaling": {layer.self_attn.scaling for layer in decoder.layers},
+        "scaling": {attention_of(layer, family).scaling for layer in decoder.layers},
         "softcap": {softcap_of(layer, family) for layer in decoder.layers},
         "rotary size": rotary_sizes(decoder, family),
         "residual multiplier": {residual_of(layer) for layer in decoder.layers},
@@ -168,13 +173,14 @@ def _several(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
 def _other_positions(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
     """Say where a decoder rotates or attends to other positions than its config has."""
     size = max(rotary_sizes(decoder, family))
-    if size > decoder.layers[0].self_attn.head_dim:
+    if size > head_dim_of(decoder, family):
         return f"{size} numbers of each head are rotated, and it has fewer"
     for index, layer in enumerate(decoder.layers):
-        if not getattr(layer.self_attn, "is_causal", True):
+        attention = attention_of(layer, family)
+        if not getattr(attention, "is_causal", True):
             return f"layers.{index} attends to tokens that follow"
         window = window_of(decoder, family, index)
-        if (getattr(layer.self_attn, "sliding_window", window) or 0) != window:
+        if (getattr(attention, "sliding_window", window) or 0) != window:
             return f"layers.{index} attends to another window than its config has"
     return None
 
@@ -186,10 +192,10 @@ def _norm(family: Family) -> str:
 
 def _classes(decoder: Any, family: Family) -> Iterator[tuple[str, Any, str]]:  # noqa: ANN401
     """Go through the modules whose place a step takes: path, module, and the end of its class."""
-    yield "norm", decoder.norm, _norm(family)
+    yield family.last_norm, last_norm_of(decoder, family), _norm(family)
     for i, layer in enumerate(decoder.layers):
-        yield f"layers.{i}", layer, "DecoderLayer"
-        yield f"layers.{i}.self_attn", layer.self_attn, "Attention"
+        yield f"layers.{i}", layer, family.layer
+        yield f"layers.{i}.{family.attention}", attention_of(layer, family), "Attention"
         if not is_mixture(layer, family):
             yield f"layers.{i}.mlp", layer.mlp, "MLP"
         else:
@@ -204,8 +210,14 @@ def _classes(decoder: Any, family: Family) -> Iterator[tuple[str, Any, str]]:  #
 
 def _uncut(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
     """Say which packed layer holds projections that begin within a tile of its columns."""
-    sizes = projection_sizes(decoder)
+    sizes, head_dim = projection_sizes(decoder, family), head_dim_of(decoder, family)
     for path, names in family.projections.items():
+        if family.in_turns and len(names) > 1:
+            if not all(isinstance(find(layer, path), NativeLinear) for layer in decoder.layers):
+                return f"{path} is not packed; the step takes heads in turns of what is"
+            if head_dim % COLUMNS:
+                return f"its heads are {head_dim} wide, in turns; the step takes multiples of 64"
+            continue
         starts = [sum(sizes[name][0] for name in names[:i]) for i in range(len(names))]
         packed = any(isinstance(find(layer, path), NativeLinear) for layer in decoder.layers)
         if packed and (uneven := [it for it in starts if it % COLUMNS]):
@@ -218,9 +230,9 @@ def _misfit(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
 
     The library reads what it is told, whatever lies there.
     """
-    config = decoder.config
-    if config.num_attention_heads % config.num_key_value_heads:
-        return f"its {config.num_key_value_heads} heads of keys and values are shared unevenly"
+    heads, last_norm = kv_heads_of(decoder.config), last_norm_of(decoder, family)
+    if decoder.config.num_attention_heads % heads:
+        return f"its {heads} heads of keys and values are shared unevenly"
     for name, part, shape in _parts(decoder, family):
         if part is None:
             continue
@@ -234,8 +246,8 @@ def _misfit(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
             return (
                 f"{name} is {' x '.join(map(str, actual))}, and not {' x '.join(map(str, shape))}"
             )
-        if isinstance(part, torch.Tensor) and part.dtype != decoder.norm.weight.dtype:
-            return f"{name} is in {part.dtype}, and its last norm in {decoder.norm.weight.dtype}"
+        if isinstance(part, torch.Tensor) and part.dtype != last_norm.weight.dtype:
+            return f"{name} is in {part.dtype}, and its last norm in {last_norm.weight.dtype}"
         if isinstance(part, torch.Tensor) and not part.is_contiguous():
             return f"{name} is not contiguous"
     return None
@@ -243,11 +255,11 @@ def _misfit(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
 
 def _parts(decoder: Any, family: Family) -> Iterator[tuple[str, Any, tuple[int, ...]]]:  # noqa: ANN401
     """Go through what the library reads, layers and tensors, with the shapes they must have."""
-    dim, hidden = decoder.layers[0].self_attn.head_dim, decoder.config.hidden_size
-    config = decoder.config
-    heads = {"q_norm": config.num_attention_heads, "k_norm": config.num_key_value_heads}
-    yield "norm", decoder.norm.weight, (hidden,)
-    yield "norm.bias", getattr(decoder.norm, "bias", None), (hidden,)
+    config, last_norm = decoder.config, last_norm_of(decoder, family)
+    dim, hidden = head_dim_of(decoder, family), config.hidden_size
+    heads = {"q_norm": config.num_attention_heads, "k_norm": kv_heads_of(config)}
+    yield family.last_norm, last_norm.weight, (hidden,)
+    yield f"{family.last_norm}.bias", getattr(last_norm, "bias", None), (hidden,)
     for path, module, shape in _named_linears(decoder, family):
         if isinstance(module, NativeLinear):
             yield path, module, shape

@@ -17,6 +17,7 @@ from gptq_loader_kernels.cpu.fitting import why_not
 from gptq_loader_kernels.cpu.head import RowsLinear
 from gptq_loader_kernels.cpu.library import Activations, Isa
 from gptq_loader_kernels.cpu.mixtures import is_mixture
+from gptq_loader_kernels.cpu.parts import embed
 from gptq_loader_plugin.generation.kv_cache import make_cache
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def install(model: Any) -> NativeDecoder | str:  # noqa: ANN401 - a transformers
     Returns:
         What decodes it, or in words why nothing was changed.
     """
-    decoder: Any = getattr(model, "model", None)
+    decoder: Any = getattr(model, "base_model", None)
     if (reason := why_not(decoder)) is not None:
         return reason
     step = NativeDecoder(decoder)
@@ -63,7 +64,7 @@ def _difference(step: NativeDecoder) -> str | None:
     tolerance = INT16_TOLERANCE if rounds else TOLERANCE
     ids = torch.arange(3, 3 + sum(PROBE), device="cpu")[None] % decoder.config.vocab_size
     with torch.inference_mode():
-        x = decoder.embed_tokens(ids)
+        x = embed(decoder, step.family, ids)
         theirs = exact = _answer(step.otherwise, x)
         if x.dtype != torch.float32 and all_packed(decoder, step.family):
             with _float32_parts(step):

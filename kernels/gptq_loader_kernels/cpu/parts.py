@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING, Any
 from gptq_loader_kernels.cpu.families import find
 
 if TYPE_CHECKING:
+    import torch
+
     from gptq_loader_kernels.cpu.families import Family
 
 __all__ = [
     "angle_tables",
+    "attention_of",
+    "embed",
+    "head_dim_of",
     "is_parallel",
+    "kv_heads_of",
+    "last_norm_of",
     "norm_of",
     "projection_sizes",
     "residual_of",
@@ -22,11 +29,40 @@ __all__ = [
 ]
 
 
-def projection_sizes(decoder: Any) -> dict[str, tuple[int, int]]:  # noqa: ANN401
+def attention_of(layer: Any, family: Family) -> Any:  # noqa: ANN401
+    """Return the attention of a layer."""
+    return find(layer, family.attention)
+
+
+def last_norm_of(decoder: Any, family: Family) -> Any:  # noqa: ANN401
+    """Return the norm after a decoder's layers."""
+    return find(decoder, family.last_norm)
+
+
+def embed(decoder: Any, family: Family, tokens: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+    """Return the embeddings of tokens, as a decoder's own forward looks them up."""
+    embedded: torch.Tensor = find(decoder, family.embedding)(tokens)
+    return embedded
+
+
+def head_dim_of(decoder: Any, family: Family) -> int:  # noqa: ANN401
+    """Return how wide a decoder's heads are."""
+    attention = attention_of(decoder.layers[0], family)
+    dim: int = attention.head_size if hasattr(attention, "head_size") else attention.head_dim
+    return dim
+
+
+def kv_heads_of(config: Any) -> int:  # noqa: ANN401
+    """Return how many heads of keys and values a model has: as many as of queries, if not said."""
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads
+
+
+def projection_sizes(decoder: Any, family: Family) -> dict[str, tuple[int, int]]:  # noqa: ANN401
     """Return the outputs and inputs of each projection of a layer."""
-    config, dim = decoder.config, decoder.layers[0].self_attn.head_dim
+    config, dim = decoder.config, head_dim_of(decoder, family)
     hidden, intermediate = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    queries, keys = config.num_attention_heads * dim, kv_heads_of(config) * dim
     return {
         "q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries),
         "gate": (intermediate, hidden), "up": (intermediate, hidden),
@@ -43,13 +79,15 @@ def rotary_sizes(decoder: Any, family: Family) -> set[int]:  # noqa: ANN401
     """Return how much of a head is rotated, of each table of angles."""
     names = [f"{it}_inv_freq" for it in angle_tables(decoder, family)] or ["inv_freq"]
     tables = [getattr(decoder.rotary_emb, name, None) for name in names]
-    head_dim: int = decoder.layers[0].self_attn.head_dim
+    head_dim = head_dim_of(decoder, family)
     return {head_dim if table is None else 2 * table.numel() for table in tables}
 
 
 def softcap_of(layer: Any, family: Family) -> float:  # noqa: ANN401
     """Return what a layer's scores are capped at, or 0."""
-    return float(getattr(layer.self_attn, family.softcap) or 0) if family.softcap else 0.0
+    return (
+        float(getattr(attention_of(layer, family), family.softcap) or 0) if family.softcap else 0.0
+    )
 
 
 def window_of(decoder: Any, family: Family, index: int) -> int:  # noqa: ANN401
@@ -63,7 +101,7 @@ def window_of(decoder: Any, family: Family, index: int) -> int:  # noqa: ANN401
 
 def table_of(decoder: Any, family: Family, index: int) -> int:  # noqa: ANN401
     """Return which table of angles a layer is rotated by, or -1 for none."""
-    attention = decoder.layers[index].self_attn
+    attention = attention_of(decoder.layers[index], family)
     if family.rotates is not None and not getattr(attention, family.rotates):
         return -1
     tables = angle_tables(decoder, family)
