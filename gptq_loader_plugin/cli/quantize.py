@@ -70,6 +70,10 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
         str | None,
         typer.Option("--format", help="gptq (zeros stored minus one) or gptq_v2; else by --sym."),
     ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option("--max-memory", help="The most memory to take: 8GB; else what is free."),
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Quantise a model with GPTQ; an interrupted run goes on where it stopped."""
@@ -80,6 +84,7 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
     from gptq_loader_plugin.catalog.engines.engine import engines_of
     from gptq_loader_plugin.catalog.where import find_where
     from gptq_loader_plugin.checkpoint.config import read_json
+    from gptq_loader_plugin.convert.options import parse_size
     from gptq_loader_plugin.errors import OptionInvalid
     from gptq_loader_plugin.measure.perplexity import sample_text
     from gptq_loader_plugin.plugins import Plugins
@@ -127,6 +132,7 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
             options=options,
             text="own" if own_chats else text,
             held_out=held_out_text,
+            max_memory=None if max_memory is None else parse_size(max_memory),
             progress=listening.progress,
         )
     finally:

@@ -215,17 +215,20 @@ def _inverse_factor(hessian: torch.Tensor, damp_percent: float) -> torch.Tensor:
     Raises:
         QuantizeError: no damping makes the Hessian positive definite.
     """
-    exact = hessian.double()
-    mean = float(exact.diagonal().mean())
+    # Rows and columns reversed, the lower factor is an upper one: H = M Mᵀ. So with U = M⁻¹,
+    # H⁻¹ = Uᵀ U, without an inverse of H, which is less exact and takes twice as long.
+    # No matrix is kept longer than it is needed: those of a large model take 1 GB each.
+    damped = hessian.flip(0, 1).double()
+    diagonal = damped.diagonal().clone()
+    mean = float(hessian.diagonal().double().mean())
     damp = damp_percent
     for _ in range(DAMP_STEPS):
-        damped = exact.clone()
-        damped.diagonal().add_(damp * mean)
-        # Rows and columns reversed, the lower factor is an upper one: H = M Mᵀ. So with U = M⁻¹,
-        # H⁻¹ = Uᵀ U, without an inverse of H, which is less exact and takes twice as long.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        damped.diagonal().copy_(diagonal + damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
-            return _inverse_upper(lower.flip(0, 1)).float()
+            del damped
+            lower = lower.flip(0, 1)  # and nothing else holds the other
+            return _inverse_upper(lower).float()
         damp *= 2
     raise QuantizeError(
         f"the Hessian of a layer is not positive definite, even damped by {damp:.0%}",

@@ -12,6 +12,7 @@ from gptq_loader_plugin.errors import QuantizeError
 from gptq_loader_plugin.kernel.packing import unfilled_words
 from gptq_loader_plugin.model.experts import PackedExperts, expert_weights, experts_layout
 from gptq_loader_plugin.model.linears import linear_shape
+from gptq_loader_plugin.quantize.states import States
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -194,8 +195,11 @@ def left_out(blocks: Sequence[Block]) -> dict[str, str]:
 
 @torch.inference_mode()
 def record_calls(
-    model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[torch.Tensor]
-) -> tuple[list[torch.Tensor], list[list[Call]]]:
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    batches: Sequence[torch.Tensor],
+    first: States | None = None,
+) -> tuple[States, list[list[Call]]]:
     """Learn what every block is called with, without running the blocks.
 
     Each block is replaced by one that notes its call and hands its hidden states on; the model's
@@ -205,13 +209,15 @@ def record_calls(
         model: the model.
         blocks: its blocks.
         batches: int64 [samples, tokens] each.
+        first: what to collect the hidden states in; None keeps them in memory.
 
     Returns:
-        The hidden states before the first block, a batch each; and calls[block][batch].
+        The hidden states before the first block, a batch each; and calls[block][batch], of which
+        batches share what is equal: masks and positions, mostly.
     """
     answer = _probe_output(model, blocks[0], batches[0][:1, :8])
     holder: Any = model.get_submodule(blocks[0].path.rpartition(".")[0])
-    first: list[torch.Tensor] = []
+    first = States() if first is None else first
     calls: list[list[Call]] = [[] for _ in blocks]
     handed: list[torch.Tensor | None] = []
     recorders = [
@@ -273,7 +279,7 @@ class _Recorder(nn.Module):
         self._calls = calls
         self._answer = answer
         self._handed = handed
-        self.inputs: list[torch.Tensor] | None = None
+        self.inputs: States | None = None
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the parent asks of a block
         try:
@@ -288,10 +294,15 @@ class _Recorder(nn.Module):
             hidden, rest = keywords.pop("hidden_states"), ()
         if self.inputs is not None:
             self.inputs.append(hidden)
+        before = self._calls[-1] if self._calls else Call((), {})
+        places = [*before.arguments, *([None] * len(rest))]
         self._calls.append(
             Call(
-                tuple(self._carried(it) for it in rest),
-                {name: self._carried(it) for name, it in keywords.items()},
+                tuple(_same(self._carried(it), own) for it, own in zip(rest, places, strict=False)),
+                {
+                    name: _same(self._carried(it), before.keywords.get(name))
+                    for name, it in keywords.items()
+                },
                 named=not arguments,
             )
         )
@@ -309,6 +320,18 @@ class _Recorder(nn.Module):
             if i and isinstance(own, torch.Tensor) and own is value:
                 return _Carried(i)
         return value
+
+
+def _same(value: Any, before: Any) -> Any:  # noqa: ANN401 - a block's own argument
+    """Return the batch before's tensors in place of those that are equal to them."""
+    if isinstance(value, tuple) and isinstance(before, tuple) and len(value) == len(before):
+        if type(value) is not tuple:
+            return value
+        return tuple(_same(it, own) for it, own in zip(value, before, strict=True))
+    if not isinstance(value, torch.Tensor) or not isinstance(before, torch.Tensor):
+        return value
+    alike = (value.dtype, value.shape) == (before.dtype, before.shape)
+    return before if alike and torch.equal(value, before) else value
 
 
 def _resized(value: Any, before: torch.Size, after: torch.Size) -> Any:  # noqa: ANN401

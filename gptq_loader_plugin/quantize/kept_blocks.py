@@ -17,11 +17,12 @@ from gptq_loader_plugin.system.atomic_file import write_whole
 from gptq_loader_plugin.system.file_lock import held, held_and_removed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 __all__ = ["KeptBlocks", "only_writer"]
 
+PARTS = ("codes", "scales", "zeros", "g_idx", "loss")
 FINGERPRINT = "fingerprint"  # in the metadata of a block's file, and a file beside them
 
 
@@ -77,15 +78,16 @@ class KeptBlocks:
         tensors = load_file(file)
         paths = [name.removesuffix("/codes") for name in tensors if name.endswith("/codes")]
         return {
-            path: QuantizedWeight(
-                tensors[f"{path}/codes"],
-                tensors[f"{path}/scales"],
-                tensors[f"{path}/zeros"],
-                tensors[f"{path}/g_idx"],
-                float(tensors[f"{path}/loss"]),
-            )
-            for path in paths
+            path: _weight({name: tensors[f"{path}/{name}"] for name in PARTS}) for path in paths
         }
+
+    def read_layer(self, block: int, path: str) -> QuantizedWeight:
+        """Read one layer of a finished block."""
+        from safetensors import safe_open
+
+        with safe_open(self._file(block), "pt") as tensors:
+            parts = {name: tensors.get_tensor(f"{path}/{name}") for name in PARTS}
+        return _weight(parts)
 
     def write(self, block: int, done: dict[str, QuantizedWeight]) -> None:
         """Keep a finished block."""
@@ -104,6 +106,11 @@ class KeptBlocks:
 
     def _file(self, block: int) -> Path:
         return self._folder / f"block-{block:04}.safetensors"
+
+
+def _weight(parts: Mapping[str, torch.Tensor]) -> QuantizedWeight:
+    codes, scales, zeros, g_idx, loss = (parts[name] for name in PARTS)
+    return QuantizedWeight(codes, scales, zeros, g_idx, float(loss))
 
 
 def _fingerprint_of(file: Path) -> str | None:

@@ -60,6 +60,7 @@ class HeldOutText:
         tokenizer: its tokenizer.
         text: a text that it is not calibrated on.
         progress: called with the windows read.
+        at_once: whether all windows go through the model together, which reads its weights once.
     """
 
     def __init__(
@@ -68,7 +69,10 @@ class HeldOutText:
         tokenizer: PreTrainedTokenizerBase,
         text: str,
         progress: Callable[[Progress], None],
+        *,
+        at_once: bool = False,
     ) -> None:
+        self._at_once = at_once
         self._progress = progress
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
         windows = [part for part in ids.split(WINDOW) if len(part) > 1]
@@ -96,12 +100,15 @@ class HeldOutText:
 
     @torch.inference_mode()
     def _logits(self, model: PreTrainedModel) -> list[torch.Tensor]:
-        every = []
-        for window in self._windows:
-            logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
-            every.append(logits.float())
-            count = len(self._windows)
-            self._progress(Progress("compare", len(every), count, "windows"))
+        every: list[torch.Tensor] = []
+        while len(every) < len(self._windows):
+            first = len(every)
+            length = len(self._windows[first])
+            alike = [it for it in self._windows[first:] if len(it) == length]
+            ids = torch.stack(alike if self._at_once else alike[:1])
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            every += list(logits)
+            self._progress(Progress("compare", len(every), len(self._windows), "windows"))
         return every
 
 

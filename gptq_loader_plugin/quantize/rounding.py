@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.quantize.algorithm import QuantizedWeight
     from gptq_loader_plugin.quantize.blocks import Block
+    from gptq_loader_plugin.quantize.states import States
 
 __all__ = ["PlainStates", "tune_block"]
 
@@ -46,15 +47,15 @@ class PlainStates:
     """The hidden states of the unquantised model, block after block.
 
     Args:
-        hidden: the input of the first block, a batch each.
+        hidden: the input of the first block, a batch each; changed.
         calls: what each block is called with besides: calls[block][batch].
     """
 
-    def __init__(self, hidden: Sequence[torch.Tensor], calls: Sequence[Sequence[Call]]) -> None:
-        self._hidden = list(hidden)
+    def __init__(self, hidden: States, calls: Sequence[Sequence[Call]]) -> None:
+        self._hidden = hidden
         self._calls = [list(of_block) for of_block in calls]
 
-    def advance(self, block: Block, number: int) -> list[torch.Tensor]:
+    def advance(self, block: Block, number: int) -> States:
         """Run a block that is not quantised yet; return what it hands on, a batch each."""
         calls = self._calls[number]
         for batch, (states, call) in enumerate(zip(self._hidden, calls, strict=True)):
@@ -63,7 +64,7 @@ class PlainStates:
                 after = self._calls[number + 1]
                 after[batch] = after[batch].after(output)
         calls.clear()
-        return list(self._hidden)
+        return self._hidden
 
 
 @dataclass(slots=True)

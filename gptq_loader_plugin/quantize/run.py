@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -24,24 +25,20 @@ from gptq_loader_plugin.quantize.blocks import (
     find_blocks,
     left_out,
     linears,
-    record_calls,
-    run_block,
     separate_experts,
 )
 from gptq_loader_plugin.quantize.calibration import calibration_samples, calibration_text
-from gptq_loader_plugin.quantize.hessians import LinearOutputs
 from gptq_loader_plugin.quantize.kept_blocks import KeptBlocks, only_writer
+from gptq_loader_plugin.quantize.memory import forecast_memory
 from gptq_loader_plugin.quantize.quality import HeldOutText, write_quality
-from gptq_loader_plugin.quantize.rounding import PlainStates
-from gptq_loader_plugin.quantize.source import check_addresses, check_there, load_source
+from gptq_loader_plugin.quantize.quantize_blocks import SHORT, at_once, by_blocks
+from gptq_loader_plugin.quantize.source import check_addresses, check_there, open_source
 from gptq_loader_plugin.quantize.whole_decoder import (
     decoder_blocks,
-    decoder_hessians,
-    input_groups,
     runs_by_blocks,
 )
 from gptq_loader_plugin.quantize.work import Work
-from gptq_loader_plugin.quantize.writer import hub_names, pack_weight, write_checkpoint
+from gptq_loader_plugin.quantize.writer import PackedLayer, hub_names, write_checkpoint
 from gptq_loader_plugin.system.file_lock import lock_holder
 from gptq_loader_plugin.system.paths import local_path
 
@@ -50,16 +47,15 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from gptq_loader_plugin.quantize.algorithm import QuantizedWeight
-    from gptq_loader_plugin.quantize.blocks import Block
     from gptq_loader_plugin.quantize.options import QuantizeOptions
+    from gptq_loader_plugin.quantize.streamed import StreamedWeights
 
 __all__ = ["quantize", "quantize_model"]
 
 BATCH_TOKENS = 4096  # hidden states are run through a block this many tokens at a time
 TUNED_TOKENS = 1024  # where each batch is a step of tuning
-SHORT = 16  # tokens of a sample by which is found how a model runs
 UNKNOWN_CONTEXT = 2048
+SUMMED = 1 << 22  # numbers that are added up at a time: torch makes int64 of them first
 
 
 def quantize_model(
@@ -70,6 +66,7 @@ def quantize_model(
     text: Path | Literal["own"] | None = None,
     chat_template: str | None = None,
     held_out: str | None = None,
+    max_memory: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Path:
     """Quantise the model in a folder or a .gguf file, and write a checkpoint.
@@ -83,6 +80,7 @@ def quantize_model(
         chat_template: a Jinja template to use and to write in place of the model's own.
         held_out: a text to compare the quantised model with the other on; what is measured is
             written beside the checkpoint (`quality.json`, README.md). None measures nothing.
+        max_memory: the most bytes of memory to take; None takes what is free.
         progress: called with the layers done.
 
     Returns:
@@ -91,7 +89,8 @@ def quantize_model(
     Raises:
         QuantizeError: the source cannot be loaded, or it cannot be quantised as asked, or `out`
             holds something else, or another process is writing there.
-        NotEnoughMemory: a limit leaves fewer addresses than any model takes.
+        NotEnoughMemory: a block alone needs more than there is, or a limit leaves fewer addresses
+            than any model takes.
     """
     progress = progress or _ignore
     with only_writer(local_path(out)) as folder:
@@ -99,7 +98,7 @@ def quantize_model(
         check_addresses(local_path(source), text if isinstance(text, Path) else None)
         check_there(local_path(source))
         progress(Progress("read model", 0, 1, "files", str(source)))
-        model, tokenizer = load_source(local_path(source))
+        model, tokenizer, weights = open_source(local_path(source), whole=text == "own")
         progress(Progress("read model", 1, 1, "files", str(source)))
         if chat_template is not None:
             tokenizer.chat_template = chat_template
@@ -109,7 +108,8 @@ def quantize_model(
             samples = calibration_samples(tokenizer, options, content, context=context)
             measured = None
             if held_out is not None:
-                measured = HeldOutText(model, tokenizer, held_out, progress)
+                at_once = weights is not None
+                measured = HeldOutText(model, tokenizer, held_out, progress, at_once=at_once)
 
             def finish(losses: Mapping[str, float]) -> None:
                 if measured is not None:
@@ -124,6 +124,8 @@ def quantize_model(
                 samples=samples,
                 progress=progress,
                 finish=finish,
+                weights=weights,
+                max_memory=max_memory,
             )
 
 
@@ -168,93 +170,71 @@ def _quantize(
     samples: Sequence[Sequence[int]],
     progress: Callable[[Progress], None],
     finish: Callable[[Mapping[str, float]], None] = lambda _: None,
+    weights: StreamedWeights | None = None,
+    max_memory: int | None = None,
 ) -> Path:
-    names = hub_names(model)
-    separate_experts(model)
+    names = hub_names(model) if weights is None else weights.names
+    if weights is None:
+        separate_experts(model)
     batches = _batches(samples, TUNED_TOKENS if options.effort == "best" else BATCH_TOKENS)
     blocks, short = find_blocks(model, options.bits), batches[0][:1, :SHORT]
-    by_blocks = runs_by_blocks(model, blocks, short)
-    if not by_blocks:
+    one_by_one = runs_by_blocks(model, blocks, short)
+    if not one_by_one:
         if options.effort == "best":
             raise QuantizeError(
                 f"the blocks of a {type(model).__name__} do not run one after the other, and best "
                 "effort tunes them one by one",
                 hint="quantise it with --effort standard",
             )
+        if weights is not None:
+            weights.load_all()
+            weights = None
         blocks = decoder_blocks(model, short, options.bits)
+    elif weights is not None:
+        weights.release()
     left = left_out(blocks)
     if not any(linears(block) for block in blocks):
         raise QuantizeError(
             "none of its layers can be quantised: " + "; ".join(dict.fromkeys(left.values())),
             hint="take another width: 4 bits need multiples of 8, 8 bits multiples of 4",
         )
-    kept = KeptBlocks(out / KEPT, _fingerprint(model, options, samples))
-    work = Work(options, progress, total=sum(len(linears(block)) for block in blocks))
-    quantized = (_by_blocks if by_blocks else _at_once)(model, blocks, batches, work, kept)
+    tokens = sum(batch.numel() for batch in batches)
+    forecast = forecast_memory(
+        blocks,
+        options,
+        tokens=tokens,
+        batch=batches[0].numel(),
+        hidden=(ModelShape.of_config(model.config).hidden_size or 0) if one_by_one else 0,
+        streamed=0 if weights is None else weights.largest,
+        limit=max_memory,
+    )
+    progress(Progress("memory", 1, 1, "blocks", str(forecast)))
+    read = None if weights is None else weights.tensor
+    kept = KeptBlocks(out / KEPT, _fingerprint(model, options, samples, read))
+    work = Work(options, progress, blocks, tokens=tokens)
+    if one_by_one:
+        spill = out / KEPT if forecast.on_disk else None
+        quantized = by_blocks(model, blocks, batches, work, kept, spill=spill, weights=weights)
+    else:
+        quantized = at_once(model, blocks, batches, work, kept)
     packed, losses = {}, {}
-    for path, weight in quantized:
-        packed[path] = pack_weight(weight, options, name="")
+    for i, path, weight in quantized:
+        packed[path] = PackedLayer.of(weight, options, partial(kept.read_layer, i, path))
         losses[path] = weight.loss
-    write_checkpoint(model, tokenizer, packed, out, options=options, names=names, left=left)
+    write_checkpoint(
+        model,
+        tokenizer,
+        packed,
+        out,
+        options=options,
+        names=names,
+        left=left,
+        progress=progress,
+        read=read,
+    )
     finish(losses)
     kept.remove()
     return out
-
-
-def _by_blocks(
-    model: PreTrainedModel,
-    blocks: Sequence[Block],
-    batches: Sequence[torch.Tensor],
-    work: Work,
-    kept: KeptBlocks,
-) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Quantise block after block, each by what the quantised ones before it hand on."""
-    hidden, calls = record_calls(model, blocks, batches)
-    plain = PlainStates(hidden, calls) if work.tunes else None
-    for i, block in enumerate(blocks):
-        targets = plain.advance(block, i) if plain is not None else []
-        done = kept.read(i)
-        with LinearOutputs(block) as outputs:
-            if done is None:
-                done = work.quantize_block(block, hidden, calls[i], outputs, targets)
-                kept.write(i, done)
-            else:
-                work.apply(block, done)
-            yield from done.items()
-            if i + 1 == len(blocks):
-                break
-            for j, (states, call) in enumerate(zip(hidden, calls[i], strict=True)):
-                outputs.start(j)
-                hidden[j], output = run_block(block, states, call)
-                calls[i + 1][j] = calls[i + 1][j].after(output)
-        calls[i].clear()
-
-
-def _at_once(
-    model: PreTrainedModel,
-    blocks: Sequence[Block],
-    batches: Sequence[torch.Tensor],
-    work: Work,
-    kept: KeptBlocks,
-) -> Iterator[tuple[str, QuantizedWeight]]:
-    """Quantise all blocks by what goes through them while none of them is quantised."""
-    before = [kept.read(i) for i in range(len(blocks))]
-    missing = [block for block, done in zip(blocks, before, strict=True) if done is None]
-    groups = input_groups(model, missing, batches[0][:1, :SHORT])
-    modules = {path: linear for block in missing for path, linear in linears(block).items()}
-    firsts = {names[0]: modules[names[0]] for of_block in groups for names in of_block}
-    sums = decoder_hessians(model, firsts, batches)
-    of_missing = iter(groups)
-    for i, block in enumerate(blocks):
-        done = before[i]
-        if done is not None:
-            work.apply(block, done)
-        else:
-            done = {}
-            for names in next(of_missing):
-                done |= work.quantize_linears(modules, names, sums.pop(names[0]))
-            kept.write(i, done)
-        yield from done.items()
 
 
 def _batches(samples: Sequence[Sequence[int]], tokens: int) -> list[torch.Tensor]:
@@ -263,7 +243,10 @@ def _batches(samples: Sequence[Sequence[int]], tokens: int) -> list[torch.Tensor
 
 
 def _fingerprint(
-    model: PreTrainedModel, options: QuantizeOptions, samples: Sequence[Sequence[int]]
+    model: PreTrainedModel,
+    options: QuantizeOptions,
+    samples: Sequence[Sequence[int]],
+    read: Callable[[str], torch.Tensor] | None,
 ) -> str:
     """Sum up what a finished block depends on: this package, options, samples and the model."""
     digest = hashlib.sha256(version("gptq-loader-plugin").encode())
@@ -271,16 +254,17 @@ def _fingerprint(
     digest.update(json.dumps([list(sample) for sample in samples]).encode())
     digest.update(model.config.to_json_string(use_diff=True).encode())
     for name, parameter in model.named_parameters():
+        tensor = parameter.detach() if read is None else read(name)
         digest.update(name.encode())
-        digest.update(parameter.detach().flatten()[:64].float().numpy().tobytes())
-        digest.update(str(_bit_sum(parameter.detach())).encode())
+        digest.update(tensor.flatten()[:64].float().numpy().tobytes())
+        digest.update(str(_bit_sum(tensor)).encode())
     return digest.hexdigest()
 
 
 def _bit_sum(tensor: torch.Tensor) -> int:
     """Add up a tensor's numbers as integers, which is the same in any order and on any machine."""
-    halves = tensor.contiguous().view(torch.int16)
-    return int(halves.sum(dtype=torch.int64))
+    halves = tensor.contiguous().view(-1).view(torch.int16)
+    return sum(int(part.sum(dtype=torch.int64)) for part in halves.split(SUMMED))
 
 
 @contextmanager

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gptq_loader_plugin.chat.tokenizer import auto_tokenizer
 from gptq_loader_plugin.checkpoint.config import CONFIG_FILES, read_json
+from gptq_loader_plugin.checkpoint.headers import read_headers
 from gptq_loader_plugin.checkpoint.transformers_config import UNBUILDABLE
-from gptq_loader_plugin.checkpoint.weight_files import WEIGHT_SUFFIXES
-from gptq_loader_plugin.errors import BadReference, NotEnoughMemory, QuantizeError
+from gptq_loader_plugin.checkpoint.weight_files import WEIGHT_SUFFIXES, find_weight_files
+from gptq_loader_plugin.errors import (
+    BadReference,
+    CheckpointError,
+    NotEnoughMemory,
+    QuantizeError,
+)
 from gptq_loader_plugin.model.pictures import auto_class
-from gptq_loader_plugin.system.memory import free_addresses
+from gptq_loader_plugin.quantize.streamed import StreamedWeights, stream_model
+from gptq_loader_plugin.system.memory import free_addresses, free_memory
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
@@ -67,6 +75,32 @@ def load_source(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     return model.eval(), tokenizer
 
 
+def open_source(
+    source: Path, *, whole: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, StreamedWeights | None]:
+    """Open a model to quantise, with its weights left in its files where that can be.
+
+    Args:
+        source: a folder or a .gguf file.
+        whole: whether to read all weights in any case: the model is to write texts.
+
+    Returns:
+        The model; its tokenizer; and its weights, or None where the model has them all.
+
+    Raises:
+        BadReference: there is no such folder or file.
+        QuantizeError: it cannot be loaded, or is quantised already, or writes no text.
+    """
+    check_there(source)
+    if source.is_dir() and not whole:
+        _check_plain(source)
+        streamed = stream_model(source)
+        if streamed is not None:
+            return streamed
+        _check_whole(source)
+    return *load_source(source), None
+
+
 def check_there(source: Path) -> None:
     """Raise `BadReference` where there is nothing to quantise."""
     if not source.exists():
@@ -95,6 +129,23 @@ def check_addresses(source: Path, text: Path | None) -> None:
             needed=needed,
             free=free,
             hint="raise the limit: ulimit -v unlimited",
+        )
+
+
+def _check_whole(folder: Path) -> None:
+    """Refuse a model that cannot be streamed and does not fit as float32."""
+    try:
+        headers = read_headers(find_weight_files(folder).files)
+    except (CheckpointError, OSError):  # loading it says what is wrong
+        return
+    needed, free = 4 * sum(math.prod(it.shape) for it in headers.values()), free_memory()
+    if needed > free:
+        raise NotEnoughMemory(
+            f"{folder} has to be read whole, which takes {write_size(needed)} of memory, and "
+            f"{write_size(free)} is free",
+            needed=needed,
+            free=free,
+            hint="free some memory, or quantise it on a machine with more",
         )
 
 

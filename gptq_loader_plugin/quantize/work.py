@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gptq_loader_plugin.events import Progress
+from gptq_loader_plugin.model.linears import linear_shape
 from gptq_loader_plugin.quantize.algorithm import QuantizedWeight, quantize_weight
 from gptq_loader_plugin.quantize.blocks import linears
 from gptq_loader_plugin.quantize.hessians import LinearOutputs, hessians, subsets
 from gptq_loader_plugin.quantize.rounding import tune_block
+from gptq_loader_plugin.quantize.time_left import TimeLeft
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -30,18 +31,27 @@ class Work:
     Args:
         options: how to quantise.
         progress: called with the layers done.
-        total: how many layers there are.
+        blocks: all blocks.
+        tokens: how many all samples have.
     """
 
     def __init__(
-        self, options: QuantizeOptions, progress: Callable[[Progress], None], *, total: int
+        self,
+        options: QuantizeOptions,
+        progress: Callable[[Progress], None],
+        blocks: Sequence[Block],
+        *,
+        tokens: int,
     ) -> None:
         self._options = options
         self._progress = progress
-        self._total = total
+        of_blocks = [linears(block) for block in blocks]
+        self._total = sum(len(modules) for modules in of_blocks)
         self._done = 0
-        self._fresh = 0
-        self._began = time.monotonic()
+        costs = {
+            name: _cost(module, tokens) for modules in of_blocks for name, module in modules.items()
+        }
+        self._time = TimeLeft(costs)
 
     @property
     def tunes(self) -> bool:
@@ -65,6 +75,7 @@ class Work:
             outputs: of its linears that are finished.
             targets: what the unquantised model has behind the block, where it is to be tuned.
         """
+        self._time.begin()
         modules = linears(block)
         before = {name: _weight(it).clone() for name, it in modules.items()} if targets else {}
         groups = subsets(block, hidden[0], calls[0])
@@ -97,24 +108,31 @@ class Work:
         parts = whole.split([len(weight) for weight in weights])
         for name, part in zip(names, parts, strict=True):
             _set_weight(modules[name], part.dequantize())
-        self._fresh += len(names)
+        self._time.finish(names)
         self._report(len(names), names[-1])
         return dict(zip(names, parts, strict=True))
 
     def apply(self, block: Block, done: dict[str, QuantizedWeight]) -> None:
         """Set a block's quantised weights, where another run has made them."""
+        self.set_weights(block, done)
+        if self._time.skip(list(done)):
+            self._report(len(done), block.path)
+
+    def set_weights(self, block: Block, done: Mapping[str, QuantizedWeight]) -> None:
+        """Set a block's quantised weights, by their linears' paths in the model."""
         modules = linears(block)
         for name, part in done.items():
             _set_weight(modules[name], part.dequantize())
-        if not self._fresh:
-            self._report(len(done), block.path)
+
+    def finish_block(self) -> None:
+        """Note that a block is done, with what comes after its layers: the next one's input."""
+        self._time.finish_block()
 
     def _report(self, layers: int, name: str) -> None:
         self._done += layers
-        left = self._total - self._done
         detail = name
-        if self._fresh:
-            seconds = (time.monotonic() - self._began) / self._fresh * left
+        seconds = self._time.left()
+        if seconds is not None:
             minutes, rest = divmod(round(seconds), 60)
             detail = f"{name}, {f'{minutes} min ' if minutes else ''}{rest} s left"
         self._progress(Progress("quantize", self._done, self._total, "layers", detail))
@@ -131,6 +149,12 @@ def _same_input(names: Sequence[str], sums: dict[str, torch.Tensor]) -> list[lis
         else:
             groups.append([name])
     return groups
+
+
+def _cost(module: nn.Module, tokens: int) -> int:
+    """Count the multiplications that a linear takes, by and large."""
+    rows, columns = linear_shape(module) or (0, 0)
+    return rows * (rows * (rows + columns) + tokens * (rows + columns))
 
 
 def _weight(module: nn.Module) -> torch.Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +15,10 @@ import numpy as np
 import torch
 
 from gptq_loader_plugin.checkpoint.config import read_json
+from gptq_loader_plugin.checkpoint.tensors import TORCH_NAMES
+from gptq_loader_plugin.checkpoint.weight_files import KEPT
+from gptq_loader_plugin.convert.pieces import DTYPE_BYTES, Info, Made, Piece
+from gptq_loader_plugin.convert.safetensors_files import write_safetensors
 from gptq_loader_plugin.errors import QuantizeError
 from gptq_loader_plugin.kernel.packing import pack_columns, pack_rows
 from gptq_loader_plugin.model.experts import experts_layout
@@ -21,20 +28,59 @@ from gptq_loader_plugin.quantize.blocks import FUSED_EXPERTS, NOT_LINEAR
 from gptq_loader_plugin.system.atomic_file import write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from gptq_loader_plugin.events import Progress
     from gptq_loader_plugin.quantize.algorithm import QuantizedWeight
     from gptq_loader_plugin.quantize.options import QuantizeOptions
 
-__all__ = ["hub_names", "left_of", "pack_weight", "save_tensors", "write_checkpoint"]
+__all__ = ["PackedLayer", "hub_names", "left_of", "pack_weight", "save_tensors", "write_checkpoint"]
 
 INDEX = "model.safetensors.index.json"
 FROM_TORCH = {"format": "pt"}
 OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+SAFETENSORS_NAMES = {
+    getattr(torch, name): short for short, name in TORCH_NAMES.items() if short in DTYPE_BYTES
+}
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 FULL = ("os error 28", "os error 27", "os error 122")  # as safetensors writes: disk, file, quota
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayer:
+    """A quantised layer that is packed when its turn to be written comes.
+
+    Attributes:
+        shapes: dtype and shape of its tensors, by ".qweight" and so on.
+        options: how it is packed.
+        read: reads it.
+    """
+
+    shapes: Mapping[str, Info]
+    options: QuantizeOptions
+    read: Callable[[], QuantizedWeight]
+
+    @classmethod
+    def of(
+        cls, weight: QuantizedWeight, options: QuantizeOptions, read: Callable[[], QuantizedWeight]
+    ) -> PackedLayer:
+        """Note what a weight becomes, and how to read it later."""
+        (rows, columns), (groups, _) = weight.codes.shape, weight.scales.shape
+        shapes = {
+            ".qweight": Info("I32", (rows * options.bits // 32, columns)),
+            ".qzeros": Info("I32", (groups, columns * options.bits // 32)),
+            ".scales": Info("F16", (groups, columns)),
+            ".g_idx": Info("I32", (rows,)),
+        }
+        return cls(shapes, options, read)
+
+    def piece(self, name: str) -> Piece:
+        """Plan to write it under a name."""
+        infos = {f"{name}{part}": info for part, info in self.shapes.items()}
+        return Piece(name, infos, lambda: Made(pack_weight(self.read(), self.options, name=name)))
 
 
 def pack_weight(
@@ -119,24 +165,27 @@ def _is_fused_expert(model: PreTrainedModel, name: str) -> bool:
 def write_checkpoint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    packed: Mapping[str, Mapping[str, torch.Tensor]],
+    packed: Mapping[str, PackedLayer],
     out: Path,
     *,
     options: QuantizeOptions,
     names: Mapping[str, str],
     left: Mapping[str, str],
+    progress: Callable[[Progress], None],
+    read: Callable[[str], torch.Tensor] | None = None,
 ) -> None:
     """Write tensors, configs and tokenizer; the weights' files appear only when complete.
 
     Args:
         model: the model; what is not in `packed` is written as float16.
         tokenizer: its tokenizer.
-        packed: the packed tensors of every quantised module, by its path, under ".qweight" and
-            so on.
+        packed: every quantised module's layer, by the module's path.
         out: the folder.
         options: how it was quantised.
         names: from `hub_names`.
         left: the modules that are not quantised, by their path, and why.
+        progress: called with the tensors written.
+        read: reads a parameter that the model is without, by its path.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").unlink(missing_ok=True)  # an older checkpoint's: it is none any more
@@ -154,7 +203,8 @@ def write_checkpoint(
     config = json.loads(model.config.to_json_string(use_diff=True))
     config["architectures"] = [type(model).__name__]
     config["dtype"] = "float16"
-    _write_shards(_tensors(model, packed, names), out, shard_bytes=options.shard_bytes)
+    pieces = _pieces(model, packed, names, read)
+    _write_shards(pieces, out, shard_bytes=options.shard_bytes, progress=progress)
     # The last file written: a folder with config.json is a finished checkpoint.
     _write_json(out / "config.json", {**config, "quantization_config": quantization})
 
@@ -166,30 +216,57 @@ def left_of(folder: Path) -> dict[str, str]:
     return left if isinstance(left, dict) else {}
 
 
-def _tensors(
+def _pieces(
     model: PreTrainedModel,
-    packed: Mapping[str, Mapping[str, torch.Tensor]],
+    packed: Mapping[str, PackedLayer],
     names: Mapping[str, str],
-) -> dict[str, torch.Tensor]:
+    read: Callable[[str], torch.Tensor] | None,
+) -> list[Piece]:
+    """Plan the tensors to write; each is read when its turn comes."""
     state = model.state_dict()
-    tensors: dict[str, torch.Tensor] = {}
+    own = dict(model.named_parameters(remove_duplicate=False))
+    pieces: list[Piece] = []
     tied = _tied_head(model)
     float32 = kept_in_float32(model, torch.float16)
-    shared = {state[f"{path}.weight"].data_ptr() for path in packed if f"{path}.weight" in state}
-    for hub_name, target in names.items():
+    shared = {id(own[f"{path}.weight"]) for path in packed if f"{path}.weight" in own}
+    for hub_name, target in sorted(names.items(), key=lambda it: _counted(it[0])):
         path = target.removesuffix(".weight")
         if target.endswith(".weight") and path in packed:
-            prefix = hub_name.removesuffix(".weight")
-            tensors.update({f"{prefix}{part}": tensor for part, tensor in packed[path].items()})
+            pieces.append(packed[path].piece(hub_name.removesuffix(".weight")))
+            continue
+        if target == tied or id(own.get(target)) in shared:
             continue
         tensor = state[target]
-        if target == tied or tensor.data_ptr() in shared:
-            continue
+        dtype = tensor.dtype
         if tensor.is_floating_point():
             kept = float32 is not None and float32.search(target)
-            tensor = tensor.float() if kept else tensor.half()
-        tensors[hub_name] = tensor.contiguous()
-    return tensors
+            dtype = torch.float32 if kept else torch.float16
+        info = Info(SAFETENSORS_NAMES[dtype], tuple(tensor.shape))
+        pieces.append(
+            Piece(hub_name, {hub_name: info}, _read_as(hub_name, tensor, target, dtype, read))
+        )
+    return pieces
+
+
+def _counted(name: str) -> str:
+    """Return what sorts names in the order of the blocks: 2 before 10."""
+    return re.sub(r"\d+", lambda number: number[0].zfill(6), name)
+
+
+def _read_as(
+    name: str,
+    tensor: torch.Tensor,
+    target: str,
+    dtype: torch.dtype,
+    read: Callable[[str], torch.Tensor] | None,
+) -> Callable[[], Made]:
+    """Read a tensor that is not quantised, from the source's files where the model lacks it."""
+
+    def make() -> Made:
+        values = read(target) if read is not None and tensor.is_meta else tensor
+        return Made({name: values.to(dtype)})
+
+    return make
 
 
 def _tied_head(model: PreTrainedModel) -> str | None:
@@ -202,31 +279,43 @@ def _tied_head(model: PreTrainedModel) -> str | None:
     )
 
 
-def _write_shards(tensors: dict[str, torch.Tensor], out: Path, *, shard_bytes: int) -> None:
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if size and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    files = ["model.safetensors"]
-    if len(shards) > 1:
-        files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        index = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-            "weight_map": {
-                name: file for file, shard in zip(files, shards, strict=True) for name in shard
-            },
-        }
-        _write_json(out / INDEX, index)
+def _write_shards(
+    pieces: Sequence[Piece],
+    out: Path,
+    *,
+    shard_bytes: int,
+    progress: Callable[[Progress], None],
+) -> None:
+    """Write the weight files, a tensor at a time; each is in `out` once all are whole."""
+    unfinished = out / KEPT / "weights"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        write_safetensors(
+            pieces,
+            unfinished,
+            shard_bytes=shard_bytes,
+            progress=lambda it: progress(replace(it, stage="write")),
+        )
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise _disk_full(out) from error
+    files = sorted(unfinished.iterdir())
+    names = {file.name for file in files}
     for old in out.iterdir():  # of an older checkpoint
-        other = OURS.fullmatch(old.name) and old.name not in files
-        if other or (old.name == INDEX and len(files) == 1):
+        if (OURS.fullmatch(old.name) or old.name == INDEX) and old.name not in names:
             old.unlink()
-    for file, shard in zip(files, shards, strict=True):
-        save_tensors(shard, out / file)
+    for file in files:
+        file.replace(out / file.name)
+    unfinished.rmdir()
+
+
+def _disk_full(file: Path) -> QuantizeError:
+    return QuantizeError(
+        f"the disk is full: {file} could not be written",
+        hint="free some disk space, then run the same command again: it goes on where it stopped",
+    )
 
 
 def save_tensors(
@@ -255,11 +344,7 @@ def save_tensors(
     except SafetensorError as error:
         if not any(text in str(error) for text in FULL):
             raise
-        raise QuantizeError(
-            f"the disk is full: {file} could not be written",
-            hint="free some disk space, then run the same command again: it goes on where it "
-            "stopped",
-        ) from error
+        raise _disk_full(file) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -1,0 +1,120 @@
+"""Foretell the memory that quantising takes, and choose what of it goes to the disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gptq_loader_plugin.errors import NotEnoughMemory
+from gptq_loader_plugin.model.linears import linear_shape
+from gptq_loader_plugin.quantize.blocks import linears
+from gptq_loader_plugin.quantize.hessians import OUTPUT_BYTES
+from gptq_loader_plugin.system.memory import free_memory, resident_memory
+from gptq_loader_plugin.system.units import write_size
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gptq_loader_plugin.quantize.blocks import Block
+    from gptq_loader_plugin.quantize.options import QuantizeOptions
+
+__all__ = ["MemoryForecast", "forecast_memory"]
+
+# Matrices of float32 that are alive at once, of a weight's size and of a Hessian's, by what the
+# algorithm holds at its fullest: while the Hessian is factored (in float64), and while codes are
+# refined. tests/unit/test_quantize_memory.py counts the tensors alive beside this.
+FACTORED = 9
+REFINED_WEIGHTS, REFINED_HESSIANS = 13, 4
+TUNED = 12  # of a block's weights, while it is tuned as a whole
+FORWARD = 6  # of a batch's widest activation
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryForecast:
+    """What quantising takes, in bytes.
+
+    Attributes:
+        held: what the process holds already: code, and the weights that are not streamed.
+        block: the most that one block takes while it is quantised, with its weights.
+        states: the hidden states of all calibration samples.
+        on_disk: whether those go to the disk.
+    """
+
+    held: int
+    block: int
+    states: int
+    on_disk: bool = False
+
+    @property
+    def peak(self) -> int:
+        """The most memory that the process is to hold at any time."""
+        return self.held + self.block + (0 if self.on_disk else self.states)
+
+    def __str__(self) -> str:
+        """Say it in words."""
+        words = f"takes up to {write_size(self.peak)} of memory"
+        if self.on_disk:
+            words += f" and {write_size(self.states)} of disk for hidden states"
+        return words
+
+
+def forecast_memory(
+    blocks: Sequence[Block],
+    options: QuantizeOptions,
+    *,
+    tokens: int,
+    batch: int,
+    hidden: int,
+    streamed: int,
+    limit: int | None = None,
+) -> MemoryForecast:
+    """Foretell the peak, with hidden states on the disk where they do not fit.
+
+    Args:
+        blocks: the blocks to quantise.
+        options: how.
+        tokens: those of all samples together.
+        batch: those of one batch.
+        hidden: the numbers of a token's hidden state.
+        streamed: the bytes of weights that are in memory beside what is held now: of one block
+            where weights are streamed, else none.
+        limit: the most bytes to take; None takes what is free.
+
+    Raises:
+        NotEnoughMemory: a block alone needs more than there is.
+    """
+    states = 4 * tokens * hidden * (2 if options.effort == "best" else 1)
+    block = streamed + max(_block_bytes(block, options, tokens, batch) for block in blocks)
+    held = resident_memory()
+    most = held + free_memory() if limit is None else min(limit, held + free_memory())
+    forecast = MemoryForecast(held, block, states, on_disk=held + block + states > most)
+    if forecast.peak > most:
+        raise NotEnoughMemory(
+            f"quantising {forecast}, even block by block, and may take {write_size(most)}",
+            needed=forecast.peak,
+            free=most,
+            hint="free some memory, allow more with --max-memory, or take a smaller --effort",
+        )
+    return forecast
+
+
+def _block_bytes(block: Block, options: QuantizeOptions, tokens: int, batch: int) -> int:
+    """Count what a block takes while it is quantised, its own weights left out."""
+    stacked: dict[tuple[str, int], int] = {}
+    sums = weights = outputs = widest = 0
+    for path, module in linears(block).items():
+        rows, columns = linear_shape(module) or (0, 0)
+        key = path.rpartition(".")[0], rows
+        stacked[key] = stacked.get(key, 0) + columns
+        weights += rows * columns
+        outputs += 4 * tokens * columns
+        widest = max(widest, rows, columns)
+        sums += 4 * rows * rows if ".experts." in path else 0
+    layer = 0
+    for (_, rows), columns in stacked.items():
+        square, weight = 4 * rows * rows, 4 * rows * columns
+        refined = REFINED_WEIGHTS * weight + REFINED_HESSIANS * square
+        layer = max(layer, FACTORED * square + 2 * weight, refined)
+    forward = 4 * batch * widest * FORWARD
+    tuned = TUNED * 4 * weights if options.effort == "best" else 0
+    return max(layer + min(outputs, OUTPUT_BYTES), tuned) + 2 * sums + forward
