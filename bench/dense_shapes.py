@@ -1,8 +1,9 @@
 """Write a checkpoint of random bfloat16 weights in the shape of a known model.
 
-    python bench/dense_shapes.py NAME FOLDER
+    python bench/dense_shapes.py NAME FOLDER [--layers N]
 
-For benchmarks against programs that compute with weights that are not quantised.
+For benchmarks against programs that compute with weights that are not quantised, and of what
+quantising takes (bench/quantize_memory.py).
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", choices=SHAPES)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, help="instead of as many as the model has")
     arguments = parser.parse_args()
-    print(write_dense(arguments.folder, SHAPES[arguments.name]))
+    shape = SHAPES[arguments.name]
+    print(write_dense(arguments.folder, replace(shape, layers=arguments.layers or shape.layers)))
 
 
 def write_dense(folder: Path, shape: Shape) -> Path:
