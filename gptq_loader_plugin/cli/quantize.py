@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gptq_loader_plugin.cli.options import JSON
 from gptq_loader_plugin.cli.output import ProgressBars, print_json, reported, say
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gptq_loader_plugin.catalog.engines.engine import Answer
 
 __all__ = ["add_to"]
 
@@ -28,10 +33,20 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
         Path, typer.Argument(metavar="OUT", help="The folder to write the checkpoint to.")
     ],
     *,
-    bits: Annotated[int, typer.Option("--bits", help="2, 3, 4 or 8.")] = 4,
+    bits: Annotated[int | None, typer.Option("--bits", help="2, 3, 4 or 8; else 4.")] = None,
     group_size: Annotated[
-        int, typer.Option("--group-size", help="Input rows that share a scale; -1 for none.")
-    ] = 128,
+        int | None,
+        typer.Option("--group-size", help="Input rows that share a scale, -1 for none; else 128."),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size", help="Bits by layer, to fit: 3.5bpw (of a weight), or 4GB of files."
+        ),
+    ] = None,
+    widths: Annotated[
+        str, typer.Option("--widths", help="Bits that --size chooses from; vLLM takes 4,8.")
+    ] = "2,3,4,8",
     order: Annotated[
         str,
         typer.Option("--order", help="static, group-aware, act (few engines read it) or none."),
@@ -81,22 +96,19 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
 
     from pydantic import ValidationError
 
-    from gptq_loader_plugin.catalog.engines.engine import engines_of
     from gptq_loader_plugin.catalog.where import find_where
-    from gptq_loader_plugin.checkpoint.config import read_json
     from gptq_loader_plugin.convert.options import parse_size
     from gptq_loader_plugin.errors import OptionInvalid
     from gptq_loader_plugin.measure.perplexity import sample_text
     from gptq_loader_plugin.plugins import Plugins
     from gptq_loader_plugin.quantize import QuantizeOptions, quantize_model
-    from gptq_loader_plugin.quantize.quality import QUALITY_FILE
-    from gptq_loader_plugin.quantize.writer import left_of
     from gptq_loader_plugin.system.paths import read_words
-    from gptq_loader_plugin.system.units import write_size
 
     fields: dict[str, Any] = {
-        "bits": bits,
-        "group_size": group_size,
+        "bits": 4 if bits is None else bits,
+        "group_size": 128 if group_size is None else group_size,
+        "size": size,
+        "widths": tuple(int(it) if it.strip().isdigit() else it for it in widths.split(",")),
         "order": "act" if desc_act else order,
         "effort": effort,
         "sym": sym,
@@ -115,6 +127,11 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
             f"{first['loc'][0]}: {first['msg'].removeprefix('Value error, ').lower()}",
             hint="see gptq-loader quantize --help",
         ) from error
+    if size is not None and (bits is not None or group_size is not None):
+        raise OptionInvalid(
+            "--size chooses bits and groups by layer; --bits and --group-size give all the same",
+            hint="leave them out; --widths 3,4 narrows the choice",
+        )
     if own_chats and text is not None:
         raise OptionInvalid(
             "--text and --own-chats both say what to calibrate on", hint="give one of them"
@@ -123,6 +140,11 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
         raise OptionInvalid(f"there is no file {text}", hint="name a text, or a .jsonl of chats")
     held_out_text = read_words(held_out) if held_out else sample_text()
     bars = ProgressBars()
+
+    def tell(line: str) -> None:
+        bars.close()
+        say(line)
+
     began = time.monotonic()
     try:
         listening = Plugins(bars, installed=True)
@@ -134,13 +156,24 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
             held_out=held_out_text,
             max_memory=None if max_memory is None else parse_size(max_memory),
             progress=listening.progress,
+            tell=tell,
         )
     finally:
         bars.close()
-    seconds = time.monotonic() - began
+    where = find_where(str(folder), plugins=listening)
+    _report(folder, time.monotonic() - began, where, as_json=as_json)
+
+
+def _report(folder: Path, seconds: float, where: Sequence[Answer], *, as_json: bool) -> None:
+    """Say what was made, how good it is, and who loads it."""
+    from gptq_loader_plugin.catalog.engines.engine import engines_of
+    from gptq_loader_plugin.checkpoint.config import read_json
+    from gptq_loader_plugin.quantize.quality import QUALITY_FILE
+    from gptq_loader_plugin.quantize.writer import left_of
+    from gptq_loader_plugin.system.units import write_size
+
     left = left_of(folder)
     quality = read_json(folder / QUALITY_FILE)
-    where = find_where(str(folder), plugins=listening)
     if as_json:
         data = {
             "path": str(folder),
@@ -148,8 +181,10 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
             "not_quantized": left,
             "quality": {name: quality[name] for name in ("compared", "noise_floor")},
             "engines": [it.engine for it in where if it.takes],
+            "bytes": quality["bytes"],
+            "layer_widths": quality.get("widths", {}),
         }
-        print_json({**data, **options.model_dump()})
+        print_json({**data, **quality["options"]})
         return
     for name, why in left.items():
         say(f"not quantised: {name} ({why})")

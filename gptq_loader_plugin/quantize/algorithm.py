@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.quantize.options import QuantizeOptions
 
-__all__ = ["QuantizedWeight", "quantize_weight"]
+__all__ = ["QuantizedWeight", "error_costs", "quantize_weight"]
 
 BLOCK = 128  # columns whose errors are spread at once, as in the paper
 DAMP_STEPS = 10  # times the damping is raised where the Hessian is not positive definite
@@ -127,6 +127,28 @@ def quantize_weight(
         g_idx=groups.to(torch.int32),
         loss=float((error * (hessian @ error)).sum()) / square if square else 0.0,
     )
+
+
+def error_costs(hessian: torch.Tensor, options: QuantizeOptions) -> torch.Tensor:
+    """Return what a squared rounding error of each column costs GPTQ: float32 [K].
+
+    Once the columns still to come have made up for an error e of column i, e² / [H⁻¹]'s pivot is
+    left of it in the layer's outputs; what a weight loses is the sum of these. So the rounding
+    errors of the weights as they are forecast what GPTQ will lose, without running it.
+
+    Args:
+        hessian: the mean of x xᵀ over the layer's inputs, float32 [K, K].
+        options: order, group size and damping.
+    """
+    columns, hessian = len(hessian), hessian.clone()
+    dead = hessian.diagonal() == 0
+    hessian[dead, dead] = 1
+    size = columns if options.group_size < 0 else min(options.group_size, columns)
+    order = _order(hessian.diagonal(), size, options)
+    factor = _inverse_factor(hessian[order][:, order], options.damp_percent)
+    costs = factor.diagonal().square().reciprocal()[torch.argsort(order)]
+    costs[dead] = 0
+    return costs
 
 
 def _order(diagonal: torch.Tensor, size: int, options: QuantizeOptions) -> torch.Tensor:

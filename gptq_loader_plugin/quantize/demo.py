@@ -45,7 +45,9 @@ CHATS = Path(__file__).with_name("demo_chats.jsonl")
 
 def demo_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """Return the folder that holds the demo model once it is prepared."""
-    made_by = hashlib.sha256(OPTIONS.model_dump_json(exclude={"shard_bytes"}).encode())
+    made_by = hashlib.sha256(
+        OPTIONS.model_dump_json(exclude={"shard_bytes", "size", "widths"}).encode()
+    )
     made_by.update(CHATS.read_bytes())
     return cache_folder(environ) / f"{NAME}-{made_by.hexdigest()[:8]}"
 

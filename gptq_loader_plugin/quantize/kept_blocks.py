@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +13,7 @@ from gptq_loader_plugin.checkpoint.weight_files import KEPT_LOCK
 from gptq_loader_plugin.errors import QuantizeError
 from gptq_loader_plugin.hub.cache import lock_of
 from gptq_loader_plugin.quantize.algorithm import QuantizedWeight
+from gptq_loader_plugin.quantize.widths import Width
 from gptq_loader_plugin.quantize.writer import save_tensors
 from gptq_loader_plugin.system.atomic_file import write_whole
 from gptq_loader_plugin.system.file_lock import held, held_and_removed
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["KeptBlocks", "only_writer"]
 
 PARTS = ("codes", "scales", "zeros", "g_idx", "loss")
+WIDTHS = "widths.json"
 FINGERPRINT = "fingerprint"  # in the metadata of a block's file, and a file beside them
 
 
@@ -99,6 +102,21 @@ class KeptBlocks:
             tensors[f"{path}/g_idx"] = weight.g_idx
             tensors[f"{path}/loss"] = torch.tensor(weight.loss, dtype=torch.float64)
         save_tensors(tensors, self._file(block), metadata={FINGERPRINT: self._fingerprint})
+
+    def read_widths(self) -> dict[str, Width]:
+        """Read the widths that were chosen, by each layer's path; none where they were not yet."""
+        try:
+            stored: Any = json.loads((self._folder / WIDTHS).read_text(encoding="utf-8"))
+            if stored["of"] == self._fingerprint:
+                return {path: Width(*width) for path, width in stored["layers"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass  # there is none, or of none that can be read
+        return {}
+
+    def write_widths(self, layers: Mapping[str, Width]) -> None:
+        """Keep the widths that were chosen."""
+        content = {"of": self._fingerprint, "layers": {path: [*it] for path, it in layers.items()}}
+        write_whole(self._folder / WIDTHS, json.dumps(content))
 
     def remove(self) -> None:
         """Forget them: the checkpoint is complete."""

@@ -31,6 +31,10 @@ class QuantizeOptions(BaseModel):
         seq_len: tokens of a sample, cut to the model's context.
         stride: tokens from one sample's start to the next one's; None spreads them over the text.
         offset: tokens before the first sample.
+        size: how large the checkpoint may be, as bits a quantised weight ("3.5bpw") or as bytes of
+            all weight files ("4GB"); each layer then gets the bits and groups that serve the whole
+            best, in place of `bits` and `group_size`.
+        widths: the bits to choose from for `size`.
         shard_bytes: the most bytes of a weight file.
     """
 
@@ -48,6 +52,8 @@ class QuantizeOptions(BaseModel):
     seq_len: Annotated[int, Field(ge=8)] = 2048
     stride: Annotated[int, Field(ge=1)] | None = None
     offset: Annotated[int, Field(ge=0)] = 0
+    size: str | None = None
+    widths: Annotated[tuple[Literal[2, 3, 4, 8], ...], Field(min_length=1)] = (2, 3, 4, 8)
     shard_bytes: Annotated[int, Field(ge=1)] = 5_000_000_000
 
     @property

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from gptq_loader_plugin.quantize.options import QuantizeOptions
+    from gptq_loader_plugin.quantize.widths import Widths
 
 __all__ = ["QUALITY_FILE", "Divergence", "HeldOutText", "write_quality"]
 
@@ -114,7 +114,7 @@ class HeldOutText:
 
 def write_quality(
     out: Path,
-    options: QuantizeOptions,
+    widths: Widths,
     losses: Mapping[str, float],
     compared: Divergence,
     floor: Divergence,
@@ -125,7 +125,7 @@ def write_quality(
 
     Args:
         out: the checkpoint's folder.
-        options: how it was quantised.
+        widths: how each layer was quantised.
         losses: the relative squared error of each layer's outputs, by the layer's path.
         compared: the quantised model beside the other.
         floor: that one in bfloat16, beside itself.
@@ -138,15 +138,21 @@ def write_quality(
         "compared": asdict(compared),
         "noise_floor": asdict(floor),
         "layers": {path: round(loss, 8) for path, loss in losses.items()},
-        "options": options.model_dump(),
+        "options": widths.base.model_dump(),
     }
+    if widths.layers:
+        content["widths"] = {path: list(it) for path, it in widths.layers.items()}
     write_whole(out / QUALITY_FILE, json.dumps(content, indent=2) + "\n")
     write_whole(out / "README.md", _card(out.name, content, size))
 
 
 def _card(title: str, content: dict[str, Any], size: int) -> str:
     options, compared, floor = (content[key] for key in ("options", "compared", "noise_floor"))
-    group = "none" if options["group_size"] < 0 else options["group_size"]
+    mixed = content.get("widths", {}).values() or [(options["bits"], options["group_size"])]
+    bits = ", ".join(str(it) for it in sorted({bits for bits, _ in mixed}))
+    group = ", ".join("none" if it < 0 else str(it) for it in sorted({group for _, group in mixed}))
+    if options["size"] is not None:
+        bits = f"{bits}: by layer, for {options['size']}"
     kl = f"{compared['kl']:.4f} ± {compared['kl_error']:.4f}"
     worst = sorted(content["layers"].items(), key=lambda it: -it[1])[:WORST]
     rows = "\n".join(f"| `{path}` | {loss:.2%} |" for path, loss in worst)
@@ -164,7 +170,7 @@ tags:
 
 | | |
 |---|---|
-| bits | {options["bits"]} |
+| bits | {bits} |
 | group size | {group} |
 | order | {options["order"]} |
 | zeros | {"symmetric" if options["sym"] else "asymmetric"}, format {options["checkpoint_format"]} |

@@ -125,7 +125,9 @@ def at_once(
         else:
             done = {}
             for names in next(of_missing):
-                done |= work.quantize_linears(modules, names, sums.pop(names[0]))
+                hessian = sums.pop(names[0])
+                for alike in work.same_width(names):
+                    done |= work.quantize_linears(modules, alike, hessian)
             kept.write(i, done)
         for path, weight in done.items():
             yield i, path, weight

@@ -135,7 +135,7 @@ def tune_block(
     targets: Sequence[torch.Tensor],
     calls: Sequence[Call],
     *,
-    bits: int,
+    bits: Mapping[str, int],
 ) -> dict[str, QuantizedWeight]:
     """Return better codes and scales of a block; its weights become those.
 
@@ -147,17 +147,17 @@ def tune_block(
         inputs: the block's input behind quantised blocks, a batch each.
         targets: what the unquantised block made of the unquantised input, a batch each.
         calls: what the block is called with besides, a batch each.
-        bits: the width of a code.
+        bits: the width of each one's codes.
     """
-    greatest = (1 << bits) - 1
+    greatest = {name: (1 << bits[name]) - 1 for name in quantized}
     with torch.inference_mode(mode=False):
         # Tensors of inference mode cannot take part in a backward pass: copies can.
         tuned = {
             name: _Tuned.start(modules[name], _normal(weight), before[name].clone())
             for name, weight in quantized.items()
         }
-        for it in tuned.values():
-            it.apply(greatest)
+        for name, it in tuned.items():
+            it.apply(greatest[name])
             it.module.weight.requires_grad_(requires_grad=True)
         generator = torch.Generator().manual_seed(0)
         order: list[int] = []
@@ -167,10 +167,10 @@ def tune_block(
             loss = _loss(block, inputs[batch], targets[batch], calls[batch])
             weights = [it.module.weight for it in tuned.values()]
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-            for it, gradient in zip(tuned.values(), gradients, strict=True):
+            for (name, it), gradient in zip(tuned.items(), gradients, strict=True):
                 if gradient is not None:
-                    it.move(gradient, (1 - step / STEPS) / STEPS, greatest)
-                    it.apply(greatest)
+                    it.move(gradient, (1 - step / STEPS) / STEPS, greatest[name])
+                    it.apply(greatest[name])
         for it in tuned.values():
             it.module.weight.requires_grad_(requires_grad=False)
     return {

@@ -27,9 +27,11 @@ from gptq_loader_plugin.quantize.blocks import (
     linears,
     separate_experts,
 )
+from gptq_loader_plugin.quantize.budget import Budget, loosest
 from gptq_loader_plugin.quantize.calibration import calibration_samples, calibration_text
 from gptq_loader_plugin.quantize.kept_blocks import KeptBlocks, only_writer
 from gptq_loader_plugin.quantize.memory import forecast_memory
+from gptq_loader_plugin.quantize.mixed_widths import MixedWidths
 from gptq_loader_plugin.quantize.quality import HeldOutText, write_quality
 from gptq_loader_plugin.quantize.quantize_blocks import SHORT, at_once, by_blocks
 from gptq_loader_plugin.quantize.source import check_addresses, check_there, open_source
@@ -37,6 +39,7 @@ from gptq_loader_plugin.quantize.whole_decoder import (
     decoder_blocks,
     runs_by_blocks,
 )
+from gptq_loader_plugin.quantize.widths import Widths
 from gptq_loader_plugin.quantize.work import Work
 from gptq_loader_plugin.quantize.writer import PackedLayer, hub_names, write_checkpoint
 from gptq_loader_plugin.system.file_lock import lock_holder
@@ -68,6 +71,7 @@ def quantize_model(
     held_out: str | None = None,
     max_memory: int | None = None,
     progress: Callable[[Progress], None] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Path:
     """Quantise the model in a folder or a .gguf file, and write a checkpoint.
 
@@ -82,6 +86,7 @@ def quantize_model(
             written beside the checkpoint (`quality.json`, README.md). None measures nothing.
         max_memory: the most bytes of memory to take; None takes what is free.
         progress: called with the layers done.
+        tell: called with lines for people, before the work they are about: the size to expect.
 
     Returns:
         The folder.
@@ -89,16 +94,21 @@ def quantize_model(
     Raises:
         QuantizeError: the source cannot be loaded, or it cannot be quantised as asked, or `out`
             holds something else, or another process is writing there.
+        OptionInvalid: the size is none, or the file to calibrate on holds no text.
         NotEnoughMemory: a block alone needs more than there is, or a limit leaves fewer addresses
             than any model takes.
     """
     progress = progress or _ignore
+    if options.size:
+        Budget.parse(options.size)
     with only_writer(local_path(out)) as folder:
         _check_free(folder)
         check_addresses(local_path(source), text if isinstance(text, Path) else None)
         check_there(local_path(source))
         progress(Progress("read model", 0, 1, "files", str(source)))
-        model, tokenizer, weights = open_source(local_path(source), whole=text == "own")
+        # A model that writes its own chats, or whose widths are chosen by a pass backwards.
+        whole = text == "own" or options.size is not None
+        model, tokenizer, weights = open_source(local_path(source), whole=whole)
         progress(Progress("read model", 1, 1, "files", str(source)))
         if chat_template is not None:
             tokenizer.chat_template = chat_template
@@ -111,10 +121,10 @@ def quantize_model(
                 at_once = weights is not None
                 measured = HeldOutText(model, tokenizer, held_out, progress, at_once=at_once)
 
-            def finish(losses: Mapping[str, float]) -> None:
+            def finish(widths: Widths, losses: Mapping[str, float]) -> None:
                 if measured is not None:
                     name, compared = local_path(source).name, measured.compare(model)
-                    write_quality(folder, options, losses, compared, measured.floor, name=name)
+                    write_quality(folder, widths, losses, compared, measured.floor, name=name)
 
             return _quantize(
                 model,
@@ -126,6 +136,7 @@ def quantize_model(
                 finish=finish,
                 weights=weights,
                 max_memory=max_memory,
+                tell=tell or _ignore,
             )
 
 
@@ -169,15 +180,18 @@ def _quantize(
     options: QuantizeOptions,
     samples: Sequence[Sequence[int]],
     progress: Callable[[Progress], None],
-    finish: Callable[[Mapping[str, float]], None] = lambda _: None,
+    finish: Callable[[Widths, Mapping[str, float]], None] = lambda *_: None,
     weights: StreamedWeights | None = None,
     max_memory: int | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Path:
     names = hub_names(model) if weights is None else weights.names
+    bits = loosest(options.widths) if options.size else options.bits
     if weights is None:
-        separate_experts(model)
+        with torch.inference_mode(mode=False):  # so that gradients can pass through them
+            separate_experts(model)
     batches = _batches(samples, TUNED_TOKENS if options.effort == "best" else BATCH_TOKENS)
-    blocks, short = find_blocks(model, options.bits), batches[0][:1, :SHORT]
+    blocks, short = find_blocks(model, bits), batches[0][:1, :SHORT]
     one_by_one = runs_by_blocks(model, blocks, short)
     if not one_by_one:
         if options.effort == "best":
@@ -189,7 +203,7 @@ def _quantize(
         if weights is not None:
             weights.load_all()
             weights = None
-        blocks = decoder_blocks(model, short, options.bits)
+        blocks = decoder_blocks(model, short, bits)
     elif weights is not None:
         weights.release()
     left = left_out(blocks)
@@ -211,7 +225,11 @@ def _quantize(
     progress(Progress("memory", 1, 1, "blocks", str(forecast)))
     read = None if weights is None else weights.tensor
     kept = KeptBlocks(out / KEPT, _fingerprint(model, options, samples, read))
-    work = Work(options, progress, blocks, tokens=tokens)
+    widths = Widths(options)
+    if options.size:
+        mixed = MixedWidths(model, blocks, names, options, tell, progress)
+        widths = mixed.choose(kept, batches, by_blocks=one_by_one)
+    work = Work(widths, progress, blocks, tokens=tokens)
     if one_by_one:
         spill = out / KEPT if forecast.on_disk else None
         quantized = by_blocks(model, blocks, batches, work, kept, spill=spill, weights=weights)
@@ -219,20 +237,20 @@ def _quantize(
         quantized = at_once(model, blocks, batches, work, kept)
     packed, losses = {}, {}
     for i, path, weight in quantized:
-        packed[path] = PackedLayer.of(weight, options, partial(kept.read_layer, i, path))
+        packed[path] = PackedLayer.of(weight, widths.of(path), partial(kept.read_layer, i, path))
         losses[path] = weight.loss
     write_checkpoint(
         model,
         tokenizer,
         packed,
         out,
-        options=options,
+        widths=widths,
         names=names,
         left=left,
         progress=progress,
         read=read,
     )
-    finish(losses)
+    finish(widths, losses)
     kept.remove()
     return out
 
@@ -298,5 +316,5 @@ def _check_free(out: Path) -> None:
         )
 
 
-def _ignore(_: Progress) -> None:
-    """Ignore progress."""
+def _ignore(_: object) -> None:
+    """Ignore progress, and what is told."""

@@ -18,7 +18,7 @@ import torch
 if TYPE_CHECKING:
     from gptq_loader_plugin.quantize.options import QuantizeOptions
 
-__all__ = ["best_scales"]
+__all__ = ["best_scales", "least_errors"]
 
 SMALLEST_SCALE = 2.0**-24  # float16's smallest number above zero
 # Of the scale that spans every weight. The largest are for the ends of symmetric codes, which do
@@ -36,11 +36,37 @@ def best_scales(
         importance: what a squared error of each row costs, float32 [rows].
         options: bits and sym.
     """
+    scale, zero, _ = _search(weights, importance[:, None], options)
+    return scale, zero
+
+
+def least_errors(
+    weights: torch.Tensor, importance: torch.Tensor, size: int, options: QuantizeOptions
+) -> torch.Tensor:
+    """Add up what is lost with each group's best scale: the weighted squared errors, [N].
+
+    Args:
+        weights: float32 [K, N].
+        importance: what a squared error of each row costs, float32 [K].
+        size: rows of a group; it divides K.
+        options: bits and sym.
+    """
+    rows, columns = weights.shape
+    by_group = weights.reshape(rows // size, size, columns).transpose(0, 1).reshape(size, -1)
+    spread = importance.reshape(rows // size, size).t().repeat_interleave(columns, dim=1)
+    _, _, errors = _search(by_group, spread, options)
+    return errors.reshape(-1, columns).sum(dim=0)
+
+
+def _search(
+    weights: torch.Tensor, importance: torch.Tensor, options: QuantizeOptions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Find each column's scale, zero and error; weights [rows, N], importance [rows, N or 1]."""
     greatest = (1 << options.bits) - 1
     low, high = weights.amin(dim=0).clamp_max_(0), weights.amax(dim=0).clamp_min_(0)
     scale, zero = _span(low, high, options)
     lowest = torch.full_like(scale, torch.inf)
-    codes = torch.empty_like(weights)
+    codes, shared = torch.empty_like(weights), importance.shape[1] == 1
     signs = (1, -1) if options.sym else (1,)
     for factor in (sign * ratio for sign in signs for ratio in RATIOS):
         scale_now, zero_now = _span(low * abs(factor), high * abs(factor), options)
@@ -48,12 +74,13 @@ def best_scales(
             scale_now = -scale_now
         torch.div(weights, scale_now, out=codes).round_().add_(zero_now)
         codes.clamp_(0, greatest).sub_(zero_now).mul_(scale_now)
-        error = importance @ codes.sub_(weights).square_()
+        codes.sub_(weights).square_()
+        error = importance[:, 0] @ codes if shared else codes.mul_(importance).sum(dim=0)
         better = error < lowest
         lowest = torch.where(better, error, lowest)
         scale = torch.where(better, scale_now, scale)
         zero = torch.where(better, zero_now, zero)
-    return scale, zero
+    return scale, zero, lowest
 
 
 def _span(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["PERMUTATIONS", "Size", "forecast_sizes"]
+__all__ = ["PERMUTATIONS", "Size", "forecast_sizes", "layer_bytes"]
 
 # The branches that publishers of 2023 made: bits, and rows of a group.
 PERMUTATIONS = ((4, -1), (4, 32), (4, 64), (4, 128), (3, -1), (3, 128), (8, -1), (8, 128))
@@ -72,12 +72,13 @@ def forecast_sizes(
     packed = sum(rows * columns for rows, columns in shapes)
     rest = HALF * (sum(it.numel() for it in model.parameters()) - packed)
     return [
-        Size(bits, group, rest + sum(_layer_bytes(*shape, bits, group) for shape in shapes))
+        Size(bits, group, rest + sum(layer_bytes(*shape, bits, group) for shape in shapes))
         for bits, group in permutations
     ]
 
 
-def _layer_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
+def layer_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
+    """Count what a layer's codes, zeros, scales and g_idx take in a file."""
     groups = 1 if group_size < 0 else math.ceil(rows / group_size)
     codes = math.ceil(rows * bits / 32) * 4 * columns
     zeros = groups * math.ceil(columns * bits / 32) * 4

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gptq_loader_plugin.quantize.blocks import Block, Call
-    from gptq_loader_plugin.quantize.options import QuantizeOptions
+    from gptq_loader_plugin.quantize.widths import Widths
 
-__all__ = ["Work"]
+__all__ = ["Work", "weight_of"]
 
 
 class Work:
     """Quantise blocks, and say how far it has come.
 
     Args:
-        options: how to quantise.
+        widths: how each layer is quantised.
         progress: called with the layers done.
         blocks: all blocks.
         tokens: how many all samples have.
@@ -37,13 +37,13 @@ class Work:
 
     def __init__(
         self,
-        options: QuantizeOptions,
+        widths: Widths,
         progress: Callable[[Progress], None],
         blocks: Sequence[Block],
         *,
         tokens: int,
     ) -> None:
-        self._options = options
+        self._widths = widths
         self._progress = progress
         of_blocks = [linears(block) for block in blocks]
         self._total = sum(len(modules) for modules in of_blocks)
@@ -56,7 +56,7 @@ class Work:
     @property
     def tunes(self) -> bool:
         """Whether blocks are tuned as a whole."""
-        return self._options.effort == "best"
+        return self._widths.base.effort == "best"
 
     def quantize_block(
         self,
@@ -77,40 +77,59 @@ class Work:
         """
         self._time.begin()
         modules = linears(block)
-        before = {name: _weight(it).clone() for name, it in modules.items()} if targets else {}
+        before = {name: weight_of(it).clone() for name, it in modules.items()} if targets else {}
         groups = subsets(block, hidden[0], calls[0])
-        if not self._options.true_sequential:
+        if not self._widths.base.true_sequential:
             groups = [[name for names in groups for name in names]]
         quantized: dict[str, QuantizedWeight] = {}
         for together in groups:
             sums = hessians(block, together, hidden, calls, outputs)
-            for names in _same_input(together, sums):
+            for names in self._alike(together, sums):
                 quantized |= self.quantize_linears(modules, names, sums[names[0]])
                 outputs.finish(names)
         if targets:
             outputs.forget()
-            bits = self._options.bits
+            bits = {name: self._widths.of(name).bits for name in quantized}
             return tune_block(block, modules, quantized, before, hidden, targets, calls, bits=bits)
         return quantized
 
     def quantize_linears(
         self, modules: Mapping[str, nn.Module], names: Sequence[str], hessian: torch.Tensor
     ) -> dict[str, QuantizedWeight]:
-        """Quantise linears that share their input as one; their weights become the quantised ones.
+        """Quantise linears of one input and width as one; their weights become the quantised ones.
 
         Args:
             modules: the linears of their block, by their path in the model.
             names: which of them.
             hessian: the mean of x xᵀ over that input, float32 [K, K].
         """
-        weights = [_weight(modules[name]) for name in names]
-        whole = quantize_weight(torch.cat(weights), hessian, self._options)
+        weights = [weight_of(modules[name]) for name in names]
+        whole = quantize_weight(torch.cat(weights), hessian, self._widths.of(names[0]))
         parts = whole.split([len(weight) for weight in weights])
         for name, part in zip(names, parts, strict=True):
             _set_weight(modules[name], part.dequantize())
         self._time.finish(names)
         self._report(len(names), names[-1])
         return dict(zip(names, parts, strict=True))
+
+    def same_width(self, names: Sequence[str]) -> list[list[str]]:
+        """Group layers that are quantised alike."""
+        groups: dict[Any, list[str]] = {}
+        for name in names:
+            groups.setdefault(self._widths.layers.get(name), []).append(name)
+        return list(groups.values())
+
+    def _alike(self, names: Sequence[str], sums: dict[str, torch.Tensor]) -> list[list[str]]:
+        """Group names of the same Hessian and width: their weights are quantised as one."""
+        groups: list[list[str]] = []
+        for name in names:
+            for group in groups:
+                if torch.equal(sums[group[0]], sums[name]):
+                    group.append(name)
+                    break
+            else:
+                groups.append([name])
+        return [alike for group in groups for alike in self.same_width(group)]
 
     def apply(self, block: Block, done: dict[str, QuantizedWeight]) -> None:
         """Set a block's quantised weights, where another run has made them."""
@@ -138,26 +157,13 @@ class Work:
         self._progress(Progress("quantize", self._done, self._total, "layers", detail))
 
 
-def _same_input(names: Sequence[str], sums: dict[str, torch.Tensor]) -> list[list[str]]:
-    """Group names whose Hessians are the same: their weights are quantised as one."""
-    groups: list[list[str]] = []
-    for name in names:
-        for group in groups:
-            if torch.equal(sums[group[0]], sums[name]):
-                group.append(name)
-                break
-        else:
-            groups.append([name])
-    return groups
-
-
 def _cost(module: nn.Module, tokens: int) -> int:
     """Count the multiplications that a linear takes, by and large."""
     rows, columns = linear_shape(module) or (0, 0)
     return rows * (rows * (rows + columns) + tokens * (rows + columns))
 
 
-def _weight(module: nn.Module) -> torch.Tensor:
+def weight_of(module: nn.Module) -> torch.Tensor:
     """Return a linear's weight as float32 [N, K]; GPT-2's Conv1D keeps it transposed."""
     weight: Any = module.weight
     tensor: torch.Tensor = weight.detach().float()

@@ -28,7 +28,7 @@ from gptq_loader_plugin.quantize.blocks import FUSED_EXPERTS, NOT_LINEAR
 from gptq_loader_plugin.system.atomic_file import write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,8 +36,18 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.events import Progress
     from gptq_loader_plugin.quantize.algorithm import QuantizedWeight
     from gptq_loader_plugin.quantize.options import QuantizeOptions
+    from gptq_loader_plugin.quantize.widths import Widths
 
-__all__ = ["PackedLayer", "hub_names", "left_of", "pack_weight", "save_tensors", "write_checkpoint"]
+__all__ = [
+    "PackedLayer",
+    "hub_names",
+    "layer_names",
+    "left_of",
+    "pack_weight",
+    "plain_sizes",
+    "save_tensors",
+    "write_checkpoint",
+]
 
 INDEX = "model.safetensors.index.json"
 FROM_TORCH = {"format": "pt"}
@@ -168,7 +178,7 @@ def write_checkpoint(
     packed: Mapping[str, PackedLayer],
     out: Path,
     *,
-    options: QuantizeOptions,
+    widths: Widths,
     names: Mapping[str, str],
     left: Mapping[str, str],
     progress: Callable[[Progress], None],
@@ -181,7 +191,7 @@ def write_checkpoint(
         tokenizer: its tokenizer.
         packed: every quantised module's layer, by the module's path.
         out: the folder.
-        options: how it was quantised.
+        widths: how each layer was quantised.
         names: from `hub_names`.
         left: the modules that are not quantised, by their path, and why.
         progress: called with the tensors written.
@@ -195,10 +205,9 @@ def write_checkpoint(
     tokenizer.save_pretrained(out)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(out)
-    hub = {path.removesuffix(".weight"): name for name, path in names.items()}
-    quantization = _quantize_config(
-        options, {hub.get(path, path).removesuffix(".weight"): why for path, why in left.items()}
-    )
+    hub, options = layer_names(names), widths.base
+    unquantized = {hub.get(path, path): why for path, why in left.items()}
+    quantization = _quantize_config(options, unquantized, widths.rules(hub))
     _write_json(out / "quantize_config.json", quantization)
     config = json.loads(model.config.to_json_string(use_diff=True))
     config["architectures"] = [type(model).__name__]
@@ -223,16 +232,53 @@ def _pieces(
     read: Callable[[str], torch.Tensor] | None,
 ) -> list[Piece]:
     """Plan the tensors to write; each is read when its turn comes."""
-    state = model.state_dict()
-    own = dict(model.named_parameters(remove_duplicate=False))
+    plain = _plain(model, packed, names)
     pieces: list[Piece] = []
-    tied = _tied_head(model)
-    float32 = kept_in_float32(model, torch.float16)
-    shared = {id(own[f"{path}.weight"]) for path in packed if f"{path}.weight" in own}
     for hub_name, target in sorted(names.items(), key=lambda it: _counted(it[0])):
         path = target.removesuffix(".weight")
         if target.endswith(".weight") and path in packed:
             pieces.append(packed[path].piece(hub_name.removesuffix(".weight")))
+        elif hub_name in plain:
+            tensor, dtype = plain[hub_name]
+            info = Info(SAFETENSORS_NAMES[dtype], tuple(tensor.shape))
+            make = _read_as(hub_name, tensor, target, dtype, read)
+            pieces.append(Piece(hub_name, {hub_name: info}, make))
+    return pieces
+
+
+def plain_sizes(
+    model: PreTrainedModel, packed: Collection[str], names: Mapping[str, str]
+) -> dict[str, int]:
+    """Count the bytes of every tensor that is written unpacked, by its name in the file.
+
+    Args:
+        model: the model.
+        packed: the paths of the modules that are quantised.
+        names: from `hub_names`.
+    """
+    plain = _plain(model, packed, names)
+    return {name: tensor.numel() * dtype.itemsize for name, (tensor, dtype) in plain.items()}
+
+
+def layer_names(names: Mapping[str, str]) -> dict[str, str]:
+    """Turn what `hub_names` returns round: a layer's name in the files by its path in the model."""
+    return {
+        path.removesuffix(".weight"): name.removesuffix(".weight") for name, path in names.items()
+    }
+
+
+def _plain(
+    model: PreTrainedModel, packed: Collection[str], names: Mapping[str, str]
+) -> dict[str, tuple[torch.Tensor, torch.dtype]]:
+    """List what is written unpacked, with the dtype it is to have, by its name in the file."""
+    state = model.state_dict()
+    own = dict(model.named_parameters(remove_duplicate=False))
+    tied = _tied_head(model)
+    float32 = kept_in_float32(model, torch.float16)
+    shared = {id(own[f"{path}.weight"]) for path in packed if f"{path}.weight" in own}
+    plain: dict[str, tuple[torch.Tensor, torch.dtype]] = {}
+    for hub_name, target in names.items():
+        if target.endswith(".weight") and target.removesuffix(".weight") in packed:
             continue
         if target == tied or id(own.get(target)) in shared:
             continue
@@ -241,11 +287,8 @@ def _pieces(
         if tensor.is_floating_point():
             kept = float32 is not None and float32.search(target)
             dtype = torch.float32 if kept else torch.float16
-        info = Info(SAFETENSORS_NAMES[dtype], tuple(tensor.shape))
-        pieces.append(
-            Piece(hub_name, {hub_name: info}, _read_as(hub_name, tensor, target, dtype, read))
-        )
-    return pieces
+        plain[hub_name] = (tensor, dtype)
+    return plain
 
 
 def _counted(name: str) -> str:
@@ -349,15 +392,16 @@ def save_tensors(
         partial.unlink(missing_ok=True)
 
 
-def _quantize_config(options: QuantizeOptions, left: Mapping[str, str]) -> dict[str, Any]:
+def _quantize_config(
+    options: QuantizeOptions, left: Mapping[str, str], rules: Mapping[str, dict[str, int]]
+) -> dict[str, Any]:
     """Write the fields AutoGPTQ wrote, and those GPTQModel added.
 
-    `dynamic` tells other loaders which linears are not quantised; routers none of them expects.
+    `dynamic` tells other loaders which linears are not quantised (routers none of them expects),
+    and which have other widths.
     """
     linears = [name for name, why in left.items() if why not in (NOT_LINEAR, FUSED_EXPERTS)]
-    dynamic: dict[str, Any] = (
-        {"dynamic": {f"-:{re.escape(name)}$": {} for name in linears}} if linears else {}
-    )
+    dynamic = {**{f"-:{re.escape(name)}$": {} for name in linears}, **rules}
     return {
         "bits": options.bits,
         "group_size": options.group_size,
@@ -379,7 +423,7 @@ def _quantize_config(options: QuantizeOptions, left: Mapping[str, str]) -> dict[
             "true_sequential": options.true_sequential,
             **({"not_quantized": dict(left)} if left else {}),
         },
-        **dynamic,
+        **({"dynamic": dynamic} if dynamic else {}),
     }
 
 
