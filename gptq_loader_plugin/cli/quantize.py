@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gptq_loader_plugin.catalog.engines.engine import Answer
+    from gptq_loader_plugin.quantize.mix import CalibrationMix
 
 __all__ = ["add_to"]
 
@@ -66,6 +67,10 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
         Path | None,
         typer.Option("--text", help="Calibration: a text, or a .jsonl of chats; else built in."),
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option("--calibration", help="A .yaml that lists data sets to mix; it may hold out."),
+    ] = None,
     own_chats: Annotated[
         bool,
         typer.Option("--own-chats", help="Calibrate on chats the model writes: slower, better."),
@@ -102,6 +107,7 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
     from gptq_loader_plugin.measure.perplexity import sample_text
     from gptq_loader_plugin.plugins import Plugins
     from gptq_loader_plugin.quantize import QuantizeOptions, quantize_model
+    from gptq_loader_plugin.quantize.mix import CalibrationMix
     from gptq_loader_plugin.system.paths import read_words
 
     fields: dict[str, Any] = {
@@ -132,13 +138,12 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
             "--size chooses bits and groups by layer; --bits and --group-size give all the same",
             hint="leave them out; --widths 3,4 narrows the choice",
         )
-    if own_chats and text is not None:
-        raise OptionInvalid(
-            "--text and --own-chats both say what to calibrate on", hint="give one of them"
-        )
-    if text is not None and not text.is_file():
-        raise OptionInvalid(f"there is no file {text}", hint="name a text, or a .jsonl of chats")
-    held_out_text = read_words(held_out) if held_out else sample_text()
+    content = _calibration(text, calibration, own_chats=own_chats)
+    held_out_text = (
+        None if isinstance(content, CalibrationMix) and content.holds_out else sample_text()
+    )
+    if held_out is not None:
+        held_out_text = read_words(held_out)
     bars = ProgressBars()
 
     def tell(line: str) -> None:
@@ -152,7 +157,7 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
             model,
             out,
             options=options,
-            text="own" if own_chats else text,
+            text=content,
             held_out=held_out_text,
             max_memory=None if max_memory is None else parse_size(max_memory),
             progress=listening.progress,
@@ -162,6 +167,29 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
         bars.close()
     where = find_where(str(folder), plugins=listening)
     _report(folder, time.monotonic() - began, where, as_json=as_json)
+
+
+def _calibration(
+    text: Path | None, calibration: str | None, *, own_chats: bool
+) -> Path | Literal["own"] | CalibrationMix | None:
+    """Find the one thing to calibrate on."""
+    from gptq_loader_plugin.errors import OptionInvalid
+    from gptq_loader_plugin.quantize.mix import read_mix
+
+    given = {"--text": text, "--calibration": calibration, "--own-chats": own_chats}
+    names = [name for name, value in given.items() if value not in (None, False)]
+    if len(names) > 1:
+        raise OptionInvalid(
+            f"{' and '.join(names)} both say what to calibrate on", hint="give one of them"
+        )
+    if calibration is not None:
+        mix = read_mix(calibration)
+        if mix.unused:
+            say(f"not used here: {', '.join(mix.unused)}")
+        return mix
+    if text is not None and not text.is_file():
+        raise OptionInvalid(f"there is no file {text}", hint="name a text, or a .jsonl of chats")
+    return "own" if own_chats else text
 
 
 def _report(folder: Path, seconds: float, where: Sequence[Answer], *, as_json: bool) -> None:

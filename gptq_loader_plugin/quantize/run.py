@@ -31,6 +31,8 @@ from gptq_loader_plugin.quantize.budget import Budget, loosest
 from gptq_loader_plugin.quantize.calibration import calibration_samples, calibration_text
 from gptq_loader_plugin.quantize.kept_blocks import KeptBlocks, only_writer
 from gptq_loader_plugin.quantize.memory import forecast_memory
+from gptq_loader_plugin.quantize.mix import CalibrationMix
+from gptq_loader_plugin.quantize.mix_samples import mix_samples
 from gptq_loader_plugin.quantize.mixed_widths import MixedWidths
 from gptq_loader_plugin.quantize.quality import HeldOutText, write_quality
 from gptq_loader_plugin.quantize.quantize_blocks import SHORT, at_once, by_blocks
@@ -42,6 +44,7 @@ from gptq_loader_plugin.quantize.whole_decoder import (
 from gptq_loader_plugin.quantize.widths import Widths
 from gptq_loader_plugin.quantize.work import Work
 from gptq_loader_plugin.quantize.writer import PackedLayer, hub_names, write_checkpoint
+from gptq_loader_plugin.system.atomic_file import write_whole
 from gptq_loader_plugin.system.file_lock import lock_holder
 from gptq_loader_plugin.system.paths import local_path
 
@@ -59,6 +62,7 @@ BATCH_TOKENS = 4096  # hidden states are run through a block this many tokens at
 TUNED_TOKENS = 1024  # where each batch is a step of tuning
 UNKNOWN_CONTEXT = 2048
 SUMMED = 1 << 22  # numbers that are added up at a time: torch makes int64 of them first
+STATISTICS_FILE = "calibration_stats.txt"
 
 
 def quantize_model(
@@ -66,7 +70,7 @@ def quantize_model(
     out: Path | str,
     *,
     options: QuantizeOptions,
-    text: Path | Literal["own"] | None = None,
+    text: Path | Literal["own"] | CalibrationMix | None = None,
     chat_template: str | None = None,
     held_out: str | None = None,
     max_memory: int | None = None,
@@ -80,13 +84,15 @@ def quantize_model(
         out: the folder to write; an interrupted run into it goes on.
         options: how to quantise.
         text: the calibration text, or a .jsonl of chats; "own" lets the model write the chats
-            itself; None takes prose that comes with Python.
+            itself; a mix of data sets; None takes prose that comes with Python.
         chat_template: a Jinja template to use and to write in place of the model's own.
         held_out: a text to compare the quantised model with the other on; what is measured is
-            written beside the checkpoint (`quality.json`, README.md). None measures nothing.
+            written beside the checkpoint (`quality.json`, README.md). None takes what a mix holds
+            out, and measures nothing where there is none.
         max_memory: the most bytes of memory to take; None takes what is free.
         progress: called with the layers done.
-        tell: called with lines for people, before the work they are about: the size to expect.
+        tell: called with lines for people, before the work they are about: a mix's statistics,
+            the size to expect.
 
     Returns:
         The folder.
@@ -114,7 +120,14 @@ def quantize_model(
             tokenizer.chat_template = chat_template
         context = ModelShape.of_config(model.config).context or UNKNOWN_CONTEXT
         with _class_errors(model):
-            content = calibration_text(model, tokenizer, options, text=text, progress=progress)
+            statistics = ""
+            if isinstance(text, CalibrationMix):
+                mixed = mix_samples(text, tokenizer, progress=progress)
+                content, statistics = mixed.text, mixed.statistics
+                held_out = held_out or mixed.held_out or None
+                (tell or _ignore)(statistics)
+            else:
+                content = calibration_text(model, tokenizer, options, text=text, progress=progress)
             samples = calibration_samples(tokenizer, options, content, context=context)
             measured = None
             if held_out is not None:
@@ -122,6 +135,8 @@ def quantize_model(
                 measured = HeldOutText(model, tokenizer, held_out, progress, at_once=at_once)
 
             def finish(widths: Widths, losses: Mapping[str, float]) -> None:
+                if statistics:
+                    write_whole(folder / STATISTICS_FILE, statistics)
                 if measured is not None:
                     name, compared = local_path(source).name, measured.compare(model)
                     write_quality(folder, widths, losses, compared, measured.floor, name=name)
