@@ -141,10 +141,15 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
             "another engine",
             hint="name it: --engine vllm, or --engine ray",
         )
+    if reference is None and load.lora:
+        raise OptionInvalid(
+            "--lora is for the model that is served first, and none was named",
+            hint="name it: gptq-loader serve REF --lora NAME=REF",
+        )
     stop = threading.Event()
     plugins.host(OWN).install(
         reference=reference,
-        load=_load_by(reference, load, _Stopper(stop)),
+        load=_load_by(load, _Stopper(stop)),
         stop=stop,
         host="0.0.0.0" if listen and host == LOOPBACK else host,  # noqa: S104 - as asked for
         port=port,
@@ -166,11 +171,9 @@ def serve(  # noqa: PLR0913 - each is an option a user may want
     )
 
 
-def _load_by(
-    reference: str | None, options: LoadOptions, listener: object
-) -> Callable[[str | Path], LoadedModel]:
+def _load_by(options: LoadOptions, listener: object) -> Callable[[str | Path], LoadedModel]:
     """Return what loads models; the first one alone with the adapters, which are for that."""
-    first: set[str] = set() if reference is None else {reference}
+    first: set[str] = set()  # what it goes by
 
     def load(target: str | Path) -> LoadedModel:
         own = not first or str(target) in first

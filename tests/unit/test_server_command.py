@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 from altered import DATA, ONE
+from lora_files import write_adapter
 from processes import ServerProcess, run_process, start_server
 from waiting import join
 
@@ -66,6 +68,15 @@ def test_it_serves_says_how_and_ends_well_on_ctrl_c() -> None:
     assert server.log.rstrip().endswith("stopped")
 
 
+def test_a_model_of_the_models_folder_has_its_adapters(tmp_path: Path) -> None:
+    shutil.copytree(DATA / ONE, tmp_path / "models" / ONE)
+    adapter = write_adapter(tmp_path / "pirate", DATA / ONE, seed=0)
+    options = ("--models-dir", str(tmp_path / "models"), "--lora", f"pirate={adapter}")
+    with serving(ONE, *options) as server:
+        listed = httpx.get(server.url + "/v1/models", timeout=60).json()["data"]
+        assert [it["id"] for it in listed] == [ONE, "pirate"]
+
+
 def test_a_reply_that_does_not_end_is_cut() -> None:
     with serving(str(DATA / ONE), "--grace", "0") as server:
         url = server.url + "/v1/completions"
@@ -86,6 +97,7 @@ def test_a_reply_that_does_not_end_is_cut() -> None:
     [
         (("demo", "--listen"), "everyone who can reach 0.0.0.0 could use this server"),
         (("--port", "99999"), "99999 is not a port"),
+        (("--lora", "pirate=./pirate"), "--lora is for the model that is served first"),
     ],
 )
 def test_what_cannot_be_served_is_said_before_anything_is_loaded(
