@@ -60,12 +60,14 @@ class AdapterFile:
         base: the model that it was trained on, as its config names it.
         whole: weights of that model's that were saved beside: embeddings, where it changes the
             output head.
+        folder: where it lies.
     """
 
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor, float]]
     rank: int
     base: str = ""
     whole: dict[str, torch.Tensor] = field(default_factory=dict)
+    folder: Path | None = None
 
 
 def read_adapters(references: Mapping[str, str | Path], plugins: Plugins) -> dict[str, AdapterFile]:
@@ -121,7 +123,8 @@ def read_adapter(folder: Path) -> AdapterFile:
             )
         pairs[path] = pair["A"], pair["B"], _scaling(config, path, pair["A"].shape[0], folder)
     rank = next(iter(pairs.values()))[0].shape[0] if pairs else 0
-    return AdapterFile(pairs, rank, str(config.get("base_model_name_or_path") or ""), whole)
+    base = str(config.get("base_model_name_or_path") or "")
+    return AdapterFile(pairs, rank, base, whole, folder)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

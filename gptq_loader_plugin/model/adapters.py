@@ -19,6 +19,7 @@ from gptq_loader_plugin.errors import OptionInvalid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from torch import nn
     from transformers import PreTrainedModel
@@ -54,11 +55,13 @@ class Adapters:
         updates: of each adapter, what it adds to which linear.
         notes: what each is, in words.
         head: the output head.
+        folders: where each lies, to load it again.
     """
 
     updates: dict[str, dict[nn.Module, _Update]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     head: nn.Module | None = None
+    folders: dict[str, Path] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: PreTrainedModel, files: Mapping[str, AdapterFile]) -> Adapters:
@@ -93,6 +96,8 @@ class Adapters:
                     down.to(device, torch.float32), up.to(device, torch.float32), scaling
                 )
             adapters.updates[name] = updates
+            if file.folder is not None:
+                adapters.folders[name] = file.folder
             adapters.notes.append(f"LoRA {name}: rank {file.rank}, on {len(updates)} layers")
         return adapters
 

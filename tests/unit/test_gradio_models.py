@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from lora_files import write_adapter
 from waiting import eventually, join
 
 import gptq_loader_plugin as gptq
 from gptq_loader_extensions.gradio.jobs.loading import load_with_progress
 from gptq_loader_extensions.gradio.jobs.local_models import LocalModels
 from gptq_loader_extensions.gradio.jobs.models import ReplyStart, Stopped
-from gptq_loader_extensions.gradio.jobs.reply import chat_prompt, raw_prompt
+from gptq_loader_extensions.gradio.jobs.reply import ReplySettings, chat_prompt, raw_prompt
 from gptq_loader_extensions.gradio.storage.catalog import Catalog
 from gptq_loader_extensions.gradio.views.prompt_view import prompt_html
 from gptq_loader_plugin.errors import CheckpointNotFound, GPTQLoaderError, OptionInvalid
@@ -104,6 +105,39 @@ def test_a_model_is_put_in_place_of_another(catalog: Catalog) -> None:
         list(first.model.stream("Hello"))
     models.unload()
     assert models.loaded is None
+
+
+def test_a_model_is_loaded_with_its_adapters_which_replies_choose(
+    tmp_path: Path,
+) -> None:
+    checkpoint = CHECKPOINTS / FIRST
+    folders = {
+        name: write_adapter(tmp_path / name, checkpoint, seed=i) for i, name in enumerate("ab")
+    }
+    catalog, models = Catalog(models_dir=CHECKPOINTS, cache=False), LocalModels(environ=ENVIRON)
+    written = {}
+    for names in ("a", "ab"):
+        catalog.add(FIRST, checkpoint, {name: folders[name] for name in names})
+        models.load(catalog.find(FIRST), LoadOptions(), lambda _: None)
+        for chosen in (None, "", *names):
+            start, *pieces = models.stream(
+                chat_prompt([{"role": "user", "content": "Hello"}], ReplySettings(adapter=chosen)),
+                GREEDY,
+                threading.Event(),
+            )
+            assert isinstance(start, ReplyStart)
+            own = "a" if names == "a" else None
+            assert start.adapter == (own if chosen is None else chosen or None)
+            text = "".join(it.text for it in pieces if isinstance(it, gptq.Piece))
+            assert written.setdefault(start.adapter, text) == text
+    assert len(set(written.values())) == 3, "each writes something else"
+    with pytest.raises(OptionInvalid, match="the adapter c is not loaded"):
+        list(
+            models.stream(
+                raw_prompt("Hello", ReplySettings(adapter="c")), GREEDY, threading.Event()
+            )
+        )
+    models.unload()
 
 
 def test_a_change_waits_for_the_reply_that_runs(catalog: Catalog) -> None:

@@ -43,7 +43,7 @@ ENVIRON = {"GPTQ_LOADER_PLUGINS": "core,kernel-dense,kernel-reference"}
 CHECKPOINT = Path(__file__).parents[1] / "data" / "checkpoints" / "gptq-4bit-32g-act-sym"
 OPTIONS = GenerateOptions()
 # The settings as the page hands them over.
-DEFAULTS = ["", 512, 0.7, 0.95, 40, 0.0, 1.0, None, 0, 0, "", "Automatic"]
+DEFAULTS = ["", 512, 0.7, 0.95, 40, 0.0, 1.0, None, 0, 0, "", "Automatic", None]
 KEY = "0123456789abcdef"
 QUESTION = Message(role="user", content="Hello?")
 
@@ -72,7 +72,13 @@ class FakeModels:
         if self.error:
             raise self.error
         prompt = prepare(
-            SimpleNamespace(encode_chat=self._encode, template=ChatML(), tokenizer=None)
+            SimpleNamespace(
+                encode_chat=self._encode,
+                template=ChatML(),
+                tokenizer=None,
+                adapter=None,
+                adapters=None,
+            )
         )
         assert prompt.stop == ChatML().stop
         yield ReplyStart(len(prompt.ids), 512, prompt.warning, self.marks)
@@ -358,7 +364,9 @@ def request(updates: Any) -> Any:
 
 def test_the_settings_reach_the_model(updates: Any) -> None:
     model = FakeModels()
-    stream(updates, model, ["Be brief.", 7, 0, 0.5, 3, 0.1, 1.2, 42, 0, 0, "###\n\\nQ:", "Off"])
+    stream(
+        updates, model, ["Be brief.", 7, 0, 0.5, 3, 0.1, 1.2, 42, 0, 0, "###\n\\nQ:", "Off", None]
+    )
     assert model.options == GenerateOptions(
         max_new_tokens=7,
         temperature=0,

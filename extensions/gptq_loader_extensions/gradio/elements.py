@@ -9,9 +9,11 @@ from __future__ import annotations
 FRAME = "frame"
 
 # The header
+HEAD = "head"
 ABOUT = "about"
 WHY = "why"
 HEADLINE = "headline"
+ADAPTER = "adapter"
 TEMPLATE = "template"
 
 # Settings; a number's id is the name of its option

@@ -13,6 +13,7 @@ from gptq_loader_extensions.gradio import elements
 from gptq_loader_extensions.gradio.events import AT_ONCE
 from gptq_loader_extensions.gradio.storage.catalog import Catalog
 from gptq_loader_extensions.gradio.storage.settings_file import SettingsFile
+from gptq_loader_extensions.gradio.tabs.adapter_choice import AdapterChoice
 from gptq_loader_extensions.gradio.tabs.chat_tab import ChatTab
 from gptq_loader_extensions.gradio.tabs.compare_tab import CompareTab
 from gptq_loader_extensions.gradio.tabs.header import title
@@ -109,7 +110,9 @@ def build_page(parts: Parts) -> gr.Blocks:
     options = {name: value for name, value in style.items() if name not in at_launch}
     page: gr.Blocks
     with gr.Blocks(title=title(loaded), analytics_enabled=False, **options) as page:
-        header = gr.HTML("", elem_id=elements.ABOUT)  # filled for each page that opens
+        with gr.Row(elem_id=elements.HEAD):
+            header = gr.HTML("", elem_id=elements.ABOUT)  # filled for each page that opens
+            adapter = AdapterChoice(models)
         with gr.Row(elem_id=elements.FRAME):
             with (
                 gr.Column(scale=3, min_width=300),
@@ -117,7 +120,7 @@ def build_page(parts: Parts) -> gr.Blocks:
             ):
                 made = [_lay_out(tab, parts, header) for tab in TABS]
             with gr.Column(scale=1, min_width=280):
-                panel = SettingsPanel(models)
+                panel = SettingsPanel(models, adapter)
         for container, tab in made:
             tab.wire(Wiring(page, container, panel))
         page.load(lambda: gr.update(selected=_first_tab(models)), None, tabs, **AT_ONCE)

@@ -142,7 +142,8 @@ def mount_page(app: FastAPI, server: Server) -> None:
     settings = server.settings
     catalog = Catalog(models_dir=settings.models_dir, cache=settings.cached_models)
     if (initial := server.registry.initial) is not None:
-        catalog.add(initial.name, initial.target)
+        loaded = server.registry.loaded
+        catalog.add(initial.name, initial.target, _adapters(loaded[1] if loaded else None))
     mount(app, Parts(ServerModels(server), catalog, downloads=settings.downloads))
 
 
@@ -158,8 +159,13 @@ def parts_for(model: LoadedModel | None, *, models_dir: Path | None = None) -> P
         return Parts(LocalModels(), catalog)
     name = entry_name(model)
     plan = model.plan
-    catalog.add(name, "demo" if name == "demo" else plan.path)
+    catalog.add(name, "demo" if name == "demo" else plan.path, _adapters(model))
     return Parts(LocalModels(Loaded(name, model)), catalog)
+
+
+def _adapters(model: LoadedModel | None) -> dict[str, Path]:
+    """Return where the adapters lie that a page loads again with the model it was started with."""
+    return {} if model is None or model.adapters is None else dict(model.adapters.folders)
 
 
 def _check_gradio() -> None:

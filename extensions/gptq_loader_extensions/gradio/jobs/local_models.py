@@ -50,14 +50,14 @@ class LocalModels(Models):
         """Generate the reply at once, beside those that are being written."""
         with self._reply() as loaded:
             prompt = prepare(loaded.model)
-            context = loaded.model.context
-            yield ReplyStart(len(prompt.ids), context, prompt.warning, prompt.marks)
+            yield ReplyStart.of(prompt, loaded.model)
             yield from loaded.model.stream_ids(
                 prompt.ids,
                 options,
                 stop=prompt.stop,
                 cancel=cancel,
                 processors=prompt.processors,
+                adapter=prompt.adapter,
             )
 
     def use(self, work: Callable[[LoadedModel], T]) -> T:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gptq_loader_plugin.errors import GPTQLoaderError
@@ -89,6 +89,7 @@ class EncodedPrompt:
         warning: what a user should know, or "".
         marks: how the model marks a thought; None where it does not think.
         processors: change the logits before a token is picked.
+        adapter: the LoRA adapter to write the reply with; None for the model alone.
     """
 
     ids: Sequence[int]
@@ -96,6 +97,7 @@ class EncodedPrompt:
     warning: str = ""
     marks: ThinkingMarks | None = None
     processors: Sequence[Any] = ()  # transformers' LogitsProcessor
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +109,19 @@ class ReplyStart:
         context: how many the prompt and the reply may have together.
         warning: what a user should know, or "".
         marks: how the model marks a thought; None where it does not think.
+        adapter: the LoRA adapter that writes the reply; None for the model alone.
     """
 
     prompt_tokens: int
     context: int
     warning: str = ""
     marks: ThinkingMarks | None = None
+    adapter: str | None = None
+
+    @classmethod
+    def of(cls, prompt: EncodedPrompt, model: LoadedModel) -> ReplyStart:
+        """Return the start of the reply to a prompt."""
+        return cls(len(prompt.ids), model.context, prompt.warning, prompt.marks, prompt.adapter)
 
 
 class Models(ABC):
@@ -246,6 +255,7 @@ def plan_load(
     plugins = gptq.Plugins(ProgressListener(on_progress, cancel), installed=True, environ=environ)
     plan = gptq.explain(entry.target, options=options, plugins=plugins)
     check_stopped(cancel)
+    options = replace(options, lora=dict(entry.adapters) or None)
 
     def run() -> LoadedModel:
         return gptq.load(entry.target, options=options, plugins=plugins)

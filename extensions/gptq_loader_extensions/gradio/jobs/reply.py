@@ -16,6 +16,7 @@ from gptq_loader_extensions.openai.replies.processors import PresencePenalty
 from gptq_loader_extensions.openai.replies.thinking import unused_variables
 from gptq_loader_extensions.openai.replies.tools import set_variables
 from gptq_loader_plugin.chat.thinking import find_marks, make_thought_parser
+from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.generation.options import GenerateOptions
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class ReplySettings:
         presence: OpenAI's presence penalty.
         frequency: OpenAI's frequency penalty.
         thinking: whether to think; None leaves that to the template.
+        adapter: the LoRA adapter to write with, "" for the model alone; None for the one that the
+            model was loaded to write with.
     """
 
     system: str = ""
@@ -58,6 +61,7 @@ class ReplySettings:
     presence: float = 0.0
     frequency: float = 0.0
     thinking: bool | None = None
+    adapter: str | None = None
 
 
 DEFAULTS = ReplySettings()
@@ -205,6 +209,7 @@ def chat_prompt(
                 model.template, model.tokenizer, ids, turns[-1]["content"] if continues else ""
             ),
             _penalties(settings, len(ids)),
+            _adapter(model, settings.adapter),
         )
 
     return prepare
@@ -217,7 +222,9 @@ def raw_prompt(
 
     def prepare(model: LoadedModel) -> EncodedPrompt:
         ids = model.encode(text)
-        return EncodedPrompt(ids, processors=_penalties(settings, len(ids)))
+        penalties = _penalties(settings, len(ids))
+        adapter = _adapter(model, settings.adapter)
+        return EncodedPrompt(ids, processors=penalties, adapter=adapter)
 
     return prepare
 
@@ -234,6 +241,22 @@ def _switched(model: LoadedModel, thinking: bool | None) -> Template:  # noqa: F
     return set_variables(
         model.template, dict.fromkeys(names, thinking), model, param="chat_template_kwargs"
     )
+
+
+def _adapter(model: LoadedModel, name: str | None) -> str | None:
+    """Return the adapter to write a reply with.
+
+    Raises:
+        OptionInvalid: the model has none of that name.
+    """
+    if name is None:
+        return model.adapter
+    if name and (model.adapters is None or name not in model.adapters.updates):
+        raise OptionInvalid(
+            f"the adapter {name} is not loaded",
+            hint="choose another beside the model's name, or load the model that has it",
+        )
+    return name or None
 
 
 def _penalties(settings: ReplySettings, begin: int) -> tuple[PresencePenalty, ...]:
@@ -261,6 +284,7 @@ def _speed(
     return (
         f"{speed}; the first after {first[0] - began:.2f} s; "
         f"{used:,} of {start.context:,} of the context used"
+        + (f"; with the adapter {start.adapter}" if start.adapter else "")
     )
 
 

@@ -80,9 +80,8 @@ class ServerModels(Models):
             prompt = prepare(model)
             limit = self._server.max_tokens(options.max_new_tokens, model)
             limited = options.model_copy(update={"max_new_tokens": limit})
-            run = Run(prompt.ids, limited, prompt.stop, prompt.processors)
-            start = ReplyStart(len(prompt.ids), model.context, prompt.warning, prompt.marks)
-            return start, [run]
+            run = Run(prompt.ids, limited, prompt.stop, prompt.processors, adapter=prompt.adapter)
+            return ReplyStart.of(prompt, model), [run]
 
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         work = EngineRequest(None, make_run, events.put, cancel)

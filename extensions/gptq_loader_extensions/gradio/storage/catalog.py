@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,11 +33,13 @@ class CatalogEntry:
         name: what a person calls it, with its branch.
         target: what to load: a folder, or "demo".
         label: the name, with its size and where it lies.
+        adapters: the LoRA adapters to load beside it, by name; a browser never names their folders.
     """
 
     name: str
     target: str | Path
     label: str
+    adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
 class Catalog:
@@ -62,9 +64,11 @@ class Catalog:
             self._environ["GPTQ_LOADER_MODELS"] = str(models_dir)
         self._first: CatalogEntry | None = None
 
-    def add(self, name: str, target: str | Path) -> None:
-        """List the model that the page was started with too, wherever it is."""
-        self._first = CatalogEntry(name, target, name)
+    def add(
+        self, name: str, target: str | Path, adapters: Mapping[str, Path] | None = None
+    ) -> None:
+        """List the model that the page was started with too, wherever it is, and its adapters."""
+        self._first = CatalogEntry(name, target, name, adapters or {})
 
     def folders(self) -> list[Path]:
         """Return the folders whose folders are models."""
@@ -88,7 +92,8 @@ class Catalog:
         if first is not None and entries.get(first.name, first).target != first.target:
             del entries[first.name]  # another model of the name that the page was started with
         if first is not None:
-            entries.setdefault(first.name, first)
+            listed = entries.setdefault(first.name, first)
+            entries[first.name] = replace(listed, adapters=first.adapters)
         return list(entries.values())
 
     def others(self) -> list[str]:

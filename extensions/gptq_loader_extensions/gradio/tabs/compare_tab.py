@@ -5,6 +5,7 @@ from __future__ import annotations
 # Before version 6 gradio reads the types of what it calls, so these are imported for real.
 import threading
 from collections.abc import Iterator  # noqa: TC003
+from dataclasses import replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +27,13 @@ from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.load_options import LoadOptions
 
 if TYPE_CHECKING:
-    from gptq_loader_extensions.gradio.jobs.models import Loaded, Models
+    from collections.abc import Callable
+
+    from gptq_loader_extensions.gradio.jobs.models import EncodedPrompt, Loaded, Models
+    from gptq_loader_extensions.gradio.jobs.reply import ReplySettings
     from gptq_loader_extensions.gradio.storage.catalog import Catalog
     from gptq_loader_extensions.gradio.tabs.tab import Wiring
+    from gptq_loader_plugin.generation.loaded import LoadedModel
     from gptq_loader_plugin.measure.results import MeasuredFiles
 
 __all__ = ["CompareTab"]
@@ -158,7 +163,7 @@ class CompareTab:
         try:
             settings = read_settings(values)
             turns = prompt_messages([Message(role="user", content=question)], settings.system)
-            prepare = chat_prompt(turns, settings)
+            prepare = _each_with_its_own(turns, settings)
             for at, state in by_turns(self._sides, prepare, settings.options, cancel=cancel):
                 _, text, status = self._columns[at]
                 texts[at] = state.reply
@@ -188,6 +193,19 @@ class CompareTab:
             self._unload: gr.update(visible=two),
             self._start: gr.update(interactive=both),
         }
+
+
+def _each_with_its_own(
+    turns: list[dict[str, str]], settings: ReplySettings
+) -> Callable[[LoadedModel], EncodedPrompt]:
+    """Make the prompt of each side; one whose model lacks the chosen adapter has its own."""
+
+    def prepare(model: LoadedModel) -> EncodedPrompt:
+        has = model.adapters is not None and settings.adapter in ("", *model.adapters.updates)
+        own = settings if has else replace(settings, adapter=None)
+        return chat_prompt(turns, own)(model)
+
+    return prepare
 
 
 def _heading(loaded: Loaded | None, hint: str) -> str:

@@ -137,6 +137,7 @@ class ModelEvents:
             self._parts["plan"]: "",
             self._parts["facts"]: "",
             **self._enable(None, loaded=False),
+            **self._panel.show_model(fresh=True),
         }
 
     def list_models(self, chosen: str | None) -> Any:  # noqa: ANN401 - an update of a component
@@ -171,9 +172,9 @@ class ModelEvents:
             **self._enable(name, loaded=loaded is not None),
         }
         if loaded is None:
-            return {**updates, **self._panel.show_settings(None)}
+            return {**updates, **self._panel.show_settings(None, fresh=not kept)}
         saved, note = self._settings.read(loaded.name)
-        updates |= self._panel.show_settings(None if kept else saved)
+        updates |= self._panel.show_settings(None if kept else saved, fresh=not kept)
         updates |= self._show_options(loaded.options)
         return {**updates, self._parts["progress"]: _note_html(note)} if note else updates
 
@@ -209,7 +210,7 @@ class ModelEvents:
             if not view.running:  # all in one: see events.py
                 updates[self._parts["header"]] = header_html(self._models.loaded)
                 if view.loaded:
-                    updates |= self._panel.show_settings(settings)
+                    updates |= self._panel.show_settings(settings, fresh=True)
                 else:
                     updates |= self._show_loaded() | {self._parts["progress"]: view.progress}
             yield updates

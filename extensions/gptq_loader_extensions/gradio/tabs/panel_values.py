@@ -19,7 +19,7 @@ __all__ = ["NAMES", "OPTIONS", "PENALTY", "THINKING", "PanelValues", "read_setti
 DEFAULTS = GenerateOptions()
 # In the order in which the page hands them to a reply.
 OPTIONS = ("max_new_tokens", *SAMPLING, "seed")
-NAMES = ("system", *OPTIONS, "frequency", "presence", "stop", "thinking")
+NAMES = ("system", *OPTIONS, "frequency", "presence", "stop", "thinking", "adapter")
 THINKING = {"Automatic": None, "On": True, "Off": False}
 PENALTY = 2.0  # the largest that OpenAI's API takes
 
@@ -41,6 +41,7 @@ class PanelValues(BaseModel):
     presence: Annotated[float, Field(ge=-PENALTY, le=PENALTY)] | None = 0.0
     stop: str | None = ""
     thinking: Literal["Automatic", "On", "Off"] | None = "Automatic"
+    adapter: str | None = None
 
 
 def read_settings(values: Sequence[Any]) -> ReplySettings:
@@ -65,6 +66,7 @@ def read_settings(values: Sequence[Any]) -> ReplySettings:
         presence=named["presence"] or 0.0,
         frequency=named["frequency"] or 0.0,
         thinking=THINKING.get(named["thinking"]),
+        adapter=named["adapter"],
     )
 
 

@@ -25,6 +25,7 @@ from gptq_loader_plugin.generation.options import GenerateOptions
 if TYPE_CHECKING:
     from gptq_loader_extensions.gradio.jobs.models import Models
     from gptq_loader_extensions.gradio.storage.settings_file import ModelSettings
+    from gptq_loader_extensions.gradio.tabs.adapter_choice import AdapterChoice
     from gptq_loader_extensions.gradio.tabs.panel_values import PanelValues
 
 __all__ = ["SettingsPanel"]
@@ -35,6 +36,10 @@ DEFAULTS = GenerateOptions()
 class SettingsPanel:
     """The panel; made inside the page's layout.
 
+    Args:
+        models: holds the model.
+        adapter: which of its adapters writes the replies, which is chosen in the page's head.
+
     Numbers have no bounds here: GenerateOptions checks them, and names the one out of range.
 
     Attributes:
@@ -44,8 +49,8 @@ class SettingsPanel:
         kept: what the browser has kept of the panel, in JSON, or "".
     """
 
-    def __init__(self, models: Models) -> None:
-        self._models = models
+    def __init__(self, models: Models, adapter: AdapterChoice) -> None:
+        self._models, self._adapter = models, adapter
         with gr.Accordion("Settings", open=True, elem_id=elements.SETTINGS):
             system = gr.Textbox(
                 label="System message",
@@ -113,6 +118,7 @@ class SettingsPanel:
             "presence": presence,
             "stop": stop,
             "thinking": thinking,
+            "adapter": adapter.part,
         }
         self._named = named
         self.parts: list[Any] = [named[name] for name in NAMES]
@@ -141,9 +147,16 @@ class SettingsPanel:
             **AT_ONCE,
         )
 
-    def show_settings(self, settings: ModelSettings | None) -> dict[Any, Any]:
-        """Return the updates that show a model's settings; None leaves what the user typed."""
-        updates = self.show_model()
+    def show_settings(
+        self, settings: ModelSettings | None, *, fresh: bool = False
+    ) -> dict[Any, Any]:
+        """Return the updates that show a model's settings.
+
+        Args:
+            settings: the settings; None leaves what the user typed.
+            fresh: whether nobody has chosen an adapter of this model yet.
+        """
+        updates = self.show_model(fresh=fresh)
         if settings is not None:
             sampling = settings.sampling
             values = {
@@ -156,18 +169,20 @@ class SettingsPanel:
                     name for name, value in THINKING.items() if value is settings.thinking
                 ),
             }
-            updates |= self._values(values)
+            updates |= {**self._values(values), self._adapter.part: updates[self._adapter.part]}
             updates[self.preset] = gr.update(value=preset_of(sampling))
         return updates
 
-    def show_model(self) -> dict[Any, Any]:
+    def show_model(self, *, fresh: bool = False) -> dict[Any, Any]:
         """Return the updates that show what the loaded model has settings for."""
+        adapter = self._adapter.choose() if fresh else self._adapter.show()
         loaded = self._models.loaded
         has_card = loaded is not None and bool(loaded.model.card.system)
         thinks = loaded is not None and bool(thinking_names(loaded.model.template))
         return {
             self.card: gr.update(visible=has_card),
             self._named["thinking"]: gr.update(visible=thinks),
+            self._adapter.part: adapter,
         }
 
     def restore(self, kept: PanelValues | None) -> dict[Any, Any]:
@@ -180,11 +195,13 @@ class SettingsPanel:
 
     def _values(self, values: dict[str, Any]) -> dict[Any, Any]:
         thinking = values.pop("thinking") or "Automatic"
+        adapter = self._adapter.choose(values.pop("adapter", None))
         loaded = self._models.loaded
         thinks = loaded is not None and bool(thinking_names(loaded.model.template))
         return {
             **{self._named[name]: value for name, value in values.items()},
             self._named["thinking"]: gr.update(value=thinking, visible=thinks),
+            self._adapter.part: adapter,
         }
 
     def _apply_preset(self, name: str) -> list[Any]:
