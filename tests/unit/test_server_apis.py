@@ -127,16 +127,38 @@ def test_a_response_goes_on_from_another(served: Running) -> None:
     assert served.client.get(f"{RESPONSES}/{third['id']}").status_code == 404
 
 
+def test_items_of_earlier_responses_are_named_in_the_input(served: Running) -> None:
+    """As the AI SDK and the Agents SDK do with what was kept."""
+    first = served.post(RESPONSES, input="Hello", max_output_tokens=8, **GREEDY).json()
+    item = first["output"][0]
+    question = {"role": "user", "content": [{"type": "input_text", "text": "Go on."}]}
+    body: dict[str, Any] = {"max_output_tokens": 8, **GREEDY}
+    reference = {"type": "item_reference", "id": item["id"]}
+    named = served.post(RESPONSES, input=[*ASK, reference, question], **body).json()
+    whole = served.post(RESPONSES, input=[*ASK, item, question], **body).json()
+    assert named["output"][0]["content"] == whole["output"][0]["content"]
+    assert named["usage"] == whole["usage"]
+    for missing in ({**reference, "id": "msg_nope"}, {"type": "item_reference"}):
+        refused = served.post(RESPONSES, input=[missing, question], **body)
+        assert refused.status_code == 404
+        assert refused.json()["error"]["code"] == "item_not_found"
+    served.client.delete(f"{RESPONSES}/{first['id']}")
+    assert served.post(RESPONSES, input=[reference, question], **body).status_code == 404
+
+
 def test_only_the_latest_responses_are_kept() -> None:
     store = ResponseStore()
     for i in range(MAX_RESPONSES + 5):
         store.add(StoredResponse({"id": str(i)}, (), 10))
     assert store.find("4") is None
     assert store.find("5") is not None
-    store.add(StoredResponse({"id": "large"}, (), 64 << 20))
+    large = {"id": "large", "output": [{"id": "item"}]}
+    store.add(StoredResponse(large, (), 64 << 20))
+    assert store.find_item("item") == {"id": "item"}
     assert store.find("large") is not None
     assert store.find("6") is None, "it made room"
     assert store.remove("large")
+    assert store.find_item("item") is None
     assert not store.remove("large")
 
 
@@ -179,7 +201,7 @@ def test_a_tool_that_takes_a_text_is_called_with_one(tmp_path: Path) -> None:
     ("fields", "param"),
     [
         ({}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type"),
+        ({"input": [{"type": "computer_call", "id": "x"}]}, "input.0.type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0"),
         ({"input": [{"role": "robot", "content": "x"}]}, "input.0.role"),
         ({"input": "x", "background": True}, "background"),

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["responses_routes"]
 
+REFERENCE = "item_reference"  # of the input: an item that an earlier response has
+
 
 def responses_routes(server: Server) -> APIRouter:
     """Return the routes."""
@@ -204,8 +206,36 @@ def _read(server: Server, body: ResponsesRequest) -> tuple[ResponsesChat, tuple[
                 code="previous_response_not_found",
             )
         before = tuple(stored.messages)
-    read = read_responses(body, before)
+    read = read_responses(_with_items(server, body), before)
     return read, (*ignored, *read.ignored)
+
+
+def _with_items(server: Server, body: ResponsesRequest) -> ResponsesRequest:
+    """Put items of earlier responses in the place of the references to them.
+
+    Raises:
+        ApiError: one is not kept here.
+    """
+    if not isinstance(body.input, list):
+        return body
+    items = [
+        _item(server, item.get("id"), f"input.{i}") if item.get("type") == REFERENCE else item
+        for i, item in enumerate(body.input)
+    ]
+    return body.model_copy(update={"input": items})
+
+
+def _item(server: Server, item_id: object, param: str) -> dict[str, Any]:
+    item = server.responses.find_item(item_id) if isinstance(item_id, str) else None
+    if item is None:
+        raise ApiError(
+            404,
+            f"{param}: the item {str(item_id)[:200]!r} is not kept here, or no longer; send it "
+            "whole, as clients do with store: false",
+            param=param,
+            code="item_not_found",
+        )
+    return item
 
 
 def _find(server: Server, response_id: str) -> StoredResponse:
