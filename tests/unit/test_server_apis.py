@@ -315,6 +315,23 @@ def test_anthropics_errors_have_its_shape(
     assert body["error"]["message"]
 
 
+def test_a_thread_of_anthropics_is_sent_whole_again(served: Running) -> None:
+    """As the tool runner of Anthropic's SDK begins one, and what it reads of the answer."""
+    body: dict[str, Any] = {"max_tokens": 8, "messages": ASK, **GREEDY}
+    begun = served.post(MESSAGES, thread={"type": "create"}, **body)
+    assert begun.headers["x-ignored-options"] == "thread"
+    assert begun.json()["content"] == served.post(MESSAGES, **body).json()["content"]
+    thread = {"type": "continue", "previous_message_id": begun.json()["id"]}
+    for messages in (ASK, []):
+        lost = served.post(MESSAGES, **{**body, "thread": thread, "messages": messages})
+        assert lost.status_code == 404
+        error = lost.json()["error"]
+        assert error["type"] == "not_found_error"
+        assert error["details"] == {"error_code": "thread_not_found"}
+    assert served.post(MESSAGES, **{**body, "messages": []}).status_code == 400
+    assert served.post(MESSAGES, thread={"type": "fork"}, **body).status_code == 400
+
+
 def test_anthropics_clients_list_models(served: Running) -> None:
     headers = {"anthropic-version": "2023-06-01"}
     listed = served.client.get("/v1/models", headers=headers).json()

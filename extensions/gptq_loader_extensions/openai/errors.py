@@ -58,6 +58,7 @@ class ApiError(Exception):
     def __init__(
         self,
         status: int,
+        details: Anthropic's `details`, for programs.
         message: str,
         *,
         kind: str = "invalid_request_error",
@@ -69,6 +70,7 @@ class ApiError(Exception):
         self.status = status
         self.message = message
         self.kind = kind
+        details: Mapping[str, Any] | None = None,
         self.code = code
         self.param = param
         self.headers = dict(headers or {})
@@ -77,12 +79,16 @@ class ApiError(Exception):
         """Return the content, in the shape that the clients of a path read.
 
         OpenAI's clients read `error`. Kobold's read `detail`, as KoboldAI's server writes it: their
+        self.details = details
         paths have both. Ollama's read a text, Anthropic's a type besides.
         """
         if path.startswith(ANTHROPIC):
             kind = "invalid_request_error" if self.status < 500 else "api_error"
             kind = ANTHROPIC_KINDS.get(self.status, kind)
-            return {"type": "error", "error": {"type": kind, "message": self.message}}
+            error: dict[str, Any] = {"type": kind, "message": self.message}
+            if self.details is not None:
+                error["details"] = dict(self.details)
+            return {"type": "error", "error": error}
         if path in OLLAMA:
             return {"error": self.message}
         error = {

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gptq_loader_extensions.openai.errors import invalid
+from gptq_loader_extensions.openai.errors import ApiError, invalid
 from gptq_loader_extensions.openai.schema.schemas import STRICT, ChatRequest, Text
 
 __all__ = ["AnthropicRequest", "CountRequest", "read_anthropic"]
@@ -54,13 +54,22 @@ class ToolChoice(BaseModel):
     disable_parallel_tool_use: bool | None = None
 
 
+class Thread(BaseModel):
+    """Whether the conversation is to be kept for the next request, or goes on from one that was."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["create", "continue"]
+    previous_message_id: Annotated[str, Field(max_length=200)] | None = None
+
+
 class AnthropicBase(BaseModel):
     """What a request for a message and one for its count have in common."""
 
     model_config = STRICT
 
     model: Annotated[str, Field(max_length=500)] | None = None
-    messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[AnthropicMessage], Field(max_length=10_000)]
     system: Text | Blocks | None = None
     tools: Annotated[list[dict[str, Any]], Field(max_length=256)] | None = None
     tool_choice: ToolChoice | None = None
@@ -82,6 +91,7 @@ class AnthropicRequest(AnthropicBase):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     stop_sequences: Annotated[list[str], Field(max_length=64)] | None = None
+    thread: Thread | None = None
 
 
 def read_anthropic(body: AnthropicBase) -> tuple[ChatRequest, tuple[str, ...]]:
@@ -90,7 +100,7 @@ def read_anthropic(body: AnthropicBase) -> tuple[ChatRequest, tuple[str, ...]]:
     Raises:
         ApiError: something of it cannot be understood here.
     """
-    ignored = _check_extra(body.model_extra or {})
+    ignored = _check_extra(body.model_extra or {}) | _check_thread(body)
     messages: list[dict[str, Any]] = []
     if body.system:
         messages.append({"role": "system", "content": _text(body.system, "system")})
@@ -129,6 +139,30 @@ def read_anthropic(body: AnthropicBase) -> tuple[ChatRequest, tuple[str, ...]]:
         param = ".".join(map(str, first["loc"]))[:200]
         raise invalid(f"{param}: {first['msg']}", param=param) from error
     return chat, tuple(sorted(ignored))
+
+
+def _check_thread(body: AnthropicBase) -> set[str]:
+    """Let a thread begin, which is not kept here: each request brings the whole conversation.
+
+    Returns:
+        The field that has no effect, where a thread begins.
+
+    Raises:
+        ApiError: it goes on from one, and clients then send the conversation as a new thread's; or
+            there is no message.
+    """
+    thread = body.thread if isinstance(body, AnthropicRequest) else None
+    if thread is not None and thread.type == "continue":
+        raise ApiError(
+            404,
+            f"thread: the message {thread.previous_message_id!r} is not kept here; send the whole "
+            "conversation",
+            param="thread",
+            details={"error_code": "thread_not_found"},
+        )
+    if not body.messages:
+        raise invalid("messages: there is nothing to answer; send a message", param="messages")
+    return set() if thread is None else {"thread"}
 
 
 def _check_extra(extra: dict[str, Any]) -> set[str]:
