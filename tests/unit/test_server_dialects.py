@@ -76,6 +76,7 @@ def test_what_asks_for_nothing_changes_nothing(served: Running, fields: dict[str
 
 def test_hints_without_effect_are_told(served: Running) -> None:
     hints = {"reasoning_effort": "low", "verbosity": "high", "service_tier": "flex", "store": True}
+    hints |= {"prediction": {"type": "content", "content": "x"}}
     answer = served.post(CHAT, **BODY, **hints)
     assert answer.headers["x-ignored-options"] == ", ".join(sorted(hints))
     messages = [*ASK, {"role": "assistant", "content": "x", "reasoning_details": [1]}, *ASK]

@@ -32,7 +32,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "functions": EMPTY,
     "modalities": (None, ["text"]),
     "max_tool_calls": EMPTY,
-    "prediction": EMPTY,
     "prompt": EMPTY,
     "suffix": EMPTY,
     "web_search_options": EMPTY,
@@ -177,9 +176,11 @@ WITHOUT_EFFECT = frozenset(
     }
 )
 # They say how a reply is made and not what it is: the header x-ignored-options names them. The
-# order of samplers is fixed here, and there is no store of chats, no tier, no measure of words.
+# order of samplers is fixed here, and there is no store of chats, no tier, no measure of words; a
+# prediction would only make a reply faster.
 IGNORED = frozenset(
     {
+        "prediction",
         "quiet",
         "sampler_order",
         "sampler_priority",
