@@ -419,6 +419,12 @@ def test_ollamas_errors_are_a_text(
     assert isinstance(answer.json()["error"], str)
 
 
+def test_ollamas_routes_that_are_not_here_answer_with_a_text(served: Running) -> None:
+    answer = served.client.post("/api/pull", json={"model": ONE})
+    assert answer.status_code == 404
+    assert "there is no route POST /api/pull here" in answer.json()["error"]
+
+
 # Tokens
 
 

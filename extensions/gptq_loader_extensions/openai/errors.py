@@ -19,12 +19,17 @@ if TYPE_CHECKING:
 __all__ = ["API_PATHS", "OLLAMA", "ApiError", "invalid", "to_api_error", "unknown_route"]
 
 KOBOLD = "/api/"  # begins the paths of Kobold's clients, but for those of Ollama's
-OLLAMA = (
+OLLAMA = (  # those that there are not here are among them, for the shape of that answer
     "/api/chat",
+    "/api/copy",
+    "/api/create",
+    "/api/delete",
     "/api/embed",
     "/api/embeddings",
     "/api/generate",
     "/api/ps",
+    "/api/pull",
+    "/api/push",
     "/api/show",
     "/api/tags",
     "/api/version",
@@ -53,33 +58,33 @@ class ApiError(Exception):
         code: OpenAI's `code`, for programs.
         param: the field of the request that is wrong.
         headers: more headers of the response.
+        details: Anthropic's `details`, for programs.
     """
 
     def __init__(
         self,
         status: int,
-        details: Anthropic's `details`, for programs.
         message: str,
         *,
         kind: str = "invalid_request_error",
         code: str | None = None,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        details: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.kind = kind
-        details: Mapping[str, Any] | None = None,
         self.code = code
         self.param = param
         self.headers = dict(headers or {})
+        self.details = details
 
     def body(self, path: str = "") -> dict[str, Any]:
         """Return the content, in the shape that the clients of a path read.
 
         OpenAI's clients read `error`. Kobold's read `detail`, as KoboldAI's server writes it: their
-        self.details = details
         paths have both. Ollama's read a text, Anthropic's a type besides.
         """
         if path.startswith(ANTHROPIC):
