@@ -163,6 +163,43 @@ def with_langchain():
     }
 
 
+def with_llama_index():
+    from llama_index.core.llms import ChatMessage
+    from llama_index.core.tools import FunctionTool
+    from llama_index.llms.openai_like import OpenAILike
+    from pydantic import BaseModel
+
+    class City(BaseModel):
+        """A city."""
+
+        city: Literal["Paris", "Rome"]
+
+    def weather(city: Literal["Paris", "Rome"]) -> str:
+        """Say the weather."""
+        return f"sunny in {city}"
+
+    named = {"model": MODEL, "api_base": f"{URL}/v1", "api_key": "x", "context_window": 4096}
+    options = {"is_chat_model": True, "is_function_calling_model": True, "max_tokens": 300}
+    model = OpenAILike(**named, **options)
+    formed = OpenAILike(**named, **options, should_use_structured_outputs=True)
+    short = OpenAILike(**named, is_chat_model=True, max_tokens=8)
+    plain = OpenAILike(**named, is_chat_model=False, max_tokens=8)
+    messages = [ChatMessage(role="system", content="Be brief."), ChatMessage(content="Hello")]
+    tool = FunctionTool.from_defaults(weather)
+    chat = model.chat_with_tools([tool], "Weather?", tool_required=True)
+    return {
+        "texts": [
+            short.chat(messages).message.content,
+            "".join(it.delta for it in short.stream_chat(messages)),
+            plain.complete("Hello").text,
+        ],
+        "called": model.get_tool_calls_from_response(chat)[0].tool_kwargs["city"],
+        "answer": str(model.predict_and_call([tool], "Weather?", tool_required=True)),
+        "formed": model.as_structured_llm(City).complete("Where?").raw.city,
+        "by a schema": formed.as_structured_llm(City).complete("Where?").raw.city,
+    }
+
+
 def with_instructor():
     import instructor
     from openai import OpenAI

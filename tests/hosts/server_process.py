@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import sys
 from contextlib import contextmanager
@@ -16,11 +18,30 @@ if TYPE_CHECKING:
 
     from processes import ServerProcess
 
-__all__ = ["ONE", "OTHER", "serving"]
+__all__ = ["CITIES", "DATA", "ONE", "OTHER", "copy_thinker", "serving"]
 
 DATA = Path(__file__).parents[1] / "data" / "checkpoints"
 ONE = "gptq-4bit-32g-act-sym"
 OTHER = "gptq-3bit-128g-act-sym"
+CONTEXT = 4096  # tokens: what agents say of their tools takes more than the tests' own have
+# Opens a thought, as Qwen3's and DeepSeek's do.
+THINKING = """{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}<|im_start|>assistant
+<think>
+{# </think> #}"""
+CITIES = ("Paris", "Rome")
+
+
+def copy_thinker(models: Path) -> Path:
+    """Copy a tiny checkpoint into a models folder twice: as it is, and as one that thinks."""
+    for name in (ONE, "thinker"):
+        shutil.copytree(DATA / ONE, models / name)
+        config = json.loads((models / name / "config.json").read_text())
+        config["max_position_embeddings"] = CONTEXT
+        (models / name / "config.json").write_text(json.dumps(config))
+    (models / "thinker" / "chat_template.jinja").write_text(THINKING)
+    return models
 
 
 @contextmanager

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from environments import needs_python_of, python_of
 from processes import run_process
-from server_process import DATA, ONE, serving
+from server_process import CITIES, ONE, copy_thinker, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,26 +20,10 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.timeout(900), needs_python_of("agents"), pytest.mark.host("agents")]
 pytest.importorskip("llguidance")
 
-CONTEXT = 4096  # tokens: what agents say of their tools takes more than the tests' own have
-# Opens a thought, as Qwen3's and DeepSeek's do.
-THINKING = """{% for message in messages %}<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
-{% endfor %}<|im_start|>assistant
-<think>
-{# </think> #}"""
-CITIES = ("Paris", "Rome")
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    models = tmp_path_factory.mktemp("models")
-    for name in (ONE, "thinker"):
-        shutil.copytree(DATA / ONE, models / name)
-        config = json.loads((models / name / "config.json").read_text())
-        config["max_position_embeddings"] = CONTEXT
-        (models / name / "config.json").write_text(json.dumps(config))
-    (models / "thinker" / "chat_template.jinja").write_text(THINKING)
-    with serving("--models-dir", str(models)) as started:
+    with serving("--models-dir", str(copy_thinker(tmp_path_factory.mktemp("models")))) as started:
         yield started
 
 
@@ -99,6 +82,12 @@ def test_litellm(run: dict[str, Any]) -> None:
 def test_langchain(run: dict[str, Any]) -> None:
     assert {run["city"], run["formed"]} <= set(CITIES)
     assert run["text"]
+
+
+def test_llama_index(run: dict[str, Any]) -> None:
+    assert all(run["texts"])
+    assert {run["called"], run["formed"], run["by a schema"]} <= set(CITIES)
+    assert run["answer"] in [f"sunny in {city}" for city in CITIES]
 
 
 def test_instructor(run: dict[str, Any]) -> None:
