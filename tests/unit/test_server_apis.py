@@ -370,6 +370,27 @@ def test_ollamas_options_form_and_machine(served: Running) -> None:
     assert json.loads(answer.json()["message"]["content"])["c"] in ("x", "y")
 
 
+def test_ollamas_logprobs_are_those_of_a_chat(served: Running) -> None:
+    options = {"num_predict": 8, **GREEDY}
+    chat = served.post(
+        "/v1/chat/completions",
+        messages=ASK,
+        max_tokens=8,
+        logprobs=True,
+        top_logprobs=2,
+        **GREEDY,
+    ).json()["choices"][0]["logprobs"]["content"]
+    fields: dict[str, Any] = {"options": options, "logprobs": True, "top_logprobs": 2}
+    whole = served.post("/api/chat", messages=ASK, stream=False, **fields).json()
+    assert whole["logprobs"] == chat
+    parts = lines(served, "/api/generate", prompt="Hello", **fields)
+    assert [token for part in parts for token in part.get("logprobs", ())] == chat
+    raw = served.post("/api/generate", prompt="Hello", raw=True, stream=False, **fields)
+    assert raw.status_code == 400
+    fields["logprobs"] = False
+    assert served.post("/api/chat", messages=ASK, stream=False, **fields).status_code == 400
+
+
 def test_ollamas_calls_and_thoughts(tmp_path: Path) -> None:
     with running(tmp_path, names=(ONE,), loads=Scripted(CALL)) as served:
         function = {"name": "now", "parameters": {"type": "object"}}

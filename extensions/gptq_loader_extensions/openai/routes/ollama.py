@@ -269,6 +269,8 @@ async def _chat_response(
     if whole.calls and not as_text:
         content["message"]["tool_calls"] = _calls(whole)
     answer = {"model": started.model, "created_at": _now(), **content}
+    if whole.has_logprobs:
+        answer["logprobs"] = whole.logprobs
     answer |= _last(record, whole, prompt_tokens(started))
     return JSONResponse(answer, headers=ignored_options(record))
 
@@ -279,10 +281,12 @@ async def _chat_lines(
     """Yield a line for each piece; a call is sent whole, as Ollama has no other form."""
     (reply,) = begun.replies
     model = begun.started.model
-    async for _, new, _chunk in begun.deltas():
-        if new.text or new.thought:
+    async for _, new, chunk in begun.deltas():
+        logprobs = (reply.add_logprobs(chunk) or {}).get("content")
+        if new.text or new.thought or logprobs:
             content = _content(new.text, new.thought, as_text=as_text)
-            yield _line({"model": model, "created_at": _now(), **content, "done": False})
+            more = {"logprobs": logprobs} if logprobs else {}
+            yield _line({"model": model, "created_at": _now(), **content, **more, "done": False})
     content = _content("", "", as_text=as_text)
     if reply.calls and not as_text:
         message = {**content["message"], "tool_calls": _calls(reply)}

@@ -93,7 +93,7 @@ class OllamaBase(BaseModel):
     keep_alive: str | float | None = None
     think: Think | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     truncate: bool | None = None
     shift: bool | None = None
 
@@ -161,6 +161,10 @@ def read_generate(
     if body.raw:
         if body.system or body.think:
             raise invalid("a raw prompt has no system message and no thinking", param="raw")
+        if body.logprobs:
+            raise invalid(
+                "logprobs of a raw prompt are not sent here; use /v1/completions", param="logprobs"
+            )
         fields.setdefault("max_tokens", -1)
         return _validated(CompletionRequest, {**fields, "prompt": body.prompt}), ignored
     messages = [{"role": "user", "content": body.prompt}]
@@ -207,8 +211,6 @@ def _name_calls(messages: Sequence[dict[str, Any]]) -> None:
 
 def _fields(body: OllamaBase) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the options of a request, and those that have no effect."""
-    if body.logprobs:
-        raise invalid("logprobs are not sent here; use /v1/chat/completions", param="logprobs")
     options = {name: value for name, value in (body.options or {}).items() if value is not None}
     ignored = sorted(OF_THE_MACHINE & set(options))
     fields = {name: value for name, value in options.items() if name not in OF_THE_MACHINE}
@@ -221,6 +223,8 @@ def _fields(body: OllamaBase) -> tuple[dict[str, Any], tuple[str, ...]]:
     )
     if sampling.max_tokens == 0:  # which asks for no limit
         del fields["max_tokens"]
+    if body.logprobs or body.top_logprobs:
+        fields |= {"logprobs": body.logprobs, "top_logprobs": body.top_logprobs}
     if body.format == "json":
         fields["response_format"] = {"type": "json_object"}
     elif body.format:
