@@ -140,3 +140,25 @@ def test_the_choice_fits_a_phone(browser: Browser, address: str, tmp_path: Path)
         finish(page)
         expect(page.locator("#status")).to_contain_text("with the adapter pirate")
         assert errors == []
+
+
+def test_a_second_model_without_the_adapter_writes_with_its_own(
+    browser: Browser, address: str, tmp_path: Path
+) -> None:
+    served = Server(None, tmp_path, url=address)  # type: ignore[arg-type]  # the fixture's
+    with opened(browser, served) as (page, errors):
+        choose_adapter(page, "pirate")
+        page.get_by_role("tab", name="Compare").click()
+        page.locator("#other input").click()
+        page.get_by_role("option", name=f"{OTHER} (").click()
+        expect(page.locator("#other-loading")).to_contain_text("Loaded in", timeout=60_000)
+        setting = page.locator("#max_new_tokens input[type=number]")
+        setting.fill("8")
+        setting.blur()
+        page.locator("#compare-message textarea").fill("Hello")
+        page.locator("#compare").click()
+        for side in ("one", "two"):
+            expect(page.locator(f"#status-{side}")).to_contain_text("cut off", timeout=60_000)
+        expect(page.locator("#status-one")).to_contain_text("with the adapter pirate")
+        expect(page.locator("#status-two")).not_to_contain_text("adapter")
+        assert errors == []
