@@ -52,6 +52,8 @@ async function openai() {
   const second = await client.responses.create({
     model: MODEL, input: "And?", previous_response_id: first.id, max_output_tokens: 8,
   });
+  const inputs = [];
+  for await (const item of client.responses.inputItems.list(second.id, { limit: 2 })) inputs.push(item.type);
   const form = await client.responses.parse({
     model: MODEL, input: "Where?", max_output_tokens: 300, text: { format: zodTextFormat(City, "city") },
   });
@@ -80,7 +82,7 @@ async function openai() {
     "streamed call": JSON.parse(final.choices[0].message.tool_calls[0].function.arguments).city,
     ran: ran >= 1,
     longer: second.usage.input_tokens > first.usage.input_tokens,
-    form: form.output_parsed.city,
+    inputs: inputs.length, form: form.output_parsed.city,
     "first and last": [kinds[0], kinds.at(-1)],
     "called in a response": JSON.parse(response.output.at(-1).arguments).city,
     thought: Boolean(thought.choices[0].message.reasoning_content),

@@ -87,6 +87,7 @@ def test_openai(run: dict[str, Any]) -> None:
     assert {run[it] for it in named} <= set(CITIES)
     assert run["ran"]
     assert run["longer"], "the second response goes on from the first"
+    assert run["inputs"] == 3, "in pages of two"
     assert run["first and last"] == ["response.created", "response.completed"]
     assert run["thought"]
     assert run["completion"]

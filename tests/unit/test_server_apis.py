@@ -146,6 +146,35 @@ def test_items_of_earlier_responses_are_named_in_the_input(served: Running) -> N
     assert served.post(RESPONSES, input=[reference, question], **body).status_code == 404
 
 
+def test_the_input_of_a_response_is_listed_in_pages(served: Running) -> None:
+    body: dict[str, Any] = {"max_output_tokens": 8, **GREEDY}
+    first = served.post(RESPONSES, input="Hello", **body).json()
+    output = first["output"][0]
+    fields = {"previous_response_id": first["id"], "input": [{"role": "user", "content": "And?"}]}
+    second = served.post(RESPONSES, **fields, **body).json()
+    route = f"{RESPONSES}/{second['id']}/input_items"
+    whole = served.client.get(route, params={"order": "asc"}).json()
+    texts = [item["content"][0]["text"] for item in whole["data"]]
+    assert texts == ["Hello", output["content"][0]["text"], "And?"]
+    assert [item["role"] for item in whole["data"]] == ["user", "assistant", "user"]
+    assert whole["data"][1] == output
+    assert whole["has_more"] is False
+    pages: list[dict[str, Any]] = []
+    after: dict[str, str] = {}
+    while not pages or pages[-1]["has_more"]:
+        pages.append(served.client.get(route, params={"limit": 2, **after}).json())
+        after = {"after": pages[-1]["last_id"]}
+    assert [item for page in pages for item in page["data"]] == whole["data"][::-1]
+    assert len(pages) == 2
+    reference = {"type": "item_reference", "id": output["id"]}
+    named = served.post(RESPONSES, input=[reference, *ASK], **body).json()
+    listed = served.client.get(f"{RESPONSES}/{named['id']}/input_items").json()["data"]
+    assert listed[1] == output
+    assert served.client.get(route, params={"limit": 0}).status_code == 400
+    assert served.client.get(route, params={"after": "nope"}).status_code == 404
+    assert served.client.get(f"{RESPONSES}/resp_nope/input_items").status_code == 404
+
+
 def test_only_the_latest_responses_are_kept() -> None:
     store = ResponseStore()
     for i in range(MAX_RESPONSES + 5):

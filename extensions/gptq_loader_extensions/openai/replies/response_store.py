@@ -23,11 +23,13 @@ class StoredResponse:
         answer: the response, as it was sent.
         messages: the conversation, the reply included.
         size: how many characters that is, about.
+        input_items: what it answers, as items, oldest first.
     """
 
     answer: dict[str, Any]
     messages: Sequence[dict[str, Any]]
     size: int
+    input_items: Sequence[dict[str, Any]] = ()
 
 
 class ResponseStore:

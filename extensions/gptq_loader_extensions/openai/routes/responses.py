@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from gptq_loader_extensions.openai.errors import ApiError, invalid
 from gptq_loader_extensions.openai.replies.chat_prompt import encode_chat
 from gptq_loader_extensions.openai.replies.chat_reply import ChatReply
+from gptq_loader_extensions.openai.replies.input_items import as_items, list_page
 from gptq_loader_extensions.openai.replies.record import request_record
 from gptq_loader_extensions.openai.replies.reply_events import collect
 from gptq_loader_extensions.openai.replies.response_items import ResponseItems
@@ -49,6 +50,7 @@ def responses_routes(server: Server) -> APIRouter:
     @router.post(RESPONSES, responses=EVENTS, response_model=None)
     async def respond(body: ResponsesRequest, request: Request) -> Response:
         """Answer a conversation, or go on with one."""
+        body = _with_items(server, body)
         read, ignored = _read(server, body)
         reply = await new_chat(server, request, read.chat, ignored=ignored)
         answer = PendingResponse(server, body, read)
@@ -71,7 +73,7 @@ def responses_routes(server: Server) -> APIRouter:
     @router.post(f"{RESPONSES}/input_tokens")
     async def input_tokens(body: ResponsesRequest, request: Request) -> dict[str, Any]:
         """Count the tokens of a conversation."""
-        read, _ = _read(server, body)
+        read, _ = _read(server, _with_items(server, body))
         check_chat(read.chat)
         ids = await server.with_prompts(
             request, lambda model: encode_chat(read.chat, model), model=body.model
@@ -82,6 +84,17 @@ def responses_routes(server: Server) -> APIRouter:
     async def find(response_id: str) -> dict[str, Any]:
         """Return a response that was kept."""
         return _find(server, response_id).answer
+
+    @router.get(f"{RESPONSES}/{{response_id}}/input_items")
+    async def input_items(
+        response_id: str,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+        after: Annotated[str | None, Query(max_length=200)] = None,
+    ) -> dict[str, Any]:
+        """List what a response that was kept answers, the newest item first."""
+        items = list(_find(server, response_id).input_items)
+        return list_page(items if order == "asc" else items[::-1], limit=limit, after=after)
 
     @router.delete(f"{RESPONSES}/{{response_id}}")
     async def delete(response_id: str) -> dict[str, Any]:
@@ -156,8 +169,11 @@ class PendingResponse:
         }
         if self._body.store is not False:
             messages = [*self._read.messages, _message(reply)]
-            size = sum(len(str(message)) for message in messages)
-            self._server.responses.add(StoredResponse(answer, messages, size))
+            before = self._server.responses.find(self._body.previous_response_id or "")
+            earlier = () if before is None else (*before.input_items, *before.answer["output"])
+            inputs = (*earlier, *as_items(self._body.input))
+            size = sum(len(str(message)) for message in (*messages, *inputs))
+            self._server.responses.add(StoredResponse(answer, messages, size, inputs))
         return answer
 
     def write(self, fields: dict[str, Any]) -> str:
@@ -206,7 +222,7 @@ def _read(server: Server, body: ResponsesRequest) -> tuple[ResponsesChat, tuple[
                 code="previous_response_not_found",
             )
         before = tuple(stored.messages)
-    read = read_responses(_with_items(server, body), before)
+    read = read_responses(body, before)
     return read, (*ignored, *read.ignored)
 
 
