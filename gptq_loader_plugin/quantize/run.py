@@ -34,6 +34,7 @@ from gptq_loader_plugin.quantize.memory import forecast_memory
 from gptq_loader_plugin.quantize.mix import CalibrationMix
 from gptq_loader_plugin.quantize.mix_samples import mix_samples
 from gptq_loader_plugin.quantize.mixed_widths import MixedWidths
+from gptq_loader_plugin.quantize.packed_layer import PackedLayer
 from gptq_loader_plugin.quantize.quality import HeldOutText, write_quality
 from gptq_loader_plugin.quantize.quantize_blocks import SHORT, at_once, by_blocks
 from gptq_loader_plugin.quantize.source import check_addresses, check_there, open_source
@@ -43,7 +44,7 @@ from gptq_loader_plugin.quantize.whole_decoder import (
 )
 from gptq_loader_plugin.quantize.widths import Widths
 from gptq_loader_plugin.quantize.work import Work
-from gptq_loader_plugin.quantize.writer import PackedLayer, hub_names, write_checkpoint
+from gptq_loader_plugin.quantize.writer import hub_names, write_checkpoint
 from gptq_loader_plugin.system.atomic_file import write_whole
 from gptq_loader_plugin.system.file_lock import lock_holder
 from gptq_loader_plugin.system.paths import local_path

@@ -7,11 +7,10 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from gptq_loader_plugin.checkpoint.config import read_json
@@ -20,7 +19,6 @@ from gptq_loader_plugin.checkpoint.weight_files import KEPT
 from gptq_loader_plugin.convert.pieces import DTYPE_BYTES, Info, Made, Piece
 from gptq_loader_plugin.convert.safetensors_files import write_safetensors
 from gptq_loader_plugin.errors import QuantizeError
-from gptq_loader_plugin.kernel.packing import pack_columns, pack_rows
 from gptq_loader_plugin.model.experts import experts_layout
 from gptq_loader_plugin.model.float32 import kept_in_float32
 from gptq_loader_plugin.model.tensor_names import ExpertPlace, ModulePlace, Names
@@ -34,16 +32,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from gptq_loader_plugin.events import Progress
-    from gptq_loader_plugin.quantize.algorithm import QuantizedWeight
     from gptq_loader_plugin.quantize.options import QuantizeOptions
+    from gptq_loader_plugin.quantize.packed_layer import PackedLayer
     from gptq_loader_plugin.quantize.widths import Widths
 
 __all__ = [
-    "PackedLayer",
     "hub_names",
     "layer_names",
     "left_of",
-    "pack_weight",
     "plain_sizes",
     "save_tensors",
     "write_checkpoint",
@@ -57,64 +53,6 @@ SAFETENSORS_NAMES = {
 }
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 FULL = ("os error 28", "os error 27", "os error 122")  # as safetensors writes: disk, file, quota
-
-
-@dataclass(frozen=True, slots=True)
-class PackedLayer:
-    """A quantised layer that is packed when its turn to be written comes.
-
-    Attributes:
-        shapes: dtype and shape of its tensors, by ".qweight" and so on.
-        options: how it is packed.
-        read: reads it.
-    """
-
-    shapes: Mapping[str, Info]
-    options: QuantizeOptions
-    read: Callable[[], QuantizedWeight]
-
-    @classmethod
-    def of(
-        cls, weight: QuantizedWeight, options: QuantizeOptions, read: Callable[[], QuantizedWeight]
-    ) -> PackedLayer:
-        """Note what a weight becomes, and how to read it later."""
-        (rows, columns), (groups, _) = weight.codes.shape, weight.scales.shape
-        shapes = {
-            ".qweight": Info("I32", (rows * options.bits // 32, columns)),
-            ".qzeros": Info("I32", (groups, columns * options.bits // 32)),
-            ".scales": Info("F16", (groups, columns)),
-            ".g_idx": Info("I32", (rows,)),
-        }
-        return cls(shapes, options, read)
-
-    def piece(self, name: str) -> Piece:
-        """Plan to write it under a name."""
-        infos = {f"{name}{part}": info for part, info in self.shapes.items()}
-        return Piece(name, infos, lambda: Made(pack_weight(self.read(), self.options, name=name)))
-
-
-def pack_weight(
-    weight: QuantizedWeight, options: QuantizeOptions, *, name: str
-) -> dict[str, torch.Tensor]:
-    """Pack one layer's tensors as a file holds them.
-
-    In format v1, zeros are stored minus one: with 2, 4 and 8 bits by one subtraction for a whole
-    word, with borrow, and with 3 bits field by field, as the other writers do.
-    """
-    bits = options.bits
-    zeros = weight.zeros.numpy()
-    if options.checkpoint_format == "gptq" and bits == 3:
-        zeros = (zeros - 1) & np.uint8((1 << bits) - 1)
-    qzeros = pack_columns(zeros, bits, "continuous")
-    if options.checkpoint_format == "gptq" and bits != 3:
-        ones = sum(1 << shift for shift in range(0, 32, bits))
-        qzeros = (qzeros.view(np.uint32) - np.uint32(ones)).view(np.int32)
-    return {
-        f"{name}.qweight": torch.from_numpy(pack_rows(weight.codes.numpy(), bits, "continuous")),
-        f"{name}.qzeros": torch.from_numpy(np.ascontiguousarray(qzeros)),
-        f"{name}.scales": weight.scales,
-        f"{name}.g_idx": weight.g_idx,
-    }
 
 
 def hub_names(model: PreTrainedModel) -> dict[str, str]:
