@@ -23,7 +23,7 @@ from machine import describe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--effort", default="fast")
     parser.add_argument("--samples", type=int, default=8)

@@ -24,8 +24,8 @@ __all__ = ["MemoryForecast", "forecast_memory"]
 # algorithm holds at its fullest: while the Hessian is factored (in float64), and while codes are
 # refined. tests/unit/test_quantize_memory.py counts the tensors alive beside this.
 FACTORED = 9
-REFINED_WEIGHTS, REFINED_HESSIANS = 13, 4
-TUNED = 12  # of a block's weights, while it is tuned as a whole
+REFINED_WEIGHTS, REFINED_HESSIANS = 15, 4
+TUNED = 9  # of a block's weights, while it is tuned as a whole
 FORWARD = 6  # of a batch's widest activation
 
 

@@ -14,7 +14,7 @@ from gptq_loader_plugin.checkpoint.transformers_config import UNBUILDABLE
 from gptq_loader_plugin.checkpoint.weight_files import WEIGHT_SUFFIXES, find_weight_files
 from gptq_loader_plugin.errors import (
     BadReference,
-    CheckpointError,
+    GPTQLoaderError,
     NotEnoughMemory,
     QuantizeError,
 )
@@ -136,7 +136,7 @@ def _check_whole(folder: Path) -> None:
     """Refuse a model that cannot be streamed and does not fit as float32."""
     try:
         headers = read_headers(find_weight_files(folder).files)
-    except (CheckpointError, OSError):  # loading it says what is wrong
+    except (GPTQLoaderError, OSError):  # loading it says what is wrong
         return
     needed, free = 4 * sum(math.prod(it.shape) for it in headers.values()), free_memory()
     if needed > free:

@@ -20,7 +20,7 @@ from gptq_loader_plugin.checkpoint.headers import read_headers
 from gptq_loader_plugin.checkpoint.tensors import TensorFiles
 from gptq_loader_plugin.checkpoint.transformers_config import UNBUILDABLE
 from gptq_loader_plugin.checkpoint.weight_files import find_weight_files
-from gptq_loader_plugin.errors import CheckpointError, QuantizeError
+from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.model.meta import MetaDevice, empty_parameters
 from gptq_loader_plugin.model.pictures import auto_class, reads_pictures
 from gptq_loader_plugin.model.tensor_names import ExpertPlace, ModulePlace, Names
@@ -193,7 +193,7 @@ def stream_model(
             model.generation_config = GenerationConfig.from_pretrained(folder)
         weights = StreamedWeights(model, TensorFiles(headers), stored, names)
         tokenizer = auto_tokenizer(folder)
-    except (*UNBUILDABLE, CheckpointError, QuantizeError, OSError, ImportError, RuntimeError):
+    except (*UNBUILDABLE, GPTQLoaderError, OSError, ImportError, RuntimeError):
         return None  # reading it whole says what is wrong
     for name, buffer in list(model.named_buffers()):
         if name in stored:
