@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from altered import DATA, error, plugins
+from published import publish
+from round_trip import IDS
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 from typer.testing import CliRunner
 
@@ -25,6 +27,7 @@ from gptq_loader_plugin.quantize.blocks import find_blocks, linears
 from gptq_loader_plugin.quantize.budget import Budget
 from gptq_loader_plugin.quantize.calibration import built_in_text, calibration_samples
 from gptq_loader_plugin.quantize.sensitivity import sensitivity
+from gptq_loader_plugin.quantize.source import load_source
 from gptq_loader_plugin.quantize.widths import Width, dynamic_rules, unit_of
 
 if TYPE_CHECKING:
@@ -190,6 +193,26 @@ def test_layers_that_engines_join_have_one_width(tmp_path: Path) -> None:
         torch.inference_mode(),
     ):
         assert error(loaded.model(ids).logits, model(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("model_type", ["dory", "xlm", "zamba2", "qwen3_moe"])
+def test_models_that_run_otherwise_get_widths_too(model_type: str, tmp_path: Path) -> None:
+    """Blocks that run several times or not one by one, one that several layers share, experts."""
+    source = publish(model_type, tmp_path / "published").original
+    model, tokenizer = load_source(source)
+    samples, out = [IDS, IDS[::-1]], tmp_path / "out"
+    quantize(model, tokenizer, out, options=options(size="4.5bpw"), samples=samples)
+    config = json.loads((out / "quantize_config.json").read_text())
+    found = layers_of(out)
+    assert len({it.bits for it in found}) > 1
+    assert all(stated(config, it.name)[0] == it.bits for it in found)
+    with (
+        gptq.load(out, device="cpu", backend="reference", plugins=plugins()) as loaded,
+        torch.inference_mode(),
+    ):
+        ids = torch.tensor([IDS])
+        right = model(ids, use_cache=False).logits
+        assert error(loaded.model(ids, use_cache=False).logits, right) < 1e-3
 
 
 def test_rules_reach_their_layers_and_no_others() -> None:
