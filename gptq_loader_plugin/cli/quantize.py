@@ -219,11 +219,11 @@ def _report(folder: Path, seconds: float, where: Sequence[Answer], *, as_json: b
     compared, floor = quality["compared"], quality["noise_floor"]
     say(
         f"KL divergence from the unquantised model: {compared['kl']:.4f} "
-        f"± {compared['kl_error']:.4f}, where bfloat16 alone makes {floor['kl']:.4f}"
+        f"± {compared['kl_error']:.4f}, where rounding to bfloat16 alone makes {floor['kl']:.1e}"
     )
     say(
         f"the same likeliest token: {compared['top1']:.1%} of {compared['tokens']:,}, "
-        f"bfloat16 alone {floor['top1']:.1%}"
+        f"where rounding alone keeps {floor['top1']:.1%}"
     )
     say(f"{write_size(quality['bytes'])} of weights; each layer's error is in {QUALITY_FILE}")
     say(f"other programs that load it: {engines_of(where)}; why not another: gptq-loader where")

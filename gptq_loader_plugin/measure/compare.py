@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,6 @@ from gptq_loader_plugin.measure.divergence import (
     Divergence,
     KeptReference,
     compute_logits,
-    rounded_embeddings,
 )
 from gptq_loader_plugin.measure.perplexity import Perplexity, cut_windows
 from gptq_loader_plugin.measure.results import measurement
@@ -47,7 +47,7 @@ class Compared:
         size_bytes: its weight files together.
         perplexity: on the windows that all read.
         divergence: how far it is from the reference; of the reference, from itself, where its
-            embeddings are rounded: the noise floor.
+            hidden states are off by bfloat16's rounding: the noise floor.
         prompt_rate: tokens a second of a prompt, None where speed was not measured.
         reply_rate: tokens a second of a reply.
         bits: the width of most codes, None of a model that is not quantised.
@@ -225,9 +225,7 @@ class _Run:
         """Read all windows; of the reference twice, to keep it and for the noise."""
         import torch
 
-        def logits(window: torch.Tensor) -> torch.Tensor:
-            return compute_logits(model, window)
-
+        logits = partial(compute_logits, model)
         if self.kept is not None:
             if not all(map(torch.equal, windows, self.kept.windows)):
                 raise OptionInvalid(
@@ -239,8 +237,8 @@ class _Run:
         vocabulary = first.shape[-1]
         kept = KeptReference(self.folder, windows, vocabulary)
         perplexity, _ = self._scored(name, kept, logits, keep=True)
-        with rounded_embeddings(model):
-            _, noise = self._scored(f"{name}, rounded", kept, logits)
+        noisy = partial(compute_logits, model, is_noisy=True)
+        _, noise = self._scored(f"{name}, its noise floor", kept, noisy)
         self.kept = kept
         return perplexity, noise
 

@@ -3,15 +3,16 @@
 One model is in memory at a time. The reference leaves its log-probabilities in a file, whole and in
 float32, and each model is read against that.
 
-What is not worth a difference is measured too: the reference once more, its embeddings rounded to
-bfloat16, differs from itself by the noise floor. A divergence of that size says nothing.
+What is not worth a difference is measured too: the reference once more, its hidden states off by
+bfloat16's rounding, differs from itself by the noise floor (`generation.noise_floor`). A divergence
+of that size says nothing.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import numpy as np
 
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.generation.kl_divergence import kl_divergence
+from gptq_loader_plugin.generation.noise_floor import bfloat16_noise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-__all__ = ["Divergence", "KeptReference", "Scored", "compute_logits", "rounded_embeddings"]
+__all__ = ["Divergence", "KeptReference", "Scored", "compute_logits"]
 
 SPARE = 1 << 30  # bytes of a disk that are left free
 
@@ -115,6 +117,9 @@ class KeptReference:
         Args:
             logits: computes a window's logits, float [n, vocabulary or more].
             keep: whether this is the reference itself, whose probabilities are to be kept.
+
+        Raises:
+            OptionInvalid: the model has fewer tokens than the reference.
         """
         import torch
 
@@ -122,6 +127,12 @@ class KeptReference:
         for window in self.windows:
             count = len(window) - 1
             own = logits(window)[:-1, : self.vocabulary].float().cpu()
+            if own.shape[-1] != self.vocabulary:
+                raise OptionInvalid(
+                    f"one of the models has {own.shape[-1]:,} tokens, and the reference "
+                    f"{self.vocabulary:,}",
+                    hint="compare checkpoints of one model; name the smaller one first",
+                )
             log_probs = torch.log_softmax(own, dim=-1)
             scored.losses.append(-log_probs.gather(1, window[1:, None]).squeeze(1).numpy())
             if keep:
@@ -134,31 +145,25 @@ class KeptReference:
             yield scored
 
 
-def compute_logits(model: Any, window: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - transformers' model
-    """Compute a window's logits by transformers' model."""
+def compute_logits(
+    model: Any,  # noqa: ANN401 - transformers' model
+    window: torch.Tensor,
+    *,
+    is_noisy: bool = False,
+) -> torch.Tensor:
+    """Compute a window's logits by transformers' model.
+
+    Args:
+        model: the model.
+        window: its tokens, int64 [n].
+        is_noisy: whether hidden states are off by bfloat16's rounding, for the noise floor.
+    """
     import torch
 
     from gptq_loader_plugin.generation.rotation import LengthRotation
 
     ids = window[None].to(model.get_input_embeddings().weight.device)
-    with torch.inference_mode(), LengthRotation(model).applied(len(window)):
+    noise = bfloat16_noise(model) if is_noisy else nullcontext()
+    with torch.inference_mode(), LengthRotation(model).applied(len(window)), noise:
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
     return logits
-
-
-@contextmanager
-def rounded_embeddings(model: Any) -> Iterator[None]:  # noqa: ANN401 - transformers' model
-    """Round what a model's blocks read first by bfloat16's step, whichever dtype it has."""
-    import torch
-
-    def rounded(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
-        # half a step up or down: what bfloat16 would make of values a little elsewhere
-        bits = torch.randint(0, 2, output.shape, generator=generator).to(output.device)
-        return output * (1 + (bits.to(output.dtype) * 2 - 1) * 2.0**-9)
-
-    generator = torch.Generator().manual_seed(0)
-    handle = model.get_input_embeddings().register_forward_hook(rounded)
-    try:
-        yield
-    finally:
-        handle.remove()

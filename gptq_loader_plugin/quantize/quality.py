@@ -3,7 +3,8 @@
 The two are compared on a text that neither was calibrated on: the mean over its tokens of the
 Kullback-Leibler divergence of the quantised model's probabilities from the other's, in nats, and
 how often both hold the same token for the likeliest. The noise floor is the same for the model
-before it is quantised, computed in bfloat16: what is below that, rounding does too.
+before it is quantised, its hidden states off by bfloat16's rounding (`generation.noise_floor`):
+what is below that, rounding does too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.generation.kl_divergence import kl_divergence
+from gptq_loader_plugin.generation.noise_floor import bfloat16_noise
 from gptq_loader_plugin.system.atomic_file import write_whole
 from gptq_loader_plugin.system.units import write_size
 
@@ -80,7 +82,7 @@ class HeldOutText:
         row = 2 * WINDOW * embedding.weight.shape[0]
         self._windows = windows[: max(KEPT_BYTES // row, 1)]
         self._expected = [it.half() for it in self._logits(model)]
-        with torch.autocast("cpu", torch.bfloat16):
+        with bfloat16_noise(model):
             self.floor = self.compare(model)
 
     def compare(self, model: PreTrainedModel) -> Divergence:
@@ -128,7 +130,7 @@ def write_quality(
         widths: how each layer was quantised.
         losses: the relative squared error of each layer's outputs, by the layer's path.
         compared: the quantised model beside the other.
-        floor: that one in bfloat16, beside itself.
+        floor: that one beside itself, where rounding alone moves it.
         name: what that one is called.
     """
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
@@ -179,11 +181,11 @@ tags:
 ## Measured
 
 Beside the unquantised model, on {compared["tokens"]:,} tokens that it was not calibrated on. The
-noise floor is the unquantised model in bfloat16, beside itself in float32.
+noise floor is the unquantised model beside itself, its hidden states off by bfloat16's rounding.
 
 | | this checkpoint | noise floor |
 |---|---|---|
-| KL divergence, nats a token | {kl} | {floor["kl"]:.4f} |
+| KL divergence, nats a token | {kl} | {floor["kl"]:.1e} |
 | same likeliest token | {compared["top1"]:.1%} | {floor["top1"]:.1%} |
 
 The layers that lost most, by the squared error of their outputs; all are in `{QUALITY_FILE}`:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.generation.kl_divergence import kl_divergence
+from gptq_loader_plugin.generation.noise_floor import bfloat16_noise
 from gptq_loader_plugin.measure.perplexity import sample_text
 from gptq_loader_plugin.verify.report import Finding
-from gptq_loader_plugin.verify.text import BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,9 +33,6 @@ __all__ = ["LayerError", "Observed", "compare", "observe"]
 
 WINDOWS, WINDOW = 8, 128  # tokens, spread over the sample text
 ROWS = 16  # inputs of a layer
-# bfloat16 rounds by up to half of a relative 2**-8: hidden states that are off by that give a
-# divergence which no quantisation is to blame for.
-NOISE = 2.0**-8
 # Of two weights that have nothing to do with each other the error is 1.41; of 2 bits in groups of
 # 128 by plain rounding 0.6.
 UNRELATED = 1.0
@@ -199,7 +196,7 @@ def _divergence(model: PreTrainedModel, observed: Observed) -> dict[str, Any]:
     right = _logits(model, observed.windows)
     shared = min(right.shape[-1], observed.logits.shape[-1])  # either may be padded
     reference = torch.log_softmax(right[..., :shared], dim=-1)
-    with _perturbed(model):
+    with bfloat16_noise(model):
         noisy = _logits(model, observed.windows)
     floor = kl_divergence(reference, torch.log_softmax(noisy[..., :shared], dim=-1))
     kl = kl_divergence(
@@ -235,29 +232,6 @@ def _logits(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
             for window in windows
         ]
     return torch.stack(rows)
-
-
-@contextmanager
-def _perturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Round, as it were, what each block passes on to bfloat16, in a random way."""
-    import torch
-
-    seeded = torch.Generator().manual_seed(0)
-
-    def disturb(_module: object, _inputs: object, output: Any) -> Any:  # noqa: ANN401
-        whole = isinstance(output, tuple)
-        states = output[0] if whole else output
-        noise = torch.rand(states.shape, generator=seeded).to(states)
-        states = states * (1 + NOISE * (noise - 0.5))
-        return (states, *output[1:]) if whole else states
-
-    blocks = [module for name, module in model.named_modules() if BLOCK.search(name)]
-    handles = [module.register_forward_hook(disturb) for module in blocks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 import unicodedata
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from gptq_loader_plugin.generation.noise_floor import find_blocks
 from gptq_loader_plugin.verify.report import Finding
 
 if TYPE_CHECKING:
@@ -15,9 +15,8 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
-__all__ = ["BLOCK", "check_activations", "check_text", "is_trained"]
+__all__ = ["check_activations", "check_text", "is_trained"]
 
-BLOCK = re.compile(r"\b(?:layers|h|blocks|block)\.\d+$")
 WINDOW = 256  # tokens of the paragraph
 REPLY = 64
 QUESTIONS = (
@@ -70,8 +69,8 @@ def check_activations(model: LoadedModel, ids: Sequence[int]) -> tuple[list[Find
         return hook
 
     # what a class answers as hidden states has the last block's behind the last norm
-    blocks = [(name, it) for name, it in model.model.named_modules() if BLOCK.search(name)]
-    watched = [("the embedding", model.model.get_input_embeddings()), *blocks]
+    embedding = ("the embedding", model.model.get_input_embeddings())
+    watched = [embedding, *find_blocks(model.model)]
     handles = [module.register_forward_hook(keep(name)) for name, module in watched]
     try:
         with torch.inference_mode():
