@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
+from gptq_loader_plugin.class_errors import class_errors
 from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.loading import load
@@ -23,7 +25,7 @@ from gptq_loader_plugin.measure.speed import prompt_seconds, reply_seconds
 from gptq_loader_plugin.quantize.source import load_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.measure.results import Measured
     from gptq_loader_plugin.plugins import Plugins
 
-__all__ = ["Compared", "Comparison", "compare_checkpoints"]
+__all__ = ["Compared", "Comparison", "Held", "compare_checkpoints", "compare_loaded"]
 
+T = TypeVar("T")
+Logits: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 PROMPT, REPLY = 128, 32  # tokens of what is timed
 
 
@@ -90,6 +94,18 @@ class Comparison:
         return divergence
 
 
+class Held(Protocol):
+    """A loaded model that others use too: each call has it for something short.
+
+    A host gives a comparison its model so, a window of text at a time, and answers others between
+    two calls.
+    """
+
+    def __call__(self, work: Callable[[LoadedModel], T], /) -> T:
+        """Run `work` on the model, and return what it returns."""
+        ...
+
+
 def compare_checkpoints(
     references: Sequence[str],
     text: str,
@@ -126,15 +142,63 @@ def compare_checkpoints(
         raise OptionInvalid(
             "there is nothing to compare with", hint="name two checkpoints, or --reference FOLDER"
         )
-    with tempfile.TemporaryDirectory(prefix="gptq-compare-") as folder:
-        run = _Run(Path(folder), text, text_name, windows, window_tokens, progress or _silent)
+    with _run(text, text_name, windows, window_tokens, progress) as run:
         if unquantized is not None:
             run.read_unquantized(unquantized)
         for reference in references:
             with load(reference, options=options, plugins=plugins) as model:
-                run.read_checkpoint(reference, model, speed=speed)
+                run.read_checkpoint(reference, partial(_use, model), speed=speed)
             gc.collect()
         return run.done()
+
+
+def compare_loaded(
+    models: Sequence[tuple[str, Held]],
+    text: str,
+    *,
+    text_name: str,
+    windows: int = 20,
+    window_tokens: int = 256,
+    speed: bool = True,
+    progress: Callable[[Progress], None] | None = None,
+) -> Comparison:
+    """Compare models that are in memory already, as `compare_checkpoints` compares others.
+
+    Args:
+        models: each with its name; the first is what the others are compared with.
+        text: what is predicted.
+        text_name: what a person calls it.
+        windows: the most windows to read.
+        window_tokens: the tokens of each.
+        speed: whether to time a prompt and a reply, too.
+        progress: called with the windows done; what it raises ends the comparison.
+
+    Raises:
+        OptionInvalid: their tokenizers differ, or the text is shorter than a window.
+        GPTQLoaderError: one answers with what is no number.
+    """
+    with _run(text, text_name, windows, window_tokens, progress) as run:
+        for name, use in models:
+            run.read_checkpoint(name, use, speed=speed, own_name=name)
+        return run.done()
+
+
+@contextmanager
+def _run(
+    text: str,
+    text_name: str,
+    windows: int,
+    window_tokens: int,
+    progress: Callable[[Progress], None] | None,
+) -> Iterator[_Run]:
+    """Begin a comparison, with a folder for the reference's probabilities while it lasts."""
+    with tempfile.TemporaryDirectory(prefix="gptq-compare-") as folder:
+        yield _Run(Path(folder), text, text_name, windows, window_tokens, progress or _silent)
+
+
+def _use(model: LoadedModel, work: Callable[[LoadedModel], T]) -> T:
+    """Have a model to oneself."""
+    return work(model)
 
 
 class _Run:
@@ -160,7 +224,8 @@ class _Run:
         """Read the model that is not quantised."""
         model, tokenizer = load_source(source)
         ids = tokenizer(self.text, verbose=False)["input_ids"]
-        perplexity, divergence = self._read(source.name, model, self._windows(ids))
+        readers = partial(compute_logits, model), partial(compute_logits, model, is_noisy=True)
+        perplexity, divergence = self._read(source.name, self._windows(ids), *readers)
         files = [source] if source.is_file() else source.glob("*.safetensors")
         self.models.append(
             Compared(
@@ -172,30 +237,47 @@ class _Run:
             )
         )
 
-    def read_checkpoint(self, name: str, loaded: LoadedModel, *, speed: bool) -> None:
+    def read_checkpoint(
+        self, name: str, use: Held, *, speed: bool, own_name: str | None = None
+    ) -> None:
         """Read a quantised model, and time it."""
-        windows = cut_windows(
-            loaded, self.text, windows=self.count, window_tokens=self.window_tokens
+        windows = use(
+            partial(
+                cut_windows, text=self.text, windows=self.count, window_tokens=self.window_tokens
+            )
         )
         is_reference = self.kept is None
-        perplexity, divergence = self._read(name, loaded.model, windows)
+
+        def logits(window: torch.Tensor, *, is_noisy: bool = False) -> torch.Tensor:
+            return use(partial(_logits, window=window, is_noisy=is_noisy))
+
+        noisy = partial(logits, is_noisy=True)
+        perplexity, divergence = self._read(name, windows, logits, noisy)
         figure = Perplexity(perplexity, len(windows), self.window_tokens)
-        self.measured.append(measurement(loaded, figure, text=self.text, text_name=self.text_name))
+        described = partial(
+            measurement, perplexity=figure, text=self.text, text_name=self.text_name, name=own_name
+        )
+        self.measured.append(use(described))
         rates: tuple[float | None, float | None] = (None, None)
         if speed:
-            prompt_seconds(loaded, PROMPT)  # whose first run prepares what later ones find
-            rates = PROMPT / prompt_seconds(loaded, PROMPT), REPLY / reply_seconds(loaded, REPLY)
+            self.progress(Progress("speed", 0, 0, detail=name))
+            use(partial(prompt_seconds, tokens=PROMPT))  # prepares what later ones find
+            rates = (
+                PROMPT / use(partial(prompt_seconds, tokens=PROMPT)),
+                REPLY / use(partial(reply_seconds, tokens=REPLY)),
+            )
+        plan = use(lambda model: model.plan)
         self.models.append(
             Compared(
                 name=name,
                 is_reference=is_reference,
-                size_bytes=loaded.plan.checkpoint_bytes,
+                size_bytes=plan.checkpoint_bytes,
                 perplexity=perplexity,
                 divergence=divergence,
                 prompt_rate=rates[0],
                 reply_rate=rates[1],
-                bits=loaded.config.bits,
-                kernels=tuple(loaded.plan.kernels()),
+                bits=use(lambda model: model.config.bits),
+                kernels=tuple(plan.kernels()),
             )
         )
 
@@ -217,15 +299,11 @@ class _Run:
         return list(whole.split(self.window_tokens))[: self.count]
 
     def _read(
-        self,
-        name: str,
-        model: object,
-        windows: Sequence[torch.Tensor],
+        self, name: str, windows: Sequence[torch.Tensor], logits: Logits, noisy: Logits
     ) -> tuple[float, Divergence | None]:
         """Read all windows; of the reference twice, to keep it and for the noise."""
         import torch
 
-        logits = partial(compute_logits, model)
         if self.kept is not None:
             if not all(map(torch.equal, windows, self.kept.windows)):
                 raise OptionInvalid(
@@ -233,11 +311,9 @@ class _Run:
                     hint="compare checkpoints of one model, with the tokenizer they came with",
                 )
             return self._scored(name, self.kept, logits)
-        first = logits(windows[0][:2])
-        vocabulary = first.shape[-1]
+        vocabulary = logits(windows[0][:2]).shape[-1]
         kept = KeptReference(self.folder, windows, vocabulary)
         perplexity, _ = self._scored(name, kept, logits, keep=True)
-        noisy = partial(compute_logits, model, is_noisy=True)
         _, noise = self._scored(f"{name}, its noise floor", kept, noisy)
         self.kept = kept
         return perplexity, noise
@@ -246,7 +322,7 @@ class _Run:
         self,
         name: str,
         kept: KeptReference,
-        logits: Callable[[torch.Tensor], torch.Tensor],
+        logits: Logits,
         *,
         keep: bool = False,
     ) -> tuple[float, Divergence | None]:
@@ -256,6 +332,12 @@ class _Run:
             if done == len(kept.windows):
                 perplexity, divergence = scored.perplexity, scored.divergence
         return perplexity, divergence
+
+
+def _logits(loaded: LoadedModel, window: torch.Tensor, *, is_noisy: bool) -> torch.Tensor:
+    """Compute a window's logits; what fails inside transformers is said in words."""
+    with class_errors(loaded.model.config.model_type, loaded.plan.path):
+        return compute_logits(loaded.model, window, is_noisy=is_noisy)
 
 
 def _silent(_: Progress) -> None:

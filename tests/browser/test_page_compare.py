@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -141,5 +142,68 @@ def test_models_are_measured_and_drawn(browser: Browser, models: Path, tmp_path:
             assert inside
             assert box["x"] >= inside["x"]
             assert box["x"] + box["width"] <= inside["x"] + inside["width"]
+        assert page.evaluate(TOO_WIDE) == []
+        assert errors == []
+
+
+def test_both_are_measured_as_the_command_does(
+    browser: Browser, models: Path, tmp_path: Path
+) -> None:
+    """The figures of `gptq-loader compare`; stopped half way; and what is wrong, in words."""
+    environ = {"GPTQ_LOADER_CONFIG": str(tmp_path), "GPTQ_LOADER_MODELS": str(models)}
+    slow = {"STEP_SECONDS": "0.15"}  # so that there is time to stop it
+    with (
+        started(record=tmp_path / "steps", environ=environ | slow) as served,
+        opened(browser, served) as (page, errors),
+    ):
+        page.get_by_role("tab", name="Compare").click()
+        alert = page.locator("#measuring [role=alert]")
+        page.locator("#measure-both").click()
+        expect(alert).to_have_text("No model is loaded. Choose one in the Model tab.")
+        load(page, FIRST)
+        page.get_by_role("tab", name="Compare").click()
+        page.locator("#measure-both").click()
+        expect(alert).to_have_text("There is no second model. Choose one above.")
+        page.locator("#other input").click()
+        page.get_by_role("option", name=f"{SECOND} (").click()
+        expect(page.locator("#other-loading")).to_contain_text("Loaded in", timeout=30_000)
+        page.locator("#measure-both").click()
+        expect(page.locator("#measuring")).to_contain_text(re.compile(r"\d of \d+ windows"))
+        page.locator("#measure-stop").click()
+        expect(page.locator("#measuring")).to_have_text("Stopped.")
+        expect(page.locator("#measure-both")).to_be_visible()
+        expect(page.locator("#compared table")).to_have_count(0)
+        page.locator("#measure-both").click()
+        expect(page.locator("#measure-both")).to_be_hidden()
+        expect(page.locator("#compared table")).to_be_visible(timeout=120_000)
+        expect(page.locator("#measure-both")).to_be_visible()
+        completed = run_process(
+            [
+                *(sys.executable, "-m", "gptq_loader_plugin", "compare"),
+                *(models / FIRST, models / SECOND, "--json", "--no-speed"),
+            ],
+            env={**os.environ, **ENVIRON, **environ, "GPTQ_LOADER_DATA": str(tmp_path / "other")},
+            check=True,
+        )
+        said = json.loads(completed.stdout)
+        rows = page.locator("#compared tbody tr")
+        cells = [row.split("\t") for row in rows.all_inner_texts()]
+        for row, model in zip(cells, said["models"], strict=True):
+            it = model["divergence"]
+            assert float(row[3]) == pytest.approx(model["perplexity"], abs=0.001)
+            assert float(row[4]) == pytest.approx(it["mean"], rel=0.06), "two digits are shown"
+            assert float(row[6]) == pytest.approx(it["p90"], rel=0.06)
+            assert row[7] == f"{100 * it['top1']:.1f} %"
+            assert float(row[9].replace(",", "")) > 0, "it is timed, too"
+        expect(page.locator("#compared .bar")).to_have_count(4)
+        expect(page.locator("#compared")).to_contain_text(
+            re.compile(r"times as much as rounding makes\. Both have the same likeliest token in")
+        )
+        expect(page.locator("#chart .mark")).to_have_count(2)  # which keeps their perplexities
+        page.get_by_label("My own text").check()
+        page.locator("#measure-text textarea").fill("Too short.")
+        page.locator("#measure-both").click()
+        expect(alert).to_contain_text("Paste a longer text.")
+        page.set_viewport_size(PHONE)
         assert page.evaluate(TOO_WIDE) == []
         assert errors == []

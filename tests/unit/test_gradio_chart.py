@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import re
 import threading
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import altered
 import pytest
 
+import gptq_loader_plugin as gptq
 from gptq_loader_extensions.gradio.jobs.local_models import LocalModels
-from gptq_loader_extensions.gradio.jobs.measuring import measure, named_text
+from gptq_loader_extensions.gradio.jobs.measuring import measure, measure_both, named_text
 from gptq_loader_extensions.gradio.jobs.models import Stopped
 from gptq_loader_extensions.gradio.storage.catalog import Catalog
 from gptq_loader_extensions.gradio.views.chart import chart_html
-from gptq_loader_plugin.errors import GPTQLoaderError
+from gptq_loader_extensions.gradio.views.comparison_view import comparison_html
+from gptq_loader_plugin.errors import GPTQLoaderError, OptionInvalid
+from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.load_options import LoadOptions
+from gptq_loader_plugin.measure.compare import compare_checkpoints
 from gptq_loader_plugin.measure.perplexity import measure_perplexity, sample_text
 from gptq_loader_plugin.measure.results import Measured, MeasuredText
-
-if TYPE_CHECKING:
-    from gptq_loader_plugin.events import Progress
 
 CHECKPOINTS = Path(__file__).parents[1] / "data" / "checkpoints"
 ENVIRON = {"GPTQ_LOADER_PLUGINS": "core,kernel-dense,kernel-reference"}
@@ -160,3 +162,74 @@ def test_a_model_that_is_changed_meanwhile_is_no_figure(catalog: Catalog) -> Non
     with pytest.raises(GPTQLoaderError, match="another model was loaded"):
         measure(models, None, threading.Event(), exchange)
     models.unload()
+
+
+# Two models
+
+
+def two_models(catalog: Catalog, second: str = SECOND) -> list[LocalModels]:
+    sides = [LocalModels(environ=ENVIRON), LocalModels(environ=ENVIRON)]
+    for side, name in zip(sides, (FIRST, second), strict=True):
+        side.load(catalog.find(name), LoadOptions(context=128), lambda _: None)
+    return sides
+
+
+def test_two_models_are_compared_as_the_command_does(catalog: Catalog) -> None:
+    empty = [LocalModels(environ=ENVIRON), LocalModels(environ=ENVIRON)]
+    with pytest.raises(GPTQLoaderError, match="no model is loaded"):
+        measure_both(empty, None, threading.Event(), lambda _: None)
+    sides, steps = two_models(catalog), list[Progress]()
+    with pytest.raises(GPTQLoaderError, match="there is no second model"):
+        measure_both([sides[0], empty[1]], None, threading.Event(), steps.append)
+    compared = measure_both(sides, None, threading.Event(), steps.append)
+    expected = compare_checkpoints(
+        [str(catalog.find(name).target) for name in (FIRST, SECOND)], sample_text(),
+        text_name="Sample text", options=LoadOptions(context=128),
+        plugins=gptq.Plugins(installed=True, environ=ENVIRON), windows=20, window_tokens=128,
+        speed=False,
+    )  # fmt: skip
+    for own, other in zip(compared.models, expected.models, strict=True):
+        assert (own.prompt_rate or 0) > 0
+        assert own.divergence == other.divergence
+        assert replace(own, name="", prompt_rate=None, reply_rate=None) == replace(other, name="")
+    assert [it.name for it in compared.models] == [FIRST, SECOND]
+    assert [it.name for it in compared.measured] == [FIRST, SECOND]
+    assert {step.stage for step in steps} == {"compare", "speed"}
+    html = comparison_html(compared)
+    assert html.count("class='bar ") == 4
+    assert f"{compared.models[1].perplexity:.3f}" in html
+    for side in sides:
+        side.unload()
+
+
+def test_a_comparison_is_stopped_and_says_what_is_wrong(catalog: Catalog, tmp_path: Path) -> None:
+    sides, cancel = two_models(catalog), threading.Event()
+    with pytest.raises(GPTQLoaderError, match="fewer than a window") as caught:
+        measure_both(sides, "Too short.", cancel, lambda _: None)
+    assert caught.value.hint == "paste a longer text"
+
+    def stop_half_way(progress: Progress) -> None:
+        if progress.done == 3:
+            cancel.set()
+
+    with pytest.raises(Stopped):
+        measure_both(sides, None, cancel, stop_half_way)
+
+    def exchange(_: Progress) -> None:
+        sides[1].load(catalog.find(FIRST), LoadOptions(), lambda _: None)
+
+    with pytest.raises(GPTQLoaderError, match="another model was loaded"):
+        measure_both(sides, None, threading.Event(), exchange)
+    folder = altered.copy(SECOND, tmp_path / "other")
+
+    def swap(table: dict[str, dict[str, dict[str, int]]]) -> None:
+        vocabulary = table["model"]["vocab"]
+        vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
+
+    altered.edit_json(folder / "tokenizer.json", swap)
+    others = Catalog(models_dir=tmp_path, cache=False)
+    sides[1].load(others.find("other"), LoadOptions(context=128), lambda _: None)
+    with pytest.raises(OptionInvalid, match="other reads the text as other tokens than"):
+        measure_both(sides, None, threading.Event(), lambda _: None)
+    for side in sides:
+        side.unload()

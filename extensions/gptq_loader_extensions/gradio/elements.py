@@ -95,10 +95,12 @@ COMPARE_WORDS = "compare-words"
 MEASURE_ROW = "measure-row"
 MEASURE_ON = "measure-on"
 MEASURE = "measure"
+MEASURE_BOTH = "measure-both"
 MEASURE_STOP = "measure-stop"
 MEASURE_TEXT = "measure-text"
 MEASURING = "measuring"
 MEASURED_ON = "measured-on"
+COMPARED = "compared"
 CHART = "chart"
 
 # Model

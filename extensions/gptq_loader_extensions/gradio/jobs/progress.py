@@ -30,6 +30,8 @@ STAGES = {
     "branches": "Asking the hub",
     "download": "Downloading",
     "perplexity": "Measuring",
+    "compare": "Measuring",
+    "speed": "Timing a prompt and a reply",
     "waiting": "Waiting",
 }
 

@@ -14,10 +14,11 @@ import gradio as gr
 from gptq_loader_extensions.gradio import elements
 from gptq_loader_extensions.gradio.error_messages import alert, format_error
 from gptq_loader_extensions.gradio.events import AT_ONCE, LOADS, stop
-from gptq_loader_extensions.gradio.jobs.measuring import measure
+from gptq_loader_extensions.gradio.jobs.measuring import measure, measure_both
 from gptq_loader_extensions.gradio.jobs.models import Stopped
 from gptq_loader_extensions.gradio.jobs.progress import Finished, progress_bar, run_with_progress
 from gptq_loader_extensions.gradio.views.chart import chart_html, text_title
+from gptq_loader_extensions.gradio.views.comparison_view import comparison_html
 from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.events import Progress
 
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gptq_loader_extensions.gradio.jobs.models import Models
+    from gptq_loader_plugin.measure.compare import Comparison
     from gptq_loader_plugin.measure.results import MeasuredFiles
 
 __all__ = ["MeasureBox"]
 
+ERRORS = (GPTQLoaderError, MemoryError, RuntimeError, OSError)
 SAMPLE, OWN = "The sample, a page of prose", "My own text"
 
 
@@ -53,6 +56,9 @@ class MeasureBox:
                 scale=1,
             )
             self._start = gr.Button("Measure", elem_id=elements.MEASURE, scale=0, min_width=120)
+            self._both = gr.Button(
+                "Measure both", elem_id=elements.MEASURE_BOTH, scale=0, min_width=120
+            )
             self._stop = gr.Button(
                 "Stop",
                 variant="stop",
@@ -71,6 +77,7 @@ class MeasureBox:
             visible=False,
         )
         self._progress = gr.HTML("", elem_id=elements.MEASURING, elem_classes=elements.WORK_CLASS)
+        self._compared = gr.HTML("", elem_id=elements.COMPARED, elem_classes=elements.SHEET_CLASS)
         self._text = gr.Dropdown(
             [], value=None, label="Measured on", elem_id=elements.MEASURED_ON, visible=False
         )
@@ -81,6 +88,7 @@ class MeasureBox:
         outputs = [
             self._cancel,
             self._start,
+            self._both,
             self._stop,
             self._progress,
             self._text,
@@ -91,6 +99,9 @@ class MeasureBox:
             lambda source: gr.update(visible=source == OWN), [self._source], [self._own], **AT_ONCE
         )
         self._start.click(self._measure, [self._source, self._own], outputs, **LOADS)
+        self._both.click(
+            self._measure_both, [self._source, self._own], [*outputs, self._compared], **LOADS
+        )
         self._stop.click(stop, [self._cancel], None, **AT_ONCE)
         self._text.select(self._draw, [self._text], [self._chart], **AT_ONCE)
         for event in opened:
@@ -98,8 +109,7 @@ class MeasureBox:
 
     def _measure(self, source: str, own: str) -> Iterator[dict[Any, Any]]:
         """Measure each model that is loaded."""
-        cancel = threading.Event()
-        busy = {self._start: gr.update(visible=False), self._stop: gr.update(visible=True)}
+        cancel, busy = threading.Event(), self._buttons(busy=True)
         bar = progress_bar(Progress("perplexity", 0, 0, detail="cutting the text"))
         yield {self._cancel: cancel, self._progress: bar, **busy}
         text, problem = own if source == OWN else None, ""
@@ -118,16 +128,50 @@ class MeasureBox:
                         yield {self._progress: progress_bar(event), **busy}
         except Stopped:
             done.append("stopped")
-        except (GPTQLoaderError, MemoryError, RuntimeError, OSError) as error:
+        except ERRORS as error:
             problem = alert(format_error(error))
         finally:
             cancel.set()
         summary = f"<p class='done'>Measured: {escape('; '.join(done))}.</p>" if done else ""
-        yield {
-            **updates,
-            self._start: gr.update(visible=True),
-            self._stop: gr.update(visible=False),
-            self._progress: summary + problem,
+        yield {**updates, **self._buttons(busy=False), self._progress: summary + problem}
+
+    def _measure_both(self, source: str, own: str) -> Iterator[dict[Any, Any]]:
+        """Compare the two models, and draw how far they are apart."""
+        cancel, busy = threading.Event(), self._buttons(busy=True)
+        bar = progress_bar(Progress("compare", 0, 0, detail="cutting the text"))
+        yield {self._cancel: cancel, self._progress: bar, self._compared: "", **busy}
+        text = own if source == OWN else None
+        updates: dict[Any, Any] = {}
+        try:
+            for event in run_with_progress(partial(measure_both, self._sides, text, cancel)):
+                if isinstance(event, Finished):
+                    updates = self._keep(event.value)
+                else:
+                    yield {self._progress: progress_bar(event), **busy}
+        except Stopped:
+            updates = {self._progress: "<p class='done'>Stopped.</p>"}
+        except ERRORS as error:
+            updates[self._progress] = alert(format_error(error))
+        finally:
+            cancel.set()
+        yield {self._progress: "", **updates, **self._buttons(busy=False)}
+
+    def _keep(self, comparison: Comparison) -> dict[Any, Any]:
+        """Draw a comparison, and keep its perplexities for the chart."""
+        updates: dict[Any, Any] = {self._compared: comparison_html(comparison)}
+        try:
+            for figure in comparison.measured:
+                self._files.keep(figure)
+        except GPTQLoaderError as error:  # the comparison is drawn all the same
+            return {**updates, self._progress: alert(format_error(error))}
+        return {**updates, **self._show(comparison.measured[0].text.key)}
+
+    def _buttons(self, *, busy: bool) -> dict[Any, Any]:
+        """Show what begins a measurement, or what ends the one that runs."""
+        return {
+            self._start: gr.update(visible=not busy),
+            self._both: gr.update(visible=not busy),
+            self._stop: gr.update(visible=busy),
         }
 
     def _open(self, key: str | None) -> dict[Any, Any]:
