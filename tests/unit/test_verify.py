@@ -153,6 +153,28 @@ def test_codes_that_are_random_everywhere_are_a_note(tmp_path: Path) -> None:
     assert "no real weights" in findings[0].message
 
 
+def test_two_bits_of_a_good_scale_are_not_random(tmp_path: Path) -> None:
+    """The four codes of a bell-shaped weight are nearly as frequent; random ones are told apart."""
+    folder = copy("gptq-2bit-32g-act-asym", tmp_path / "one")
+    name, seeded = "model.layers.0.self_attn.k_proj", torch.Generator().manual_seed(0)
+    entropy = 0.0
+
+    def fill(tensors: dict[str, Any]) -> None:
+        nonlocal entropy
+        words = tensors[f"{name}.qweight"]
+        weight = torch.randn(16, *words.shape, generator=seeded)
+        codes = (weight / 0.8 + 1.5).round().clamp(0, 3).long()
+        shares = codes.flatten().bincount() / codes.numel()
+        entropy = float(-(shares * shares.log2()).sum())
+        packed = sum(codes[i] << 2 * i for i in range(16))
+        tensors[f"{name}.qweight"] = packed.to(torch.int32)
+
+    edit_tensors(folder, fill)
+    findings, _ = check_layers(open_checkpoint(folder))
+    assert 1.97 < entropy < 1.99
+    assert findings == []
+
+
 def test_half_a_layers_columns_without_codes(tmp_path: Path) -> None:
     folder = copy(ONE, tmp_path / "one")
 
