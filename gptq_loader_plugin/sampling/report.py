@@ -1,7 +1,7 @@
 """A sampling report: what Open-Assistant's viewer reads, and beside it lengths and speed.
 
 The report has its four keys and nothing else. Tokens and seconds of each reply are in a second
-file of the same name that ends in `.stats.json`.
+file of the same name that ends in `.stats.json`, with what else decides what is answered.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class Report(BaseModel):
         args: how it was made.
         prompts: what was answered.
         stats: of each prompt and setting, each output's; not in the report's own file.
+        made: what decides the replies and has no place among `args`: a run that is begun again
+            goes on only where it is the same; not in the report's own file.
     """
 
     model_config = ConfigDict(protected_namespaces=())
@@ -67,12 +69,13 @@ class Report(BaseModel):
     args: dict[str, Any]
     prompts: list[Answered]
     stats: list[list[list[Stat]]] = Field(default_factory=list, exclude=True)
+    made: dict[str, Any] = Field(default_factory=dict, exclude=True)
 
     def write(self, file: Path) -> None:
         """Write it, and its stats beside it."""
         write_whole(file, json.dumps(self.model_dump(), indent=2, ensure_ascii=False) + "\n")
         stats = [[[it.model_dump() for it in each] for each in row] for row in self.stats]
-        write_whole(_stats_file(file), json.dumps(stats) + "\n")
+        write_whole(_stats_file(file), json.dumps({"made": self.made, "stats": stats}) + "\n")
 
 
 def read_report(file: Path) -> Report:
@@ -94,9 +97,10 @@ def read_report(file: Path) -> Report:
         try:
             table = json.loads(beside.read_text(encoding="utf-8"))
             report.stats = [
-                [[Stat.model_validate(it) for it in each] for each in row] for row in table
+                [[Stat.model_validate(it) for it in each] for each in row] for row in table["stats"]
             ]
-        except (OSError, ValueError, TypeError):  # they are only lengths and speeds
+            report.made = dict(table["made"])
+        except (OSError, ValueError, TypeError, KeyError):  # they are only lengths and speeds
             report.stats = []
     return report
 

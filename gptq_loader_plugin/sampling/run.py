@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.events import Progress
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["sample_replies"]
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 WRITE_EVERY = 5.0  # seconds between two times that the replies so far are written
 
 
@@ -40,8 +41,8 @@ def sample_replies(
 ) -> Report:
     """Answer every prompt under every setting, and write the report.
 
-    Until it is whole its file is called `.NAME.partial.json`; the same call reads that and goes on.
-    A setting that does not sample is asked once.
+    Until it is whole its file is called `.NAME.partial.json`; the same call reads that and goes on,
+    and leaves a report that is whole as it is. A setting that does not sample is asked once.
 
     Args:
         model: the model.
@@ -56,7 +57,19 @@ def sample_replies(
         progress: called with the replies done.
     """
     partial = file.with_name(f".{file.stem}.partial.json")
-    report = _begun(partial, name, args, prompts)
+    made = {
+        "settings": [[setting.name, setting.params, setting.system] for setting in settings],
+        "system": system,
+        "checkpoint": _identity(model.plan.path),
+    }
+    new = Report(
+        model_name=name,
+        date=datetime.now(tz=UTC).replace(tzinfo=None).isoformat(),
+        args=args,
+        prompts=[],
+        made=made,
+    )
+    report = next((it for it in map(_read, (file, partial)) if _goes_on(it, new, prompts)), new)
     each = sum(samples if setting.is_random else 1 for setting in settings)
     written = time.monotonic()
     try:
@@ -97,29 +110,28 @@ def sample_replies(
     return report
 
 
-def _begun(partial: Path, name: str, args: dict[str, Any], prompts: Sequence[str]) -> Report:
-    """Return the report of a run that was interrupted, or a new one."""
-    new = Report(
-        model_name=name,
-        date=datetime.now(tz=UTC).replace(tzinfo=None).isoformat(),
-        args=args,
-        prompts=[],
-    )
-    if not partial.is_file():
-        return new
+def _identity(path: Path) -> list[str | int]:
+    """Return what tells a checkpoint from another in its place: its path, and when it changed."""
+    files = [path] if path.is_file() else list(path.iterdir())
+    times = [file.stat().st_mtime_ns for file in files if file.suffix in WEIGHTS]
+    return [str(path.resolve()), max(times, default=0)]
+
+
+def _read(file: Path) -> Report | None:
+    """Read a report of ours; None where there is none."""
     try:
-        old = read_report(partial)
+        return read_report(file) if file.is_file() else None
     except OptionInvalid:
-        return new
-    same = old.model_name == name and old.args == args and len(old.stats) == len(old.prompts)
-    return (
-        old
-        if same
-        and all(
-            answered.prompt == prompt
-            for answered, prompt in zip(old.prompts, prompts, strict=False)
-        )
-        else new
+        return None
+
+
+def _goes_on(old: Report | None, new: Report, prompts: Sequence[str]) -> TypeGuard[Report]:
+    """Return whether a report that lies there is the beginning of the new one, or all of it."""
+    if old is None or len(old.stats) != len(old.prompts) or len(old.prompts) > len(prompts):
+        return False
+    same = (old.model_name, old.args, old.made) == (new.model_name, new.args, new.made)
+    return same and all(
+        answered.prompt == prompt for answered, prompt in zip(old.prompts, prompts, strict=False)
     )
 
 

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
-from browsing import expect
+from browsing import BRANCHES, PHONE, REPO, expect
 
 from gptq_loader_plugin.sampling.report import Answered, Report, Result, Stat
 from gptq_loader_plugin.sampling.viewer import viewer_page
@@ -85,3 +85,26 @@ def test_hundreds_that_are_open_are_drawn_where_they_are_seen(viewer: Page) -> N
     expect(viewer.locator(".prompt").last.locator(".reply").first).to_be_visible()
     viewer.get_by_role("button", name="Close all").click()
     expect(viewer.locator(".reply")).to_have_count(0)
+
+
+def test_six_branches_of_a_repository_stand_side_by_side(browser: Browser, tmp_path: Path) -> None:
+    names = [f"{REPO}:{branch}" for branch in BRANCHES]
+    file = tmp_path / "viewer.html"
+    file.write_text(viewer_page([report(name, f"wide, says {name}") for name in names]))
+    page = browser.new_page(viewport=PHONE)
+    page.goto(file.as_uri())
+    expect(page.locator("#count")).to_have_text(f"{COUNT} of {COUNT} prompts")
+    rows = page.locator("#summary tr")
+    expect(rows).to_have_count(1 + len(names) * 2)
+    for name in names:
+        expect(rows.filter(has_text=name)).to_have_count(2)
+    page.locator("#setting").select_option("greedy")
+    page.get_by_role("button", name="Question 245:").click()
+    replies = page.locator(".reply")
+    expect(replies).to_have_count(len(names))
+    for at, name in enumerate(names):
+        expect(replies.nth(at)).to_contain_text(f"says {name}")
+    page.locator("#search").fill(f"says {names[-1]}")
+    expect(page.locator("#count")).to_have_text(f"{COUNT // 5} of {COUNT} prompts")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "no sideways scroll"
+    page.close()

@@ -116,6 +116,21 @@ def test_an_interrupted_run_goes_on(model: LoadedModel, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_whole_report_is_not_made_again(model: LoadedModel, tmp_path: Path) -> None:
+    """Unless something is asked otherwise, which its arguments need not show."""
+    file = tmp_path / "report.json"
+    whole = run(model, file)
+    seen: list[int] = []
+    again = run(model, file, progress=lambda it: seen.append(it.done))
+    assert seen == [10]
+    assert (again.date, again.prompts) == (whole.date, whole.prompts)
+    shorter = run(model, file, settings=usual_settings(max_new_tokens=2))
+    assert [it.tokens for it in shorter.stats[0][0]] == [2, 2]
+    asked = run(model, file, system="Be brief.", progress=lambda it: seen.append(it.done))
+    assert min(seen[1:]) == 0
+    assert asked.prompts != whole.prompts
+
+
 def test_settings_are_read_and_merged(tmp_path: Path) -> None:
     file = tmp_path / "settings.json"
     system = "<|im_start|>system\nBe brief.<|im_end|>\n"
