@@ -35,6 +35,7 @@ WIDTHS = (2, 3, 4, 8)
 GROUPS = (32, 64, -1)
 ORDERS = ("act", "static", "none", "group-aware")
 FORMATS = ("gptq", "gptq_v2")
+VOCABULARY = 448  # the tokenizer has 384, and what a family's class adds of its own
 TOKENIZER = TESTS / "data" / "checkpoints" / "base"
 
 
@@ -84,7 +85,9 @@ def write_model(family: str, folder: Path) -> None:
     from tiny_configs import tiny_config
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
+    config = tiny_config(family)
+    config.vocab_size = VOCABULARY
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # norms and biases, which a class makes all alike
             parameter.data += torch.randn_like(parameter) * 0.05

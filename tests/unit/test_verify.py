@@ -21,7 +21,7 @@ from gptq_loader_plugin.hub.hub_reference import HubReference
 from gptq_loader_plugin.load_options import LoadOptions
 from gptq_loader_plugin.verify.damage import check_siblings
 from gptq_loader_plugin.verify.files import check_hashes, check_index
-from gptq_loader_plugin.verify.layers import check_layers
+from gptq_loader_plugin.verify.layers import _Measured, _of_groups, check_layers
 from gptq_loader_plugin.verify.run import verify
 from gptq_loader_plugin.verify.text import _of_reply, _of_score, is_trained
 
@@ -173,6 +173,21 @@ def test_two_bits_of_a_good_scale_are_not_random(tmp_path: Path) -> None:
     findings, _ = check_layers(open_checkpoint(folder))
     assert 1.97 < entropy < 1.99
     assert findings == []
+
+
+def test_few_groups_may_miss_an_outermost_code_by_chance() -> None:
+    """As one expert of 128 groups did that is right; so many of 1,152 are rows of other groups."""
+
+    def measured(name: str, reached: float, groups: int) -> _Measured:
+        return _Measured(
+            name=name, bits=4, magnitude=1.0, entropy=3.7, zero_columns=0.0, reached=reached,
+            groups=groups,
+        )  # fmt: skip
+
+    for groups, share, wrong in ((128, 0.953, 0), (1152, 0.953, 1), (128, 0.9, 1)):
+        others = [measured(f"layers.{i}.up_proj", 1.0, groups) for i in range(4)]
+        found = list(_of_groups([*others, measured("layers.4.up_proj", share, groups)]))
+        assert [it.where for it in found] == ["layers.4.up_proj"] * wrong
 
 
 def test_half_a_layers_columns_without_codes(tmp_path: Path) -> None:
