@@ -322,7 +322,8 @@ def test_an_interrupted_run_keeps_the_widths(tmp_path: Path) -> None:
         model, tokenizer, tmp_path, options=chosen, samples=samples,
         progress=lambda it: stages.append(it.stage),
     )  # fmt: skip
-    assert set(stages) == {"quantize"}, "nothing was weighed again"
+    assert "quantize" in stages
+    assert not {"weigh layers", "gradients"}.intersection(stages), "nothing is weighed again"
     assert len(set(widths_of(tmp_path).values())) > 1
 
 
