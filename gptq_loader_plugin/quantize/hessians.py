@@ -23,7 +23,7 @@ OUTPUT_BYTES = 1 << 29  # of linears' outputs that are kept while a block is qua
 
 @torch.inference_mode()
 def subsets(block: Block, hidden: torch.Tensor, call: Call) -> list[list[str]]:
-    """Group a block's linears by the input they share, in the order they are called.
+    """Group a block's linears by the input they share, in the order they are first called.
 
     Args:
         block: the block.
@@ -35,9 +35,11 @@ def subsets(block: Block, hidden: torch.Tensor, call: Call) -> list[list[str]]:
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if any(name in names for names in groups):
+                return  # it is called again: it is quantised by what it reads first
             x = arguments[0]
             for names, group_input in zip(groups, inputs, strict=True):
-                if group_input is x and name not in names:
+                if group_input is x:
                     names.append(name)
                     return
             groups.append([name])
