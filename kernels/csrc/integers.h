@@ -34,6 +34,15 @@ INLINE void gather(const void* x, int type, int64_t row_of_x, const int32_t* row
   for (int i = count; i % lanes; i++) values[i] = 0;
 }
 
+// What a pass over some columns of a tile, from the first of them on, has fetched into the second
+// cache meanwhile: its share of the next tile, one line after the other. A processor's own
+// prefetching ends with a page, and a few rows ahead is too short for memory: one row of x then
+// waited for memory and multiplied in turn, and not at once.
+INLINE const uint32_t* next_tile(const GptqLinear& linear, int64_t tile, int per_word, int column) {
+  const int64_t lines = int64_t(linear.units) * per_word;
+  return linear.words + (tile + 1) * lines * COLUMNS + column * lines;
+}
+
 // CODE's quantize and multiply, for the bytes of x, the bits and the rows.
 template <class CODE>
 void quantize_by(const GptqLinear& linear, const void* x, int type, int64_t m,

@@ -125,6 +125,7 @@ AVX2_TARGET void multiply_columns(const GptqLinear& linear, int64_t tile, int64_
   for (int first = 0; first < COLUMNS / L; first += C) {
     const uint32_t* word = linear.words + tile * linear.units * per_word * COLUMNS + first * L;
     const uint32_t* x = from.words + m * from.stride;
+    const uint32_t* next = next_tile(linear, tile, per_word, first * L);
     __m256 total[M][C];
     for (int i = 0; i < M; i++)
       for (int c = 0; c < C; c++) total[i][c] = _mm256_setzero_ps();
@@ -145,6 +146,8 @@ AVX2_TARGET void multiply_columns(const GptqLinear& linear, int64_t tile, int64_
           for (int i = 0; i < per_word; i++)
             _mm_prefetch(reinterpret_cast<const char*>(word + (16 * per_word + i) * COLUMNS),
                          _MM_HINT_T0);
+          if constexpr (BITS >= 4)  // fewer take longer than memory
+            _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
 #pragma GCC unroll 8
           for (int at = 0; at < fours; at++) {
             __m256i codes[C][NIBBLES];
@@ -189,6 +192,7 @@ AVX2_TARGET void multiply_columns(const GptqLinear& linear, int64_t tile, int64_
               }
           }
           word += per_word * COLUMNS;
+          next += per_word * C * L;
           x += BYTES * fours;
         }
 #pragma GCC unroll 4

@@ -109,6 +109,7 @@ VNNI_TARGET void multiply_columns(const GptqLinear& linear, int64_t tile, int64_
   for (int first = 0; first < COLUMNS / LANES; first += C) {
     const uint32_t* word = linear.words + tile * linear.units * per_word * COLUMNS + first * LANES;
     const uint32_t* x = from.words + m * from.stride;
+    const uint32_t* next = next_tile(linear, tile, per_word, first * LANES);
     __m512 total[M][C];
 #pragma GCC unroll 4
     for (int i = 0; i < M; i++)
@@ -126,10 +127,13 @@ VNNI_TARGET void multiply_columns(const GptqLinear& linear, int64_t tile, int64_
 #pragma GCC unroll 4
         for (int i = 0; i < per_word; i++)
 #pragma GCC unroll 4
-          for (int c = 0; c < C; c++)
+          for (int c = 0; c < C; c++) {
             _mm_prefetch(
                 reinterpret_cast<const char*>(word + (16 * per_word + i) * COLUMNS + c * LANES),
                 _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(next + (i * C + c) * LANES), _MM_HINT_T1);
+          }
+        next += per_word * C * LANES;
         __m512i v[per_word][C];
 #pragma GCC unroll 4
         for (int i = 0; i < per_word; i++)
