@@ -81,7 +81,7 @@ class Watch:
     Args:
         root: a model or its decoder, whose config the step goes by.
         inside: the modules whose place the step takes.
-        counted: those of them, no others of `inside`, that are many: experts' linears.
+        counted: others, that count what is changed of them: packed linears, which are many.
 
     Asked once a token, so it is lists that are gone through without a line of Python for each:
     modules and tensors by name, tensors' addresses, numbers and hooks. What is in a tensor is not

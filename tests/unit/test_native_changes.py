@@ -314,3 +314,18 @@ def test_tiny_activations_do_not_overflow(isa: Isa, size: float, activations: Ac
     x = (torch.randn(3, 128) * size).bfloat16()
     right = x.double() @ weight.t()
     assert (layer(x).double() - right).norm() < 2e-2 * right.norm()
+
+
+def test_packed_layers_are_counted_and_their_tensors_not_gone_through() -> None:
+    """Looking at all of them took a sixth of a small model's step."""
+    from gptq_loader_kernels.cpu.linear import NativeLinear
+
+    model = build("llama")
+    step = install(model)
+    by_steps(model, IDS, 12, (1,) * 4)
+    built = step._build(torch.float32)
+    assert built is not None
+    packed = [it for it in model.base_model.modules() if isinstance(it, NativeLinear)]
+    assert len(built.watch.counted) == len(packed) == 14
+    buffers = {id(tensor) for layer in packed for tensor in layer.buffers()}
+    assert not buffers.intersection(map(id, built.watch.tensors))

@@ -27,7 +27,6 @@ from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
 from gptq_loader_kernels.cpu.mixtures import (
     ROLES,
     activations_of,
-    expert_linears,
     experts_of,
     is_mixture,
     projections_of,
@@ -124,10 +123,10 @@ def describe(
     )
     _describe_norm(model.norm, last_norm, kept)
     kept.append(described)
-    experts = expert_linears(decoder, family)
-    many = set(map(id, experts))
-    inside = [it for it in modules_inside(decoder, family) if id(it) not in many]
-    return Described(model, dtype, tables, kept, Watch(decoder, inside, experts))
+    modules = list(modules_inside(decoder, family))
+    packed = [it for it in modules if isinstance(it, NativeLinear)]
+    inside = [it for it in modules if not isinstance(it, NativeLinear)]
+    return Described(model, dtype, tables, kept, Watch(decoder, inside, packed))
 
 
 def all_packed(decoder: Any, family: Family) -> bool:  # noqa: ANN401

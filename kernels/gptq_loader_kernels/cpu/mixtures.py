@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_kernels.cpu.families import find
-from gptq_loader_kernels.cpu.linear import NativeLinear
 from gptq_loader_plugin.model.experts import PackedExperts
 
 if TYPE_CHECKING:
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 __all__ = [
     "ROLES",
     "activations_of",
-    "expert_linears",
     "experts_of",
     "fused_of",
     "is_mixture",
@@ -60,13 +58,6 @@ def experts_of(mixture: Any) -> list[dict[str, Any]]:  # noqa: ANN401
     if shared is not None:
         each.append({role: getattr(shared, f"{role}_proj") for role in ROLES})
     return each
-
-
-def expert_linears(decoder: Any, family: Family) -> list[NativeLinear]:  # noqa: ANN401
-    """Return the packed linears of all experts that some tokens take."""
-    mixtures = [it.mlp.experts for it in decoder.layers if is_mixture(it, family)]
-    modules = (it for experts in mixtures for it in experts.experts.modules())
-    return [it for it in modules if isinstance(it, NativeLinear)]
 
 
 def shared_of(mixture: Any) -> Any:  # noqa: ANN401
