@@ -10,7 +10,7 @@ import typer
 
 from gptq_loader_plugin.cli.options import JSON, Checkpoint
 from gptq_loader_plugin.cli.output import ProgressBars, print_json, reported, say, show
-from gptq_loader_plugin.system.units import write_size
+from gptq_loader_plugin.system.units import parse_size, write_size
 
 if TYPE_CHECKING:
     from gptq_loader_plugin.convert.pieces import Conversion
@@ -61,7 +61,7 @@ def convert(
 
     A layer is in memory at a time. What is written has its name once it is whole.
     """
-    from gptq_loader_plugin.convert.options import DTYPES, ConvertOptions, parse_format, parse_size
+    from gptq_loader_plugin.convert.options import DTYPES, ConvertOptions, parse_format
     from gptq_loader_plugin.convert.run import convert_checkpoint
     from gptq_loader_plugin.errors import OptionInvalid
     from gptq_loader_plugin.plugins import Plugins

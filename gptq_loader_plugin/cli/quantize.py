@@ -102,13 +102,13 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
     from pydantic import ValidationError
 
     from gptq_loader_plugin.catalog.where import find_where
-    from gptq_loader_plugin.convert.options import parse_size
     from gptq_loader_plugin.errors import OptionInvalid
     from gptq_loader_plugin.measure.perplexity import sample_text
     from gptq_loader_plugin.plugins import Plugins
     from gptq_loader_plugin.quantize import QuantizeOptions, quantize_model
     from gptq_loader_plugin.quantize.mix import CalibrationMix
     from gptq_loader_plugin.system.paths import read_words
+    from gptq_loader_plugin.system.units import parse_size
 
     fields: dict[str, Any] = {
         "bits": 4 if bits is None else bits,

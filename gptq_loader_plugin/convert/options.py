@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from gptq_loader_plugin.errors import OptionInvalid
 
-__all__ = ["DTYPES", "FORMATS", "ConvertOptions", "Dtype", "Format", "parse_format", "parse_size"]
+__all__ = ["DTYPES", "FORMATS", "ConvertOptions", "Dtype", "Format", "parse_format"]
 
 Format = Literal["gguf", "dense", "compressed-tensors", "awq", "gptq", "gptq_v2", "safetensors"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
-SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]?)I?B?", re.IGNORECASE)
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 SHARD = 5 * 10**9  # bytes: what the hub's pages and most writers have
 
 
@@ -35,6 +32,11 @@ class ConvertOptions:
     shard_bytes: int = SHARD
     pretokenizer: str | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse a file that can hold nothing."""
+        if self.shard_bytes < 1:
+            raise OptionInvalid("a file of no bytes holds nothing", hint="write it as 5GB or 500MB")
+
 
 def parse_format(text: str) -> Format:
     """Read the name of a format.
@@ -48,16 +50,3 @@ def parse_format(text: str) -> Format:
     raise OptionInvalid(
         f"{text} is no format to convert to", hint=f"choose one of {', '.join(FORMATS)}"
     )
-
-
-def parse_size(text: str) -> int:
-    """Read a size such as 5GB, 500 MB or 2000000.
-
-    Raises:
-        OptionInvalid: it is no size, or none of a file.
-    """
-    match = SIZE.fullmatch(text.strip())
-    size = int(float(match["number"]) * UNITS[match["unit"].upper()]) if match else 0
-    if size < 1:
-        raise OptionInvalid(f"{text} is no size of a file", hint="write it as 5GB or 500MB")
-    return size

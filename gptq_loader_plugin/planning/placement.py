@@ -11,6 +11,7 @@ from gptq_loader_plugin.device import find_device, find_devices
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.planning.choose import choose
 from gptq_loader_plugin.planning.dequantized import dequantized_bytes, is_dequantized
+from gptq_loader_plugin.system.units import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,7 +23,6 @@ __all__ = ["LEFT_FREE", "Place", "place", "place_of", "read_limits"]
 
 DISK = "disk"
 BLOCK = re.compile(r"(.*?\.\d+)\.")
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 LEFT_FREE = 0.9  # of a device's memory is filled where no limit is given: replies need room too
 
 
@@ -107,7 +107,7 @@ def _limits(max_memory: Mapping[str, str | int] | None) -> list[tuple[Place, int
     """List the places with their limits, in order."""
     if max_memory:
         return [
-            (_named(name), None if name == DISK and not str(size) else _bytes(size))
+            (_named(name), None if name == DISK and not str(size) else parse_size(size))
             for name, size in max_memory.items()
         ]
     places = []
@@ -174,12 +174,3 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
 
 def _named(name: str) -> Place:
     return Place(name, find_device("cpu" if name == DISK else name))
-
-
-def _bytes(size: str | int) -> int:
-    """Read a size as people write it: 8GB is 8e9 bytes, 8GiB is 8 * 2**30."""
-    match = SIZE.fullmatch(str(size).strip())
-    if match is None:
-        raise OptionInvalid(f"{size!r} is no size", hint="write 8GB, 500MB or a number of bytes")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))

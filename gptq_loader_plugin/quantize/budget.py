@@ -18,7 +18,7 @@ from gptq_loader_plugin.model.linears import linear_shape
 from gptq_loader_plugin.quantize.allocation import Option, allocate
 from gptq_loader_plugin.quantize.sizes import layer_bytes
 from gptq_loader_plugin.quantize.widths import Width, Widths, unit_of
-from gptq_loader_plugin.system.units import write_size
+from gptq_loader_plugin.system.units import parse_size, write_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,11 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Budget", "Layers", "loosest"]
 
 GROUPS = (128, 64, 32)  # what vLLM, SGLang and every kernel here take
-SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(bpw|kB|MB|GB|TB|KiB|MiB|GiB|TiB)\s*", re.IGNORECASE)
-UNITS = {
-    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
-    **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)},
-}
+BITS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*bpw\s*", re.IGNORECASE)
 PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
 PER_TENSOR = 70  # bytes of a safetensors header beside a tensor's name, about
 
@@ -61,15 +57,15 @@ class Budget:
         Raises:
             OptionInvalid: it is none.
         """
-        found = SIZE.fullmatch(text)
-        if found is None:
+        bits = BITS.fullmatch(text)
+        if bits is not None:
+            return cls(text, bits=float(bits[1]))
+        try:
+            return cls(text, bytes=parse_size(text))
+        except OptionInvalid as error:
             raise OptionInvalid(
-                f"{text!r} is no size", hint="write 3.5bpw (bits a weight), 900MB or 4GB"
-            )
-        number, unit = float(found[1]), found[2].lower()
-        if unit == "bpw":
-            return cls(text, bits=number)
-        return cls(text, bytes=int(number * UNITS[unit]))
+                error.message, hint="write 3.5bpw (bits a weight), 900MB or 4GB"
+            ) from error
 
 
 def loosest(widths: Sequence[int]) -> int:

@@ -1,8 +1,14 @@
-"""Write quantities as people do."""
+"""Write and read quantities as people do."""
 
 from __future__ import annotations
 
-__all__ = ["write_size"]
+import re
+
+from gptq_loader_plugin.errors import OptionInvalid
+
+__all__ = ["parse_size", "write_size"]
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
 def write_size(count: int) -> str:
@@ -11,3 +17,16 @@ def write_size(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}" if unit == "GB" else f"{count / size:.0f} {unit}"
     return f"{count} bytes"
+
+
+def parse_size(text: str | int) -> int:
+    """Read a number of bytes as people write it: 8GB is 8e9 bytes, 8GiB is 8 * 2**30.
+
+    Raises:
+        OptionInvalid: it is none.
+    """
+    match = SIZE.fullmatch(str(text).strip())
+    if match is None:
+        raise OptionInvalid(f"{text!r} is no size", hint="write 8GB, 500MB or a number of bytes")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))

@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from gptq_loader_plugin.checkpoint.reader import open_checkpoint
 from gptq_loader_plugin.convert.gguf_blocks import block_type
 from gptq_loader_plugin.convert.gguf_vocabulary import pretokenizer_of, read_vocabulary
-from gptq_loader_plugin.convert.options import ConvertOptions, parse_size
+from gptq_loader_plugin.convert.options import ConvertOptions
 from gptq_loader_plugin.convert.run import convert_checkpoint
 from gptq_loader_plugin.errors import OptionInvalid, UnsupportedFormat
 from gptq_loader_plugin.plugins import Plugins
+from gptq_loader_plugin.system.units import parse_size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -284,6 +285,9 @@ def test_an_unknown_way_to_split_is_refused(tmp_path: Path) -> None:
 
 def test_sizes() -> None:
     assert [parse_size(it) for it in ("5GB", "1.5 kb", "700")] == [5_000_000_000, 1500, 700]
-    for wrong in ("", "five", "0", "-3GB"):
+    assert parse_size("2 GiB") == parse_size("2gib") == 2 << 30
+    for wrong in ("", "five", "-3GB", "3 bpw"):
         with pytest.raises(OptionInvalid):
             parse_size(wrong)
+    with pytest.raises(OptionInvalid):
+        ConvertOptions("dense", shard_bytes=0)
