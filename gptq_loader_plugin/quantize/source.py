@@ -82,7 +82,7 @@ def open_source(
 
     Args:
         source: a folder or a .gguf file.
-        whole: whether to read all weights in any case: the model is to write texts.
+        whole: whether to read all weights in any case.
 
     Returns:
         The model; its tokenizer; and its weights, or None where the model has them all.
@@ -90,11 +90,12 @@ def open_source(
     Raises:
         BadReference: there is no such folder or file.
         QuantizeError: it cannot be loaded, or is quantised already, or writes no text.
+        NotEnoughMemory: it has to be read whole, and does not fit.
     """
     check_there(source)
-    if source.is_dir() and not whole:
+    if source.is_dir():
         _check_plain(source)
-        streamed = stream_model(source)
+        streamed = None if whole else stream_model(source)
         if streamed is not None:
             return streamed
         _check_whole(source)
