@@ -50,6 +50,16 @@ API = re.compile(
 FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 SIGNED = re.compile(r"/signed/(?P<repo>[^/]+/[^/]+)/(?P<revision>[^/]+)/(?P<path>.+)")
 STEP = 1 << 16
+# The branches of a 2023 repository, and which of the tests' tiny checkpoints each is.
+REPO = "owner/model-GPTQ"
+BRANCHES = {
+    "main": "gptq-4bit-noneg-act-sym",
+    "gptq-4bit-32g-actorder_True": "gptq-4bit-32g-act-sym",
+    "gptq-4bit-64g-actorder_True": "gptq-4bit-64g-act-sym",
+    "gptq-4bit-128g-actorder_True": "gptq-4bit-128g-act-sym",
+    "gptq-3bit--1g-actorder_True": "gptq-3bit-noneg-act-sym",
+    "gptq-3bit-128g-actorder_True": "gptq-3bit-128g-act-sym",
+}
 
 
 @dataclass(slots=True)

@@ -21,16 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["Conversion", "ConvertedLayer", "Info", "Made", "Piece", "Planned", "copied"]
 
 DTYPE_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "F32": 4,
-    "I32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
+    "F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,8 +132,8 @@ def quantize_model(
             samples = calibration_samples(tokenizer, options, content, context=context)
             measured = None
             if held_out is not None:
-                at_once = weights is not None
-                measured = HeldOutText(model, tokenizer, held_out, progress, at_once=at_once)
+                streams = weights is not None
+                measured = HeldOutText(model, tokenizer, held_out, progress, at_once=streams)
 
             def finish(widths: Widths, losses: Mapping[str, float]) -> None:
                 if statistics:

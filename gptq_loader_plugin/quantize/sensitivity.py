@@ -27,6 +27,7 @@ from gptq_loader_plugin.model.linears import linear_shape
 from gptq_loader_plugin.quantize.algorithm import error_costs
 from gptq_loader_plugin.quantize.blocks import linears, record_calls, run_block
 from gptq_loader_plugin.quantize.hessians import LinearOutputs, hessians, subsets
+from gptq_loader_plugin.quantize.quantize_blocks import SHORT
 from gptq_loader_plugin.quantize.scales import least_errors
 from gptq_loader_plugin.quantize.whole_decoder import decoder_hessians, input_groups
 from gptq_loader_plugin.quantize.work import weight_of
@@ -135,7 +136,7 @@ def _inputs_at_once(
     model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[torch.Tensor]
 ) -> Iterator[tuple[int, list[str], torch.Tensor]]:
     """Do the same by forward passes of the whole model."""
-    of_blocks = input_groups(model, blocks, batches[0][:1, :16])
+    of_blocks = input_groups(model, blocks, batches[0][:1, :SHORT])
     modules = {path: linear for block in blocks for path, linear in linears(block).items()}
     firsts = {names[0]: modules[names[0]] for groups in of_blocks for names in groups}
     sums = decoder_hessians(model, firsts, batches)

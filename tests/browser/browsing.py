@@ -40,16 +40,6 @@ DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 LEFT = ("AbortError: ", "Unexpected error Connection errored out")
 ENDED = re.compile(r"cut off|stopped")
 RUNS = re.compile(r"\d tokens, [\d.]+ a second")
-# The branches of a 2023 repository; tiny, or the real ones that bench/branches.py makes.
-REPO = "owner/model-GPTQ"
-BRANCHES = {
-    "main": "gptq-4bit-noneg-act-sym",
-    "gptq-4bit-32g-actorder_True": "gptq-4bit-32g-act-sym",
-    "gptq-4bit-64g-actorder_True": "gptq-4bit-64g-act-sym",
-    "gptq-4bit-128g-actorder_True": "gptq-4bit-128g-act-sym",
-    "gptq-3bit--1g-actorder_True": "gptq-3bit-noneg-act-sym",
-    "gptq-3bit-128g-actorder_True": "gptq-3bit-128g-act-sym",
-}
 MARKS = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium; apt-get install chromium"),

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from browsing import BRANCHES, CHECKPOINT, CHECKPOINTS, CHROMIUM, REPO, opened, playwright, started
-from hub_server import HubServer
+from browsing import CHECKPOINT, CHECKPOINTS, CHROMIUM, opened, playwright, started
+from hub_server import BRANCHES, REPO, HubServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,7 +7,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from browsing import BRANCHES, MARKS, REPO, ask, expect, finish, load, replies
+from browsing import MARKS, ask, expect, finish, load, replies
+from hub_server import BRANCHES, REPO
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,7 +6,8 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
-from browsing import BRANCHES, PHONE, REPO, expect
+from browsing import PHONE, expect
+from hub_server import BRANCHES, REPO
 
 from gptq_loader_plugin.sampling.report import Answered, Report, Result, Stat
 from gptq_loader_plugin.sampling.viewer import viewer_page

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import altered
 import pytest
 import yaml
-from hub_server import HubServer
+from hub_server import BRANCHES, REPO, HubServer
 from typer.testing import CliRunner
 
 from gptq_loader_plugin.chat.find_template import find_template
@@ -22,15 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-REPO = "owner/model-GPTQ"
-BRANCHES = {
-    "main": "gptq-4bit-noneg-act-sym",
-    "gptq-4bit-32g-actorder_True": "gptq-4bit-32g-act-sym",
-    "gptq-4bit-64g-actorder_True": "gptq-4bit-64g-act-sym",
-    "gptq-4bit-128g-actorder_True": "gptq-4bit-128g-act-sym",
-    "gptq-3bit--1g-actorder_True": "gptq-3bit-noneg-act-sym",
-    "gptq-3bit-128g-actorder_True": "gptq-3bit-128g-act-sym",
-}
 CARD = """---
 base_model: maker/base
 datasets: [rombodawg/LosslessMegaCodeTrainingV2, OpenAssistant/oasst1]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import altered
 import pytest
-from hub_server import HubServer
+from hub_server import BRANCHES, REPO, HubServer
 from processes import run_process, start_process
 from test_sample import ARGS, PARAMS
 from waiting import eventually
@@ -24,15 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-REPO = "owner/model-GPTQ"
-BRANCHES = {
-    "main": "gptq-4bit-noneg-act-sym",
-    "gptq-4bit-32g-actorder_True": "gptq-4bit-32g-act-sym",
-    "gptq-4bit-64g-actorder_True": "gptq-4bit-64g-act-sym",
-    "gptq-4bit-128g-actorder_True": "gptq-4bit-128g-act-sym",
-    "gptq-3bit--1g-actorder_True": "gptq-3bit-noneg-act-sym",
-    "gptq-3bit-128g-actorder_True": "gptq-3bit-128g-act-sym",
-}
 PROMPTS = ["What is the sea?", "Say hello.\nTwice."]
 DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}")
 
