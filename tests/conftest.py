@@ -1,0 +1,27 @@
+"""What every test has: empty folders in place of the user's, whatever they keep in their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+FOLDERS = ("GPTQ_LOADER_CACHE", "GPTQ_LOADER_CONFIG", "GPTQ_LOADER_DATA", "GPTQ_LOADER_MODELS")
+OURS = pytest.StashKey[Path]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before a test is imported: huggingface_hub reads HF_HOME once."""
+    folder = config.stash[OURS] = Path(tempfile.mkdtemp(prefix="gptq-loader-tests-"))
+    for name in FOLDERS:
+        os.environ[name] = str(folder / name.removeprefix("GPTQ_LOADER_").lower())
+    os.environ["HF_HOME"] = str(folder / "huggingface")
+    for name in ("HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT"):
+        os.environ.pop(name, None)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(config.stash[OURS], ignore_errors=True)
