@@ -1,9 +1,10 @@
-"""What every test has: empty folders in place of the user's, whatever they keep in their own."""
+"""What every test has: empty folders in place of the user's own, and Ctrl-C as in a terminal."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,9 @@ OURS = pytest.StashKey[Path]()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before a test is imported: huggingface_hub reads HF_HOME once."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell's background job ignores Ctrl-C, and so would every process that a test starts.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = config.stash[OURS] = Path(tempfile.mkdtemp(prefix="gptq-loader-tests-"))
     for name in FOLDERS:
         os.environ[name] = str(folder / name.removeprefix("GPTQ_LOADER_").lower())
