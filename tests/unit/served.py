@@ -41,15 +41,20 @@ def load(target: str | Path) -> gptq.LoadedModel:
 
 
 class Brake:
-    """A load whose models wait for leave after each piece of text."""
+    """A load whose models wait for leave after each piece of text.
 
-    def __init__(self) -> None:
+    Args:
+        loads: loads them.
+    """
+
+    def __init__(self, loads: Callable[[str | Path], gptq.LoadedModel] = load) -> None:
+        self._loads = loads
         self.leave = threading.Semaphore(0)
         self.began = threading.Semaphore(0)
         self.cancelled = 0
 
     def __call__(self, target: str | Path) -> gptq.LoadedModel:
-        model = load(target)
+        model = self._loads(target)
         begin = model.begin
 
         def braked(*args: Any, **options: Any) -> Generation:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from altered import DATA, ONE, dequantized, edit_json, plugins
+from lora_files import write_adapter
 from safetensors.torch import load_file, save_file
-from served import CHAT, running
+from served import CHAT, Brake, running
+from waiting import eventually
 
 import gptq_loader_plugin as gptq
 from gptq_loader_plugin.generation.batch import Batch
@@ -185,6 +188,80 @@ def test_requests_choose_one_by_name(tmp_path: Path, folders: dict[str, str | Pa
         assert len(set(answers.values())) == len(answers)
         unknown = served.post(CHAT, messages=SEED, model="plian")
         assert unknown.status_code == 404
+
+
+@pytest.mark.parametrize("max_num_seqs", [12, 5])
+def test_many_clients_write_with_three_adapters_at_a_time(
+    tmp_path: Path, max_num_seqs: int
+) -> None:
+    """On a CPU a batcher knows nothing of adapters: each such reply takes its step by itself."""
+    names = ("one", "two", "three")
+    adapters = {
+        name: write_adapter(tmp_path / name, DATA / ONE, seed=i) for i, name in enumerate(names)
+    }
+
+    def load(target: str | Path) -> gptq.LoadedModel:
+        return gptq.load(target, device="cpu", dtype="float32", lora=adapters, plugins=plugins())
+
+    asked = [(name, f"Tell me about number {i}") for name in names for i in range(4)]
+    options = gptq.GenerateOptions(temperature=0, max_new_tokens=40)
+    with load(DATA / ONE) as model:
+        alone = {}
+        for name, text in asked:
+            ids, _ = model.encode_chat([{"role": "user", "content": text}])
+            pieces = model.stream_ids(ids, options, stop=model.template.stop, adapter=name)
+            alone[name, text] = "".join(it.text for it in pieces)
+    assert len(set(alone.values())) == len(alone)
+    brake = Brake(load)
+    written: dict[tuple[str, str], int] = dict.fromkeys(asked, 0)  # tokens, so far
+    with (
+        running(tmp_path, names=(ONE,), loads=brake, max_num_seqs=max_num_seqs) as served,
+        ThreadPoolExecutor(len(asked)) as pool,
+    ):
+
+        def ask(key: tuple[str, str]) -> str:
+            name, text = key
+            body = {
+                "model": name,
+                "messages": [{"role": "user", "content": text}],
+                "temperature": 0,
+                "max_tokens": 40,
+                "stream": True,
+                "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+            }
+            reply = ""
+            with served.client.stream("POST", CHAT, json=body) as answer:
+                assert answer.status_code == 200, answer.read()
+                for line in answer.iter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    event = json.loads(line.removeprefix("data: "))
+                    written[key] = event["usage"]["completion_tokens"]
+                    for choice in event["choices"]:
+                        reply += choice["delta"].get("content") or ""
+            return reply
+
+        replies = {key: pool.submit(ask, key) for key in asked}
+        try:
+            begun = 0
+            while begun < max_num_seqs:  # each piece of those there are lets another one begin
+                brake.leave.release()
+                begun += brake.began.acquire(timeout=0.2)
+
+            def all_write() -> bool:
+                brake.leave.release()
+                return sum(count > 0 for count in written.values()) == max_num_seqs
+
+            eventually(all_write, awaited="as many replies as there is room for")
+            before = dict(written)
+            brake.leave.release(10 * max_num_seqs)
+            eventually(
+                lambda: all(written[key] >= before[key] + 5 for key in asked if before[key]),
+                awaited="every reply to go on as fast as the others",
+            )
+        finally:
+            brake.let_go()
+        assert {key: reply.result() for key, reply in replies.items()} == alone
 
 
 def test_what_is_no_lora_of_this_model_is_refused(
