@@ -470,9 +470,9 @@ def test_ollamas_errors_are_a_text(
 
 
 def test_ollamas_routes_that_are_not_here_answer_with_a_text(served: Running) -> None:
-    answer = served.client.post("/api/pull", json={"model": ONE})
+    answer = served.client.post("/api/push", json={"model": ONE})
     assert answer.status_code == 404
-    assert "there is no route POST /api/pull here" in answer.json()["error"]
+    assert "there is no route POST /api/push here" in answer.json()["error"]
 
 
 # Tokens

@@ -29,6 +29,7 @@ from gptq_loader_extensions.openai.routes.info import info_routes
 from gptq_loader_extensions.openai.routes.json_route import field_error
 from gptq_loader_extensions.openai.routes.kobold import kobold_routes
 from gptq_loader_extensions.openai.routes.ollama import ollama_routes
+from gptq_loader_extensions.openai.routes.ollama_models import ollama_model_routes
 from gptq_loader_extensions.openai.routes.responses import responses_routes
 from gptq_loader_extensions.openai.routes.tokens import token_routes
 from gptq_loader_extensions.openai.routes.webui import webui_routes
@@ -51,6 +52,7 @@ ROUTES = (
     responses_routes,
     anthropic_routes,
     ollama_routes,
+    ollama_model_routes,
     token_routes,
     webui_routes,
     kobold_routes,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
+from gptq_loader_extensions.openai.errors import to_api_error
 from gptq_loader_extensions.openai.http.metrics import Metrics
+from gptq_loader_extensions.openai.replies.engine import Ended, EngineRequest, Failed
 from gptq_loader_extensions.openai.replies.prompt_tokenizer import prompt_tokenizer
 from gptq_loader_extensions.openai.replies.record import request_record
 from gptq_loader_extensions.openai.replies.reply_events import PendingReply, collect
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from fastapi import Request
     from transformers import PreTrainedModel
 
-    from gptq_loader_extensions.openai.replies.engine import GenerationEngine, Run
+    from gptq_loader_extensions.openai.replies.engine import Event, GenerationEngine, Run
     from gptq_loader_extensions.openai.replies.model_registry import ModelRegistry
     from gptq_loader_extensions.openai.replies.prompt_tokenizer import PromptTokenizer
     from gptq_loader_extensions.openai.settings import Settings
@@ -175,6 +178,37 @@ class Server:
         started, _ = await collect(reply, request)
         value: T = started.value
         return value
+
+    def unload(self, name: str) -> asyncio.Future[None]:
+        """Queue the unloading of a model, after the replies before it; return when that is done.
+
+        Nothing is unloaded where another model is loaded by then. The next request loads it again.
+
+        Raises:
+            ApiError: too many requests wait already, or the server is stopping.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def unload() -> None:
+            loaded = self.registry.loaded
+            if loaded is not None and loaded[0] == name:
+                self.registry.unload()
+
+        def resolve(event: Event) -> None:
+            if done.done():
+                return
+            if isinstance(event, Failed):
+                done.set_exception(to_api_error(event.error))
+            elif isinstance(event, Ended):
+                done.set_result(None)
+
+        def send(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has closed
+                loop.call_soon_threadsafe(resolve, event)
+
+        self.engine.submit(EngineRequest(None, lambda _: (None, ()), send, exclusive=unload))
+        return done
 
     def token_text(self, model: LoadedModel) -> TokenText:
         """Return what writes a model's single tokens; made once, as it lists the vocabulary."""

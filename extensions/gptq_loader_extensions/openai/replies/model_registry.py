@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,12 +42,14 @@ class ServedModel:
         target: the folder to load, or the reference the server was started with.
         created: when its folder last changed, in seconds since 1970.
         parent: the model that this is an adapter of; None for a model.
+        size_bytes: what its weight files take on disk.
     """
 
     name: str
     target: str | Path
     created: int
     parent: str | None = None
+    size_bytes: int = 0
 
 
 class ModelRegistry:
@@ -116,7 +118,8 @@ class ModelRegistry:
         cache = _cache_root()
         for local in local_models(cache=self._settings.cached_models, environ=self._environ):
             if self._stays_inside(local.path, [*roots, cache]) and self._readable(local.path):
-                model = ServedModel(local.name, local.path, int(local.path.stat().st_mtime))
+                created = int(local.path.stat().st_mtime)
+                model = ServedModel(local.name, local.path, created, size_bytes=local.size_bytes)
                 models.setdefault(local.name, model)
         return list(models.values())
 
@@ -287,9 +290,7 @@ def _list_adapters(
                 f"the adapter {name} has the name of a model that is served",
                 hint="name it otherwise: --lora NAME=REF",
             )
-    return tuple(
-        ServedModel(name, parent.target, parent.created, parent=parent.name) for name in names
-    )
+    return tuple(replace(parent, name=name, parent=parent.name) for name in names)
 
 
 def _describe(model: LoadedModel, reference: str | None) -> ServedModel:
@@ -299,7 +300,8 @@ def _describe(model: LoadedModel, reference: str | None) -> ServedModel:
     is_path = local_path(reference).exists()
     name = plan.path.resolve().name if is_path else reference
     target = plan.path if is_path else reference
-    return ServedModel(name, target, int(plan.path.stat().st_mtime))
+    created = int(plan.path.stat().st_mtime)
+    return ServedModel(name, target, created, size_bytes=plan.checkpoint_bytes)
 
 
 def _hub_name(hub: HubReference) -> str:

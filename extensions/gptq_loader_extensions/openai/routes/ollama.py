@@ -1,17 +1,14 @@
-"""The routes of Ollama, for its clients."""
+"""The routes of Ollama that write replies, for its clients."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from gptq_loader_extensions.openai.errors import ApiError
 from gptq_loader_extensions.openai.replies.chat_reply import FINISH
 from gptq_loader_extensions.openai.replies.engine import ReplyChunk
 from gptq_loader_extensions.openai.replies.record import request_record
@@ -24,39 +21,38 @@ from gptq_loader_extensions.openai.routes.chat_request import (
 )
 from gptq_loader_extensions.openai.routes.completions import new_completion
 from gptq_loader_extensions.openai.routes.json_route import JsonRoute
+from gptq_loader_extensions.openai.routes.ollama_models import (
+    LINES,
+    and_then,
+    load_or_unload,
+    now,
+    unload_afterwards,
+)
 from gptq_loader_extensions.openai.routes.sse import ignored_options, stream
 from gptq_loader_extensions.openai.schema.json_text import parse_json
 from gptq_loader_extensions.openai.schema.ollama import (
     OllamaChat,
     OllamaGenerate,
-    OllamaShow,
-    model_name,
     read_chat,
     read_generate,
 )
-from gptq_loader_extensions.openai.schema.openapi import OLLAMA_ERRORS, OllamaErrorBody
+from gptq_loader_extensions.openai.schema.openapi import OLLAMA_ERRORS
 from gptq_loader_extensions.openai.schema.paths import OLLAMA_CHAT, OLLAMA_GENERATE
 from gptq_loader_extensions.openai.schema.schemas import ChatRequest
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
+    from gptq_loader_extensions.openai.errors import ApiError
     from gptq_loader_extensions.openai.replies.chat_reply import ChatReply
-    from gptq_loader_extensions.openai.replies.model_registry import ServedModel
     from gptq_loader_extensions.openai.replies.record import RequestRecord
     from gptq_loader_extensions.openai.replies.reply_events import PendingReply
     from gptq_loader_extensions.openai.routes.chat_request import ChatStream
     from gptq_loader_extensions.openai.server import Server
-    from gptq_loader_plugin.generation.loaded import LoadedModel
 
 __all__ = ["ollama_routes"]
 
-VERSION = "0.13.0"  # of Ollama, whose routes these are; clients ask for a minimum
-LINES = "application/x-ndjson"
 BILLION = 10**9
-NO_EMBEDDINGS: dict[int | str, dict[str, Any]] = {
-    501: {"description": "this server makes no embeddings", "model": OllamaErrorBody}
-}
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {"description": "the whole reply, or lines", "content": {LINES: {}}}
 }
@@ -65,143 +61,37 @@ STREAM: dict[int | str, dict[str, Any]] = {
 def ollama_routes(server: Server) -> APIRouter:
     """Return the routes."""
     router = APIRouter(responses=OLLAMA_ERRORS, route_class=JsonRoute)
-    _add_models(router, server)
 
     @router.post(OLLAMA_CHAT, responses=STREAM, response_model=None)
     async def chat(body: OllamaChat, request: Request) -> Response:
-        """Answer a conversation; without messages, load the model."""
+        """Answer a conversation; without messages, load the model, or unload it."""
         if not body.messages:
-            return await _load(server, request, body.model, {"message": _empty_message()})
+            return await load_or_unload(server, request, body, {"message": _empty_message()})
         read, ignored = read_chat(body)
         reply = await new_chat(server, request, read, ignored=ignored)
-        return await _chat_response(reply, request, stream_it=body.stream is not False)
+        then = await unload_afterwards(server, body)
+        stream_it = body.stream is not False
+        return await _chat_response(reply, request, stream_it=stream_it, then=then)
 
     @router.post(OLLAMA_GENERATE, responses=STREAM, response_model=None)
     async def generate(body: OllamaGenerate, request: Request) -> Response:
-        """Answer a prompt; without one, load the model."""
+        """Answer a prompt; without one, load the model, or unload it."""
         if not body.prompt:
-            return await _load(server, request, body.model, {"response": ""})
+            return await load_or_unload(server, request, body, {"response": ""})
         read, ignored = read_generate(body)
+        then = await unload_afterwards(server, body)
         stream_it = body.stream is not False
         if isinstance(read, ChatRequest):
             reply = await new_chat(server, request, read, ignored=ignored)
-            return await _chat_response(reply, request, stream_it=stream_it, as_text=True)
+            return await _chat_response(
+                reply, request, stream_it=stream_it, then=then, as_text=True
+            )
         reply = await new_completion(server, request, read)
         record = request_record(request)
         record.ignored = (*record.ignored, *ignored)
-        return await _raw_response(reply, request, stream_it=stream_it)
+        return await _raw_response(reply, request, stream_it=stream_it, then=then)
 
     return router
-
-
-def _add_models(router: APIRouter, server: Server) -> None:
-    """Add the routes about models."""
-
-    @router.get("/api/tags")
-    async def tags() -> dict[str, Any]:
-        """List the models that may be named."""
-        models = await asyncio.to_thread(server.registry.list_models)
-        return {"models": [_describe(model) for model in models]}
-
-    @router.get("/api/ps")
-    async def running() -> dict[str, Any]:
-        """Name the model that is in memory."""
-        loaded = server.registry.loaded
-        if loaded is None:
-            return {"models": []}
-        models = await asyncio.to_thread(server.registry.list_models)
-        named = [model for model in models if model.name == loaded[0]]
-        size = loaded[1].plan.weight_bytes
-        more = {"size": size, "size_vram": 0, "context_length": loaded[1].context}
-        return {"models": [{**_describe(model), **more} for model in named]}
-
-    @router.post("/api/show")
-    async def show(body: OllamaShow, request: Request) -> dict[str, Any]:
-        """Describe a model; one that is not loaded is loaded for it."""
-        name = model_name(body.model or body.name)
-        return await server.with_prompts(request, _show, model=name)
-
-    @router.head("/api/version", include_in_schema=False)
-    @router.get("/api/version")
-    async def version() -> dict[str, str]:
-        """Return the version of Ollama whose routes these are."""
-        return {"version": VERSION}
-
-    @router.post("/api/embed", responses=NO_EMBEDDINGS)
-    @router.post("/api/embeddings", responses=NO_EMBEDDINGS, include_in_schema=False)
-    async def embed(request: Request) -> None:
-        """Refuse: a model that writes text makes no useful embeddings."""
-        del request
-        raise ApiError(
-            501,
-            "this server makes no embeddings: its models write text; ask a server of an embedding "
-            "model",
-            code="not_supported",
-        )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
-
-
-def _describe(model: ServedModel) -> dict[str, Any]:
-    modified = datetime.fromtimestamp(model.created, UTC).isoformat().replace("+00:00", "Z")
-    return {
-        "name": model.name,
-        "model": model.name,
-        "modified_at": modified,
-        "size": 0,
-        "digest": "",
-        "details": {
-            "parent_model": "",
-            "format": "gptq",
-            "family": "",
-            "families": [],
-            "parameter_size": "",
-            "quantization_level": "",
-        },
-    }
-
-
-def _show(model: LoadedModel) -> dict[str, Any]:
-    """Describe the model that is loaded."""
-    config = model.config
-    template = getattr(model.template, "text", "")
-    family = str(model.model.config.model_type)
-    capabilities = ["completion", "tools"]
-    if "</think>" in template:
-        capabilities.append("thinking")
-    return {
-        "modelfile": "",
-        "parameters": "",
-        "template": template,
-        "details": {
-            "parent_model": "",
-            "format": "gptq",
-            "family": family,
-            "families": [family],
-            "parameter_size": "",
-            "quantization_level": f"{config.bits}-bit",
-        },
-        "model_info": {
-            "general.architecture": family,
-            f"{family}.context_length": model.context,
-            f"{family}.vocab_size": model.vocab_size,
-        },
-        "capabilities": capabilities,
-    }
-
-
-async def _load(
-    server: Server, request: Request, name: str | None, empty: dict[str, Any]
-) -> Response:
-    """Load a model, which clients do by asking for nothing."""
-    name = model_name(name)
-    await server.with_model(request, lambda _: None, model=name)
-    loaded = server.registry.loaded
-    answered = name if loaded is None else loaded[0]
-    answer = {"model": answered, "created_at": _now(), **empty, "done": True}
-    return JSONResponse({**answer, "done_reason": "load"})
 
 
 def _empty_message() -> dict[str, Any]:
@@ -257,18 +147,24 @@ def _last(record: RequestRecord, reply: ChatReply, prompt: int) -> dict[str, Any
 
 
 async def _chat_response(
-    reply: PendingReply, request: Request, *, stream_it: bool, as_text: bool = False
+    reply: PendingReply,
+    request: Request,
+    *,
+    stream_it: bool,
+    then: Callable[[], object],
+    as_text: bool = False,
 ) -> Response:
     record = request_record(request)
     if stream_it:
         begun = await start_chat(reply, request)
-        lines = _chat_lines(begun, record, as_text=as_text)
+        lines = and_then(_chat_lines(begun, record, as_text=as_text), then)
         return stream(lines, reply, record, done="", failed=_failed, media_type=LINES)
     started, (whole,) = await collect_chat(reply, request)
+    then()
     content = _content(whole.text, whole.thought, as_text=as_text)
     if whole.calls and not as_text:
         content["message"]["tool_calls"] = _calls(whole)
-    answer = {"model": started.model, "created_at": _now(), **content}
+    answer = {"model": started.model, "created_at": now(), **content}
     if whole.has_logprobs:
         answer["logprobs"] = whole.logprobs
     answer |= _last(record, whole, prompt_tokens(started))
@@ -286,25 +182,28 @@ async def _chat_lines(
         if new.text or new.thought or logprobs:
             content = _content(new.text, new.thought, as_text=as_text)
             more = {"logprobs": logprobs} if logprobs else {}
-            yield _line({"model": model, "created_at": _now(), **content, **more, "done": False})
+            yield _line({"model": model, "created_at": now(), **content, **more, "done": False})
     content = _content("", "", as_text=as_text)
     if reply.calls and not as_text:
         message = {**content["message"], "tool_calls": _calls(reply)}
-        yield _line({"model": model, "created_at": _now(), "message": message, "done": False})
+        yield _line({"model": model, "created_at": now(), "message": message, "done": False})
     last = _last(record, reply, prompt_tokens(begun.started))
-    yield _line({"model": model, "created_at": _now(), **content, **last})
+    yield _line({"model": model, "created_at": now(), **content, **last})
 
 
-async def _raw_response(reply: PendingReply, request: Request, *, stream_it: bool) -> Response:
+async def _raw_response(
+    reply: PendingReply, request: Request, *, stream_it: bool, then: Callable[[], object]
+) -> Response:
     record = request_record(request)
     if stream_it:
         first = await reply.start(request)
         assert isinstance(first, ReplyChunk), "there is one reply"
-        lines = _raw_lines(reply, first, record)
+        lines = and_then(_raw_lines(reply, first, record), then)
         return stream(lines, reply, record, done="", failed=_failed, media_type=LINES)
     started, chunks = await collect(reply, request)
+    then()
     text = "".join(chunk.piece.text for chunk in chunks)
-    answer = {"model": started.model, "created_at": _now(), "response": text}
+    answer = {"model": started.model, "created_at": now(), "response": text}
     answer |= _raw_last(record, chunks[-1], prompt_tokens(started))
     return JSONResponse(answer, headers=ignored_options(record))
 
@@ -318,10 +217,10 @@ async def _raw_lines(
     chunk = first
     async for chunk in reply.chunks(first):
         if chunk.piece.text:
-            fields = {**base, "created_at": _now(), "response": chunk.piece.text, "done": False}
+            fields = {**base, "created_at": now(), "response": chunk.piece.text, "done": False}
             yield _line(fields)
     last = _raw_last(record, chunk, prompt_tokens(started))
-    yield _line({**base, "created_at": _now(), "response": "", **last})
+    yield _line({**base, "created_at": now(), "response": "", **last})
 
 
 def _raw_last(record: RequestRecord, chunk: ReplyChunk, prompt: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,7 +21,17 @@ from gptq_loader_extensions.openai.schema.unsupported import check_extra
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["OllamaChat", "OllamaGenerate", "OllamaShow", "model_name", "read_chat", "read_generate"]
+__all__ = [
+    "OllamaBase",
+    "OllamaChat",
+    "OllamaGenerate",
+    "OllamaPull",
+    "OllamaShow",
+    "keep_seconds",
+    "model_name",
+    "read_chat",
+    "read_generate",
+]
 
 # How Ollama runs a model: what it is here was settled when the server started.
 OF_THE_MACHINE = frozenset(
@@ -38,6 +49,19 @@ OF_THE_MACHINE = frozenset(
         "vocab_only",
     }
 )
+# Go's durations, as in "1h30m"; 0 alone needs no unit.
+DURATION = re.compile(r"[+-]?(?:0|(?:(?:\d+(?:\.\d*)?|\.\d+)(?:ns|us|\u00b5s|\u03bcs|ms|s|m|h))+)")
+PART = re.compile(r"([\d.]+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h)")
+SECONDS = {
+    "ns": 1e-9,
+    "us": 1e-6,
+    "\u00b5s": 1e-6,
+    "\u03bcs": 1e-6,
+    "ms": 1e-3,
+    "s": 1,
+    "m": 60,
+    "h": 3600,
+}
 Format = Literal["", "json"] | dict[str, Any]
 Think = bool | Literal["low", "medium", "high", "max"]
 Request = TypeVar("Request", ChatRequest, CompletionRequest)
@@ -127,6 +151,39 @@ class OllamaShow(BaseModel):
     verbose: bool | None = None
 
 
+class OllamaPull(BaseModel):
+    """POST /api/pull."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str | None = None
+    name: str | None = None
+    stream: bool | None = None
+    insecure: bool | None = None
+
+
+def keep_seconds(keep_alive: str | float | None) -> float | None:
+    """Return for how many seconds a model is to be kept after a reply; None is for ever.
+
+    Args:
+        keep_alive: seconds, or a duration such as "5m"; one below 0 is for ever.
+
+    Raises:
+        ApiError: it is no duration.
+    """
+    if keep_alive is None:
+        return None
+    if isinstance(keep_alive, str):
+        if not DURATION.fullmatch(keep_alive):
+            raise invalid(
+                f'keep_alive: {keep_alive[:100]!r} is no duration; send seconds, or "5m"',
+                param="keep_alive",
+            )
+        seconds = sum(float(number) * SECONDS[unit] for number, unit in PART.findall(keep_alive))
+        keep_alive = -seconds if keep_alive.startswith("-") else seconds
+    return None if keep_alive < 0 else float(keep_alive)
+
+
 def model_name(name: str | None) -> str | None:
     """Return a model's name without the tag that Ollama's clients add."""
     return None if name is None else name.removesuffix(":latest") or None
@@ -213,6 +270,8 @@ def _fields(body: OllamaBase) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the options of a request, and those that have no effect."""
     options = {name: value for name, value in (body.options or {}).items() if value is not None}
     ignored = sorted(OF_THE_MACHINE & set(options))
+    if keep_seconds(body.keep_alive):  # a model is kept until it, or another, is asked for
+        ignored.append("keep_alive")
     fields = {name: value for name, value in options.items() if name not in OF_THE_MACHINE}
     if body.truncate is False:
         fields.pop("num_ctx", None)
