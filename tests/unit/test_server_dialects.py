@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -189,6 +190,30 @@ def test_the_field_that_is_wrong_is_named(
     error = served.post(route, **{**body, **fields}).json()["error"]
     assert error["param"] == param
     assert words in error["message"]
+
+
+# Forms
+
+
+def test_a_prompt_that_is_too_long_is_told_in_each_apis_words(served: Running) -> None:
+    """Agents look for these, and for the numbers, to make room."""
+    messages = [{"role": "user", "content": "word " * 600}]
+    chat = served.post(CHAT, messages=messages).json()["error"]
+    assert chat["code"] == "context_length_exceeded"
+    found = re.fullmatch(
+        r"This model's maximum context length is (\d+) tokens\. However, your messages resulted in "
+        r"(\d+) tokens\. Please reduce the length of the messages, or leave the oldest ones out\.",
+        chat["message"],
+    )
+    assert found
+    assert int(found[1]) == 512 < int(found[2])
+    response = served.post("/v1/responses", input=messages).json()["error"]
+    assert response["code"] == "context_length_exceeded"
+    message = served.post("/v1/messages", messages=messages, max_tokens=4).json()["error"]
+    assert re.match(rf"prompt is too long: {found[2]} tokens > 512 maximum", message["message"])
+    assert message["type"] == "invalid_request_error"
+    ollama = served.post("/api/chat", messages=messages).json()["error"]
+    assert ollama == chat["message"]
 
 
 # Addresses

@@ -16,7 +16,15 @@ from gptq_loader_plugin.errors import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["API_PATHS", "OLLAMA", "ApiError", "invalid", "to_api_error", "unknown_route"]
+__all__ = [
+    "API_PATHS",
+    "OLLAMA",
+    "ApiError",
+    "PromptTooLongError",
+    "invalid",
+    "to_api_error",
+    "unknown_route",
+]
 
 KOBOLD = "/api/"  # begins the paths of Kobold's clients, but for those of Ollama's
 OLLAMA = (  # those that there are not here are among them, for the shape of that answer
@@ -107,6 +115,35 @@ class ApiError(Exception):
         return {"error": error, "detail": {"msg": self.message, "type": self.kind}}
 
 
+class PromptTooLongError(ApiError):
+    """The refusal of a prompt that is too long, in the words that each API's clients look for.
+
+    Agents leave out older turns, or sum them up, where they find these and their numbers.
+    """
+
+    def __init__(self, error: PromptTooLong) -> None:
+        more = "" if error.exact else " or more"
+        super().__init__(
+            400,
+            f"This model's maximum context length is {error.context} tokens. However, your "
+            f"messages resulted in {error.tokens} tokens{more}. Please reduce the length of the "
+            "messages, or leave the oldest ones out.",
+            code="context_length_exceeded",
+            param="messages",
+        )
+        self._anthropics = (
+            f"prompt is too long: {error.tokens} tokens > {error.context} maximum; shorten it, or "
+            "leave the oldest turns out"
+        )
+
+    def body(self, path: str = "") -> dict[str, Any]:
+        """Return the content, in the words of the path's API."""
+        body = super().body(path)
+        if path.startswith(ANTHROPIC):
+            body["error"]["message"] = self._anthropics
+        return body
+
+
 def invalid(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
     """Return the refusal of a malformed request."""
     return ApiError(400, message, param=param, code=code)
@@ -140,13 +177,7 @@ def to_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, PromptTooLong):
-        return invalid(
-            f"this model's maximum context length is {error.context:,} tokens, and the prompt has "
-            f"{error.tokens:,}{'' if error.exact else ' or more'}; shorten it, or leave the oldest "
-            "turns out",
-            code="context_length_exceeded",
-            param="messages",
-        )
+        return PromptTooLongError(error)
     if isinstance(error, OptionInvalid | TemplateError):
         return invalid(f"{error.message}; {error.hint}")
     if is_out_of_memory(error):
