@@ -65,6 +65,11 @@ def test_minus_one_is_as_many_as_there_is_room_for(served: Running, fields: dict
         {"priority": 0, "bad_words": [], "allowed_token_ids": None, "prompt_logprobs": None},
         {"parallel_tool_calls": False},
         {"chat_template_kwargs": {}},
+        {"truncate_prompt_tokens": -1, "transforms": [], "plugins": [], "models": []},
+        {"random_seed": None, "safe_prompt": False, "enable_search": False},
+        {"cache_control": {"type": "ephemeral"}, "tool_stream": True, "reasoning_split": True},
+        {"reasoning_budget": -1, "thinking_budget_tokens": -1},
+        {"of_tomorrow": None, "logits_processors": None},
     ],
 )
 def test_what_asks_for_nothing_changes_nothing(served: Running, fields: dict[str, Any]) -> None:
@@ -113,6 +118,20 @@ def test_the_oldest_turns_of_a_chat_are_left_out(served: Running) -> None:
         {"add_generation_prompt": False, "continue_final_message": True},
         {"continue_final_message": True},
         {"messages": [*ASK, {"role": "assistant", "content": "The answer", "prefix": True}]},
+        {"messages": [*ASK, {"role": "assistant", "content": "The answer", "partial": True}]},
+        {
+            "messages": [
+                *ASK,
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "text", "text": "The "},
+                        {"type": "output_text", "text": "answer"},
+                    ],
+                },
+            ],
+            "continue_final_message": True,
+        },
     ],
 )
 def test_a_reply_goes_on_with_the_last_message(served: Running, fields: dict[str, Any]) -> None:
@@ -175,6 +194,9 @@ def test_a_compressed_body_is_refused_by_name(served: Running) -> None:
         (CHAT, {"stop": [""]}, "stop.0", "at least 1 character"),
         (CHAT, {"stop": 3}, "stop", "valid string or"),
         (CHAT, {"tool_choice": "force"}, "tool_choice", "'none', 'auto' or 'required'"),
+        (CHAT, {"extra_body": {"top_k": 3}}, "extra_body", "send what is in it"),
+        (CHAT, {"functions": [{"name": "f"}]}, "functions", "send tools"),
+        (CHAT, {"reasoning": {"efort": "low"}}, "reasoning.efort", "not permitted"),
         (CHAT, {"n_predict": "a", "max_tokens": None}, "n_predict", "integer"),
         (CHAT, {"messages": [{"content": "x"}]}, "messages.0.role", "required"),
         (COMPLETE, {"prompt": ["a"] * 65}, "prompt", "at most 64"),
@@ -193,6 +215,82 @@ def test_the_field_that_is_wrong_is_named(
 
 
 # Forms
+
+
+FUNCTION = {
+    "name": "now",
+    "parameters": {
+        "type": "object",
+        "properties": {"zone": {"enum": ["UTC"]}},
+        "required": ["zone"],
+    },
+}
+TOOL = {"type": "function", "function": FUNCTION}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tool_choice": "any"},
+        {"tool_choice": {"type": "any"}},
+        {"tool_choice": {"type": "required"}},
+        {"tool_choice": {"type": "tool", "name": "now"}},
+        {"tool_choice": {"type": "function", "name": "now"}},
+        {"tool_choice": {"function": {"name": "now"}}},
+        {"tools": [{"type": "function", **FUNCTION}], "tool_choice": "required"},
+        {"tools": [{"function": FUNCTION}], "tool_choice": "required"},
+    ],
+)
+def test_tools_and_choices_are_read_as_other_apis_have_them(
+    served: Running, fields: dict[str, Any]
+) -> None:
+    pytest.importorskip("llguidance")
+    body = {**BODY, "max_tokens": 100, "tools": [TOOL], **fields}
+    (call,) = served.post(CHAT, **body).json()["choices"][0]["message"]["tool_calls"][:1]
+    assert call["function"] == {"name": "now", "arguments": '{"zone": "UTC"}'}
+
+
+@pytest.mark.parametrize("choice", ["none", {"type": "none"}, "auto", {"type": "auto"}])
+def test_a_choice_may_say_its_type(served: Running, choice: Any) -> None:
+    name = choice if isinstance(choice, str) else choice["type"]
+    plain = served.post(CHAT, **BODY, tools=[TOOL], tool_choice=name).json()
+    assert (
+        served.post(CHAT, **BODY, tools=[TOOL], tool_choice=choice).json()["choices"]
+        == (plain["choices"])
+    )
+
+
+def test_calls_are_sent_back_as_other_clients_write_them(served: Running) -> None:
+    """Without ids, with parsed arguments, and answered by nothing."""
+
+    def prompt_tokens(call: dict[str, Any], answer: dict[str, Any]) -> int:
+        messages = [*ASK, {"role": "assistant", "content": None, "tool_calls": [call]}, answer]
+        reply = served.post(CHAT, **{**BODY, "messages": messages}, tools=[TOOL])
+        assert reply.status_code == 200, reply.text
+        return int(reply.json()["usage"]["prompt_tokens"])
+
+    right = prompt_tokens(
+        {
+            "id": "call_1",
+            "type": "function",
+            "function": {"name": "now", "arguments": '{"zone": "UTC"}'},
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": ""},
+    )
+    parsed = {"function": {"name": "now", "arguments": {"zone": "UTC"}}}
+    assert prompt_tokens(parsed, {"role": "tool", "content": None}) == right
+    assert (
+        prompt_tokens({**parsed, "id": None, "index": 0}, {"role": "tool", "content": ""}) == right
+    )
+
+
+def test_parts_of_text_go_by_other_names(served: Running) -> None:
+    refusal = [{"type": "refusal", "refusal": "Hello"}]
+    for content in ([{"type": "input_text", "text": "Hello"}], refusal):
+        same = served.post(CHAT, **{**BODY, "messages": [{"role": "user", "content": content}]})
+        assert same.json()["choices"] == served.post(CHAT, **BODY).json()["choices"]
+    kept = served.post(CHAT, **{**BODY, "messages": [{**ASK[0], "id": "m1"}]})
+    assert kept.headers["x-ignored-options"] == "messages.id"
 
 
 def test_a_prompt_that_is_too_long_is_told_in_each_apis_words(served: Running) -> None:
@@ -239,6 +337,8 @@ def test_a_base_address_may_be_typed_in_other_ways(served: Running, path: str) -
         ("POST", "/v1/nothing", 404),
         ("POST", "/completion", 404),
         ("GET", "/props", 404),
+        ("GET", "/v1", 404),
+        ("POST", "/v1", 404),
         ("DELETE", "/v1/models", 405),
         ("GET", CHAT, 405),
     ],

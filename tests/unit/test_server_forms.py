@@ -94,6 +94,9 @@ def test_patterns_choices_and_grammars_are_kept_to(
         ({"guided_choice": ["a"], "guided_regex": "b"}, "guided_"),
         ({"response_format": {"type": "json_object", "shema": {}}}, "response_format.shema"),
         ({"structured_outputs": {"jsn": {}}}, "structured_outputs.jsn"),
+        ({"structured_outputs": {"whitespace_pattern": "x"}}, "structured_outputs.whitespace"),
+        ({"response_format": {"type": "text", "schema": OPEN}}, "response_format"),
+        ({"response_format": {"type": "text", "json_schema": {}}}, "response_format"),
         ({"grammar": "x" * 300_000}, "grammar"),
     ],
 )
@@ -113,6 +116,7 @@ def test_a_form_that_cannot_be_kept_to_is_refused(
         {"grammar": ""},
         {"structured_outputs": None},
         {"structured_outputs": {}},
+        {"structured_outputs": {"json": None, "whitespace_pattern": None, "structural_tag": None}},
         {"response_format": {"type": "text"}},
         {"json_schema": {}},
     ],
@@ -121,6 +125,65 @@ def test_an_empty_form_is_none(served: Running, fields: dict[str, Any]) -> None:
     body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5, "temperature": 0}
     plain = served.post(CHAT, **body).json()["choices"]
     assert served.post(CHAT, **body, **fields).json()["choices"] == plain
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [
+        ({"type": "string", "enum": ["x", "y"]}, r"\{(\"[xy]\": (true|false)(, )?)*\}"),
+        ({"const": "x"}, r"\{(\"x\": (true|false))?\}"),
+        ({"pattern": "^[ab]$"}, r"\{(\"[ab]\": (true|false)(, )?)*\}"),
+        (
+            {"type": "string", "minLength": 1, "maxLength": 2},
+            r"\{(\".{1,2}\": (true|false)(, )?)*\}",
+        ),
+    ],
+)
+def test_the_names_of_a_record_are_kept_to(
+    served: Running, names: dict[str, Any], pattern: str
+) -> None:
+    """As Zod writes z.record() of an enumeration; what is cut off is none of its names' fault."""
+    schema = {
+        "type": "object",
+        "propertyNames": names,
+        "additionalProperties": {"type": "boolean"},
+        "maxProperties": 2,
+    }
+    prepared = prepare_schema(schema)
+    assert "propertyNames" not in prepared
+    assert prepared["additionalProperties"] is False
+    del schema["maxProperties"]  # which llguidance does not count beside properties
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "schema": {**schema, "required": []}},
+    }
+    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 12, "seed": 3}
+    choice = served.post(CHAT, **body, response_format=form).json()["choices"][0]
+    text = choice["message"]["content"]
+    if choice["finish_reason"] == "stop":
+        assert re.fullmatch(pattern, text), text
+    else:
+        assert text.startswith("{"), text
+
+
+def test_what_is_not_evaluated_is_not_written() -> None:
+    schema = {"type": "object", "properties": {"a": {}}, "unevaluatedProperties": False}
+    assert prepare_schema(schema) == {
+        "type": "object",
+        "properties": {"a": {}},
+        "additionalProperties": False,
+    }
+    several = {"allOf": [{"properties": {"a": {}}}], "unevaluatedProperties": False}
+    assert prepare_schema(several)["unevaluatedProperties"] is False
+
+
+def test_a_keyword_that_cannot_be_enforced_is_named_in_one_line(served: Running) -> None:
+    schema = {"type": "array", "items": {}, "uniqueItems": True}
+    answer = served.chat(guided_json=schema)
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert message.startswith('the schema has "uniqueItems", which cannot be enforced here')
+    assert "\n" not in message
 
 
 def test_annotations_are_left_out() -> None:
@@ -140,7 +203,7 @@ def test_annotations_are_left_out() -> None:
         "prices": {"additionalProperties": False},
     }
     assert prepared["default"] == {"format": "path"}, "a value is no schema"
-    kept = {"type": "object", "propertyNames": {"pattern": "^a"}}
+    kept = {"type": "object", "propertyNames": {"not": {"const": "a"}}}
     assert prepare_schema(kept) == kept, "which says something, and is refused by name"
 
 

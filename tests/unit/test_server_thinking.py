@@ -96,6 +96,9 @@ def test_what_opens_no_thought_is_the_answer(text: str) -> None:
         {"enable_thinking": False},
         {"thinking": {"type": "disabled"}},
         {"reasoning_effort": "none"},
+        {"reasoning": {"enabled": False}},
+        {"reasoning": {"effort": "none"}},
+        {"think": False},
     ],
 )
 def test_thinking_may_be_switched_off(served: Running, fields: dict[str, Any]) -> None:

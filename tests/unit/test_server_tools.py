@@ -190,6 +190,10 @@ CALLS: list[tuple[str, list[tuple[str, Any]]]] = [
     ('{"name": "f"}\n{"name": "g", "arguments": {}}', [("f", {}), ("g", {})]),
     ('{"type": "function", "function": {"name": "f", "arguments": {}}}', [("f", {})]),
     ('{"arguments": {"a": 1e400}, "name": "f"}', [("f", {"a": None})]),
+    ('{"name": "f", "params": {"a": 1}}', [("f", {"a": 1})]),
+    ('{"name": "f", "a": 1, "b": [2]}', [("f", {"a": 1, "b": [2]})]),
+    ('{"id": "c1", "index": 0, "name": "f", "type": "function"}', [("f", {})]),
+    ('```json\n{"name": "f", "arguments": {"a": 1}}\n```', [("f", {"a": 1})]),
     ("f\n<arg_key>a</arg_key>\n<arg_value>Paris</arg_value>", [("f", {"a": "Paris"})]),
     ("<function=f>\n<parameter=a>\n3\n</parameter>\n</function>", [("f", {"a": 3})]),
 ]

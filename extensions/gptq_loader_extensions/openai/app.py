@@ -58,9 +58,13 @@ ROUTES = (
     kobold_routes,
 )
 PAGE_PATHS = ("/gradio_api/", "/login", "/logout")  # that a page sends more than GET to
-# Of llama.cpp, vLLM and SGLang: what no page has, and clients look for.
+# Of llama.cpp, vLLM, SGLang and what watches servers: what no page has, and clients look for.
 OTHERS_PATHS = frozenset(
-    {"/get_model_info", "/get_server_info", "/ping", "/props", "/server_info", "/slots", "/version"}
+    {
+        *("/api", "/get_model_info", "/get_server_info", "/healthz", "/livez", "/load"),
+        *("/lora-adapters", "/ping", "/props", "/readyz", "/server_info", "/slots", "/v1"),
+        "/version",
+    }
 )
 
 

@@ -6,6 +6,7 @@ llguidance (3 MB, no dependencies) tracks the grammar; without it the options ar
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 MAX_GRAMMAR = 1 << 18  # characters: a schema of 3 MB takes llguidance a second for each token
+UNFOLLOWED = re.compile(r"Unimplemented keys: \[(.*?)\]")  # llguidance's words
 # Without a limit to it, small models write whitespace until a reply may be no longer.
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -214,5 +216,12 @@ def _check_length(text: str, what: str, param: str) -> None:
 
 
 def _cannot_follow(problem: str, param: str) -> Exception:
+    if keys := UNFOLLOWED.search(problem):
+        return invalid(
+            f"the schema has {keys[1]}, which cannot be enforced here; leave it out, or say it in "
+            "the prompt",
+            param=param,
+        )
     what = "grammar" if "grammar" in param or param == "ebnf" else "schema"
-    return invalid(f"the {what} cannot be followed: {problem.strip()[:500]}", param=param)
+    first = problem.strip().partition("\n")[0]
+    return invalid(f"the {what} cannot be followed: {first[:500]}", param=param)

@@ -42,7 +42,10 @@ HEAD = re.compile(
 # Of Mistral since 2025: NAME{...}; [ARGS] is a token that may be shown.
 NAMED = re.compile(r"\s*(?P<name>[\w.-]+)\s*(?:\[ARGS\])?\s*\{")
 NAME = re.compile(r"[\w.-]+")
-ARGUMENTS = ("arguments", "parameters", "args", "input")
+ARGUMENTS = ("arguments", "parameters", "args", "input", "params", "kwargs", "argument")
+# What else a call may have beside its name; all other keys are arguments that stand by themselves.
+OF_CALLS = frozenset({"name", "function", "type", "id", "index", *ARGUMENTS})
+FENCE = re.compile(r"```\w*\s*(.*?)\s*(?:```)?", re.DOTALL)
 # GLM 4.5: NAME, then <arg_key>K</arg_key><arg_value>V</arg_value>; Qwen3-Coder:
 # <function=NAME><parameter=K>V</parameter></function>.
 GLM = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
@@ -350,6 +353,8 @@ def _call_events(calls: list[tuple[str, str]]) -> list[ToolEvent]:
 def _parse_calls(text: str) -> Iterator[tuple[str, str]]:
     """Yield the calls in what stands where calls do: names, and arguments as JSON."""
     stripped = text.strip()
+    if fence := FENCE.fullmatch(stripped):
+        stripped = fence[1]
     if stripped.startswith("<function="):
         for match in CODER.finditer(stripped):
             pairs = PARAMETER.findall(match[2])
@@ -397,7 +402,10 @@ def _parse_call(content: object) -> tuple[str, str] | None:
     name = content.get("name", inner)
     if not isinstance(name, str) or not name:
         return None
-    arguments: Any = next((content[key] for key in ARGUMENTS if content.get(key) is not None), {})
+    beside = {key: value for key, value in content.items() if key not in OF_CALLS}
+    arguments: Any = next(
+        (content[key] for key in ARGUMENTS if content.get(key) is not None), beside
+    )
     if isinstance(arguments, str):
         try:
             is_object = isinstance(parse_json(arguments), dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -361,9 +362,9 @@ def _arguments_schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
 
 def _template_call(call: Any) -> dict[str, Any]:  # noqa: ANN401 - schemas.ToolCall
     """Return a call as templates take it: with its arguments parsed, where they are JSON."""
-    try:
-        arguments = parse_json(call.function.arguments or "{}")
-    except ValueError:
-        arguments = call.function.arguments
+    arguments = call.function.arguments
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError):
+            arguments = parse_json(arguments or "{}")
     function = {"name": call.function.name, "arguments": arguments}
     return {"id": call.id, "type": "function", "function": function}

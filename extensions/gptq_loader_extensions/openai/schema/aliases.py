@@ -8,7 +8,7 @@ from gptq_loader_extensions.openai.errors import invalid
 
 __all__ = ["ALIASES", "resolve_aliases", "sent_name"]
 
-# As text-generation-webui, KoboldCpp, llama.cpp and Ollama call them.
+# As text-generation-webui, KoboldCpp, llama.cpp, Ollama and Mistral call them.
 ALIASES = {
     "max_context_length": "truncation_length",
     "max_length": "max_tokens",
@@ -16,6 +16,8 @@ ALIASES = {
     "n_predict": "max_tokens",
     "num_ctx": "truncation_length",
     "num_predict": "max_tokens",
+    "random_seed": "seed",
+    "reasoning_budget": "thinking_budget",
     "rep_pen": "repetition_penalty",
     "rep_pen_range": "repetition_penalty_range",
     "repeat_last_n": "repetition_penalty_range",
@@ -23,6 +25,7 @@ ALIASES = {
     "sampler_seed": "seed",
     "stop_sequence": "stop",
     "stopping_strings": "stop",
+    "thinking_budget_tokens": "thinking_budget",
 }
 RANDOM_SEED = -1  # what these clients send where OpenAI's send nothing
 UNLIMITED = (-1, -2)  # as many tokens as there is room for; llama.cpp and Ollama have both
@@ -55,7 +58,7 @@ def _resolve_values(resolved: dict[str, Any]) -> None:
     """Write values that other servers have for "any" or "all" as this one does."""
     if resolved.get("seed") == RANDOM_SEED:
         resolved["seed"] = None
-    for name in ("max_tokens", "max_completion_tokens"):
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         if _is_in(resolved.get(name), UNLIMITED):
             resolved[name] = MAX_TOKENS
     if _is_in(resolved.get("repetition_penalty_range"), (-1,)):  # all there is

@@ -172,7 +172,8 @@ def _check_extra(extra: dict[str, Any]) -> set[str]:
         ApiError: there is one.
     """
     for name, value in extra.items():
-        if name in WITHOUT_EFFECT or (name in NEUTRAL and value in NEUTRAL[name]):
+        is_neutral = value is None or (name in NEUTRAL and value in NEUTRAL[name])
+        if name in WITHOUT_EFFECT or is_neutral:
             continue
         if name in NEUTRAL:
             raise invalid(f"{name} is not supported here; leave it out", param=name)

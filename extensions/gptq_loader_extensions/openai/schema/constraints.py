@@ -62,12 +62,18 @@ class ResponseFormat(BaseModel):
         """Return the form; None where any text will do.
 
         Raises:
-            ApiError: the schema is missing.
+            ApiError: the schema is missing, or would have no effect.
         """
         param = "response_format"
+        inner = self.json_schema
+        if self.type == "text" and (inner is not None or self.content is not None):
+            raise invalid(
+                "response_format has a schema, which the type text does not follow; send the type "
+                "json_schema",
+                param=param,
+            )
         if self.type == "text":
             return None
-        inner = self.json_schema
         schema = inner.content if inner is not None else None
         closed = inner is None or inner.strict is not False
         if schema is None:
@@ -92,6 +98,8 @@ class StructuredOutputs(BaseModel):
     disable_fallback: bool | None = None
     disable_any_whitespace: bool | None = None
     disable_additional_properties: bool | None = None
+    whitespace_pattern: Literal[""] | None = None
+    structural_tag: Literal[""] | None = None
 
 
 class Structured(BaseModel):

@@ -77,6 +77,7 @@ def prepare_schema(schema: Any, *, closed: bool = True) -> Any:  # noqa: ANN401 
 def _prepare(schema: Any, *, closed: bool, path: str, shared: frozenset[str]) -> Any:  # noqa: ANN401
     if not isinstance(schema, dict):
         return schema
+    schema = _with_names(_evaluated(schema))
     closed_here = closed and path not in shared
     # What stands beside branches describes the same object as they do.
     beside = bool(OPEN & set(schema)) and "properties" in schema
@@ -108,6 +109,44 @@ def _prepare(schema: Any, *, closed: bool, path: str, shared: frozenset[str]) ->
     if closed_here and "properties" in prepared and not OPEN & set(prepared):
         prepared["additionalProperties"] = False
     return prepared
+
+
+def _with_names(schema: dict[str, Any]) -> dict[str, Any]:
+    """Write the names that a record may have as properties or patterns, which can be followed.
+
+    As Zod writes `z.record(z.enum([...]), ...)`, and names with a pattern or a length.
+    """
+    names = schema.get("propertyNames")
+    if not isinstance(names, dict) or {"properties", "patternProperties"} & set(schema):
+        return schema
+    said = set(names) - {"type"}
+    value = schema.get("additionalProperties", True)
+    rest = {
+        key: item
+        for key, item in schema.items()
+        if key not in ("propertyNames", "additionalProperties")
+    }
+    if said == {"enum"} and all(isinstance(name, str) for name in names["enum"]):
+        properties = dict.fromkeys(names["enum"], value)
+        return {**rest, "properties": properties, "additionalProperties": False}
+    if said == {"const"} and isinstance(names["const"], str):
+        return {**rest, "properties": {names["const"]: value}, "additionalProperties": False}
+    if said == {"pattern"}:
+        pattern = names["pattern"]
+    elif said and said <= {"minLength", "maxLength"}:
+        pattern = f"^.{{{names.get('minLength', 0)},{names.get('maxLength', '')}}}$"
+    else:
+        return schema
+    return {**rest, "patternProperties": {pattern: value}, "additionalProperties": False}
+
+
+def _evaluated(schema: dict[str, Any]) -> dict[str, Any]:
+    """Write unevaluatedProperties as additionalProperties where nothing else evaluates any."""
+    others = {"$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "additionalProperties"}
+    if "unevaluatedProperties" not in schema or others & set(schema):
+        return schema
+    rest = {key: item for key, item in schema.items() if key != "unevaluatedProperties"}
+    return {**rest, "additionalProperties": schema["unevaluatedProperties"]}
 
 
 def _parts_of_objects(schema: Any, *, part: bool) -> Iterator[str]:  # noqa: ANN401

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gptq_loader_extensions.openai.errors import invalid
-from gptq_loader_extensions.openai.schema.schemas import ChatRequest, Sampling, Text
+from gptq_loader_extensions.openai.schema.schemas import (
+    ChatRequest,
+    Effort,
+    Sampling,
+    Text,
+    TokenLimit,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +25,6 @@ __all__ = ["ResponsesChat", "ResponsesRequest", "read_responses", "sampling_fiel
 TEXT_PARTS = ("input_text", "output_text", "text")
 LOGPROBS = "message.output_text.logprobs"
 EVERYTHING = 2**31 - 1  # tokens: more than any context has
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class TextFormat(BaseModel):
@@ -60,7 +65,7 @@ class ResponsesRequest(Sampling):
     instructions: Text | None = None
     previous_response_id: Annotated[str, Field(max_length=200)] | None = None
     store: bool | None = None
-    max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_output_tokens: TokenLimit | None = None
     tools: Annotated[list[dict[str, Any]], Field(max_length=256)] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None

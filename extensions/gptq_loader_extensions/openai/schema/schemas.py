@@ -5,12 +5,13 @@ Types are strict: true is no number. A field that is not here is looked up in `u
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gptq_loader_extensions.openai.schema.aliases import resolve_aliases
 from gptq_loader_extensions.openai.schema.constraints import Structured
+from gptq_loader_extensions.openai.schema.dialects import resolve_dialects
 
 __all__ = [
     "ChatRequest",
@@ -35,6 +36,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=1_000_000)]
 # How many tokens a reply may have; -1, or -2, is as many as there is room for (`resolve_aliases`).
 TokenLimit = Annotated[int, Field(ge=1, lt=2**31, json_schema_extra={"minimum": -2})]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
@@ -103,17 +105,17 @@ class Tool(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: Function
 
 
 class CalledFunction(BaseModel):
-    """The function of a call that a model requested, with its arguments as JSON."""
+    """The function of a call that a model requested, with its arguments as JSON, or parsed."""
 
     model_config = ConfigDict(strict=True)
 
     name: str
-    arguments: str
+    arguments: str | dict[str, Any]
 
 
 class ToolCall(BaseModel):
@@ -121,7 +123,7 @@ class ToolCall(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    id: str
+    id: str | None = None  # which `resolve_dialects` gives it
     type: Literal["function"] = "function"
     function: CalledFunction
 
@@ -193,6 +195,17 @@ class ThinkingOptions(BaseModel):
     clear_thinking: bool | None = None
 
 
+class ReasoningOptions(BaseModel):
+    """Whether a model thinks and for how long, as OpenRouter has it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    effort: Effort | None = None
+    enabled: bool | None = None
+    exclude: bool | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+
+
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
@@ -210,12 +223,39 @@ class ChatRequest(Sampling):
     enable_thinking: bool | None = None
     thinking: ThinkingOptions | None = None
     thinking_budget: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
-        None
-    )
+    reasoning_effort: Effort | None = None
+    reasoning: ReasoningOptions | None = None  # OpenRouter
+    think: bool | Effort | None = None  # Ollama
     reasoning_format: Literal["none", "auto", "deepseek"] | None = None  # llama.cpp
     separate_reasoning: bool | None = None  # SGLang
     include_reasoning: bool | None = None  # vLLM
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_dialects(cls, fields: object) -> object:
+        return resolve_dialects(fields)
+
+    @model_validator(mode="after")
+    def _merge(self) -> Self:
+        """Take over what is said of thinking under other names, and a begun message in parts."""
+        if isinstance(self.think, bool) and self.enable_thinking is None:
+            self.enable_thinking = self.think
+        elif isinstance(self.think, str) and self.reasoning_effort is None:
+            self.reasoning_effort = self.think
+        if (reasoning := self.reasoning) is not None:
+            if self.enable_thinking is None:
+                self.enable_thinking = reasoning.enabled
+            self.reasoning_effort = self.reasoning_effort or reasoning.effort
+            if self.thinking_budget is None:
+                self.thinking_budget = reasoning.max_tokens
+            if reasoning.exclude:
+                self.include_reasoning = False
+        last = self.messages[-1]
+        if (self.continue_final_message or last.prefix) and isinstance(last.content, list):
+            texts = [part.get("text") for part in last.content if part.get("type") == "text"]
+            if len(texts) == len(last.content) and all(isinstance(it, str) for it in texts):
+                last.content = "".join(map(str, texts))
+        return self
 
 
 class CompletionRequest(Sampling):

@@ -56,6 +56,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "dynamic_temperature": EMPTY,
     "dynatemp_range": EMPTY,
     "early_stopping": EMPTY,
+    "enable_search": EMPTY,
     "echo": EMPTY,
     "encoder_repetition_penalty": (None, 1),
     "eos_token_id": EMPTY,
@@ -63,6 +64,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "eta_cutoff": EMPTY,
     "guidance_scale": (None, 1),
     "images": EMPTY,
+    "incremental_output": (None, True),
     "include_stop_str_in_output": EMPTY,
     "kv_transfer_params": EMPTY,
     "length_penalty": (None, 1),
@@ -77,6 +79,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "mirostat": EMPTY,
     "mirostat_mode": EMPTY,
     "mm_processor_kwargs": EMPTY,
+    "models": EMPTY,
     "n_discard": EMPTY,
     "n_indent": EMPTY,
     "n_keep": (None, 0, -1),
@@ -88,9 +91,12 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "num_keep": (None, 0, -1),
     "penalize_newline": (None, False),
     "penalty_alpha": EMPTY,
+    "plugins": EMPTY,
     "post_sampling_probs": EMPTY,
     "prompt_embeds": EMPTY,
     "prompt_logprobs": EMPTY,
+    "provider": EMPTY,
+    "reasoning_split": (None, True),
     "rep_pen_slope": (None, 0, 1),
     "repetition_detection": EMPTY,
     "replacement": EMPTY,
@@ -99,6 +105,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "return_token_ids": EMPTY,
     "return_tokens": EMPTY,
     "return_tokens_as_token_ids": EMPTY,
+    "safe_prompt": EMPTY,
     "singleline": EMPTY,
     "skew": EMPTY,
     "skip_special_tokens": (None, True),
@@ -112,7 +119,8 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "thinking_forced_open": EMPTY,
     "top_a": EMPTY,
     "top_n_sigma": (None, 0, -1),
-    "truncate_prompt_tokens": EMPTY,
+    "transforms": EMPTY,
+    "truncate_prompt_tokens": (*EMPTY, -1),
     "typical": (None, 0, 1),
     "typical_p": (None, 0, 1),
     "use_authors_note": EMPTY,
@@ -130,6 +138,7 @@ WITHOUT_EFFECT = frozenset(
         "api_server",
         "api_type",
         "auto_max_new_tokens",
+        "cache_control",
         "cache_prompt",
         "cache_salt",
         "can_abort",
@@ -170,6 +179,7 @@ WITHOUT_EFFECT = frozenset(
         "spaces_between_special_tokens",
         "stream_reasoning",
         "timings_per_token",
+        "tool_stream",
         "trim_stop",
         "use_default_badwordsids",
         "xtc_threshold",
@@ -199,8 +209,15 @@ UNTOLD: dict[str, tuple[object, ...]] = {
 }
 # What clients send back of a reply of another server's.
 OF_REPLIES = frozenset(
-    {"provider_specific_fields", "reasoning_details", "thinking_blocks", "cache_control"}
+    {"provider_specific_fields", "reasoning_details", "thinking_blocks", "cache_control", "id"}
 )
+# What to do in place of what is often sent by mistake, or was OpenAI's before.
+INSTEAD = {
+    "extra_body": "is an argument of OpenAI's Python client; send what is in it as fields of the "
+    "request",
+    "function_call": "is OpenAI's older name; send tool_choice",
+    "functions": "is OpenAI's older name; send tools",
+}
 
 
 def check_extra(request: Sampling) -> tuple[str, ...]:
@@ -235,8 +252,10 @@ def check_message(message: Message, index: int) -> tuple[str, ...]:
 
 def _check(extra: Mapping[str, Any]) -> tuple[str, ...]:
     for name, value in extra.items():
-        if name in WITHOUT_EFFECT or name in IGNORED:
+        if name in WITHOUT_EFFECT or name in IGNORED or value is None:
             continue
+        if name in INSTEAD and value not in NEUTRAL.get(name, ()):
+            raise invalid(f"{name} {INSTEAD[name]}", param=name, code="unsupported_option")
         if name not in NEUTRAL:
             raise invalid(
                 f"there is no option {name[:100]!r}; correct its spelling, or leave it out",
