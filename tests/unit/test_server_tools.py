@@ -180,6 +180,7 @@ def test_a_strict_function_is_kept_to_once_it_is_called(served: Running) -> None
     assert served.chat(tools=[tool(parameters={"type": "object", "not": {}})]).status_code == 200
 
 
+CALL_TEXT = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
 CALLS: list[tuple[str, list[tuple[str, Any]]]] = [
     ('{"name": "f", "arguments": {"a": "}</tool_call>{"}}', [("f", {"a": "}</tool_call>{"})]),
     ('{"name": "f", "parameters": {"a": 1}}', [("f", {"a": 1})]),
@@ -210,6 +211,16 @@ def test_calls_are_read_as_small_models_write_them(
     plain, parsed = read(HermesToolParser(), pieces)
     assert plain == ""
     assert [(name, json.loads(arguments)) for name, arguments in parsed] == calls
+
+
+@pytest.mark.parametrize("rest", ["\n<tool", "\n<tool_call>", '\n<tool_call>\n{"na', "\n<"])
+def test_a_call_that_is_cut_off_after_others_is_no_text(rest: str) -> None:
+    plain, calls = read(HermesToolParser(), [f"{CALL_TEXT}{rest}"])
+    assert (plain.strip(), [name for name, _ in calls]) == ("", ["f"])
+    alone, none = read(HermesToolParser(), [rest])
+    assert (alone, none) == (rest, []), "where nothing was called, nothing is lost"
+    plain, _ = read(HermesToolParser(), [f"{CALL_TEXT}\nDone < all."])
+    assert plain == "Done < all."
 
 
 @pytest.mark.parametrize(

@@ -174,8 +174,11 @@ class HermesToolParser:
         if self._arguments is not None or self._is_over():
             return []
         if not held.startswith(OPEN):
-            return [held] if held else []
+            begins = self._calls > 0 and bool(held) and OPEN.startswith(held.strip())
+            return [held] if held and not begins else []
         calls = list(_parse_calls(held.removeprefix(OPEN)))
+        if not calls and self._calls:  # another one, cut off before it says anything
+            return []
         self._calls += len(calls)
         return _call_events(calls[:1] if self.single else calls) or [held]
 
