@@ -64,14 +64,14 @@ def with_anthropic():
     text = client.messages.create(model=MODEL, max_tokens=8, messages=ASK)
     called = client.messages.create(
         model=MODEL,
-        max_tokens=300,
+        max_tokens=600,
         messages=ASK,
         tools=tools,
         tool_choice={"type": "tool", "name": "weather"},
     )
     with client.messages.stream(
         model=MODEL,
-        max_tokens=300,
+        max_tokens=600,
         messages=ASK,
         tools=tools,
         tool_choice={"type": "any", "disable_parallel_tool_use": True},
@@ -118,7 +118,7 @@ def with_ollama():
 def with_litellm():
     import litellm
 
-    options = {"api_base": f"{URL}/v1", "api_key": "x", "max_tokens": 300}
+    options = {"api_base": f"{URL}/v1", "api_key": "x", "max_tokens": 600}
     tools = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
     called = litellm.completion(
         f"openai/{MODEL}", ASK, tools=tools, tool_choice="required", **options
@@ -150,7 +150,7 @@ def with_langchain():
         """Tell the weather."""
         return city
 
-    chat = ChatOpenAI(model=MODEL, max_tokens=300)
+    chat = ChatOpenAI(model=MODEL, max_tokens=600)
     bound = chat.bind_tools([weather], tool_choice="any", parallel_tool_calls=False)
     formed = chat.with_structured_output(
         {"title": "city", "description": "A city.", **SCHEMA}, method="function_calling"
@@ -179,7 +179,7 @@ def with_llama_index():
         return f"sunny in {city}"
 
     named = {"model": MODEL, "api_base": f"{URL}/v1", "api_key": "x", "context_window": 4096}
-    options = {"is_chat_model": True, "is_function_calling_model": True, "max_tokens": 300}
+    options = {"is_chat_model": True, "is_function_calling_model": True, "max_tokens": 600}
     model = OpenAILike(**named, **options)
     formed = OpenAILike(**named, **options, should_use_structured_outputs=True)
     short = OpenAILike(**named, is_chat_model=True, max_tokens=8)
@@ -224,7 +224,7 @@ def with_pydantic_ai():
     class City(BaseModel):
         city: Literal["Paris", "Rome"]
 
-    settings = {"max_tokens": 300}
+    settings = {"max_tokens": 600}
     chat = Agent(OpenAIChatModel(MODEL), output_type=City, model_settings=settings)
     responses = Agent(OpenAIResponsesModel(MODEL), model_settings={"max_tokens": 8})
     return {
@@ -249,7 +249,7 @@ def with_openai_agents():
 def with_smolagents():
     from smolagents import OpenAIServerModel
 
-    model = OpenAIServerModel(MODEL, api_base=f"{URL}/v1", api_key="x", max_tokens=300)
+    model = OpenAIServerModel(MODEL, api_base=f"{URL}/v1", api_key="x", max_tokens=600)
     tools = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
     client = model.client.chat.completions
     made = client.create(model=MODEL, messages=ASK, tools=tools, tool_choice="required")

@@ -7,6 +7,7 @@ import { join } from "node:path";
 
 const [FOLDER, NAME, URL_, MODEL, THINKER] = process.argv.slice(2);
 const require = createRequire(join(FOLDER, "program.js"));
+// A small model that must call goes on calling: a reply has room for as many calls as there may be.
 const ASK = [{ role: "user", content: "Hello" }];
 const CITIES = ["Paris", "Rome"];
 const SCHEMA = {
@@ -22,7 +23,7 @@ async function openai() {
   const { z } = require("zod");
   const client = new OpenAI({ baseURL: `${URL_}/v1`, apiKey: "x", maxRetries: 0 });
   const City = z.object({ city: z.enum(CITIES) });
-  const options = { model: MODEL, max_completion_tokens: 300 };
+  const options = { model: MODEL, max_completion_tokens: 600 };
   const chat = await client.chat.completions.create({ ...options, messages: ASK, max_completion_tokens: 8 });
   let streamed = "", usage = null;
   const stream = await client.chat.completions.create({
@@ -55,12 +56,12 @@ async function openai() {
   const inputs = [];
   for await (const item of client.responses.inputItems.list(second.id, { limit: 2 })) inputs.push(item.type);
   const form = await client.responses.parse({
-    model: MODEL, input: "Where?", max_output_tokens: 300, text: { format: zodTextFormat(City, "city") },
+    model: MODEL, input: "Where?", max_output_tokens: 600, text: { format: zodTextFormat(City, "city") },
   });
   const kinds = [];
   const events = client.responses.stream({
     model: MODEL, input: "Weather?", tools: [{ type: "function", name: "weather", parameters: SCHEMA, strict: true }],
-    tool_choice: "required", max_output_tokens: 300,
+    tool_choice: "required", max_output_tokens: 600,
   });
   for await (const event of events) kinds.push(event.type);
   const response = await events.finalResponse();
@@ -95,7 +96,7 @@ async function ai_sdk(provider, model, thinker) {
   const { generateText, streamText, generateObject, streamObject, tool, jsonSchema, Output, stepCountIs } = require("ai");
   const { z } = require("zod");
   const City = z.object({ city: z.enum(CITIES) });
-  const options = { model, maxRetries: 0, maxOutputTokens: 300 };
+  const options = { model, maxRetries: 0, maxOutputTokens: 600 };
   const text = await generateText({ ...options, prompt: "Hello", maxOutputTokens: 8, temperature: 0 });
   const stream = streamText({ ...options, messages: ASK, system: "Be brief.", maxOutputTokens: 8 });
   let streamed = "";
@@ -195,7 +196,7 @@ async function anthropic() {
     .on("text", (part) => { streamed += part; });
   const whole = await stream.finalMessage();
   const called = await client.messages.create({
-    model: MODEL, max_tokens: 300, messages: ASK, tools, tool_choice: { type: "tool", name: "weather" },
+    model: MODEL, max_tokens: 600, messages: ASK, tools, tool_choice: { type: "tool", name: "weather" },
   });
   const answered = await client.messages.create({
     model: MODEL, max_tokens: 8, tools,
@@ -206,7 +207,7 @@ async function anthropic() {
   });
   const kinds = [];
   for await (const event of await client.messages.create({
-    model: MODEL, max_tokens: 300, messages: ASK, tools, tool_choice: { type: "any" }, stream: true,
+    model: MODEL, max_tokens: 600, messages: ASK, tools, tool_choice: { type: "any" }, stream: true,
   })) kinds.push(event.type);
   const count = await client.messages.countTokens({ model: MODEL, messages: ASK });
   const thought = await client.messages.create({
@@ -226,12 +227,12 @@ async function anthropic() {
   const { z } = require("zod");
   const City = z.object({ city: z.enum(CITIES) });
   const formed = await client.messages.parse({
-    model: MODEL, max_tokens: 300, messages: ASK, output_config: { format: zodOutputFormat(City) },
+    model: MODEL, max_tokens: 600, messages: ASK, output_config: { format: zodOutputFormat(City) },
   });
   let ran = 0;
   const run = () => { ran += 1; return "sunny"; };
   const last = await client.beta.messages.toolRunner({
-    model: MODEL, max_tokens: 300, messages: ASK, max_iterations: 2, tool_choice: { type: "any" },
+    model: MODEL, max_tokens: 600, messages: ASK, max_iterations: 2, tool_choice: { type: "any" },
     tools: [betaZodTool({ name: "weather", description: "It.", inputSchema: City, run })],
   });
   return {

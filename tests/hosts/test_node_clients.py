@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from environments import ROOT
 from processes import run_process
-from server_process import CITIES, ONE, copy_thinker, serving
+from server_process import CITIES, MODEL, THINKER, serving_clients
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +49,7 @@ pytest.importorskip("llguidance")
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server of two models, one of which thinks."""
-    with serving("--models-dir", str(copy_thinker(tmp_path_factory.mktemp("models")))) as started:
+    with serving_clients(tmp_path_factory.mktemp("models")) as started:
         yield started
 
 
@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 def run(server: ServerProcess, request: pytest.FixtureRequest) -> dict[str, Any]:
     """What the program of the test's client prints; the test is named after it."""
     name = request.node.name.removeprefix("test_")
-    command = [str(NODE), PROGRAM, FOLDER, name, server.url, ONE, "thinker"]
+    command = [str(NODE), PROGRAM, FOLDER, name, server.url, MODEL, THINKER]
     done = run_process(command, env={**os.environ}, seconds=600)
     assert done.returncode == 0, done.stderr[-4000:]
     printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
