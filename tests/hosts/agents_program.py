@@ -96,9 +96,10 @@ def with_anthropic():
 
 
 def with_ollama():
+    os.environ["OLLAMA_HOST"] = URL
     import ollama
 
-    client = ollama.Client(host=URL)
+    client = ollama.Client()
     options = {"num_predict": 8, "num_ctx": 512}
     whole = client.chat(model=MODEL, messages=ASK, options=options)
     parts = client.chat(model=MODEL, messages=ASK, options=options, stream=True)
@@ -112,6 +113,24 @@ def with_ollama():
         "thought": bool(thought.message.thinking),
         "models": MODEL in [it.model for it in client.list().models],
         "capabilities": client.show(MODEL).capabilities,
+        **_with_ollamas_models(ollama, client),
+    }
+
+
+def _with_ollamas_models(ollama, client):
+    client.generate(model=MODEL)
+    (running,) = client.ps().models
+    unloaded = client.generate(model=MODEL, keep_alive=0)
+    try:
+        refused = ""
+        client.embed(model=MODEL, input="Hello")
+    except ollama.ResponseError as error:
+        refused = error.error
+    return {
+        "running": [running.model, len(running.digest), running.expires_at.year],
+        "unloaded": [unloaded.done_reason, len(client.ps().models)],
+        "pulled": client.pull(MODEL).status,
+        "refused": refused,
     }
 
 

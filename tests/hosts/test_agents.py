@@ -74,6 +74,10 @@ def test_ollama(run: dict[str, Any]) -> None:
     assert run["thought"]
     assert run["models"]
     assert "tools" in run["capabilities"]
+    assert run["running"] == [MODEL, 64, 9999]
+    assert run["unloaded"] == ["unload", 0]
+    assert run["pulled"] == "success"
+    assert "makes no embeddings" in run["refused"]
 
 
 def test_litellm(run: dict[str, Any]) -> None:
