@@ -7,7 +7,19 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from browsing import MARKS, ask, expect, finish, load, replies
+from browsing import (
+    CHECKPOINTS,
+    ENVIRON,
+    MARKS,
+    ask,
+    choose,
+    expect,
+    finish,
+    load,
+    opened,
+    replies,
+    started,
+)
 from hub_server import BRANCHES, REPO
 
 if TYPE_CHECKING:
@@ -16,7 +28,7 @@ if TYPE_CHECKING:
 
     from browsing import Server
     from hub_server import HubServer
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
 pytestmark = MARKS
 
@@ -103,6 +115,57 @@ def test_the_nine_steps_of_a_model_card(
     assert len(replies(empty)) == 1
     assert "Traceback" not in registry.log()
     assert "OUTSIDE" not in registry.log()
+
+
+@pytest.fixture
+def with_exllama(
+    browser: Browser, mended: HubServer, tmp_path: Path
+) -> Iterator[tuple[Page, HubServer]]:
+    """A page of a server that knows ExLlama's kernels."""
+    environ = {
+        "GPTQ_LOADER_PLUGINS": f"{ENVIRON['GPTQ_LOADER_PLUGINS']},kernel-exllama",
+        "GPTQ_LOADER_CONFIG": str(tmp_path),
+        "GPTQ_LOADER_MODELS": str(tmp_path / "models"),
+        **mended.environment(tmp_path / "hf"),
+    }
+    with (
+        started(record=tmp_path / "steps", environ=environ) as served,
+        opened(browser, served) as (page, errors),
+    ):
+        yield page, mended
+    assert errors == [], errors
+
+
+def test_exllamas_column_says_what_was_read_and_no_more(
+    with_exllama: tuple[Page, HubServer],
+) -> None:
+    """The zeros of an asymmetric checkpoint may be any until its files are here."""
+    empty, mended = with_exllama
+    repo = "owner/asymmetric-GPTQ"
+    mended.add(repo, CHECKPOINTS / "gptq_v2-4bit-64g-noact-asym")
+    mended.add(repo, CHECKPOINTS / "gptq-3bit-32g-noact-asym", branch="gptq-3bit-32g")
+    open_box(empty, repo)
+
+    def column() -> dict[str, str]:
+        """List the branches, and read what the column says of each."""
+        empty.locator("#list-branches").click()
+        table = empty.locator(f"#branches table[data-repo='{repo}']")
+        expect(table).to_be_visible(timeout=30_000)
+        names = table.locator("tbody th").all_inner_texts()
+        cells = [row.locator("td").nth(7).inner_text() for row in table.locator("tbody").all()]
+        return dict(zip(names, cells, strict=True))
+
+    assert column() == {"main": "perhaps", "gptq-3bit-32g": "no"}, "3 bits it never takes"
+    empty.locator("#start").click()
+    expect(empty.locator("#downloading")).to_contain_text("Done: ", timeout=60_000)
+    empty.locator("#refresh").click()
+    choose(empty, f"{repo}:main")
+    expect(empty.locator("#loading")).to_contain_text("Loaded in", timeout=120_000)
+    read = empty.locator("#facts tr", has_text="ExLlama").locator("td").first.inner_text()
+    assert read.split(":")[0] in ("yes", "no")
+    empty.locator("#repo textarea, #repo input").fill("")
+    empty.locator("#repo textarea, #repo input").fill(repo)
+    assert column()["main"] == read.split(":")[0], "both read the zeros that are here"
 
 
 @pytest.mark.parametrize("how", ["cut", "reset"])
