@@ -280,7 +280,7 @@ def test_a_hub_reference_is_its_own_name() -> None:
 
 def test_the_demo_goes_by_its_real_name() -> None:
     model: Any = SimpleNamespace(
-        plan=SimpleNamespace(reference="demo", path=Path("/cache/SmolLM2"))
+        plan=SimpleNamespace(reference="demo", path=Path("/cache/SmolLM2-GPTQ-4bit-32g-d7c966f4"))
     )
     assert entry_name(model) == "demo"
     assert title(Loaded("demo", model)) == "SmolLM2"

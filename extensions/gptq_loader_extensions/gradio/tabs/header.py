@@ -59,7 +59,10 @@ def title(loaded: Loaded | None) -> str:
     """Return the model's name for people: for the demo, its real name."""
     if loaded is None:
         return NO_MODEL
-    return loaded.model.plan.path.resolve().name if loaded.name == "demo" else loaded.name
+    if loaded.name != "demo":
+        return loaded.name
+    folder = loaded.model.plan.path.resolve().name  # with how it was made behind the name
+    return folder.partition("-GPTQ-")[0]
 
 
 def model_facts(model: LoadedModel) -> dict[str, str]:
@@ -97,8 +100,9 @@ def header_html(loaded: Loaded | None, *, loading: str = "") -> str:
     notes = "".join(f"<p role='note'>{escape(warning)}</p>" for warning in warnings)
     template = f"{model.template.name} ({model.template.source})"
     why = f"<pre tabindex='0'>{escape(model.explain())}</pre>"
+    name = escape(title(loaded))
     return (
-        f"<header><h1>{escape(title(loaded))}</h1><ul>{chips}</ul>{_tools()}</header>"
+        f"<header><h1 title='{name}'>{name}</h1><ul>{chips}</ul>{_tools()}</header>"
         f"<dl><dt>Kernel</dt><dd><details id='{elements.WHY}'><summary>"
         f"<span id='{elements.HEADLINE}'>"
         f"{escape(model.plan.headline())}</span> <b>Why?</b></summary>{why}</details></dd>"

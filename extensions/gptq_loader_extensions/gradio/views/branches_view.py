@@ -39,7 +39,7 @@ def branches_html(report: RepoReport) -> str:
     gated = "; gated: its owner grants access" if report.gated else ""
     advice = recommend(report)
     words = f"Recommended: {advice.branch}. {advice.reason}" if advice.branch else advice.reason
-    notes = f"<p role='note'>{escape(words)}</p>"
+    notes = f"<p class='advice'>{escape(words)}</p>"
     if len(engines) == 1:
         (common,) = engines
         notes += f"<p>Beside ours every branch runs in: {escape(engines_of(common))}</p>"
@@ -89,7 +89,7 @@ def _row(branch: BranchReport, repo: str, *, engines: bool) -> str:
         f"{escape(branch.branch)}</button></th>"
     )
     first = f"<tr>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-    second = f"<tr class='why'><td colspan='{len(COLUMNS)}'>{escape(why)}</td></tr>"
+    second = f"<tr class='why'><td colspan='{len(COLUMNS)}'><span>{escape(why)}</span></td></tr>"
     return f"<tbody>{first}{second}</tbody>"
 
 
