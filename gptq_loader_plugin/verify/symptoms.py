@@ -182,15 +182,10 @@ def _of_scores(
 ) -> Iterator[Diagnosis]:
     """Load the model, and score a text with one thing changed at a time."""
     from gptq_loader_plugin.loading import load
-    from gptq_loader_plugin.verify.rescoring import (
-        diagnose_layers,
-        diagnose_rotation,
-        diagnose_tokens,
-    )
+    from gptq_loader_plugin.verify.rescoring import diagnose_scores
 
     with load(checkpoint.path, options=replace(options, check=False), plugins=plugins) as model:
-        sure = [*diagnose_tokens(model)] or [*diagnose_rotation(model)]
-        yield from sure or diagnose_layers(model, plugins.progress)
+        yield from diagnose_scores(model, plugins.progress)
 
 
 def _resources(

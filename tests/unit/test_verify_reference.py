@@ -19,7 +19,7 @@ from gptq_loader_plugin.load_options import LoadOptions
 from gptq_loader_plugin.measure.perplexity import sample_text
 from gptq_loader_plugin.verify import equal
 from gptq_loader_plugin.verify.equal import check_batch, check_split, first_logits, split_map
-from gptq_loader_plugin.verify.rescoring import diagnose_layers, diagnose_tokens
+from gptq_loader_plugin.verify.rescoring import diagnose_scores, diagnose_tokens, try_without
 from gptq_loader_plugin.verify.run import verify
 
 if TYPE_CHECKING:
@@ -121,10 +121,31 @@ def test_a_part_that_is_better_left_out_is_named(model: LoadedModel) -> None:
     part = model.model.get_submodule("model.layers.1.mlp")
     handle = part.register_forward_hook(lambda _module, _inputs, output: output + towards)
     try:
-        named = list(diagnose_layers(model, lambda _: None))
+        gain = try_without(model, lambda _: None)
+        named = list(diagnose_scores(model, lambda _: None))
     finally:
         handle.remove()
+    assert gain is not None
+    assert gain.nats > 1
+    assert named == [gain.diagnosis], "what explains most, whatever else is a little better"
     assert "the layers of model.layers.1.mlp are not the ones" in named[0].cause
+
+
+def test_a_part_that_seems_of_no_use_by_chance_is_not_named(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few tokens are scored better without a part, and all of the text is not."""
+    from gptq_loader_plugin.verify import rescoring
+
+    whole = rescoring._score
+
+    def by_chance(model: LoadedModel, windows: torch.Tensor) -> float:
+        few = len(windows) == rescoring.WINDOWS and windows.shape[1] == rescoring.WINDOW
+        lucky = few and bool(model.model.get_submodule("model.layers.0.mlp")._forward_hooks)
+        return whole(model, windows) - lucky
+
+    monkeypatch.setattr(rescoring, "_score", by_chance)
+    assert try_without(model, lambda _: None) is None
 
 
 def test_a_tokenizer_whose_ids_are_other_rows(model: LoadedModel) -> None:
