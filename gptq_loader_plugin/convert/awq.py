@@ -34,8 +34,8 @@ __all__ = ["plan_awq"]
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 HINT = (
-    "convert it to compressed-tensors, which has a g_idx and 8 bits, or to gguf, which requantises "
-    "such layers to 8 bits"
+    "convert it to compressed-tensors, which has 8 bits, or to gguf, which requantises what is in "
+    "act-order to 8 bits"
 )
 
 

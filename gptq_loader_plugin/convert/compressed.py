@@ -3,12 +3,12 @@
     weight_packed      int32 [N, K * bits / 32]
     weight_scale       float [N, G]
     weight_zero_point  int32 [N * bits / 32, G], where zeros differ
-    weight_g_idx       int32 [K], with act-order
     weight_shape       int64 [2]
 
 A code is stored above the middle of its range: 8 is nothing in 4 bits. 2 and 3 bits are written as
 4, and 5 to 7 as 8: the versions of compressed-tensors do not agree on how 3 bits lie in words, and
-vLLM has kernels for 4 and 8 alone.
+vLLM has kernels for 4 and 8 alone. Act-order with groups was given up in August 2026, with the
+g_idx it needs: vLLM 0.32 and compressed-tensors 0.20 refuse such files.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ class Scheme(NamedTuple):
     bits: int
     sym: bool
     group_size: int
-    act_order: bool
 
 
 def plan_compressed(checkpoint: Checkpoint, options: ConvertOptions) -> Planned:  # noqa: ARG001 - as every planner
     """Plan to repack every layer, exactly.
 
     Raises:
-        UnsupportedFormat: a layer's last group is short, or its widths fill no whole words.
+        UnsupportedFormat: a layer is in act-order with groups, its last group is short, or its
+            widths fill no whole words.
     """
     layers = list(checkpoint.layers.values())
     error = refusal(
         checkpoint,
         [(layer.name, why) for layer in layers if (why := _refused(layer))],
         format_name="compressed-tensors",
-        hint="convert it to gguf or dense",
+        hint="convert it to gguf, which requantises such layers to 8 bits, or to dense",
     )
     if error is not None:
         raise error
@@ -92,6 +92,8 @@ def plan_compressed(checkpoint: Checkpoint, options: ConvertOptions) -> Planned:
 
 def _refused(layer: LayerSpec) -> str:
     scheme = _scheme(layer)
+    if not in_order(layer):
+        return "act-order with groups, which its readers have given up"
     if not layer.even_groups:
         return "its last group is short"
     if layer.zero_range[1] >= 1 << scheme.bits:
@@ -111,7 +113,6 @@ def _scheme(layer: LayerSpec) -> Scheme:
         bits=bits,
         sym=-middle <= lowest and highest < middle,
         group_size=layer.group_size if layer.groups > 1 else -1,
-        act_order=not in_order(layer),
     )
 
 
@@ -127,8 +128,6 @@ def _infos(layer: LayerSpec, scheme: Scheme) -> dict[str, Info]:
     }
     if not scheme.sym:
         infos[f"{name}.weight_zero_point"] = Info("I32", (columns * bits // 32, layer.groups))
-    if scheme.act_order:
-        infos[f"{name}.weight_g_idx"] = Info("I32", (rows,))
     return infos
 
 
@@ -148,7 +147,6 @@ def _made(checkpoint: Checkpoint, layer: LayerSpec, infos: Mapping[str, Info]) -
         f"{name}.weight_shape": torch.tensor([layer.out_features, layer.in_features]),
         # [G, N] down the outputs: [N * bits / 32, G]
         f"{name}.weight_zero_point": _packed(zeros.t().contiguous(), scheme.bits),
-        f"{name}.weight_g_idx": packed.g_idx,
     }
     if f"{name}.bias" in infos:
         tensors[f"{name}.bias"] = checkpoint.tensor(f"{name}.bias")
@@ -181,7 +179,7 @@ def _described(checkpoint: Checkpoint, layers: list[LayerSpec]) -> dict[str, Any
                 "symmetric": scheme.sym,
                 "strategy": "group" if scheme.group_size > 0 else "channel",
                 "group_size": scheme.group_size if scheme.group_size > 0 else None,
-                "actorder": "group" if scheme.act_order else None,
+                "actorder": None,
                 "dynamic": False,
                 "observer": "minmax",
             },

@@ -80,9 +80,14 @@ def test_gguf_read_by_its_own_package(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_compressed_tensors_read_by_its_own_package(name: str, tmp_path: Path) -> None:
     from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+    from compressed_tensors.quantization import QuantizationConfig
 
-    if not all(layer.even_groups for layer in open_checkpoint(DATA / name).layers.values()):
-        with pytest.raises(UnsupportedFormat, match="short"):
+    layers = open_checkpoint(DATA / name).layers.values()
+    ordered = any(layer.desc_act and layer.groups > 1 for layer in layers)
+    if ordered or not all(layer.even_groups for layer in layers):
+        with pytest.raises(
+            UnsupportedFormat, match="act-order with groups" if ordered else "short"
+        ):
             convert(DATA / name, tmp_path / "out", "compressed-tensors")
         return
     done = convert(DATA / name, tmp_path / "out", "compressed-tensors")
@@ -94,15 +99,15 @@ def test_compressed_tensors_read_by_its_own_package(name: str, tmp_path: Path) -
         bits = 32 * tensors[f"{layer}.weight_packed"].shape[1] // shape[1]
         codes = unpack_from_int32(tensors[f"{layer}.weight_packed"], bits, shape).float()
         scale = tensors[f"{layer}.weight_scale"].float()
-        columns = tensors.get(f"{layer}.weight_g_idx")
-        if columns is None:
-            columns = torch.arange(shape[1]) // (shape[1] // scale.shape[1])
+        columns = torch.arange(shape[1]) // (shape[1] // scale.shape[1])
         if (zeros := tensors.get(f"{layer}.weight_zero_point")) is not None:
             codes -= unpack_from_int32(zeros, bits, scale.shape, packed_dim=0).float()[:, columns]
         assert torch.equal(codes * scale[:, columns], right)
     kinds = [it["weights"] for it in config["config_groups"].values()]
     assert {it["num_bits"] for it in kinds} <= {4, 8}
     assert config["ignore"] == ["lm_head"]
+    # what the package itself takes for a config, as vLLM and transformers do
+    QuantizationConfig.model_validate(config)
 
 
 @pytest.mark.parametrize("name", NAMES)
