@@ -215,7 +215,8 @@ def _ask_all(
         except Cancelled:
             raise
         except Exception as error:  # noqa: BLE001 - the branches tell most of what the card does
-            warnings.append(f"the model card cannot be read: {explained(hub, error).message}")
+            told = explained(hub, error)
+            warnings.append(f"the model card cannot be read: {told.message}; {told.hint}")
 
     jobs: list[Callable[[Stop], None]] = [read_card, *(partial(branch, name) for name in names)]
     run_jobs(

@@ -11,7 +11,8 @@ from gptq_loader_plugin.catalog.headers_alone import with_headers
 from gptq_loader_plugin.catalog.report import make_report
 from gptq_loader_plugin.catalog.where import ask_where
 from gptq_loader_plugin.chat.find_template import find_template
-from gptq_loader_plugin.errors import TemplateError
+from gptq_loader_plugin.errors import HubError, TemplateError
+from gptq_loader_plugin.hub.error_messages import is_away
 from gptq_loader_plugin.system.paths import local_path
 
 if TYPE_CHECKING:
@@ -146,7 +147,15 @@ def gather_card_facts(
     first = described[0][0]
     if hub is None:
         return _with_files(first, [file for _, file in described], repo=None)
-    report = list_branches(hub, device=device, kernels=kernels, progress=plugins.progress)
+    try:
+        report = list_branches(hub, device=device, kernels=kernels, progress=plugins.progress)
+    except HubError as error:
+        if error.__cause__ is None or not is_away(error.__cause__):
+            raise
+        raise HubError(
+            error.message, hint=f"for a card of the branch that is here, name it: {hub}; or "
+            f"{error.hint}", status=error.status,
+        ) from error  # fmt: skip
     files = [_of_branch(it) for it in report.branches if it.is_gptq]
     return _with_files(first, files, repo=hub.repo)
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from gptq_loader_plugin.cli.options import JSON, load_options
-from gptq_loader_plugin.cli.output import print_json, reported, show
+from gptq_loader_plugin.cli.output import ProgressBars, print_json, reported, show
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.load_options import LoadOptions
 from gptq_loader_plugin.verify.report import Symptom
@@ -50,8 +50,12 @@ def doctor(
     if reference is None or symptom is None:
         diagnoses = diagnose_machine(folder=Path.cwd(), environ=os.environ)
     else:
-        plugins = Plugins(installed=True)
-        diagnoses = diagnose(reference, symptom, options=load, plugins=plugins)
+        bars = ProgressBars(quiet=as_json)
+        try:
+            plugins = Plugins(bars, installed=True)
+            diagnoses = diagnose(reference, symptom, options=load, plugins=plugins)
+        finally:
+            bars.close()
     if as_json:
         print_json([asdict(diagnosis) for diagnosis in diagnoses])
         return

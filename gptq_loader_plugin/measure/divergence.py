@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +107,11 @@ class KeptReference:
                 f"{free / 1e9:.1f} GB are free",
                 hint="read fewer windows: --windows; or name another disk by TMPDIR",
             )
-        self._kept = np.memmap(folder / "reference", np.float32, "w+", shape=(rows, vocabulary))
+        file = folder / "reference"
+        self._kept = np.memmap(file, np.float32, "w+", shape=(rows, vocabulary))
+        # Nameless, so that gigabytes do not outlive a process that is killed; not so on Windows.
+        with suppress(PermissionError):
+            file.unlink()
 
     def read(
         self, logits: Callable[[torch.Tensor], torch.Tensor], *, keep: bool = False

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.events import Progress
+from gptq_loader_plugin.hub.error_messages import GOES_ON
 from gptq_loader_plugin.sampling.report import Answered, Report, Result, Stat, read_report
 
 if TYPE_CHECKING:
@@ -55,8 +57,12 @@ def sample_replies(
         seed: of the first reply; each has its own.
         system: a system message for all, where a setting has none.
         progress: called with the replies done.
+
+    Raises:
+        KeyboardInterrupt: with a note of what is kept.
+        GPTQLoaderError: a reply fails; see `errors`.
     """
-    partial = file.with_name(f".{file.stem}.partial.json")
+    unfinished = file.with_name(f".{file.stem}.partial.json")
     made = {
         "settings": [[setting.name, setting.params, setting.system] for setting in settings],
         "system": system,
@@ -69,45 +75,68 @@ def sample_replies(
         prompts=[],
         made=made,
     )
-    report = next((it for it in map(_read, (file, partial)) if _goes_on(it, new, prompts)), new)
+    report = next((it for it in map(_read, (file, unfinished)) if _goes_on(it, new, prompts)), new)
     each = sum(samples if setting.is_random else 1 for setting in settings)
+
+    def told(before: int, done: int = 0) -> None:
+        if progress is not None:
+            progress(Progress("sample", before + done, each * len(prompts), "replies", name))
+
     written = time.monotonic()
     try:
         for at in range(len(report.prompts), len(prompts)):
-            results: list[Result] = []
-            stats: list[list[Stat]] = []
-            for setting in settings:
-                count = samples if setting.is_random else 1
-                replies = []
-                for number in range(count):
-                    if progress is not None:
-                        done = at * each + sum(len(it.outputs) for it in results) + number
-                        progress(Progress("sample", done, each * len(prompts), "replies", name))
-                    own_seed = seed + at * samples + number
-                    replies.append(_reply(model, prompts[at], setting, own_seed, system))
-                results.append(
-                    Result(
-                        sampling_config=setting.name,
-                        sampling_params=setting.params,
-                        outputs=[text for text, _ in replies],
-                    )
-                )
-                stats.append([stat for _, stat in replies])
-            report.prompts.append(Answered(prompt=prompts[at], results=results))
+            answered, stats = _answered(
+                model, prompts[at], settings, samples, seed + at * samples, system,
+                told=partial(told, at * each),
+            )  # fmt: skip
+            report.prompts.append(answered)
             report.stats.append(stats)
             if time.monotonic() - written > WRITE_EVERY:
-                report.write(partial)
+                report.write(unfinished)
                 written = time.monotonic()
-    except BaseException:
+    except BaseException as error:
         if report.prompts:
-            report.write(partial)
+            report.write(unfinished)
+        if isinstance(error, KeyboardInterrupt):
+            kept = f"{len(report.prompts)} of {len(prompts)} prompts"
+            error.add_note(f"the replies to {kept} are kept; {GOES_ON}")
         raise
     report.write(file)
-    for left in (partial, partial.with_name(f"{partial.stem}.stats.json")):
+    for left in (unfinished, unfinished.with_name(f"{unfinished.stem}.stats.json")):
         left.unlink(missing_ok=True)
-    if progress is not None:
-        progress(Progress("sample", each * len(prompts), each * len(prompts), "replies", name))
+    told(each * len(prompts))
     return report
+
+
+def _answered(
+    model: LoadedModel,
+    prompt: str,
+    settings: Sequence[Setting],
+    samples: int,
+    seed: int,
+    system: str | None,
+    *,
+    told: Callable[[int], None],
+) -> tuple[Answered, list[list[Stat]]]:
+    """Answer a prompt under every setting; `told` hears of the replies done."""
+    results: list[Result] = []
+    stats: list[list[Stat]] = []
+    done = 0
+    for setting in settings:
+        replies = []
+        for number in range(samples if setting.is_random else 1):
+            told(done)
+            replies.append(_reply(model, prompt, setting, seed + number, system))
+            done += 1
+        results.append(
+            Result(
+                sampling_config=setting.name,
+                sampling_params=setting.params,
+                outputs=[text for text, _ in replies],
+            )
+        )
+        stats.append([stat for _, stat in replies])
+    return Answered(prompt=prompt, results=results), stats
 
 
 def _identity(path: Path) -> list[str | int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING
 
 import altered
@@ -17,6 +18,7 @@ from gptq_loader_plugin.errors import OptionInvalid
 from gptq_loader_plugin.load_options import LoadOptions
 from gptq_loader_plugin.measure.compare import compare_checkpoints
 from gptq_loader_plugin.measure.comparison_page import comparison_page
+from gptq_loader_plugin.measure.divergence import KeptReference
 from gptq_loader_plugin.measure.perplexity import cut_windows, sample_text
 
 if TYPE_CHECKING:
@@ -67,6 +69,22 @@ def test_the_noise_is_far_below_what_is_lost(comparison: Comparison) -> None:
     assert two is not None
     assert 0 < comparison.noise.mean < four.mean / 100
     assert four.mean < two.mean
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a file that is mapped has its name there")
+def test_a_kill_leaves_no_probabilities_behind(tmp_path: Path) -> None:
+    windows = [torch.tensor([1, 2, 3])]
+    kept = KeptReference(tmp_path, windows, 4)
+    assert not list(tmp_path.iterdir()), "the system frees what has no name with the process"
+    logits = torch.eye(4)[:3]
+    list(kept.read(lambda _: logits, keep=True))
+    *_, scored = kept.read(lambda _: 2 * logits)
+    divergence = torch.nn.functional.kl_div(
+        (2 * logits[:2]).log_softmax(-1), logits[:2].log_softmax(-1), log_target=True,
+        reduction="none",
+    ).sum(-1)  # fmt: skip
+    assert scored.divergence is not None
+    assert scored.divergence.mean == pytest.approx(float(divergence.mean()), rel=1e-4)
 
 
 def test_a_page_needs_nothing_else(comparison: Comparison) -> None:
