@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import altered
 import pytest
+from report_form import differences
 from typer.testing import CliRunner
 
 import gptq_loader_plugin as gptq
@@ -20,23 +22,19 @@ from gptq_loader_plugin.sampling.viewer import viewer_page
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
 PROMPTS = ["What is <b>this</b>? </script>", "And that?"]
-ARGS = (
-    "device", "device_index", "model_name", "mode", "prompts", "report", "seed", "verbose", "n",
-    "num_samples", "config", "half", "int8", "dtype", "skip_special_tokens", "model_type",
-    "max_input_len", "num_threads", "tgi_generate_url", "use_tgi",
-)  # fmt: skip
-PARAMS = {
-    "nucleus9": ("max_new_tokens", "min_new_tokens", "do_sample", "temperature",
-                 "repetition_penalty", "top_p"),
-    "k50": ("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "repetition_penalty",
-            "top_k", "top_p"),
-    "greedy": ("max_new_tokens", "min_new_tokens", "do_sample", "temperature",
-               "repetition_penalty", "num_beams"),
+# Of each of the usual settings, in the order of the file that was published.
+EACH = {"max_new_tokens": 400, "min_new_tokens": 1}
+USUAL = {
+    "nucleus9": EACH | {"do_sample": True, "temperature": 0.8, "repetition_penalty": 1.2,
+                        "top_p": 0.9},
+    "k50": EACH | {"do_sample": True, "temperature": 1.0, "repetition_penalty": 1.2, "top_k": 50,
+                   "top_p": 0.95},
+    "greedy": EACH | {"do_sample": False, "temperature": 1.0, "repetition_penalty": 1.2,
+                      "num_beams": 1},
 }  # fmt: skip
 
 
@@ -63,20 +61,8 @@ def test_a_report_has_the_fields_of_open_assistants(tmp_path: Path) -> None:
     ])  # fmt: skip
     assert done.exit_code == 0, done.stderr
     [file] = json.loads(done.stdout)["reports"]
-    with open(file, encoding="utf-8") as stream:  # noqa: PTH123 - a name out of JSON
-        report = json.load(stream)
-    assert list(report) == ["model_name", "date", "args", "prompts"]
-    assert tuple(report["args"]) == ARGS
-    assert report["model_name"] == report["args"]["model_name"] == source
-    assert len(report["date"]) == len("2023-08-22T20:13:20.123456")
-    assert [it["prompt"] for it in report["prompts"]] == PROMPTS
-    for entry in report["prompts"]:
-        assert list(entry) == ["prompt", "results"]
-        for result in entry["results"]:
-            assert list(result) == ["sampling_config", "sampling_params", "outputs"]
-            assert tuple(result["sampling_params"]) == PARAMS[result["sampling_config"]]
-            assert len(result["outputs"]) == (1 if result["sampling_config"] == "greedy" else 2)
-            assert all(isinstance(it, str) for it in result["outputs"])
+    usual = usual_settings(max_new_tokens=3)
+    assert not differences(Path(file), name=source, prompts=PROMPTS, settings=usual, samples=2)
     assert page.read_text().count("</script>") == 2
 
 
@@ -103,8 +89,10 @@ def test_an_interrupted_run_goes_on(model: LoadedModel, tmp_path: Path) -> None:
         if progress.done == 6:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         run(model, file, progress=stop)
+    [note] = stopped.value.__notes__
+    assert note.startswith("the replies to 1 of 2 prompts are kept; run the same command again")
     assert not file.exists()
     assert max(seen) == 6
     seen.clear()
@@ -129,6 +117,11 @@ def test_a_whole_report_is_not_made_again(model: LoadedModel, tmp_path: Path) ->
     asked = run(model, file, system="Be brief.", progress=lambda it: seen.append(it.done))
     assert min(seen[1:]) == 0
     assert asked.prompts != whole.prompts
+
+
+def test_the_usual_settings_are_open_assistants() -> None:
+    found = [(it.name, list(it.params.items())) for it in usual_settings()]
+    assert found == [(name, list(params.items())) for name, params in USUAL.items()]
 
 
 def test_settings_are_read_and_merged(tmp_path: Path) -> None:
