@@ -45,6 +45,16 @@ function replies(row) {
   return list;
 }
 
+// Models' names without what all begin with: the branches of one repository, the folders of one folder.
+function shortNames() {
+  const names = reports.map((it) => it.model_name);
+  if (names.length < 2) return names;
+  let same = 0;
+  while (same < names[0].length && names.every((it) => it[same] === names[0][same])) same++;
+  const cut = names[0].slice(0, same).search(/[^:/]*$/);
+  return names.map((it) => it.slice(cut) || it);
+}
+
 const words = (text) => text.match(/\s+|[^\s]+/g) || [];
 
 // Which words of b are in the longest common subsequence with a; long texts by their own ends first.
@@ -83,9 +93,9 @@ function write(target, text, base) {
 function fill(box, row) {
   box.replaceChildren();
   const list = replies(row);
-  box.style.gridTemplateColumns = `repeat(${Math.max(1, new Set(list.map((it) => it.r)).size)}, minmax(16rem, 1fr))`;
+  box.style.gridTemplateColumns = `repeat(${Math.max(1, new Set(list.map((it) => it.r)).size)}, minmax(13rem, 1fr))`;
   const columns = [...new Set(list.map((it) => it.r))];
-  const bases = new Map();
+  const bases = new Map(), names = shortNames();
   for (const it of list) {
     const key = `${it.setting}/${it.o}`;
     if (!bases.has(key)) bases.set(key, it);
@@ -95,7 +105,8 @@ function fill(box, row) {
     cell.style.gridColumn = columns.indexOf(it.r) + 1;
     cell.style.gridRow = [...bases.keys()].indexOf(key) + 1;
     const head = make("div");
-    head.append(make("strong", reports[it.r].model_name));
+    head.append(make("strong", names[it.r]));
+    head.title = reports[it.r].model_name;
     cell.append(head);
     let facts = `${it.setting} ${it.o + 1} · ${it.text.length} characters`;
     if (it.stat) facts += ` · ${it.stat.tokens} tokens · ${(it.stat.tokens / it.stat.seconds).toFixed(1)} tokens/s`;

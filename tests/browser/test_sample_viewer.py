@@ -103,8 +103,13 @@ def test_six_branches_of_a_repository_stand_side_by_side(browser: Browser, tmp_p
     page.get_by_role("button", name="Question 245:").click()
     replies = page.locator(".reply")
     expect(replies).to_have_count(len(names))
-    for at, name in enumerate(names):
+    for at, (branch, name) in enumerate(zip(BRANCHES, names, strict=True)):
         expect(replies.nth(at)).to_contain_text(f"says {name}")
+        expect(replies.nth(at).locator("strong")).to_have_text(branch)
+    name_box, header = rows.nth(1).locator("td").first.bounding_box(), page.locator("header")
+    assert name_box
+    assert name_box["width"] > PHONE["width"] / 2, "names are not a letter a line"
+    expect(header).not_to_be_in_viewport()
     page.locator("#search").fill(f"says {names[-1]}")
     expect(page.locator("#count")).to_have_text(f"{COUNT // 5} of {COUNT} prompts")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "no sideways scroll"
