@@ -140,7 +140,7 @@ def test_what_cannot_fit_is_refused_by_its_length(
     answer = served.post(path, **body)
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == TOO_LONG
-    assert "or more; shorten it" in answer.json()["error"]["message"]
+    assert "tokens or more. Please reduce" in answer.json()["error"]["message"]
     assert threads.texts < 10, "nothing of it was tokenised"
 
 
