@@ -57,7 +57,12 @@ def quantize(  # noqa: PLR0913 - each is an option a user may want
         typer.Option("--desc-act/--no-desc-act", "--act-order", help="The same as --order act."),
     ] = False,
     effort: Annotated[
-        str, typer.Option("--effort", help="fast, standard or best: GPTQ, refined, tuned by block.")
+        str,
+        typer.Option(
+            "--effort",
+            help="fast: GPTQ; standard: refined, and all scales tuned together where the model "
+            "fits into memory; best: blocks tuned too.",
+        ),
     ] = "standard",
     sym: Annotated[
         bool, typer.Option("--sym/--asym", help="Symmetric: more kernels can run it.")

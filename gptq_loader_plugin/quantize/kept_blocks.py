@@ -26,6 +26,7 @@ __all__ = ["KeptBlocks", "only_writer"]
 
 PARTS = ("codes", "scales", "zeros", "g_idx", "loss")
 WIDTHS = "widths.json"
+TUNING = "tuning.safetensors"
 FINGERPRINT = "fingerprint"  # in the metadata of a block's file, and a file beside them
 
 
@@ -117,6 +118,23 @@ class KeptBlocks:
         """Keep the widths that were chosen."""
         content = {"of": self._fingerprint, "layers": {path: [*it] for path, it in layers.items()}}
         write_whole(self._folder / WIDTHS, json.dumps(content))
+
+    def read_tuning(self) -> tuple[int, dict[str, torch.Tensor]]:
+        """Read how many steps the tuning of scales has taken, and its state; 0 before the first."""
+        from safetensors import safe_open
+        from safetensors.torch import load_file
+
+        file = self._folder / TUNING
+        if _fingerprint_of(file) != self._fingerprint:
+            return 0, {}
+        with safe_open(file, "pt") as tensors:
+            steps = int(tensors.metadata()["steps"])
+        return steps, load_file(file)
+
+    def write_tuning(self, steps: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep how far it is."""
+        metadata = {FINGERPRINT: self._fingerprint, "steps": str(steps)}
+        save_tensors(dict(tensors), self._folder / TUNING, metadata=metadata)
 
     def remove(self) -> None:
         """Forget them: the checkpoint is complete."""

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from gptq_loader_plugin.errors import NotEnoughMemory
 from gptq_loader_plugin.model.linears import linear_shape
 from gptq_loader_plugin.quantize.blocks import linears
 from gptq_loader_plugin.quantize.hessians import OUTPUT_BYTES
+from gptq_loader_plugin.quantize.tune_scales import tuning_bytes
 from gptq_loader_plugin.system.memory import free_memory, resident_memory
 from gptq_loader_plugin.system.units import write_size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from transformers import PreTrainedModel
 
     from gptq_loader_plugin.quantize.blocks import Block
     from gptq_loader_plugin.quantize.options import QuantizeOptions
 
-__all__ = ["MemoryForecast", "forecast_memory"]
+__all__ = ["MemoryForecast", "forecast_memory", "forecast_run"]
 
 # Matrices of float32 that are alive at once, of a weight's size and of a Hessian's, by what the
 # algorithm holds at its fullest: while the Hessian is factored (in float64), and while codes are
@@ -37,18 +41,20 @@ class MemoryForecast:
         held: what the process holds already: code, and the weights that are not streamed.
         block: the most that one block takes while it is quantised, with its weights.
         states: the hidden states of all calibration samples.
-        on_disk: whether those go to the disk.
+        tuned: what tuning all scales together takes, after the blocks; 0 where it is left out.
+        on_disk: whether the hidden states go to the disk.
     """
 
     held: int
     block: int
     states: int
+    tuned: int = 0
     on_disk: bool = False
 
     @property
     def peak(self) -> int:
         """The most memory that the process is to hold at any time."""
-        return self.held + self.block + (0 if self.on_disk else self.states)
+        return self.held + max(self.block + (0 if self.on_disk else self.states), self.tuned)
 
     def __str__(self) -> str:
         """Say it in words."""
@@ -56,6 +62,49 @@ class MemoryForecast:
         if self.on_disk:
             words += f" and {write_size(self.states)} of disk for hidden states"
         return words
+
+
+def forecast_run(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    options: QuantizeOptions,
+    *,
+    tokens: int,
+    batch: int,
+    hidden: int,
+    streamed: int,
+    limit: int | None,
+    tell: Callable[[str], None],
+) -> MemoryForecast:
+    """Foretell the peak of a whole run: scales are tuned together where there is room for it.
+
+    For that the whole model has to be in memory.
+
+    Args:
+        model: the model.
+        blocks: as for `forecast_memory`, and so are all others below but `tell`.
+        options: how.
+        tokens: those of all samples together.
+        batch: those of one batch.
+        hidden: the numbers of a token's hidden state.
+        streamed: the bytes of the largest block where weights are streamed, else none.
+        limit: the most bytes to take; None takes what is free.
+        tell: called with a line where there is no room for tuning.
+    """
+    foretell = partial(
+        forecast_memory, blocks, options, tokens=tokens, batch=batch, hidden=hidden, limit=limit
+    )
+    tuned = 0 if options.effort == "fast" else tuning_bytes(model)
+    if tuned:
+        whole = 4 * sum(it.numel() for it in model.parameters()) if streamed else 0
+        try:
+            return foretell(streamed=0, loaded=whole, tuned=tuned)
+        except NotEnoughMemory as error:
+            tell(
+                "The scales of all layers are not tuned together, which takes "
+                f"{write_size(error.needed)} of memory: it may take {write_size(error.free)}."
+            )
+    return foretell(streamed=streamed)
 
 
 def forecast_memory(
@@ -66,6 +115,8 @@ def forecast_memory(
     batch: int,
     hidden: int,
     streamed: int,
+    loaded: int = 0,
+    tuned: int = 0,
     limit: int | None = None,
 ) -> MemoryForecast:
     """Foretell the peak, with hidden states on the disk where they do not fit.
@@ -78,6 +129,8 @@ def forecast_memory(
         hidden: the numbers of a token's hidden state.
         streamed: the bytes of weights that are in memory beside what is held now: of one block
             where weights are streamed, else none.
+        loaded: the bytes of weights that are read before the first block, to stay.
+        tuned: what tuning all scales together takes.
         limit: the most bytes to take; None takes what is free.
 
     Raises:
@@ -85,9 +138,11 @@ def forecast_memory(
     """
     states = 4 * tokens * hidden * (2 if options.effort == "best" else 1)
     block = streamed + max(_block_bytes(block, options, tokens, batch) for block in blocks)
-    held = resident_memory()
-    most = held + free_memory() if limit is None else min(limit, held + free_memory())
-    forecast = MemoryForecast(held, block, states, on_disk=held + block + states > most)
+    now = resident_memory()
+    most = now + free_memory() if limit is None else min(limit, now + free_memory())
+    held = now + loaded
+    on_disk = held + block + states > most
+    forecast = MemoryForecast(held, block, states, tuned, on_disk)
     if forecast.peak > most:
         raise NotEnoughMemory(
             f"quantising {forecast}, even block by block, and may take {write_size(most)}",

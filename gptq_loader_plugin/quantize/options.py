@@ -21,8 +21,9 @@ class QuantizeOptions(BaseModel):
             read; "none": as they lie. All but "act" leave groups as they lie, `desc_act: false`.
         sym: one zero in the middle; else each group has its own.
         damp_percent: this share of the Hessian's mean diagonal is added to it.
-        effort: "fast" is GPTQ alone; "standard" improves scales and codes afterwards;
-            "best" then tunes those of each block together.
+        effort: "fast" is GPTQ alone; "standard" improves scales and codes afterwards, and tunes
+            the scales of all layers together where the model fits into memory; "best" tunes codes
+            and scales of each block together in between.
         true_sequential: within a block, let later layers see earlier ones quantised.
         checkpoint_format: "gptq" stores zeros minus one; "gptq_v2" stores them as they are. By
             default "gptq" where zeros are symmetric, which every loader reads, else "gptq_v2":

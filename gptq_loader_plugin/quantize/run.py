@@ -30,7 +30,7 @@ from gptq_loader_plugin.quantize.blocks import (
 from gptq_loader_plugin.quantize.budget import Budget, loosest
 from gptq_loader_plugin.quantize.calibration import calibration_samples, calibration_text
 from gptq_loader_plugin.quantize.kept_blocks import KeptBlocks, only_writer
-from gptq_loader_plugin.quantize.memory import forecast_memory
+from gptq_loader_plugin.quantize.memory import forecast_run
 from gptq_loader_plugin.quantize.mix import CalibrationMix
 from gptq_loader_plugin.quantize.mix_samples import mix_samples
 from gptq_loader_plugin.quantize.mixed_widths import MixedWidths
@@ -38,6 +38,7 @@ from gptq_loader_plugin.quantize.packed_layer import PackedLayer
 from gptq_loader_plugin.quantize.quality import HeldOutText, write_quality
 from gptq_loader_plugin.quantize.quantize_blocks import SHORT, at_once, by_blocks
 from gptq_loader_plugin.quantize.source import check_addresses, check_there, open_source
+from gptq_loader_plugin.quantize.tune_scales import ScaleTuner
 from gptq_loader_plugin.quantize.whole_decoder import (
     decoder_blocks,
     runs_by_blocks,
@@ -216,9 +217,8 @@ def _quantize(
                 "effort tunes them one by one",
                 hint="quantise it with --effort standard",
             )
-        if weights is not None:
-            weights.load_all()
-            weights = None
+        _read_all(weights)
+        weights = None
         blocks = decoder_blocks(model, short, bits)
     elif weights is not None:
         weights.release()
@@ -229,7 +229,8 @@ def _quantize(
             hint="take another width: 4 bits need multiples of 8, 8 bits multiples of 4",
         )
     tokens = sum(batch.numel() for batch in batches)
-    forecast = forecast_memory(
+    forecast = forecast_run(
+        model,
         blocks,
         options,
         tokens=tokens,
@@ -237,7 +238,11 @@ def _quantize(
         hidden=(ModelShape.of_config(model.config).hidden_size or 0) if one_by_one else 0,
         streamed=0 if weights is None else weights.largest,
         limit=max_memory,
+        tell=tell,
     )
+    if forecast.tuned:
+        _read_all(weights)
+        weights = None
     progress(Progress("memory", 1, 1, "blocks", str(forecast)))
     read = None if weights is None else weights.tensor
     kept = KeptBlocks(out / KEPT, _fingerprint(model, options, samples, read))
@@ -245,6 +250,7 @@ def _quantize(
     if options.size:
         mixed = MixedWidths(model, blocks, names, options, tell, progress)
         widths = mixed.choose(kept, batches, by_blocks=one_by_one)
+    tuner = ScaleTuner(model, blocks, batches if forecast.tuned else [], kept, progress, tell)
     work = Work(widths, progress, blocks, tokens=tokens)
     if one_by_one:
         spill = out / KEPT if forecast.on_disk else None
@@ -253,8 +259,9 @@ def _quantize(
         quantized = at_once(model, blocks, batches, work, kept)
     packed, losses = {}, {}
     for i, path, weight in quantized:
-        packed[path] = PackedLayer.of(weight, widths.of(path), partial(kept.read_layer, i, path))
+        packed[path] = PackedLayer.of(weight, widths.of(path), partial(tuner.read_layer, i, path))
         losses[path] = weight.loss
+    tuner.tune()
     write_checkpoint(
         model,
         tokenizer,
@@ -269,6 +276,12 @@ def _quantize(
     finish(widths, losses)
     kept.remove()
     return out
+
+
+def _read_all(weights: StreamedWeights | None) -> None:
+    """Read all weights, to stay: none are streamed from now on."""
+    if weights is not None:
+        weights.load_all()
 
 
 def _batches(samples: Sequence[Sequence[int]], tokens: int) -> list[torch.Tensor]:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["TimeLeft"]
+__all__ = ["TimeLeft", "say_left"]
+
+
+def say_left(seconds: float) -> str:
+    """Say how long something still takes: "2 min 5 s left"."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{f'{minutes} min ' if minutes else ''}{rest} s left"
 
 
 class TimeLeft:

@@ -12,7 +12,7 @@ from gptq_loader_plugin.quantize.algorithm import QuantizedWeight, quantize_weig
 from gptq_loader_plugin.quantize.blocks import linears
 from gptq_loader_plugin.quantize.hessians import LinearOutputs, hessians, subsets
 from gptq_loader_plugin.quantize.rounding import tune_block
-from gptq_loader_plugin.quantize.time_left import TimeLeft
+from gptq_loader_plugin.quantize.time_left import TimeLeft, say_left
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -152,8 +152,7 @@ class Work:
         detail = name
         seconds = self._time.left()
         if seconds is not None:
-            minutes, rest = divmod(round(seconds), 60)
-            detail = f"{name}, {f'{minutes} min ' if minutes else ''}{rest} s left"
+            detail = f"{name}, {say_left(seconds)}"
         self._progress(Progress("quantize", self._done, self._total, "layers", detail))
 
 
