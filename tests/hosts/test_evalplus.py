@@ -53,7 +53,7 @@ def test_the_documented_command(tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         requests = [it for it in server.requests() if it["route"] == "/v1/chat/completions"]
-        with urlopen(f"{base}/models") as listed:
+        with urlopen(f"{base}/models", timeout=60) as listed:
             models = [it["id"] for it in json.load(listed)["data"]]
     assert "pass@1" in done.stdout
     assert [it["status"] for it in requests] == [200, 200]

@@ -115,7 +115,7 @@ def test_the_most_exact_branch_that_fits_is_recommended(repository: HubServer) -
 def test_the_page_says_where_each_runs_and_which_to_take(repository: HubServer) -> None:
     html = branches_html(listed())
     assert "beside ours it runs in: vllm, sglang, transformers" in html
-    assert f"<p role='note'>Recommended: {FOUR}. 4-bit, groups of 32" in html
+    assert f"<p class='advice'>Recommended: {FOUR}. 4-bit, groups of 32" in html
 
 
 def test_the_command_chooses_for_a_gpu_that_is_not_here(repository: HubServer) -> None:

@@ -12,7 +12,7 @@ from round_trip import IDS
 
 import gptq_loader_plugin as gptq
 from gptq_loader_plugin.model.linears import linear_shape
-from gptq_loader_plugin.quantize import QuantizeOptions, quantize
+from gptq_loader_plugin.quantize import QuantizeOptions, memory, quantize
 from gptq_loader_plugin.quantize.blocks import find_blocks
 from gptq_loader_plugin.quantize.source import load_source
 from gptq_loader_plugin.quantize.whole_decoder import decoder_blocks, runs_by_blocks
@@ -142,6 +142,8 @@ def quantized_with(
         return quantize_linears(self, modules, names, hessian)
 
     monkeypatch.setattr(Work, "quantize_linears", note)
+    # Tuning all scales together afterwards would change what the model computes.
+    monkeypatch.setattr(memory, "tuning_bytes", lambda _: 0)
     model, tokenizer = load_source(source)
     prepare(model)
     quantize(model, tokenizer, out, options=QuantizeOptions(group_size=32), samples=SAMPLES)
