@@ -22,6 +22,7 @@ __all__ = [
     "ApiError",
     "PromptTooLongError",
     "invalid",
+    "no_embeddings",
     "to_api_error",
     "unknown_route",
 ]
@@ -142,6 +143,17 @@ class PromptTooLongError(ApiError):
         if path.startswith(ANTHROPIC):
             body["error"]["message"] = self._anthropics
         return body
+
+
+def no_embeddings() -> ApiError:
+    """Return the refusal of embeddings: a model that writes text makes no useful ones."""
+    return ApiError(
+        501,
+        "this server makes no embeddings: its models write text; ask a server of an embedding "
+        "model",
+        code="not_supported",
+        headers={"x-should-retry": "false"},  # which OpenAI's own clients obey
+    )
 
 
 def invalid(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 
-from gptq_loader_extensions.openai.errors import ApiError
+from gptq_loader_extensions.openai.errors import ApiError, no_embeddings
 from gptq_loader_extensions.openai.schema.openapi import ERRORS, NOT_IMPLEMENTED
 from gptq_loader_plugin.system.memory import resident_memory
 
@@ -57,13 +57,7 @@ def info_routes(server: Server) -> APIRouter:
     async def embeddings(request: Request) -> None:
         """Refuse: a model that writes text makes no useful embeddings."""
         del request
-        raise ApiError(
-            501,
-            "this server makes no embeddings: its models write text; ask a server of an embedding "
-            "model",
-            code="not_supported",
-            headers={"x-should-retry": "false"},  # which OpenAI's own clients obey
-        )
+        raise no_embeddings()
 
     @router.head("/health", include_in_schema=False)
     @router.get("/health")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from gptq_loader_extensions.openai.errors import ApiError
+from gptq_loader_extensions.openai.errors import ApiError, no_embeddings
 from gptq_loader_extensions.openai.routes.json_route import JsonRoute
 from gptq_loader_extensions.openai.schema.ollama import (
     OllamaPull,
@@ -89,12 +89,7 @@ def ollama_model_routes(server: Server) -> APIRouter:
     async def embed(request: Request) -> None:
         """Refuse: a model that writes text makes no useful embeddings."""
         del request
-        raise ApiError(
-            501,
-            "this server makes no embeddings: its models write text; ask a server of an embedding "
-            "model",
-            code="not_supported",
-        )
+        raise no_embeddings()
 
     return router
 
