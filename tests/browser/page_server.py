@@ -14,10 +14,12 @@ import re
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from said import Said
 
 # As fast as a small model on a laptop: slow enough to see a reply grow.
 STEP_SECONDS = float(os.environ.get("STEP_SECONDS", "0.02"))
@@ -34,24 +36,6 @@ def report_outside(event: str, args: tuple[Any, ...]) -> None:
 SAID = re.compile(r".*say:(.*?)<\|im_end\|>", re.DOTALL)
 
 
-class Said:
-    """Make the tokens of a text, and then the end, the likeliest ones.
-
-    Args:
-        ids: the tokens.
-        begin: where the reply begins in the sequence.
-    """
-
-    def __init__(self, ids: list[int], begin: int) -> None:
-        self._ids, self._begin = ids, begin
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        at = input_ids.shape[1] - self._begin
-        scores = scores.clone()
-        scores[0, self._ids[min(at, len(self._ids) - 1)]] = 1e4
-        return scores
-
-
 def say(model: Any) -> None:
     """Let a model answer with what a question tells it to say."""
     stream = model.stream_ids
@@ -59,8 +43,7 @@ def say(model: Any) -> None:
     def stream_said(ids: Any, *args: Any, processors: Any = (), **options: Any) -> Any:
         asked = SAID.match(model.tokenizer.decode(ids))
         if asked:
-            said = model.tokenizer(asked[1], add_special_tokens=False)["input_ids"]
-            processors = [*processors, Said([*said, model.tokenizer.eos_token_id], len(ids))]
+            processors = [*processors, Said(model.tokenizer, asked[1], len(ids))]
         return stream(ids, *args, processors=processors, **options)
 
     model.stream_ids = stream_said

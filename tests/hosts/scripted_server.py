@@ -10,35 +10,18 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from said import Said
 
 import gptq_loader_plugin as gptq
-
-if TYPE_CHECKING:
-    import torch
 
 CALL = re.compile(r"call:(\{.*?\}\})", re.DOTALL)
 ANSWERED = "<tool_response>"
 DONE = "All done."
 SECRET = re.compile(r"secret word is (\w+)")
-
-
-class Said:
-    """Make the tokens of a text, and then the end, the likeliest ones.
-
-    Args:
-        ids: the tokens.
-        begin: where the reply begins in the sequence.
-    """
-
-    def __init__(self, ids: list[int], begin: int) -> None:
-        self._ids, self._begin = ids, begin
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        at = input_ids.shape[1] - self._begin
-        scores = scores.clone()
-        scores[0, self._ids[min(at, len(self._ids) - 1)]] = 1e4
-        return scores
 
 
 def reply_to(prompt: str) -> str:
@@ -62,8 +45,7 @@ def load_scripted(reference: Any) -> gptq.LoadedModel:
 
     def scripted(ids: Any, *args: Any, processors: Any = (), **more: Any) -> Any:
         text = reply_to(model.tokenizer.decode(ids))
-        said = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-        chosen = Said([*said, model.tokenizer.eos_token_id], len(ids))
+        chosen = Said(model.tokenizer, text, len(ids))
         return begin(ids, *args, processors=[*processors, chosen], **more)
 
     model.begin = scripted  # type: ignore[method-assign]
