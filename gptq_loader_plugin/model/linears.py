@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["linear_shape", "plain_linear"]
+__all__ = ["is_transposed", "linear_shape", "plain_linear"]
 
 
 def linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
@@ -17,14 +17,21 @@ def linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
     A router may be an `nn.Linear` that computes something else by a `forward` of its own.
     """
     from torch import nn
-    from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, nn.Linear) and _multiplies(module):
         return module.in_features, module.out_features
-    if isinstance(module, Conv1D):
-        rows, columns = module.weight.shape
+    if is_transposed(module):
+        weight: Any = module.weight
+        rows, columns = weight.shape
         return int(rows), int(columns)
     return None
+
+
+def is_transposed(module: torch.nn.Module) -> bool:
+    """Whether a linear module keeps its weight as [K, N], as GPT-2's Conv1D does."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
 
 
 def _multiplies(module: torch.nn.Linear) -> bool:

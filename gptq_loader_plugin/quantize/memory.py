@@ -10,7 +10,7 @@ from gptq_loader_plugin.errors import NotEnoughMemory
 from gptq_loader_plugin.model.linears import linear_shape
 from gptq_loader_plugin.quantize.blocks import linears
 from gptq_loader_plugin.quantize.hessians import OUTPUT_BYTES
-from gptq_loader_plugin.quantize.tune_scales import tuning_bytes
+from gptq_loader_plugin.quantize.tune_scales import recorded_bytes, tuning_bytes
 from gptq_loader_plugin.system.memory import free_memory, resident_memory
 from gptq_loader_plugin.system.units import write_size
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.quantize.blocks import Block
     from gptq_loader_plugin.quantize.options import QuantizeOptions
 
-__all__ = ["MemoryForecast", "forecast_memory", "forecast_run"]
+__all__ = ["MemoryForecast", "Samples", "forecast_memory", "forecast_run"]
 
 # Matrices of float32 that are alive at once, of a weight's size and of a Hessian's, by what the
 # algorithm holds at its fullest: while the Hessian is factored (in float64), and while codes are
@@ -64,14 +64,27 @@ class MemoryForecast:
         return words
 
 
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """How large the calibration is.
+
+    Attributes:
+        tokens: those of all samples together.
+        batch: those of one batch.
+        hidden: the numbers of a token's hidden state; 0 where none are kept between blocks.
+    """
+
+    tokens: int
+    batch: int
+    hidden: int
+
+
 def forecast_run(
     model: PreTrainedModel,
     blocks: Sequence[Block],
     options: QuantizeOptions,
+    samples: Samples,
     *,
-    tokens: int,
-    batch: int,
-    hidden: int,
     streamed: int,
     limit: int | None,
     tell: Callable[[str], None],
@@ -82,38 +95,40 @@ def forecast_run(
 
     Args:
         model: the model.
-        blocks: as for `forecast_memory`, and so are all others below but `tell`.
-        options: how.
-        tokens: those of all samples together.
-        batch: those of one batch.
-        hidden: the numbers of a token's hidden state.
+        blocks: its blocks.
+        options: how to quantise.
+        samples: the calibration.
         streamed: the bytes of the largest block where weights are streamed, else none.
         limit: the most bytes to take; None takes what is free.
         tell: called with a line where there is no room for tuning.
+
+    Raises:
+        NotEnoughMemory: a block alone needs more than there is.
     """
-    foretell = partial(
-        forecast_memory, blocks, options, tokens=tokens, batch=batch, hidden=hidden, limit=limit
-    )
-    tuned = 0 if options.effort == "fast" else tuning_bytes(model)
+    foretell = partial(forecast_memory, blocks, options, samples, limit=limit)
+    if options.effort == "fast":
+        return foretell(streamed=streamed)
+    tuned = tuning_bytes(model)
     if tuned:
         whole = 4 * sum(it.numel() for it in model.parameters()) if streamed else 0
+        stays = whole + recorded_bytes(model, samples.tokens)
         try:
-            return foretell(streamed=0, loaded=whole, tuned=tuned)
+            return foretell(streamed=0, loaded=stays, tuned=tuned)
         except NotEnoughMemory as error:
             tell(
                 "The scales of all layers are not tuned together, which takes "
                 f"{write_size(error.needed)} of memory: it may take {write_size(error.free)}."
             )
+    else:
+        tell("The scales of all layers are not tuned together: it has no output embedding.")
     return foretell(streamed=streamed)
 
 
 def forecast_memory(
     blocks: Sequence[Block],
     options: QuantizeOptions,
+    samples: Samples,
     *,
-    tokens: int,
-    batch: int,
-    hidden: int,
     streamed: int,
     loaded: int = 0,
     tuned: int = 0,
@@ -123,21 +138,19 @@ def forecast_memory(
 
     Args:
         blocks: the blocks to quantise.
-        options: how.
-        tokens: those of all samples together.
-        batch: those of one batch.
-        hidden: the numbers of a token's hidden state.
+        options: how to quantise.
+        samples: the calibration.
         streamed: the bytes of weights that are in memory beside what is held now: of one block
             where weights are streamed, else none.
-        loaded: the bytes of weights that are read before the first block, to stay.
+        loaded: the bytes that are read before the first block, to stay.
         tuned: what tuning all scales together takes.
         limit: the most bytes to take; None takes what is free.
 
     Raises:
         NotEnoughMemory: a block alone needs more than there is.
     """
-    states = 4 * tokens * hidden * (2 if options.effort == "best" else 1)
-    block = streamed + max(_block_bytes(block, options, tokens, batch) for block in blocks)
+    states = 4 * samples.tokens * samples.hidden * (2 if options.effort == "best" else 1)
+    block = streamed + max(_block_bytes(block, options, samples) for block in blocks)
     now = resident_memory()
     most = now + free_memory() if limit is None else min(limit, now + free_memory())
     held = now + loaded
@@ -153,7 +166,7 @@ def forecast_memory(
     return forecast
 
 
-def _block_bytes(block: Block, options: QuantizeOptions, tokens: int, batch: int) -> int:
+def _block_bytes(block: Block, options: QuantizeOptions, samples: Samples) -> int:
     """Count what a block takes while it is quantised, its own weights left out."""
     stacked: dict[tuple[str, int], int] = {}
     sums = weights = outputs = widest = 0
@@ -162,7 +175,7 @@ def _block_bytes(block: Block, options: QuantizeOptions, tokens: int, batch: int
         key = path.rpartition(".")[0], rows
         stacked[key] = stacked.get(key, 0) + columns
         weights += rows * columns
-        outputs += 4 * tokens * columns
+        outputs += 4 * samples.tokens * columns
         widest = max(widest, rows, columns)
         sums += 4 * rows * rows if ".experts." in path else 0
     layer = 0
@@ -170,6 +183,6 @@ def _block_bytes(block: Block, options: QuantizeOptions, tokens: int, batch: int
         square, weight = 4 * rows * rows, 4 * rows * columns
         refined = REFINED_WEIGHTS * weight + REFINED_HESSIANS * square
         layer = max(layer, FACTORED * square + 2 * weight, refined)
-    forward = 4 * batch * widest * FORWARD
+    forward = 4 * samples.batch * widest * FORWARD
     tuned = TUNED * 4 * weights if options.effort == "best" else 0
     return max(layer + min(outputs, OUTPUT_BYTES), tuned) + 2 * sums + forward

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from gptq_loader_plugin.model.linears import is_transposed
 from gptq_loader_plugin.quantize.blocks import Call, call_block, run_block
 
 if TYPE_CHECKING:
@@ -113,12 +114,12 @@ class _Tuned:
         self.codes = self.places.round().clamp_(0, greatest)
         self.rounded = (self.scales * (1 + self.factors)).half().float()
         weight = (self.codes - self.zeros) * self.rounded[self.groups]
-        transposed = type(self.module).__name__ == "Conv1D"
+        transposed = is_transposed(self.module)
         self.module.weight.data = weight if transposed else weight.t().contiguous()
 
     def move(self, gradient: torch.Tensor, step: float, greatest: int) -> None:
         """Move everything against the sign of its gradient, by a share of the whole way."""
-        slope = gradient if type(self.module).__name__ == "Conv1D" else gradient.t()
+        slope = gradient if is_transposed(self.module) else gradient.t()
         of_scales = torch.zeros_like(self.scales)
         of_scales.index_add_(0, self.groups, slope * (self.codes - self.zeros))
         self.factors -= 2 * SCALE_STEP * step * (of_scales * self.scales).sign_()

@@ -30,7 +30,7 @@ from gptq_loader_plugin.quantize.blocks import (
 from gptq_loader_plugin.quantize.budget import Budget, loosest
 from gptq_loader_plugin.quantize.calibration import calibration_samples, calibration_text
 from gptq_loader_plugin.quantize.kept_blocks import KeptBlocks, only_writer
-from gptq_loader_plugin.quantize.memory import forecast_run
+from gptq_loader_plugin.quantize.memory import Samples, forecast_run
 from gptq_loader_plugin.quantize.mix import CalibrationMix
 from gptq_loader_plugin.quantize.mix_samples import mix_samples
 from gptq_loader_plugin.quantize.mixed_widths import MixedWidths
@@ -229,21 +229,20 @@ def _quantize(
             hint="take another width: 4 bits need multiples of 8, 8 bits multiples of 4",
         )
     tokens = sum(batch.numel() for batch in batches)
+    hidden = (ModelShape.of_config(model.config).hidden_size or 0) if one_by_one else 0
     forecast = forecast_run(
         model,
         blocks,
         options,
-        tokens=tokens,
-        batch=batches[0].numel(),
-        hidden=(ModelShape.of_config(model.config).hidden_size or 0) if one_by_one else 0,
+        Samples(tokens, batches[0].numel(), hidden),
         streamed=0 if weights is None else weights.largest,
         limit=max_memory,
         tell=tell,
     )
+    progress(Progress("memory", 1, 1, "blocks", str(forecast)))
     if forecast.tuned:
         _read_all(weights)
         weights = None
-    progress(Progress("memory", 1, 1, "blocks", str(forecast)))
     read = None if weights is None else weights.tensor
     kept = KeptBlocks(out / KEPT, _fingerprint(model, options, samples, read))
     widths = Widths(options)

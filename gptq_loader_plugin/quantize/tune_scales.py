@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gptq_loader_plugin.class_errors import raised_in_transformers
 from gptq_loader_plugin.errors import is_out_of_memory
 from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.generation.kl_divergence import kl_divergence
+from gptq_loader_plugin.model.linears import is_transposed
 from gptq_loader_plugin.quantize.blocks import linears
 from gptq_loader_plugin.quantize.time_left import say_left
 
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.quantize.blocks import Block
     from gptq_loader_plugin.quantize.kept_blocks import KeptBlocks
 
-__all__ = ["ScaleTuner", "tuning_bytes"]
+__all__ = ["ScaleTuner", "recorded_bytes", "tuning_bytes"]
 
 WINDOW = 512  # tokens of a step
 STEPS = 64  # at most; each is of a window of its own
@@ -64,6 +66,12 @@ def tuning_bytes(model: PreTrainedModel) -> int:
     tokens = LOGITS * head.weight.shape[0] + ACTIVATIONS * linears
     bytes_: int = WEIGHT_BYTES * weights + 4 * WINDOW * tokens
     return bytes_
+
+
+def recorded_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Count what is recorded of a calibration of so many tokens, and held until the tuning."""
+    head: Any = model.get_output_embeddings()
+    return 0 if head is None else 4 * min(tokens, STEPS * WINDOW) * int(head.weight.shape[1])
 
 
 class _NotBackwardsError(Exception):
@@ -162,20 +170,21 @@ class _Layer:
     def apply(self) -> None:
         """Have the linear compute with them."""
         weight = self._steps().mul_(self.rounded().float()[self.groups])
-        transposed = type(self.module).__name__ == "Conv1D"
-        self.module.weight.data = weight if transposed else weight.t().contiguous()
+        self.module.weight.data = weight if is_transposed(self.module) else weight.t().contiguous()
+
+    def reset(self) -> None:
+        """Go back to the scales that it began with."""
+        self.factors.data.zero_()
+        self.apply()
 
     def take_gradient(self, weight: torch.Tensor) -> None:
         """Make the weight's gradient the scales'; it is given up."""
         assert weight.grad is not None
-        slope = weight.grad if type(self.module).__name__ == "Conv1D" else weight.grad.t()
+        slope = weight.grad if is_transposed(self.module) else weight.grad.t()
         weight.grad = None
         of_groups = torch.zeros_like(self.scales)
         of_groups.index_add_(0, self.groups, self._steps().mul_(slope))
-        of_groups.mul_(self.scales)
-        self.factors.grad = (
-            of_groups if self.factors.grad is None else self.factors.grad + of_groups
-        )
+        self.factors.grad = of_groups.mul_(self.scales)
 
     def _steps(self) -> torch.Tensor:
         return self.codes.float().sub_(self.zeros.float()[self.groups])
@@ -211,9 +220,12 @@ class ScaleTuner:
     def tune(self) -> None:
         """Tune the scales of all finished layers; the model computes with them afterwards.
 
-        Nothing is done where nothing was recorded, or where the model cannot be run backwards.
+        They stay where the model has no answers to record, or cannot be run backwards.
         """
+        if not self._expected.windows:
+            return
         if not self._expected.found:
+            self._refuse("does not call its output embedding once in a pass")
             return
         with torch.inference_mode(mode=False), torch.enable_grad():
             layers = {}
@@ -225,10 +237,9 @@ class ScaleTuner:
             try:
                 self._take_steps(layers, self._expected)
             except _NotBackwardsError as error:
-                self._tell(
-                    f"The scales of all layers are not tuned together: a "
-                    f"{type(self._model).__name__} cannot be run backwards ({error})."
-                )
+                self._refuse(f"cannot be run backwards ({error})")
+                for layer in layers.values():
+                    layer.reset()
                 return
         self._scales = {path: it.rounded() for path, it in layers.items()}
 
@@ -236,6 +247,10 @@ class ScaleTuner:
         """Read a finished layer of a block, with the scales that it has now."""
         weight = self._kept.read_layer(block, path)
         return replace(weight, scales=self._scales.get(path, weight.scales))
+
+    def _refuse(self, why: str) -> None:
+        name = type(self._model).__name__
+        self._tell(f"The scales of all layers are not tuned together: a {name} {why}.")
 
     def _take_steps(self, layers: Mapping[str, _Layer], expected: HeadInputs) -> None:
         optimizer = torch.optim.Adam([it.factors for it in layers.values()], RATE, BETAS)
@@ -260,7 +275,23 @@ class ScaleTuner:
 
 def _backward(model: PreTrainedModel, expected: HeadInputs, number: int) -> float:
     """Run a window's divergence backwards, and return it: nats a token."""
-    states = expected.states[number].clone()
+    try:
+        # Copies: tensors of inference mode have no way back.
+        loss = _divergence(model, expected.windows[number].clone(), expected.states[number].clone())
+        loss.backward()
+    except Exception as error:
+        of_class = isinstance(error, RuntimeError) or raised_in_transformers(error)
+        if is_out_of_memory(error) or not of_class:
+            raise
+        raise _NotBackwardsError(" ".join(str(error).split())[:200]) from error
+    return float(loss.detach())
+
+
+def _divergence(model: PreTrainedModel, ids: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Compute the divergence from what the unquantised model's states become; a scalar.
+
+    Those go through the output embedding, and whatever comes after it, beside the model's own.
+    """
 
     def beside(_module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (torch.cat([states.to(arguments[0].dtype), arguments[0]]), *arguments[1:])
@@ -269,17 +300,13 @@ def _backward(model: PreTrainedModel, expected: HeadInputs, number: int) -> floa
     handle = head.register_forward_pre_hook(beside)
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=expected.windows[number][None].clone(), use_cache=False).logits
-        right, own = logits.float().log_softmax(-1)
-        loss = kl_divergence(right.detach(), own).mean()
-        loss.backward()
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        raise _NotBackwardsError(" ".join(str(error).split())[:200]) from error
+            logits = model(input_ids=ids[None], use_cache=False).logits
     finally:
         handle.remove()
-    return float(loss.detach())
+    if len(logits) != 2:
+        raise _NotBackwardsError(f"its logits are {tuple(logits.shape)}")
+    right, own = logits.float().log_softmax(-1)
+    return kl_divergence(right.detach(), own).mean()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptq_loader_plugin.events import Progress
-from gptq_loader_plugin.model.linears import linear_shape
+from gptq_loader_plugin.model.linears import is_transposed, linear_shape
 from gptq_loader_plugin.quantize.algorithm import QuantizedWeight, quantize_weight
 from gptq_loader_plugin.quantize.blocks import linears
 from gptq_loader_plugin.quantize.hessians import LinearOutputs, hessians, subsets
@@ -166,9 +166,9 @@ def weight_of(module: nn.Module) -> torch.Tensor:
     """Return a linear's weight as float32 [N, K]; GPT-2's Conv1D keeps it transposed."""
     weight: Any = module.weight
     tensor: torch.Tensor = weight.detach().float()
-    return tensor.t().contiguous() if type(module).__name__ == "Conv1D" else tensor
+    return tensor.t().contiguous() if is_transposed(module) else tensor
 
 
 def _set_weight(module: nn.Module, weight: torch.Tensor) -> None:
     target: Any = module.weight
-    target.data = (weight.t() if type(module).__name__ == "Conv1D" else weight).to(target.dtype)
+    target.data = (weight.t() if is_transposed(module) else weight).to(target.dtype)

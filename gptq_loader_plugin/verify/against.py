@@ -17,6 +17,7 @@ from gptq_loader_plugin.events import Progress
 from gptq_loader_plugin.generation.kl_divergence import kl_divergence
 from gptq_loader_plugin.generation.noise_floor import bfloat16_noise
 from gptq_loader_plugin.measure.perplexity import sample_text
+from gptq_loader_plugin.model.linears import is_transposed
 from gptq_loader_plugin.verify.report import Finding
 
 if TYPE_CHECKING:
@@ -276,6 +277,5 @@ def _weight(model: PreTrainedModel, name: str) -> torch.Tensor | None:
     weight = getattr(module, "weight", None)
     if weight is None or weight.dim() != 2:
         return None
-    turned = type(module).__name__ == "Conv1D"  # GPT-2's are [K, N]
     matrix: torch.Tensor = weight.detach().float()
-    return matrix.t() if turned else matrix
+    return matrix.t() if is_transposed(module) else matrix

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gptq_loader_plugin as gptq
+from gptq_loader_plugin.checkpoint.reader import GPTQReader
 from gptq_loader_plugin.generation.kl_divergence import kl_divergence
 from gptq_loader_plugin.quantize import QuantizeOptions, memory, quantize_model, tune_scales
 from gptq_loader_plugin.quantize.calibration import built_in_text, calibration_samples
@@ -149,6 +150,33 @@ def test_a_model_that_has_no_way_back_is_quantised_all_the_same(
     )
     quantize_model(BASE, tmp_path / "out", options=options(), tell=told.append)
     assert any("cannot be run backwards" in line for line in told), told
+    # what it computes with then is what was written
+    written = GPTQReader().open(tmp_path / "out")
+    for name in written.layers:
+        weight = written.packed(name).dequantize()
+        assert torch.equal(model.get_submodule(name).weight, weight), name
+
+
+def test_a_model_that_passes_its_output_embedding_by_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    model, tokenizer = load_source(BASE)
+    own = model.forward
+
+    def without_head(*arguments: Any, **keywords: Any) -> Any:
+        hooks, model.lm_head._forward_pre_hooks = model.lm_head._forward_pre_hooks, {}
+        try:
+            return own(*arguments, **keywords)
+        finally:
+            model.lm_head._forward_pre_hooks = hooks
+
+    monkeypatch.setattr(model, "forward", without_head)
+    monkeypatch.setattr(
+        "gptq_loader_plugin.quantize.run.open_source", lambda *_, **__: (model, tokenizer, None)
+    )
+    quantize_model(BASE, tmp_path / "out", options=options(), tell=told.append)
+    assert any("does not call its output embedding" in line for line in told), told
     assert (tmp_path / "out" / "config.json").is_file()
 
 
