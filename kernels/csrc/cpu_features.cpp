@@ -50,7 +50,8 @@ unsigned kept_registers() {
 Isa find_isa() {
   const unsigned kept = kept_registers();
   const Registers first = read_cpuid(1, 0), wide = read_cpuid(7, 0);
-  const bool avx2 = has(kept, {1, 2}) && has(first.c, {12, 28}) && has(wide.b, {5});  // FMA, AVX
+  const bool avx2 =
+      has(kept, {1, 2}) && has(first.c, {12, 28, 29}) && has(wide.b, {5});  // FMA, AVX, F16C
   if (!avx2) return PLAIN;
   // Registers of 64 bytes; F, DQ, BW and VL.
   if (!has(kept, {5, 6, 7}) || !has(wide.b, {16, 17, 30, 31})) return AVX2;

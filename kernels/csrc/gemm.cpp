@@ -16,6 +16,7 @@
 //   for each group of panels: for each run of K: for each panel: for each two rows of blocks of x
 
 #include "bf16_blocks.h"
+#include "gemm_int16.h"
 #include "gemv.h"
 #include "team.h"
 
@@ -251,7 +252,7 @@ BF16_TARGET void unpack(const GemmLinear& gemm, int64_t vector, int64_t from, in
     for (int pair = 0; pair < pairs; pair++) {
       __m512i low, high;
       if constexpr (BITS == 3) {
-        const int half_of_unit = pair / 8, j = pair % 8, bit = 8 * half_of_unit + j;
+        const int half_of_unit = pair / 8, j = pair % 8, bit = third_bit(16 * half_of_unit + j);
         low =
             _mm512_ternarylogic_epi32(_mm512_srli_epi32(v[half_of_unit], 2 * j), mask, base, 0xEA);
         high = _mm512_ternarylogic_epi32(_mm512_srli_epi32(v[half_of_unit], 2 * j + 16), mask, base,
@@ -440,9 +441,21 @@ void multiply_share(Panels panels, const uint32_t* x, int64_t row, int64_t rows,
 
 extern "C" {
 
-int gptq_gemm(const GptqLinear* const* linears, void* const* y, int count, const void* x, int64_t m,
-              int amx, int threads) {
+int gptq_gemm_from(int type, int isa, int activations, int amx) {
 #ifdef X86
+  // Measured at 576x576, 1536x576, 2048x2048 and 4096x4096 (docs/decisions/native-cpu.md).
+  if (isa >= AVX512_BF16 && type == BFLOAT16 && activations != int(Activations::INT8))
+    return amx ? 13 : 32;
+  if (isa >= AVX2 && isa <= AVX512 && activations == int(Activations::INT16)) return 13;
+#endif
+  (void)type, (void)isa, (void)activations, (void)amx;
+  return 0;
+}
+
+int gptq_gemm(const GptqLinear* const* linears, void* const* y, int count, const void* x, int64_t m,
+              int type, int isa, int amx, int threads) {
+#ifdef X86
+  if (isa < AVX512_BF16) return gemm_int16(linears, y, count, x, m, type, threads);
   const GptqLinear& first = *linears[0];
   GemmLinear* gemms;
   LocalOrder::Block* order_blocks;
@@ -527,7 +540,8 @@ int gptq_gemm(const GptqLinear* const* linears, void* const* y, int count, const
   });
   return failed;
 #else
-  (void)linears, (void)y, (void)count, (void)x, (void)m, (void)amx, (void)threads;
+  (void)linears, (void)y, (void)count, (void)x, (void)m, (void)type, (void)isa, (void)amx,
+      (void)threads;
   return 1;
 #endif
 }

@@ -31,8 +31,7 @@ INLINE void load_codes(const uint32_t* words, int row, F& codes) {
     typename V::uints high;
     memcpy(&word, words + row / 16 * COLUMNS, sizeof word);
     memcpy(&high, words + 2 * COLUMNS, sizeof high);
-    const int bit = 8 * (row / 16) + row % 8 + (row % 16 >= 8 ? 16 : 0);
-    word = (word >> (2 * (row % 16)) & 3) | (high >> bit & 1) << 2;
+    word = (word >> (2 * (row % 16)) & 3) | (high >> third_bit(row) & 1) << 2;
   } else {
     memcpy(&word, words, sizeof word);
     word = word >> (BITS * row) & ((1u << BITS) - 1);

@@ -19,8 +19,8 @@
 //
 //   word 0   low two bits of rows 0 to 15   at bit 2 * row
 //   word 1   low two bits of rows 16 to 31  at bit 2 * (row - 16)
-//   word 2   high bits: of row j and j + 8 of the first half at bits j and j + 16,
-//                       of the second half at bits j + 8 and j + 24
+//   word 2   high bits              at bit third_bit(row): those of rows j, j + 4, j + 8 and j + 12 of
+//                                   a half, which are multiplied together, at one bit of each byte
 
 #pragma once
 
@@ -36,6 +36,9 @@ constexpr int64_t PREFILL_ROWS = 512;  // of a long x at a time: their sums stay
 
 // The rows that a unit holds for one column.
 INLINE int unit_rows(int bits) { return bits == 3 ? 32 : 32 / bits; }
+
+// At 3 bits, where the high bit of a unit's row stands.
+constexpr int third_bit(int row) { return row % 16 / 4 * 8 + row / 16 * 4 + row % 4; }
 
 // Where a tile of a linear lies. Layers that read x together may have their columns in turns, a head
 // of each; then a linear is every so many tiles of what lies in memory:
@@ -85,7 +88,18 @@ INLINE void load_scales(const GptqLinear& linear, int64_t at, F& scales) {
 }
 
 #ifdef X86
-// The same by AVX-512's own conversions, where gcc 12 takes the other ones apart.
+// The same by the processor's own conversions, where gcc 12 takes the other ones apart.
+AVX2_TARGET INLINE void load_tables(const GptqLinear& linear, int64_t at, __m256& scales,
+                                    __m256& zeros) {
+  const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(linear.zeros + at));
+  zeros = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(raw));
+  if (linear.float_scales)
+    scales = _mm256_loadu_ps(static_cast<const float*>(linear.scales) + at);
+  else
+    scales = _mm256_cvtph_ps(_mm_loadu_si128(
+        reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(linear.scales) + at)));
+}
+
 AVX512_TARGET INLINE void load_tables(const GptqLinear& linear, int64_t at, __m512& scales,
                                       __m512& zeros) {
   const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(linear.zeros + at));

@@ -55,11 +55,11 @@ constexpr Size SIZES[] = {
     SIZE(GptqKvCache), SIZE(GptqSequence),   SIZE(GptqModel),
 };
 constexpr Function FUNCTIONS[] = {
-    FUNCTION(gptq_isa),         FUNCTION(gptq_activations),    FUNCTION(gptq_amx),
-    FUNCTION(gptq_own_threads), FUNCTION(gptq_pack),           FUNCTION(gptq_gemv),
-    FUNCTION(gptq_unpack),      FUNCTION(gptq_gemm),           FUNCTION(gptq_decode_step),
-    FUNCTION(gptq_prefill),     FUNCTION(gptq_head),           FUNCTION(gptq_quantize_head),
-    FUNCTION(gptq_top_logits),  FUNCTION(gptq_read_bandwidth),
+    FUNCTION(gptq_isa),           FUNCTION(gptq_activations), FUNCTION(gptq_amx),
+    FUNCTION(gptq_own_threads),   FUNCTION(gptq_pack),        FUNCTION(gptq_gemv),
+    FUNCTION(gptq_unpack),        FUNCTION(gptq_gemm_from),   FUNCTION(gptq_gemm),
+    FUNCTION(gptq_decode_step),   FUNCTION(gptq_prefill),     FUNCTION(gptq_head),
+    FUNCTION(gptq_quantize_head), FUNCTION(gptq_top_logits),  FUNCTION(gptq_read_bandwidth),
 };
 
 }  // namespace

@@ -144,10 +144,15 @@ int gptq_gemv(const GptqLinear* linear, const void* x, void* y, int64_t m, int t
 void gptq_unpack(const GptqLinear* linear, int64_t first, int64_t tiles, void* w, int type, int isa,
                  int threads);
 
-// gemm.cpp. y[i] [M][N of i] = x [M][K] @ W[i].T + bias for `count` linears that read x alike, all
-// bfloat16, for many rows of x; by AMX where `amx` says so, else by AVX512-BF16.
+// gemm.cpp. The rows of x of `type` from which gptq_gemm takes less time than gptq_gemv with the
+// same activations, or 0 where it cannot multiply them.
+int gptq_gemm_from(int type, int isa, int activations, int amx);
+
+// gemm.cpp. y[i] [M][N of i] = x [M][K] @ W[i].T + bias for `count` linears that read x alike, x and
+// y of `type`, for many rows of x: bfloat16 by AMX where `amx` says so, else by AVX512-BF16; where
+// there is neither, whole numbers by AVX2.
 int gptq_gemm(const GptqLinear* const* linears, void* const* y, int count, const void* x, int64_t m,
-              int amx, int threads);
+              int type, int isa, int amx, int threads);
 
 // decode_step.cpp. Run the decoder layers and the last norm on the new tokens of `count` sequences,
 // one after the other: x and y [tokens][hidden] of the model's dtype; cos and sin

@@ -2,8 +2,9 @@
 // processors without vpdpbusd. x lies as there: of four rows, four first and four second bytes.
 //
 // vpmaddubsw multiplies 32 codes by signed bytes and adds pairs of products in 16 bits, which hold
-// a few; vpmaddwd adds these to sums in 32 bits before they could overflow. Codes of 8 bits are
-// taken as two nibbles, since a pair of theirs does not fit.
+// a few; vpmaddwd adds these to sums in 32 bits before they could overflow. A pair of codes of 8
+// bits does not fit: by one byte of x they are taken as two nibbles, and by two bytes as 16 codes of
+// 16 bits, which vpmaddwd multiplies by whole numbers of 16 bits (int16.h).
 //
 //   bits                        2     3     4     8
 //   codes that one step takes   32    32    32    32, as two nibbles
@@ -14,7 +15,7 @@
 // Registers, of 16, one row by two bytes: sums in 16 bits 2 * C = 4 (8 bits: 8), in 32 bits 4; codes
 // and words 2 * C. More rows take a vector of columns at a time.
 
-#include "integers.h"
+#include "int16.h"
 
 using namespace gptq;
 
@@ -31,16 +32,6 @@ AVX2_TARGET INLINE __m128i to_bytes(__m256i first, __m256i second, __m128i order
   const __m128i in_order =
       _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
   return _mm_shuffle_epi8(in_order, order);
-}
-
-AVX2_TARGET INLINE __m256i load_words(const uint32_t* from) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-}
-
-AVX2_TARGET INLINE int add_lanes(__m256i of) {
-  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(of), _mm256_extracti128_si256(of, 1));
-  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
 }
 
 template <int BYTES>
@@ -109,6 +100,86 @@ AVX2_TARGET void quantize_segments(const GptqLinear& linear, const void* x, int 
   }
 }
 
+// For codes of 8 bits: whole numbers of 16 bits, in pairs of rows (0, 2) and (1, 3).
+AVX2_TARGET void quantize_pairs(const GptqLinear& linear, const void* x, int type, int64_t m,
+                                const PermutedActivations& to) {
+  uint32_t* out = to.words + m * to.stride;
+  const int32_t* row = linear.rows;
+  alignas(32) float values[MAX_SEGMENT_ROWS];
+  alignas(32) int16_t whole[MAX_SEGMENT_ROWS];
+  for (int segment = 0; segment < linear.segments; segment++) {
+    const int count = linear.segment_units[segment] * unit_rows(8);
+    gather(x, type, m * linear.in_features, row, count, 2 * L, values);
+    const WholeSegment found = round_to_int16(values, count, whole);
+    to.steps[m * linear.segments + segment] = found.step;
+    to.sums[m * linear.segments + segment] = float(found.sum);
+    for (int i = 0; i < count; i += 4) {
+      *out++ = pair_of(whole[i], whole[i + 2]);
+      *out++ = pair_of(whole[i + 1], whole[i + 3]);
+    }
+    row += count;
+  }
+}
+
+// M rows of x by one tile with codes of 8 bits, C vectors of columns at once: y [M][COLUMNS].
+template <int M, int C>
+AVX2_TARGET void multiply_pairs(const GptqLinear& linear, int64_t tile, int64_t m,
+                                const PermutedActivations& from, float* y) {
+  const __m256i even = _mm256_set1_epi32(0x00ff00ff);
+  for (int first = 0; first < COLUMNS / L; first += C) {
+    const uint32_t* word = linear.words + tile * linear.units * COLUMNS + first * L;
+    const uint32_t* x = from.words + m * from.stride;
+    const uint32_t* next = next_tile(linear, tile, 1, first * L);
+    __m256 total[M][C];
+    for (int i = 0; i < M; i++)
+      for (int c = 0; c < C; c++) total[i][c] = _mm256_setzero_ps();
+    for (int segment = 0; segment < linear.segments; segment++) {
+      __m256i sum[M][C];
+      for (int i = 0; i < M; i++)
+        for (int c = 0; c < C; c++) sum[i][c] = _mm256_setzero_si256();
+      for (int unit = 0; unit < linear.segment_units[segment]; unit++) {
+        _mm_prefetch(reinterpret_cast<const char*>(word + 16 * COLUMNS), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+        __m256i low[C], high[C];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) {
+          const __m256i codes = load_words(word + c * L);
+          low[c] = _mm256_and_si256(codes, even);
+          high[c] = _mm256_and_si256(_mm256_srli_epi32(codes, 8), even);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < M; i++) {
+          const __m256i a = _mm256_set1_epi32(int(x[i * from.stride])),
+                        b = _mm256_set1_epi32(int(x[i * from.stride + 1]));
+#pragma GCC unroll 4
+          for (int c = 0; c < C; c++)
+            sum[i][c] = _mm256_add_epi32(
+                sum[i][c],
+                _mm256_add_epi32(_mm256_madd_epi16(low[c], a), _mm256_madd_epi16(high[c], b)));
+        }
+        word += COLUMNS;
+        next += C * L;
+        x += 2;
+      }
+      const int64_t at =
+          (tile * linear.groups + linear.segment_group[segment]) * COLUMNS + first * L;
+      for (int c = 0; c < C; c++) {
+        __m256 scales, zeros;
+        load_tables(linear, at + c * L, scales, zeros);
+        for (int i = 0; i < M; i++) {
+          const int64_t which = (m + i) * linear.segments + segment;
+          const __m256 exact = _mm256_fnmadd_ps(zeros, _mm256_set1_ps(from.sums[which]),
+                                                _mm256_cvtepi32_ps(sum[i][c]));
+          total[i][c] = _mm256_fmadd_ps(_mm256_mul_ps(scales, _mm256_set1_ps(from.steps[which])),
+                                        exact, total[i][c]);
+        }
+      }
+    }
+    for (int i = 0; i < M; i++)
+      for (int c = 0; c < C; c++) _mm256_storeu_ps(y + i * COLUMNS + (first + c) * L, total[i][c]);
+  }
+}
+
 // M rows of x by one tile, C vectors of columns at once: y [M][COLUMNS].
 template <int BITS, int BYTES, int M, int C>
 AVX2_TARGET void multiply_columns(const GptqLinear& linear, int64_t tile, int64_t m,
@@ -155,20 +226,14 @@ AVX2_TARGET void multiply_columns(const GptqLinear& linear, int64_t tile, int64_
             for (int c = 0; c < C; c++) {
               const uint32_t* of = word + c * L;
               if constexpr (BITS == 3) {
-                const int half = at / 4, j = at % 4, bit = 8 * half + j;
-                const __m256i high = load_words(of + 2 * COLUMNS);
-                // Of the high bits' halves of a word, bits `bit` and `bit` + 4 belong to bytes 0
-                // and 2, 1 and 3: both to the third bit of their bytes.
-                const __m256i even = _mm256_and_si256(
-                    bit >= 2 ? _mm256_srli_epi32(high, bit - 2) : _mm256_slli_epi32(high, 2 - bit),
-                    _mm256_set1_epi32(0x00040004));
-                const __m256i odd = _mm256_and_si256(
-                    bit >= 6 ? _mm256_srli_epi32(high, bit - 6) : _mm256_slli_epi32(high, 6 - bit),
-                    _mm256_set1_epi32(0x04000400));
-                codes[c][0] = _mm256_or_si256(
-                    _mm256_and_si256(_mm256_srli_epi32(load_words(of + half * COLUMNS), 2 * j),
-                                     mask),
-                    _mm256_or_si256(even, odd));
+                const __m256i high = load_words(of + 2 * COLUMNS),
+                              third = at >= 2 ? _mm256_srli_epi32(high, at - 2)
+                                              : _mm256_slli_epi32(high, 2 - at),
+                              low =
+                                  _mm256_srli_epi32(load_words(of + at / 4 * COLUMNS), at % 4 * 2);
+                codes[c][0] =
+                    _mm256_or_si256(_mm256_and_si256(low, mask),
+                                    _mm256_and_si256(third, _mm256_set1_epi32(0x04040404)));
               } else if constexpr (BITS == 8) {
                 codes[c][0] = _mm256_and_si256(load_words(of + 0 * COLUMNS), mask);
                 codes[c][1] =
@@ -210,18 +275,17 @@ AVX2_TARGET void multiply_columns(const GptqLinear& linear, int64_t tile, int64_
       const int64_t at =
           (tile * linear.groups + linear.segment_group[segment]) * COLUMNS + first * L;
       for (int c = 0; c < C; c++) {
-        Middle::floats scales, zeros;
-        load_scales(linear, at + c * L, scales);
-        load_zeros(linear, at + c * L, zeros);
+        __m256 scales, zeros;
+        load_tables(linear, at + c * L, scales, zeros);
         for (int i = 0; i < M; i++) {
           const int64_t which = (m + i) * linear.segments + segment;
           __m256 exact = _mm256_cvtepi32_ps(sum[i][c][0]);
           if constexpr (BYTES == 2)
             exact = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[i][c][1]),
                                     _mm256_set1_ps(1 / SECOND_BYTE), exact);
-          exact = _mm256_fnmadd_ps((__m256)zeros, _mm256_set1_ps(from.sums[which]), exact);
-          total[i][c] = _mm256_fmadd_ps(
-              _mm256_mul_ps((__m256)scales, _mm256_set1_ps(from.steps[which])), exact, total[i][c]);
+          exact = _mm256_fnmadd_ps(zeros, _mm256_set1_ps(from.sums[which]), exact);
+          total[i][c] = _mm256_fmadd_ps(_mm256_mul_ps(scales, _mm256_set1_ps(from.steps[which])),
+                                        exact, total[i][c]);
         }
       }
     }
@@ -234,12 +298,17 @@ struct Maddubs {
   template <int BYTES>
   static void quantize(const GptqLinear& linear, const void* x, int type, int64_t m,
                        const PermutedActivations& to) {
+    if (BYTES == 2 && linear.bits == 8) return quantize_pairs(linear, x, type, m, to);
     quantize_segments<BYTES>(linear, x, type, m, to);
   }
   template <int BITS, int BYTES, int M>
   static void multiply(const GptqLinear& linear, int64_t tile, int64_t m,
                        const PermutedActivations& x, float* y) {
-    multiply_columns<BITS, BYTES, M, M == 1 ? 2 : 1>(linear, tile, m, x, y);
+    constexpr int C = M == 1 ? 2 : 1;
+    if constexpr (BITS == 8 && BYTES == 2)
+      multiply_pairs<M, C>(linear, tile, m, x, y);
+    else
+      multiply_columns<BITS, BYTES, M, C>(linear, tile, m, x, y);
   }
 };
 

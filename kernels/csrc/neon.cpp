@@ -94,13 +94,9 @@ template <int BITS>
 DOT_TARGET INLINE int8x16_t take_codes(const uint32_t* word, int at) {
   uint32x4_t codes;
   if constexpr (BITS == 3) {
-    const int half = at / 4, j = at % 4, bit = 8 * half + j;
-    const uint32x4_t high = vld1q_u32(word + 2 * COLUMNS);
-    // Of the high bits' halves of a word, bits `bit` and `bit` + 4 belong to bytes 0 and 2, 1 and
-    // 3: both to the third bit of their bytes.
-    const uint32x4_t even = (bit >= 2 ? high >> (bit - 2) : high << (2 - bit)) & 0x00040004u;
-    const uint32x4_t odd = (bit >= 6 ? high >> (bit - 6) : high << (6 - bit)) & 0x04000400u;
-    codes = (vld1q_u32(word + half * COLUMNS) >> (2 * j) & 0x03030303u) | even | odd;
+    const uint32x4_t high = vld1q_u32(word + 2 * COLUMNS),
+                     third = (at >= 2 ? high >> (at - 2) : high << (2 - at)) & 0x04040404u;
+    codes = (vld1q_u32(word + at / 4 * COLUMNS) >> (at % 4 * 2) & 0x03030303u) | third;
   } else if constexpr (BITS == 8) {
     codes = vld1q_u32(word) ^ 0x80808080u;
   } else {

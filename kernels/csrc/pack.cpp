@@ -62,13 +62,10 @@ BitFields stored_fields(int bits, bool planar, int row) {
 }
 
 // Where our unit has the code of its row `row`. At 3 bits: two words of low bits as at 2 bits, and
-// one of high bits, rows j and j + 8 of the first half at bits j and j + 16, of the second at 8 + j
-// and 24 + j.
+// one of high bits.
 BitFields packed_fields(int bits, int row) {
   if (bits != 3) return {{{0, bits * row, bits, 0}}, 1};
-  const int half = row / 16;
-  return {{{half, 2 * (row % 16), 2, 0}, {2, 8 * half + row % 8 + (row % 16 >= 8 ? 16 : 0), 1, 2}},
-          2};
+  return {{{row / 16, 2 * (row % 16), 2, 0}, {2, third_bit(row), 1, 2}}, 2};
 }
 
 struct Job {

@@ -450,7 +450,7 @@ int project_all(const GptqModel&, const GptqProjection* const* parts, uint16_t* 
       linears[alike] = parts[first]->packed;
       y[alike++] = outs[first++];
     } while (first < count && parts[first]->same_rows);
-    if (gptq_gemm(linears, y, alike, x, m, amx, threads)) return 1;
+    if (gptq_gemm(linears, y, alike, x, m, BFLOAT16, AVX512_BF16, amx, threads)) return 1;
   }
   return 0;
 }
@@ -478,9 +478,6 @@ BF16_TARGET void add_scaled(const uint16_t* from, float scale, int64_t count, fl
     _mm512_storeu_ps(to + i, _mm512_fmadd_ps(load_bf16(from + i), _mm512_set1_ps(scale),
                                              _mm512_loadu_ps(to + i)));
 }
-
-// Rows of an expert from which panels of its weight are unpacked, as linear.py has them.
-constexpr int64_t PANELS_FROM_AMX = 13, PANELS_FROM = 32;
 
 struct Prefill {
   const GptqModel& model;
@@ -681,7 +678,9 @@ struct Prefill {
     parallel_for(threads, rows, [&](int64_t i) {
       memcpy(buffers.gathered + i * size, buffers.normed + row[i] * size, 2 * size);
     });
-    const auto project = rows < (amx ? PANELS_FROM_AMX : PANELS_FROM) ? project_few : project_all;
+    const auto project = rows < gptq_gemm_from(BFLOAT16, model.isa, model.activations, amx)
+                             ? project_few
+                             : project_all;
     if (feed_forward(expert, buffers.gathered, rows, project, buffers.answers)) return 1;
     parallel_for(threads, rows, [&](int64_t i) {
       add_scaled(buffers.answers + i * size, weight[i], model.hidden, buffers.sums + row[i] * size);

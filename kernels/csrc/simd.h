@@ -40,7 +40,7 @@
 #define WIDE ",prefer-vector-width=512"  // unknown to clang, which obeys the vectors' own width
 #endif
 #define AVX512_FLAGS "avx512f,avx512bw,avx512vl,avx512dq"
-#define AVX2_TARGET __attribute__((target("avx2,fma")))
+#define AVX2_TARGET __attribute__((target("avx2,fma,f16c")))
 #define AVX512_TARGET __attribute__((target(AVX512_FLAGS WIDE)))
 #define BF16_TARGET __attribute__((target(AVX512_FLAGS ",avx512bf16" WIDE)))
 #define VNNI_TARGET __attribute__((target(AVX512_FLAGS ",avx512vnni" WIDE)))

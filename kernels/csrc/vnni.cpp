@@ -105,7 +105,7 @@ VNNI_TARGET void multiply_columns(const GptqLinear& linear, int64_t tile, int64_
   constexpr int per_word = BITS == 3 ? 3 : 1, fours = BITS == 3 ? 8 : 8 / BITS,
                 width = BITS == 3 ? 2 : BITS;
   const __m512i mask = _mm512_set1_epi8(char((1 << width) - 1));
-  const __m512i even = _mm512_set1_epi32(0x00040004), odd = _mm512_set1_epi32(0x04000400);
+  const __m512i third = _mm512_set1_epi32(0x04040404);
   for (int first = 0; first < COLUMNS / LANES; first += C) {
     const uint32_t* word = linear.words + tile * linear.units * per_word * COLUMNS + first * LANES;
     const uint32_t* x = from.words + m * from.stride;
@@ -145,13 +145,9 @@ VNNI_TARGET void multiply_columns(const GptqLinear& linear, int64_t tile, int64_
 #pragma GCC unroll 4
           for (int c = 0; c < C; c++) {
             if constexpr (BITS == 3) {
-              const int half = four / 4, j = four % 4, bit = 8 * half + j;
-              codes[c] = _mm512_and_si512(_mm512_srli_epi32(v[half][c], 2 * j), mask);
+              codes[c] = _mm512_and_si512(_mm512_srli_epi32(v[four / 4][c], 2 * (four % 4)), mask);
               codes[c] = _mm512_ternarylogic_epi32(
-                  _mm512_rorv_epi32(v[2][c], _mm512_set1_epi32((bit + 30) % 32)), even, codes[c],
-                  0xEA);
-              codes[c] = _mm512_ternarylogic_epi32(
-                  _mm512_rorv_epi32(v[2][c], _mm512_set1_epi32((bit + 26) % 32)), odd, codes[c],
+                  _mm512_rorv_epi32(v[2][c], _mm512_set1_epi32((four + 30) % 32)), third, codes[c],
                   0xEA);
             } else {
               codes[c] = BITS == 8

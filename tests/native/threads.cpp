@@ -272,18 +272,24 @@ void call_everything() {
           compare(code + ": step", run, type == FLOAT32 ? 1e-5 : 2e-2);
         }
       }
-      if (best < AVX512_BF16) continue;
-      for (int m : {40, 1100})
-        for (int unit = 0; unit <= amx; unit++)
-          compare(name + ": panels", [&](int threads) {
-            const Array x(random_floats(size_t(m) * HIDDEN, 3), BFLOAT16);
-            Array first(size_t(m) * INTERMEDIATE, BFLOAT16), second = first;
+      const auto panels = [&](const std::string& of, int type, int isa, int unit) {
+        for (int m : {40, 1100})
+          compare(name + ": panels" + of, [&](int threads) {
+            const Array x(random_floats(size_t(m) * HIDDEN, 3), type);
+            Array first(size_t(m) * INTERMEDIATE, type), second = first;
             const GptqLinear* const both[] = {&linears[4], &linears[5]};
             void* const y[] = {first.bytes.data(), second.bytes.data()};
-            check(gptq_gemm(both, y, 2, x.bytes.data(), m, unit, threads) == 0, "gemm");
+            check(gptq_gemm(both, y, 2, x.bytes.data(), m, type, isa, unit, threads) == 0, "gemm");
             first.bytes.insert(first.bytes.end(), second.bytes.begin(), second.bytes.end());
             return first;
           });
+      };
+#ifdef X86
+      if (best >= AVX2)
+        for (int type : {FLOAT32, BFLOAT16}) panels(" of whole numbers", type, AVX2, 0);
+#endif
+      if (best < AVX512_BF16) continue;
+      for (int unit = 0; unit <= amx; unit++) panels("", BFLOAT16, best, unit);
       for (int unit = 0; unit <= amx; unit++)
         compare(name + ": prompt", [&](int threads) { return prompt(linears, unit, threads); });
     }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from native_codes import CODES, EXACT_CODES, Code
+from native_codes import CODES, EXACT_CODES, Code, runs
 
 from gptq_loader_kernels.cpu import CpuInt8Kernel, CpuKernel, gptq_kernels
 from gptq_loader_kernels.cpu import library as _native
@@ -60,6 +60,11 @@ def error(layer: NativeLinear, weight: torch.Tensor, bias: torch.Tensor, x: torc
     return float((answer.double() - right).norm() / right.norm())
 
 
+def use_panels_from(layer: NativeLinear, rows: int) -> None:
+    """Have panels of the weight unpacked from so many rows, for what can be."""
+    layer.panels_from = {dtype: it and rows for dtype, it in layer.panels_from.items()}
+
+
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
@@ -78,7 +83,8 @@ def test_every_code_path_is_right(code: Code, bits: int) -> None:
             )  # fmt: skip
             layer, weight, bias = module(case, code)
             for many_from in (1000, 5):
-                layer.unpack_from = layer.panels_from = many_from
+                layer.unpack_from = many_from
+                use_panels_from(layer, many_from)
                 for rows in (1, 2, 3, 4, 5, 70):
                     for dtype, limit in TOLERANCE.items():
                         if code[1] is Activations.INT16:
@@ -103,6 +109,44 @@ def test_a_row_is_the_same_whatever_rows_are_beside_it(code: Code, bits: int) ->
 
 @native
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_panels_of_whole_numbers_are_right(bits: int) -> None:
+    """Rows that end inside a block of six or a chunk of 96, columns that end inside a tile."""
+    if not runs(Isa.AVX2):
+        pytest.skip("this processor has no AVX2")
+    code, threads = (Isa.AVX2, Activations.INT16), torch.get_num_threads()
+    for group_size, features, columns in (
+        (32, 256, 40), (-1, 160, 100), (16, 160, 64), (0, 320, 130), (128, 2080, 33), (-1, 608, 64),
+    ):  # fmt: skip
+        case = Case(
+            bits=bits, group_size=group_size, rows=features, columns=columns, sym=False,
+            extreme_zeros=True, bias=True,
+        )  # fmt: skip
+        layer, weight, bias = module(case, code)
+        use_panels_from(layer, 1)
+        for dtype, limit in ((torch.bfloat16, TOLERANCE[torch.bfloat16]),
+                             (torch.float32, INT16_TOLERANCE)):  # fmt: skip
+            x = random(200, features, dtype=dtype)
+            whole = layer(x)
+            for rows in (1, 5, 6, 7, 95, 96, 97, 192, 200):
+                assert error(layer, weight, bias, x[:rows]) < limit, (features, rows)
+                assert torch.equal(layer(x[:rows]), whole[:rows]), (features, rows)
+            x[3] = float("nan")
+            x[50, 7] = float("inf")
+            x[97] *= 1e-36
+            try:
+                torch.set_num_threads(3)
+                answer = layer(x)
+            finally:
+                torch.set_num_threads(threads)
+            broken = answer.isnan().any(dim=1)
+            assert broken.nonzero().flatten().tolist() == [3, 50]
+            near = [row for row in range(200) if row not in (3, 50, 97)]
+            assert torch.equal(answer[near], whole[near])
+            assert error(layer, weight, bias, x[97:98]) < limit
+
+
+@native
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("amx", [False, True])
 def test_panels_are_right(bits: int, amx: bool) -> None:
     """Rows and depths that end inside a block, a pair of blocks, a run and a part of x."""
@@ -118,7 +162,7 @@ def test_panels_are_right(bits: int, amx: bool) -> None:
                 extreme_zeros=True, bias=True,
             ), amx=amx,
         )  # fmt: skip
-        layer.panels_from = 1
+        use_panels_from(layer, 1)
         for rows in (1, 15, 16, 17, 32, 33, 65, 530):
             x = random(rows, features, dtype=torch.bfloat16)
             assert error(layer, weight, bias, x) < TOLERANCE[torch.bfloat16], (features, rows)
@@ -167,11 +211,12 @@ def test_layers_that_read_x_alike_are_multiplied_in_one_call() -> None:
     outs = (ctypes.c_void_p * 3)(*(it.data_ptr() for it in answers))
     library = load_library()
     failed = library.gptq_gemm(
-        ctypes.addressof(layers), ctypes.addressof(outs), 3, x.data_ptr(), 70, library.gptq_amx(), 2
-    )
+        ctypes.addressof(layers), ctypes.addressof(outs), 3, x.data_ptr(), 70, 1,
+        library.gptq_isa(), library.gptq_amx(), 2,
+    )  # fmt: skip
     assert not failed
     for (layer, _, _), answer in zip(made, answers, strict=True):
-        layer.panels_from = 1
+        use_panels_from(layer, 1)
         assert torch.equal(answer, layer(x))
 
 
@@ -185,7 +230,7 @@ def test_an_unpacked_weight_is_rounded_once() -> None:
     for bits in (2, 3, 4, 8):
         _, packed, _ = make_layer(Case(bits=bits, group_size=32, rows=96, columns=80, sym=False))
         layer = NativeLinear(packed, in_features=96, out_features=80)
-        layer.panels_from = 1
+        use_panels_from(layer, 1)
         one_at_a_time = layer(torch.eye(96, dtype=torch.bfloat16))
         assert torch.equal(one_at_a_time, packed.dequantize(torch.bfloat16).t())
 

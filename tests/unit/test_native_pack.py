@@ -61,7 +61,7 @@ def expected_words(codes: Any, rows: Any, held: int) -> Any:
             continue
         half, place = divmod(row, 16)
         words[:, :, half] |= (code & 3) << np.uint32(2 * place)
-        words[:, :, 2] |= (code >> 2) << np.uint32(8 * half + place % 8 + place // 8 * 16)
+        words[:, :, 2] |= (code >> 2) << np.uint32(place // 4 * 8 + half * 4 + place % 4)
     return words.view(np.int32)
 
 

@@ -38,11 +38,6 @@ __all__ = ["NativeLinear"]
 SEGMENT_ROWS = 256  # of a group, summed before they are scaled: bounds what cancels
 # Rows of x from which a float32 weight is unpacked for torch's matmul (decisions/native-cpu.md).
 UNPACK_FROM = {Isa.PLAIN: 16, Isa.AVX2: 32, Isa.AVX512: 192}
-# Rows of bfloat16 from which panels of the weight are unpacked: with the matrix unit 12 rows cost
-# as much either way, at every width, for 4096x4096, 576x1536 and 1536x576 (one thread of a Xeon);
-# without it, unpacking a panel pays from some 32 rows on (the same page).
-PANELS_FROM_AMX = 13
-PANELS_FROM = 32
 UNPACKED_BYTES = 16 << 20  # of weights unpacked at a time: they stay in a large cache
 _kept = threading.local()
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -85,7 +80,11 @@ class NativeLinear(CountedModule):
         self._isa, self.activations = choose_code(isa, activations)
         self._amx = bool(self._library.gptq_amx()) if amx is None else amx
         self.unpack_from = UNPACK_FROM[min(self._isa, Isa.AVX512)]
-        self.panels_from = PANELS_FROM_AMX if self._amx else PANELS_FROM
+        # Rows of a dtype from which panels of the weight are unpacked; 0 where none are.
+        self.panels_from = {
+            dtype: self._library.gptq_gemm_from(type_, self._isa, self.activations, self._amx)
+            for dtype, type_ in TYPES.items()
+        }
         self._layer: Linear | None = None
         self._held: tuple[torch.Tensor | None, ...] = ()
         self._addresses: list[int | None] = []
@@ -129,17 +128,18 @@ class NativeLinear(CountedModule):
         if flat.device.type != "cpu":
             raise RuntimeError(f"this layer was prepared for the CPU; its input is on {x.device}")
         rows = flat.shape[0]
-        panels = x.dtype == torch.bfloat16 and self._isa >= Isa.AVX512_BF16 and not int8
-        if x.dtype == torch.float32 and rows >= self.unpack_from:
+        panels = 0 < self.panels_from[x.dtype] <= rows
+        if not panels and x.dtype == torch.float32 and rows >= self.unpack_from:
             return self._unpacked(flat).view(*x.shape[:-1], self.out_features)
         out = flat.new_empty(rows, self.out_features)
         layer, read, written = ctypes.addressof(self.filled()), flat.data_ptr(), out.data_ptr()
         threads = torch.get_num_threads()
-        if panels and rows >= self.panels_from:
+        if panels:
             layers, outs = ctypes.c_void_p(layer), ctypes.c_void_p(written)
             failed = self._library.gptq_gemm(
-                ctypes.addressof(layers), ctypes.addressof(outs), 1, read, rows, self._amx, threads
-            )
+                ctypes.addressof(layers), ctypes.addressof(outs), 1, read, rows,
+                TYPES[x.dtype], self._isa, self._amx, threads,
+            )  # fmt: skip
         else:
             exact = x.dtype == torch.float32 and self._isa >= Isa.AVX512_BF16
             activations = Activations.FLOAT32 if exact else self.activations
