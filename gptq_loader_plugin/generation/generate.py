@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.generation.engine import Engine
     from gptq_loader_plugin.generation.options import GenerateOptions
     from gptq_loader_plugin.generation.speculation import Drafter
+    from gptq_loader_plugin.kernel import Batcher
     from gptq_loader_plugin.model.adapters import Adapters
 
 __all__ = [
@@ -120,6 +121,7 @@ class Generation:
         cancel: ends the reply once it is set.
         kept: the caches of replies before this one; tokens one of them holds are not read again.
         engine: reads the tokens, in place of the model itself.
+        batcher: the model's, where its kernel steps it.
         processors: change the logits before a token is picked, after those that `options` ask for.
         watch: told each token once it is picked, an end token too, and the model's own logits for
             it [1, vocabulary].
@@ -131,7 +133,6 @@ class Generation:
     Attributes:
         cache: keys and values of what was read.
         pending: the tokens to read next.
-        sequence: all tokens, int64 [1, n]; the prompt's, where picking one goes by no others.
         finished: whether the reply has ended.
     """
 
@@ -151,6 +152,7 @@ class Generation:
         cancel: threading.Event | None = None,
         kept: PrefixCache | None = None,
         engine: Engine | None = None,
+        batcher: Batcher | None = None,
         processors: Sequence[LogitsProcessor] = (),
         watch: Callable[[int, torch.Tensor], object] | None = None,
         drafter: Drafter | None = None,
@@ -161,7 +163,8 @@ class Generation:
         if not ids:
             raise ValueError("an empty prompt")
         self._model = model
-        self._runner = ModelRunner(model)
+        # Of an adapter a batcher knows nothing.
+        self._runner = ModelRunner(model, batcher if adapter is None else None)
         self._engine = engine
         whole = engine is not None or (adapters is not None and adapters.changes_head(adapter))
         self._head = None if whole else top_logits_head(model)
@@ -179,7 +182,7 @@ class Generation:
         kept = kept if self._runner.keeps_prefixes else None
         self._kept: PrefixCache | Engine = engine or kept or PrefixCache()
         self._read = list(ids)  # whose keys and values the cache has, or will have once it is used
-        self.sequence = torch.tensor([self._read], device=model.device)
+        self._sequence = torch.tensor([self._read], device=model.device)
         self._tokens = 0
         self._rotation = self._runner.rotation.of(len(self._read))
         self.cache, held = self._kept.reuse(model, ids, self._kept_by)
@@ -304,6 +307,18 @@ class Generation:
         """How many tokens there are, those that are pending included."""
         return len(self._read)
 
+    @property
+    def sequence(self) -> torch.Tensor:
+        """All tokens, int64 [1, n]; the prompt's, where picking one goes by no others."""
+        if self.row is not None and self.row.options.repetition_penalty == 1:
+            return self._sequence
+        if not self._sampler.reads_sequence:
+            return self._sequence
+        if new := self._read[self._sequence.shape[1] :]:
+            step = torch.tensor([new], device=self._sequence.device)
+            self._sequence = torch.cat((self._sequence, step), dim=1)
+        return self._sequence
+
     def needed_logits(self) -> int:
         """Return how many of the top logits `sample` needs; 0 where it needs all of them."""
         return 0 if self._watch is not None else self._sampler.needed_logits()
@@ -365,9 +380,6 @@ class Generation:
             return self._end(new + self._text.rest(), "length")
         self.pending = [token]
         self._read.append(token)
-        if self.row is None or self.row.options.repetition_penalty != 1:
-            step = torch.tensor([[token]], device=self._model.device)
-            self.sequence = torch.cat((self.sequence, step), dim=1)
         rotation = self._runner.rotation.of(len(self._read))
         if self._runner.rereads or rotation != self._rotation:
             self._rotation = rotation

@@ -226,7 +226,8 @@ class LoadedModel:
             silent_ids=self.token_ids.silent_ids(),
             shown_ids=self.token_ids.marks(shown),
             banned_ids=self.token_ids.padding_ids(),
-            cancel=cancel, kept=self._cache, engine=self.engine, processors=processors, watch=watch,
+            cancel=cancel, kept=self._cache, engine=self.engine, batcher=self.batcher,
+            processors=processors, watch=watch,
             drafter=self._drafter(), path=self.plan.path, adapters=self.adapters, adapter=adapter,
         )  # fmt: skip
 

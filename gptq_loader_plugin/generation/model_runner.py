@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from gptq_loader_plugin.kernel import Batcher
+
 __all__ = ["ModelRunner"]
 
 # Types whose class wants the whole sequence in each call, and cuts off what its cache has; whose
@@ -40,6 +42,8 @@ class ModelRunner:
 
     Args:
         model: a causal language model.
+        batcher: what steps it where its kernel finished the model: a few tokens are read by it, and
+            nothing of transformers' calls stands between.
 
     Attributes:
         rotation: how it rotates sequences of different lengths.
@@ -50,8 +54,9 @@ class ModelRunner:
         keeps_prefixes: whether what it read of one prompt holds in another that begins the same.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, batcher: Batcher | None = None) -> None:
         self._model: Any = model
+        self._batcher = batcher
         self._cache_name = find_cache_argument(model)
         modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
         if getattr(model.config, "model_type", None) in WHOLE_SEQUENCE:
@@ -97,6 +102,10 @@ class ModelRunner:
         Returns:
             Logits [1, tokens, vocabulary] or states [1, tokens, hidden], and what is kept now.
         """
+        if states and self._batcher is not None and cache is not None:
+            found = self._batcher.step_many([tokens], [cache])
+            if found is not None:
+                return found[None], cache
         device = self._model.device
         more: dict[str, Any] = {}
         if self._cache_name is not None:

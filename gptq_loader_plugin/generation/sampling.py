@@ -59,11 +59,15 @@ class Sampler:
     def sample(self, sequence: torch.Tensor, logits: torch.Tensor) -> int:
         """Pick a token to follow `sequence` [1, n] by its logits [1, vocabulary]."""
         if self._greedy:
-            scores = self._scores(sequence, logits)
-            return int(scores.max(dim=-1).indices)  # faster than argmax, and the first one too
+            return _find_greatest(self._scores(sequence, logits))
         probabilities, ids = self.candidates(sequence, logits)
         at = torch.multinomial(probabilities, 1, generator=self._generator)
         return int(at if ids is None else ids[0, at[0]])
+
+    @property
+    def reads_sequence(self) -> bool:
+        """Whether picking a token goes by those before it."""
+        return bool(self._whole)
 
     def needed_logits(self) -> int:
         """Return how many of the greatest logits sampling needs; 0 where it needs all of them."""
@@ -102,6 +106,21 @@ class Sampler:
         if not self._whole:
             return logits
         return self._whole(sequence, logits.to(torch.float32))  # type: ignore[arg-type]
+
+
+def _find_greatest(scores: torch.Tensor) -> int:
+    """Return the place of the greatest score [1, n], the first one of those that tie.
+
+    Bits of positive numbers are in their order as whole numbers, and above all others; numpy looks
+    for the greatest of those ten times as fast.
+    """
+    integers = {2: torch.int16, 4: torch.int32}.get(scores.element_size())
+    if integers is not None and scores.device.type == "cpu":
+        whole = scores[0].view(integers).numpy()
+        at = int(whole.argmax())
+        if whole[at] > 0:
+            return at
+    return int(scores.max(dim=-1).indices)  # faster than argmax, and the first one too
 
 
 def _top_k_and_ties(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

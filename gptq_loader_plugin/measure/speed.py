@@ -195,6 +195,7 @@ def _run(model: LoadedModel, prompt: int, tokens: int) -> list[float]:
             stop=(),
             stop_ids=frozenset(),
             engine=model.engine,
+            batcher=model.batcher,
             cancel=cancel,
         )
 

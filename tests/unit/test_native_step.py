@@ -425,6 +425,9 @@ def test_a_forward_put_in_its_place_sees_every_call() -> None:
     step = install(model)
     seen, own = [], model.model.forward
     assert step.step_many([[5]], [make_cache(model.model)]) is not None
+    hook = model.model.register_forward_hook(lambda *_: None)
+    assert step.step_many([[5]], [make_cache(model.model)]) is None
+    hook.remove()
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         seen.append(kwargs["input_ids"].shape)

@@ -81,3 +81,17 @@ def test_picks_follow_the_probabilities() -> None:
     picked = [sampler.sample(SEQUENCE, logits) for _ in range(2000)]
     assert set(picked) == {3, 9}
     assert abs(picked.count(9) / len(picked) - 0.75) < 0.04
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_greedy_token_is_the_first_of_the_greatest(dtype: torch.dtype) -> None:
+    sampler = Sampler(GenerateOptions(temperature=0), [], torch.device("cpu"))
+    infinite = float("inf")
+    for scores in (
+        [1.0, 3.0, -2.0, 3.0], [-4.0, -1.5, -1.5, -9.0], [-1.0, 0.0, -0.0, -3.0],
+        [-0.0, 0.0, -1.0, -1.0], [-infinite, -infinite, 2.0, 2.0],
+        [-infinite, -7.0, -infinite, -7.0], [1.0, infinite, 2.0, infinite],
+    ):  # fmt: skip
+        logits = torch.tensor([scores]).to(dtype)
+        right = int(logits.max(dim=-1).indices)
+        assert sampler.sample(torch.tensor([[5]]), logits) == right, scores

@@ -141,8 +141,10 @@ class NativeDecoder:
         """
         if len(tokens) != len(caches) or len(set(map(id, caches))) != len(caches):
             raise ValueError(f"{len(tokens)} sequences need as many caches, each its own")
-        if self.decoder.forward not in (self.forward, self.otherwise):
-            return None  # it was replaced since, by what is to see every call
+        decoder = self.decoder
+        hooked = decoder._forward_hooks or decoder._forward_pre_hooks  # noqa: SLF001 - torch has no other way to tell
+        if hooked or decoder.forward not in (self.forward, self.otherwise):
+            return None  # something is to see every call
         if self._trains() or not all(0 < len(it) <= MAX_STEP_TOKENS for it in tokens):
             return None
         with self._lock:

@@ -161,11 +161,11 @@ class TopLogitsLinear(RowsLinear):
         if max(needed) * COLUMNS > self.out_features:
             return None
         x = states.contiguous()
-        counts = torch.tensor(needed, dtype=torch.int64, device="cpu")
+        counts = (ctypes.c_int64 * len(needed))(*needed)
         out = x.new_empty(*x.shape[:-1], self.out_features)
         failed = load_library().gptq_top_logits(
             ctypes.addressof(self.narrow), self.errors.data_ptr(), self.longest,
-            self.weight.data_ptr(), x.data_ptr(), len(needed), counts.data_ptr(),
+            self.weight.data_ptr(), x.data_ptr(), len(needed), ctypes.addressof(counts),
             None if excluded is None else excluded.data_ptr(), out.data_ptr(), TYPES[x.dtype],
             self.isa, self.activations, torch.get_num_threads(),
         )  # fmt: skip
