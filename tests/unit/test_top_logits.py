@@ -9,9 +9,10 @@ import pytest
 import torch
 from altered import DATA, ONE, plugins
 from native_codes import EXACT_CODES, Code
-from test_native_step import build
+from test_native_step import FAMILIES, build
 
 import gptq_loader_plugin as gptq
+from gptq_loader_kernels.cpu import DECODERS, CpuKernel
 from gptq_loader_kernels.cpu.library import find_library
 from gptq_loader_plugin.generation.sampling import Sampler
 from gptq_loader_plugin.generation.top_logits import top_logits_head
@@ -129,6 +130,19 @@ def test_replies_are_those_of_the_whole_head(options: dict[str, Any]) -> None:
         assert isinstance(model.model.get_output_embeddings(), TopLogitsHead)
         assert "by a copy of the head in 8 bits" in model.explain()
         assert model.generate("The quick brown", how) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_change_their_heads_logits_keep_it(family: str) -> None:
+    model = build(family)
+    head = model.get_output_embeddings()
+    with torch.inference_mode():
+        ids = torch.tensor([[5, 7, 11]])
+        own, of_head = model(ids).logits, head(model.base_model(ids).last_hidden_state)
+    if type(model).__name__ in DECODERS:
+        assert torch.equal(own, of_head)
+    else:
+        assert CpuKernel().add_top_logits(model) == 0
 
 
 def test_tokens_that_are_never_picked_do_not_count() -> None:
