@@ -65,14 +65,20 @@ def write_gguf(file: Path, shape: Shape, *, mix: str, seed: int = 0) -> Path:
     random = np.random.Generator(np.random.SFC64(seed))
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    writer = GGUFWriter(partial, "llama")
+    writer = GGUFWriter(partial, "qwen3moe" if shape.experts else "llama")
     writer.add_block_count(shape.layers)
     writer.add_context_length(shape.context)
     writer.add_embedding_length(shape.hidden)
     writer.add_feed_forward_length(shape.inner)
     writer.add_head_count(shape.heads)
     writer.add_head_count_kv(shape.kv_heads)
-    writer.add_rope_dimension_count(shape.hidden // shape.heads)
+    writer.add_rope_dimension_count(shape.head_size)
+    if shape.experts:
+        writer.add_expert_count(shape.experts)
+        writer.add_expert_used_count(shape.top_k)
+        writer.add_expert_feed_forward_length(shape.inner)
+        writer.add_key_length(shape.head_size)
+        writer.add_value_length(shape.head_size)
     writer.add_rope_freq_base(shape.rope_theta)
     writer.add_layer_norm_rms_eps(shape.eps)
     writer.add_vocab_size(shape.vocabulary)
@@ -82,9 +88,12 @@ def write_gguf(file: Path, shape: Shape, *, mix: str, seed: int = 0) -> Path:
         block, size = GGML_QUANT_SIZES[kind]
         count = rows * columns // block * size
         if kind == Type.F32:
-            writer.add_tensor_info(name, [columns], np.dtype(np.float32), count)
+            sizes = [columns] if rows == 1 else [rows, columns]
+            writer.add_tensor_info(name, sizes, np.dtype(np.float32), count)
         else:
             stored = [rows, columns // block * size]
+            if "_exps" in name:
+                stored = [shape.experts, rows // shape.experts, columns // block * size]
             writer.add_tensor_info(name, stored, np.dtype(np.uint8), count, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -116,8 +125,17 @@ def _tensors(shape: Shape, mix: str) -> Iterator[tuple[str, int, int, Type]]:
     for i in range(shape.layers):
         more = better if _more_bits(i, shape.layers) else usual
         for name, (inputs, outputs, _) in shape.linears().items():
-            kind = more if name in ("self_attn.v_proj", "mlp.down_proj") else usual
-            yield f"blk.{i}.{NAMES[name]}.weight", outputs, inputs, _fit(kind, inputs)
+            if ".experts." in name and ".experts.0." not in name:
+                continue  # they are one tensor
+            part = name.replace("experts.0.", "")
+            kind = more if part in ("self_attn.v_proj", "mlp.down_proj") else usual
+            many = shape.experts if part != name else 1
+            stored = f"blk.{i}.{NAMES[part]}{'_exps' if part != name else ''}.weight"
+            yield stored, many * outputs, inputs, _fit(kind, inputs)
+        if shape.experts:
+            yield f"blk.{i}.ffn_gate_inp.weight", shape.experts, shape.hidden, Type.F32
+            yield f"blk.{i}.attn_q_norm.weight", 1, shape.head_size, Type.F32
+            yield f"blk.{i}.attn_k_norm.weight", 1, shape.head_size, Type.F32
         yield f"blk.{i}.attn_norm.weight", 1, shape.hidden, Type.F32
         yield f"blk.{i}.ffn_norm.weight", 1, shape.hidden, Type.F32
     yield "output_norm.weight", 1, shape.hidden, Type.F32
@@ -139,6 +157,8 @@ def _values(
     kind: Type, rows: int, columns: int, gain: float, random: np.random.Generator
 ) -> NDArray[Any]:
     """Make random blocks whose values have this standard deviation."""
+    if kind == Type.F32 and rows > 1:  # a router
+        return random.standard_normal((rows, columns), dtype=np.float32) * np.float32(gain)
     if kind == Type.F32:
         return np.ones(columns, dtype=np.float32)
     block, size = GGML_QUANT_SIZES[kind]

@@ -2,12 +2,13 @@
 
     python bench/peers.py SHAPE --data DIR --peer llama.cpp=PYTHON --peer gptqmodel=PYTHON ...
 
-SHAPE is SmolLM2-135M, TinyLlama-1.1B or Llama-2-7B: checkpoints and GGUF files of random weights
-are made in DIR, once. Each program runs in a process of its own, with the Python of an environment
-that holds it (docs/benchmarks.md); a program that no --peer names is left out, and said to be. This
-package and one other program take turns: a prompt of one, a prompt of the other, a reply of one, a
-reply of the other, --rounds times, with the speed of memory measured before each. Ratios are
-medians of the rounds' own. `--ours REF --gguf FILE` measures a real checkpoint beside a real file.
+SHAPE is SmolLM2-135M, TinyLlama-1.1B, Llama-2-7B or another of bench/shapes.py: checkpoints and
+GGUF files of random weights are made in DIR, once. Each program runs in a process of its own, with
+the Python of an environment that holds it (docs/benchmarks.md), ik_llama.cpp as its own benchmark
+binary; a program that no --peer names is left out, and said to be. This package and one other
+program take turns: a prompt of one, a prompt of the other, a reply of one, a reply of the other,
+--rounds times, with the speed of memory measured before each. Ratios are medians of the rounds'
+own. `--ours REF --gguf FILE` measures a real checkpoint beside a real file.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from gptq_loader_plugin.measure.speed import MEMORY_BYTES
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PROGRAMS = ("llama.cpp", "gptqmodel", "transformers", "vllm")
+PROGRAMS = ("llama.cpp", "ik_llama.cpp", "gptqmodel", "transformers", "vllm")
 PAUSE = 0.5  # seconds before each turn, in which the other program's threads stop spinning
 
 
@@ -119,7 +120,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--data", type=Path, default=Path("build/bench"))
-    parser.add_argument("--peer", type=peer, action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--peer", type=peer, action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--only", action="append", choices=PROGRAMS, help="may be repeated")
     parser.add_argument("--ours", help="load this in place of random weights; for llama.cpp alone")
     parser.add_argument("--gguf", type=Path, help="the file that llama.cpp loads beside --ours")
@@ -137,7 +138,7 @@ def parse() -> argparse.Namespace:
 def peer(text: str) -> tuple[str, str]:
     name, _, python = text.partition("=")
     if name not in PROGRAMS or not python:
-        raise argparse.ArgumentTypeError(f"write NAME=PYTHON, NAME one of {', '.join(PROGRAMS)}")
+        raise argparse.ArgumentTypeError(f"write NAME=PATH, NAME one of {', '.join(PROGRAMS)}")
     return name, python
 
 
@@ -156,10 +157,10 @@ def list_contests(arguments: argparse.Namespace) -> Iterator[Contest]:
     wanted = arguments.only or PROGRAMS
     group = 128 if shape.hidden % 128 == 0 else 64  # which every program takes
     ours = make_checkpoint(data / f"{name}-4bit-{group}g", shape, group_size=group)
-    if "llama.cpp" in wanted:
-        for mix in MIXES:
+    for program in ("llama.cpp", "ik_llama.cpp"):
+        for mix in MIXES if program in wanted else ():
             file = write_gguf(data / f"{name}.{mix}.gguf", shape, mix=mix)
-            yield Contest("llama.cpp", mix, file, token_bytes(file), str(ours))
+            yield Contest(program, mix, file, token_bytes(file), str(ours))
     words = f"GPTQ 4-bit {group}g"
     if "gptqmodel" in wanted:
         yield Contest("gptqmodel", words, ours, None, str(ours))
@@ -182,10 +183,13 @@ class Match:
         threads = {"OMP_NUM_THREADS": str(machine.threads)}
         asked = {"BENCH_BACKEND": arguments.backend, "BENCH_HEAD": arguments.head}
         ours = {name: value for name, value in asked.items() if value}
+        theirs = threads
+        if contest.program == "ik_llama.cpp":  # a binary, and not a Python
+            python, theirs = sys.executable, threads | {"BENCH_BINARY": python}
         self._arguments = arguments
         self._workers = {
             "ours": Worker(sys.executable, "run_ours.py", contest.reference, threads | ours),
-            "theirs": Worker(python, script, str(contest.path), threads, clean=True),
+            "theirs": Worker(python, script, str(contest.path), theirs, clean=True),
         }
         self._found = Found(contest)
 

@@ -2,7 +2,8 @@
 
     python bench/shapes.py NAME FOLDER [--bits 4] [--group-size 128] [--act-order] [--layers N]
 
-NAME is SmolLM2-135M, TinyLlama-1.1B or Llama-2-7B. For benchmarks: codes are random words, scales
+NAME is SmolLM2-135M, TinyLlama-1.1B, Llama-2-7B or Qwen3-30B-A3B-6, which is Qwen3-30B-A3B with six
+of its 48 blocks. For benchmarks: codes are random words, scales
 keep every activation near one, so logits are finite and no reply degenerates. The tokenizer has
 one token a byte and fills the vocabulary up. The same arguments make the same bytes; a folder with
 a config.json is finished and is not made again.
@@ -35,7 +36,10 @@ BOS, EOS = 256, 257  # after a token for every byte
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes of a Llama-like model, and what its config says besides."""
+    """The sizes of a Llama-like model, or of a mixture like Qwen3's, and what its config says.
+
+    A mixture has `experts` of `inner` features each in every block, of which a token takes `top_k`.
+    """
 
     hidden: int
     inner: int
@@ -47,25 +51,51 @@ class Shape:
     tied: bool = False
     rope_theta: float = 10000.0
     eps: float = 1e-5
+    experts: int = 0
+    top_k: int = 0
+    head_dim: int = 0  # where heads are not as wide together as `hidden`
+
+    @property
+    def head_size(self) -> int:
+        """The features of a head."""
+        return self.head_dim or self.hidden // self.heads
 
     def linears(self) -> dict[str, tuple[int, int, str]]:
         """Give (in_features, out_features, name of the input) of a block's linear layers."""
-        keys = self.hidden // self.heads * self.kv_heads
-        return {
-            "self_attn.q_proj": (self.hidden, self.hidden, "attention"),
+        queries, keys = self.head_size * self.heads, self.head_size * self.kv_heads
+        found = {
+            "self_attn.q_proj": (self.hidden, queries, "attention"),
             "self_attn.k_proj": (self.hidden, keys, "attention"),
             "self_attn.v_proj": (self.hidden, keys, "attention"),
-            "self_attn.o_proj": (self.hidden, self.hidden, "output"),
-            "mlp.gate_proj": (self.hidden, self.inner, "mlp"),
-            "mlp.up_proj": (self.hidden, self.inner, "mlp"),
-            "mlp.down_proj": (self.inner, self.hidden, "inner"),
+            "self_attn.o_proj": (queries, self.hidden, "output"),
         }
+        parts = [f"mlp.experts.{i}." for i in range(self.experts)] or ["mlp."]
+        for part in parts:
+            found[f"{part}gate_proj"] = self.hidden, self.inner, "mlp"
+            found[f"{part}up_proj"] = self.hidden, self.inner, "mlp"
+            found[f"{part}down_proj"] = self.inner, self.hidden, "inner"
+        return found
 
 
 SHAPES = {
     "SmolLM2-135M": Shape(576, 1536, 30, 9, 3, 49152, 8192, tied=True, rope_theta=100000.0),
     "TinyLlama-1.1B": Shape(2048, 5632, 22, 32, 4, 32000, 2048),
     "Llama-2-7B": Shape(4096, 11008, 32, 32, 32, 32000, 4096),
+    # Qwen3-30B-A3B in all but its blocks, of which it has 48.
+    "Qwen3-30B-A3B-6": Shape(
+        2048,
+        768,
+        6,
+        32,
+        4,
+        151936,
+        4096,
+        rope_theta=1000000.0,
+        eps=1e-6,
+        experts=128,
+        top_k=8,
+        head_dim=128,
+    ),
 }
 
 
@@ -135,6 +165,13 @@ def _tensors(
                 yield f"model.layers.{block}.{name}.{part}", tensor
         yield f"model.layers.{block}.input_layernorm.weight", ones
         yield f"model.layers.{block}.post_attention_layernorm.weight", ones
+        if shape.experts:
+            router = random.standard_normal((shape.experts, shape.hidden), dtype=np.float32)
+            router /= np.float32(math.sqrt(shape.hidden))
+            yield f"model.layers.{block}.mlp.gate.weight", router.astype(np.float16)
+            for name in ("q_norm", "k_norm"):
+                weight = np.ones(shape.head_size, dtype=np.float16)
+                yield f"model.layers.{block}.self_attn.{name}.weight", weight
     yield "model.norm.weight", ones
     if not shape.tied:
         head = random.standard_normal(table, dtype=np.float32)
@@ -192,9 +229,18 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, NDArray[Any]]]) -> 
 
 
 def _model_config(shape: Shape) -> dict[str, Any]:
+    mixture = {
+        "head_dim": shape.head_size,
+        "moe_intermediate_size": shape.inner,
+        "num_experts": shape.experts,
+        "num_experts_per_tok": shape.top_k,
+        "norm_topk_prob": True,
+    }
+    kind, name = ("qwen3_moe", "Qwen3Moe") if shape.experts else ("llama", "Llama")
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": kind,
+        **(mixture if shape.experts else {}),
         "hidden_size": shape.hidden,
         "intermediate_size": shape.inner,
         "num_hidden_layers": shape.layers,
