@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gptq_loader_plugin.kernel import Stackable
-from gptq_loader_plugin.model.watch import CountedModule, Watch
+from gptq_loader_plugin.model.watch import CountedModule, CountedModuleDict, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -127,7 +127,7 @@ class PackedExperts(nn.Module):
         for name, child in fused.named_children():
             self.add_module(name, child)
         self._fused: tuple[Any] = (fused,)  # in a tuple, so that it is no submodule
-        self.experts = nn.ModuleList(nn.ModuleDict() for _ in range(layout.count))
+        self.experts = nn.ModuleList(CountedModuleDict() for _ in range(layout.count))
         self._stacked: _Stacked | None = None
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import repeat
 from operator import eq, is_, itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.nn.modules import module as torch_module
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["CountedModule", "Watch"]
+__all__ = ["CountedModule", "CountedModuleDict", "Watch"]
 
 # What a module computes by that is no tensor and no module of its own.
 NUMBERS = (
@@ -32,9 +32,15 @@ class CountedModule(torch.nn.Module):
     """A module that counts what is changed of it: quicker to look at than all that it has.
 
     A tensor whose `data` is replaced by itself is not counted.
+
+    Attributes:
+        changes: how many there were.
+        last_change: another object after each change of any such module: where it is the same, no
+            module's count needs to be looked at, of which a mixture has thousands.
     """
 
     changes: int
+    last_change: ClassVar[object] = object()
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - torch's
         """Set, and count it, but for what a module keeps to itself and what `eval` sets."""
@@ -73,6 +79,26 @@ class CountedModule(torch.nn.Module):
 
     def _count(self) -> None:
         self.__dict__["changes"] = self.__dict__.get("changes", 0) + 1
+        CountedModule.last_change = object()
+
+
+class CountedModuleDict(CountedModule, torch.nn.ModuleDict):
+    """Modules by name, as those of an expert, that count which are put in or taken out."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add or replace one, and count it."""
+        super().add_module(name, module)
+        self._count()
+
+    def __delitem__(self, key: str) -> None:
+        """Take one out, and count it."""
+        super().__delitem__(key)
+        self._count()
+
+    def clear(self) -> None:
+        """Take all out, and count it."""
+        super().clear()
+        self._count()
 
 
 class Watch:
@@ -95,6 +121,9 @@ class Watch:
         counted: Sequence[CountedModule] = (),
     ) -> None:
         self.counted = [module.__dict__ for module in counted]
+        self.last_change = (
+            CountedModule.last_change
+        )  # before they are counted: one may come between
         self.changes = self._count_changes()
         called = [it for it in inside if type(it) not in CONTAINERS]
         held = [
@@ -122,13 +151,23 @@ class Watch:
     def unchanged(self) -> bool:
         """Return whether all of it is as it was."""
         return (
-            self._count_changes() == self.changes
+            self._has_count()
             and not any(self.hooks)
             and not any(map(dict.__contains__, self.own, repeat("forward")))
             and all(map(is_, map(dict.get, self.holders, self.names), self.values))
             and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
             and all(map(eq, map(dict.get, self.owners, self.settings), self.numbers))
         )
+
+    def _has_count(self) -> bool:
+        """Return whether none of those that count was changed."""
+        last_change = CountedModule.last_change
+        if last_change is self.last_change:
+            return True
+        if self._count_changes() != self.changes:
+            return False
+        self.last_change = last_change  # it was of another model
+        return True
 
     def _count_changes(self) -> int:
         return sum(map(itemgetter("changes"), self.counted))

@@ -130,6 +130,17 @@ def change_experts(model: Any) -> None:
     experts[0], experts[1] = experts[1], experts[0]
 
 
+def exchange_linears(model: Any) -> None:
+    one, other = list(model.model.layers[0].mlp.experts.experts)[:2]
+    one["gate"], other["gate"] = other["gate"], one["gate"]
+
+
+def take_out_and_put_back(model: Any) -> None:
+    expert = model.model.layers[0].mlp.experts.experts[1]
+    gate = expert.pop("gate")
+    expert.update({"gate": expert["up"], "up": gate})
+
+
 def change_expert_activation(model: Any) -> None:
     model.model.layers[0].mlp.experts.fused.act_fn = torch.nn.Tanh()
 
@@ -182,6 +193,7 @@ OF_FAMILIES = [
     ("granite", change_residual), ("granite", change_embedding), ("smollm3", change_rope),
     ("stablelm", change_bias),
     *(("qwen3_moe", it) for it in (change_top_k, change_router, change_experts)),
+    *(("qwen3_moe", it) for it in (exchange_linears, take_out_and_put_back)),
     ("mixtral", change_expert_activation),
     ("gemma2", change_cap), ("gemma2", change_eps), ("gemma3", change_sliding_frequencies),
 ]  # fmt: skip

@@ -46,7 +46,7 @@ from gptq_loader_kernels.cpu.parts import (
     table_of,
     window_of,
 )
-from gptq_loader_plugin.model.watch import Watch
+from gptq_loader_plugin.model.watch import CountedModule, Watch
 
 if TYPE_CHECKING:
     from torch import nn
@@ -124,9 +124,9 @@ def describe(
     _describe_norm(model.norm, last_norm, kept)
     kept.append(described)
     modules = list(modules_inside(decoder, family))
-    packed = [it for it in modules if isinstance(it, NativeLinear)]
-    inside = [it for it in modules if not isinstance(it, NativeLinear)]
-    return Described(model, dtype, tables, kept, Watch(decoder, inside, packed))
+    counted = [it for it in modules if isinstance(it, CountedModule)]
+    inside = [it for it in modules if not isinstance(it, CountedModule)]
+    return Described(model, dtype, tables, kept, Watch(decoder, inside, counted))
 
 
 def all_packed(decoder: Any, family: Family) -> bool:  # noqa: ANN401
