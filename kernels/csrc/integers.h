@@ -21,10 +21,23 @@ inline void order_bytes(int bits, int8_t* from) {
     from[i] = int8_t(i / together * together + i % together % 4 * quarter + i % together / 4);
 }
 
+// Whether rows follow each other in x, as they do without act-order.
+INLINE bool are_neighbours(const int32_t* rows, int count) {
+  int32_t off = 0;
+  for (int i = 0; i < count; i++) off |= rows[i] ^ (rows[0] + i);
+  return off == 0 && rows[0] >= 0;
+}
+
 // A segment's features of x, in the order of `rows`, filled up with zeros to a multiple of `lanes`.
 INLINE void gather(const void* x, int type, int64_t row_of_x, const int32_t* rows, int count,
                    int lanes, float* values) {
-  if (type == FLOAT32) {
+  const bool neighbours = count > 0 && are_neighbours(rows, count);
+  if (neighbours && type == FLOAT32) {
+    memcpy(values, static_cast<const float*>(x) + row_of_x + rows[0], sizeof(float) * count);
+  } else if (neighbours) {
+    const uint16_t* from = static_cast<const uint16_t*>(x) + row_of_x + rows[0];
+    for (int i = 0; i < count; i++) values[i] = from_bfloat16(from[i]);
+  } else if (type == FLOAT32) {
     const float* from = static_cast<const float*>(x) + row_of_x;
     for (int i = 0; i < count; i++) values[i] = rows[i] < 0 ? 0.0f : from[rows[i]];
   } else {
