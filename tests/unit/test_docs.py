@@ -16,7 +16,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NAMED = re.compile(r"(?<![\w/.{<-])((?:\w[\w-]*/)*\w+\.(?:py|cpp|h))\b(?!\()")
 OTHERS = {
     "core.py", "ext_qmatrix.cpp", "kernels/linear/mixed_precision", "layers/quantization",
-    "llama.cpp", "malloc.h", "modules", "server.py", "setup.py",
+    "llama.cpp", "ik_llama.cpp", "malloc.h", "modules", "server.py", "setup.py",
 }  # fmt: skip
 CHECKPOINT = ROOT / "tests" / "data" / "checkpoints" / "gptq-2bit-64g-noact-sym"
 
