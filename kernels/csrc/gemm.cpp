@@ -443,7 +443,7 @@ extern "C" {
 
 int gptq_gemm_from(int type, int isa, int activations, int amx) {
 #ifdef X86
-  // Measured at 576x576, 1536x576, 2048x2048 and 4096x4096 (docs/decisions/native-cpu.md).
+  // Where panels pay, and not below 13 rows (docs/decisions/native-cpu.md).
   if (isa >= AVX512_BF16 && type == BFLOAT16 && activations != int(Activations::INT8))
     return amx ? 13 : 32;
   if (isa >= AVX2 && isa <= AVX512 && activations == int(Activations::INT16)) return 13;

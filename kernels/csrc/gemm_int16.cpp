@@ -177,35 +177,6 @@ AVX2_TARGET void multiply_block(const Product& p) {
   }
 }
 
-// 8 numbers in bfloat16: to nearest, ties to even; not-a-number stays one.
-AVX2_TARGET INLINE __m128i to_bf16(__m256 value) {
-  const __m256i bits = _mm256_castps_si256(value),
-                odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1)),
-                rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd),
-                quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-  const __m256 unordered = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
-  const __m256i high =
-      _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(unordered)), 16);
-  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
-}
-
-// store_tile, a vector at a time where the tile is whole.
-AVX2_TARGET void store_sums(const GptqLinear& linear, int64_t tile, int64_t m, const float* sums,
-                            void* y, int type) {
-  if ((tile + 1) * COLUMNS > linear.out_features) return store_tile(linear, tile, m, sums, y, type);
-  const float* bias = linear.bias ? linear.bias + place_of(linear, tile) * COLUMNS : nullptr;
-  const int64_t to = m * linear.out_features + tile * COLUMNS;
-  for (int c = 0; c < COLUMNS; c += L) {
-    __m256 value = _mm256_load_ps(sums + c);
-    if (bias) value = _mm256_add_ps(value, _mm256_loadu_ps(bias + c));
-    if (type == FLOAT32)
-      _mm256_storeu_ps(static_cast<float*>(y) + to + c, value);
-    else
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(y) + to + c),
-                       to_bf16(value));
-  }
-}
-
 // A thread's own memory.
 struct TileBuffers {
   uint32_t* panel;  // [MAX_PAIRS][N vectors]
@@ -290,7 +261,7 @@ int gemm_int16(const GptqLinear* const* linears, void* const* y, int count, cons
     buffers.lay_out(own);
     multiply_chunk(*linears[i], tile, whole, chunk, buffers);
     for (int64_t row = 0; row < whole.rows_of(chunk); row++)
-      store_sums(*linears[i], tile, chunk * whole.chunk_rows + row, buffers.sums + row * COLUMNS,
+      store_tile(*linears[i], tile, chunk * whole.chunk_rows + row, buffers.sums + row * COLUMNS,
                  y[i], type);
   });
   return failed;

@@ -41,23 +41,35 @@ AVX2_TARGET INLINE float find_greatest(const float* values, int count) {
   return finite ? found : __builtin_nanf("");
 }
 
+// The step of a segment's whole numbers, and how many there are in one; none where all are zero or one
+// of them is not finite, which is passed on by the step alone.
+struct Step {
+  float step, steps_of_one;
+};
+
+// Choose the step by which the greatest number becomes `greatest_whole`; `values` may be written.
+AVX2_TARGET INLINE Step choose_step(float* values, int count, float greatest_whole) {
+  float greatest = find_greatest(values, count);
+  const float step = greatest / greatest_whole;
+  if (greatest < TINY) {  // whose greatest_whole / greatest may be infinite
+    for (int i = 0; i < count; i++) values[i] *= 1 / TINY;
+    greatest *= 1 / TINY;
+  }
+  return {step, step > 0 ? greatest_whole / greatest : 0.0f};
+}
+
 // A segment in whole numbers: x = step * whole, nearly.
 struct WholeSegment {
-  float step;  // not-a-number where x is not finite, which is passed on by this alone
-  int sum;     // of the whole numbers
+  float step;
+  int sum;  // of the whole numbers
 };
 
 // Round `count` numbers, filled up with zeros to pairs of vectors; `values` may be written.
 AVX2_TARGET INLINE WholeSegment round_to_int16(float* values, int count, int16_t* whole) {
   constexpr int L = Middle::LANES;
-  float greatest = find_greatest(values, count);
-  const float step = greatest / GREATEST_INT16;
-  if (greatest < TINY) {  // whose GREATEST_INT16 / greatest may be infinite
-    for (int i = 0; i < count; i++) values[i] *= 1 / TINY;
-    greatest *= 1 / TINY;
-  }
-  const bool some = step > 0;
-  const __m256 per = _mm256_set1_ps(some ? GREATEST_INT16 / greatest : 0.0f);
+  const auto [step, steps_of_one] = choose_step(values, count, GREATEST_INT16);
+  const bool some = steps_of_one > 0;
+  const __m256 per = _mm256_set1_ps(steps_of_one);
   __m256i sums = _mm256_setzero_si256();
   for (int i = 0; i < count; i += 2 * L) {
     __m256i rounded[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};

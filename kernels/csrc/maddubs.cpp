@@ -12,8 +12,8 @@
 //   steps of a unit             4     8     2     1
 //   units added in 16 bits      8     2     4     8      32, 16, 8 and 8 steps: at most 30480
 //
-// Registers, of 16, one row by two bytes: sums in 16 bits 2 * C = 4 (8 bits: 8), in 32 bits 4; codes
-// and words 2 * C. More rows take a vector of columns at a time.
+// Registers, of 16, one row by two bytes: sums in 16 bits 2 * C = 4, in 32 bits 4; codes and words
+// 2 * C. More rows take a vector of columns at a time.
 
 #include "int16.h"
 
@@ -44,35 +44,19 @@ AVX2_TARGET void quantize_segments(const GptqLinear& linear, const void* x, int 
   int8_t* out = reinterpret_cast<int8_t*>(to.words + m * to.stride);
   const int32_t* row = linear.rows;
   const int64_t row_of_x = m * linear.in_features;
-  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   for (int segment = 0; segment < linear.segments; segment++) {
     const int count = linear.segment_units[segment] * rows;
     alignas(32) float values[MAX_SEGMENT_ROWS];
     gather(x, type, row_of_x, row, count, 2 * L, values);
-    __m256 max_lanes = _mm256_setzero_ps(), unordered = _mm256_setzero_ps();
-    for (int i = 0; i < count; i += L) {
-      const __m256 value = _mm256_and_ps(_mm256_load_ps(values + i), magnitude);
-      max_lanes = _mm256_max_ps(max_lanes, value);
-      unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-    }
-    alignas(32) float lanes[L];
-    _mm256_store_ps(lanes, max_lanes);
-    float max_abs = *std::max_element(lanes, lanes + L);
-    const bool finite = !_mm256_movemask_ps(unordered) && max_abs <= 3.402823466e38f;
-    // What is not finite is passed on by the step alone.
-    const float step = finite ? max_abs / 127.0f : __builtin_nanf("");
-    if (finite && max_abs < TINY) {  // whose 127 / max_abs may be infinite
-      for (int i = 0; i < count; i++) values[i] *= 1 / TINY;
-      max_abs *= 1 / TINY;
-    }
-    const float steps_of_one = finite && step > 0 ? 127.0f / max_abs : 0.0f;
+    const auto [step, steps_of_one] = choose_step(values, count, 127.0f);
+    const bool some = steps_of_one > 0;
     const __m256 per = _mm256_set1_ps(steps_of_one), second = _mm256_set1_ps(SECOND_BYTE);
     __m256i sums = _mm256_setzero_si256(), rests = _mm256_setzero_si256();
     for (int i = 0; i < count; i += 2 * L) {
       __m256i rounded[2], rest[2];
       for (int half = 0; half < 2; half++) {
-        const __m256 value = finite ? _mm256_mul_ps(_mm256_load_ps(values + i + half * L), per)
-                                    : _mm256_setzero_ps();
+        const __m256 value =
+            some ? _mm256_mul_ps(_mm256_load_ps(values + i + half * L), per) : _mm256_setzero_ps();
         rounded[half] = _mm256_cvtps_epi32(value);
         sums = _mm256_add_epi32(sums, rounded[half]);
         const __m256 left = _mm256_sub_ps(value, _mm256_cvtepi32_ps(rounded[half]));
@@ -119,6 +103,13 @@ AVX2_TARGET void quantize_pairs(const GptqLinear& linear, const void* x, int typ
     }
     row += count;
   }
+}
+
+// total + scales * step * (sums of codes by x, less zeros by the sum of x), of one segment of a row.
+AVX2_TARGET INLINE __m256 add_segment(const PermutedActivations& x, int64_t segment, __m256 sums,
+                                      __m256 scales, __m256 zeros, __m256 total) {
+  sums = _mm256_fnmadd_ps(zeros, _mm256_set1_ps(x.sums[segment]), sums);
+  return _mm256_fmadd_ps(_mm256_mul_ps(scales, _mm256_set1_ps(x.steps[segment])), sums, total);
 }
 
 // M rows of x by one tile with codes of 8 bits, C vectors of columns at once: y [M][COLUMNS].
@@ -168,10 +159,8 @@ AVX2_TARGET void multiply_pairs(const GptqLinear& linear, int64_t tile, int64_t 
         load_tables(linear, at + c * L, scales, zeros);
         for (int i = 0; i < M; i++) {
           const int64_t which = (m + i) * linear.segments + segment;
-          const __m256 exact = _mm256_fnmadd_ps(zeros, _mm256_set1_ps(from.sums[which]),
-                                                _mm256_cvtepi32_ps(sum[i][c]));
-          total[i][c] = _mm256_fmadd_ps(_mm256_mul_ps(scales, _mm256_set1_ps(from.steps[which])),
-                                        exact, total[i][c]);
+          total[i][c] =
+              add_segment(from, which, _mm256_cvtepi32_ps(sum[i][c]), scales, zeros, total[i][c]);
         }
       }
     }
@@ -283,9 +272,7 @@ AVX2_TARGET void multiply_columns(const GptqLinear& linear, int64_t tile, int64_
           if constexpr (BYTES == 2)
             exact = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[i][c][1]),
                                     _mm256_set1_ps(1 / SECOND_BYTE), exact);
-          exact = _mm256_fnmadd_ps(zeros, _mm256_set1_ps(from.sums[which]), exact);
-          total[i][c] = _mm256_fmadd_ps(_mm256_mul_ps(scales, _mm256_set1_ps(from.steps[which])),
-                                        exact, total[i][c]);
+          total[i][c] = add_segment(from, which, exact, scales, zeros, total[i][c]);
         }
       }
     }
