@@ -3,10 +3,10 @@
     python bench/shapes.py NAME FOLDER [--bits 4] [--group-size 128] [--act-order] [--layers N]
 
 NAME is SmolLM2-135M, TinyLlama-1.1B, Llama-2-7B or Qwen3-30B-A3B-6, which is Qwen3-30B-A3B with six
-of its 48 blocks. For benchmarks: codes are random words, scales
-keep every activation near one, so logits are finite and no reply degenerates. The tokenizer has
-one token a byte and fills the vocabulary up. The same arguments make the same bytes; a folder with
-a config.json is finished and is not made again.
+of its 48 blocks. For benchmarks: codes are random words, scales keep every activation near one, so
+logits are finite and no reply degenerates. The tokenizer has one token a byte and fills the
+vocabulary up. The same arguments make the same bytes; a folder with a config.json is finished and
+is not made again.
 """
 
 from __future__ import annotations
@@ -83,20 +83,10 @@ SHAPES = {
     "Llama-2-7B": Shape(4096, 11008, 32, 32, 32, 32000, 4096),
     # Qwen3-30B-A3B in all but its blocks, of which it has 48.
     "Qwen3-30B-A3B-6": Shape(
-        2048,
-        768,
-        6,
-        32,
-        4,
-        151936,
-        4096,
-        rope_theta=1000000.0,
-        eps=1e-6,
-        experts=128,
-        top_k=8,
-        head_dim=128,
+        2048, 768, 6, 32, 4, 151936, 4096,
+        rope_theta=1e6, eps=1e-6, experts=128, top_k=8, head_dim=128,
     ),
-}
+}  # fmt: skip
 
 
 def make_checkpoint(

@@ -310,11 +310,8 @@ class Generation:
     @property
     def sequence(self) -> torch.Tensor:
         """All tokens, int64 [1, n]; the prompt's, where picking one goes by no others."""
-        if self.row is not None and self.row.options.repetition_penalty == 1:
-            return self._sequence
-        if not self._sampler.reads_sequence:
-            return self._sequence
-        if new := self._read[self._sequence.shape[1] :]:
+        new = self._read[self._sequence.shape[1] :] if self._sampler.reads_sequence else []
+        if new:
             step = torch.tensor([new], device=self._sequence.device)
             self._sequence = torch.cat((self._sequence, step), dim=1)
         return self._sequence

@@ -30,6 +30,9 @@ class Sampler:
         banned_ids: tokens that are never picked: the embedding's padding.
         device: where the logits are.
         processors: a caller's own, which see the whole vocabulary and come last of those that do.
+
+    Attributes:
+        reads_sequence: whether picking a token goes by those before it.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Sampler:
         self._top_k = 0 if self._greedy else options.top_k
         self._whole = _of_the_vocabulary(options, banned_ids, device)
         self._whole.extend(processors)
+        self.reads_sequence = bool(processors) or options.repetition_penalty != 1
         # What a caller's processor, or a penalty that rewards, makes likeliest cannot be foreseen.
         self._foreseen = not processors and options.repetition_penalty >= 1
         self._penalised = options.repetition_penalty > 1
@@ -63,11 +67,6 @@ class Sampler:
         probabilities, ids = self.candidates(sequence, logits)
         at = torch.multinomial(probabilities, 1, generator=self._generator)
         return int(at if ids is None else ids[0, at[0]])
-
-    @property
-    def reads_sequence(self) -> bool:
-        """Whether picking a token goes by those before it."""
-        return bool(self._whole)
 
     def needed_logits(self) -> int:
         """Return how many of the greatest logits sampling needs; 0 where it needs all of them."""

@@ -47,7 +47,8 @@ class NativeLinear(CountedModule):
     """y = x @ W.T + bias by the native library, the weight packed.
 
     bfloat16 activations use bfloat16 products, exact, summed in float32, where the processor has
-    them; float32 and float16 ones are multiplied in float32.
+    them; float32 and float16 ones are then multiplied in float32. Other processors multiply by
+    whole numbers of 16 bits, which are nearer to x than bfloat16 is, or in float32.
 
     Args:
         packed: the layer, of 2, 3, 4 or 8 bits; 5, 6 and 7 are widened to 8.
