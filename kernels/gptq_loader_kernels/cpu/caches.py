@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from operator import is_
+from dataclasses import dataclass
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,14 +20,47 @@ if TYPE_CHECKING:
 
 __all__ = ["HeldCaches", "is_growable", "make_growable"]
 
+_length, _room = attrgetter("length"), attrgetter("room")
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Where a cache lies.
+
+    Attributes:
+        model: whose cache it is.
+        layers: its layers, GrowableLayer.
+        rooms: of each layer.
+        capacity: positions for which every layer has room.
+        places: the same for the library.
+    """
+
+    model: Model
+    layers: list[Any]
+    rooms: list[torch.Tensor]
+    capacity: int
+    places: ctypes.Array[KvCache]
+
 
 class HeldCaches:
     """Where each cache's keys and values lie: looked up again only when they have moved."""
 
     def __init__(self) -> None:
-        self._known: weakref.WeakKeyDictionary[Any, tuple[list[torch.Tensor], Any]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._known: weakref.WeakKeyDictionary[Any, _Held] = weakref.WeakKeyDictionary()
+
+    def _still(self, cache: Any) -> _Held | None:  # noqa: ANN401
+        """Return where a cache lies, if that is where it was."""
+        known = self._known.get(cache)
+        if known is None or len(cache.layers) != len(known.layers):
+            return None
+        same = all(map(is_, cache.layers, known.layers))
+        return known if same and all(map(is_, map(_room, known.layers), known.rooms)) else None
+
+    def knows(self, cache: Any, model: Model) -> bool:  # noqa: ANN401 - transformers' caches
+        """Return whether a cache is as it was left: one that `is_growable`, of this model."""
+        known = self._still(cache)
+        same = known is not None and known.model is model
+        return same and len(set(map(_length, cache.layers))) == 1
 
     def reserve(
         self,
@@ -36,22 +70,21 @@ class HeldCaches:
         dtype: torch.dtype,
     ) -> ctypes.Array[KvCache]:
         """Make room for positions up to `end` in each layer of a cache, and say where it is."""
-        known = self._known.get(cache)
+        known = self._still(cache)
+        if known is not None and end <= known.capacity:
+            return known.places
         like = torch.empty(1, model.kv_heads, 0, model.head_dim, dtype=dtype, device="cpu")
-        if known is None:
-            for layer in cache.layers:
-                if not layer.is_initialized:
-                    layer.lazy_initialization(like, like)
+        for layer in cache.layers:
+            if not layer.is_initialized:
+                layer.lazy_initialization(like, like)
         rooms: list[torch.Tensor] = [layer.reserve(end, like) for layer in cache.layers]
-        if known is not None and all(map(is_, rooms, known[0])):
-            places: ctypes.Array[KvCache] = known[1]
-            return places
         places = (KvCache * len(rooms))()
         for place, room in zip(places, rooms, strict=True):
             place.capacity = room.shape[3]
             place.keys = room.data_ptr()
             place.values = room.data_ptr() + room.stride(0) * room.element_size()
-        self._known[cache] = rooms, places
+        capacity = min(room.shape[3] for room in rooms)
+        self._known[cache] = _Held(model, list(cache.layers), rooms, capacity, places)
         return places
 
 

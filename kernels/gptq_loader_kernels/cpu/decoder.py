@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
+from gptq_loader_kernels.cpu.angles import Angles
 from gptq_loader_kernels.cpu.caches import HeldCaches, is_growable, make_growable
 from gptq_loader_kernels.cpu.describe import Described, describe
 from gptq_loader_kernels.cpu.families import family_of
@@ -22,7 +23,6 @@ from gptq_loader_kernels.cpu.library import Activations, Isa, choose_code, load_
 from gptq_loader_kernels.cpu.library import Sequence as Sequence_
 from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
 from gptq_loader_kernels.cpu.parts import embed, last_norm_of
-from gptq_loader_kernels.cpu.tensors import check_tensor
 from gptq_loader_plugin.generation.kv_cache import make_cache
 from gptq_loader_plugin.generation.rotation import rope_limit
 
@@ -66,6 +66,7 @@ class NativeDecoder:
         self.steps = self.prompts = 0  # taken natively
         self._built: Described | None = None
         self._held = HeldCaches()
+        self._angles = Angles(repeated=family.angles_repeated)
         self._lock = threading.Lock()  # the library is told of one cache at a time
 
     def __getstate__(self) -> dict[str, Any]:
@@ -153,15 +154,19 @@ class NativeDecoder:
             if x.dtype not in TYPES or x.device.type != "cpu":
                 return None
             built = self._build(x.dtype)
-            if built is None:
+            pairs = zip(caches, tokens, strict=True)
+            if built is None or not all(self._takes(it, len(new), built) for it, new in pairs):
                 return None
-            for cache, new in zip(caches, tokens, strict=True):
-                make_growable(cache)
-                ours = is_growable(cache, built.model, x.dtype)
-                if not ours or not self._keeps_angles(cache.layers[0].length + len(new)):
-                    return None
             states: torch.Tensor = self._run(x, caches, [len(it) for it in tokens])[0]
             return states
+
+    def _takes(self, cache: Any, tokens: int, built: Described) -> bool:  # noqa: ANN401
+        """Return whether so many tokens can be added to a cache, which is made growable."""
+        if not self._held.knows(cache, built.model):
+            make_growable(cache)
+            if not is_growable(cache, built.model, built.dtype):
+                return False
+        return self._keeps_angles(cache.layers[0].length + tokens)
 
     def _trains(self) -> bool:
         """Return whether gradients are kept, or something may be dropped."""
@@ -185,11 +190,10 @@ class NativeDecoder:
             sequence.tokens = count
             sequence.caches = self._held.reserve(cache, past + count, built.model, x.dtype)
             positions.extend(range(past, past + count))
-        places = torch.tensor([positions], device="cpu")
         multiplier = getattr(self.decoder, "embedding_multiplier", None)
         if multiplier is not None:
             x = x * multiplier
-        cos, sin = self._angles(x[:, :0].float(), places, built)
+        cos, sin = self._angles.of(self.decoder.rotary_emb, positions, built)
         y = torch.empty_like(x)
         arguments = (
             ctypes.addressof(built.model), x.data_ptr(), cos.data_ptr(), sin.data_ptr(),
@@ -208,22 +212,6 @@ class NativeDecoder:
             for layer in cache.layers:
                 layer.length += count
         return y
-
-    def _angles(
-        self, x: torch.Tensor, places: torch.Tensor, built: Described
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the angles of some positions: cosines and sines [tables, positions, size]."""
-        rotary = self.decoder.rotary_emb
-        tables = [rotary(x, places, layer_type=name) for name in built.tables] or [
-            rotary(x, places)
-        ]
-        cos, sin = (torch.cat(parts).contiguous() for parts in zip(*tables, strict=True))
-        if self.family.angles_repeated:  # here each comes once, and then all again
-            cos, sin = (torch.cat((it[..., ::2],) * 2, dim=-1) for it in (cos, sin))
-        shape = (len(tables), places.shape[1], built.model.rotary_dim)
-        for name, angles in (("cos", cos), ("sin", sin)):
-            check_tensor(name, angles, shape, torch.float32)
-        return cos, sin
 
     def _build(self, dtype: torch.dtype) -> Described | None:
         """Describe the decoder to the library, anew where something in it was changed."""
