@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import importlib.util
 import json
 import statistics
@@ -42,8 +41,9 @@ if TYPE_CHECKING:
 
 GROUP = 128
 BITS = (2, 3, 4, 8)
-CALLS = 20  # of a candidate in a round, fewer where there is much to multiply
+CALLS = 100  # of a candidate in a round, fewer where there is much to multiply
 FLOPS = 5e9  # of one candidate in a round, about
+FIRST_CALLS = 5  # of a candidate's turn, untimed: the threads of the one before still wait for work
 
 
 @dataclass(slots=True)
@@ -65,12 +65,13 @@ class Candidate:
 
     def run(self, x: torch.Tensor, count: int) -> None:
         """Time some calls, each with the copy used the longest ago."""
-        for _ in range(count):
+        for i in range(-FIRST_CALLS, count):
             call = self.calls[self._next]
             self._next = (self._next + 1) % len(self.calls)
             began = time.perf_counter()
             call(x)
-            self.seconds.append(time.perf_counter() - began)
+            if i >= 0:
+                self.seconds.append(time.perf_counter() - began)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +147,8 @@ def make(inputs: int, outputs: int, wanted: float) -> list[Candidate]:
         layer, packed, _ = make_layer(case)
         module = CpuKernel().prepare(layer, packed, device)
         size = sum(it.numel() * it.element_size() for it in module.buffers())
-        copies = [module, *(copy.deepcopy(module) for _ in range(int(wanted // size)))]
-        found.append(Candidate(f"cpu {bits}-bit", size, list(copies)))
+        more = (CpuKernel().prepare(layer, packed, device) for _ in range(int(wanted // size)))
+        found.append(Candidate(f"cpu {bits}-bit", size, [module, *more]))
         if bits == 4:
             found.append(make_int4(packed, wanted))
             if importlib.util.find_spec("gptqmodel"):
@@ -207,9 +208,6 @@ def measure(shape: str, rows: int, candidates: list[Candidate], rounds: int) -> 
     count = max(1, min(CALLS, int(FLOPS / (2 * rows * inputs * outputs))))
     bandwidth = []
     with torch.inference_mode():
-        for candidate in candidates:  # the first calls find their memory and their threads
-            candidate.run(x, 2)
-            candidate.seconds.clear()
         for _ in range(rounds):
             bandwidth.append(CpuKernel().read_bandwidth(MEMORY_BYTES, find_device("cpu")) or 0.0)
             for candidate in candidates:

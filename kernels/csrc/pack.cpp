@@ -17,10 +17,6 @@
 
 #include <algorithm>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 using namespace gptq;
 
 namespace {
@@ -163,18 +159,6 @@ void copy_tile(const uint32_t* words, int64_t rows, int64_t stride, int count, u
   }
 }
 
-// Ask for large pages, before a byte is written: fewer faults now, fewer lookups in every product.
-void use_huge_pages(void* memory, size_t size) {
-#ifdef MADV_HUGEPAGE
-  constexpr size_t HUGE_PAGE = size_t(2) << 20;
-  const uintptr_t first = (uintptr_t(memory) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-  const uintptr_t last = (uintptr_t(memory) + size) / HUGE_PAGE * HUGE_PAGE;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)memory, (void)size;
-#endif
-}
-
 thread_local Scratch scratch;
 
 }  // namespace
@@ -206,7 +190,6 @@ int gptq_pack(int bits, int planar, const uint32_t* qweight, const int32_t* rows
   const int unit_words = job.packed_bits == 3 ? 3 : 1;
   const int64_t tiles = (columns + COLUMNS - 1) / COLUMNS, whole = columns / COLUMNS;
   const int64_t stored_rows = in_features * bits / 32;
-  use_huge_pages(words, sizeof(uint32_t) * tiles * units * unit_words * COLUMNS);
 
   bool ordered = true;
   int32_t last = -1;

@@ -18,6 +18,7 @@ from gptq_loader_kernels.cpu.library import (
     load_library,
 )
 from gptq_loader_kernels.cpu.linear import TYPES
+from gptq_loader_kernels.cpu.memory import empty
 from gptq_loader_kernels.cpu.tensors import check_tensor
 
 if TYPE_CHECKING:
@@ -105,20 +106,20 @@ class TopLogitsLinear(RowsLinear):
         columns, rows = weight.shape
         tiles = -(-columns // COLUMNS)
         sizes = [min(GROUP_SIZE, rows - first) for first in range(0, rows, GROUP_SIZE)]
+        groups = tiles, len(sizes), COLUMNS
         # The default dtype and device are the process's: another thread's load may be changing the
         # one, and addresses on the other are none that the library can read.
         floats: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
         integers: dict[str, Any] = {"dtype": torch.int32, "device": "cpu"}
-        scales = torch.zeros(tiles, len(sizes), COLUMNS, **floats)
         self.errors = torch.empty(columns, **floats)
         lengths = torch.empty(columns, **floats)
         self._tensors = {
             "rows": torch.arange(rows, **integers),
             "segment_units": torch.tensor(sizes, **integers) // 4,
             "segment_group": torch.arange(len(sizes), **integers),
-            "words": torch.zeros(tiles, rows // 4, COLUMNS, **integers),
-            "scales": scales,
-            "zeros": torch.full(scales.shape, ZERO, dtype=torch.uint8, device="cpu"),
+            "words": empty(tiles, rows // 4, COLUMNS, dtype=torch.int32).zero_(),
+            "scales": empty(*groups, dtype=torch.float32).zero_(),
+            "zeros": empty(*groups, dtype=torch.uint8).fill_(ZERO),
         }
         places = {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
         load_library().gptq_quantize_head(

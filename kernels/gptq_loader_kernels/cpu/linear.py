@@ -22,6 +22,7 @@ from gptq_loader_kernels.cpu.library import (
     unit_rows,
     unit_words,
 )
+from gptq_loader_kernels.cpu.memory import empty, place
 from gptq_loader_kernels.cpu.tensors import (
     check_packed,
     check_range,
@@ -103,7 +104,8 @@ class NativeLinear(CountedModule):
             else packed.bias.float().contiguous().view(torch.int32),
         }
         for name, tensor in tensors.items():
-            self.register_buffer(name, tensor, persistent=False)
+            placed = None if tensor is None else place(tensor)
+            self.register_buffer(name, placed, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply: x [..., in_features] -> [..., out_features].
@@ -285,7 +287,7 @@ def _pack(
     """Pack the codes as the library reads them: int32 [tiles, units, words of a unit, 64]."""
     units = len(rows) // unit_rows(bits)
     qweight = packed.qweight.contiguous()
-    words = rows.new_empty(-(-columns // COLUMNS), units, unit_words(bits), COLUMNS)
+    words = empty(-(-columns // COLUMNS), units, unit_words(bits), COLUMNS, dtype=rows.dtype)
     failed = library.gptq_pack(
         packed.bits,
         packed.layout == "planar",

@@ -1,0 +1,101 @@
+"""Packed weights lie side by side in large pages, and their memory goes with them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+
+from gptq_loader_kernels.cpu import CpuKernel, memory
+from gptq_loader_plugin.conformance.layers import Case, make_layer
+from gptq_loader_plugin.device import find_device
+
+mapped = pytest.mark.skipif(not memory.HAS_LARGE_PAGES, reason="no large pages here")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin with no mapping."""
+    monkeypatch.setattr(memory, "_mappings", memory._Mappings())
+
+
+@mapped
+def test_tensors_lie_side_by_side() -> None:
+    first = memory.empty(3, 5, dtype=torch.int32)
+    second = memory.empty(7, dtype=torch.uint8)
+    assert second.data_ptr() - first.data_ptr() == memory.ALIGNMENT
+    first.fill_(1)
+    second.fill_(2)
+    assert first.eq(1).all()
+    assert second.eq(2).all()
+
+
+@mapped
+def test_a_tensor_larger_than_a_mapping_has_its_own() -> None:
+    small = memory.empty(4, dtype=torch.uint8)
+    large = memory.empty(memory.MAPPED_BYTES + 1, dtype=torch.uint8)
+    large[-1] = 3
+    after = memory.empty(4, dtype=torch.uint8)
+    apart = abs(after.data_ptr() - small.data_ptr())
+    assert apart >= memory.MAPPED_BYTES  # it did not fit behind the large one either
+    assert large[-1] == 3
+
+
+@mapped
+def test_memory_goes_with_the_last_tensor() -> None:
+    one, two = (memory.empty(4, dtype=torch.uint8) for _ in range(2))
+    mapping = memory._mappings._last
+    assert isinstance(mapping, weakref.ref)
+    del one
+    gc.collect()
+    assert mapping() is not None
+    del two
+    gc.collect()
+    assert mapping() is None
+    assert memory.empty(4, dtype=torch.uint8).zero_().sum() == 0
+
+
+def test_nothing_to_hold_takes_no_memory() -> None:
+    assert memory.empty(0, 5, dtype=torch.int32).shape == (0, 5)
+    assert memory._mappings._last is None
+
+
+def test_placed_is_a_copy() -> None:
+    tensor = torch.arange(6, dtype=torch.int32).view(2, 3)
+    placed = memory.place(tensor)
+    tensor.zero_()
+    assert placed.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@mapped
+def test_no_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(size: int) -> None:
+        raise OSError(12, f"Cannot allocate {size}")
+
+    monkeypatch.setattr(memory, "_map", none)
+    with pytest.raises(MemoryError, match="no memory for 40 bytes of a layer"):
+        memory.empty(10, dtype=torch.int32)
+
+
+def test_without_large_pages_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "HAS_LARGE_PAGES", False)
+    assert memory.empty(2, 2, dtype=torch.int32).shape == (2, 2)
+    assert memory._mappings._last is None
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_a_copy_of_a_layer_takes_what_the_layer_takes(way: object) -> None:
+    assert callable(way)
+    case = Case(bits=4, group_size=32, rows=64, columns=64, act_order=False)
+    layer, packed, _ = make_layer(case)
+    module = CpuKernel().prepare(layer, packed, find_device("cpu"))
+    copied = way(module)
+    x = torch.randn(2, 64)
+    del packed
+    assert torch.equal(copied(x), module(x))
+    for name, tensor in copied.named_buffers():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
