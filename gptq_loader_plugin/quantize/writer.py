@@ -152,8 +152,10 @@ def write_checkpoint(
     config["dtype"] = "float16"
     pieces = _pieces(model, packed, names, read)
     _write_shards(pieces, out, shard_bytes=options.shard_bytes, progress=progress)
+    # AutoRound's loader takes `meta` here for a format that it does not read.
+    shared = {name: value for name, value in quantization.items() if name != "meta"}
     # The last file written: a folder with config.json is a finished checkpoint.
-    _write_json(out / "config.json", {**config, "quantization_config": quantization})
+    _write_json(out / "config.json", {**config, "quantization_config": shared})
 
 
 def left_of(folder: Path) -> dict[str, str]:

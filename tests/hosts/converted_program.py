@@ -2,8 +2,9 @@
 
     python converted_program.py READER '{"folders": [...], "ids": [...], "out": FILE}'
 
-READER is transformers or gptqmodel. The logits of each folder go into one safetensors file under
-the folder's place in the list, in float32; a line of JSON says which classes the layers are of.
+READER is transformers, gptqmodel or auto-round. The logits of each folder go into one safetensors
+file under the folder's place in the list, in float32; a line of JSON says which classes the layers
+are of.
 """
 
 from __future__ import annotations
@@ -29,7 +30,17 @@ def by_gptqmodel(folder: str) -> Any:
     return GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH, dtype=torch.float16).model
 
 
-READERS = {"transformers": by_transformers, "gptqmodel": by_gptqmodel}
+def by_auto_round(folder: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoRoundConfig
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, device_map="cpu", quantization_config=AutoRoundConfig()
+    )
+
+
+READERS = {
+    "transformers": by_transformers, "gptqmodel": by_gptqmodel, "auto-round": by_auto_round,
+}  # fmt: skip
 
 
 def main() -> None:

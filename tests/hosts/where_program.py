@@ -191,9 +191,11 @@ def check_kernels(kernels, config, checkpoint):
 
 def auto_round(checkpoint):
     from auto_round.inference.backend import BackendInfos, check_compatible
+    from transformers import AutoRoundConfig
 
     stated = checkpoint["config"]
     assert "gptq" in stated["quant_method"], "another method"
+    AutoRoundConfig.from_dict(dict(stated))
     scheme = {"data_type": "int", **{key: stated[key] for key in ("bits", "group_size", "sym")}}
     own = [it for it in BackendInfos if it.startswith("auto_round") and not it.endswith(":fake")]
     for layer in checkpoint["layers"]:

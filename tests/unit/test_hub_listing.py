@@ -278,7 +278,7 @@ def test_the_command(repository: HubServer) -> None:
     rows = [[cell.strip() for cell in it.strip("|").split("|")] for it in lines if it[:1] == "|"]
     assert rows[2] == [
         "main", "4", "none", "yes", "0.1", "wikitext", "4096", "339 kB", "yes", "yes",
-        "vllm, sglang, transformers, gptqmodel, auto-round, exllamav2, llama.cpp, "
+        "vllm, sglang, transformers, gptqmodel, exllamav2, llama.cpp, "
         "text-generation-inference", "4-bit, with Act Order.",
     ]  # fmt: skip
     assert [it[0] for it in rows[2:]] == ["main", THREE, "dense", FOUR]

@@ -129,6 +129,7 @@ def test_the_size_is_met_and_told_and_files_are_read_back(size: str, tmp_path: P
     found = widths_of(tmp_path)
     assert len(set(found.values())) > 1
     config = json.loads((tmp_path / "quantize_config.json").read_text())
+    del config["meta"]  # for which AutoRound's loader takes it for another format
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == config
     checkpoint = GPTQReader().open(tmp_path)
     assert not checkpoint.warnings

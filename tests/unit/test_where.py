@@ -33,7 +33,7 @@ NAMES = sorted(it.name for it in DATA.iterdir() if (it / "quantize_config.json")
 RUNS: dict[str, tuple[str, ...]] = {
     "gptq-4bit-noneg-act-sym": ("vllm", "sglang", "transformers", "gptqmodel", "exllamav2"),
     "gptq-4bit-64g-act-sym": ("sglang", "transformers", "gptqmodel", "exllamav2", "llama.cpp"),
-    "gptq-3bit-noneg-act-sym": ("transformers", "gptqmodel", "auto-round"),
+    "gptq-3bit-noneg-act-sym": ("transformers", "gptqmodel"),
     "gptq-2bit-64g-noact-sym": ("vllm+humming", "transformers", "llama.cpp"),
     "gptq_p-5bit-32g-act-sym": ("gptqmodel",),
 }
@@ -51,6 +51,15 @@ def test_every_rule_names_its_version_its_day_and_its_source() -> None:
         assert engine.date.startswith("20")
         assert engine.source
         assert engine.refusal or engine.bits, "it says what it takes, or why it takes nothing"
+
+
+def test_what_a_config_says_of_its_writer_keeps_auto_round_away(tmp_path: Path) -> None:
+    folder = copy("gptq-3bit-noneg-act-sym", tmp_path / "it")
+    before = asked(folder)["auto-round"]
+    assert before.takes is False
+    assert "config.json has meta" in before.reason
+    edit_json(folder / "config.json", lambda it: it["quantization_config"].pop("meta"))
+    assert asked(folder)["auto-round"].takes
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -30,6 +30,7 @@ class Engine:
         configs: the files it reads the quantization config from, the first that is there; none
             where it looks at tensors alone.
         keys: what that config must say.
+        refused_keys: what that config must not say.
         method: whether the config must name the method gptq.
         dynamic: whether it follows `dynamic`, settings for single modules.
         file_names: a regular expression of the weight files it opens.
@@ -62,6 +63,7 @@ class Engine:
     note: str = ""
     configs: tuple[str, ...] = ("config.json",)
     keys: tuple[str, ...] = ()
+    refused_keys: tuple[str, ...] = ()
     method: bool = True
     dynamic: bool = True
     file_names: str = r".+\.safetensors"

@@ -67,6 +67,14 @@ def _reasons(engine: Engine, facts: Facts) -> Iterator[str]:
         yield from _of_layer(engine, layer, config.get("group_size"))
 
 
+def _of_keys(engine: Engine, name: str, config: Mapping[str, Any]) -> Iterator[str]:
+    """Return what the config should say and does not, or the other way around."""
+    if missing := [key for key in engine.keys if config.get(key) is None]:
+        yield f"{name} does not say {' and '.join(missing)}"
+    if refused := [key for key in engine.refused_keys if key in config]:
+        yield f"{name} has {' and '.join(refused)}, by which it takes the file for another format"
+
+
 def _of_config(engine: Engine, name: str, config: Mapping[str, Any], facts: Facts) -> Iterator[str]:
     """Return what speaks against the config, by itself and beside the tensors."""
     if not engine.configs:
@@ -77,9 +85,7 @@ def _of_config(engine: Engine, name: str, config: Mapping[str, Any], facts: Fact
     if engine.method and str(method).lower() != "gptq":
         says = f"says the method is {method}" if method else "names no method"
         yield f"it wants the method gptq, and {name} {says}"
-    missing = [key for key in engine.keys if config.get(key) is None]
-    if missing:
-        yield f"{name} does not say {' and '.join(missing)}"
+    yield from _of_keys(engine, name, config)
     label = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
     if engine.formats is not None and label not in engine.formats:
         yield f"it does not read the format {label}"
