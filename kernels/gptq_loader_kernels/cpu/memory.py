@@ -54,17 +54,14 @@ _mappings = _Mappings()
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """Make a tensor on the CPU beside the one made before it, in large pages where there are any.
 
-    Raises:
-        MemoryError: memory is short.
+    It is torch's own where no mapping can be had: that may be for want of addresses alone.
     """
     count = math.prod(shape)
-    if not HAS_LARGE_PAGES or count == 0:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    try:
-        memory, first = _mappings.take(count * dtype.itemsize)
-    except OSError as error:
-        raise MemoryError(f"no memory for {count * dtype.itemsize} bytes of a layer") from error
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=first).view(shape)
+    if HAS_LARGE_PAGES and count:
+        with suppress(OSError):
+            memory, first = _mappings.take(count * dtype.itemsize)
+            return torch.frombuffer(memory, dtype=dtype, count=count, offset=first).view(shape)
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def place(tensor: torch.Tensor) -> torch.Tensor:
