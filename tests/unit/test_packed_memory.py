@@ -99,3 +99,12 @@ def test_a_copy_of_a_layer_takes_what_the_layer_takes(way: object) -> None:
     assert torch.equal(copied(x), module(x))
     for name, tensor in copied.named_buffers():
         assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
+
+
+@mapped
+def test_a_layer_takes_its_memory_once() -> None:
+    case = Case(bits=4, group_size=128, rows=1024, columns=1024, act_order=False)
+    layer, packed, _ = make_layer(case)
+    module = CpuKernel().prepare(layer, packed, find_device("cpu"))
+    bytes_ = sum(it.nbytes for it in module.buffers())
+    assert bytes_ <= memory._mappings._filled < 1.01 * bytes_

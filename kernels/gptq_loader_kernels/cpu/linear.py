@@ -92,20 +92,18 @@ class NativeLinear(CountedModule):
         self._addresses: list[int | None] = []
         rows, segment_units, segment_group = _lay_out(packed.g_idx, self.bits)
         # Numbers are kept as raw bits: a model's .to(dtype) must not change them.
+        bias = None if packed.bias is None else packed.bias.float().contiguous().view(torch.int32)
         tensors = {
-            "rows": rows,
-            "segment_units": segment_units,
-            "segment_group": segment_group,
+            "rows": place(rows),
+            "segment_units": place(segment_units),
+            "segment_group": place(segment_group),
             "words": _pack(packed, rows, self.bits, out_features, self._library),
-            "scales": _tiles(_scales(packed.scales)),
-            "zeros": _tiles(packed.zeros),
-            "bias": None
-            if packed.bias is None
-            else packed.bias.float().contiguous().view(torch.int32),
+            "scales": place(_tiles(_scales(packed.scales))),
+            "zeros": place(_tiles(packed.zeros)),
+            "bias": None if bias is None else place(bias),
         }
         for name, tensor in tensors.items():
-            placed = None if tensor is None else place(tensor)
-            self.register_buffer(name, placed, persistent=False)
+            self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply: x [..., in_features] -> [..., out_features].
