@@ -38,6 +38,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import gptq_loader_plugin as gptq
+from gptq_loader_plugin.measure.perplexity import mean_perplexity
 from gptq_loader_plugin.quantize import QuantizeOptions, quantize_model
 from gptq_loader_plugin.quantize.calibration import calibration_samples
 from gptq_loader_plugin.quantize.demo_model import find_demo_model
@@ -158,12 +159,13 @@ def opened(folder: Path) -> Iterator[PreTrainedModel]:
 
 @torch.inference_mode()
 def measure(model: PreTrainedModel, windows: Sequence[torch.Tensor]) -> float:
-    """Measure perplexity, as `gptq-loader perplexity` does."""
+    """Measure perplexity as `gptq-loader perplexity` does, of a model that it does not load too."""
     losses = []
     for window in windows:
         logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
-        losses.append(torch.nn.functional.cross_entropy(logits, window[1:]))
-    return float(torch.stack(losses).mean().exp())
+        loss = torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum")
+        losses.append(float(loss))
+    return mean_perplexity(losses, window_tokens=WINDOW_TOKENS).perplexity
 
 
 def bits_a_weight(folder: Path) -> float:

@@ -9,7 +9,7 @@ import pytest
 from altered import DATA
 from environments import needs_python_of
 from test_vllm import HALF, OWN, WITHOUT
-from vllm_process import Answer, ask, ours
+from vllm_process import ROUNDED, Answer, ask, ours
 
 from gptq_loader_plugin.convert.options import ConvertOptions
 from gptq_loader_plugin.convert.run import convert_checkpoint
@@ -26,9 +26,6 @@ pytestmark = [
     needs_python_of("vllm"),
 ]
 
-# vLLM's kernels for a CPU compute in bfloat16: log-probabilities of these models are off by .02 to
-# .03, and by the same in every format.
-ROUNDED = 0.05
 SOURCES: dict[str, tuple[Format, ...]] = {
     "gptq-2bit-64g-noact-sym": ("awq", "compressed-tensors"),
     "gptq-3bit-32g-noact-asym": ("awq", "compressed-tensors"),

@@ -8,7 +8,7 @@ import pytest
 from altered import DATA
 from environments import needs_python_of
 from test_vllm import HALF, OWN, WITHOUT
-from vllm_process import ask, ours
+from vllm_process import ROUNDED, ask, ours
 
 from gptq_loader_plugin.quantize import QuantizeOptions, quantize_model
 
@@ -21,8 +21,6 @@ pytestmark = [
     needs_python_of("vllm"),
 ]
 
-# vLLM's kernels for a CPU compute in bfloat16.
-ROUNDED = 0.05
 # Its kernel for a CPU has 4 bits alone; GPUs' have 8 too.
 CHOICES: dict[str, dict[str, Any]] = {
     "by default": {"group_size": 32},

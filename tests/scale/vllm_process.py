@@ -47,6 +47,9 @@ IDS = [
     90,
     14,
 ]
+# The same by vLLM's own kernels for a CPU, which compute in bfloat16: log-probabilities of the test
+# models are off by .02 to .03, and by the same in every format.
+ROUNDED = 0.05
 CLOSE = 1e-4  # in log-probability: float32 summed in another order
 FLOAT32 = {"dtype": "float32", "enforce_eager": True}
 BY_NAME = {"quantization": "gptq_loader"}
