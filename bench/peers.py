@@ -100,8 +100,9 @@ def main() -> None:
     machine = describe(arguments.threads)
     print(f"{arguments.shape}: {machine}\n", flush=True)
     print(
-        f"Prompt {arguments.prompt}, reply {arguments.tokens} after 16, {arguments.rounds} rounds; "
-        "tokens a second, ours then theirs; share is of memory's speed beside it.\n"
+        f"Prompt {arguments.prompt}, reply {arguments.tokens} after {arguments.depth}, "
+        f"{arguments.rounds} rounds; tokens a second, ours then theirs; "
+        "share is of memory's speed beside it.\n"
     )
     print("| program | weights | reply | prompt | share | load s | memory GB | memory GB/s |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
@@ -129,6 +130,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=16, help="tokens before the reply")
     parser.add_argument("--threads", type=int, help="of each program; all the processor has")
     parser.add_argument("--memory", type=float, default=16, help="GB that two programs may hold")
     parser.add_argument("--json", type=Path, help="write everything here")
@@ -180,7 +182,12 @@ class Match:
         self, contest: Contest, python: str, arguments: argparse.Namespace, machine: Machine
     ) -> None:
         script = f"run_{contest.program.replace('.', '_')}.py"
-        threads = {"OMP_NUM_THREADS": str(machine.threads)}
+        longest = max(arguments.prompt, arguments.depth + arguments.tokens) + 1
+        threads = {
+            "OMP_NUM_THREADS": str(machine.threads),
+            "BENCH_DEPTH": str(arguments.depth),
+            "BENCH_CONTEXT": str(max(1024, -(-longest // 256) * 256)),
+        }
         asked = {"BENCH_BACKEND": arguments.backend, "BENCH_HEAD": arguments.head}
         ours = {name: value for name, value in asked.items() if value}
         theirs = threads
@@ -276,7 +283,12 @@ def row(found: Found) -> str:
 
 
 def options(arguments: argparse.Namespace) -> dict[str, int]:
-    names = {"prompt_tokens": "prompt", "reply_tokens": "tokens", "rounds": "rounds"}
+    names = {
+        "prompt_tokens": "prompt",
+        "reply_tokens": "tokens",
+        "depth": "depth",
+        "rounds": "rounds",
+    }
     return {name: getattr(arguments, it) for name, it in names.items()}
 
 

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
-from turns import START_TOKENS, token_ids
+from turns import DEPTH, token_ids
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin
@@ -49,6 +49,6 @@ def prompt_seconds(model: GenerationMixin, tokens: int) -> float:
 
 
 def reply_seconds(model: GenerationMixin, tokens: int) -> float:
-    """Time a reply after a short prompt, its first token left out."""
-    times = generate(model, START_TOKENS, tokens + 1)
+    """Time a reply after a prompt of DEPTH tokens, its first token left out."""
+    times = generate(model, DEPTH, tokens + 1)
     return times[-1] - times[1]

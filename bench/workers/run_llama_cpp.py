@@ -7,10 +7,9 @@ import time
 
 import llama_cpp
 import numpy as np
-from turns import START_TOKENS, Loaded, serve, token_ids
+from turns import CONTEXT, DEPTH, Loaded, serve, token_ids
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
-CONTEXT = 1024
 
 
 class Llama:
@@ -22,7 +21,9 @@ class Llama:
             file.encode(), llama_cpp.llama_model_default_params()
         )
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = CONTEXT
+        params.n_ctx = params.n_batch = CONTEXT
+        params.n_ubatch = min(CONTEXT, 1024)
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.n_threads = params.n_threads_batch = THREADS
         params.no_perf = True
         self.context = llama_cpp.llama_init_from_model(self.model, params)
@@ -51,9 +52,9 @@ class Llama:
         return time.perf_counter() - began
 
     def reply(self, count: int) -> float:
-        """Time a reply after a short prompt, its first token left out."""
+        """Time a reply after a prompt of DEPTH tokens, its first token left out."""
         self.forget()
-        token = self.read(token_ids(START_TOKENS))
+        token = self.read(token_ids(DEPTH))
         began = time.perf_counter()
         for _ in range(count):
             token = self.read([token])

@@ -10,9 +10,8 @@ import os
 import time
 from importlib.metadata import version
 
-from turns import START_TOKENS, Loaded, serve, token_ids
+from turns import CONTEXT, DEPTH, Loaded, serve, token_ids
 
-CONTEXT = 1024
 SEQUENCES = int(os.environ.get("GPTQ_BENCH_SEQUENCES", "1"))
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -44,7 +43,7 @@ def load(folder: str) -> Loaded:
 
     return Loaded(
         lambda tokens: run(tokens, 1),
-        lambda tokens: run(START_TOKENS, tokens + 1) - run(START_TOKENS, 1),
+        lambda tokens: run(DEPTH, tokens + 1) - run(DEPTH, 1),
         {
             "version": version("vllm-cpu"),
             "threads": len(os.sched_getaffinity(0)),

@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-START_TOKENS = 16  # of the prompt before a measured reply
+DEPTH = int(os.environ.get("BENCH_DEPTH", "16"))  # tokens of the prompt before a measured reply
+CONTEXT = int(os.environ.get("BENCH_CONTEXT", "1024"))  # positions for which there is room
+TOKENS = 30_000  # of a vocabulary, which a longer prompt begins again
 
 
 class Loaded(NamedTuple):
     """A loaded model, as it is measured.
 
     `prompt` and `reply` take a number of tokens and give seconds: of reading a prompt up to the
-    logits after it, and of writing a greedy reply after a prompt of 16 tokens, its first token left
-    out. `facts` are what a reader of the figures must know.
+    logits after it, and of writing a greedy reply after a prompt of DEPTH tokens, its first token
+    left out. `facts` are what a reader of the figures must know.
     """
 
     prompt: Callable[[int], float]
@@ -52,4 +54,4 @@ def answer(answers: TextIO, content: dict[str, Any]) -> None:
 
 def token_ids(count: int) -> list[int]:
     """Give a prompt of so many tokens, none of them special."""
-    return [300 + i for i in range(count)]
+    return [300 + i % TOKENS for i in range(count)]

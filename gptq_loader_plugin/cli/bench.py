@@ -33,6 +33,9 @@ def bench(
     *,
     tokens: Annotated[int, typer.Option("--tokens", help="The reply's length.")] = 128,
     prompt: Annotated[int, typer.Option("--prompt", help="The prompt's length, in tokens.")] = 512,
+    depth: Annotated[
+        int, typer.Option("--depth", help="Tokens of the prompt before the reply.")
+    ] = 16,
     rounds: Annotated[int, typer.Option("--rounds", help="How often to measure.")] = 3,
     load: LoadOptions,
     as_json: JSON = False,
@@ -49,7 +52,9 @@ def bench(
     seconds = time.monotonic() - began
     with model:
         say(model.plan.headline())
-        speed = measure_speed(model, prompt=prompt, tokens=tokens, rounds=rounds, progress=say)
+        speed = measure_speed(
+            model, prompt=prompt, tokens=tokens, rounds=rounds, depth=depth, progress=say
+        )
     where = model.plan.device
     name = where.name or platform.processor() or platform.machine()
     data: dict[str, Any] = {
@@ -67,6 +72,7 @@ def bench(
         "load_seconds": seconds,
         "prompt_tokens": prompt,
         "reply_tokens": tokens,
+        "reply_depth": depth,
         "rounds": rounds,
         "peak_bytes_before": before if where.type == "cpu" else None,
         **asdict(speed),
@@ -80,7 +86,7 @@ def bench(
     flags = f" ({' '.join(data['device_features'])})" if where.features else ""
     show(f"{reference} on {where}: {name}{flags}, {data['threads']} threads")
     for label, words in _rows(data, speed):
-        show(f"  {label:<20} {words}")
+        show(f"  {label:<24} {words}")
     show(model.explain().partition("\n")[2])
 
 
@@ -97,7 +103,7 @@ def _rows(data: dict[str, Any], speed: Speed) -> list[tuple[str, str]]:
     rows = [
         ("load", f"{data['load_seconds']:.1f} s"),
         (f"prompt of {data['prompt_tokens']}", _rate(speed.prompt)),
-        (f"reply of {data['reply_tokens']}", _rate(speed.reply)),
+        (f"reply of {data['reply_tokens']} after {data['reply_depth']:,}", _rate(speed.reply)),
     ]
     peak, before = data["peak_bytes"], data["peak_bytes_before"]
     if peak is not None:

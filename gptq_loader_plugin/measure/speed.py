@@ -23,9 +23,17 @@ if TYPE_CHECKING:
     from gptq_loader_plugin.device import Device
     from gptq_loader_plugin.generation.loaded import LoadedModel
 
-__all__ = ["Rates", "Speed", "measure_speed", "peak_memory", "prompt_seconds", "reply_seconds"]
+__all__ = [
+    "DEPTH",
+    "Rates",
+    "Speed",
+    "measure_speed",
+    "peak_memory",
+    "prompt_seconds",
+    "reply_seconds",
+]
 
-START_TOKENS = 16  # of the prompt before a measured reply
+DEPTH = 16  # tokens of the prompt before a measured reply
 MEMORY_BYTES = 1 << 30  # more than any cache holds, so that reading it is reading memory
 
 
@@ -74,6 +82,7 @@ def measure_speed(
     prompt: int,
     tokens: int,
     rounds: int,
+    depth: int = DEPTH,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Speed:
     """Measure by turns, `rounds` times: memory, a prompt, a reply.
@@ -81,24 +90,25 @@ def measure_speed(
     Args:
         model: the loaded model.
         prompt: the prompt's length in tokens.
-        tokens: the reply's length in tokens, after a prompt of 16.
+        tokens: the reply's length in tokens.
         rounds: how often.
+        depth: tokens of the prompt before the reply.
         progress: hears in words what comes next.
 
     Raises:
         OptionInvalid: the prompt or the reply does not fit the context, or a number is below 1.
     """
-    if min(prompt, tokens, rounds) < 1:
+    if min(prompt, tokens, rounds, depth) < 1:
         raise OptionInvalid("a length or a number of rounds is below 1", hint="ask for 1 or more")
-    if (longest := max(prompt, START_TOKENS + tokens) + 1) > model.context:
+    if (longest := max(prompt, depth + tokens) + 1) > model.context:
         raise OptionInvalid(
             f"{longest:,} tokens are needed, and the context is {model.context:,}",
-            hint="measure a shorter prompt, or a shorter reply",
+            hint="measure a shorter prompt, or a reply that is shorter or begins earlier",
         )
     progress("warming up")
     size = bytes_read_a_token(model)
     prompt_seconds(model, prompt)
-    reply_seconds(model, min(tokens, 8))
+    reply_seconds(model, min(tokens, 8), depth)
     peak = peak_memory(model.plan.device)  # before memory is measured, which takes some
     rates: dict[str, list[float]] = {"prompt": [], "reply": [], "memory": [], "again": []}
     for count in range(1, rounds + 1):
@@ -108,7 +118,7 @@ def measure_speed(
         progress(f"round {count} of {rounds}: a prompt of {prompt} tokens")
         rates["prompt"].append(prompt / prompt_seconds(model, prompt))
         progress(f"round {count} of {rounds}: a reply of {tokens} tokens")
-        rates["reply"].append(tokens / reply_seconds(model, tokens))
+        rates["reply"].append(tokens / reply_seconds(model, tokens, depth))
     return Speed(
         prompt=Rates.of(rates["prompt"]),
         reply=Rates.of(rates["reply"]),
@@ -125,9 +135,12 @@ def prompt_seconds(model: LoadedModel, tokens: int) -> float:
     return _run(model, tokens, 1)[0] - began
 
 
-def reply_seconds(model: LoadedModel, tokens: int) -> float:
-    """Time so many tokens of a greedy reply, each from the token before it to its own logits."""
-    times = _run(model, START_TOKENS, tokens + 1)
+def reply_seconds(model: LoadedModel, tokens: int, depth: int = DEPTH) -> float:
+    """Time so many tokens of a greedy reply, each from the token before it to its own logits.
+
+    `depth` is how many tokens of a prompt come before it.
+    """
+    times = _run(model, depth, tokens + 1)
     return times[-1] - times[0]
 
 
