@@ -9,7 +9,8 @@ prints for each checkpoint: the bits that a weight of its blocks takes; perplexi
 400,000 characters of `--test` (20 windows of 1,024 tokens, dequantised weights in bfloat16); the KL
 divergence from the float model and how often both have the same likeliest token, on text after
 those characters; and the seconds that quantising took. A checkpoint that is there already is not
-made again. Bits may be a size, as `quantize --size` takes it: `--bits 4.5bpw`.
+made or measured again, and a program that fails has a row that says so. Bits may be a size, as
+`quantize --size` takes it: `--bits 4.5bpw`.
 
 A tool is one of our efforts, an effort and an order (`standard:group-aware`), or another program's
 mode: `auto-round:60` (iterations), `gptqmodel:default`, `:mse`, `:act`, `:foem`, `:gptaq`,
@@ -23,11 +24,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import gptq_loader_plugin as gptq
+from gptq_loader_plugin.errors import GPTQLoaderError
 from gptq_loader_plugin.measure.perplexity import mean_perplexity
 from gptq_loader_plugin.quantize import QuantizeOptions, quantize_model
 from gptq_loader_plugin.quantize.calibration import calibration_samples
@@ -53,7 +56,7 @@ if TYPE_CHECKING:
 CHARACTERS = 400_000
 WINDOWS, WINDOW_TOKENS = 20, 1024
 HELD_OUT = 8_000  # characters behind those: some 2,000 tokens
-SECONDS_FILE = "seconds.json"
+SECONDS_FILE, FOUND_FILE = "seconds.json", "found.json"
 WORKER = Path(__file__).absolute().parent / "workers" / "quantizer.py"
 
 
@@ -104,6 +107,30 @@ class Cell:
         return QuantizeOptions.model_validate(fields)
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What was measured of a checkpoint.
+
+    Attributes:
+        bits: that a weight of the blocks takes.
+        perplexity: of the test text.
+        kl: divergence from the float model, in nats a token.
+        top1: how often both have the same likeliest token.
+        seconds: that quantising took.
+    """
+
+    bits: float
+    perplexity: float
+    kl: float
+    top1: float
+    seconds: float
+
+    def columns(self) -> str:
+        """Lay it out as the table's last columns."""
+        measured = f"{self.bits:.2f} | {self.perplexity:.2f} | {self.kl:.4f} | {self.top1:.1%}"
+        return f"{measured} | {self.seconds:.0f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="calibration text")
@@ -135,15 +162,27 @@ def main() -> None:
     for bits, group, tool, offset in cells:
         cell = Cell(bits, group, tool, offset, arguments.samples)
         folder = arguments.out / cell.name
-        seconds = make(folder, cell, source, arguments.text, peers)
-        with opened(folder) as model:
-            perplexity = measure(model, windows)
-            compared = answers.compare(model)
-        print(
-            f"| {bits} | {group} | {tool} | {offset} | {bits_a_weight(folder):.2f} | "
-            f"{perplexity:.2f} | {compared.kl:.4f} | {compared.top1:.1%} | {seconds:.0f} |",
-            flush=True,
-        )
+        try:
+            make(folder, cell, source, arguments.text, peers)
+        except (GPTQLoaderError, subprocess.CalledProcessError):
+            columns = f"fails: {folder.with_suffix('.log')} has its words | | | |"
+        else:
+            columns = judge(folder, windows, answers).columns()
+        print(f"| {bits} | {group} | {tool} | {offset} | {columns} |", flush=True)
+
+
+def judge(folder: Path, windows: Sequence[torch.Tensor], answers: HeldOutText) -> Found:
+    """Measure a checkpoint, unless that was done."""
+    kept = folder / FOUND_FILE
+    if kept.is_file():
+        return Found(**json.loads(kept.read_text()))
+    with opened(folder) as model:
+        perplexity = measure(model, windows)
+        compared = answers.compare(model)
+    seconds = json.loads((folder / SECONDS_FILE).read_text())
+    found = Found(bits_a_weight(folder), perplexity, compared.kl, compared.top1, seconds)
+    kept.write_text(json.dumps(asdict(found)))
+    return found
 
 
 @contextmanager
@@ -198,8 +237,8 @@ def read_answers(source: Path, held_out: str) -> HeldOutText:
     return HeldOutText(*load_source(source), held_out, lambda _: None)
 
 
-def make(folder: Path, cell: Cell, source: Path, text: Path, peers: dict[str, str]) -> float:
-    """Quantise, unless it is there; return the seconds that took."""
+def make(folder: Path, cell: Cell, source: Path, text: Path, peers: dict[str, str]) -> None:
+    """Quantise, unless it is there, and note the seconds that took."""
     kept = folder / SECONDS_FILE
     if not kept.is_file():
         program, _, mode = cell.tool.partition(":")
@@ -210,8 +249,6 @@ def make(folder: Path, cell: Cell, source: Path, text: Path, peers: dict[str, st
             quantize_model(source, folder, options=cell.options, text=text)
             seconds = time.monotonic() - began
         kept.write_text(json.dumps(seconds))
-    found: float = json.loads(kept.read_text())
-    return found
 
 
 def run_peer(
@@ -238,13 +275,19 @@ def run_peer(
         with words.open("w", encoding="utf-8") as log:
             command = [python, "-W", "ignore", str(WORKER), str(request)]
             completed = subprocess.run(  # noqa: S603 - ours, and what the user named
-                command, stdout=subprocess.PIPE, stderr=log, text=True, check=False, cwd=scratch
+                command,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                check=False,
+                cwd=scratch,
+                env={"GPTQMODEL_CPU_WORKERS": "4", **os.environ},  # fewer than two make it fail
             )
         with words.open("a", encoding="utf-8") as log:
             log.write(completed.stdout)
     lines = [it for it in completed.stdout.splitlines() if it.startswith("SECONDS ")]
     if not lines:
-        raise SystemExit(f"{program} failed: {words} has its words")
+        raise subprocess.CalledProcessError(completed.returncode, command)
     return float(lines[0].removeprefix("SECONDS "))
 
 
