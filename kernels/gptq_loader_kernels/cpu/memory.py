@@ -7,18 +7,21 @@ and an allocator begins them anywhere: so they are put into mappings that many o
 from __future__ import annotations
 
 import math
-import mmap
 import threading
 import weakref
-from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import torch
+
+from gptq_loader_plugin.system.large_pages import map_memory
+
+if TYPE_CHECKING:
+    import mmap
 
 __all__ = ["empty", "place"]
 
 MAPPED_BYTES = 64 << 20  # at a time
 ALIGNMENT = 128
-HAS_LARGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE")  # Linux
 
 
 class _Mappings:
@@ -32,16 +35,14 @@ class _Mappings:
         self._filled = 0
         self._lock = threading.Lock()
 
-    def take(self, size: int) -> tuple[mmap.mmap, int]:
-        """Give so many bytes of a mapping, and where they begin.
-
-        Raises:
-            OSError: there are none.
-        """
+    def take(self, size: int) -> tuple[mmap.mmap, int] | None:
+        """Give so many bytes of a mapping, and where they begin, or None where there are none."""
         with self._lock:
             memory = None if self._last is None else self._last()
             if memory is None or self._filled + size > len(memory):
-                memory = _map(max(size, MAPPED_BYTES))
+                memory = map_memory(max(size, MAPPED_BYTES))
+                if memory is None:
+                    return None
                 self._last, self._filled = weakref.ref(memory), 0
             first = self._filled
             self._filled += -(-size // ALIGNMENT) * ALIGNMENT
@@ -54,23 +55,16 @@ _mappings = _Mappings()
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """Make a tensor on the CPU beside the one made before it, in large pages where there are any.
 
-    It is torch's own where no mapping can be had: that may be for want of addresses alone.
+    It is torch's own where no mapping can be had.
     """
     count = math.prod(shape)
-    if HAS_LARGE_PAGES and count:
-        with suppress(OSError):
-            memory, first = _mappings.take(count * dtype.itemsize)
-            return torch.frombuffer(memory, dtype=dtype, count=count, offset=first).view(shape)
+    taken = _mappings.take(count * dtype.itemsize) if count else None
+    if taken is not None:
+        memory, first = taken
+        return torch.frombuffer(memory, dtype=dtype, count=count, offset=first).view(shape)
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def place(tensor: torch.Tensor) -> torch.Tensor:
     """Copy a tensor beside the one that `empty` made before it."""
     return empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
-
-
-def _map(size: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without large pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
