@@ -88,8 +88,8 @@ def load(  # noqa: PLR0913 - each is an option a user may want
             "disk": ""}, or "cuda:0=8GB,cpu=10GB,disk"; None takes the devices of this machine.
         offload_folder: where the weights go whose place is the disk. They are computed with on
             the CPU, and read whenever they are needed.
-        kv_cache: "int8" keeps the context's keys and values in 8 bits, half the memory, slower
-            and less exact; on a CPU by the package hqq. None keeps them in the model's dtype.
+        kv_cache: "int8" keeps the context's keys and values in 8 bits: half the memory, a little
+            less exact. None keeps them in the model's dtype.
         draft: a smaller checkpoint with the same tokens, whose guesses are read several in a step
             and kept where they are what is picked anyway; or "ngram", which guesses that what
             followed the same words before follows again; or "none". None is "ngram" where a step
@@ -133,7 +133,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
         rows=embedding_rows(checkpoint.headers),
     )
     from gptq_loader_plugin.checkpoint.transformers_config import read_config
-    from gptq_loader_plugin.generation.kv_cache import check_int8
+    from gptq_loader_plugin.generation.kv_cache import check_int8, make_int8_cache
     from gptq_loader_plugin.generation.speculation import NOTE
     from gptq_loader_plugin.model.adapter_files import read_adapters
     from gptq_loader_plugin.model.build import build_model
@@ -162,7 +162,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     engine, done = _make_engine(filled, options, plugins, context_tokens)
     notes = (*notes, *done)
     if int8 and engine is None:
-        check_int8(config)
+        make_int8_cache(model)  # refuses here, and not at the first reply
     exact = filled.batcher is not None and engine is None and not adapter_files
     guesses = _load_draft(options, tokenizer, plugins, exact=exact)
     if guesses == "ngram":

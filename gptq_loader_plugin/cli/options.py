@@ -161,7 +161,7 @@ LOAD: dict[str, tuple[Any, Any]] = {
     "kv_cache": (
         Annotated[
             str | None,
-            typer.Option("--kv-cache", help="int8: half the memory for the context, slower."),
+            typer.Option("--kv-cache", help="int8: half the memory for the context."),
         ],
         None,
     ),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
 
-__all__ = ["ModelShape", "cache_group", "kv_bytes_per_token", "shape_of"]
+__all__ = ["ModelShape", "kv_bytes_per_token", "shape_of"]
 
 # The names that transformers' configs have for a number, the commonest first.
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -128,15 +128,10 @@ def kv_bytes_per_token(shape: ModelShape, dtype: str, *, int8_cache: bool) -> in
     """
     if shape.layers is None or shape.kv_width is None:
         return None
-    values, size = shape.layers * shape.kv_width, 4 if dtype == "float32" else 2
-    if int8_cache and shape.head_dim and (group := cache_group(shape.head_dim)):
-        return values + values // group * 2 * size  # a scale and a zero for each group
-    return values * size
-
-
-def cache_group(head_dim: int) -> int:
-    """Return how many values of a head share a scale where keys and values have 8 bits, or 0."""
-    return next((size for size in (64, 32, 16, 8) if head_dim % size == 0), 0)
+    values = shape.layers * shape.kv_width
+    if int8_cache and shape.head_dim:
+        return values + 4 * values // shape.head_dim  # a scale for each head
+    return values * (4 if dtype == "float32" else 2)
 
 
 def _contexts(

@@ -4,7 +4,10 @@
 // A row is one query head of one new token. The rows that share a head of keys and values are taken
 // together, so each key and value is read once for all of them. Keys and values lie as
 //
-//   keys, values  [kv head][position][head_dim]   of the model's dtype
+//   keys, values  [kv head][position][head_dim]   of the model's dtype, or in 8 bits
+//
+// In 8 bits a position has a scale for its key and one for its value: scores are multiplied by the
+// first, and weights by the second before they meet the values.
 //
 // and positions are gone through in blocks of KV_BLOCK, as in FlashAttention: with each block a row
 // keeps
@@ -15,6 +18,9 @@
 //
 // and scales the last two by e**(old - new) when a greater score turns up. Segments of positions,
 // attended to by different threads, are merged the same way (decode_step.cpp).
+//
+// A lane's word has one number of float32, two of bfloat16 or four codes, and whole words are loaded
+// (load_words): so q, where it is multiplied as float32, and acc lie in HeadOrder.
 //
 // Registers, of 32 (AVX-512): scores in bfloat16 16 acc of R rows by 16 / R keys; values 16 acc of
 // 4 rows by 4 vectors. Of 16 (AVX2, SSE2): 4 rows by 2 vectors.
@@ -30,23 +36,79 @@ namespace gptq {
 // Positions whose scores are held at once: with their values half of a first-level cache.
 constexpr int KV_BLOCK = 128;
 
+constexpr int MAX_HEAD_DIM = 256;
+
 // A processor's own prefetching ends with a page: asked for so far ahead, positions come half as
 // fast again.
 constexpr int PREFETCH_AHEAD = 1024;
 
 template <int TYPE>
+constexpr int IN_A_WORD = 4 / size_of(TYPE);
+
+// Words of some lanes as as many vectors as a word has numbers: the first has every word's first.
+template <int TYPE, class F>
+INLINE void load_words(const void* from, int64_t at, F* to) {
+  using V = Vectors<sizeof(F)>;
+  typename V::uints words;
+  memcpy(&words, static_cast<const char*>(from) + at * size_of(TYPE), sizeof words);
+  if constexpr (TYPE == FLOAT32) {
+    memcpy(to, &words, sizeof words);
+  } else if constexpr (TYPE == BFLOAT16) {
+    const typename V::uints first = words << 16, second = words & 0xffff0000;
+    memcpy(to, &first, sizeof first);
+    memcpy(to + 1, &second, sizeof second);
+  } else {
+    typename V::ints codes;
+    memcpy(&codes, &words, sizeof codes);
+    for (int i = 0; i < 4; i++) to[i] = __builtin_convertvector((codes << (24 - 8 * i)) >> 24, F);
+  }
+}
+
+// How the numbers of a head lie: of a run of words, first each word's first number.
+struct HeadOrder {
+  int in_a_word, lanes;
+
+  // Of keys and values of `type`, for the widest vectors that whole runs of a head fill.
+  static HeadOrder of(int type, int isa, int dim) {
+    const int in_a_word = 4 / int(size_of(type));
+    int lanes = Narrow::LANES;
+#ifdef X86
+    if (isa >= AVX2) lanes = isa >= AVX512 ? Wide::LANES : Middle::LANES;
+#else
+    (void)isa;
+#endif
+    while (dim % (in_a_word * lanes)) lanes /= 2;
+    return {in_a_word, lanes};
+  }
+
+  // Bring a head into this order, or back.
+  template <bool BACK>
+  void apply(const float* from, int dim, float* to) const {
+    for (int run = 0; run < dim; run += in_a_word * lanes)
+      for (int i = 0; i < in_a_word; i++)
+        for (int lane = 0; lane < lanes; lane++) {
+          const int own = run + lane * in_a_word + i, place = run + i * lanes + lane;
+          to[BACK ? own : place] = from[BACK ? place : own];
+        }
+  }
+};
+
+template <int TYPE>
 INLINE void prefetch(const void* from, int64_t at, int count) {
-  constexpr int size = TYPE == FLOAT32 ? 4 : 2;
-  for (int i = 0; i < count * size; i += 64)
-    __builtin_prefetch(static_cast<const char*>(from) + at * size + i);
+  for (int i = 0; i < count * size_of(TYPE); i += 64)
+    __builtin_prefetch(static_cast<const char*>(from) + at * size_of(TYPE) + i);
 }
 
 // Some rows, and a range of the positions of one head of keys and values.
 struct AttentionArgs {
-  const float* q;            // [rows][dim], scaled
-  const uint16_t* q_bf16;    // the same in bfloat16, or null: then keys are read as float32
-  const void* keys;          // [position][dim], of the cache
-  const void* values;        // [position][dim]
+  const float* q;           // [rows][dim], scaled, in HeadOrder, for keys read as float32
+  const uint16_t* q_bf16;   // the same in its own order, for keys in bfloat16
+  const int16_t* q_int16;   // the same, for keys in 8 bits
+  const float* q_scales;    // [rows], of q_int16
+  const void* keys;         // [position][dim], of the cache
+  const void* values;       // [position][dim]
+  const float* key_scales;  // [position], of a cache in 8 bits
+  const float* value_scales;
   int64_t begin, end;        // positions of this range
   const int64_t* row_begin;  // [rows] the positions that each row attends to
   const int64_t* row_end;
@@ -55,7 +117,7 @@ struct AttentionArgs {
   float* scores;       // [rows][KV_BLOCK]
   float* running_max;  // [rows], written, as are the next two
   float* row_sum;      // [rows]
-  float* acc;          // [rows][dim]
+  float* acc;          // [rows][dim], in HeadOrder
 };
 
 // scores[R, count] = q[R, dim] * keys[count, dim].T
@@ -66,14 +128,15 @@ INLINE void score(const float* q, const void* keys, int64_t from, int count, int
   for (int p = 0; p < count; p++) {
     floats sum[R];
     for (int r = 0; r < R; r++) sum[r] = floats{};
-    for (int i = 0; i < dim; i += V::LANES) {
-      floats key;
-      load<TYPE>(keys, (from + p) * dim + i, key);
-      for (int r = 0; r < R; r++) {
-        floats a;
-        load<FLOAT32>(q, r * dim + i, a);
-        sum[r] += a * key;
-      }
+    for (int i = 0; i < dim; i += IN_A_WORD<TYPE> * V::LANES) {
+      floats key[IN_A_WORD<TYPE>];
+      load_words<TYPE>(keys, (from + p) * dim + i, key);
+      for (int k = 0; k < IN_A_WORD<TYPE>; k++)
+        for (int r = 0; r < R; r++) {
+          floats a;
+          load<FLOAT32>(q, r * dim + i + k * V::LANES, a);
+          sum[r] += a * key[k];
+        }
     }
     for (int r = 0; r < R; r++) scores[r * KV_BLOCK + p] = reduce_add(sum[r]);
   }
@@ -90,7 +153,8 @@ INLINE void add_values(const float* weights, const void* values, int64_t from, i
   for (int p = 0; p < count; p++) {
     floats value[N];
     const int64_t here = (from + p) * dim + at;
-    for (int v = 0; v < N; v++) load<TYPE>(values, here + v * V::LANES, value[v]);
+    for (int v = 0; v < N; v += IN_A_WORD<TYPE>)
+      load_words<TYPE>(values, here + v * V::LANES, value + v);
     prefetch<TYPE>(values, here + PREFETCH_AHEAD, N * V::LANES);
     for (int r = 0; r < R; r++)
       for (int v = 0; v < N; v++) sum[r][v] += weights[r * KV_BLOCK + p] * value[v];
@@ -106,8 +170,8 @@ INLINE void add_all_values(const float* weights, const void* values, int64_t fro
   int at = 0;
   for (; at + N * V::LANES <= dim; at += N * V::LANES)
     add_values<V, TYPE, R, N>(weights, values, from, count, dim, at, acc);
-  for (; at < dim; at += 2 * V::LANES)
-    add_values<V, TYPE, R, 2>(weights, values, from, count, dim, at, acc);
+  for (; at < dim; at += IN_A_WORD<TYPE> * V::LANES)
+    add_values<V, TYPE, R, IN_A_WORD<TYPE>>(weights, values, from, count, dim, at, acc);
 }
 
 // Turn one row's scores of a block into weights, and scale its sum and acc to the new maximum.
@@ -158,6 +222,11 @@ INLINE void softmax_update(const AttentionArgs& args, int row, int64_t block, in
   for (int i = 0; i < args.dim; i++) acc[i] *= correction;
 }
 
+// of[count] *= scales[count]
+INLINE void scale_block(const float* scales, int count, float* of) {
+  for (int i = 0; i < count; i++) of[i] *= scales[i];
+}
+
 INLINE void reset(const AttentionArgs& args) {
   for (int row = 0; row < args.rows; row++)
     args.running_max[row] = -INFINITY, args.row_sum[row] = 0;
@@ -168,7 +237,10 @@ INLINE void reset(const AttentionArgs& args) {
 // registers for.
 template <class V, int TYPE, int R, int N>
 INLINE void softmax_and_values(const AttentionArgs& args, int64_t block, int count) {
-  for (int row = 0; row < args.rows; row++) softmax_update<V>(args, row, block, count);
+  for (int row = 0; row < args.rows; row++) {
+    softmax_update<V>(args, row, block, count);
+    if (TYPE == INT8) scale_block(args.value_scales + block, count, args.scores + row * KV_BLOCK);
+  }
   int row = 0;
   const auto left = [&]() { return args.rows - row; };
   const auto weights = [&]() { return args.scores + row * KV_BLOCK; };
@@ -194,19 +266,32 @@ INLINE void attend_type(const AttentionArgs& args) {
     for (; row < args.rows; row++)
       score<V, TYPE, 1>(args.q + int64_t(row) * args.dim, args.keys, block, count, args.dim,
                         args.scores + row * KV_BLOCK);
+    for (row = 0; TYPE == INT8 && row < args.rows; row++)
+      scale_block(args.key_scales + block, count, args.scores + row * KV_BLOCK);
     softmax_and_values<V, TYPE, R, N>(args, block, count);
   }
 }
 
-template <class V, int R, int N>
+// By vectors that whole runs of a head fill, as HeadOrder has them. ACC vectors of sums are held.
+template <class V, int TYPE, int ACC>
+INLINE void attend_runs(const AttentionArgs& args) {
+  constexpr int N = ACC == 16 ? 4 : std::max(2, IN_A_WORD<TYPE>);
+  if constexpr (V::LANES > Narrow::LANES)
+    if (args.dim % (IN_A_WORD<TYPE> * V::LANES))
+      return attend_runs<Vectors<2 * V::LANES>, TYPE, ACC>(args);
+  attend_type<V, TYPE, ACC / N, N>(args);
+}
+
+template <class V, int ACC>
 INLINE void attend_body(const AttentionArgs& args, int type) {
-  if (type == FLOAT32) return attend_type<V, FLOAT32, R, N>(args);
-  attend_type<V, BFLOAT16, R, N>(args);
+  if (type == FLOAT32) return attend_runs<V, FLOAT32, ACC>(args);
+  if (type == INT8) return attend_runs<V, INT8, ACC>(args);
+  attend_runs<V, BFLOAT16, ACC>(args);
 }
 
 #ifdef X86
 // The sums of 16 vectors as one vector.
-BF16_TARGET INLINE __m512 reduce_add_16(const __m512* of) {
+AVX512_TARGET INLINE __m512 reduce_add_16(const __m512* of) {
   __m512 pairs[8], fours[4], twos[2];
   for (int i = 0; i < 8; i++)
     pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(of[2 * i], of[2 * i + 1]),
@@ -266,6 +351,58 @@ BF16_TARGET static void attend_bfloat16(const AttentionArgs& args) {
       score_bfloat16<1>(args.q_bf16 + int64_t(row) * args.dim, keys, count, args.dim,
                         args.scores + row * KV_BLOCK);
     softmax_and_values<Wide, BFLOAT16, 4, 4>(args, block, count);
+  }
+}
+
+// R rows' scores of a block of keys in 8 bits, 16 sums at a time: q in 16 bits, whole products.
+template <int R>
+AVX512_TARGET INLINE void score_int8(const int16_t* q, const float* q_scales, const int8_t* keys,
+                                     int count, int dim, float* scores) {
+  constexpr int P = 16 / R;
+  for (int p = 0; p < count; p += P) {
+    const int8_t* key[P];
+    __m512i sum[16];
+    for (int i = 0; i < P; i++) key[i] = keys + int64_t(std::min(p + i, count - 1)) * dim;
+    prefetch<INT8>(key[0], PREFETCH_AHEAD, P * dim);
+    for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_si512();
+    for (int at = 0; at < dim; at += 32) {
+      __m512i a[R];
+      for (int r = 0; r < R; r++) a[r] = _mm512_loadu_si512(q + r * dim + at);
+      for (int i = 0; i < P; i++) {
+        const __m512i b =
+            _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(key[i] + at)));
+        for (int r = 0; r < R; r++)
+          sum[r * P + i] = _mm512_add_epi32(sum[r * P + i], _mm512_madd_epi16(a[r], b));
+      }
+    }
+    __m512 sums[16];
+    for (int i = 0; i < 16; i++) sums[i] = _mm512_cvtepi32_ps(sum[i]);
+    alignas(64) float out[16];
+    _mm512_store_ps(out, reduce_add_16(sums));
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < P; i++) scores[r * KV_BLOCK + p + i] = out[r * P + i] * q_scales[r];
+  }
+}
+
+AVX512_TARGET static void attend_int8(const AttentionArgs& args) {
+  reset(args);
+  for (int64_t block = args.begin; block < args.end; block += KV_BLOCK) {
+    const int count = int(std::min<int64_t>(KV_BLOCK, args.end - block));
+    const int8_t* keys = static_cast<const int8_t*>(args.keys) + block * args.dim;
+    int row = 0;
+    const auto left = [&]() { return args.rows - row; };
+    const auto q = [&]() { return args.q_int16 + int64_t(row) * args.dim; };
+    const auto scores = [&]() { return args.scores + row * KV_BLOCK; };
+    for (; left() >= 4; row += 4)
+      score_int8<4>(q(), args.q_scales + row, keys, count, args.dim, scores());
+    for (; left() >= 2; row += 2)
+      score_int8<2>(q(), args.q_scales + row, keys, count, args.dim, scores());
+    if (left()) score_int8<1>(q(), args.q_scales + row, keys, count, args.dim, scores());
+    for (row = 0; row < args.rows; row++) scale_block(args.key_scales + block, count, scores());
+    if (args.dim % (IN_A_WORD<INT8> * Wide::LANES) == 0)
+      softmax_and_values<Wide, INT8, 4, 4>(args, block, count);
+    else
+      softmax_and_values<Middle, INT8, 4, 4>(args, block, count);
   }
 }
 #endif

@@ -43,8 +43,8 @@ using namespace gptq;
 
 namespace {
 
-// The code for each instruction set; R rows by N vectors is what its registers hold.
-#define COMPILED(NAME, TARGET, V, R, N)                                                            \
+// The code for each instruction set; ACC vectors of sums are what its registers hold.
+#define COMPILED(NAME, TARGET, V, ACC)                                                             \
   TARGET void norm_##NAME(const NormArgs& norm, const float* x, float* y) {                        \
     norm_body<V>(norm, x, y);                                                                      \
   }                                                                                                \
@@ -53,13 +53,13 @@ namespace {
     activate_multiply_body<V>(gate, up, kind, n, y);                                               \
   }                                                                                                \
   TARGET void attend_##NAME(const AttentionArgs& args, int type) {                                 \
-    attend_body<V, R, N>(args, type);                                                              \
+    attend_body<V, ACC>(args, type);                                                               \
   }
 
-COMPILED(plain, , Narrow, 4, 2)
+COMPILED(plain, , Narrow, 8)
 #ifdef X86
-COMPILED(avx2, AVX2_TARGET, Middle, 4, 2)
-COMPILED(avx512, AVX512_TARGET, Wide, 4, 4)
+COMPILED(avx2, AVX2_TARGET, Middle, 8)
+COMPILED(avx512, AVX512_TARGET, Wide, 16)
 #endif
 
 void norm_row(const GptqModel& model, const GptqNorm& norm, const float* x, int64_t size,
@@ -81,6 +81,17 @@ int columns_of(const GptqProjection& p, int64_t tile) {
 
 bool uses_bf16(const GptqModel& model) {
   return model.isa >= AVX512_BF16 && model.type == BFLOAT16;
+}
+
+int cache_type(const GptqModel& model, const GptqKvCache& cache) {
+  return cache.key_scales ? int(INT8) : model.type;
+}
+
+// What queries are multiplied as: FLOAT32, BFLOAT16, or INT8 for 16 bits by keys in 8.
+Type query_type(const GptqModel& model, const GptqKvCache& cache) {
+  const bool whole = model.head_dim % 32 == 0;  // numbers in a vector of them
+  if (cache.key_scales) return whole && model.isa >= AVX512 ? INT8 : FLOAT32;
+  return whole && uses_bf16(model) ? BFLOAT16 : FLOAT32;
 }
 
 Activations activations_of(const GptqModel& model) {
@@ -200,6 +211,8 @@ struct ThreadBuffers {
   float *all_q, *all_k;  // [M][heads][head_dim], [M][kv_heads][head_dim], normed as one
   float* q;              // [rows][head_dim], of one head of keys and values
   uint16_t* q_bf16;
+  int16_t* q_int16;
+  float* q_scales;               // [rows]
   int64_t *row_begin, *row_end;  // [rows]
   float* scores;                 // [rows][KV_BLOCK]
   char* input;                   // for prepare_input
@@ -347,7 +360,7 @@ struct Worker : ThreadBuffers {
                     high = std::min(begin_of(number + i + 1), span.end()),
                     middle = span.offset + (low + high) / 2 - span.first;
       if (middle < begin || middle >= end) continue;
-      if (!prepared) prepare_queries(layer, span);
+      if (!prepared) prepare_queries(layer, span, cache);
       prepared = true;
       keep_new(layer, span, cache, low, high);
       attend_segment(span, cache, span.segment + i, low, high);
@@ -360,21 +373,32 @@ struct Worker : ThreadBuffers {
     const int dim = model.head_dim;
     const int64_t stride = int64_t(model.kv_heads) * dim, past = span.sequence->past;
     for (int64_t at = std::max(begin, past); at < end; at++) {
-      const int64_t row = span.row + at - past, to = (span.head * cache.capacity + at) * dim;
-      float* k = rows_of_k + row * stride + span.head * dim;
+      const int64_t row = span.row + at - past, place = span.head * cache.capacity + at,
+                    to = place * dim;
+      float *k = rows_of_k + row * stride + span.head * dim,
+            *v = shared.v + row * stride + span.head * dim;
       if (!model.all_heads) apply_norm(layer.k_norm, k, dim, k);
       rotate_head(layer, row, k);
+      if (cache.key_scales) {
+        cache.key_scales[place] = quantize(k, dim, MAX_INT8, static_cast<int8_t*>(cache.keys) + to);
+        cache.value_scales[place] =
+            quantize(v, dim, MAX_INT8, static_cast<int8_t*>(cache.values) + to);
+        continue;
+      }
       store_as(cache.keys, to, k, dim, model.type);
-      store_as(cache.values, to, shared.v + row * stride + span.head * dim, dim, model.type);
+      store_as(cache.values, to, v, dim, model.type);
     }
   }
 
   // q and what it attends to, a row for each query head of each new token.
-  void prepare_queries(const GptqDecoderLayer& layer, const KvSpan& span) {
+  void prepare_queries(const GptqDecoderLayer& layer, const KvSpan& span,
+                       const GptqKvCache& cache) {
     const int dim = model.head_dim, group = model.heads / model.kv_heads;
     const int64_t q_stride = int64_t(model.heads) * dim, past = span.sequence->past,
                   tokens = span.sequence->tokens;
     const int64_t rows = group * tokens;
+    const Type type = query_type(model, cache);
+    const HeadOrder order = HeadOrder::of(cache_type(model, cache), model.isa, dim);
     for (int64_t i = 0; i < rows; i++) {
       const int64_t row = span.row + i % tokens;
       float* to = q + i * dim;
@@ -383,7 +407,15 @@ struct Worker : ThreadBuffers {
       if (!model.all_heads) apply_norm(layer.q_norm, to, dim, to);
       rotate_head(layer, row, to);
       for (int d = 0; d < dim; d++) to[d] *= model.scale;
-      if (uses_bf16(model)) store_as(q_bf16, i * dim, to, dim, BFLOAT16);
+      if (type == INT8) {
+        q_scales[i] = quantize(to, dim, MAX_INT16, q_int16 + i * dim);
+      } else if (type == BFLOAT16) {
+        store_as(q_bf16, i * dim, to, dim, BFLOAT16);
+      } else {
+        float own[MAX_HEAD_DIM];
+        memcpy(own, to, sizeof(float) * dim);
+        order.apply<false>(own, dim, to);
+      }
       row_end[i] = past + i % tokens + 1;
       row_begin[i] = layer.window ? std::max<int64_t>(0, row_end[i] - layer.window) : 0;
     }
@@ -393,13 +425,18 @@ struct Worker : ThreadBuffers {
   void attend_segment(const KvSpan& span, const GptqKvCache& cache, int64_t number, int64_t begin,
                       int64_t end) {
     const int dim = model.head_dim;
-    const int64_t head_at = span.head * cache.capacity * dim,
+    const int type = cache_type(model, cache);
+    const int64_t head_at = span.head * cache.capacity, bytes = head_at * dim * size_of(type),
                   rows = model.heads / model.kv_heads * span.sequence->tokens,
-                  size = model.type == FLOAT32 ? 4 : 2, segment = number * max_rows;
+                  segment = number * max_rows;
     const AttentionArgs args{q,
                              q_bf16,
-                             static_cast<const char*>(cache.keys) + head_at * size,
-                             static_cast<const char*>(cache.values) + head_at * size,
+                             q_int16,
+                             q_scales,
+                             static_cast<const char*>(cache.keys) + bytes,
+                             static_cast<const char*>(cache.values) + bytes,
+                             type == INT8 ? cache.key_scales + head_at : nullptr,
+                             type == INT8 ? cache.value_scales + head_at : nullptr,
                              begin,
                              end,
                              row_begin,
@@ -412,9 +449,11 @@ struct Worker : ThreadBuffers {
                              shared.row_sum + segment,
                              shared.acc + segment * dim};
 #ifdef X86
-    if (uses_bf16(model)) return attend_bfloat16(args);
+    const Type queries = query_type(model, cache);
+    if (queries == INT8) return attend_int8(args);
+    if (queries == BFLOAT16) return attend_bfloat16(args);
 #endif
-    DISPATCH(attend, model.isa, args, model.type);
+    DISPATCH(attend, model.isa, args, type);
   }
 
   void rotate_head(const GptqDecoderLayer& layer, int64_t row, float* head) const {
@@ -429,22 +468,25 @@ struct Worker : ThreadBuffers {
     for (int64_t of = 0; of < span_count; of++) {
       const KvSpan& span = spans[of];
       const int64_t tokens = span.sequence->tokens, segments = span.segments();
+      const HeadOrder order =
+          HeadOrder::of(cache_type(model, span.sequence->caches[0]), model.isa, dim);
       for (int64_t i = 0; i < group * tokens; i++) {
+        float merged[MAX_HEAD_DIM] = {};
         float* to = attention +
                     ((span.row + i % tokens) * model.heads + span.head * group + i / tokens) * dim;
         const auto at = [&](int64_t segment) { return (span.segment + segment) * max_rows + i; };
         float max = -INFINITY, sum = 0;
         for (int64_t segment = 0; segment < segments; segment++)
           max = std::max(max, shared.running_max[at(segment)]);
-        for (int d = 0; d < dim; d++) to[d] = 0;
         for (int64_t segment = 0; segment < segments; segment++) {
           if (shared.running_max[at(segment)] == -INFINITY) continue;  // it attends to none of it
           const float correction = expf(shared.running_max[at(segment)] - max),
                       *acc = shared.acc + at(segment) * dim;
           sum += shared.row_sum[at(segment)] * correction;
-          for (int d = 0; d < dim; d++) to[d] += correction * acc[d];
+          for (int d = 0; d < dim; d++) merged[d] += correction * acc[d];
         }
-        for (int d = 0; d < dim; d++) to[d] /= sum;
+        for (int d = 0; d < dim; d++) merged[d] /= sum;
+        order.apply<true>(merged, dim, to);
       }
     }
   }
@@ -722,6 +764,8 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
       buffers.all_k = arena.take<float>(model.all_heads ? m * kv_size : 0);
       buffers.q = arena.take<float>(rows * model.head_dim);
       buffers.q_bf16 = arena.take<uint16_t>(rows * model.head_dim);
+      buffers.q_int16 = arena.take<int16_t>(rows * model.head_dim);
+      buffers.q_scales = arena.take<float>(rows);
       buffers.row_begin = arena.take<int64_t>(rows);
       buffers.row_end = arena.take<int64_t>(rows);
       buffers.scores = arena.take<float>(rows * KV_BLOCK);

@@ -84,10 +84,13 @@ struct GptqDecoderLayer {
   const GptqMixture* mixture;  // in place of gate, up and down, or null
 };
 
-// Keys and values of one sequence in one decoder layer.
+// Keys and values of one sequence in one decoder layer: of the model's dtype, or in 8 bits, where
+// each head of a position has a scale.
 struct GptqKvCache {
-  void* keys;    // [kv_heads][capacity][head_dim]
-  void* values;  // [kv_heads][capacity][head_dim]
+  void* keys;           // [kv_heads][capacity][head_dim]
+  void* values;         // [kv_heads][capacity][head_dim]
+  float* key_scales;    // [kv_heads][capacity], or null
+  float* value_scales;  // [kv_heads][capacity], or null
   int64_t capacity;
 };
 

@@ -473,6 +473,27 @@ BF16_TARGET void narrow(const float* from, int64_t count, uint16_t* to) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), to_bf16(_mm512_loadu_ps(from + i)));
 }
 
+// One head of a position, into a cache in 8 bits.
+void keep_int8(const uint16_t* from, int dim, int64_t place, void* codes, float* scales) {
+  float wide[16 * LANES];
+  widen(from, dim, wide);
+  scales[place] = quantize(wide, dim, MAX_INT8, static_cast<int8_t*>(codes) + place * dim);
+}
+
+// `count` positions of a head from a cache in 8 bits, rounded: to [count][dim].
+BF16_TARGET void read_int8(const void* codes, const float* scales, int64_t place, int count,
+                           int dim, uint16_t* to) {
+  for (int row = 0; row < count; row++)
+    for (int i = 0; i < dim; i += LANES) {
+      const int8_t* from = static_cast<const int8_t*>(codes) + (place + row) * dim + i;
+      const __m512i whole =
+          _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+      const __m512 value =
+          _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(scales[place + row]));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + row * dim + i), to_bf16(value));
+    }
+}
+
 BF16_TARGET void add_scaled(const uint16_t* from, float scale, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += LANES)
     _mm512_storeu_ps(to + i, _mm512_fmadd_ps(load_bf16(from + i), _mm512_set1_ps(scale),
@@ -539,20 +560,33 @@ struct Prefill {
       }
       for (int head = 0; head < model.kv_heads; head++) {
         const int64_t from = (row * model.kv_heads + head) * dim,
-                      to = (head * cache.capacity + past + row) * dim;
-        rotate_head(buffers.k + from, args(k_norm, dim), angles, keys + to);
-        memcpy(values + to, buffers.v + from, size_t(dim) * 2);
+                      place = head * cache.capacity + past + row;
+        if (cache.key_scales) {
+          rotate_head(buffers.k + from, args(k_norm, dim), angles, buffers.k + from);
+          keep_int8(buffers.k + from, dim, place, cache.keys, cache.key_scales);
+          keep_int8(buffers.v + from, dim, place, cache.values, cache.value_scales);
+          continue;
+        }
+        rotate_head(buffers.k + from, args(k_norm, dim), angles, keys + place * dim);
+        memcpy(values + place * dim, buffers.v + from, size_t(dim) * 2);
       }
     });
     const int64_t blocks = keys_held / 32, end = past + tokens;
     parallel_for(threads, model.kv_heads * blocks, [&](int64_t i) {
       const int64_t head = i / blocks, chunk = i % blocks,
-                    from = (head * cache.capacity + chunk * 32) * dim;
+                    place = head * cache.capacity + chunk * 32;
       const int count = int(std::clamp<int64_t>(end - chunk * 32, 0, 32));
+      uint16_t widened[2][32 * 16 * LANES];  // of a cache in 8 bits
+      const uint16_t *key = keys + place * dim, *value = values + place * dim;
+      if (cache.key_scales) {
+        read_int8(cache.keys, cache.key_scales, place, count, dim, widened[0]);
+        read_int8(cache.values, cache.value_scales, place, count, dim, widened[1]);
+        key = widened[0], value = widened[1];
+      }
       uint32_t* to = buffers.keys + (head * blocks + chunk) * 2 * (dim / 32) * AMX_BLOCK;
-      pack_keys(keys + from, std::min(count, 16), dim, to);
-      pack_keys(keys + from + 16 * dim, std::max(count - 16, 0), dim, to + dim / 32 * AMX_BLOCK);
-      pack_values(values + from, count, dim, blocks * AMX_BLOCK,
+      pack_keys(key, std::min(count, 16), dim, to);
+      pack_keys(key + 16 * dim, std::max(count - 16, 0), dim, to + dim / 32 * AMX_BLOCK);
+      pack_values(value, count, dim, blocks * AMX_BLOCK,
                   buffers.values + (head * (dim / 16) * blocks + chunk) * AMX_BLOCK);
     });
   }

@@ -94,8 +94,10 @@ enum Isa { PLAIN = 0, AVX2 = 1, DOTPROD = 1, AVX512 = 2, AVX512_VNNI = 3, AVX512
 // (AVX2) or sdot (ARM). INT16 is nearer to x than bfloat16 is; INT8 rounds x.
 enum class Activations { FLOAT32 = 0, INT16 = 1, INT8 = 2 };
 
-// The dtype of x, y and of weights that are not packed.
-enum Type { FLOAT32 = 0, BFLOAT16 = 1 };
+// The dtype of x, y and of weights that are not packed. Keys and values may be INT8.
+enum Type { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+
+constexpr int64_t size_of(int type) { return type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1; }
 
 INLINE float as_float(uint32_t bits) {
   float value;

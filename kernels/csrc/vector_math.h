@@ -4,6 +4,7 @@
 
 #include "simd.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace gptq {
@@ -28,6 +29,21 @@ inline void store_as(void* to, int64_t at, const float* from, int count, int typ
     return;
   }
   for (int i = 0; i < count; i++) static_cast<uint16_t*>(to)[at + i] = to_bfloat16(from[i]);
+}
+
+constexpr int8_t MAX_INT8 = 127;
+constexpr int16_t MAX_INT16 = 32767;
+
+// Round `count` floats to codes from -limit to limit; returns what a code is multiplied by.
+template <class CODE>
+inline float quantize(const float* from, int count, CODE limit, CODE* to) {
+  int32_t bits = 0;  // of the greatest without its sign: as whole numbers they are as great
+  for (int i = 0; i < count; i++) bits = std::max(bits, int32_t(as_bits(from[i]) & 0x7fffffff));
+  const float scale = as_float(uint32_t(bits)) / float(limit),
+              inverse = scale > 0 ? 1.0f / scale : 0.0f;
+  for (int i = 0; i < count; i++)  // what is added and taken off rounds to a whole number
+    to[i] = CODE(int32_t((from[i] * inverse + 12582912.0f) - 12582912.0f));
+  return scale;
 }
 
 // The sum of a vector's lanes.

@@ -175,8 +175,8 @@ struct Model : GptqModel {
       memory.back().emplace_back(random_floats(size_t(KV_HEADS) * capacity * HEAD_DIM, unsigned(i)),
                                  type);
     for (int i = 0; i < LAYERS; i++)
-      caches.back().push_back(
-          {memory.back()[2 * i].bytes.data(), memory.back()[2 * i + 1].bytes.data(), capacity});
+      caches.back().push_back({memory.back()[2 * i].bytes.data(),
+                               memory.back()[2 * i + 1].bytes.data(), nullptr, nullptr, capacity});
     return {past, tokens, caches.back().data()};
   }
 };

@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from gptq_loader_kernels.cpu.library import KvCache
-from gptq_loader_plugin.generation.kv_cache import GrowableLayer
+from gptq_loader_plugin.generation.kv_cache import GrowableLayer, Int8Layer
 
 if TYPE_CHECKING:
     import ctypes
@@ -79,10 +79,14 @@ class HeldCaches:
                 layer.lazy_initialization(like, like)
         rooms: list[torch.Tensor] = [layer.reserve(end, like) for layer in cache.layers]
         places = (KvCache * len(rooms))()
-        for place, room in zip(places, rooms, strict=True):
+        for place, layer, room in zip(places, cache.layers, rooms, strict=True):
+            if isinstance(layer, Int8Layer):
+                scales = layer.scales
+                assert scales is not None
+                place.key_scales, place.value_scales = scales[0].data_ptr(), scales[1].data_ptr()
             place.capacity = room.shape[3]
             place.keys = room.data_ptr()
-            place.values = room.data_ptr() + room.stride(0) * room.element_size()
+            place.values = room[1].data_ptr()
         capacity = min(room.shape[3] for room in rooms)
         self._known[cache] = _Held(model, list(cache.layers), rooms, capacity, places)
         return places
@@ -92,16 +96,18 @@ def is_growable(cache: Any, model: Model, dtype: torch.dtype) -> bool:  # noqa: 
     """Return whether a cache is one the step writes: of this model, and of one sequence."""
     if type(cache) is not DynamicCache or len(cache.layers) != model.layers:
         return False
-    length = getattr(cache.layers[0], "length", 0)
-    for layer in cache.layers:
-        if type(layer) is not GrowableLayer or layer.length != length:
+    layers: list[Any] = cache.layers
+    length = getattr(layers[0], "length", 0)
+    for layer in layers:
+        if type(layer) not in (GrowableLayer, Int8Layer) or layer.length != length:
             return False
         room: torch.Tensor | None = layer.room
         if room is None:
             continue
         capacity = room.shape[3] if room.dim() == 5 else -1
         shape = (2, 1, model.kv_heads, capacity, model.head_dim)
-        if room.shape != shape or room.dtype != dtype or capacity < length:
+        kept = torch.int8 if type(layer) is Int8Layer else dtype
+        if room.shape != shape or room.dtype != kept or capacity < length:
             return False
         if room.device.type != "cpu" or not room.is_contiguous():
             return False
