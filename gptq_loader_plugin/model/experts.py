@@ -65,6 +65,11 @@ class ExpertsLayout:
         """The projections of an expert."""
         return ("gate", "up", "down") if self.gated else ("up", "down")
 
+    def cut(self, columns: int) -> dict[str, torch.Tensor]:
+        """Return which columns of a joined gate and up are those of each, int64."""
+        parts = _interleaved if self.interleaved else _side_by_side
+        return dict(zip(("gate", "up"), parts(torch.arange(columns), 2), strict=True))
+
 
 def experts_layout(module: nn.Module) -> ExpertsLayout | None:
     """Return how a module keeps its experts; None where it fuses none."""

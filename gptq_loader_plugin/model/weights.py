@@ -17,6 +17,7 @@ from gptq_loader_plugin.checkpoint.tensor_info import DAMAGED
 from gptq_loader_plugin.checkpoint.tensors import is_finite
 from gptq_loader_plugin.errors import CorruptCheckpoint, TensorMismatch
 from gptq_loader_plugin.events import Progress
+from gptq_loader_plugin.model.expert_layers import expert_layers
 from gptq_loader_plugin.model.experts import PackedExperts
 from gptq_loader_plugin.model.float32 import kept_in_float32
 from gptq_loader_plugin.model.foreign_tensors import foreign_warnings
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
     from gptq_loader_plugin.checkpoint.reader import Checkpoint
     from gptq_loader_plugin.checkpoint.tensor_info import TensorInfo
-    from gptq_loader_plugin.kernel import LayerSpec
+    from gptq_loader_plugin.kernel import LayerSpec, PackedLinear
     from gptq_loader_plugin.planning.choose import Choice
     from gptq_loader_plugin.planning.plan import Plan
 
@@ -156,6 +157,7 @@ class _Filling:
                 self._dequantize(self.dequantized[name], places[name])
             elif name in places:
                 self._place_layer(self.choices[name], places[name])
+                release_freed()
             elif name in self.choices:
                 self.foreign += [info.name for info in parts]
             else:
@@ -187,35 +189,40 @@ class _Filling:
 
     def _make_experts(self, places: list[ExpertPlace]) -> None:
         for parent in dict.fromkeys(place.parent for place in places):
-            packed = PackedExperts(self.model.get_submodule(parent))
-            self.model.set_submodule(parent, packed)
-            self.experts[parent] = packed
+            self.experts[parent] = PackedExperts(self.model.get_submodule(parent))
+            self.model.set_submodule(parent, self.experts[parent])
 
     def _place_layer(self, choice: Choice, place: LayerPlace) -> None:
-        if isinstance(place, ExpertPlace) and not self._has_expert(choice.layer.name, place):
-            return None
+        if isinstance(place, ExpertPlace):
+            return self._place_expert(choice, place)
         if isinstance(place, SplitPlace):
             return self._place_split(choice, place)
         layer = choice.layer
         if isinstance(place, ModulePlace):
             self._check_shape(layer, self.model.get_submodule(place.path), place.path)
-        packed = self.checkpoint.packed(layer.name)
-        where = self.plan.place(layer.name)
+        module = self._prepare(choice, layer, self.checkpoint.packed(layer.name))
+        if isinstance(place, JoinedPlace):
+            return self._join(layer, place, module)
+        self.model.set_submodule(place.path, module)
+        self.prepared.add(place.path)
+        return None
+
+    def _prepare(self, choice: Choice, layer: LayerSpec, packed: PackedLinear) -> nn.Module:
+        """Have a kernel prepare a layer, or some columns of one, where the plan has it."""
+        where = self.plan.place(choice.layer.name)
         module = prepared(choice.kernel, layer, packed, where.device).to(where.device.torch_name)
         module.eval()
         if where.on_disk and self.offload_folder is not None:
             offload_module(module, self.offload_folder)
         self.modules[layer.name] = module
-        del packed
-        release_freed()
-        if isinstance(place, ExpertPlace):
-            self.experts[place.parent].place(place.expert, place.role, module)
-        elif isinstance(place, JoinedPlace):
-            self._join(layer, place, module)
-        else:
-            self.model.set_submodule(place.path, module)
-            self.prepared.add(place.path)
-        return None
+        return module
+
+    def _place_expert(self, choice: Choice, place: ExpertPlace) -> None:
+        if not self._has_expert(choice.layer.name, place):
+            return
+        experts, packed = self.experts[place.parent], self.checkpoint.packed(choice.layer.name)
+        for role, layer, part in expert_layers(choice, place.role, experts, packed, self.plan):
+            experts.place(place.expert, role, self._prepare(choice, layer, part))
 
     def _join(self, layer: LayerSpec, place: JoinedPlace, module: nn.Module) -> None:
         """Put a layer beside those that make up one module with it."""
@@ -240,25 +247,18 @@ class _Filling:
         """Whether the model has that expert; LongCat's files have some that compute nothing."""
         experts = self.experts[place.parent]
         if place.expert >= experts.num_experts and not experts.passes_on:
-            raise self._mismatch(
-                name, f"is of an expert beyond the {experts.num_experts} that config.json names"
-            )
+            what = f"is of an expert beyond the {experts.num_experts} that config.json names"
+            raise self._mismatch(name, what)
         return place.expert < experts.num_experts
 
     def _place_split(self, choice: Choice, place: SplitPlace) -> None:
         """Cut a layer's columns into the modules that the model has for them."""
         packed = self.checkpoint.packed(choice.layer.name)
-        where = self.plan.place(choice.layer.name)
         for path, columns in place.columns.items():
             layer = replace(choice.layer, name=path, out_features=len(columns))
             self._check_shape(layer, self.model.get_submodule(path), path)
-            part = packed.take_columns(columns)
-            module = prepared(choice.kernel, layer, part, where.device).to(where.device.torch_name)
-            module.eval()
-            if where.on_disk and self.offload_folder is not None:
-                offload_module(module, self.offload_folder)
-            self.modules[path] = module
-            self.model.set_submodule(path, module)
+            own = packed.take_columns(columns)
+            self.model.set_submodule(path, self._prepare(choice, layer, own))
 
     def _dequantize(self, layer: LayerSpec, place: LayerPlace) -> None:
         """Put a layer's weight, [N, K], where a module reads it by itself."""

@@ -44,16 +44,16 @@ using namespace gptq;
 namespace {
 
 // The code for each instruction set; ACC vectors of sums are what its registers hold.
-#define COMPILED(NAME, TARGET, V, ACC)                                                             \
-  TARGET void norm_##NAME(const NormArgs& norm, const float* x, float* y) {                        \
-    norm_body<V>(norm, x, y);                                                                      \
-  }                                                                                                \
-  TARGET void activate_multiply_##NAME(const float* gate, const float* up, Activation kind, int n, \
-                                       float* y) {                                                 \
-    activate_multiply_body<V>(gate, up, kind, n, y);                                               \
-  }                                                                                                \
-  TARGET void attend_##NAME(const AttentionArgs& args, int type) {                                 \
-    attend_body<V, ACC>(args, type);                                                               \
+#define COMPILED(NAME, TARGET, V, ACC)                                                            \
+  TARGET void norm_##NAME(const NormArgs& norm, const float* x, float* y) {                       \
+    norm_body<V>(norm, x, y);                                                                     \
+  }                                                                                               \
+  TARGET void activate_multiply_##NAME(const float* gate, const float* up, const Gate& by, int n, \
+                                       float* y) {                                                \
+    activate_multiply_body<V>(gate, up, by, n, y);                                                \
+  }                                                                                               \
+  TARGET void attend_##NAME(const AttentionArgs& args, int type) {                                \
+    attend_body<V, ACC>(args, type);                                                              \
   }
 
 COMPILED(plain, , Narrow, 8)
@@ -317,7 +317,7 @@ struct Worker : ThreadBuffers {
 
   void project_attention(const GptqDecoderLayer& layer, Chunks& chunks) {
     list_spans(layer);
-    merge_segments();
+    merge_segments(layer);
     project_delta(layer.o, attention, chunks);
   }
 
@@ -462,8 +462,8 @@ struct Worker : ThreadBuffers {
     rotate(head, cos + at, sin + at, model.rotary_dim, model.neighbours);
   }
 
-  // attention [M][heads][head_dim] from the segments of each span.
-  void merge_segments() {
+  // attention [M][heads][head_dim] from the segments of each span; a sink is in no segment.
+  void merge_segments(const GptqDecoderLayer& layer) {
     const int dim = model.head_dim, group = model.heads / model.kv_heads;
     for (int64_t of = 0; of < span_count; of++) {
       const KvSpan& span = spans[of];
@@ -472,12 +472,15 @@ struct Worker : ThreadBuffers {
           HeadOrder::of(cache_type(model, span.sequence->caches[0]), model.isa, dim);
       for (int64_t i = 0; i < group * tokens; i++) {
         float merged[MAX_HEAD_DIM] = {};
-        float* to = attention +
-                    ((span.row + i % tokens) * model.heads + span.head * group + i / tokens) * dim;
+        const int64_t head = span.head * group + i / tokens;
+        float* to = attention + ((span.row + i % tokens) * model.heads + head) * dim;
         const auto at = [&](int64_t segment) { return (span.segment + segment) * max_rows + i; };
-        float max = -INFINITY, sum = 0;
+        const float sink =
+            layer.sinks ? load_number(layer.sinks, model.parameter_type, head) : -INFINITY;
+        float max = sink;
         for (int64_t segment = 0; segment < segments; segment++)
           max = std::max(max, shared.running_max[at(segment)]);
+        float sum = layer.sinks ? expf(sink - max) : 0;
         for (int64_t segment = 0; segment < segments; segment++) {
           if (shared.running_max[at(segment)] == -INFINITY) continue;  // it attends to none of it
           const float correction = expf(shared.running_max[at(segment)] - max),
@@ -526,14 +529,14 @@ struct Worker : ThreadBuffers {
   void gate_tiles(const GptqProjection& gate, const GptqProjection& up, int64_t begin, int64_t end,
                   const Gated& in, int64_t rows, float* gated) const {
     float* up_tile = up.out_features ? tile + rows * COLUMNS : nullptr;
+    const Gate by{Activation(model.activation), model.swiglu_alpha, model.swiglu_limit};
     for (int64_t at = begin; at < end; at++) {
       const int columns = project_tile(model, gate, at, rows, in.gate, tile);
       if (up_tile) project_tile(model, up, at, rows, in.up, up_tile);
       for (int64_t row = 0; row < rows; row++) {
         float* values = tile + row * COLUMNS;
         const float* factors = up_tile ? up_tile + row * COLUMNS : nullptr;
-        DISPATCH(activate_multiply, model.isa, values, factors, Activation(model.activation),
-                 COLUMNS, values);
+        DISPATCH(activate_multiply, model.isa, values, factors, by, COLUMNS, values);
         memcpy(gated + row * gate.out_features + at * COLUMNS, values, sizeof(float) * columns);
       }
     }
@@ -569,7 +572,7 @@ struct Worker : ThreadBuffers {
   void route(const GptqMixture& mixture) const {
     Routes routes = shared.routes;
     for (int64_t row = 0; row < m; row++) {
-      routes.choose(mixture, row, shared.logits + row * mixture.experts);
+      routes.choose(mixture, model.parameter_type, row, shared.logits + row * mixture.experts);
       if (!mixture.shared_gate) continue;
       float score;
       dense(dense_of(mixture.shared_gate), 0, 1, shared.normed + row * model.hidden, nullptr,

@@ -64,6 +64,7 @@ struct GptqExpert {
 struct GptqMixture {
   const GptqExpert* expert;  // [experts], and the one that every token takes, where there is one
   const void* router;        // [experts][hidden] of parameter_type
+  const void* router_bias;   // [experts] of parameter_type, or null
   const void* shared_gate;   // [hidden] of parameter_type, of the one for every token, or null
   int32_t experts, top_k;
   int32_t normalized;  // whether what the chosen ones count adds up to 1
@@ -82,6 +83,7 @@ struct GptqDecoderLayer {
   int64_t window;              // positions that a token attends to, or 0 for all
   int32_t angles;              // the table that its heads are rotated by, or -1 for none
   const GptqMixture* mixture;  // in place of gate, up and down, or null
+  const void* sinks;  // [heads] of parameter_type: a score of each that joins its softmax, or null
 };
 
 // Keys and values of one sequence in one decoder layer: of the model's dtype, or in 8 bits, where
@@ -109,7 +111,7 @@ struct GptqModel {
   float eps, scale;
   GptqNorm norm;  // [hidden]
   const GptqDecoderLayer* layer;
-  int32_t parameter_type;  // of norms, and of the biases of what is not packed
+  int32_t parameter_type;  // of norms, routers and sinks, and of biases of what is not packed
   int32_t norm_kind, activation;
   int32_t rotary_dim;  // how much of a head is rotated
   int32_t neighbours;  // whether it is rotated by pairs of neighbours, else by halves
@@ -117,6 +119,7 @@ struct GptqModel {
   int32_t parallel;
   float residual;  // what is added to x is multiplied by it
   float softcap;   // scores are softcap * tanh(score / softcap), or 0 for as they are
+  float swiglu_alpha, swiglu_limit;  // of the activation SWIGLU_OAI
 };
 
 // interface.cpp. The size of a structure by its name, or 0 where there is none; a function's result

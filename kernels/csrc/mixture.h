@@ -9,6 +9,7 @@
 
 #include "interface.h"
 #include "scratch.h"
+#include "simd.h"
 
 #include <algorithm>
 #include <cmath>
@@ -30,9 +31,12 @@ struct Routes {
     weight = arena.take<float>(size_t(m) * (mixture.top_k + 1));
   }
 
-  // Choose a row's experts by its logits [experts], which are overwritten.
-  void choose(const GptqMixture& mixture, int64_t of, float* logits) {
+  // Choose a row's experts by its logits [experts] without their bias, which are overwritten; the
+  // bias is of `type`.
+  void choose(const GptqMixture& mixture, int type, int64_t of, float* logits) {
     const int experts = mixture.experts, top_k = mixture.top_k;
+    for (int i = 0; mixture.router_bias && i < experts; i++)
+      logits[i] += load_number(mixture.router_bias, type, i);
     float max = logits[0], sum = 0, of_chosen = 0;
     for (int i = 1; i < experts; i++) max = std::max(max, logits[i]);
     for (int i = 0; i < experts; i++) sum += logits[i] = expf(logits[i] - max);

@@ -112,7 +112,7 @@ BF16_TARGET void norm_row(const NormArgs& norm, const X* x, uint16_t* y) {
 
 // gate = activation(gate) * up, or what is activated alone where `up` is null: one token, the last
 // vector maybe short.
-BF16_TARGET void activate_multiply(uint16_t* gate, const uint16_t* up, Activation activation,
+BF16_TARGET void activate_multiply(uint16_t* gate, const uint16_t* up, const Gate& by,
                                    int64_t size) {
   for (int64_t i = 0; i < size; i += LANES) {
     const __mmask16 mask = size - i >= LANES ? 0xffff : __mmask16((1u << (size - i)) - 1);
@@ -122,8 +122,11 @@ BF16_TARGET void activate_multiply(uint16_t* gate, const uint16_t* up, Activatio
           _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from + i)), 16));
     };
     floats g = (floats)wide(gate);
-    activate(g, activation);
-    if (up) g = (floats)_mm512_mul_ps((__m512)g, wide(up));
+    activate(g, by);
+    if (up) {
+      floats u = (floats)wide(up);
+      multiply_up(g, u, by);
+    }
     _mm256_mask_storeu_epi16(gate + i, mask, to_bf16((__m512)g));
   }
 }
@@ -222,6 +225,8 @@ struct AttentionArgs {
   int64_t past, tokens, keys_held, window;
   int heads, kv_heads, dim;
   float scale, softcap;
+  const void* sinks;  // [heads] of sinks_type, or null
+  int sinks_type;
   bool amx;
 };
 
@@ -326,8 +331,9 @@ BF16_TARGET void attend(const AttentionArgs& a, int head, int64_t token,
                          _mm512_set1_epi32(int(end - 1)));
     first_key[v] = a.window ? _mm512_sub_epi32(last_key[v], _mm512_set1_epi32(int(a.window)))
                             : _mm512_set1_epi32(-1);
-    running_max[v] = _mm512_set1_ps(-INFINITY);
-    row_sum[v] = _mm512_setzero_ps();
+    // A sink is a score before all others, of a key without a value.
+    running_max[v] = _mm512_set1_ps(a.sinks ? load_number(a.sinks, a.sinks_type, head) : -INFINITY);
+    row_sum[v] = _mm512_set1_ps(a.sinks ? 1.0f : 0.0f);
   }
   const int64_t chunks = a.keys_held / 32;
   for (int64_t key = start; key < end; key += KEYS_AT_ONCE) {
@@ -592,10 +598,11 @@ struct Prefill {
   }
 
   int attend_all(const GptqDecoderLayer& layer) const {
-    const AttentionArgs a{buffers.q,     buffers.keys,   buffers.values, buffers.attention,
-                          past,          tokens,         keys_held,      layer.window,
-                          model.heads,   model.kv_heads, model.head_dim, model.scale,
-                          model.softcap, amx != 0};
+    const AttentionArgs a{
+        buffers.q,      buffers.keys, buffers.values, buffers.attention, past,
+        tokens,         keys_held,    layer.window,   model.heads,       model.kv_heads,
+        model.head_dim, model.scale,  model.softcap,  layer.sinks,       model.parameter_type,
+        amx != 0};
     const int64_t parts = round_up<int64_t>(tokens, TOKENS_PER_TASK) / TOKENS_PER_TASK;
     std::atomic<int> failed{0};
     std::atomic<int64_t> next{0};
@@ -659,9 +666,10 @@ struct Prefill {
     const int64_t columns = part.gate.out_features;
     const bool gated = part.up.out_features > 0;
     if (project(model, feed, both, gated ? 2 : 1, x, rows, amx, threads)) return 1;
+    const Gate by{Activation(model.activation), model.swiglu_alpha, model.swiglu_limit};
     parallel_for(threads, rows, [&](int64_t i) {
-      activate_multiply(buffers.gate + i * columns, gated ? buffers.up + i * columns : nullptr,
-                        Activation(model.activation), columns);
+      activate_multiply(buffers.gate + i * columns, gated ? buffers.up + i * columns : nullptr, by,
+                        columns);
     });
     return project(model, down, out, 1, buffers.gate, rows, amx, threads);
   }
@@ -692,7 +700,7 @@ struct Prefill {
       float* scores = buffers.scores + row * mixture.experts;
       dense({mixture.router, model.hidden, model.parameter_type, isa}, 0, mixture.experts, x,
             nullptr, scores);
-      routes.choose(mixture, row, scores);
+      routes.choose(mixture, model.parameter_type, row, scores);
       if (mixture.shared_gate) {
         float score;
         dense({mixture.shared_gate, model.hidden, model.parameter_type, isa}, 0, 1, x, nullptr,

@@ -154,7 +154,13 @@ INLINE void cap(F& score, float softcap) {
   score = score * softcap;
 }
 
-enum class Activation { SILU = 0, GELU_TANH = 1, GELU = 2 };
+// SWIGLU_OAI, gpt-oss': gate and up are clamped, and 1 is added to up.
+enum class Activation { SILU = 0, GELU_TANH = 1, GELU = 2, SWIGLU_OAI = 3 };
+
+struct Gate {
+  Activation activation;
+  float alpha, limit;  // of SWIGLU_OAI
+};
 
 // x * sigmoid(scaled).
 template <class F>
@@ -180,28 +186,43 @@ INLINE void multiply_normal(F& x) {
 }
 
 template <class F>
-INLINE void activate(F& x, Activation activation) {
-  if (activation == Activation::SILU)
+INLINE void activate(F& x, const Gate& gate) {
+  if (gate.activation == Activation::SILU) {
     multiply_sigmoid(x, x);
-  else if (activation == Activation::GELU_TANH)  // (1 + tanh(y)) / 2 is sigmoid(2y)
+  } else if (gate.activation == Activation::SWIGLU_OAI) {
+    x = x > gate.limit ? F{} + gate.limit : x;
+    multiply_sigmoid(x, F(gate.alpha * x));
+  } else if (gate.activation == Activation::GELU_TANH) {  // (1 + tanh(y)) / 2 is sigmoid(2y)
     multiply_sigmoid(x, F(1.59576912160573f * (x + 0.044715f * x * x * x)));
-  else
+  } else {
     multiply_normal(x);
+  }
+}
+
+// x *= up, x what was activated.
+template <class F>
+INLINE void multiply_up(F& x, F& up, const Gate& gate) {
+  if (gate.activation == Activation::SWIGLU_OAI) {
+    up = up > gate.limit ? F{} + gate.limit : up;
+    up = up < -gate.limit ? F{} - gate.limit : up;
+    up += 1.0f;
+  }
+  x *= up;
 }
 
 // y = activation(gate) * up, or what is activated alone where `up` is null.
 template <class V>
-INLINE void activate_multiply_body(const float* gate, const float* up, Activation activation,
-                                   int count, float* y) {
+INLINE void activate_multiply_body(const float* gate, const float* up, const Gate& by, int count,
+                                   float* y) {
   using floats = typename V::floats;
   for (int i = 0; i < count; i += V::LANES) {
     floats g;
     load<FLOAT32>(gate, i, g);
-    activate(g, activation);
+    activate(g, by);
     if (up) {
       floats u;
       load<FLOAT32>(up, i, u);
-      g *= u;
+      multiply_up(g, u, by);
     }
     memcpy(y + i, &g, sizeof g);
   }

@@ -43,14 +43,18 @@ def assert_alone(
 
 
 def alone(step: Any, built: Described) -> Any:
-    repeated = step.family.angles_repeated
-    return lambda at: Angles(repeated=repeated)._compute(step.decoder.rotary_emb, [at], built)
+    angles = angles_of(step)
+    return lambda at: angles._compute(step.decoder.rotary_emb, [at], built)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "cohere", "phi"])
+def angles_of(step: Any) -> Angles:
+    return Angles(repeated=step.family.angles_repeated, once=step.family.angles_once)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "cohere", "phi", "gpt_oss"])
 def test_they_are_those_of_each_token(family: str) -> None:
     step, built = described(family)
-    angles = Angles(repeated=step.family.angles_repeated)
+    angles = angles_of(step)
     with torch.inference_mode():
         for call in CALLS:
             assert_alone(angles.of(step.decoder.rotary_emb, call, built), step, call, built)

@@ -65,6 +65,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2, "intermediate_size": 192, "attention_bias": True,
         "pad_token_id": 0,
     },
+    "gpt_oss": {
+        "num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 3,
+        "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"],
+        "swiglu_limit": 1.5, "pad_token_id": 0, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "truncate": False,
+            "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 128,
+        },
+    },
     "granite": {
         "num_key_value_heads": 2, "residual_multiplier": 0.4, "attention_multiplier": 0.3,
         "embedding_multiplier": 3.0, "logits_scaling": 2.0,
@@ -112,7 +120,7 @@ def build(family: str, *, dtype: torch.dtype = torch.float32, bits: int | None =
     config = AutoConfig.for_model(fields.pop("model_type", family), **fields)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
+        if "norm" in name or name.endswith(("bias", "sinks")):
             parameter.data = torch.randn(parameter.shape).mul(0.3).add(1).to(dtype)
     for name, fused in list(model.base_model.named_modules()):
         if experts_layout(fused) is not None:
@@ -139,9 +147,10 @@ def separate(fused: Any) -> PackedExperts:
     assert layout is not None
     parts = list(expert_weights(fused, layout))
     experts = PackedExperts(fused)
-    for expert, role, weight, _ in sorted(parts, key=lambda it: it[:2]):
+    for expert, role, weight, bias in sorted(parts, key=lambda it: it[:2]):
         linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        linear.weight = torch.nn.Parameter(weight.clone())
+        linear.weight = torch.nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+        linear.bias = None if bias is None else torch.nn.Parameter(bias.clone())
         experts.place(expert, role, linear)
     return experts
 
@@ -377,7 +386,7 @@ def test_a_step_in_bfloat16_that_differs_is_undone(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("threads", [2, 5, 16])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "qwen2_moe", "gpt_oss"])
 def test_threads_share_the_positions_of_a_head(family: str, threads: int) -> None:
     model = build(family)
     ids = torch.randint(0, 300, (1, 400), generator=torch.Generator().manual_seed(1))
@@ -399,15 +408,18 @@ def test_threads_share_the_positions_of_a_head(family: str, threads: int) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("code", EXACT_CODES)
-def test_the_code_for_every_processor_answers_alike(code: Code, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("family", ["mistral", "gpt_oss"])
+def test_the_code_for_every_processor_answers_alike(
+    family: str, code: Code, dtype: torch.dtype
+) -> None:
     from gptq_loader_kernels.cpu.decoder import NativeDecoder
 
     isa, activations = code
     ids = torch.randint(0, 300, (1, 200), generator=torch.Generator().manual_seed(1))
     sizes = (1, 8, 1, 4, 1, 3, 2)
     with torch.inference_mode():
-        exact = build("mistral")(input_ids=ids).logits[:, 180:]
-        model = build("mistral", dtype=dtype)
+        exact = build(family)(input_ids=ids).logits[:, 180:]
+        model = build(family, dtype=dtype)
         plain = by_steps(model, ids, 180, sizes).float()
     step = NativeDecoder(model.model, isa=isa, activations=activations)
     model.model.forward = step.forward
@@ -441,7 +453,7 @@ def test_a_forward_put_in_its_place_sees_every_call() -> None:
 
 @pytest.mark.parametrize("code", EXACT_CODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3", "qwen2_moe", "gpt_oss"])
 def test_sequences_step_together_as_they_do_alone(
     family: str, dtype: torch.dtype, code: Code
 ) -> None:
@@ -464,7 +476,8 @@ def test_threads_step_sequences_together(family: str, dtype: torch.dtype, thread
 @pytest.mark.parametrize("code", EXACT_CODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("family", "first"), [("llama", 120), ("mistral", 1018), ("gemma2", 1270), ("qwen2_moe", 9)]
+    ("family", "first"),
+    [("llama", 120), ("mistral", 1018), ("gemma2", 1270), ("qwen2_moe", 9), ("gpt_oss", 120)],
 )
 def test_a_token_is_the_same_in_every_step(
     family: str, dtype: torch.dtype, code: Code, first: int

@@ -25,10 +25,11 @@ class Angles:
 
     Args:
         repeated: whether the module's angles come each twice side by side.
+        once: whether they come once; else all of them twice.
     """
 
-    def __init__(self, *, repeated: bool) -> None:
-        self._repeated = repeated
+    def __init__(self, *, repeated: bool, once: bool = False) -> None:
+        self._repeated, self._once = repeated, once
         self._first = 0  # position of the tables
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
         self._state: _State | None = None  # what they were computed by
@@ -76,6 +77,8 @@ class Angles:
         cos, sin = (torch.cat(parts).contiguous() for parts in zip(*tables, strict=True))
         if self._repeated:  # here each comes once, and then all again
             cos, sin = (torch.cat((it[..., ::2],) * 2, dim=-1) for it in (cos, sin))
+        if self._once:
+            cos, sin = (torch.cat((it, it), dim=-1) for it in (cos, sin))
         shape = (len(tables), len(positions), built.model.rotary_dim)
         for name, angles in (("cos", cos), ("sin", sin)):
             check_tensor(name, angles, shape, torch.float32)

@@ -66,7 +66,7 @@ class NativeDecoder:
         self.steps = self.prompts = 0  # taken natively
         self._built: Described | None = None
         self._held = HeldCaches()
-        self._angles = Angles(repeated=family.angles_repeated)
+        self._angles = Angles(repeated=family.angles_repeated, once=family.angles_once)
         self._lock = threading.Lock()  # the library is told of one cache at a time
 
     def __getstate__(self) -> dict[str, Any]:

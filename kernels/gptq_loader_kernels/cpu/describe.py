@@ -30,6 +30,8 @@ from gptq_loader_kernels.cpu.mixtures import (
     experts_of,
     is_mixture,
     projections_of,
+    router_of,
+    swiglu_of,
 )
 from gptq_loader_kernels.cpu.parts import (
     angle_tables,
@@ -42,6 +44,7 @@ from gptq_loader_kernels.cpu.parts import (
     projection_sizes,
     residual_of,
     rotary_sizes,
+    sinks_of,
     softcap_of,
     table_of,
     window_of,
@@ -95,10 +98,14 @@ def describe(
         for name in family.norms:
             _describe_norm(getattr(place, name), norm_of(layer, family, name), kept)
         if is_mixture(layer, family):
-            place.mixture = ctypes.pointer(_describe_mixture(layer.mlp, kept))
+            place.mixture = ctypes.pointer(_describe_mixture(layer.mlp, family, kept))
+        if (sinks := sinks_of(layer, family)) is not None:
+            place.sinks = sinks.data_ptr()
+            kept.append(sinks)
         place.window = window_of(decoder, family, index)
         place.angles = table_of(decoder, family, index)
     config, first = decoder.config, decoder.layers[0]
+    alpha, limit = swiglu_of(first, family)
     model = Model(
         layers=len(described),
         hidden=config.hidden_size,
@@ -113,13 +120,15 @@ def describe(
         scale=attention_of(first, family).scaling,
         layer=ctypes.cast(described, ctypes.POINTER(DecoderLayer)),
         norm_kind=family.norm_kind,
-        activation=ACTIVATIONS[type(next(activations_of(first, family))).__name__],
+        activation=ACTIVATIONS[next(activations_of(first, family))],
         rotary_dim=max(rotary_sizes(decoder, family)),
         softcap=softcap_of(first, family),
         neighbours=family.neighbours,
         all_heads=family.all_heads,
         parallel=is_parallel(first, family),
         residual=residual_of(first),
+        swiglu_alpha=alpha,
+        swiglu_limit=limit,
     )
     _describe_norm(model.norm, last_norm, kept)
     kept.append(described)
@@ -156,7 +165,7 @@ def _describe_projections(
             before, first = module, first + (head_dim if apart else columns)
 
 
-def _describe_mixture(mixture: Any, kept: list[Any]) -> Mixture:  # noqa: ANN401
+def _describe_mixture(mixture: Any, family: Family, kept: list[Any]) -> Mixture:  # noqa: ANN401
     each = experts_of(mixture)
     experts = (Expert * len(each))()
     for place, linears_ in zip(experts, each, strict=True):
@@ -164,8 +173,12 @@ def _describe_mixture(mixture: Any, kept: list[Any]) -> Mixture:  # noqa: ANN401
             module = linears_[role]
             _describe_projection(getattr(place, role), module, 0, module.out_features, kept)
         place.up.same_rows = _same_rows(linears_["gate"], linears_["up"])
-    router, shared_gate = mixture.gate, getattr(mixture, "shared_expert_gate", None)
-    tensors = [router.weight, None if shared_gate is None else shared_gate.weight]
+    router, shared_gate = router_of(mixture, family), getattr(mixture, "shared_expert_gate", None)
+    tensors = [
+        router.weight,
+        getattr(router, "bias", None),
+        None if shared_gate is None else shared_gate.weight,
+    ]
     described = Mixture(
         ctypes.cast(experts, ctypes.POINTER(Expert)),
         *(None if it is None else it.data_ptr() for it in tensors),

@@ -80,6 +80,7 @@ class Family:
         softcap: the attribute of its attention that caps scores, or None.
         neighbours: whether heads are rotated by pairs of neighbours, else by halves.
         angles_repeated: whether each angle comes twice, one after the other.
+        angles_once: whether each angle comes once; else all of them twice.
         rotates: the attribute of its attention that says whether it rotates; None for always.
         all_heads: whether queries and keys are normed over all heads.
         parallel: whether attention and the feed-forward part read the same x in every layer.
@@ -87,6 +88,10 @@ class Family:
         refused: settings of which the library has nothing, where they are set.
         angles_by_type: whether each type of layer is rotated by angles of its own.
         expert_size: the setting that has the width of an expert, of a mixture; or None.
+        mixture: the end of its mixtures' class.
+        router: the path of a mixture's router.
+        clamps: whether its experts clamp gate and up, and add 1 to up.
+        sinks: the attribute of its attention that joins each head's softmax, or None.
     """
 
     name: str
@@ -104,6 +109,7 @@ class Family:
     softcap: str | None = None
     neighbours: bool = False
     angles_repeated: bool = False
+    angles_once: bool = False
     rotates: str | None = None
     all_heads: bool = False
     parallel: bool = False
@@ -111,6 +117,10 @@ class Family:
     refused: tuple[str, ...] = ()
     angles_by_type: bool = False
     expert_size: str | None = None
+    mixture: str = "SparseMoeBlock"
+    router: str = "gate"
+    clamps: bool = False
+    sinks: str | None = None
 
 
 FAMILIES = {
@@ -175,6 +185,15 @@ FAMILIES = {
         norms=GLM_NORMS,
         activation="mlp.activation_fn",
         neighbours=True,
+    ),
+    "GptOssModel": Family(
+        "GptOss",
+        angles_once=True,
+        expert_size="intermediate_size",
+        mixture="MLP",
+        router="router",
+        clamps=True,
+        sinks="sinks",
     ),
     "GraniteModel": Family("Granite"),
     "LlamaModel": Family("Llama"),

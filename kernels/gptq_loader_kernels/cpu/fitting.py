@@ -11,13 +11,16 @@ from gptq_loader_kernels.cpu.families import FAMILIES, Family, family_of, find
 from gptq_loader_kernels.cpu.library import COLUMNS, Activation
 from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
 from gptq_loader_kernels.cpu.mixtures import (
+    CLAMPED,
     ROLES,
     activations_of,
     experts_of,
     fused_of,
     is_mixture,
     projections_of,
+    router_of,
     shared_of,
+    swiglu_of,
 )
 from gptq_loader_kernels.cpu.parts import (
     attention_of,
@@ -29,6 +32,7 @@ from gptq_loader_kernels.cpu.parts import (
     projection_sizes,
     residual_of,
     rotary_sizes,
+    sinks_of,
     softcap_of,
     window_of,
 )
@@ -43,6 +47,7 @@ LANES = 16
 ACTIVATIONS = {
     "SiLUActivation": Activation.SILU, "SiLU": Activation.SILU, "GELUTanh": Activation.GELU_TANH,
     "NewGELUActivation": Activation.GELU_TANH, "GELUActivation": Activation.GELU,
+    CLAMPED: Activation.SWIGLU_OAI,
 }  # fmt: skip
 # Ways to compute the same attention; another name is somebody's own.
 ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -138,8 +143,8 @@ def _other_mixture(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
         experts: Any = mixture.experts.experts
         if any(set(expert) != set(ROLES) for expert in experts):
             return f"the experts of mixture {i} have other layers than gate, up and down"
-        if mixture.gate.top_k > len(experts):
-            return f"mixture {i} takes {mixture.gate.top_k} of {len(experts)} experts"
+        if (top_k := router_of(mixture, family).top_k) > len(experts):
+            return f"mixture {i} takes {top_k} of {len(experts)} experts"
         shared_gate = getattr(mixture, "shared_expert_gate", None)
         if shared_gate is not None and type(shared_gate) is not nn.Linear:
             return "mlp.shared_expert_gate is multiplied by another kernel"
@@ -149,9 +154,7 @@ def _other_mixture(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
 def _several(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
     """Say what a decoder has several of, where the step takes one."""
     norms = [part for _, part, name in _classes(decoder, family) if name == _norm(family)]
-    activations = [
-        type(it).__name__ for layer in decoder.layers for it in activations_of(layer, family)
-    ]
+    activations = [it for layer in decoder.layers for it in activations_of(layer, family)]
     if other := sorted(set(activations).difference(ACTIVATIONS)):
         names = ", ".join(it.name.lower() for it in Activation)
         return f"its activation is {other[0]}; the step has {names}"
@@ -163,6 +166,7 @@ def _several(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
         "residual multiplier": {residual_of(layer) for layer in decoder.layers},
         "parallel residual": {is_parallel(layer, family) for layer in decoder.layers},
         "activation": {ACTIVATIONS[it].name.lower() for it in activations},
+        "swiglu": {swiglu_of(layer, family) for layer in decoder.layers},
     }
     for name, each in values.items():
         if len(each) > 1:
@@ -199,8 +203,9 @@ def _classes(decoder: Any, family: Family) -> Iterator[tuple[str, Any, str]]:  #
         if not is_mixture(layer, family):
             yield f"layers.{i}.mlp", layer.mlp, "MLP"
         else:
-            yield f"layers.{i}.mlp", layer.mlp, "SparseMoeBlock"
-            yield f"layers.{i}.mlp.gate", layer.mlp.gate, "TopKRouter"
+            router = router_of(layer.mlp, family)
+            yield f"layers.{i}.mlp", layer.mlp, family.mixture
+            yield f"layers.{i}.mlp.{family.router}", router, "TopKRouter"
             yield f"layers.{i}.mlp.experts", fused_of(layer.mlp), "Experts"
             if (shared := shared_of(layer.mlp)) is not None:
                 yield f"layers.{i}.mlp.shared_expert", shared, "MLP"
@@ -267,9 +272,12 @@ def _parts(decoder: Any, family: Family) -> Iterator[tuple[str, Any, tuple[int, 
             yield path, module.weight, shape
             yield path, module.bias, shape[:1]
     for layer in decoder.layers:
+        yield family.sinks or "sinks", sinks_of(layer, family), (config.num_attention_heads,)
         if is_mixture(layer, family):
+            router, path = router_of(layer.mlp, family), f"mlp.{family.router}"
             count = len(layer.mlp.experts.experts)
-            yield "mlp.gate", layer.mlp.gate.weight, (count, hidden)
+            yield path, router.weight, (count, hidden)
+            yield f"{path}.bias", getattr(router, "bias", None), (count,)
             if shared_of(layer.mlp) is not None:
                 yield "mlp.shared_expert_gate", layer.mlp.shared_expert_gate.weight, (1, hidden)
         for name, path in family.norms.items():

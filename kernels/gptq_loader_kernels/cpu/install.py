@@ -89,7 +89,8 @@ def _float32_parts(step: NativeDecoder) -> Iterator[None]:
     That is what chooses experts, and torch's norms.
     """
     mixtures = [it.mlp for it in step.decoder.layers if is_mixture(it, step.family)]
-    gates = [getattr(it, name, None) for it in mixtures for name in ("gate", "shared_expert_gate")]
+    names = step.family.router, "shared_expert_gate"
+    gates = [getattr(it, name, None) for it in mixtures for name in names]
     norms = [it for it in step.decoder.modules() if isinstance(it, nn.LayerNorm)]
     kept = [
         (part, name, parameter)

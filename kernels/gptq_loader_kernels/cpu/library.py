@@ -73,6 +73,7 @@ class Activation(IntEnum):
     SILU = 0
     GELU_TANH = 1
     GELU = 2
+    SWIGLU_OAI = 3  # gate and up are clamped, and 1 is added to up
 
 
 class Linear(ctypes.Structure):
@@ -129,6 +130,7 @@ class Mixture(ctypes.Structure):
     _fields_ = (
         ("expert", ctypes.POINTER(Expert)),
         ("router", ctypes.c_void_p),
+        ("router_bias", ctypes.c_void_p),
         ("shared_gate", ctypes.c_void_p),
         ("experts", ctypes.c_int32),
         ("top_k", ctypes.c_int32),
@@ -155,6 +157,7 @@ class DecoderLayer(ctypes.Structure):
         ("window", ctypes.c_int64),
         ("angles", ctypes.c_int32),
         ("mixture", ctypes.POINTER(Mixture)),
+        ("sinks", ctypes.c_void_p),
     )
 
 
@@ -201,8 +204,10 @@ class Model(ctypes.Structure):
                 "all_heads", "parallel",
             )
         ),
-        ("residual", ctypes.c_float),
-        ("softcap", ctypes.c_float),
+        *(
+            (name, ctypes.c_float)
+            for name in ("residual", "softcap", "swiglu_alpha", "swiglu_limit")
+        ),
     )  # fmt: skip
 
 

@@ -13,16 +13,20 @@ if TYPE_CHECKING:
     from gptq_loader_kernels.cpu.families import Family
 
 __all__ = [
+    "CLAMPED",
     "ROLES",
     "activations_of",
     "experts_of",
     "fused_of",
     "is_mixture",
     "projections_of",
+    "router_of",
     "shared_of",
+    "swiglu_of",
 ]
 
 ROLES = ("gate", "up", "down")
+CLAMPED = "SwiGLU-OAI"
 
 
 def is_mixture(layer: Any, family: Family) -> bool:  # noqa: ANN401
@@ -40,14 +44,22 @@ def projections_of(layer: Any, family: Family) -> dict[str, tuple[str, ...]]:  #
     }
 
 
-def activations_of(layer: Any, family: Family) -> Iterator[Any]:  # noqa: ANN401
-    """Go through the activations of a layer's feed-forward part."""
+def activations_of(layer: Any, family: Family) -> Iterator[str]:  # noqa: ANN401
+    """Go through the activations of a layer's feed-forward part, by the names of their classes."""
     if not is_mixture(layer, family):
-        yield find(layer, family.activation)
+        yield type(find(layer, family.activation)).__name__
         return
-    yield fused_of(layer.mlp).act_fn
+    yield CLAMPED if family.clamps else type(fused_of(layer.mlp).act_fn).__name__
     if (shared := shared_of(layer.mlp)) is not None:
-        yield shared.act_fn
+        yield type(shared.act_fn).__name__
+
+
+def swiglu_of(layer: Any, family: Family) -> tuple[float, float]:  # noqa: ANN401
+    """Return by what experts that clamp multiply their gates, and what they clamp to; or zeros."""
+    if not family.clamps or not is_mixture(layer, family):
+        return 0.0, 0.0
+    fused = fused_of(layer.mlp)
+    return float(fused.alpha), float(fused.limit)
 
 
 def experts_of(mixture: Any) -> list[dict[str, Any]]:  # noqa: ANN401
@@ -58,6 +70,11 @@ def experts_of(mixture: Any) -> list[dict[str, Any]]:  # noqa: ANN401
     if shared is not None:
         each.append({role: getattr(shared, f"{role}_proj") for role in ROLES})
     return each
+
+
+def router_of(mixture: Any, family: Family) -> Any:  # noqa: ANN401
+    """Return what chooses the experts of a token."""
+    return find(mixture, family.router)
 
 
 def shared_of(mixture: Any) -> Any:  # noqa: ANN401

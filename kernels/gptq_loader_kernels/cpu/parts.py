@@ -23,6 +23,7 @@ __all__ = [
     "projection_sizes",
     "residual_of",
     "rotary_sizes",
+    "sinks_of",
     "softcap_of",
     "table_of",
     "window_of",
@@ -81,6 +82,11 @@ def rotary_sizes(decoder: Any, family: Family) -> set[int]:  # noqa: ANN401
     tables = [getattr(decoder.rotary_emb, name, None) for name in names]
     head_dim = head_dim_of(decoder, family)
     return {head_dim if table is None else 2 * table.numel() for table in tables}
+
+
+def sinks_of(layer: Any, family: Family) -> Any:  # noqa: ANN401
+    """Return the scores [heads] that join the softmax of a layer's heads, or None."""
+    return find(attention_of(layer, family), family.sinks) if family.sinks else None
 
 
 def softcap_of(layer: Any, family: Family) -> float:  # noqa: ANN401
