@@ -313,17 +313,26 @@ template <int R>
 BF16_TARGET INLINE void score_bfloat16(const uint16_t* q, const uint16_t* keys, int count, int dim,
                                        float* scores) {
   constexpr int P = 16 / R;
+  const int whole = dim / 32 * 32;
   for (int p = 0; p < count; p += P) {
     const uint16_t* key[P];
     __m512 sum[16];
     for (int i = 0; i < P; i++) key[i] = keys + int64_t(std::min(p + i, count - 1)) * dim;
     prefetch<BFLOAT16>(key[0], PREFETCH_AHEAD, P * dim);
     for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps();
-    for (int at = 0; at < dim; at += 32) {
+    for (int at = 0; at < whole; at += 32) {
       __m512bh a[R];
       for (int r = 0; r < R; r++) a[r] = (__m512bh)_mm512_loadu_si512(q + r * dim + at);
       for (int i = 0; i < P; i++) {
         const __m512bh b = (__m512bh)_mm512_loadu_si512(key[i] + at);
+        for (int r = 0; r < R; r++) sum[r * P + i] = _mm512_dpbf16_ps(sum[r * P + i], a[r], b);
+      }
+    }
+    if (whole < dim) {
+      __m512bh a[R];
+      for (int r = 0; r < R; r++) a[r] = (__m512bh)load_16_bf16(q + r * dim + whole);
+      for (int i = 0; i < P; i++) {
+        const __m512bh b = (__m512bh)load_16_bf16(key[i] + whole);
         for (int r = 0; r < R; r++) sum[r * P + i] = _mm512_dpbf16_ps(sum[r * P + i], a[r], b);
       }
     }
@@ -350,7 +359,10 @@ BF16_TARGET static void attend_bfloat16(const AttentionArgs& args) {
     if (row < args.rows)
       score_bfloat16<1>(args.q_bf16 + int64_t(row) * args.dim, keys, count, args.dim,
                         args.scores + row * KV_BLOCK);
-    softmax_and_values<Wide, BFLOAT16, 4, 4>(args, block, count);
+    if (args.dim % (IN_A_WORD<BFLOAT16> * Wide::LANES) == 0)
+      softmax_and_values<Wide, BFLOAT16, 4, 4>(args, block, count);
+    else
+      softmax_and_values<Middle, BFLOAT16, 4, 4>(args, block, count);
   }
 }
 

@@ -89,9 +89,8 @@ int cache_type(const GptqModel& model, const GptqKvCache& cache) {
 
 // What queries are multiplied as: FLOAT32, BFLOAT16, or INT8 for 16 bits by keys in 8.
 Type query_type(const GptqModel& model, const GptqKvCache& cache) {
-  const bool whole = model.head_dim % 32 == 0;  // numbers in a vector of them
-  if (cache.key_scales) return whole && model.isa >= AVX512 ? INT8 : FLOAT32;
-  return whole && uses_bf16(model) ? BFLOAT16 : FLOAT32;
+  if (cache.key_scales) return model.isa >= AVX512 && model.head_dim % 32 == 0 ? INT8 : FLOAT32;
+  return uses_bf16(model) ? BFLOAT16 : FLOAT32;
 }
 
 Activations activations_of(const GptqModel& model) {

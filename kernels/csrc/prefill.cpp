@@ -17,7 +17,7 @@
 // All three are products of blocks (bf16_blocks.h). Keys and values are brought into blocks once
 // for all tasks:
 //
-//   keys     [kv head][keys / 16][D / 32]    blocks
+//   keys     [kv head][keys / 16][D / 32]    blocks, where 16 features are left filled up
 //   values   [kv head][D / 16][keys / 32]    blocks
 
 #include "bf16_blocks.h"
@@ -167,6 +167,14 @@ BF16_TARGET void rotate_head(const uint16_t* from, const NormArgs& norm, const R
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), to_bf16(_mm512_load_ps(values + i)));
 }
 
+// Blocks that hold a head's features, 32 in each.
+int64_t depth_of(int dim) { return (dim + 31) / 32; }
+
+// 32 features of a head from `at` on, or the last 16 and zeros.
+BF16_TARGET INLINE __m512i load_features(const uint16_t* from, int at, int dim) {
+  return at + 32 <= dim ? _mm512_loadu_si512(from + at) : load_16_bf16(from + at);
+}
+
 // Up to 16 rows [dim] of bfloat16 as blocks [dim / 32][16 pairs][16 rows]: what stands on the right
 // of a product.
 BF16_TARGET void pack_queries(const uint16_t* from, int64_t stride, int rows, int dim,
@@ -175,7 +183,7 @@ BF16_TARGET void pack_queries(const uint16_t* from, int64_t stride, int rows, in
     __m512i v[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++)
-      v[i] = i < rows ? _mm512_loadu_si512(from + i * stride + at) : _mm512_setzero_si512();
+      v[i] = i < rows ? load_features(from + i * stride, at, dim) : _mm512_setzero_si512();
     transpose(v);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) _mm512_store_si512(to + i * LANES, v[i]);
@@ -186,7 +194,7 @@ BF16_TARGET void pack_queries(const uint16_t* from, int64_t stride, int rows, in
 BF16_TARGET void pack_keys(const uint16_t* from, int rows, int dim, uint32_t* to) {
   for (int at = 0; at < dim; at += 2 * PAIRS, to += AMX_BLOCK)
     for (int i = 0; i < 16; i++)
-      _mm512_store_si512(to + i * PAIRS, i < rows ? _mm512_loadu_si512(from + int64_t(i) * dim + at)
+      _mm512_store_si512(to + i * PAIRS, i < rows ? load_features(from + int64_t(i) * dim, at, dim)
                                                   : _mm512_setzero_si512());
 }
 
@@ -243,7 +251,7 @@ struct TaskBuffers {
   // Lay it out in `memory`, and count the bytes that takes.
   size_t lay_out(int dim, void* memory) {
     Arena arena(memory);
-    q = arena.take<uint32_t>(2 * dim / 32 * AMX_BLOCK);
+    q = arena.take<uint32_t>(2 * depth_of(dim) * AMX_BLOCK);
     scores = arena.take<float>(KEYS_AT_ONCE / 16 * 2 * AMX_BLOCK);
     weights = arena.take<uint32_t>(2 * KEYS_AT_ONCE / 32 * AMX_BLOCK);
     acc = arena.take<float>(dim / 16 * 2 * AMX_BLOCK);
@@ -314,7 +322,8 @@ BF16_TARGET __m512 softmax_update(const float* scores, int keys, int64_t first, 
 // Attention of 32 tokens of one head.
 BF16_TARGET void attend(const AttentionArgs& a, int head, int64_t token,
                         const TaskBuffers& buffers) {
-  const int depth = a.dim / 32, tokens = int(std::min<int64_t>(TOKENS_PER_TASK, a.tokens - token));
+  const int64_t depth = depth_of(a.dim);
+  const int tokens = int(std::min<int64_t>(TOKENS_PER_TASK, a.tokens - token));
   const int64_t kv = head / (a.heads / a.kv_heads), stride = int64_t(a.heads) * a.dim;
   const uint16_t* q = a.q + token * stride + int64_t(head) * a.dim;
   const int64_t end = a.past + token + tokens, first_token = a.past + token;
@@ -358,12 +367,14 @@ BF16_TARGET void attend(const AttentionArgs& a, int head, int64_t token,
         _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), correction));
       }
     }
-    for (int feature = 0; feature < a.dim; feature += 32)
+    for (int feature = 0; feature < a.dim; feature += 32) {
+      const int features = std::min(a.dim - feature, 32);
       multiply_blocks({a.values + ((kv * a.dim + feature) / 16 * chunks + key / 32) * AMX_BLOCK,
                        chunks * AMX_BLOCK, buffers.weights, keys / 32 * AMX_BLOCK,
                        buffers.acc + feature / 16 * 2 * AMX_BLOCK, 2 * AMX_BLOCK, keys / 32,
                        key == start, nullptr, 0},
-                      2, LANES, a.amx);
+                      features / 16, LANES, a.amx);
+    }
   }
   for (int v = 0; v < 2; v++) {
     const __m512 share = _mm512_div_ps(_mm512_set1_ps(1.0f), row_sum[v]);
@@ -439,7 +450,7 @@ struct PromptBuffers {
     take(scores, tokens * largest.experts);
     take(shared_weight, mixed ? tokens : 0);
     routes.lay_out(arena, largest, mixed ? tokens : 0);
-    take(keys, keys_held * kv_size / 2);
+    take(keys, keys_held * model.kv_heads * depth_of(model.head_dim) * PAIRS);
     take(values, keys_held * kv_size / 2);
     return arena.used();
   }
@@ -589,9 +600,9 @@ struct Prefill {
         read_int8(cache.values, cache.value_scales, place, count, dim, widened[1]);
         key = widened[0], value = widened[1];
       }
-      uint32_t* to = buffers.keys + (head * blocks + chunk) * 2 * (dim / 32) * AMX_BLOCK;
+      uint32_t* to = buffers.keys + (head * blocks + chunk) * 2 * depth_of(dim) * AMX_BLOCK;
       pack_keys(key, std::min(count, 16), dim, to);
-      pack_keys(key + 16 * dim, std::max(count - 16, 0), dim, to + dim / 32 * AMX_BLOCK);
+      pack_keys(key + 16 * dim, std::max(count - 16, 0), dim, to + depth_of(dim) * AMX_BLOCK);
       pack_values(value, count, dim, blocks * AMX_BLOCK,
                   buffers.values + (head * (dim / 16) * blocks + chunk) * AMX_BLOCK);
     });

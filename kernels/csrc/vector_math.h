@@ -22,6 +22,13 @@ INLINE void load(const void* from, int64_t at, F& to) {
   }
 }
 
+#ifdef X86
+// 16 numbers of bfloat16, and as many zeros.
+BF16_TARGET INLINE __m512i load_16_bf16(const uint16_t* from) {
+  return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+#endif
+
 // Write `count` floats as numbers of `type`, from element `at` on.
 inline void store_as(void* to, int64_t at, const float* from, int count, int type) {
   if (type == FLOAT32) {

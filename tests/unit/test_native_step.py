@@ -36,6 +36,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
         },
     },
+    # Heads that fill no whole vectors of bfloat16, and that AVX-512 adds up by one and a half.
+    "mistral-48": {
+        "num_key_value_heads": 2, "head_dim": 48, "sliding_window": 9, "model_type": "mistral",
+    },
+    "phi-80": {
+        "num_key_value_heads": 4, "head_dim": 80, "hidden_act": "gelu_new", "pad_token_id": 0,
+        "model_type": "phi", "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.4,
+        },
+    },
+    "qwen3-112": {"num_key_value_heads": 1, "head_dim": 112, "model_type": "qwen3"},
+    "gemma2-16": {
+        "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 9,
+        "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, "model_type": "gemma2",
+    },
     "gemma2": {
         "num_key_value_heads": 2, "sliding_window": 9, "query_pre_attn_scalar": 24,
         "attn_logit_softcapping": 2.0,
@@ -408,7 +423,7 @@ def test_threads_share_the_positions_of_a_head(family: str, threads: int) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("code", EXACT_CODES)
-@pytest.mark.parametrize("family", ["mistral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mistral", "gpt_oss", "mistral-48", "phi-80", "qwen3-112"])
 def test_the_code_for_every_processor_answers_alike(
     family: str, code: Code, dtype: torch.dtype
 ) -> None:
@@ -453,7 +468,9 @@ def test_a_forward_put_in_its_place_sees_every_call() -> None:
 
 @pytest.mark.parametrize("code", EXACT_CODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3", "qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen3", "gemma3", "qwen2_moe", "gpt_oss", "phi-80"]
+)
 def test_sequences_step_together_as_they_do_alone(
     family: str, dtype: torch.dtype, code: Code
 ) -> None:
@@ -477,7 +494,14 @@ def test_threads_step_sequences_together(family: str, dtype: torch.dtype, thread
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("family", "first"),
-    [("llama", 120), ("mistral", 1018), ("gemma2", 1270), ("qwen2_moe", 9), ("gpt_oss", 120)],
+    [
+        ("llama", 120),
+        ("mistral", 1018),
+        ("gemma2", 1270),
+        ("qwen2_moe", 9),
+        ("gpt_oss", 120),
+        ("phi-80", 120),
+    ],
 )
 def test_a_token_is_the_same_in_every_step(
     family: str, dtype: torch.dtype, code: Code, first: int

@@ -98,7 +98,7 @@ class CpuKernel:
         names, hidden = config.get("architectures") or [""], head.in_features
         heads = config.get("num_attention_heads") or 1
         head_dim = config.get("head_dim") or hidden // heads
-        if names[0] not in DECODERS or hidden % 16 or head_dim % 32 or head_dim > 256:
+        if names[0] not in DECODERS or hidden % 16 or head_dim % 16 or head_dim > 256:
             return 0
         return _prepared_bytes(head) + 4 * head.out_features
 

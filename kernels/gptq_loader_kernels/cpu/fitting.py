@@ -60,8 +60,8 @@ def why_not(decoder: Any) -> str | None:  # noqa: ANN401 - one for each limit
         names = sorted(it.name for it in FAMILIES.values())
         return f"it is a {type(decoder).__name__}; the step has {', '.join(names)}"
     head_dim = head_dim_of(decoder, family)
-    if head_dim % (2 * LANES) or head_dim > 16 * LANES:
-        return f"its heads are {head_dim} wide; the step takes multiples of 32 up to 256"
+    if head_dim % LANES or head_dim > 16 * LANES:
+        return f"its heads are {head_dim} wide; the step takes multiples of 16 up to 256"
     if decoder.config.hidden_size % LANES:
         return f"its hidden size {decoder.config.hidden_size} is not a multiple of {LANES}"
     dtype = last_norm_of(decoder, family).weight.dtype
