@@ -126,7 +126,7 @@ Input prepare_input(const GptqModel& model, const GptqProjection& p, const float
 // y [M][COLUMNS] = one tile of a projection; returns how many of its columns there are.
 int project_tile(const GptqModel& model, const GptqProjection& p, int64_t tile, int64_t m,
                  const Input& in, float* y) {
-  const int64_t at = (p.packed ? place_of(*p.packed, tile) : tile) * COLUMNS;
+  const int64_t at = tile * COLUMNS;
   const int count = columns_of(p, tile);
   if (p.packed) {
     for (int64_t row = 0; row < m; row += ROWS)
@@ -283,7 +283,10 @@ struct Worker : ThreadBuffers {
         while (alike > 0 && parts[alike]->same_rows) alike--;
         if (ready != alike) in = prepare_input(model, p, normed, m, input);
         ready = alike;
-        project_tiles(p, begin, end, in, outs[i]);
+        if (layer.k.out_features)
+          project_tiles(p, begin, end, in, outs[i]);
+        else
+          project_turns(p, begin, end, in, outs);
       }
     } while (chunks.next());
   }
@@ -296,6 +299,23 @@ struct Worker : ThreadBuffers {
       for (int64_t row = 0; row < m; row++)
         memcpy(y + row * p.out_features + at * COLUMNS, tile + row * COLUMNS,
                sizeof(float) * columns);
+    }
+  }
+
+  // Some tiles of heads of queries, keys and values in turns: outs are three of [M][heads][head_dim].
+  void project_turns(const GptqProjection& p, int64_t begin, int64_t end, const Input& in,
+                     float* const* outs) const {
+    const int64_t dim = model.head_dim, size = model.heads * dim;
+    for (int64_t at = begin; at < end; at++) {
+      const int64_t first = at * COLUMNS, last = first + project_tile(model, p, at, m, in, tile);
+      for (int64_t column = first, next; column < last; column = next) {
+        const int64_t head = column / dim;
+        next = std::min((head + 1) * dim, last);
+        float* to = outs[head % 3] + head / 3 * dim + column % dim;
+        for (int64_t row = 0; row < m; row++)
+          memcpy(to + row * size, tile + row * COLUMNS + column - first,
+                 sizeof(float) * (next - column));
+      }
     }
   }
 

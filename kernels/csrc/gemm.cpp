@@ -221,8 +221,7 @@ BF16_TARGET void unpack(const GemmLinear& gemm, int64_t vector, int64_t from, in
   const GptqLinear& linear = *gemm.linear;
   constexpr int per_word = BITS == 3 ? 3 : 1, pairs = BITS == 3 ? 16 : 16 / BITS,
                 step = BITS == 3 ? 1 : BITS;
-  const int64_t tile = place_of(linear, vector / (COLUMNS / LANES)),
-                column = vector % (COLUMNS / LANES) * LANES;
+  const int64_t tile = vector / (COLUMNS / LANES), column = vector % (COLUMNS / LANES) * LANES;
   const int64_t last = std::min<int64_t>(linear.units, to * step);
   const uint32_t* word =
       linear.words + (tile * linear.units + from * step) * per_word * COLUMNS + column;
@@ -371,11 +370,8 @@ BF16_TARGET void finish(const Panel& panel, const float* sums, int64_t row, int6
       if (left <= 0) break;
       const __mmask16 mask = left >= LANES ? 0xffff : __mmask16((1u << left) - 1);
       __m512 value = _mm512_load_ps(from + (c / 2 * blocks * 2 + c % 2) * AMX_BLOCK);
-      if (linear.bias) {
-        const float* bias =
-            linear.bias + place_of(linear, column / COLUMNS) * COLUMNS + column % COLUMNS;
-        value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, bias));
-      }
+      if (linear.bias)
+        value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, linear.bias + column));
       _mm256_mask_storeu_epi16(to + column, mask, (__m256i)_mm512_cvtneps_pbh(value));
     }
   }

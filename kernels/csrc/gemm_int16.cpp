@@ -199,13 +199,14 @@ thread_local Scratch x_scratch, tile_scratch;
 void multiply_chunk(const GptqLinear& linear, int64_t tile, const WholeRows& x, int64_t chunk,
                     const TileBuffers& buffers) {
   const int64_t unit_words = (linear.bits == 3 ? 3 : 1) * COLUMNS,
-                blocks = blocks_of(x.rows_of(chunk)), at = place_of(linear, tile);
+                blocks = blocks_of(x.rows_of(chunk));
   for (int column = 0; column < COLUMNS; column += PANEL_COLUMNS) {
-    const uint32_t *words = linear.words + at * linear.units * unit_words + column,
+    const uint32_t *words = linear.words + tile * linear.units * unit_words + column,
                    *from = x.words_of(chunk);
     for (int segment = 0; segment < linear.segments; segment++) {
       const int units = linear.segment_units[segment], pairs = units * unit_rows(linear.bits) / 2;
-      const int64_t table = (at * linear.groups + linear.segment_group[segment]) * COLUMNS + column;
+      const int64_t table =
+          (tile * linear.groups + linear.segment_group[segment]) * COLUMNS + column;
       unpack(linear, words, units, linear.zeros + table, buffers.panel);
       widen_scales(linear, table, buffers.scales);
       const float* steps = x.steps_of(chunk) + segment * x.chunk_rows;

@@ -237,7 +237,6 @@ namespace gptq {
 
 void multiply_tile(const GptqLinear& linear, int64_t tile, int64_t m, int count,
                    const PermutedActivations& x, float* y) {
-  tile = place_of(linear, tile);
 #ifdef X86
   if (x.integers() && x.isa >= AVX512_VNNI) return multiply_tile_vnni(linear, tile, m, count, x, y);
   if (x.integers()) return multiply_tile_maddubs(linear, tile, m, count, x, y);
@@ -258,7 +257,7 @@ void store_tile(const GptqLinear& linear, int64_t tile, int64_t m, const float* 
   const int64_t first = tile * COLUMNS, left = linear.out_features - first;
   const int count = left < COLUMNS ? int(left) : COLUMNS;
   const int64_t to = m * linear.out_features + first;
-  const float* bias = linear.bias ? linear.bias + place_of(linear, tile) * COLUMNS : nullptr;
+  const float* bias = linear.bias ? linear.bias + first : nullptr;
   for (int c = 0; c < count; c++) {
     const float value = bias ? from[c] + bias[c] : from[c];
     if (type == FLOAT32)
@@ -284,7 +283,6 @@ void unpack(const GptqLinear& linear, int64_t tile, void* w, int64_t stride, int
 
 void unpack_bits(const GptqLinear& linear, int64_t tile, void* w, int64_t stride, int type,
                  int isa) {
-  tile = place_of(linear, tile);
   switch (linear.bits) {
     case 2: return unpack<2>(linear, tile, w, stride, type, isa);
     case 3: return unpack<3>(linear, tile, w, stride, type, isa);

@@ -40,14 +40,6 @@ INLINE int unit_rows(int bits) { return bits == 3 ? 32 : 32 / bits; }
 // At 3 bits, where the high bit of a unit's row stands.
 constexpr int third_bit(int row) { return row % 16 / 4 * 8 + row / 16 * 4 + row % 4; }
 
-// Where a tile of a linear lies. Layers that read x together may have their columns in turns, a head
-// of each; then a linear is every so many tiles of what lies in memory:
-//
-//   run 2, apart 6   q q k k v v  q q k k v v   tile 0, 1 of q at 0, 1; 2, 3 at 6, 7
-INLINE int64_t place_of(const GptqLinear& linear, int64_t tile) {
-  return linear.run ? tile / linear.run * linear.apart + tile % linear.run : tile;
-}
-
 // What x of `type` is multiplied as. A processor with products of bfloat16 has models in bfloat16,
 // and float32 where a user asks for that: it is then float32.
 INLINE Activations activations_for(int type, int isa, int activations) {

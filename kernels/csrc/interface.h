@@ -30,7 +30,6 @@ struct GptqLinear {
   int32_t segments;              // of a column
   int32_t groups;                // G
   int32_t float_scales;          // scales are float32, else float16
-  int32_t run, apart;            // tiles: each `run` of them stand `apart`; 0 for one after another
   const int32_t* rows;           // [units * unit rows]
   const int32_t* segment_units;  // [segments] units of each
   const int32_t* segment_group;  // [segments]
@@ -71,7 +70,8 @@ struct GptqMixture {
 };
 
 // x += attention(input_norm(x)); x += feed_forward(feed_forward_norm(x)), what is added normed first
-// where there is a norm for it. Where the two are `parallel`, both read the same x.
+// where there is a norm for it. Where the two are `parallel`, both read the same x. Where k has no
+// columns, those of q are a head of queries, one of keys and one of values in turn.
 struct GptqDecoderLayer {
   GptqProjection q, k, v, o, gate, up,
       down;                    // without gates: `gate` is activated, `up` has no columns

@@ -401,6 +401,7 @@ struct PromptBuffers {
   float* x;                 // [tokens][hidden]
   uint16_t* normed;         // [tokens][hidden]
   uint16_t *q, *k, *v;      // [tokens][heads][head_dim], [tokens][kv_heads][head_dim] twice
+  uint16_t* turns;          // [PREFILL_ROWS][heads][3][head_dim], where they are projected in turns
   uint16_t* attention;      // [tokens][heads][head_dim]
   uint16_t* delta;          // [tokens][hidden], what is added to x
   uint16_t *gate, *up;      // [PREFILL_ROWS][the most columns of a gate]
@@ -428,11 +429,12 @@ struct PromptBuffers {
     take(v, tokens * kv_size);
     take(attention, tokens * q_size);
     take(delta, tokens * model.hidden);
-    size_t columns = 0;
+    size_t columns = 0, turns_size = 0;
     GptqMixture largest{};
     for (int i = 0; i < model.layers; i++) {
       const GptqDecoderLayer& layer = model.layer[i];
       columns = std::max(columns, size_t(layer.gate.out_features));
+      if (!layer.k.out_features) turns_size = 3 * q_size;
       if (!layer.mixture) continue;
       const GptqMixture& mixture = *layer.mixture;
       const int end = mixture.experts + (mixture.shared_gate != nullptr);
@@ -442,6 +444,7 @@ struct PromptBuffers {
       largest.top_k = std::max(largest.top_k, mixture.top_k);
     }
     const bool mixed = largest.experts > 0;
+    take(turns, rows * turns_size);
     take(gate, rows * columns);
     take(up, rows * columns);
     take(gathered, mixed ? rows * model.hidden : 0);
@@ -641,13 +644,31 @@ struct Prefill {
     return failed;
   }
 
+  // q, k and v; those that are projected in turns are parted, some tokens at a time.
+  int project_heads(const GptqDecoderLayer& layer) const {
+    const GptqProjection* reads[] = {&layer.q, &layer.k, &layer.v};
+    uint16_t *outs[] = {buffers.q, buffers.k, buffers.v}, *turns[] = {buffers.turns};
+    if (layer.k.out_features)
+      return project_all(model, reads, outs, 3, buffers.normed, tokens, amx, threads);
+    const int64_t heads = model.heads, dim = model.head_dim;
+    for (int64_t first = 0; first < tokens; first += PREFILL_ROWS) {
+      const int64_t rows = std::min(PREFILL_ROWS, tokens - first);
+      const uint16_t* x = buffers.normed + first * model.hidden;
+      if (project_all(model, reads, turns, 1, x, rows, amx, threads)) return 1;
+      parallel_for(threads, rows, [&](int64_t row) {
+        for (int64_t i = 0; i < 3 * heads; i++)
+          memcpy(outs[i % 3] + ((first + row) * heads + i / 3) * dim,
+                 buffers.turns + (row * 3 * heads + i) * dim, size_t(dim) * 2);
+      });
+    }
+    return 0;
+  }
+
   int run(int index, const GptqKvCache& cache) const {
     const GptqDecoderLayer& layer = model.layer[index];
     add_and_norm(index ? &model.layer[index - 1].output_norm : nullptr, layer.input_norm,
                  buffers.normed);
-    const GptqProjection* reads[] = {&layer.q, &layer.k, &layer.v};
-    uint16_t* outs[] = {buffers.q, buffers.k, buffers.v};
-    if (project_all(model, reads, outs, 3, buffers.normed, tokens, amx, threads)) return 1;
+    if (project_heads(layer)) return 1;
     fill_cache(layer, cache);
     if (attend_all(layer)) return 1;
     const GptqProjection* o[] = {&layer.o};

@@ -323,8 +323,6 @@ void call_everything() {
                               groups,
                               groups,
                               1,
-                              0,
-                              0,
                               rows.data(),
                               units.data(),
                               group.data(),

@@ -11,7 +11,6 @@ import torch
 from native_codes import EXACT_CODES, Code
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gptq_loader_kernels.cpu.fitting import why_not
 from gptq_loader_kernels.cpu.library import Isa, choose_code, find_library, load_library
 from gptq_loader_plugin.conformance.layers import Case, make_layer, roll_columns
 from gptq_loader_plugin.device import find_device
@@ -68,6 +67,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox-in-turn": {
         "num_attention_heads": 1, "use_parallel_residual": False, "model_type": "gpt_neox",
         "hidden_act": "gelu_new",
+    },
+    "gpt_neox-96": {
+        "hidden_size": 192, "num_attention_heads": 2, "attention_bias": True,
+        "model_type": "gpt_neox",
+    },
+    "gpt_neox-80": {
+        "hidden_size": 160, "num_attention_heads": 2, "use_parallel_residual": False,
+        "model_type": "gpt_neox",
     },
     "phi": {"num_key_value_heads": 2, "hidden_act": "gelu_new", "pad_token_id": 0},
     "starcoder2": {"num_key_value_heads": 2, "sliding_window": 9, "use_bias": True},
@@ -194,11 +201,6 @@ def by_steps(model: Any, ids: torch.Tensor, first: int, sizes: tuple[int, ...]) 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_answers_as_transformers_does(family: str, bits: int | None) -> None:
     model = build(family, bits=bits)
-    if bits is None and family.startswith("gpt_neox"):
-        reason = why_not(model.base_model)
-        assert reason is not None
-        assert reason.startswith("attention.query_key_value is not packed")
-        return
     ids = torch.randint(0, 300, (1, 30), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = model(input_ids=ids).logits[:, 12:]
@@ -423,7 +425,9 @@ def test_threads_share_the_positions_of_a_head(family: str, threads: int) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("code", EXACT_CODES)
-@pytest.mark.parametrize("family", ["mistral", "gpt_oss", "mistral-48", "phi-80", "qwen3-112"])
+@pytest.mark.parametrize(
+    "family", ["mistral", "gpt_oss", "mistral-48", "phi-80", "qwen3-112", "gpt_neox-80"]
+)
 def test_the_code_for_every_processor_answers_alike(
     family: str, code: Code, dtype: torch.dtype
 ) -> None:
@@ -436,8 +440,8 @@ def test_the_code_for_every_processor_answers_alike(
         exact = build(family)(input_ids=ids).logits[:, 180:]
         model = build(family, dtype=dtype)
         plain = by_steps(model, ids, 180, sizes).float()
-    step = NativeDecoder(model.model, isa=isa, activations=activations)
-    model.model.forward = step.forward
+    step = NativeDecoder(model.base_model, isa=isa, activations=activations)
+    model.base_model.forward = step.forward
     got = by_steps(model, ids, 180, sizes).float()
     assert step.steps == len(sizes)
     if dtype == torch.float32:

@@ -91,10 +91,10 @@ def describe(
         return None
     kept: list[Any] = []
     tables = angle_tables(decoder, family)
-    sizes, head_dim = projection_sizes(decoder, family), head_dim_of(decoder, family)
+    sizes = projection_sizes(decoder, family)
     described = (DecoderLayer * len(decoder.layers))()
     for index, (place, layer) in enumerate(zip(described, decoder.layers, strict=True)):
-        _describe_projections(place, layer, family, sizes, head_dim, kept)
+        _describe_projections(place, layer, family, sizes, kept)
         for name in family.norms:
             _describe_norm(getattr(place, name), norm_of(layer, family, name), kept)
         if is_mixture(layer, family):
@@ -111,7 +111,7 @@ def describe(
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
         kv_heads=kv_heads_of(config),
-        head_dim=head_dim,
+        head_dim=head_dim_of(decoder, family),
         type=TYPES[dtype],
         isa=isa,
         activations=activations,
@@ -148,21 +148,20 @@ def _describe_projections(
     layer: nn.Module,
     family: Family,
     sizes: dict[str, tuple[int, int]],
-    head_dim: int,
     kept: list[Any],
 ) -> None:
     before: Any = None
     for path, names in projections_of(layer, family).items():
         module, first = layer.get_submodule(path), 0
-        apart = len(names) * head_dim if family.in_turns and len(names) > 1 else 0
+        if family.in_turns and len(names) > 1:
+            columns = sum(sizes[name][0] for name in names)
+            _describe_projection(getattr(place, names[0]), module, 0, columns, kept)
+            continue
         for name in names:
             projection, columns = getattr(place, name), sizes[name][0]
             _describe_projection(projection, module, first, columns, kept)
-            if apart:
-                packed = projection.packed.contents
-                packed.run, packed.apart = head_dim // COLUMNS, apart // COLUMNS
             projection.same_rows = name in {"k", "v", "up"} and _same_rows(before, module)
-            before, first = module, first + (head_dim if apart else columns)
+            before, first = module, first + columns
 
 
 def _describe_mixture(mixture: Any, family: Family, kept: list[Any]) -> Mixture:  # noqa: ANN401

@@ -215,13 +215,9 @@ def _classes(decoder: Any, family: Family) -> Iterator[tuple[str, Any, str]]:  #
 
 def _uncut(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
     """Say which packed layer holds projections that begin within a tile of its columns."""
-    sizes, head_dim = projection_sizes(decoder, family), head_dim_of(decoder, family)
+    sizes = projection_sizes(decoder, family)
     for path, names in family.projections.items():
-        if family.in_turns and len(names) > 1:
-            if not all(isinstance(find(layer, path), NativeLinear) for layer in decoder.layers):
-                return f"{path} is not packed; the step takes heads in turns of what is"
-            if head_dim % COLUMNS:
-                return f"its heads are {head_dim} wide, in turns; the step takes multiples of 64"
+        if family.in_turns:  # which are parted once they are multiplied
             continue
         starts = [sum(sizes[name][0] for name in names[:i]) for i in range(len(names))]
         packed = any(isinstance(find(layer, path), NativeLinear) for layer in decoder.layers)

@@ -87,8 +87,6 @@ class Linear(ctypes.Structure):
         ("segments", ctypes.c_int32),
         ("groups", ctypes.c_int32),
         ("float_scales", ctypes.c_int32),
-        ("run", ctypes.c_int32),
-        ("apart", ctypes.c_int32),
         ("rows", ctypes.c_void_p),
         ("segment_units", ctypes.c_void_p),
         ("segment_group", ctypes.c_void_p),
