@@ -42,7 +42,9 @@ def main() -> None:
     best, _ = choose_code(None, None)
     for bits in BITS:
         layers = make_layers(bits, options.size, options.layers)
-        for isa in (it for it in (Isa.AVX2, Isa.AVX512_VNNI, Isa.AVX512_BF16) if it <= best):
+        for isa in (
+            it for it in (Isa.AVX2, Isa.AVX_VNNI, Isa.AVX512_VNNI, Isa.AVX512_BF16) if it <= best
+        ):
             taken = by_turns(builds, layers, isa, threads=options.threads, rounds=options.rounds)
             other, this = taken["other"], taken["this"]
             ratio = statistics.median(a / b for a, b in zip(other, this, strict=True))

@@ -24,6 +24,8 @@ CODES = (
     (Isa.AVX2, Activations.FLOAT32),
     (Isa.AVX2, Activations.INT16),
     (Isa.AVX2, Activations.INT8),
+    (Isa.AVX_VNNI, Activations.INT16),
+    (Isa.AVX_VNNI, Activations.INT8),
     (Isa.AVX512, Activations.FLOAT32),
     (Isa.AVX512_VNNI, Activations.INT16),
     (Isa.AVX512_VNNI, Activations.INT8),

@@ -50,7 +50,7 @@ CAPABILITIES = (
 ROCM_CARDS = {"gfx90a": "MI210, MI250", "gfx942": "MI300", "gfx1100": "RX 7900"}
 UNNUMBERED: dict[DeviceType, str] = {"mps": "Apple GPU", "xpu": "Intel GPU"}
 INTEL = "0x8086"  # its number among the vendors of PCI devices
-CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+CPU_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 CPU_FLAGS_ARM = ("asimd", "asimddp", "i8mm", "bf16", "sve")
 # By IsProcessorFeaturePresent's numbers (PF_...), which knows no more.
 WINDOWS_FLAGS = {40: "avx2", 41: "avx512f", 43: "asimddp"}

@@ -54,13 +54,30 @@ Isa find_isa() {
       has(kept, {1, 2}) && has(first.c, {12, 28, 29}) && has(wide.b, {5});  // FMA, AVX, F16C
   if (!avx2) return PLAIN;
   // Registers of 64 bytes; F, DQ, BW and VL.
-  if (!has(kept, {5, 6, 7}) || !has(wide.b, {16, 17, 30, 31})) return AVX2;
+  if (!has(kept, {5, 6, 7}) || !has(wide.b, {16, 17, 30, 31}))
+    return has(read_cpuid(7, 1).a, {4}) ? AVX_VNNI : AVX2;
   if (has(read_cpuid(7, 1).a, {5})) return AVX512_BF16;
   return has(wide.c, {11}) ? AVX512_VNNI : AVX512;
 }
 #endif
 
 }  // namespace
+
+namespace gptq {
+
+#ifdef X86
+Vnni256 find_vnni256() {
+  static const Vnni256 found = [] {
+    const Isa isa = find_isa();
+    if (isa >= AVX2 && has(read_cpuid(7, 1).a, {4})) return Vnni256::VEX;
+    const bool evex = isa >= AVX512 && has(read_cpuid(7, 0).c, {11});
+    return evex ? Vnni256::EVEX : Vnni256::NONE;
+  }();
+  return found;
+}
+#endif
+
+}  // namespace gptq
 
 extern "C" {
 

@@ -451,7 +451,7 @@ int gptq_gemm_from(int type, int isa, int activations, int amx) {
 int gptq_gemm(const GptqLinear* const* linears, void* const* y, int count, const void* x, int64_t m,
               int type, int isa, int amx, int threads) {
 #ifdef X86
-  if (isa < AVX512_BF16) return gemm_int16(linears, y, count, x, m, type, threads);
+  if (isa < AVX512_BF16) return gemm_int16(linears, y, count, x, m, type, isa, threads);
   const GptqLinear& first = *linears[0];
   GemmLinear* gemms;
   LocalOrder::Block* order_blocks;

@@ -1,5 +1,5 @@
 // y[M, N] = x[M, K] @ W[N, K].T + bias for many rows of x and a packed W, where bfloat16 has no
-// products of its own: in whole numbers of 16 bits, by vpmaddwd (AVX2).
+// products of its own: in whole numbers of 16 bits, by vpmaddwd (AVX2) or vpdpwssd (AVX-VNNI).
 //
 // A segment of a row of x becomes a step times 16 bits, nearer to x than bfloat16 is; a weight is
 // q - z, exact. Both lie as pairs of rows, as a word gives them (j, j + half), so that one
@@ -29,7 +29,7 @@ using namespace gptq;
 
 namespace {
 
-constexpr int R = 6, N = 2, L = Middle::LANES, PANEL_COLUMNS = N * L;
+constexpr int R = BLOCK_ROWS, N = BLOCK_VECTORS, L = Middle::LANES;
 constexpr int64_t CHUNK_ROWS = 96;
 constexpr int MAX_PAIRS = MAX_SEGMENT_ROWS / 2;
 
@@ -137,46 +137,6 @@ AVX2_TARGET void widen_scales(const GptqLinear& linear, int64_t at, float* to) {
   }
 }
 
-// What a block of x is multiplied by, and how that is scaled.
-struct Product {
-  const uint32_t* x;      // [pairs][R]
-  const uint32_t* panel;  // [pairs][N vectors]
-  int pairs;
-  const float* scales;  // [N vectors]
-  const float* steps;   // [R]
-  float* sums;          // [R][COLUMNS]
-  bool first;           // of the segments: sums begin at nothing
-};
-
-// sums += steps * scales * (x * panel). gcc 12 has the sums in registers as long as the loops that
-// clear and scale them carry no pragma.
-AVX2_TARGET void multiply_block(const Product& p) {
-  __m256i sum[R][N];
-  for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++) sum[r][n] = _mm256_setzero_si256();
-  const uint32_t *x = p.x, *w = p.panel;
-  for (int pair = 0; pair < p.pairs; pair++, x += R, w += PANEL_COLUMNS) {
-    const __m256i w0 = load_words(w), w1 = load_words(w + L);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const __m256i a = _mm256_set1_epi32(int(x[r]));
-      sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(w0, a));
-      sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(w1, a));
-    }
-  }
-  const __m256 scale[N] = {_mm256_loadu_ps(p.scales), _mm256_loadu_ps(p.scales + L)};
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++) {
-    const __m256 step = _mm256_set1_ps(p.steps[r]);
-    for (int n = 0; n < N; n++) {
-      float* to = p.sums + r * COLUMNS + n * L;
-      const __m256 before = p.first ? _mm256_setzero_ps() : _mm256_load_ps(to);
-      _mm256_store_ps(to, _mm256_fmadd_ps(_mm256_mul_ps(scale[n], step),
-                                          _mm256_cvtepi32_ps(sum[r][n]), before));
-    }
-  }
-}
-
 // A thread's own memory.
 struct TileBuffers {
   uint32_t* panel;  // [MAX_PAIRS][N vectors]
@@ -197,7 +157,7 @@ thread_local Scratch x_scratch, tile_scratch;
 
 // The sums of one tile for a chunk of x.
 void multiply_chunk(const GptqLinear& linear, int64_t tile, const WholeRows& x, int64_t chunk,
-                    const TileBuffers& buffers) {
+                    BlockFunction* multiply, const TileBuffers& buffers) {
   const int64_t unit_words = (linear.bits == 3 ? 3 : 1) * COLUMNS,
                 blocks = blocks_of(x.rows_of(chunk));
   for (int column = 0; column < COLUMNS; column += PANEL_COLUMNS) {
@@ -211,9 +171,8 @@ void multiply_chunk(const GptqLinear& linear, int64_t tile, const WholeRows& x, 
       widen_scales(linear, table, buffers.scales);
       const float* steps = x.steps_of(chunk) + segment * x.chunk_rows;
       for (int64_t block = 0; block < blocks; block++)
-        multiply_block({from + block * pairs * R, buffers.panel, pairs, buffers.scales,
-                        steps + block * R, buffers.sums + block * R * COLUMNS + column,
-                        segment == 0});
+        multiply({from + block * pairs * R, buffers.panel, pairs, buffers.scales, steps + block * R,
+                  buffers.sums + block * R * COLUMNS + column, segment == 0});
       words += units * unit_words;
       from += blocks * pairs * R;
     }
@@ -224,8 +183,26 @@ void multiply_chunk(const GptqLinear& linear, int64_t tile, const WholeRows& x, 
 
 namespace gptq {
 
+// gcc 12 has the sums in registers as long as the loops that clear and scale them carry no pragma.
+AVX2_TARGET void multiply_block(const BlockProduct& p) {
+  __m256i sum[R][N];
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) sum[r][n] = _mm256_setzero_si256();
+  const uint32_t *x = p.x, *w = p.panel;
+  for (int pair = 0; pair < p.pairs; pair++, x += R, w += PANEL_COLUMNS) {
+    const __m256i w0 = load_words(w), w1 = load_words(w + L);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const __m256i a = _mm256_set1_epi32(int(x[r]));
+      sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(w0, a));
+      sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(w1, a));
+    }
+  }
+  scale_block(p, sum);
+}
+
 int gemm_int16(const GptqLinear* const* linears, void* const* y, int count, const void* x,
-               int64_t m, int type, int threads) {
+               int64_t m, int type, int isa, int threads) {
   const GptqLinear& first = *linears[0];
   const int64_t chunks = (m + CHUNK_ROWS - 1) / CHUNK_ROWS;
   WholeRows whole{};
@@ -248,6 +225,7 @@ int gemm_int16(const GptqLinear* const* linears, void* const* y, int count, cons
   int64_t tiles = 0;
   for (int i = 0; i < count; i++) tiles += tiles_of(*linears[i]);
   std::atomic<int> failed{0};
+  BlockFunction* multiply = block_function(isa);
   parallel_for(threads, whole.chunks() * tiles, [&](int64_t piece) {
     const int64_t chunk = piece / tiles;
     int64_t tile = piece % tiles;
@@ -260,7 +238,7 @@ int gemm_int16(const GptqLinear* const* linears, void* const* y, int count, cons
       return;
     }
     buffers.lay_out(own);
-    multiply_chunk(*linears[i], tile, whole, chunk, buffers);
+    multiply_chunk(*linears[i], tile, whole, chunk, multiply, buffers);
     for (int64_t row = 0; row < whole.rows_of(chunk); row++)
       store_tile(*linears[i], tile, chunk * whole.chunk_rows + row, buffers.sums + row * COLUMNS,
                  y[i], type);

@@ -217,7 +217,7 @@ void dispatch(const GptqLinear& linear, int64_t tile, int64_t m, const PermutedA
 #ifdef X86
   if (x.isa >= AVX512)
     return tile_avx512<BITS, M>(linear, tile, x.values + m * x.stride, x.stride, y);
-  if (x.isa == AVX2) return tile_avx2<BITS, M>(linear, tile, x.values + m * x.stride, x.stride, y);
+  if (x.isa >= AVX2) return tile_avx2<BITS, M>(linear, tile, x.values + m * x.stride, x.stride, y);
 #endif
   tile_plain<BITS, M>(linear, tile, x.values + m * x.stride, x.stride, y);
 }
@@ -239,6 +239,8 @@ void multiply_tile(const GptqLinear& linear, int64_t tile, int64_t m, int count,
                    const PermutedActivations& x, float* y) {
 #ifdef X86
   if (x.integers() && x.isa >= AVX512_VNNI) return multiply_tile_vnni(linear, tile, m, count, x, y);
+  if (x.integers() && has_vnni256(x.isa) && linear.bits < 8)
+    return multiply_tile_vnni256(linear, tile, m, count, x, y);
   if (x.integers()) return multiply_tile_maddubs(linear, tile, m, count, x, y);
 #endif
 #ifdef ARM
@@ -275,7 +277,7 @@ template <int BITS>
 void unpack(const GptqLinear& linear, int64_t tile, void* w, int64_t stride, int type, int isa) {
 #ifdef X86
   if (isa >= AVX512) return unpack_avx512<BITS>(linear, tile, w, stride, type);
-  if (isa == AVX2) return unpack_avx2<BITS>(linear, tile, w, stride, type);
+  if (isa >= AVX2) return unpack_avx2<BITS>(linear, tile, w, stride, type);
 #endif
   (void)isa;
   unpack_plain<BITS>(linear, tile, w, stride, type);

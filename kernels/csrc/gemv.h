@@ -139,13 +139,15 @@ void store_tile(const GptqLinear& linear, int64_t tile, int64_t m, const float* 
                 int type);
 
 #ifdef X86
-// The same for whole numbers, vnni.cpp and, without VNNI, maddubs.cpp.
+// The same for whole numbers: vnni.cpp, avx_vnni.cpp and, without VNNI, maddubs.cpp.
 void quantize_activations(const GptqLinear& linear, const void* x, int type, int64_t m,
                           const PermutedActivations& to);
 void multiply_tile_vnni(const GptqLinear& linear, int64_t tile, int64_t m, int count,
                         const PermutedActivations& x, float* y);
 void quantize_activations_avx2(const GptqLinear& linear, const void* x, int type, int64_t m,
                                const PermutedActivations& to);
+void multiply_tile_vnni256(const GptqLinear& linear, int64_t tile, int64_t m, int count,
+                           const PermutedActivations& x, float* y);
 void multiply_tile_maddubs(const GptqLinear& linear, int64_t tile, int64_t m, int count,
                            const PermutedActivations& x, float* y);
 #endif

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "gemm_int16.h"
 #include "integers.h"
 
 #include <algorithm>
@@ -81,6 +82,31 @@ AVX2_TARGET INLINE WholeSegment round_to_int16(float* values, int count, int16_t
                        _mm256_permute4x64_epi64(packed, 0xd8));
   }
   return {step, add_lanes(sums)};
+}
+
+// total + scales * step * (sums of codes by x, less zeros by the sum of x), of one segment of a row.
+AVX2_TARGET INLINE __m256 add_segment(const PermutedActivations& x, int64_t segment, __m256 sums,
+                                      __m256 scales, __m256 zeros, __m256 total) {
+  sums = _mm256_fnmadd_ps(zeros, _mm256_set1_ps(x.sums[segment]), sums);
+  return _mm256_fmadd_ps(_mm256_mul_ps(scales, _mm256_set1_ps(x.steps[segment])), sums, total);
+}
+
+// p.sums += steps * scales * sum, of a block.
+AVX2_TARGET INLINE void scale_block(const BlockProduct& p,
+                                    const __m256i (&sum)[BLOCK_ROWS][BLOCK_VECTORS]) {
+  constexpr int L = Middle::LANES;
+  const __m256 scale[BLOCK_VECTORS] = {_mm256_loadu_ps(p.scales), _mm256_loadu_ps(p.scales + L)};
+#pragma GCC unroll 8
+  for (int r = 0; r < BLOCK_ROWS; r++) {
+    const __m256 step = _mm256_set1_ps(p.steps[r]);
+#pragma GCC unroll 2
+    for (int n = 0; n < BLOCK_VECTORS; n++) {
+      float* to = p.sums + r * COLUMNS + n * L;
+      const __m256 before = p.first ? _mm256_setzero_ps() : _mm256_load_ps(to);
+      _mm256_store_ps(to, _mm256_fmadd_ps(_mm256_mul_ps(scale[n], step),
+                                          _mm256_cvtepi32_ps(sum[r][n]), before));
+    }
+  }
 }
 
 INLINE uint32_t pair_of(int16_t low, int16_t high) {

@@ -105,13 +105,6 @@ AVX2_TARGET void quantize_pairs(const GptqLinear& linear, const void* x, int typ
   }
 }
 
-// total + scales * step * (sums of codes by x, less zeros by the sum of x), of one segment of a row.
-AVX2_TARGET INLINE __m256 add_segment(const PermutedActivations& x, int64_t segment, __m256 sums,
-                                      __m256 scales, __m256 zeros, __m256 total) {
-  sums = _mm256_fnmadd_ps(zeros, _mm256_set1_ps(x.sums[segment]), sums);
-  return _mm256_fmadd_ps(_mm256_mul_ps(scales, _mm256_set1_ps(x.steps[segment])), sums, total);
-}
-
 // M rows of x by one tile with codes of 8 bits, C vectors of columns at once: y [M][COLUMNS].
 template <int M, int C>
 AVX2_TARGET void multiply_pairs(const GptqLinear& linear, int64_t tile, int64_t m,

@@ -54,7 +54,7 @@
 #ifdef X86
 #define DISPATCH(NAME, ISA, ...)                \
   ((ISA) >= AVX512 ? NAME##_avx512(__VA_ARGS__) \
-   : (ISA) == AVX2 ? NAME##_avx2(__VA_ARGS__)   \
+   : (ISA) >= AVX2 ? NAME##_avx2(__VA_ARGS__)   \
                    : NAME##_plain(__VA_ARGS__))
 #else
 #define DISPATCH(NAME, ISA, ...) ((void)(ISA), NAME##_plain(__VA_ARGS__))
@@ -86,9 +86,27 @@ typedef Wide::ints ints;
 typedef Wide::uints uints;
 typedef Wide::halves halves;
 
-// Instruction sets: AVX512_VNNI is AVX512 with products of bytes (vpdpbusd), AVX512_BF16 has those
-// of bfloat16 (vdpbf16ps) too. On ARM, DOTPROD is NEON with products of bytes (sdot).
-enum Isa { PLAIN = 0, AVX2 = 1, DOTPROD = 1, AVX512 = 2, AVX512_VNNI = 3, AVX512_BF16 = 4 };
+// Instruction sets: AVX_VNNI is AVX2 with products of bytes (vpdpbusd), and AVX512_VNNI is AVX512 with
+// them; AVX512_BF16 has those of bfloat16 (vdpbf16ps) too. On ARM, DOTPROD is NEON with products of
+// bytes (sdot).
+enum Isa {
+  PLAIN = 0,
+  AVX2 = 1,
+  DOTPROD = 1,
+  AVX_VNNI = 2,
+  AVX512 = 3,
+  AVX512_VNNI = 4,
+  AVX512_BF16 = 5
+};
+
+#ifdef X86
+// How this processor encodes products of bytes on 32 bytes: as AVX-VNNI does, as AVX-512 does, or not
+// at all (cpu_features.cpp).
+enum class Vnni256 { NONE, VEX, EVEX };
+Vnni256 find_vnni256();
+
+inline bool has_vnni256(int isa) { return isa == AVX_VNNI && find_vnni256() != Vnni256::NONE; }
+#endif
 
 // What x is multiplied as: FLOAT32 by any code, INT16 and INT8 by vpdpbusd (AVX512-VNNI), vpmaddubsw
 // (AVX2) or sdot (ARM). INT16 is nearer to x than bfloat16 is; INT8 rounds x.

@@ -19,7 +19,9 @@ def runs(isa: Isa) -> bool:
 def _parameters(*activations: Activations) -> list[object]:
     codes = [(isa, Activations.FLOAT32) for isa in list(Isa)[:-1]]
     codes += [
-        (isa, it) for isa in (Isa.AVX2, Isa.AVX512_VNNI, Isa.AVX512_BF16) for it in activations
+        (isa, it)
+        for isa in (Isa.AVX2, Isa.AVX_VNNI, Isa.AVX512_VNNI, Isa.AVX512_BF16)
+        for it in activations
     ]
     return [
         pytest.param(code, id="-".join(it.name for it in code), marks=_mark(code)) for code in codes

@@ -80,7 +80,9 @@ def test_a_number_is_off_by_half_a_code_at_most() -> None:
 
 
 @native
-@pytest.mark.parametrize("family", sorted({"llama", "gemma2", "mistral-48", "phi-80", "qwen3-112", "gpt_oss"}))
+@pytest.mark.parametrize(
+    "family", sorted({"llama", "gemma2", "mistral-48", "phi-80", "qwen3-112", "gpt_oss"})
+)
 def test_a_step_answers_as_transformers_does_of_the_same_codes(family: str) -> None:
     assert family in FAMILIES
     model = build(family)

@@ -388,16 +388,22 @@ def test_it_says_what_it_computes_in() -> None:
     spec, _, _ = make_layer(Case())
     found = {
         features: CpuKernel().consider(spec, Device("cpu", features=frozenset(features)))
-        for features in (("avx2", "avx512f", "avx512_bf16"), ("avx2", "avx512f"), ("avx2",), ())
+        for features in (
+            ("avx2", "avx512f", "avx512_bf16"),
+            ("avx2", "avx512f"),
+            ("avx2", "avx_vnni"),
+            ("avx2",),
+            (),
+        )
     }
     if find_library() is None:
         assert all(isinstance(it, Declined) for it in found.values())
         return
     said = [(it.dtype, it.note) for it in found.values() if isinstance(it, Accepted)]
-    assert [dtype for dtype, _ in said] == ["bfloat16", "float32", "float32", "float32"]
+    assert [dtype for dtype, _ in said] == ["bfloat16", *["float32"] * 4]
     assert [word in note for word, (_, note) in zip(
-        ("AVX512-BF16", "AVX-512", "AVX2", "any processor"), said, strict=True
-    )] == [True] * 4  # fmt: skip
+        ("AVX512-BF16", "AVX-512", "AVX-VNNI", "AVX2", "any processor"), said, strict=True
+    )] == [True] * 5  # fmt: skip
 
 
 def test_a_library_that_cannot_be_loaded_is_said(

@@ -32,6 +32,7 @@ __all__ = ["CpuKernel", "gptq_kernels"]
 INSTRUCTIONS = {
     "avx512_vnni": "AVX512-VNNI",
     "avx512f": "AVX-512",
+    "avx_vnni": "AVX-VNNI",
     "avx2": "AVX2",
     "asimddp": "NEON with dot products",
 }

@@ -46,9 +46,10 @@ class Isa(IntEnum):
     PLAIN = 0
     AVX2 = 1
     DOTPROD = 1  # on ARM
-    AVX512 = 2
-    AVX512_VNNI = 3
-    AVX512_BF16 = 4
+    AVX_VNNI = 2
+    AVX512 = 3
+    AVX512_VNNI = 4
+    AVX512_BF16 = 5
 
 
 class Activations(IntEnum):

@@ -38,7 +38,7 @@ __all__ = ["NativeLinear"]
 
 SEGMENT_ROWS = 256  # of a group, summed before they are scaled: bounds what cancels
 # Rows of x from which a float32 weight is unpacked for torch's matmul (decisions/native-cpu.md).
-UNPACK_FROM = {Isa.PLAIN: 16, Isa.AVX2: 32, Isa.AVX512: 192}
+UNPACK_FROM = {Isa.PLAIN: 16, Isa.AVX2: 32, Isa.AVX_VNNI: 32, Isa.AVX512: 192}
 UNPACKED_BYTES = 16 << 20  # of weights unpacked at a time: they stay in a large cache
 _kept = threading.local()
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
