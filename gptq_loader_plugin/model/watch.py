@@ -20,7 +20,7 @@ __all__ = ["CountedModule", "CountedModuleDict", "Watch"]
 NUMBERS = (
     "variance_epsilon", "eps", "scaling", "sliding_window", "head_dim", "attn_logit_softcapping",
     "is_causal", "top_k", "norm_topk_prob", "use_rope", "residual_multiplier",
-    "use_parallel_residual", "alpha", "limit",
+    "use_parallel_residual", "alpha", "limit", "routed_scaling_factor", "num_group", "topk_group",
 )  # fmt: skip
 CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict)  # which nobody calls
 SETTINGS = (  # of the config

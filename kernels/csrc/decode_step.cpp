@@ -69,9 +69,7 @@ void norm_row(const GptqModel& model, const GptqNorm& norm, const float* x, int6
   DISPATCH(norm, model.isa, args, x, y);
 }
 
-int experts_of(const GptqMixture& mixture) {
-  return mixture.experts + (mixture.shared_gate != nullptr);
-}
+int experts_of(const GptqMixture& mixture) { return mixture.experts + mixture.shared; }
 
 int64_t tiles_of(const GptqProjection& p) { return (p.out_features + COLUMNS - 1) / COLUMNS; }
 
@@ -569,15 +567,15 @@ struct Worker : ThreadBuffers {
   }
 
   // In float32, whatever multiplies the experts: a rounded score may choose others.
-  Dense dense_of(const void* weight) const {
-    return {weight, model.hidden, model.parameter_type, std::min<int>(model.isa, AVX512)};
+  Dense dense_of(const void* weight, int type) const {
+    return {weight, model.hidden, type, std::min<int>(model.isa, AVX512)};
   }
 
   // Logits of some experts.
   void score_experts(const GptqDecoderLayer& layer, Chunks& chunks) {
     begin_feed_forward(layer);
     const GptqMixture& mixture = *layer.mixture;
-    const Dense router = dense_of(mixture.router);
+    const Dense router = dense_of(mixture.router, mixture.router_type);
     do {
       keep(chunks, x, shared.x[0]);
       keep(chunks, normed, shared.normed);
@@ -591,11 +589,12 @@ struct Worker : ThreadBuffers {
   void route(const GptqMixture& mixture) const {
     Routes routes = shared.routes;
     for (int64_t row = 0; row < m; row++) {
-      routes.choose(mixture, model.parameter_type, row, shared.logits + row * mixture.experts);
+      routes.choose(mixture, row, shared.logits + row * mixture.experts);
+      shared.shared_weight[row] = 1;
       if (!mixture.shared_gate) continue;
       float score;
-      dense(dense_of(mixture.shared_gate), 0, 1, shared.normed + row * model.hidden, nullptr,
-            &score);
+      dense(dense_of(mixture.shared_gate, model.parameter_type), 0, 1,
+            shared.normed + row * model.hidden, nullptr, &score);
       shared.shared_weight[row] = 1.0f / (1.0f + expf(-score));
     }
     routes.sort(mixture, m, shared.shared_weight);
@@ -742,7 +741,7 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
       of_experts =
           std::max(of_experts, mixture.top_k * add_feed(expert.gate, expert.up, expert.down));
     }
-    if (mixture.shared_gate) {
+    if (mixture.shared) {
       const GptqExpert& expert = mixture.expert[mixture.experts];
       of_experts += add_feed(expert.gate, expert.up, expert.down);
     }

@@ -62,11 +62,17 @@ struct GptqExpert {
 // A feed-forward part of experts: a token takes the `top_k` that its router likes best.
 struct GptqMixture {
   const GptqExpert* expert;  // [experts], and the one that every token takes, where there is one
-  const void* router;        // [experts][hidden] of parameter_type
-  const void* router_bias;   // [experts] of parameter_type, or null
+  const void* router;        // [experts][hidden] of router_type
+  const void* router_bias;   // [experts] of router_type, or null
+  const float* correction;   // [experts], added to scores to choose by, or null
   const void* shared_gate;   // [hidden] of parameter_type, of the one for every token, or null
   int32_t experts, top_k;
-  int32_t normalized;  // whether what the chosen ones count adds up to 1
+  int32_t router_type;
+  int32_t shared;               // whether there is one for every token
+  int32_t sigmoid;              // whether scores are sigmoids, else a softmax
+  int32_t normalized;           // whether what the chosen ones count adds up to 1
+  int32_t groups, kept_groups;  // of experts: those of the best groups can be chosen; 1 for all
+  float scaling;                // of what the chosen ones count
 };
 
 // x += attention(input_norm(x)); x += feed_forward(feed_forward_norm(x)), what is added normed first
@@ -111,7 +117,7 @@ struct GptqModel {
   float eps, scale;
   GptqNorm norm;  // [hidden]
   const GptqDecoderLayer* layer;
-  int32_t parameter_type;  // of norms, routers and sinks, and of biases of what is not packed
+  int32_t parameter_type;  // of norms and sinks, and of biases of what is not packed
   int32_t norm_kind, activation;
   int32_t rotary_dim;  // how much of a head is rotated
   int32_t neighbours;  // whether it is rotated by pairs of neighbours, else by halves

@@ -437,7 +437,7 @@ struct PromptBuffers {
       if (!layer.k.out_features) turns_size = 3 * q_size;
       if (!layer.mixture) continue;
       const GptqMixture& mixture = *layer.mixture;
-      const int end = mixture.experts + (mixture.shared_gate != nullptr);
+      const int end = mixture.experts + mixture.shared;
       for (int at = 0; at < end; at++)
         columns = std::max(columns, size_t(mixture.expert[at].gate.out_features));
       largest.experts = std::max(largest.experts, mixture.experts);
@@ -709,7 +709,7 @@ struct Prefill {
   // delta = what each token's experts answer.
   int run_experts(const GptqMixture& mixture) const {
     route(mixture);
-    const int end = mixture.experts + (mixture.shared_gate != nullptr);
+    const int end = mixture.experts + mixture.shared;
     for (int i = 0; i < end; i++)
       for (int64_t at = buffers.routes.first[i]; at < buffers.routes.first[i + 1];
            at += PREFILL_ROWS)
@@ -730,9 +730,10 @@ struct Prefill {
       float* x = buffers.sums + row * model.hidden;
       widen(buffers.normed + row * model.hidden, model.hidden, x);
       float* scores = buffers.scores + row * mixture.experts;
-      dense({mixture.router, model.hidden, model.parameter_type, isa}, 0, mixture.experts, x,
+      dense({mixture.router, model.hidden, mixture.router_type, isa}, 0, mixture.experts, x,
             nullptr, scores);
-      routes.choose(mixture, model.parameter_type, row, scores);
+      routes.choose(mixture, row, scores);
+      buffers.shared_weight[row] = 1;
       if (mixture.shared_gate) {
         float score;
         dense({mixture.shared_gate, model.hidden, model.parameter_type, isa}, 0, 1, x, nullptr,

@@ -87,6 +87,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2, "intermediate_size": 192, "attention_bias": True,
         "pad_token_id": 0,
     },
+    "glm4_moe": {
+        "num_key_value_heads": 2, "n_routed_experts": 8, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 96, "n_shared_experts": 2, "n_group": 4, "topk_group": 2,
+        "first_k_dense_replace": 1, "routed_scaling_factor": 1.7, "attention_bias": True,
+        "use_qk_norm": True, "pad_token_id": 0, "num_hidden_layers": 3,
+    },
+    "glm4_moe-plain": {
+        "num_key_value_heads": 2, "n_routed_experts": 6, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96, "n_shared_experts": 1, "first_k_dense_replace": 0,
+        "norm_topk_prob": False, "pad_token_id": 0, "model_type": "glm4_moe",
+    },
+    "dots1": {
+        "num_key_value_heads": 2, "n_routed_experts": 8, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 96, "n_shared_experts": 2, "n_group": 2, "topk_group": 1,
+        "first_k_dense_replace": 1, "pad_token_id": 0, "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"], "norm_topk_prob": True,
+    },
     "gpt_oss": {
         "num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 3,
         "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"],
@@ -144,6 +161,9 @@ def build(family: str, *, dtype: torch.dtype = torch.float32, bits: int | None =
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith(("bias", "sinks")):
             parameter.data = torch.randn(parameter.shape).mul(0.3).add(1).to(dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape).mul(0.05))
     for name, fused in list(model.base_model.named_modules()):
         if experts_layout(fused) is not None:
             model.base_model.set_submodule(name, separate(fused))
@@ -403,7 +423,9 @@ def test_a_step_in_bfloat16_that_differs_is_undone(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("threads", [2, 5, 16])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen3", "gemma2", "qwen2_moe", "gpt_oss", "dots1"]
+)
 def test_threads_share_the_positions_of_a_head(family: str, threads: int) -> None:
     model = build(family)
     ids = torch.randint(0, 300, (1, 400), generator=torch.Generator().manual_seed(1))
@@ -590,9 +612,13 @@ def test_a_native_prompt_is_no_further_from_float32_than_transformers(
     model.base_model.forward = step.forward
     got = by_steps(model, ids, sizes[0], sizes[1:]).float()
     assert (step.prompts, step.steps) == (len(sizes) - 1, 1)
-    error = (got - exact).norm(dim=-1)
-    assert error.norm() < 1.1 * (plain - exact).norm()
-    assert error.max() < 2 * (plain - exact).norm(dim=-1).max()  # no single token is wrong
+    error, theirs = (got - exact).norm(dim=-1), (plain - exact).norm(dim=-1)
+    if step.family.expert_size is not None:  # rounding sends some tokens to other experts
+        sent = (error > 5 * error.median()) | (theirs > 5 * theirs.median())
+        assert sent.float().mean() < 0.08
+        error, theirs = error[~sent], theirs[~sent]
+    assert error.norm() < 1.1 * theirs.norm()
+    assert error.max() < 2 * theirs.max()  # no single token is wrong
 
 
 @pytest.mark.skipif(load_library().gptq_isa() < Isa.AVX512_BF16, reason="no bfloat16 products here")

@@ -25,9 +25,11 @@ from gptq_loader_kernels.cpu.library import (
 )
 from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
 from gptq_loader_kernels.cpu.mixtures import (
+    CORRECTION,
     ROLES,
     activations_of,
     experts_of,
+    groups_of,
     is_mixture,
     projections_of,
     router_of,
@@ -41,6 +43,7 @@ from gptq_loader_kernels.cpu.parts import (
     kv_heads_of,
     last_norm_of,
     norm_of,
+    norms_of,
     projection_sizes,
     residual_of,
     rotary_sizes,
@@ -95,7 +98,7 @@ def describe(
     described = (DecoderLayer * len(decoder.layers))()
     for index, (place, layer) in enumerate(zip(described, decoder.layers, strict=True)):
         _describe_projections(place, layer, family, sizes, kept)
-        for name in family.norms:
+        for name in norms_of(layer, family):
             _describe_norm(getattr(place, name), norm_of(layer, family, name), kept)
         if is_mixture(layer, family):
             place.mixture = ctypes.pointer(_describe_mixture(layer.mlp, family, kept))
@@ -165,7 +168,7 @@ def _describe_projections(
 
 
 def _describe_mixture(mixture: Any, family: Family, kept: list[Any]) -> Mixture:  # noqa: ANN401
-    each = experts_of(mixture)
+    each = experts_of(mixture, family)
     experts = (Expert * len(each))()
     for place, linears_ in zip(experts, each, strict=True):
         for role in ROLES:
@@ -176,14 +179,22 @@ def _describe_mixture(mixture: Any, family: Family, kept: list[Any]) -> Mixture:
     tensors = [
         router.weight,
         getattr(router, "bias", None),
+        getattr(router, CORRECTION, None),
         None if shared_gate is None else shared_gate.weight,
     ]
+    groups, kept_groups = groups_of(router)
     described = Mixture(
         ctypes.cast(experts, ctypes.POINTER(Expert)),
         *(None if it is None else it.data_ptr() for it in tensors),
         experts=len(mixture.experts.experts),
         top_k=router.top_k,
+        router_type=TYPES[router.weight.dtype],
+        shared=len(each) > len(mixture.experts.experts),
+        sigmoid=family.sigmoid,
         normalized=getattr(router, "norm_topk_prob", True),
+        groups=groups,
+        kept_groups=kept_groups,
+        scaling=getattr(router, "routed_scaling_factor", 1.0),
     )
     kept += experts, tensors, described
     return described

@@ -90,6 +90,11 @@ class Family:
         expert_size: the setting that has the width of an expert, of a mixture; or None.
         mixture: the end of its mixtures' class.
         router: the path of a mixture's router.
+        router_kind: the end of its routers' class.
+        shared: the path of a mixture's expert for every token, in those that have one.
+        sigmoid: whether a router's scores are sigmoids, else a softmax.
+        normed_heads: the attribute of its attention that says whether it norms queries and keys;
+            None for as `norms` has it.
         clamps: whether its experts clamp gate and up, and add 1 to up.
         sinks: the attribute of its attention that joins each head's softmax, or None.
     """
@@ -119,6 +124,10 @@ class Family:
     expert_size: str | None = None
     mixture: str = "SparseMoeBlock"
     router: str = "gate"
+    router_kind: str = "TopKRouter"
+    shared: str = "shared_expert"
+    sigmoid: bool = False
+    normed_heads: str | None = None
     clamps: bool = False
     sinks: str | None = None
 
@@ -158,6 +167,15 @@ FAMILIES = {
         epsilon="eps",
         angles_by_type=True,
     ),
+    "Dots1Model": Family(
+        "Dots1",
+        norms=NORMS | HEAD_NORMS,
+        expert_size="moe_intermediate_size",
+        mixture="MoE",
+        router_kind="TopkRouter",
+        shared="shared_experts",
+        sigmoid=True,
+    ),
     "GPTNeoXModel": Family(
         "GPTNeoX",
         layer="Layer",
@@ -185,6 +203,16 @@ FAMILIES = {
         norms=GLM_NORMS,
         activation="mlp.activation_fn",
         neighbours=True,
+    ),
+    "Glm4MoeModel": Family(
+        "Glm4Moe",
+        norms=NORMS | HEAD_NORMS,
+        normed_heads="use_qk_norm",
+        expert_size="moe_intermediate_size",
+        mixture="MoE",
+        router_kind="TopkRouter",
+        shared="shared_experts",
+        sigmoid=True,
     ),
     "GptOssModel": Family(
         "GptOss",

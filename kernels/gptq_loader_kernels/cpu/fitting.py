@@ -12,10 +12,13 @@ from gptq_loader_kernels.cpu.library import COLUMNS, Activation
 from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
 from gptq_loader_kernels.cpu.mixtures import (
     CLAMPED,
+    CORRECTION,
     ROLES,
     activations_of,
+    expert_sizes,
     experts_of,
     fused_of,
+    groups_of,
     is_mixture,
     projections_of,
     router_of,
@@ -29,6 +32,7 @@ from gptq_loader_kernels.cpu.parts import (
     kv_heads_of,
     last_norm_of,
     norm_of,
+    norms_of,
     projection_sizes,
     residual_of,
     rotary_sizes,
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["ACTIVATIONS", "linears", "modules_inside", "why_not"]
 
 LANES = 16
+MAX_GROUPS = 64  # of experts
 ACTIVATIONS = {
     "SiLUActivation": Activation.SILU, "SiLU": Activation.SILU, "GELUTanh": Activation.GELU_TANH,
     "NewGELUActivation": Activation.GELU_TANH, "GELUActivation": Activation.GELU,
@@ -97,12 +102,11 @@ def _named_linears(
             yield path, find(layer, path), shape
         if not is_mixture(layer, family):
             continue
-        for index, expert in enumerate(experts_of(layer.mlp)):
-            shared = index == len(layer.mlp.experts.experts)
-            setting = "shared_expert_intermediate_size" if shared else family.expert_size
-            across = config.hidden_size, getattr(config, str(setting))
+        for index, expert in enumerate(experts_of(layer.mlp, family)):
+            width = expert_sizes(config, family)[index == len(layer.mlp.experts.experts)]
             for role, module in expert.items():
-                shape = across if role == "down" else across[::-1]
+                down = role == "down"
+                shape = (config.hidden_size, width) if down else (width, config.hidden_size)
                 yield f"mlp.experts.{index}.{role}", module, shape
 
 
@@ -143,11 +147,31 @@ def _other_mixture(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
         experts: Any = mixture.experts.experts
         if any(set(expert) != set(ROLES) for expert in experts):
             return f"the experts of mixture {i} have other layers than gate, up and down"
-        if (top_k := router_of(mixture, family).top_k) > len(experts):
-            return f"mixture {i} takes {top_k} of {len(experts)} experts"
+        if (reason := _other_router(router_of(mixture, family), len(experts))) is not None:
+            return f"mixture {i} {reason}"
         shared_gate = getattr(mixture, "shared_expert_gate", None)
         if shared_gate is not None and type(shared_gate) is not nn.Linear:
             return "mlp.shared_expert_gate is multiplied by another kernel"
+    return None
+
+
+def _other_router(router: Any, experts: int) -> str | None:  # noqa: ANN401
+    """Say what a router chooses that the step cannot."""
+    if not hasattr(router, "top_k"):
+        return f"chooses experts outside of its {type(router).__name__}"
+    if router.top_k > experts:
+        return f"takes {router.top_k} of {experts} experts"
+    dtypes = {it.dtype for it in (router.weight, getattr(router, "bias", None)) if it is not None}
+    correction = getattr(router, CORRECTION, None)
+    if not dtypes <= TYPES.keys() or len(dtypes) > 1:
+        return f"has a router in {' and '.join(sorted(map(str, dtypes)))}"
+    if correction is not None and correction.dtype != torch.float32:
+        return f"corrects its scores in {correction.dtype}; the step takes float32"
+    groups, kept = groups_of(router)
+    possible = 1 <= kept <= groups <= MAX_GROUPS and experts % groups == 0
+    size = experts // groups if possible else 0
+    if size < min(groups, 2) or router.top_k > kept * size:
+        return f"takes {router.top_k} of {experts} experts, of {kept} of {groups} groups"
     return None
 
 
@@ -205,11 +229,11 @@ def _classes(decoder: Any, family: Family) -> Iterator[tuple[str, Any, str]]:  #
         else:
             router = router_of(layer.mlp, family)
             yield f"layers.{i}.mlp", layer.mlp, family.mixture
-            yield f"layers.{i}.mlp.{family.router}", router, "TopKRouter"
+            yield f"layers.{i}.mlp.{family.router}", router, family.router_kind
             yield f"layers.{i}.mlp.experts", fused_of(layer.mlp), "Experts"
-            if (shared := shared_of(layer.mlp)) is not None:
-                yield f"layers.{i}.mlp.shared_expert", shared, "MLP"
-        for name, path in family.norms.items():
+            if (shared := shared_of(layer.mlp, family)) is not None:
+                yield f"layers.{i}.mlp.{family.shared}", shared, "MLP"
+        for name, path in norms_of(layer, family).items():
             yield f"layers.{i}.{path}", norm_of(layer, family, name), _norm(family)
 
 
@@ -247,7 +271,8 @@ def _misfit(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
             return (
                 f"{name} is {' x '.join(map(str, actual))}, and not {' x '.join(map(str, shape))}"
             )
-        if isinstance(part, torch.Tensor) and part.dtype != last_norm.weight.dtype:
+        alike = not name.startswith(f"mlp.{family.router}.")  # a router may be in float32
+        if isinstance(part, torch.Tensor) and alike and part.dtype != last_norm.weight.dtype:
             return f"{name} is in {part.dtype}, and its last norm in {last_norm.weight.dtype}"
         if isinstance(part, torch.Tensor) and not part.is_contiguous():
             return f"{name} is not contiguous"
@@ -272,11 +297,13 @@ def _parts(decoder: Any, family: Family) -> Iterator[tuple[str, Any, tuple[int, 
         if is_mixture(layer, family):
             router, path = router_of(layer.mlp, family), f"mlp.{family.router}"
             count = len(layer.mlp.experts.experts)
-            yield path, router.weight, (count, hidden)
-            yield f"{path}.bias", getattr(router, "bias", None), (count,)
-            if shared_of(layer.mlp) is not None:
-                yield "mlp.shared_expert_gate", layer.mlp.shared_expert_gate.weight, (1, hidden)
-        for name, path in family.norms.items():
+            yield f"{path}.weight", router.weight, (count, hidden)
+            for own in ("bias", CORRECTION):
+                yield f"{path}.{own}", getattr(router, own, None), (count,)
+            gate = getattr(layer.mlp, "shared_expert_gate", None)
+            if gate is not None:
+                yield "mlp.shared_expert_gate", gate.weight, (1, hidden)
+        for name, path in norms_of(layer, family).items():
             norm, size = norm_of(layer, family, name), hidden
             if name in {"q_norm", "k_norm"}:
                 size = dim * (heads[name] if family.all_heads else 1)

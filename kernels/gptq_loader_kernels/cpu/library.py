@@ -130,11 +130,17 @@ class Mixture(ctypes.Structure):
         ("expert", ctypes.POINTER(Expert)),
         ("router", ctypes.c_void_p),
         ("router_bias", ctypes.c_void_p),
+        ("correction", ctypes.c_void_p),
         ("shared_gate", ctypes.c_void_p),
-        ("experts", ctypes.c_int32),
-        ("top_k", ctypes.c_int32),
-        ("normalized", ctypes.c_int32),
-    )
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "experts", "top_k", "router_type", "shared", "sigmoid", "normalized", "groups",
+                "kept_groups",
+            )
+        ),
+        ("scaling", ctypes.c_float),
+    )  # fmt: skip
 
 
 class DecoderLayer(ctypes.Structure):

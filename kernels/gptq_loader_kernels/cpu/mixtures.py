@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CLAMPED",
+    "CORRECTION",
     "ROLES",
     "activations_of",
+    "expert_sizes",
     "experts_of",
     "fused_of",
+    "groups_of",
     "is_mixture",
     "projections_of",
     "router_of",
@@ -27,6 +30,7 @@ __all__ = [
 
 ROLES = ("gate", "up", "down")
 CLAMPED = "SwiGLU-OAI"
+CORRECTION = "e_score_correction_bias"
 
 
 def is_mixture(layer: Any, family: Family) -> bool:  # noqa: ANN401
@@ -50,7 +54,7 @@ def activations_of(layer: Any, family: Family) -> Iterator[str]:  # noqa: ANN401
         yield type(find(layer, family.activation)).__name__
         return
     yield CLAMPED if family.clamps else type(fused_of(layer.mlp).act_fn).__name__
-    if (shared := shared_of(layer.mlp)) is not None:
+    if (shared := shared_of(layer.mlp, family)) is not None:
         yield type(shared.act_fn).__name__
 
 
@@ -62,11 +66,11 @@ def swiglu_of(layer: Any, family: Family) -> tuple[float, float]:  # noqa: ANN40
     return float(fused.alpha), float(fused.limit)
 
 
-def experts_of(mixture: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+def experts_of(mixture: Any, family: Family) -> list[dict[str, Any]]:  # noqa: ANN401
     """Return each expert's linears by what they are; those that every token takes come last."""
     experts: Any = mixture.experts
     each = [dict(expert.items()) for expert in experts.experts]
-    shared = shared_of(mixture)
+    shared = shared_of(mixture, family)
     if shared is not None:
         each.append({role: getattr(shared, f"{role}_proj") for role in ROLES})
     return each
@@ -77,9 +81,21 @@ def router_of(mixture: Any, family: Family) -> Any:  # noqa: ANN401
     return find(mixture, family.router)
 
 
-def shared_of(mixture: Any) -> Any:  # noqa: ANN401
+def shared_of(mixture: Any, family: Family) -> Any:  # noqa: ANN401
     """Return the expert that every token takes, or None."""
-    return getattr(mixture, "shared_expert", None)
+    return getattr(mixture, family.shared, None)
+
+
+def groups_of(router: Any) -> tuple[int, int]:  # noqa: ANN401
+    """Return how many groups of experts a router has, and of how many it takes experts."""
+    return int(getattr(router, "num_group", 1)), int(getattr(router, "topk_group", 1))
+
+
+def expert_sizes(config: Any, family: Family) -> tuple[int, int]:  # noqa: ANN401
+    """Return how wide an expert of a mixture is, and one that every token takes."""
+    own = int(getattr(config, str(family.expert_size)))
+    shared = getattr(config, "shared_expert_intermediate_size", None)
+    return own, int(own * getattr(config, "n_shared_experts", 1) if shared is None else shared)
 
 
 def fused_of(mixture: Any) -> Any:  # noqa: ANN401

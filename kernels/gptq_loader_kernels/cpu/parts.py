@@ -20,6 +20,7 @@ __all__ = [
     "kv_heads_of",
     "last_norm_of",
     "norm_of",
+    "norms_of",
     "projection_sizes",
     "residual_of",
     "rotary_sizes",
@@ -122,6 +123,14 @@ def residual_of(layer: Any) -> float:  # noqa: ANN401
 def is_parallel(layer: Any, family: Family) -> bool:  # noqa: ANN401
     """Return whether attention and the feed-forward part of a layer read the same x."""
     return family.parallel or bool(getattr(layer, "use_parallel_residual", False))
+
+
+def norms_of(layer: Any, family: Family) -> dict[str, str]:  # noqa: ANN401
+    """Return the paths of the norms that a layer has, by the places that they have."""
+    setting = family.normed_heads
+    plain = setting is not None and not getattr(attention_of(layer, family), setting)
+    heads = ("q_norm", "k_norm") if plain else ()
+    return {name: path for name, path in family.norms.items() if name not in heads}
 
 
 def norm_of(layer: Any, family: Family, name: str) -> Any:  # noqa: ANN401
