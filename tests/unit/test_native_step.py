@@ -123,6 +123,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2, "use_parallel_residual": True, "model_type": "stablelm",
     },
     "mistral": {"num_key_value_heads": 2, "sliding_window": 9},
+    "minimax_m2": {
+        "num_key_value_heads": 2, "num_local_experts": 6, "num_experts_per_tok": 3,
+        "pad_token_id": 0, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+        },
+    },
+    "olmoe": {"num_key_value_heads": 2, "num_experts": 5, "num_experts_per_tok": 2},
     "mixtral": {
         "num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 2,
         "sliding_window": 9,
@@ -163,7 +170,7 @@ def build(family: str, *, dtype: torch.dtype = torch.float32, bits: int | None =
             parameter.data = torch.randn(parameter.shape).mul(0.3).add(1).to(dtype)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
-            buffer.copy_(torch.randn(buffer.shape).mul(0.05))
+            buffer.data = torch.randn(buffer.shape).mul(0.05)  # what a file has in float32
     for name, fused in list(model.base_model.named_modules()):
         if experts_layout(fused) is not None:
             model.base_model.set_submodule(name, separate(fused))

@@ -41,8 +41,9 @@ INT8_RANK = 0  # below everything: by name alone
 BANDWIDTH_ROUNDS = 5
 # Families whose logits are their head's, of what the native steps run: none scales or caps them.
 _PLAIN_HEADS = (
-    "Dots1", "Glm", "Glm4", "Glm4Moe", "GptOss", "Llama", "Mistral", "Mixtral", "Olmo2", "Phi3",
-    "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "SeedOss", "SmolLM3", "StableLm", "Starcoder2",
+    "Dots1", "Glm", "Glm4", "Glm4Moe", "GptOss", "Llama", "MiniMaxM2", "Mistral", "Mixtral",
+    "Olmo2", "Olmoe", "Phi3", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "SeedOss", "SmolLM3",
+    "StableLm", "Starcoder2",
 )  # fmt: skip
 DECODERS = tuple(f"{name}ForCausalLM" for name in _PLAIN_HEADS)
 

@@ -25,9 +25,9 @@ from gptq_loader_kernels.cpu.library import (
 )
 from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
 from gptq_loader_kernels.cpu.mixtures import (
-    CORRECTION,
     ROLES,
     activations_of,
+    correction_of,
     experts_of,
     groups_of,
     is_mixture,
@@ -179,7 +179,7 @@ def _describe_mixture(mixture: Any, family: Family, kept: list[Any]) -> Mixture:
     tensors = [
         router.weight,
         getattr(router, "bias", None),
-        getattr(router, CORRECTION, None),
+        correction_of(mixture, family),
         None if shared_gate is None else shared_gate.weight,
     ]
     groups, kept_groups = groups_of(router)

@@ -91,6 +91,7 @@ class Family:
         mixture: the end of its mixtures' class.
         router: the path of a mixture's router.
         router_kind: the end of its routers' class.
+        correction: the path, in a mixture, of what is added to scores to choose by, if anything.
         shared: the path of a mixture's expert for every token, in those that have one.
         sigmoid: whether a router's scores are sigmoids, else a softmax.
         normed_heads: the attribute of its attention that says whether it norms queries and keys;
@@ -125,6 +126,7 @@ class Family:
     mixture: str = "SparseMoeBlock"
     router: str = "gate"
     router_kind: str = "TopKRouter"
+    correction: str = "gate.e_score_correction_bias"
     shared: str = "shared_expert"
     sigmoid: bool = False
     normed_heads: str | None = None
@@ -225,9 +227,24 @@ FAMILIES = {
     ),
     "GraniteModel": Family("Granite"),
     "LlamaModel": Family("Llama"),
+    "MiniMaxM2Model": Family(
+        "MiniMaxM2",
+        norms=NORMS | HEAD_NORMS,
+        all_heads=True,
+        expert_size="intermediate_size",
+        correction="e_score_correction_bias",
+        sigmoid=True,
+    ),
     "MistralModel": Family("Mistral", slides=True),
     "MixtralModel": Family("Mixtral", slides=True, expert_size="intermediate_size"),
     "Olmo2Model": Family("Olmo2", norms=AFTER | HEAD_NORMS, all_heads=True),
+    "OlmoeModel": Family(
+        "Olmoe",
+        norms=NORMS | HEAD_NORMS,
+        all_heads=True,
+        expert_size="intermediate_size",
+        refused=("clip_qkv",),
+    ),
     "PhiModel": Family(
         "Phi",
         last_norm="final_layernorm",

@@ -12,9 +12,9 @@ from gptq_loader_kernels.cpu.library import COLUMNS, Activation
 from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
 from gptq_loader_kernels.cpu.mixtures import (
     CLAMPED,
-    CORRECTION,
     ROLES,
     activations_of,
+    correction_of,
     expert_sizes,
     experts_of,
     fused_of,
@@ -147,7 +147,7 @@ def _other_mixture(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
         experts: Any = mixture.experts.experts
         if any(set(expert) != set(ROLES) for expert in experts):
             return f"the experts of mixture {i} have other layers than gate, up and down"
-        if (reason := _other_router(router_of(mixture, family), len(experts))) is not None:
+        if (reason := _other_router(mixture, family, len(experts))) is not None:
             return f"mixture {i} {reason}"
         shared_gate = getattr(mixture, "shared_expert_gate", None)
         if shared_gate is not None and type(shared_gate) is not nn.Linear:
@@ -155,14 +155,14 @@ def _other_mixture(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
     return None
 
 
-def _other_router(router: Any, experts: int) -> str | None:  # noqa: ANN401
+def _other_router(mixture: Any, family: Family, experts: int) -> str | None:  # noqa: ANN401
     """Say what a router chooses that the step cannot."""
+    router, correction = router_of(mixture, family), correction_of(mixture, family)
     if not hasattr(router, "top_k"):
         return f"chooses experts outside of its {type(router).__name__}"
     if router.top_k > experts:
         return f"takes {router.top_k} of {experts} experts"
     dtypes = {it.dtype for it in (router.weight, getattr(router, "bias", None)) if it is not None}
-    correction = getattr(router, CORRECTION, None)
     if not dtypes <= TYPES.keys() or len(dtypes) > 1:
         return f"has a router in {' and '.join(sorted(map(str, dtypes)))}"
     if correction is not None and correction.dtype != torch.float32:
@@ -298,8 +298,8 @@ def _parts(decoder: Any, family: Family) -> Iterator[tuple[str, Any, tuple[int, 
             router, path = router_of(layer.mlp, family), f"mlp.{family.router}"
             count = len(layer.mlp.experts.experts)
             yield f"{path}.weight", router.weight, (count, hidden)
-            for own in ("bias", CORRECTION):
-                yield f"{path}.{own}", getattr(router, own, None), (count,)
+            yield f"{path}.bias", getattr(router, "bias", None), (count,)
+            yield f"{path}.correction", correction_of(layer.mlp, family), (count,)
             gate = getattr(layer.mlp, "shared_expert_gate", None)
             if gate is not None:
                 yield "mlp.shared_expert_gate", gate.weight, (1, hidden)

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CLAMPED",
-    "CORRECTION",
     "ROLES",
     "activations_of",
+    "correction_of",
     "expert_sizes",
     "experts_of",
     "fused_of",
@@ -30,7 +30,6 @@ __all__ = [
 
 ROLES = ("gate", "up", "down")
 CLAMPED = "SwiGLU-OAI"
-CORRECTION = "e_score_correction_bias"
 
 
 def is_mixture(layer: Any, family: Family) -> bool:  # noqa: ANN401
@@ -79,6 +78,11 @@ def experts_of(mixture: Any, family: Family) -> list[dict[str, Any]]:  # noqa: A
 def router_of(mixture: Any, family: Family) -> Any:  # noqa: ANN401
     """Return what chooses the experts of a token."""
     return find(mixture, family.router)
+
+
+def correction_of(mixture: Any, family: Family) -> Any:  # noqa: ANN401
+    """Return what is added [experts] to the scores that a router chooses by, or None."""
+    return find(mixture, family.correction)
 
 
 def shared_of(mixture: Any, family: Family) -> Any:  # noqa: ANN401
