@@ -2,11 +2,11 @@
 
     python bench/shapes.py NAME FOLDER [--bits 4] [--group-size 128] [--act-order] [--layers N]
 
-NAME is SmolLM2-135M, TinyLlama-1.1B, Llama-2-7B or Qwen3-30B-A3B-6, which is Qwen3-30B-A3B with six
-of its 48 blocks. For benchmarks: codes are random words, scales keep every activation near one, so
-logits are finite and no reply degenerates. The tokenizer has one token a byte and fills the
-vocabulary up. The same arguments make the same bytes; a folder with a config.json is finished and
-is not made again.
+NAME is SmolLM2-135M, TinyLlama-1.1B, Llama-2-7B, or SmolLM2-135M-5 and Qwen3-30B-A3B-6, which have
+five of the model's 30 blocks and six of 48. For benchmarks: codes are random words, scales keep
+every activation near one, so logits are finite and no reply degenerates. The tokenizer has one
+token a byte and fills the vocabulary up. The same arguments make the same bytes; a folder with a
+config.json is finished and is not made again.
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ class Shape:
 
 SHAPES = {
     "SmolLM2-135M": Shape(576, 1536, 30, 9, 3, 49152, 8192, tied=True, rope_theta=100000.0),
+    # Five of its thirty blocks, for contexts of which thirty would take an hour to read.
+    "SmolLM2-135M-5": Shape(576, 1536, 5, 9, 3, 49152, 65536, tied=True, rope_theta=100000.0),
     "TinyLlama-1.1B": Shape(2048, 5632, 22, 32, 4, 32000, 2048),
     "Llama-2-7B": Shape(4096, 11008, 32, 32, 32, 32000, 4096),
     # Qwen3-30B-A3B in all but its blocks, of which it has 48.
