@@ -144,7 +144,6 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     int8 = options.kv_cache == "int8"
     if int8 and not _wants_engine(plan):
         check_int8(config)
-
     adapter_files = read_adapters(options.adapters, plugins)
     filled = build_model(checkpoint, plan, plugins, options.offload_folder, check=options.check)
     model, plan, notes = filled.model, filled.plan, filled.notes
@@ -163,6 +162,7 @@ def load(  # noqa: PLR0913 - each is an option a user may want
     notes = (*notes, *done)
     if int8 and engine is None:
         make_int8_cache(model)  # refuses here, and not at the first reply
+        notes = (*notes, "keeps keys and values in 8 bits: half the memory for a context")
     exact = filled.batcher is not None and engine is None and not adapter_files
     guesses = _load_draft(options, tokenizer, plugins, exact=exact)
     if guesses == "ngram":

@@ -53,6 +53,7 @@ def test_it_is_near_and_takes_what_is_planned() -> None:
         options = gptq.GenerateOptions(max_new_tokens=6, temperature=0)
         first = loaded.generate("Hello", options)
         assert loaded.generate("Hello", options) == first
+        assert "keeps keys and values in 8 bits" in loaded.explain()
 
 
 def test_a_number_is_off_by_half_a_code_at_most() -> None:
