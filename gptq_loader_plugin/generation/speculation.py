@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from gptq_loader_plugin.generation.kv_cache import GrowableLayer, make_cache
+from gptq_loader_plugin.generation.cache_layers import GrowableLayer
+from gptq_loader_plugin.generation.kv_cache import make_cache
 from gptq_loader_plugin.generation.model_runner import ModelRunner
 
 if TYPE_CHECKING:

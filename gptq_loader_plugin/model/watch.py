@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import repeat
-from operator import eq, is_, itemgetter
+from operator import attrgetter, eq, is_, itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,11 +21,16 @@ NUMBERS = (
     "variance_epsilon", "eps", "scaling", "sliding_window", "head_dim", "attn_logit_softcapping",
     "is_causal", "top_k", "norm_topk_prob", "use_rope", "residual_multiplier",
     "use_parallel_residual", "alpha", "limit", "routed_scaling_factor", "num_group", "topk_group",
+    "topk_method",
 )  # fmt: skip
 CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict)  # which nobody calls
 SETTINGS = (  # of the config
     "_attn_implementation_internal", "final_logit_softcapping", "layer_types", "sliding_window",
+    "rope_interleave",
 )  # fmt: skip
+
+
+_writes = attrgetter("_version")
 
 
 class CountedModule(torch.nn.Module):
@@ -108,6 +113,8 @@ class Watch:
         root: a model or its decoder, whose config the step goes by.
         inside: the modules whose place the step takes.
         counted: others, that count what is changed of them: packed linears, which are many.
+        copied: tensors that the step has a copy of: what is written into them is seen, but into
+            those of inference mode, which count no writes.
 
     Asked once a token, so it is lists that are gone through without a line of Python for each:
     modules and tensors by name, tensors' addresses, numbers and hooks. What is in a tensor is not
@@ -119,7 +126,10 @@ class Watch:
         root: Any,  # noqa: ANN401
         inside: Sequence[nn.Module],
         counted: Sequence[CountedModule] = (),
+        copied: Sequence[torch.Tensor] = (),
     ) -> None:
+        self.copied = [it for it in copied if not it.is_inference()]
+        self.writes = self._count_writes()
         self.counted = [module.__dict__ for module in counted]
         self.last_change = (
             CountedModule.last_change
@@ -153,6 +163,7 @@ class Watch:
         return (
             self._has_count()
             and not any(self.hooks)
+            and self._count_writes() == self.writes
             and not any(map(dict.__contains__, self.own, repeat("forward")))
             and all(map(is_, map(dict.get, self.holders, self.names), self.values))
             and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
@@ -168,6 +179,9 @@ class Watch:
             return False
         self.last_change = last_change  # it was of another model
         return True
+
+    def _count_writes(self) -> int:
+        return sum(map(_writes, self.copied))
 
     def _count_changes(self) -> int:
         return sum(map(itemgetter("changes"), self.counted))

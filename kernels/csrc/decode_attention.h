@@ -6,6 +6,9 @@
 //
 //   keys, values  [kv head][position][head_dim]   of the model's dtype, or in 8 bits
 //
+// Of latent attention they are the same rows: a key is a latent and what is rotated beside it, and
+// its value is the latent.
+//
 // In 8 bits a position has a scale for its key and one for its value: scores are multiplied by the
 // first, and weights by the second before they meet the values.
 //
@@ -14,7 +17,7 @@
 //
 //   running_max  its greatest score so far
 //   row_sum      the sum of e**(score - running_max)
-//   acc          the sum of e**(score - running_max) * value   [head_dim]
+//   acc          the sum of e**(score - running_max) * value   [value_dim]
 //
 // and scales the last two by e**(old - new) when a greater score turns up. Segments of positions,
 // attended to by different threads, are merged the same way (decode_step.cpp).
@@ -36,7 +39,7 @@ namespace gptq {
 // Positions whose scores are held at once: with their values half of a first-level cache.
 constexpr int KV_BLOCK = 128;
 
-constexpr int MAX_HEAD_DIM = 256;
+constexpr int MAX_HEAD_DIM = 1024;  // of keys: a latent's, and 256 of others
 
 // A processor's own prefetching ends with a page: asked for so far ahead, positions come half as
 // fast again.
@@ -68,8 +71,8 @@ INLINE void load_words(const void* from, int64_t at, F* to) {
 struct HeadOrder {
   int in_a_word, lanes;
 
-  // Of keys and values of `type`, for the widest vectors that whole runs of a head fill.
-  static HeadOrder of(int type, int isa, int dim) {
+  // Of keys and values of `type`, for the widest vectors that whole runs of both fill.
+  static HeadOrder of(int type, int isa, int dim, int value_dim) {
     const int in_a_word = 4 / int(size_of(type));
     int lanes = Narrow::LANES;
 #ifdef X86
@@ -77,7 +80,7 @@ struct HeadOrder {
 #else
     (void)isa;
 #endif
-    while (dim % (in_a_word * lanes)) lanes /= 2;
+    while ((dim | value_dim) % (in_a_word * lanes)) lanes /= 2;  // all are powers of two
     return {in_a_word, lanes};
   }
 
@@ -106,18 +109,20 @@ struct AttentionArgs {
   const int16_t* q_int16;   // the same, for keys in 8 bits
   const float* q_scales;    // [rows], of q_int16
   const void* keys;         // [position][dim], of the cache
-  const void* values;       // [position][dim]
+  const void* values;       // [position][dim], of each the first value_dim
   const float* key_scales;  // [position], of a cache in 8 bits
   const float* value_scales;
   int64_t begin, end;        // positions of this range
   const int64_t* row_begin;  // [rows] the positions that each row attends to
   const int64_t* row_end;
-  int rows, dim;
+  int rows, dim, value_dim;
   float softcap;       // of scores, or 0
   float* scores;       // [rows][KV_BLOCK]
   float* running_max;  // [rows], written, as are the next two
   float* row_sum;      // [rows]
-  float* acc;          // [rows][dim], in HeadOrder
+  float* acc;          // [rows][value_dim], in HeadOrder
+  // What whole runs of keys and values fill: runs are powers of two.
+  int runs() const { return dim | value_dim; }
 };
 
 // scores[R, count] = q[R, dim] * keys[count, dim].T
@@ -145,11 +150,11 @@ INLINE void score(const float* q, const void* keys, int64_t from, int count, int
 // acc[R, N vectors from `at` on] += weights[R, count] * values[count, the same]
 template <class V, int TYPE, int R, int N>
 INLINE void add_values(const float* weights, const void* values, int64_t from, int count, int dim,
-                       int at, float* acc) {
+                       int value_dim, int at, float* acc) {
   using floats = typename V::floats;
   floats sum[R][N];
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < N; v++) load<FLOAT32>(acc, r * dim + at + v * V::LANES, sum[r][v]);
+    for (int v = 0; v < N; v++) load<FLOAT32>(acc, r * value_dim + at + v * V::LANES, sum[r][v]);
   for (int p = 0; p < count; p++) {
     floats value[N];
     const int64_t here = (from + p) * dim + at;
@@ -161,17 +166,19 @@ INLINE void add_values(const float* weights, const void* values, int64_t from, i
   }
   for (int r = 0; r < R; r++)
     for (int v = 0; v < N; v++)
-      memcpy(acc + r * dim + at + v * V::LANES, &sum[r][v], sizeof(floats));
+      memcpy(acc + r * value_dim + at + v * V::LANES, &sum[r][v], sizeof(floats));
 }
 
 template <class V, int TYPE, int R, int N>
-INLINE void add_all_values(const float* weights, const void* values, int64_t from, int count,
-                           int dim, float* acc) {
+INLINE void add_all_values(const AttentionArgs& args, const float* weights, int64_t from, int count,
+                           float* acc) {
+  const int dim = args.dim, value_dim = args.value_dim;
   int at = 0;
-  for (; at + N * V::LANES <= dim; at += N * V::LANES)
-    add_values<V, TYPE, R, N>(weights, values, from, count, dim, at, acc);
-  for (; at < dim; at += IN_A_WORD<TYPE> * V::LANES)
-    add_values<V, TYPE, R, IN_A_WORD<TYPE>>(weights, values, from, count, dim, at, acc);
+  for (; at + N * V::LANES <= value_dim; at += N * V::LANES)
+    add_values<V, TYPE, R, N>(weights, args.values, from, count, dim, value_dim, at, acc);
+  for (; at < value_dim; at += IN_A_WORD<TYPE> * V::LANES)
+    add_values<V, TYPE, R, IN_A_WORD<TYPE>>(weights, args.values, from, count, dim, value_dim, at,
+                                            acc);
 }
 
 // Turn one row's scores of a block into weights, and scale its sum and acc to the new maximum.
@@ -218,8 +225,8 @@ INLINE void softmax_update(const AttentionArgs& args, int row, int64_t block, in
   args.row_sum[row] = args.row_sum[row] * correction + reduce_add(sum);
   args.running_max[row] = new_max;
   if (correction == 1.0f) return;
-  float* acc = args.acc + int64_t(row) * args.dim;
-  for (int i = 0; i < args.dim; i++) acc[i] *= correction;
+  float* acc = args.acc + int64_t(row) * args.value_dim;
+  for (int i = 0; i < args.value_dim; i++) acc[i] *= correction;
 }
 
 // of[count] *= scales[count]
@@ -230,7 +237,7 @@ INLINE void scale_block(const float* scales, int count, float* of) {
 INLINE void reset(const AttentionArgs& args) {
   for (int row = 0; row < args.rows; row++)
     args.running_max[row] = -INFINITY, args.row_sum[row] = 0;
-  memset(args.acc, 0, sizeof(float) * args.rows * args.dim);
+  memset(args.acc, 0, sizeof(float) * args.rows * args.value_dim);
 }
 
 // What follows a block's scores. R rows at a time, N vectors of values: as many as there are
@@ -244,14 +251,13 @@ INLINE void softmax_and_values(const AttentionArgs& args, int64_t block, int cou
   int row = 0;
   const auto left = [&]() { return args.rows - row; };
   const auto weights = [&]() { return args.scores + row * KV_BLOCK; };
-  const auto acc = [&]() { return args.acc + int64_t(row) * args.dim; };
-  for (; left() >= R; row += R)
-    add_all_values<V, TYPE, R, N>(weights(), args.values, block, count, args.dim, acc());
+  const auto acc = [&]() { return args.acc + int64_t(row) * args.value_dim; };
+  for (; left() >= R; row += R) add_all_values<V, TYPE, R, N>(args, weights(), block, count, acc());
   if (R > 3 && left() == 3)
-    return add_all_values<V, TYPE, 3, N>(weights(), args.values, block, count, args.dim, acc());
+    return add_all_values<V, TYPE, 3, N>(args, weights(), block, count, acc());
   if (R > 2 && left() == 2)
-    return add_all_values<V, TYPE, 2, N>(weights(), args.values, block, count, args.dim, acc());
-  if (left()) add_all_values<V, TYPE, 1, N>(weights(), args.values, block, count, args.dim, acc());
+    return add_all_values<V, TYPE, 2, N>(args, weights(), block, count, acc());
+  if (left()) add_all_values<V, TYPE, 1, N>(args, weights(), block, count, acc());
 }
 
 template <class V, int TYPE, int R, int N>
@@ -277,7 +283,7 @@ template <class V, int TYPE, int ACC>
 INLINE void attend_runs(const AttentionArgs& args) {
   constexpr int N = ACC == 16 ? 4 : std::max(2, IN_A_WORD<TYPE>);
   if constexpr (V::LANES > Narrow::LANES)
-    if (args.dim % (IN_A_WORD<TYPE> * V::LANES))
+    if (args.runs() % (IN_A_WORD<TYPE> * V::LANES))
       return attend_runs<Vectors<2 * V::LANES>, TYPE, ACC>(args);
   attend_type<V, TYPE, ACC / N, N>(args);
 }
@@ -359,7 +365,7 @@ BF16_TARGET static void attend_bfloat16(const AttentionArgs& args) {
     if (row < args.rows)
       score_bfloat16<1>(args.q_bf16 + int64_t(row) * args.dim, keys, count, args.dim,
                         args.scores + row * KV_BLOCK);
-    if (args.dim % (IN_A_WORD<BFLOAT16> * Wide::LANES) == 0)
+    if (args.runs() % (IN_A_WORD<BFLOAT16> * Wide::LANES) == 0)
       softmax_and_values<Wide, BFLOAT16, 4, 4>(args, block, count);
     else
       softmax_and_values<Middle, BFLOAT16, 4, 4>(args, block, count);
@@ -411,7 +417,7 @@ AVX512_TARGET static void attend_int8(const AttentionArgs& args) {
       score_int8<2>(q(), args.q_scales + row, keys, count, args.dim, scores());
     if (left()) score_int8<1>(q(), args.q_scales + row, keys, count, args.dim, scores());
     for (row = 0; row < args.rows; row++) scale_block(args.key_scales + block, count, scores());
-    if (args.dim % (IN_A_WORD<INT8> * Wide::LANES) == 0)
+    if (args.runs() % (IN_A_WORD<INT8> * Wide::LANES) == 0)
       softmax_and_values<Wide, INT8, 4, 4>(args, block, count);
     else
       softmax_and_values<Middle, INT8, 4, 4>(args, block, count);

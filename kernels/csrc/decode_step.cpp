@@ -14,6 +14,9 @@
 //   delta[M, H] = gated * Wdown                                                   barrier
 //   x += norm?(delta)
 //
+// Latent attention (GptqLatent) makes the queries where q_a is, brings them to where the latents are,
+// attends to latents, and brings each head's answer back: up to three pieces of work more.
+//
 // A mixture of experts shares out its router's columns first, then one thread chooses the experts,
 // and they meet twice more; then the tiles of all experts that have rows are one after the other.
 //
@@ -81,6 +84,11 @@ bool uses_bf16(const GptqModel& model) {
   return model.isa >= AVX512_BF16 && model.type == BFLOAT16;
 }
 
+// How wide a value is in the cache: a latent is a part of its key.
+int cached_value_dim(const GptqModel& model) {
+  return model.latent_dim ? model.latent_dim : model.head_dim;
+}
+
 int cache_type(const GptqModel& model, const GptqKvCache& cache) {
   return cache.key_scales ? int(INT8) : model.type;
 }
@@ -94,6 +102,17 @@ Type query_type(const GptqModel& model, const GptqKvCache& cache) {
 Activations activations_of(const GptqModel& model) {
   return activations_for(model.type, model.isa, model.activations);
 }
+
+bool reads_q_a(const GptqDecoderLayer& layer) {
+  return layer.latent && layer.latent->q_a.out_features;
+}
+
+// What makes queries of h, or what they are made of.
+const GptqProjection& first_projection(const GptqDecoderLayer& layer) {
+  return reads_q_a(layer) ? layer.latent->q_a : layer.q;
+}
+
+int64_t latent_tiles(const GptqModel& model) { return (model.latent_dim + COLUMNS - 1) / COLUMNS; }
 
 // x as a projection reads it, made by the thread that multiplies.
 struct Input {
@@ -149,13 +168,17 @@ int project_tile(const GptqModel& model, const GptqProjection& p, int64_t tile, 
 
 // What all threads read, each writing its share.
 struct SharedBuffers {
-  float* x[2];         // [M][hidden], before and after what was added to it last
-  float* delta;        // [M][hidden], what is added to x
-  float *q, *k, *v;    // [M][heads][head_dim], [M][kv_heads][head_dim] twice
+  float* x[2];       // [M][hidden], before and after what was added to it last
+  float* delta;      // [M][hidden], what is added to x
+  float *q, *k, *v;  // [M][heads][head_dim], [M][kv_heads][head_dim] twice
+  // Of latent attention.
+  float* q_a;          // [M][columns of q_a]
+  float* queries;      // [M][heads][plain_dim + rotary_dim], before they are brought to the latents
+  float* attended;     // [M][heads][value_dim]
   float* gated;        // [M][intermediate], or one expert's rows after the other's
   float* running_max;  // [segments][rows], of the attention over each segment of positions
   float* row_sum;      // [segments][rows]
-  float* acc;          // [segments][rows][head_dim]
+  float* acc;          // [segments][rows][head_dim], or of a latent
   // Of a mixture of experts.
   float* normed;         // [M][hidden], what it reads
   float* logits;         // [M][experts], of the router
@@ -210,6 +233,7 @@ struct ThreadBuffers {
   uint16_t* q_bf16;
   int16_t* q_int16;
   float* q_scales;               // [rows]
+  float* q_a;                    // [M][columns of q_a], normed
   int64_t *row_begin, *row_end;  // [rows]
   float* scores;                 // [rows][KV_BLOCK]
   char* input;                   // for prepare_input
@@ -263,8 +287,9 @@ struct Worker : ThreadBuffers {
     take_x(0);
     if (index > 0) add_delta(model.layer[index - 1].output_norm);
     norm_x(layer.input_norm);
-    const GptqProjection* parts[] = {&layer.q, &layer.k, &layer.v};
+    const GptqProjection* parts[] = {&first_projection(layer), &layer.k, &layer.v};
     float* outs[] = {shared.q, shared.k, shared.v};
+    if (layer.latent) outs[0] = reads_q_a(layer) ? shared.q_a : shared.queries;
     Input in{};
     int ready = -1;  // the part that `in` is for
     do {
@@ -287,6 +312,65 @@ struct Worker : ThreadBuffers {
           project_turns(p, begin, end, in, outs);
       }
     } while (chunks.next());
+  }
+
+  // The queries of latent attention, from what their first projection made.
+  void project_queries(const GptqDecoderLayer& layer, Chunks& chunks) const {
+    const int64_t size = layer.latent->q_a.out_features;
+    for (int64_t row = 0; row < m; row++)
+      norm_latent(layer.latent->q_norm, shared.q_a + row * size, size, q_a + row * size);
+    const Input in = prepare_input(model, layer.q, q_a, m, input);
+    do project_tiles(layer.q, chunks.begin, chunks.end, in, shared.queries);
+    while (chunks.next());
+  }
+
+  void norm_latent(const GptqNorm& norm, const float* from, int64_t size, float* to) const {
+    const NormArgs args{norm.weight,           norm.bias, model.parameter_type,
+                        Norm(model.norm_kind), size,      model.latent_eps};
+    DISPATCH(norm, model.isa, args, from, to);
+  }
+
+  // Bring queries to where the latents are; an item is a tile of a head's latent. What is rotated
+  // stays as wide as it is, behind.
+  void bring_queries(const GptqDecoderLayer& layer, Chunks& chunks) const {
+    const int64_t plain = model.plain_dim, width = plain + model.rotary_dim,
+                  tiles = latent_tiles(model);
+    const Dense to_keys{layer.latent->to_keys, plain, model.type, model.isa};
+    uint16_t bf16[MAX_HEAD_DIM];
+    do
+      for (int64_t item = chunks.begin; item < chunks.end; item++) {
+        const int64_t head = item / tiles, first = item % tiles * COLUMNS;
+        const int count = int(std::min<int64_t>(COLUMNS, model.latent_dim - first));
+        for (int64_t row = 0; row < m; row++) {
+          const float* from = shared.queries + (row * model.heads + head) * width;
+          float* to = shared.q + (row * model.heads + head) * model.head_dim;
+          if (to_keys.uses_bf16()) store_as(bf16, 0, from, plain, BFLOAT16);
+          dense(to_keys, head * model.latent_dim + first, count, from, bf16, to + first);
+          if (first > 0) continue;
+          memcpy(to + model.latent_dim, from + plain, sizeof(float) * model.rotary_dim);
+          rotate_head(layer, row, to + model.latent_dim);
+        }
+      }
+    while (chunks.next());
+  }
+
+  // Values of what heads attended to; an item is a head.
+  void bring_answers(const GptqDecoderLayer& layer, Chunks& chunks) {
+    list_spans(layer);
+    const int64_t dim = model.latent_dim, size = model.value_dim;
+    const Dense to_values{layer.latent->to_values, dim, model.type, model.isa};
+    uint16_t bf16[MAX_HEAD_DIM];
+    float latent[MAX_HEAD_DIM];
+    do
+      for (int64_t head = chunks.begin; head < chunks.end; head++)
+        for (int64_t of = 0; of < span_count; of++)
+          for (int64_t token = 0; token < spans[of].sequence->tokens; token++) {
+            merge_row(layer, spans[of], head * spans[of].sequence->tokens + token, latent);
+            if (to_values.uses_bf16()) store_as(bf16, 0, latent, dim, BFLOAT16);
+            dense(to_values, head * size, int(size), latent, bf16,
+                  shared.attended + ((spans[of].row + token) * model.heads + head) * size);
+          }
+    while (chunks.next());
   }
 
   // Some tiles of y [M][out_features].
@@ -333,6 +417,7 @@ struct Worker : ThreadBuffers {
   }
 
   void project_attention(const GptqDecoderLayer& layer, Chunks& chunks) {
+    if (layer.latent) return project_delta(layer.o, shared.attended, chunks);
     list_spans(layer);
     merge_segments(layer);
     project_delta(layer.o, attention, chunks);
@@ -394,6 +479,12 @@ struct Worker : ThreadBuffers {
                     to = place * dim;
       float *k = rows_of_k + row * stride + span.head * dim,
             *v = shared.v + row * stride + span.head * dim;
+      if (layer.latent) {
+        norm_latent(layer.latent->kv_norm, k, model.latent_dim, k);
+        rotate_head(layer, row, k + model.latent_dim);
+        store_as(cache.keys, to, k, dim, model.type);
+        continue;
+      }
       if (!model.all_heads) apply_norm(layer.k_norm, k, dim, k);
       rotate_head(layer, row, k);
       if (cache.key_scales) {
@@ -415,14 +506,17 @@ struct Worker : ThreadBuffers {
                   tokens = span.sequence->tokens;
     const int64_t rows = group * tokens;
     const Type type = query_type(model, cache);
-    const HeadOrder order = HeadOrder::of(cache_type(model, cache), model.isa, dim);
+    const HeadOrder order =
+        HeadOrder::of(cache_type(model, cache), model.isa, dim, cached_value_dim(model));
     for (int64_t i = 0; i < rows; i++) {
       const int64_t row = span.row + i % tokens;
       float* to = q + i * dim;
       memcpy(to, rows_of_q + row * q_stride + (span.head * group + i / tokens) * dim,
              sizeof(float) * dim);
-      if (!model.all_heads) apply_norm(layer.q_norm, to, dim, to);
-      rotate_head(layer, row, to);
+      if (!layer.latent) {  // else it is rotated already
+        if (!model.all_heads) apply_norm(layer.q_norm, to, dim, to);
+        rotate_head(layer, row, to);
+      }
       for (int d = 0; d < dim; d++) to[d] *= model.scale;
       if (type == INT8) {
         q_scales[i] = quantize(to, dim, MAX_INT16, q_int16 + i * dim);
@@ -451,7 +545,7 @@ struct Worker : ThreadBuffers {
                              q_int16,
                              q_scales,
                              static_cast<const char*>(cache.keys) + bytes,
-                             static_cast<const char*>(cache.values) + bytes,
+                             static_cast<const char*>(cached_values(cache)) + bytes,
                              type == INT8 ? cache.key_scales + head_at : nullptr,
                              type == INT8 ? cache.value_scales + head_at : nullptr,
                              begin,
@@ -460,11 +554,12 @@ struct Worker : ThreadBuffers {
                              row_end,
                              int(rows),
                              dim,
+                             cached_value_dim(model),
                              model.softcap,
                              scores,
                              shared.running_max + segment,
                              shared.row_sum + segment,
-                             shared.acc + segment * dim};
+                             shared.acc + segment * cached_value_dim(model)};
 #ifdef X86
     const Type queries = query_type(model, cache);
     if (queries == INT8) return attend_int8(args);
@@ -476,39 +571,63 @@ struct Worker : ThreadBuffers {
   void rotate_head(const GptqDecoderLayer& layer, int64_t row, float* head) const {
     if (layer.angles < 0) return;
     const int64_t at = (layer.angles * m + row) * model.rotary_dim;
-    rotate(head, cos + at, sin + at, model.rotary_dim, model.neighbours);
+    rotate(head, cos + at, sin + at, model.rotary_dim, model.neighbours != 0);
+    if (model.neighbours != 2) return;
+    float seconds[MAX_HEAD_DIM / 2];
+    const int half = model.rotary_dim / 2;
+    for (int i = 0; i < half; i++) {
+      seconds[i] = head[2 * i + 1];
+      head[i] = head[2 * i];
+    }
+    memcpy(head + half, seconds, sizeof(float) * half);
   }
 
-  // attention [M][heads][head_dim] from the segments of each span; a sink is in no segment.
+  const void* cached_values(const GptqKvCache& cache) const {
+    return model.latent_dim ? cache.keys : cache.values;
+  }
+
+  // attention [M][heads][head_dim] from the segments of each span.
   void merge_segments(const GptqDecoderLayer& layer) {
     const int dim = model.head_dim, group = model.heads / model.kv_heads;
     for (int64_t of = 0; of < span_count; of++) {
       const KvSpan& span = spans[of];
-      const int64_t tokens = span.sequence->tokens, segments = span.segments();
-      const HeadOrder order =
-          HeadOrder::of(cache_type(model, span.sequence->caches[0]), model.isa, dim);
-      for (int64_t i = 0; i < group * tokens; i++) {
-        float merged[MAX_HEAD_DIM] = {};
-        const int64_t head = span.head * group + i / tokens;
-        float* to = attention + ((span.row + i % tokens) * model.heads + head) * dim;
-        const auto at = [&](int64_t segment) { return (span.segment + segment) * max_rows + i; };
-        const float sink =
-            layer.sinks ? load_number(layer.sinks, model.parameter_type, head) : -INFINITY;
-        float max = sink;
-        for (int64_t segment = 0; segment < segments; segment++)
-          max = std::max(max, shared.running_max[at(segment)]);
-        float sum = layer.sinks ? expf(sink - max) : 0;
-        for (int64_t segment = 0; segment < segments; segment++) {
-          if (shared.running_max[at(segment)] == -INFINITY) continue;  // it attends to none of it
-          const float correction = expf(shared.running_max[at(segment)] - max),
-                      *acc = shared.acc + at(segment) * dim;
-          sum += shared.row_sum[at(segment)] * correction;
-          for (int d = 0; d < dim; d++) merged[d] += correction * acc[d];
-        }
-        for (int d = 0; d < dim; d++) merged[d] /= sum;
-        order.apply<true>(merged, dim, to);
-      }
+      const int64_t tokens = span.sequence->tokens;
+      for (int64_t i = 0; i < group * tokens; i++)
+        merge_row(layer, span, i,
+                  attention + ((span.row + i % tokens) * model.heads + head_of(span, i)) * dim);
     }
+  }
+
+  // The query head of a row of a span.
+  int64_t head_of(const KvSpan& span, int64_t row) const {
+    return span.head * (model.heads / model.kv_heads) + row / span.sequence->tokens;
+  }
+
+  // What a row of a span attended to, from its segments; a sink is in none of them.
+  void merge_row(const GptqDecoderLayer& layer, const KvSpan& span, int64_t row, float* to) const {
+    const int dim = cached_value_dim(model);
+    const int64_t segments = span.segments();
+    const HeadOrder order =
+        HeadOrder::of(cache_type(model, span.sequence->caches[0]), model.isa, model.head_dim, dim);
+    float merged[MAX_HEAD_DIM];
+    memset(merged, 0, sizeof(float) * dim);
+    const auto at = [&](int64_t segment) { return (span.segment + segment) * max_rows + row; };
+    const float sink = layer.sinks
+                           ? load_number(layer.sinks, model.parameter_type, head_of(span, row))
+                           : -INFINITY;
+    float max = sink;
+    for (int64_t segment = 0; segment < segments; segment++)
+      max = std::max(max, shared.running_max[at(segment)]);
+    float sum = layer.sinks ? expf(sink - max) : 0;
+    for (int64_t segment = 0; segment < segments; segment++) {
+      if (shared.running_max[at(segment)] == -INFINITY) continue;  // it attends to none of it
+      const float correction = expf(shared.running_max[at(segment)] - max),
+                  *acc = shared.acc + at(segment) * dim;
+      sum += shared.row_sum[at(segment)] * correction;
+      for (int d = 0; d < dim; d++) merged[d] += correction * acc[d];
+    }
+    for (int d = 0; d < dim; d++) merged[d] /= sum;
+    order.apply<true>(merged, dim, to);
   }
 
   // normed = what the feed-forward part reads; x has the attention's answer.
@@ -686,9 +805,18 @@ void run_layers(const GptqModel& model, Worker* workers, const SharedBuffers& sh
                 Together& all) {
   for (int i = 0; i < model.layers; i++) {
     const GptqDecoderLayer& layer = model.layer[i];
-    all.share(tiles_of(layer.q) + tiles_of(layer.k) + tiles_of(layer.v),
+    all.share(tiles_of(first_projection(layer)) + tiles_of(layer.k) + tiles_of(layer.v),
               [&](Chunks& chunks) { workers[chunks.thread].project_heads(i, chunks); });
+    if (reads_q_a(layer))
+      all.share(tiles_of(layer.q),
+                [&](Chunks& chunks) { workers[chunks.thread].project_queries(layer, chunks); });
+    if (layer.latent)
+      all.share(model.heads * latent_tiles(model),
+                [&](Chunks& chunks) { workers[chunks.thread].bring_queries(layer, chunks); });
     all.share(all.threads, [&](Chunks& chunks) { workers[chunks.thread].attend(i, chunks); });
+    if (layer.latent)
+      all.share(model.heads,
+                [&](Chunks& chunks) { workers[chunks.thread].bring_answers(layer, chunks); });
     all.share(tiles_of(layer.o),
               [&](Chunks& chunks) { workers[chunks.thread].project_attention(layer, chunks); });
     if (layer.mixture) {
@@ -718,7 +846,7 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
     m += sequences[i].tokens;
     max_tokens = std::max(max_tokens, sequences[i].tokens);
   }
-  size_t input = 0, gated = 0;
+  size_t input = 0, gated = 0, q_a = 0;
   GptqMixture largest{};
   const auto add_feed = [&](const GptqProjection& gate, const GptqProjection& up,
                             const GptqProjection& down) {
@@ -728,8 +856,10 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
   };
   for (int i = 0; i < model.layers; i++) {
     const GptqDecoderLayer& layer = model.layer[i];
-    for (const GptqProjection* p : {&layer.q, &layer.k, &layer.v, &layer.o})
+    for (const GptqProjection* p :
+         {&first_projection(layer), &layer.q, &layer.k, &layer.v, &layer.o})
       input = std::max(input, input_bytes(model, *p, m));
+    if (reads_q_a(layer)) q_a = std::max(q_a, size_t(layer.latent->q_a.out_features));
     if (!layer.mixture) {
       gated = std::max(gated, add_feed(layer.gate, layer.up, layer.down));
       continue;
@@ -756,6 +886,7 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
   size_t segments = 0;
   for (int64_t i = 0; i < count; i++)
     segments += model.kv_heads * (segment_of(sequences[i].past + sequences[i].tokens - 1) + 1);
+  const bool latent = model.latent_dim;
   SharedBuffers shared;
   Worker* workers;
   const auto lay_out = [&](void* memory) {
@@ -768,7 +899,11 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
     shared.gated = arena.take<float>(gated);
     shared.running_max = arena.take<float>(segments * rows);
     shared.row_sum = arena.take<float>(segments * rows);
-    shared.acc = arena.take<float>(segments * rows * model.head_dim);
+    shared.acc = arena.take<float>(segments * rows * cached_value_dim(model));
+    shared.q_a = arena.take<float>(m * q_a);
+    shared.queries =
+        arena.take<float>(m * model.heads * (latent ? model.plain_dim + model.rotary_dim : 0));
+    shared.attended = arena.take<float>(m * model.heads * model.value_dim);
     shared.normed = arena.take<float>(largest.experts ? m * model.hidden : 0);
     shared.logits = arena.take<float>(size_t(m) * largest.experts);
     shared.shared_weight = arena.take<float>(m);
@@ -780,7 +915,8 @@ int gptq_decode_step(const GptqModel* description, const void* x, const float* c
       buffers.normed = arena.take<float>(m * model.hidden);
       buffers.added = arena.take<float>(model.hidden);
       buffers.tile = arena.take<float>(2 * m * COLUMNS);
-      buffers.attention = arena.take<float>(m * q_size);
+      buffers.attention = arena.take<float>(latent ? 0 : m * q_size);
+      buffers.q_a = arena.take<float>(m * q_a);
       buffers.all_q = arena.take<float>(model.all_heads ? m * q_size : 0);
       buffers.all_k = arena.take<float>(model.all_heads ? m * kv_size : 0);
       buffers.q = arena.take<float>(rows * model.head_dim);

@@ -50,9 +50,9 @@ struct Function {
 #define FUNCTION(NAME) {#NAME, Signature<decltype(NAME)>::letters}
 
 constexpr Size SIZES[] = {
-    SIZE(GptqLinear),  SIZE(GptqProjection), SIZE(GptqNorm),
-    SIZE(GptqExpert),  SIZE(GptqMixture),    SIZE(GptqDecoderLayer),
-    SIZE(GptqKvCache), SIZE(GptqSequence),   SIZE(GptqModel),
+    SIZE(GptqLinear),  SIZE(GptqProjection),   SIZE(GptqNorm),    SIZE(GptqExpert),
+    SIZE(GptqMixture), SIZE(GptqDecoderLayer), SIZE(GptqKvCache), SIZE(GptqSequence),
+    SIZE(GptqModel),   SIZE(GptqLatent),
 };
 constexpr Function FUNCTIONS[] = {
     FUNCTION(gptq_isa),           FUNCTION(gptq_activations), FUNCTION(gptq_amx),

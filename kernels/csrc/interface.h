@@ -73,6 +73,20 @@ struct GptqMixture {
   int32_t normalized;           // whether what the chosen ones count adds up to 1
   int32_t groups, kept_groups;  // of experts: those of the best groups can be chosen; 1 for all
   float scaling;                // of what the chosen ones count
+  int32_t ranks_groups;         // how many of a group's best scores rank it: 1 or 2
+};
+
+// Latent attention: all heads' keys and values are products of one latent of a position, which the
+// cache keeps with `rotary_dim` numbers of a key that are rotated, and are the same for all heads.
+// A head's query is brought to where the latents are, and its answer back: neither keys nor values
+// are ever made. Of the layer, q reads what q_a and its norm make, or h where q_a has no columns; k
+// is the latent and what is rotated; v has no columns.
+struct GptqLatent {
+  GptqProjection q_a;
+  GptqNorm q_norm;        // [columns of q_a]
+  GptqNorm kv_norm;       // [latent_dim]
+  const void* to_keys;    // [heads][latent_dim][head's numbers that are not rotated] of `type`
+  const void* to_values;  // [heads][value_dim][latent_dim] of `type`
 };
 
 // x += attention(input_norm(x)); x += feed_forward(feed_forward_norm(x)), what is added normed first
@@ -90,13 +104,14 @@ struct GptqDecoderLayer {
   int32_t angles;              // the table that its heads are rotated by, or -1 for none
   const GptqMixture* mixture;  // in place of gate, up and down, or null
   const void* sinks;  // [heads] of parameter_type: a score of each that joins its softmax, or null
+  const GptqLatent* latent;  // of every layer, or null
 };
 
 // Keys and values of one sequence in one decoder layer: of the model's dtype, or in 8 bits, where
 // each head of a position has a scale.
 struct GptqKvCache {
   void* keys;           // [kv_heads][capacity][head_dim]
-  void* values;         // [kv_heads][capacity][head_dim]
+  void* values;         // [kv_heads][capacity][head_dim]; of latent attention null
   float* key_scales;    // [kv_heads][capacity], or null
   float* value_scales;  // [kv_heads][capacity], or null
   int64_t capacity;
@@ -120,12 +135,16 @@ struct GptqModel {
   int32_t parameter_type;  // of norms and sinks, and of biases of what is not packed
   int32_t norm_kind, activation;
   int32_t rotary_dim;  // how much of a head is rotated
-  int32_t neighbours;  // whether it is rotated by pairs of neighbours, else by halves
+  int32_t neighbours;  // 1: it is rotated by pairs of neighbours; 2: and these parted; 0: by halves
   int32_t all_heads;   // whether q_norm and k_norm are of all heads
   int32_t parallel;
   float residual;  // what is added to x is multiplied by it
   float softcap;   // scores are softcap * tanh(score / softcap), or 0 for as they are
   float swiglu_alpha, swiglu_limit;  // of the activation SWIGLU_OAI
+  // Of latent attention, where head_dim is latent_dim + rotary_dim and kv_heads is 1; else 0.
+  int32_t latent_dim, value_dim;
+  int32_t plain_dim;  // numbers of a head's query that are not rotated; rotary_dim follow
+  float latent_eps;   // of its norms
 };
 
 // interface.cpp. The size of a structure by its name, or 0 where there is none; a function's result

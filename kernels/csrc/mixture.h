@@ -70,8 +70,8 @@ struct Routes {
     for (int i = 0; i < experts; i++) logits[i] /= sum;
   }
 
-  // Rank the experts of all groups but the best ones last: those whose two best rank the highest
-  // together, of at most 64.
+  // Rank the experts of all groups but the best ones last: those whose best one, or two, rank the
+  // highest together, of at most 64.
   static void keep_groups(const GptqMixture& mixture, float* ranks) {
     const int size = mixture.experts / mixture.groups;
     uint64_t kept = 0;
@@ -84,8 +84,9 @@ struct Routes {
           second = std::max(second, std::min(first, ranks[i]));
           first = std::max(first, ranks[i]);
         }
-        if (kept >> group & 1 || (best >= 0 && first + second <= greatest)) continue;
-        best = group, greatest = first + second;
+        const float together = mixture.ranks_groups == 1 ? first : first + second;
+        if (kept >> group & 1 || (best >= 0 && together <= greatest)) continue;
+        best = group, greatest = together;
       }
       kept |= uint64_t(1) << best;
     }

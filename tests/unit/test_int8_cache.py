@@ -14,12 +14,8 @@ from transformers import DeepseekV3Config, Qwen3NextConfig
 
 import gptq_loader_plugin as gptq
 from gptq_loader_kernels.cpu.library import Isa, find_library
-from gptq_loader_plugin.generation.kv_cache import (
-    Int8Layer,
-    check_int8,
-    make_cache,
-    make_int8_cache,
-)
+from gptq_loader_plugin.generation.cache_layers import Int8Layer
+from gptq_loader_plugin.generation.kv_cache import check_int8, make_cache, make_int8_cache
 
 FIRST = 40  # tokens read at once
 native = pytest.mark.skipif(find_library() is None, reason="the native library was not built")

@@ -72,7 +72,7 @@ class Angles:
         # It names a type and a device.
         x = torch.empty(1, 0, built.model.hidden, dtype=torch.float32, device="cpu")
         tables = [rotary(x, places, layer_type=name) for name in built.tables] or [
-            rotary(x, places)
+            _parts(rotary(x, places))
         ]
         cos, sin = (torch.cat(parts).contiguous() for parts in zip(*tables, strict=True))
         if self._repeated:  # here each comes once, and then all again
@@ -83,6 +83,13 @@ class Angles:
         for name, angles in (("cos", cos), ("sin", sin)):
             check_tensor(name, angles, shape, torch.float32)
         return cos, sin
+
+
+def _parts(angles: Any) -> Any:  # noqa: ANN401
+    """Return cosines and sines, of complex numbers all of them twice."""
+    if not isinstance(angles, torch.Tensor):
+        return angles
+    return tuple(torch.cat((it, it), dim=-1) for it in (angles.real, angles.imag))
 
 
 class _State:

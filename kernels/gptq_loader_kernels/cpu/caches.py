@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from gptq_loader_kernels.cpu.library import KvCache
-from gptq_loader_plugin.generation.kv_cache import GrowableLayer, Int8Layer
+from gptq_loader_plugin.generation.cache_layers import GrowableLayer, Int8Layer, LatentLayer
 
 if TYPE_CHECKING:
     import ctypes
@@ -74,9 +74,10 @@ class HeldCaches:
         if known is not None and end <= known.capacity:
             return known.places
         like = torch.empty(1, model.kv_heads, 0, model.head_dim, dtype=dtype, device="cpu")
+        keys = like[..., : model.latent_dim or None]
         for layer in cache.layers:
             if not layer.is_initialized:
-                layer.lazy_initialization(like, like)
+                layer.lazy_initialization(keys, like[..., model.latent_dim :])
         rooms: list[torch.Tensor] = [layer.reserve(end, like) for layer in cache.layers]
         places = (KvCache * len(rooms))()
         for place, layer, room in zip(places, cache.layers, rooms, strict=True):
@@ -86,7 +87,8 @@ class HeldCaches:
                 place.key_scales, place.value_scales = scales[0].data_ptr(), scales[1].data_ptr()
             place.capacity = room.shape[3]
             place.keys = room.data_ptr()
-            place.values = room[1].data_ptr()
+            if not model.latent_dim:
+                place.values = room[1].data_ptr()
         capacity = min(room.shape[3] for room in rooms)
         self._known[cache] = _Held(model, list(cache.layers), rooms, capacity, places)
         return places
@@ -98,14 +100,17 @@ def is_growable(cache: Any, model: Model, dtype: torch.dtype) -> bool:  # noqa: 
         return False
     layers: list[Any] = cache.layers
     length = getattr(layers[0], "length", 0)
+    kinds = (LatentLayer,) if model.latent_dim else (GrowableLayer, Int8Layer)
     for layer in layers:
-        if type(layer) not in (GrowableLayer, Int8Layer) or layer.length != length:
+        if type(layer) not in kinds or layer.length != length:
             return False
         room: torch.Tensor | None = layer.room
         if room is None:
             continue
         capacity = room.shape[3] if room.dim() == 5 else -1
-        shape = (2, 1, model.kv_heads, capacity, model.head_dim)
+        shape = (layer.rooms, 1, model.kv_heads, capacity, model.head_dim)
+        if type(layer) is LatentLayer and layer.key_size != model.latent_dim:
+            return False
         kept = torch.int8 if type(layer) is Int8Layer else dtype
         if room.shape != shape or room.dtype != kept or capacity < length:
             return False
@@ -114,20 +119,24 @@ def is_growable(cache: Any, model: Model, dtype: torch.dtype) -> bool:  # noqa: 
     return True
 
 
-def make_growable(cache: Any) -> None:  # noqa: ANN401
-    """Give transformers' own layers room: plain ones, and sliding ones that are empty."""
+def make_growable(cache: Any, kind: type[GrowableLayer] = GrowableLayer) -> None:  # noqa: ANN401
+    """Make transformers' own layers of this kind: plain ones, and sliding ones that are empty."""
     if type(cache) is not DynamicCache:
         return
     for layer in cache.layers:
         empty = type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized
         if type(layer) is DynamicLayer or empty:
-            _make_growable(layer)
+            _make_growable(layer, kind)
 
 
-def _make_growable(layer: Any) -> None:  # noqa: ANN401 - a DynamicLayer
+def _make_growable(layer: Any, kind: type[GrowableLayer]) -> None:  # noqa: ANN401 - a DynamicLayer
     """Turn transformers' own layer of a cache into one with room, keeping what it holds."""
     keys, values = layer.__dict__.pop("keys", None), layer.__dict__.pop("values", None)
-    layer.__class__ = GrowableLayer
-    if keys is not None and keys.numel():
+    layer.__class__ = kind
+    if keys is None or not keys.numel():
+        layer.is_initialized = False
+    elif isinstance(layer, LatentLayer):
+        layer.hold(keys, values)
+    else:
         layer.room = torch.stack((keys, values))
         layer.length = keys.shape[-2]

@@ -23,6 +23,7 @@ from gptq_loader_kernels.cpu.library import Activations, Isa, choose_code, load_
 from gptq_loader_kernels.cpu.library import Sequence as Sequence_
 from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
 from gptq_loader_kernels.cpu.parts import embed, last_norm_of
+from gptq_loader_plugin.generation.cache_layers import GrowableLayer, LatentLayer
 from gptq_loader_plugin.generation.kv_cache import make_cache
 from gptq_loader_plugin.generation.rotation import rope_limit
 
@@ -39,7 +40,8 @@ class NativeDecoder:
     """The forward of a decoder: its own, or for new tokens of one sequence the native library's.
 
     A few tokens are a step, of which some layers may be unpacked and which may be in float32. More
-    are a prompt, which wants bfloat16, every layer packed, and a processor with its products.
+    are a prompt, which wants bfloat16, every layer packed, a processor with its products, and other
+    than latent attention.
 
     Args:
         decoder: the model without its head, of one of FAMILIES and as `why_not` wants it.
@@ -66,6 +68,7 @@ class NativeDecoder:
         self.steps = self.prompts = 0  # taken natively
         self._built: Described | None = None
         self._held = HeldCaches()
+        self._kind = LatentLayer if family.latent else GrowableLayer  # of its caches' layers
         self._angles = Angles(repeated=family.angles_repeated, once=family.angles_once)
         self._lock = threading.Lock()  # the library is told of one cache at a time
 
@@ -96,7 +99,7 @@ class NativeDecoder:
         call = None if self._trains() else _Call.of(arguments)
         if call is None or call.tokens.shape[0] != 1 or call.tokens.shape[1] == 0:
             return None
-        make_growable(call.cache)  # whoever reads these tokens: steps may follow
+        make_growable(call.cache, self._kind)  # whoever reads these tokens: steps may follow
         prompt = call.tokens.shape[1] > MAX_STEP_TOKENS
         if prompt and not self.takes_prompts():
             return None
@@ -121,6 +124,7 @@ class NativeDecoder:
         """Say whether more than a few tokens are taken natively."""
         return (
             self.isa >= Isa.AVX512_BF16
+            and not self.family.latent
             and last_norm_of(self.decoder, self.family).weight.dtype == torch.bfloat16
             and all(
                 isinstance(linear, NativeLinear) and linear.activations is not Activations.INT8
@@ -163,7 +167,7 @@ class NativeDecoder:
     def _takes(self, cache: Any, tokens: int, built: Described) -> bool:  # noqa: ANN401
         """Return whether so many tokens can be added to a cache, which is made growable."""
         if not self._held.knows(cache, built.model):
-            make_growable(cache)
+            make_growable(cache, self._kind)
             if not is_growable(cache, built.model, built.dtype):
                 return False
         return self._keeps_angles(cache.layers[0].length + tokens)

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptq_loader_kernels.cpu.families import Family, family_of
+from gptq_loader_kernels.cpu.families import Family, family_of, find
 from gptq_loader_kernels.cpu.fitting import ACTIVATIONS, linears, modules_inside, why_not
+from gptq_loader_kernels.cpu.latents import LATENT_NORMS, latent_norms, parted, written_to
 from gptq_loader_kernels.cpu.library import (
     COLUMNS,
     Activations,
     DecoderLayer,
     Expert,
     Isa,
+    Latent,
     Linear,
     Mixture,
     Model,
@@ -31,6 +33,7 @@ from gptq_loader_kernels.cpu.mixtures import (
     experts_of,
     groups_of,
     is_mixture,
+    is_normalized,
     projections_of,
     router_of,
     swiglu_of,
@@ -42,6 +45,7 @@ from gptq_loader_kernels.cpu.parts import (
     is_parallel,
     kv_heads_of,
     last_norm_of,
+    neighbours_of,
     norm_of,
     norms_of,
     projection_sizes,
@@ -68,7 +72,8 @@ class Described:
         model: the description, which points into the decoder's tensors.
         dtype: of its activations.
         tables: the types of layers that are rotated by angles of their own, or ().
-        kept: what the description points to: the decoder's own tensors, of which nothing is copied.
+        kept: what the description points to: the decoder's own tensors, of which nothing is copied
+            but what makes keys and values of latents.
         watch: tells whether the decoder has been changed since.
     """
 
@@ -102,6 +107,11 @@ def describe(
             _describe_norm(getattr(place, name), norm_of(layer, family, name), kept)
         if is_mixture(layer, family):
             place.mixture = ctypes.pointer(_describe_mixture(layer.mlp, family, kept))
+        if family.latent:
+            weights = parted(decoder, layer, dtype, isa)
+            place.latent = ctypes.pointer(_describe_latent(layer, weights, kept))
+            beside = find(layer, "self_attn.q_a_proj") or find(layer, "self_attn.q_proj")
+            place.k.same_rows = _same_rows(beside, layer.self_attn.kv_a_proj_with_mqa)
         if (sinks := sinks_of(layer, family)) is not None:
             place.sinks = sinks.data_ptr()
             kept.append(sinks)
@@ -113,7 +123,7 @@ def describe(
         layers=len(described),
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
-        kv_heads=kv_heads_of(config),
+        kv_heads=kv_heads_of(config, family),
         head_dim=head_dim_of(decoder, family),
         type=TYPES[dtype],
         isa=isa,
@@ -126,19 +136,24 @@ def describe(
         activation=ACTIVATIONS[next(activations_of(first, family))],
         rotary_dim=max(rotary_sizes(decoder, family)),
         softcap=softcap_of(first, family),
-        neighbours=family.neighbours,
+        neighbours=neighbours_of(decoder, family),
         all_heads=family.all_heads,
         parallel=is_parallel(first, family),
         residual=residual_of(first),
         swiglu_alpha=alpha,
         swiglu_limit=limit,
     )
+    if family.latent:
+        model.latent_dim, model.value_dim = config.kv_lora_rank, config.v_head_dim
+        model.plain_dim = config.qk_nope_head_dim
+        model.latent_eps = getattr(find(first, LATENT_NORMS["kv_norm"]), family.epsilon)
     _describe_norm(model.norm, last_norm, kept)
     kept.append(described)
     modules = list(modules_inside(decoder, family))
     counted = [it for it in modules if isinstance(it, CountedModule)]
     inside = [it for it in modules if not isinstance(it, CountedModule)]
-    return Described(model, dtype, tables, kept, Watch(decoder, inside, counted))
+    watch = Watch(decoder, inside, counted, copied=written_to(decoder, family))
+    return Described(model, dtype, tables, kept, watch)
 
 
 def all_packed(decoder: Any, family: Family) -> bool:  # noqa: ANN401
@@ -161,6 +176,8 @@ def _describe_projections(
             _describe_projection(getattr(place, names[0]), module, 0, columns, kept)
             continue
         for name in names:
+            if name in {"q_a", "kv_b"}:  # of latent attention
+                continue
             projection, columns = getattr(place, name), sizes[name][0]
             _describe_projection(projection, module, first, columns, kept)
             projection.same_rows = name in {"k", "v", "up"} and _same_rows(before, module)
@@ -191,12 +208,28 @@ def _describe_mixture(mixture: Any, family: Family, kept: list[Any]) -> Mixture:
         router_type=TYPES[router.weight.dtype],
         shared=len(each) > len(mixture.experts.experts),
         sigmoid=family.sigmoid,
-        normalized=getattr(router, "norm_topk_prob", True),
+        normalized=is_normalized(router, family),
         groups=groups,
         kept_groups=kept_groups,
         scaling=getattr(router, "routed_scaling_factor", 1.0),
+        ranks_groups=1 if family.groups_by_best else 2,
     )
     kept += experts, tensors, described
+    return described
+
+
+def _describe_latent(
+    layer: Any,  # noqa: ANN401
+    weights: tuple[torch.Tensor, torch.Tensor],
+    kept: list[Any],
+) -> Latent:
+    described, before = Latent(), find(layer, "self_attn.q_a_proj")
+    described.to_keys, described.to_values = (it.data_ptr() for it in weights)
+    if before is not None:
+        _describe_projection(described.q_a, before, 0, before.out_features, kept)
+    for name, _, norm in latent_norms(layer):
+        _describe_norm(getattr(described, name), norm, kept)
+    kept += weights, described
     return described
 
 

@@ -52,6 +52,17 @@ AFTER = {
     "attention_norm": "post_attention_layernorm",
     "output_norm": "post_feedforward_layernorm",
 }
+LATENT = {
+    "self_attn.q_a_proj": ("q_a",),
+    "self_attn.q_b_proj": ("q",),
+    "self_attn.q_proj": ("q",),
+    "self_attn.kv_a_proj_with_mqa": ("k",),
+    "self_attn.kv_b_proj": ("kv_b",),
+    "self_attn.o_proj": ("o",),
+    "mlp.gate_proj": ("gate",),
+    "mlp.up_proj": ("up",),
+    "mlp.down_proj": ("down",),
+}
 GLM_NORMS = {
     **NORMS,
     "attention_norm": "post_self_attn_layernorm",
@@ -78,7 +89,8 @@ class Family:
         activation: the path of a layer's activation.
         slides: whether every layer attends to the config's window; else those that it lists.
         softcap: the attribute of its attention that caps scores, or None.
-        neighbours: whether heads are rotated by pairs of neighbours, else by halves.
+        neighbours: whether heads are rotated by pairs of neighbours, else by halves; or the setting
+            that says so, where pairs are parted then.
         angles_repeated: whether each angle comes twice, one after the other.
         angles_once: whether each angle comes once; else all of them twice.
         rotates: the attribute of its attention that says whether it rotates; None for always.
@@ -96,6 +108,8 @@ class Family:
         sigmoid: whether a router's scores are sigmoids, else a softmax.
         normed_heads: the attribute of its attention that says whether it norms queries and keys;
             None for as `norms` has it.
+        groups_by_best: whether a group of experts ranks by its best one, else by its two best.
+        latent: whether its attention is latent, as DeepSeek-V2's.
         clamps: whether its experts clamp gate and up, and add 1 to up.
         sinks: the attribute of its attention that joins each head's softmax, or None.
     """
@@ -113,7 +127,7 @@ class Family:
     activation: str = "mlp.act_fn"
     slides: bool = False
     softcap: str | None = None
-    neighbours: bool = False
+    neighbours: bool | str = False
     angles_repeated: bool = False
     angles_once: bool = False
     rotates: str | None = None
@@ -130,10 +144,17 @@ class Family:
     shared: str = "shared_expert"
     sigmoid: bool = False
     normed_heads: str | None = None
+    groups_by_best: bool = False
+    latent: bool = False
     clamps: bool = False
     sinks: str | None = None
 
 
+DEEPSEEK_V3: dict[str, Any] = {
+    "projections": LATENT, "latent": True, "neighbours": "rope_interleave", "sigmoid": True,
+    "expert_size": "moe_intermediate_size", "mixture": "MoE", "router_kind": "TopkRouter",
+    "shared": "shared_experts",
+}  # fmt: skip
 FAMILIES = {
     "CohereModel": Family(
         "Cohere",
@@ -169,6 +190,18 @@ FAMILIES = {
         epsilon="eps",
         angles_by_type=True,
     ),
+    "DeepseekV2Model": Family(
+        "DeepseekV2",
+        projections=LATENT,
+        latent=True,
+        neighbours=True,
+        expert_size="moe_intermediate_size",
+        mixture="Moe",
+        router_kind="TopkRouter",
+        shared="shared_experts",
+        groups_by_best=True,
+    ),
+    "DeepseekV3Model": Family("DeepseekV3", **DEEPSEEK_V3),
     "Dots1Model": Family(
         "Dots1",
         norms=NORMS | HEAD_NORMS,
@@ -216,6 +249,7 @@ FAMILIES = {
         shared="shared_experts",
         sigmoid=True,
     ),
+    "Glm4MoeLiteModel": Family("Glm4MoeLite", **DEEPSEEK_V3),
     "GptOssModel": Family(
         "GptOss",
         angles_once=True,
@@ -287,6 +321,7 @@ FAMILIES = {
         activation="mlp.act",
         slides=True,
     ),
+    "YoutuModel": Family("Youtu", projections=LATENT, latent=True, neighbours="rope_interleave"),
 }
 
 

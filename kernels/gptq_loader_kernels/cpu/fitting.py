@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gptq_loader_kernels.cpu.families import FAMILIES, Family, family_of, find
+from gptq_loader_kernels.cpu.latents import latent_norms, other_latents
 from gptq_loader_kernels.cpu.library import COLUMNS, Activation
 from gptq_loader_kernels.cpu.linear import TYPES, NativeLinear
 from gptq_loader_kernels.cpu.mixtures import (
@@ -36,6 +37,7 @@ from gptq_loader_kernels.cpu.parts import (
     projection_sizes,
     residual_of,
     rotary_sizes,
+    rotated_of,
     sinks_of,
     softcap_of,
     window_of,
@@ -49,6 +51,7 @@ __all__ = ["ACTIVATIONS", "linears", "modules_inside", "why_not"]
 
 LANES = 16
 MAX_GROUPS = 64  # of experts
+METHODS = ("greedy", "group_limited_greedy")  # of DeepSeek-V2's routers
 ACTIVATIONS = {
     "SiLUActivation": Activation.SILU, "SiLU": Activation.SILU, "GELUTanh": Activation.GELU_TANH,
     "NewGELUActivation": Activation.GELU_TANH, "GELUActivation": Activation.GELU,
@@ -65,14 +68,23 @@ def why_not(decoder: Any) -> str | None:  # noqa: ANN401 - one for each limit
         names = sorted(it.name for it in FAMILIES.values())
         return f"it is a {type(decoder).__name__}; the step has {', '.join(names)}"
     head_dim = head_dim_of(decoder, family)
-    if head_dim % LANES or head_dim > 16 * LANES:
+    if not family.latent and (head_dim % LANES or head_dim > 16 * LANES):
         return f"its heads are {head_dim} wide; the step takes multiples of 16 up to 256"
     if decoder.config.hidden_size % LANES:
         return f"its hidden size {decoder.config.hidden_size} is not a multiple of {LANES}"
     dtype = last_norm_of(decoder, family).weight.dtype
     if dtype not in TYPES:
         return f"it is in {dtype}; the step takes bfloat16 and float32"
-    checks = (_other_mixture, _changed, _other_class, _several, _other_positions, _uncut, _misfit)
+    checks = (
+        other_latents,
+        _other_mixture,
+        _changed,
+        _other_class,
+        _several,
+        _other_positions,
+        _uncut,
+        _misfit,
+    )
     return next((reason for check in checks if (reason := check(decoder, family))), None)
 
 
@@ -147,6 +159,9 @@ def _other_mixture(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
         experts: Any = mixture.experts.experts
         if any(set(expert) != set(ROLES) for expert in experts):
             return f"the experts of mixture {i} have other layers than gate, up and down"
+        method = getattr(router_of(mixture, family), "topk_method", METHODS[0])
+        if method not in METHODS:
+            return f"mixture {i} chooses experts by {method}, of which the step has nothing"
         if (reason := _other_router(mixture, family, len(experts))) is not None:
             return f"mixture {i} {reason}"
         shared_gate = getattr(mixture, "shared_expert_gate", None)
@@ -170,20 +185,26 @@ def _other_router(mixture: Any, family: Family, experts: int) -> str | None:  # 
     groups, kept = groups_of(router)
     possible = 1 <= kept <= groups <= MAX_GROUPS and experts % groups == 0
     size = experts // groups if possible else 0
-    if size < min(groups, 2) or router.top_k > kept * size:
+    if size < min(groups, 1 if family.groups_by_best else 2) or router.top_k > kept * size:
         return f"takes {router.top_k} of {experts} experts, of {kept} of {groups} groups"
     return None
 
 
 def _several(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
     """Say what a decoder has several of, where the step takes one."""
-    norms = [part for _, part, name in _classes(decoder, family) if name == _norm(family)]
+    inside = [it for layer in decoder.layers for _, _, it in latent_norms(layer)]
+    norms = [
+        part
+        for _, part, name in _classes(decoder, family)
+        if name == _norm(family) and not any(part is it for it in inside)
+    ]
     activations = [it for layer in decoder.layers for it in activations_of(layer, family)]
     if other := sorted(set(activations).difference(ACTIVATIONS)):
         names = ", ".join(it.name.lower() for it in Activation)
         return f"its activation is {other[0]}; the step has {names}"
     values: dict[str, set[Any]] = {
         "epsilon": {getattr(norm, family.epsilon) for norm in norms},
+        "latents' epsilon": {getattr(norm, family.epsilon) for norm in inside},
         "scaling": {attention_of(layer, family).scaling for layer in decoder.layers},
         "softcap": {softcap_of(layer, family) for layer in decoder.layers},
         "rotary size": rotary_sizes(decoder, family),
@@ -201,8 +222,10 @@ def _several(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
 def _other_positions(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
     """Say where a decoder rotates or attends to other positions than its config has."""
     size = max(rotary_sizes(decoder, family))
-    if size > head_dim_of(decoder, family):
+    if size > rotated_of(decoder, family):
         return f"{size} numbers of each head are rotated, and it has fewer"
+    if family.latent and size < rotated_of(decoder, family):
+        return f"{size} of {rotated_of(decoder, family)} numbers of each head are rotated"
     for index, layer in enumerate(decoder.layers):
         attention = attention_of(layer, family)
         if not getattr(attention, "is_causal", True):
@@ -235,6 +258,8 @@ def _classes(decoder: Any, family: Family) -> Iterator[tuple[str, Any, str]]:  #
                 yield f"layers.{i}.mlp.{family.shared}", shared, "MLP"
         for name, path in norms_of(layer, family).items():
             yield f"layers.{i}.{path}", norm_of(layer, family, name), _norm(family)
+        for _, path, norm in latent_norms(layer):
+            yield f"layers.{i}.{path}", norm, _norm(family)
 
 
 def _uncut(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
@@ -255,7 +280,7 @@ def _misfit(decoder: Any, family: Family) -> str | None:  # noqa: ANN401
 
     The library reads what it is told, whatever lies there.
     """
-    heads, last_norm = kv_heads_of(decoder.config), last_norm_of(decoder, family)
+    heads, last_norm = kv_heads_of(decoder.config, family), last_norm_of(decoder, family)
     if decoder.config.num_attention_heads % heads:
         return f"its {heads} heads of keys and values are shared unevenly"
     for name, part, shape in _parts(decoder, family):
@@ -283,7 +308,7 @@ def _parts(decoder: Any, family: Family) -> Iterator[tuple[str, Any, tuple[int, 
     """Go through what the library reads, layers and tensors, with the shapes they must have."""
     config, last_norm = decoder.config, last_norm_of(decoder, family)
     dim, hidden = head_dim_of(decoder, family), config.hidden_size
-    heads = {"q_norm": config.num_attention_heads, "k_norm": kv_heads_of(config)}
+    heads = {"q_norm": config.num_attention_heads, "k_norm": kv_heads_of(config, family)}
     yield family.last_norm, last_norm.weight, (hidden,)
     yield f"{family.last_norm}.bias", getattr(last_norm, "bias", None), (hidden,)
     for path, module, shape in _named_linears(decoder, family):
@@ -309,3 +334,9 @@ def _parts(decoder: Any, family: Family) -> Iterator[tuple[str, Any, tuple[int, 
                 size = dim * (heads[name] if family.all_heads else 1)
             yield path, norm.weight, (size,)
             yield f"{path}.bias", getattr(norm, "bias", None), (size,)
+        for name, path, norm in latent_norms(layer):
+            yield (
+                path,
+                norm.weight,
+                (config.kv_lora_rank if name == "kv_norm" else config.q_lora_rank,),
+            )

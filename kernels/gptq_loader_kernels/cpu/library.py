@@ -20,6 +20,7 @@ __all__ = [
     "Expert",
     "Isa",
     "KvCache",
+    "Latent",
     "LibraryMismatch",
     "Linear",
     "Mixture",
@@ -140,7 +141,20 @@ class Mixture(ctypes.Structure):
             )
         ),
         ("scaling", ctypes.c_float),
+        ("ranks_groups", ctypes.c_int32),
     )  # fmt: skip
+
+
+class Latent(ctypes.Structure):
+    """`GptqLatent` of interface.h."""
+
+    _fields_ = (
+        ("q_a", Projection),
+        ("q_norm", Norm),
+        ("kv_norm", Norm),
+        ("to_keys", ctypes.c_void_p),
+        ("to_values", ctypes.c_void_p),
+    )
 
 
 class DecoderLayer(ctypes.Structure):
@@ -163,6 +177,7 @@ class DecoderLayer(ctypes.Structure):
         ("angles", ctypes.c_int32),
         ("mixture", ctypes.POINTER(Mixture)),
         ("sinks", ctypes.c_void_p),
+        ("latent", ctypes.POINTER(Latent)),
     )
 
 
@@ -213,6 +228,8 @@ class Model(ctypes.Structure):
             (name, ctypes.c_float)
             for name in ("residual", "softcap", "swiglu_alpha", "swiglu_limit")
         ),
+        *((name, ctypes.c_int32) for name in ("latent_dim", "value_dim", "plain_dim")),
+        ("latent_eps", ctypes.c_float),
     )  # fmt: skip
 
 
@@ -222,6 +239,7 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "GptqNorm": Norm,
     "GptqExpert": Expert,
     "GptqMixture": Mixture,
+    "GptqLatent": Latent,
     "GptqDecoderLayer": DecoderLayer,
     "GptqKvCache": KvCache,
     "GptqSequence": Sequence,

@@ -22,6 +22,7 @@ __all__ = [
     "fused_of",
     "groups_of",
     "is_mixture",
+    "is_normalized",
     "projections_of",
     "router_of",
     "shared_of",
@@ -44,6 +45,7 @@ def projections_of(layer: Any, family: Family) -> dict[str, tuple[str, ...]]:  #
         path: names
         for path, names in family.projections.items()
         if not mixed or not set(names).intersection(ROLES)
+        if not family.latent or find(layer, path) is not None
     }
 
 
@@ -92,7 +94,14 @@ def shared_of(mixture: Any, family: Family) -> Any:  # noqa: ANN401
 
 def groups_of(router: Any) -> tuple[int, int]:  # noqa: ANN401
     """Return how many groups of experts a router has, and of how many it takes experts."""
-    return int(getattr(router, "num_group", 1)), int(getattr(router, "topk_group", 1))
+    if getattr(router, "topk_method", None) == "greedy":  # by DeepSeek-V2's
+        return 1, 1
+    return int(getattr(router, "num_group", 1) or 1), int(getattr(router, "topk_group", 1) or 1)
+
+
+def is_normalized(router: Any, family: Family) -> bool:  # noqa: ANN401
+    """Return whether what the experts of a token count adds up to 1."""
+    return bool(getattr(router, "norm_topk_prob", not family.groups_by_best))
 
 
 def expert_sizes(config: Any, family: Family) -> tuple[int, int]:  # noqa: ANN401

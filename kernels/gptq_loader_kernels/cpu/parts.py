@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gptq_loader_kernels.cpu.families import find
+from gptq_loader_kernels.cpu.latents import latent_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -19,11 +20,13 @@ __all__ = [
     "is_parallel",
     "kv_heads_of",
     "last_norm_of",
+    "neighbours_of",
     "norm_of",
     "norms_of",
     "projection_sizes",
     "residual_of",
     "rotary_sizes",
+    "rotated_of",
     "sinks_of",
     "softcap_of",
     "table_of",
@@ -48,14 +51,18 @@ def embed(decoder: Any, family: Family, tokens: torch.Tensor) -> torch.Tensor:  
 
 
 def head_dim_of(decoder: Any, family: Family) -> int:  # noqa: ANN401
-    """Return how wide a decoder's heads are."""
+    """Return how wide a decoder's heads of keys are: a latent, and what is rotated."""
+    if family.latent:
+        return int(decoder.config.kv_lora_rank + decoder.config.qk_rope_head_dim)
     attention = attention_of(decoder.layers[0], family)
     dim: int = attention.head_size if hasattr(attention, "head_size") else attention.head_dim
     return dim
 
 
-def kv_heads_of(config: Any) -> int:  # noqa: ANN401
+def kv_heads_of(config: Any, family: Family) -> int:  # noqa: ANN401
     """Return how many heads of keys and values a model has: as many as of queries, if not said."""
+    if family.latent:
+        return 1  # for all
     heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return heads
 
@@ -64,12 +71,26 @@ def projection_sizes(decoder: Any, family: Family) -> dict[str, tuple[int, int]]
     """Return the outputs and inputs of each projection of a layer."""
     config, dim = decoder.config, head_dim_of(decoder, family)
     hidden, intermediate = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_attention_heads * dim, kv_heads_of(config) * dim
-    return {
+    queries, keys = config.num_attention_heads * dim, kv_heads_of(config, family) * dim
+    heads = {
         "q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries),
-        "gate": (intermediate, hidden), "up": (intermediate, hidden),
-        "down": (hidden, intermediate),
     }  # fmt: skip
+    return {
+        **(latent_sizes(decoder) if family.latent else heads), "gate": (intermediate, hidden),
+        "up": (intermediate, hidden), "down": (hidden, intermediate),
+    }  # fmt: skip
+
+
+def rotated_of(decoder: Any, family: Family) -> int:  # noqa: ANN401
+    """Return how much of a head may be rotated at most; all that can be, of a latent one."""
+    return int(decoder.config.qk_rope_head_dim) if family.latent else head_dim_of(decoder, family)
+
+
+def neighbours_of(decoder: Any, family: Family) -> int:  # noqa: ANN401
+    """Return whether heads are rotated by neighbours: 0, 1, or 2 where these are parted then."""
+    if isinstance(family.neighbours, bool):
+        return int(family.neighbours)
+    return 2 if getattr(decoder.config, family.neighbours) else 0
 
 
 def angle_tables(decoder: Any, family: Family) -> tuple[str, ...]:  # noqa: ANN401
