@@ -25,7 +25,8 @@ from check_native import ROOT, WARNINGS, arguments
 BUILT = os.path.join(ROOT, "build", "cross")
 PROGRAM = os.path.join(ROOT, "tests", "native", "vectors.cpp")
 SYSROOT = "/usr/aarch64-linux-gnu"  # Debian's libc6-arm64-cross
-PROCESSORS = ("cortex-a53", "max")  # without and with products of bytes
+# Without products of bytes, with them, and with those of small matrices.
+PROCESSORS = ("cortex-a53", "neoverse-n1", "max")
 ZIG = [sys.executable, "-m", "ziglang", "c++"]
 NAMES = ("aarch64-linux", "x86_64-windows", "aarch64-macos", "x86_64-macos")
 # The first bytes of a library, the file's bytes that name its processor, and what it may not need:

@@ -11,6 +11,9 @@
 #if defined(ARM) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#if defined(ARM) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #ifdef MATRIX_UNIT
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -87,9 +90,16 @@ int gptq_isa() {
   return isa;
 #elif defined(ARM) && defined(__linux__)
   constexpr unsigned long DOT_PRODUCTS = 1ul << 20;  // HWCAP_ASIMDDP
-  return getauxval(AT_HWCAP) & DOT_PRODUCTS ? DOTPROD : PLAIN;
+  constexpr unsigned long MATRICES = 1ul << 13;      // HWCAP2_I8MM
+  if (!(getauxval(AT_HWCAP) & DOT_PRODUCTS)) return PLAIN;
+  return getauxval(AT_HWCAP2) & MATRICES ? I8MM : DOTPROD;
 #elif defined(ARM) && defined(__APPLE__)
-  return DOTPROD;  // every Mac's has it
+  static const bool matrices = [] {  // since the M2; every Mac's has the other products
+    int there = 0;
+    size_t size = sizeof there;
+    return sysctlbyname("hw.optional.arm.FEAT_I8MM", &there, &size, nullptr, 0) == 0 && there;
+  }();
+  return matrices ? I8MM : DOTPROD;
 #else
   return PLAIN;
 #endif

@@ -29,8 +29,10 @@
 #include <arm_neon.h>
 #if defined(__clang__)
 #define DOT_TARGET __attribute__((target("dotprod")))
+#define I8MM_TARGET __attribute__((target("dotprod,i8mm")))
 #else
 #define DOT_TARGET __attribute__((target("arch=armv8.2-a+dotprod")))  // as its intrinsics have it
+#define I8MM_TARGET __attribute__((target("arch=armv8.2-a+dotprod+i8mm")))
 #endif
 #endif
 
@@ -88,12 +90,13 @@ typedef Wide::halves halves;
 
 // Instruction sets: AVX_VNNI is AVX2 with products of bytes (vpdpbusd), and AVX512_VNNI is AVX512 with
 // them; AVX512_BF16 has those of bfloat16 (vdpbf16ps) too. On ARM, DOTPROD is NEON with products of
-// bytes (sdot).
+// bytes (sdot), and I8MM has those of small matrices of bytes (smmla) too.
 enum Isa {
   PLAIN = 0,
   AVX2 = 1,
   DOTPROD = 1,
   AVX_VNNI = 2,
+  I8MM = 2,
   AVX512 = 3,
   AVX512_VNNI = 4,
   AVX512_BF16 = 5

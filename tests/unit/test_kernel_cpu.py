@@ -478,3 +478,23 @@ def test_without_the_library_torchs_operator_is_used(monkeypatch: pytest.MonkeyP
     assert "C++ compiler" in dict(choice.reasons())["cpu"]
     with pytest.raises(OSError, match="not built"):
         _native.load_library()
+
+
+@pytest.mark.parametrize(
+    ("machine", "system", "isa", "unpacks"),
+    [
+        ("aarch64", "linux", Isa.I8MM, False),
+        ("aarch64", "linux", Isa.DOTPROD, True),
+        ("arm64", "darwin", Isa.I8MM, True),
+        ("x86_64", "linux", Isa.AVX_VNNI, True),
+        ("x86_64", "linux", Isa.AVX512_BF16, True),
+    ],
+)
+def test_a_weight_is_unpacked_where_that_pays(
+    monkeypatch: pytest.MonkeyPatch, machine: str, system: str, isa: Isa, *, unpacks: bool
+) -> None:
+    from gptq_loader_kernels.cpu import linear
+
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(linear.sys, "platform", system)
+    assert (linear._unpack_from(isa) <= 192) == unpacks

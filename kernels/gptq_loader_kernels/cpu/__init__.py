@@ -34,6 +34,7 @@ INSTRUCTIONS = {
     "avx512f": "AVX-512",
     "avx_vnni": "AVX-VNNI",
     "avx2": "AVX2",
+    "i8mm": "NEON with products of matrices",
     "asimddp": "NEON with dot products",
 }
 RANK = 70  # above cpu-int4 (50)

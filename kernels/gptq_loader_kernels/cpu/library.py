@@ -48,6 +48,7 @@ class Isa(IntEnum):
     AVX2 = 1
     DOTPROD = 1  # on ARM
     AVX_VNNI = 2
+    I8MM = 2  # on ARM
     AVX512 = 3
     AVX512_VNNI = 4
     AVX512_BF16 = 5

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import platform
+import sys
 import threading
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -39,9 +41,26 @@ __all__ = ["NativeLinear"]
 SEGMENT_ROWS = 256  # of a group, summed before they are scaled: bounds what cancels
 # Rows of x from which a float32 weight is unpacked for torch's matmul (decisions/native-cpu.md).
 UNPACK_FROM = {Isa.PLAIN: 16, Isa.AVX2: 32, Isa.AVX_VNNI: 32, Isa.AVX512: 192}
+# Instruction sets of ARM have the numbers of others.
+ARM_NAMES = {Isa.PLAIN: "PLAIN", Isa.DOTPROD: "DOTPROD", Isa.I8MM: "I8MM"}
 UNPACKED_BYTES = 16 << 20  # of weights unpacked at a time: they stay in a large cache
 _kept = threading.local()
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def _unpack_from(isa: Isa) -> int:
+    """Give the rows of x from which torch multiplies an unpacked float32 weight.
+
+    With products of matrices of bytes, ARM never does: they multiply twice as many numbers an
+    instruction. A Mac's own library has a matrix unit for float32.
+    """
+    if _is_arm() and isa >= Isa.I8MM and sys.platform != "darwin":
+        return sys.maxsize
+    return UNPACK_FROM[min(isa, Isa.AVX512)]
+
+
+def _is_arm() -> bool:
+    return platform.machine().lower() in ("aarch64", "arm64")
 
 
 class NativeLinear(CountedModule):
@@ -81,7 +100,7 @@ class NativeLinear(CountedModule):
         self._library = load_library()
         self._isa, self.activations = choose_code(isa, activations)
         self._amx = bool(self._library.gptq_amx()) if amx is None else amx
-        self.unpack_from = UNPACK_FROM[min(self._isa, Isa.AVX512)]
+        self.unpack_from = _unpack_from(self._isa)
         # Rows of a dtype from which panels of the weight are unpacked; 0 where none are.
         self.panels_from = {
             dtype: self._library.gptq_gemm_from(type_, self._isa, self.activations, self._amx)
@@ -177,7 +196,7 @@ class NativeLinear(CountedModule):
 
     def extra_repr(self) -> str:
         """Say the shape when printed."""
-        code = self._isa.name
+        code = ARM_NAMES[self._isa] if _is_arm() else self._isa.name
         if self.activations is not Activations.FLOAT32:
             code += f", activations {self.activations.name}"
         if self._amx and self.activations is not Activations.INT8:
