@@ -12,6 +12,7 @@ tokens that it reads: they stay on the device, and their text is made meanwhile.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,13 +33,32 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "write_alone"]
 
 FEW = 8  # tokens that are read beside other sequences' ones, in a step
-# Of prompts in a step while replies are being written, which wait for it: SmolLM2-135M reads so
-# many in the time of three steps of 16 sequences, larger models in less.
+# Of prompts in a step while replies are being written, which wait for it: what is read in so many
+# seconds, by what the parts before took, and no more tokens than PART.
+PART_SECONDS = 0.15
 PART = 256
 WHOLE = 2048  # in a step where none wait
 # Positions after which a token takes twice as long to read as the first: 256 tokens of SmolLM2-135M
 # took 0.31 s of one core at the beginning and 1.3 s after 8,000.
 TWICE = 2048
+
+
+class _PromptBudget:
+    """How many tokens of prompts are read while replies wait; a token's cost grows with TWICE."""
+
+    def __init__(self) -> None:
+        self._rate: float | None = None  # cost a second
+
+    @property
+    def cost(self) -> float:
+        """The cost of a step's parts: of a few tokens until it is known how long they take."""
+        known = FEW if self._rate is None else self._rate * PART_SECONDS
+        return min(max(known, FEW), PART)
+
+    def saw(self, cost: float, seconds: float) -> None:
+        """Learn from a part that was read; the newest ones count most."""
+        rate = cost / max(seconds, 1e-6)
+        self._rate = rate if self._rate is None else (self._rate + rate) / 2
 
 
 class _Picked:
@@ -101,6 +121,7 @@ class Batch:
         self._head = top_logits_head(self._model)
         self._written: list[Generation] = []
         self._picked: _Picked | None = None
+        self._prompts = _PromptBudget()
 
     def __len__(self) -> int:
         """Count the replies that are being written."""
@@ -157,13 +178,17 @@ class Batch:
         self, long: list[Generation], *, waiting: bool
     ) -> Iterator[tuple[Generation, Piece | Exception]]:
         """Read some of the prompts; less of them while other replies wait."""
-        left: float = PART if waiting else WHOLE
+        left: float = self._prompts.cost if waiting else WHOLE
         for generation in long:
-            cost = 1 + generation.position / TWICE if waiting else 1
+            cost = 1 + generation.position / TWICE
             if left > 0:
-                count = min(max(int(left / cost), 1), len(generation.pending))
-                left -= count * cost
-                yield from self._forward(generation, count)
+                count = min(max(int(left / cost if waiting else left), 1), len(generation.pending))
+                left -= count * (cost if waiting else 1)
+                began = perf_counter()
+                seen = list(self._forward(generation, count))
+                if waiting:
+                    self._prompts.saw(count * cost, perf_counter() - began)
+                yield from seen
 
     def _step_adapted(
         self, few: list[Generation]

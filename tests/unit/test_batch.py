@@ -10,13 +10,14 @@ from altered import CPU_KERNELS, DATA, ONE, plugins
 
 import gptq_loader_plugin as gptq
 from gptq_loader_plugin.generation.batch import Batch
+from gptq_loader_plugin.generation.generate import Generation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
-    from gptq_loader_plugin.generation.generate import Generation, Piece
+    from gptq_loader_plugin.generation.generate import Piece
 
 PROMPTS = [
     "The", "Once upon a time there was a", "A " * 300, "x", "What is the capital of France?" * 9,
@@ -129,6 +130,35 @@ def test_a_long_prompt_does_not_hold_up_the_others(model: gptq.LoadedModel) -> N
     batch.close()
     assert short.finished
     assert long.finished
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(0.05, 8), (0.002, 75), (1e-5, 256)])
+def test_a_slow_model_reads_a_prompt_in_short_parts(
+    model: gptq.LoadedModel, monkeypatch: pytest.MonkeyPatch, seconds: float, most: int
+) -> None:
+    """Replies wait for 150 ms at most, or for a few tokens."""
+    now, sizes = [0.0], []
+    forward = Generation.forward_chunk
+
+    def slow(generation: Generation, max_tokens: int) -> Any:
+        if generation is long:
+            sizes.append(min(max_tokens, len(generation.pending)))
+            now[0] += seconds * sizes[-1]
+        return forward(generation, max_tokens)
+
+    model.forget()
+    batch, long = Batch(model), model.begin(model.encode("A " * 480), options(2))
+    monkeypatch.setattr("gptq_loader_plugin.generation.batch.perf_counter", lambda: now[0])
+    monkeypatch.setattr(Generation, "forward_chunk", slow)
+    batch.add(model.begin(model.encode("The"), options(300)))
+    list(batch.step())
+    batch.add(long)
+    while len(long.pending) > 8:
+        list(batch.step())
+    batch.close()
+    assert sizes[0] == 8
+    assert most * 0.6 < max(sizes) <= most
+    assert sum(sizes) >= 470
 
 
 def test_conversations_side_by_side_read_only_what_is_new(model: gptq.LoadedModel) -> None:
