@@ -11,9 +11,10 @@ from contextlib import suppress
 
 import torch
 
-__all__ = ["empty", "map_memory"]
+__all__ = ["HAS_LARGE_PAGES", "empty", "map_memory"]
 
 PAGE = 2 << 20  # bytes of a large one
+HAS_LARGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE")  # Linux
 
 
 def map_memory(size: int) -> mmap.mmap | None:
@@ -22,7 +23,7 @@ def map_memory(size: int) -> mmap.mmap | None:
     None where it cannot be had: that may be for want of addresses alone. It is given back with the
     last tensor that lies in it.
     """
-    if not hasattr(mmap, "MADV_HUGEPAGE"):  # Linux alone has it
+    if not HAS_LARGE_PAGES:
         return None
     try:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import mmap
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from gptq_loader_plugin.system import large_pages
+
+if TYPE_CHECKING:
+    import mmap
 
 
 @pytest.mark.parametrize("count", [1, 3 << 20])
@@ -20,7 +23,7 @@ def test_a_tensor_is_its_own(count: int) -> None:
     assert bool((second == 7).all())
 
 
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux alone has them")
+@pytest.mark.skipif(not large_pages.HAS_LARGE_PAGES, reason="Linux alone has them")
 def test_what_cannot_be_mapped_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 

@@ -13,8 +13,9 @@ import torch
 from gptq_loader_kernels.cpu import CpuKernel, memory
 from gptq_loader_plugin.conformance.layers import Case, make_layer
 from gptq_loader_plugin.device import find_device
+from gptq_loader_plugin.system import large_pages
 
-mapped = pytest.mark.skipif(not memory.HAS_LARGE_PAGES, reason="no large pages here")
+mapped = pytest.mark.skipif(not large_pages.HAS_LARGE_PAGES, reason="no large pages here")
 
 
 @pytest.fixture(autouse=True)
@@ -73,16 +74,13 @@ def test_placed_is_a_copy() -> None:
 
 @mapped
 def test_without_a_mapping_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(size: int) -> None:
-        raise OSError(12, f"Cannot allocate {size}")
-
-    monkeypatch.setattr(memory, "_map", none)
+    monkeypatch.setattr(memory, "map_memory", lambda _: None)
     assert memory.empty(2, 5, dtype=torch.int32).shape == (2, 5)
     assert memory._mappings._last is None
 
 
 def test_without_large_pages_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "HAS_LARGE_PAGES", False)
+    monkeypatch.setattr(large_pages, "HAS_LARGE_PAGES", False)
     assert memory.empty(2, 2, dtype=torch.int32).shape == (2, 2)
     assert memory._mappings._last is None
 
