@@ -164,7 +164,9 @@ def main() -> None:
         folder = arguments.out / cell.name
         try:
             make(folder, cell, source, arguments.text, peers)
-        except (GPTQLoaderError, subprocess.CalledProcessError):
+        except GPTQLoaderError as error:
+            columns = f"fails: {error} | | | |"
+        except subprocess.CalledProcessError:
             columns = f"fails: {folder.with_suffix('.log')} has its words | | | |"
         else:
             columns = judge(folder, windows, answers).columns()

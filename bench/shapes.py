@@ -79,7 +79,7 @@ class Shape:
 
 SHAPES = {
     "SmolLM2-135M": Shape(576, 1536, 30, 9, 3, 49152, 8192, tied=True, rope_theta=100000.0),
-    # Five of its thirty blocks, for contexts of which thirty would take an hour to read.
+    # Five of its thirty blocks, for contexts that thirty take many minutes to read.
     "SmolLM2-135M-5": Shape(576, 1536, 5, 9, 3, 49152, 65536, tied=True, rope_theta=100000.0),
     "TinyLlama-1.1B": Shape(2048, 5632, 22, 32, 4, 32000, 2048),
     "Llama-2-7B": Shape(4096, 11008, 32, 32, 32, 32000, 4096),

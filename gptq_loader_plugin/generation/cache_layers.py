@@ -32,7 +32,7 @@ class GrowableLayer(DynamicLayer):
     @property
     def keys(self) -> torch.Tensor | None:
         """The keys of the positions that are filled."""
-        return None if self.room is None else self.room[0, :, :, : self.length]
+        return self._read(0)
 
     @keys.setter
     def keys(self, value: torch.Tensor | None) -> None:
@@ -41,7 +41,7 @@ class GrowableLayer(DynamicLayer):
     @property
     def values(self) -> torch.Tensor | None:
         """The values of the positions that are filled."""
-        return None if self.room is None else self.room[1, :, :, : self.length]
+        return self._read(1)
 
     @values.setter
     def values(self, value: torch.Tensor | None) -> None:
@@ -93,6 +93,10 @@ class GrowableLayer(DynamicLayer):
         left = self.length + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
         self.length = max(min(self.length, left), 0)
 
+    def _read(self, which: int) -> torch.Tensor | None:
+        """Give the keys (0) or the values (1) of the positions that are filled."""
+        return None if self.room is None else self.room[which, :, :, : self.length]
+
     def _set(self, which: int, value: torch.Tensor | None) -> None:
         if value is None:
             self.room, self.length = None, 0
@@ -113,24 +117,6 @@ class LatentLayer(GrowableLayer):
 
     rooms = 1  # of both: [1, batch, kv_heads, capacity, key_size and a value's width]
     key_size = 0
-
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """The keys of the positions that are filled."""
-        return None if self.room is None else self.room[0, :, :, : self.length, : self.key_size]
-
-    @keys.setter
-    def keys(self, value: torch.Tensor | None) -> None:
-        self._set(0, value)
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """The values of the positions that are filled."""
-        return None if self.room is None else self.room[0, :, :, : self.length, self.key_size :]
-
-    @values.setter
-    def values(self, value: torch.Tensor | None) -> None:
-        self._set(1, value)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take the device, the dtype and the width of a key."""
@@ -156,6 +142,12 @@ class LatentLayer(GrowableLayer):
         self.key_size, self.length = keys.shape[-1], keys.shape[-2]
         self.room = torch.cat((keys, values), dim=-1)[None]
 
+    def _read(self, which: int) -> torch.Tensor | None:
+        if self.room is None:
+            return None
+        both = self.room[0, :, :, : self.length]
+        return both[..., : self.key_size] if which == 0 else both[..., self.key_size :]
+
     def _set(self, which: int, value: torch.Tensor | None) -> None:
         if value is None:
             self.room, self.length = None, 0
@@ -176,24 +168,6 @@ class Int8Layer(GrowableLayer):
     """
 
     scales: torch.Tensor | None = None  # float32 [2, batch, kv_heads, capacity]
-
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """The keys of the positions that are filled."""
-        return self._read(0)
-
-    @keys.setter
-    def keys(self, value: torch.Tensor | None) -> None:
-        self._set(0, value)
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """The values of the positions that are filled."""
-        return self._read(1)
-
-    @values.setter
-    def values(self, value: torch.Tensor | None) -> None:
-        self._set(1, value)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object

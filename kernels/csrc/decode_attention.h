@@ -296,6 +296,15 @@ INLINE void attend_body(const AttentionArgs& args, int type) {
 }
 
 #ifdef X86
+// By AVX-512's vectors, or by half of one where runs do not fill it.
+template <int TYPE>
+INLINE void softmax_and_values_wide(const AttentionArgs& args, int64_t block, int count) {
+  if (args.runs() % (IN_A_WORD<TYPE> * Wide::LANES) == 0)
+    softmax_and_values<Wide, TYPE, 4, 4>(args, block, count);
+  else
+    softmax_and_values<Middle, TYPE, 4, 4>(args, block, count);
+}
+
 // The sums of 16 vectors as one vector.
 AVX512_TARGET INLINE __m512 reduce_add_16(const __m512* of) {
   __m512 pairs[8], fours[4], twos[2];
@@ -365,10 +374,7 @@ BF16_TARGET static void attend_bfloat16(const AttentionArgs& args) {
     if (row < args.rows)
       score_bfloat16<1>(args.q_bf16 + int64_t(row) * args.dim, keys, count, args.dim,
                         args.scores + row * KV_BLOCK);
-    if (args.runs() % (IN_A_WORD<BFLOAT16> * Wide::LANES) == 0)
-      softmax_and_values<Wide, BFLOAT16, 4, 4>(args, block, count);
-    else
-      softmax_and_values<Middle, BFLOAT16, 4, 4>(args, block, count);
+    softmax_and_values_wide<BFLOAT16>(args, block, count);
   }
 }
 
@@ -417,10 +423,7 @@ AVX512_TARGET static void attend_int8(const AttentionArgs& args) {
       score_int8<2>(q(), args.q_scales + row, keys, count, args.dim, scores());
     if (left()) score_int8<1>(q(), args.q_scales + row, keys, count, args.dim, scores());
     for (row = 0; row < args.rows; row++) scale_block(args.key_scales + block, count, scores());
-    if (args.runs() % (IN_A_WORD<INT8> * Wide::LANES) == 0)
-      softmax_and_values<Wide, INT8, 4, 4>(args, block, count);
-    else
-      softmax_and_values<Middle, INT8, 4, 4>(args, block, count);
+    softmax_and_values_wide<INT8>(args, block, count);
   }
 }
 #endif
